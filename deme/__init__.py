@@ -1,0 +1,1 @@
+"""Decouple-then-Merge for diffusion models (CVPR 2025, arXiv 2410.06664): what the scripts share."""

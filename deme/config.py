@@ -1,0 +1,371 @@
+"""The configuration of an experiment: one YAML file plus `section.key=value` overrides, read into frozen dataclasses.
+
+OmegaConf checks keys and types, `__post_init__` checks values; every mistake is a `UserError` of one line that names
+the key and its value. Nothing here imports torch, so that a mistake is answered at once.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Optional, Union
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONTINUED = "continued"  # the control of `finetune.range`: plain training on all timesteps at the ranges' total cost
+PRECISIONS = ("no", "fp16", "bf16")
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+class UserError(Exception):
+    """A mistake in the configuration, the command line or a file: one line on stderr, exit status 2."""
+
+
+class RunError(Exception):
+    """A run that can't go on though its input is in order: one line on stderr, exit status 1."""
+
+
+class Section:
+    """Base of the sections below: `check` names the section, the key and the value in its error."""
+
+    section: ClassVar[str] = ""
+
+    def check(self, key: str, holds: bool, rule: str) -> None:
+        if not holds:
+            name = f"{self.section}.{key}" if self.section else key
+            raise UserError(f"{name}={getattr(self, key)}: {rule}")
+
+    def check_positive(self, *keys: str) -> None:
+        """Each key is None or a finite number above 0."""
+        for key in keys:
+            value = getattr(self, key)
+            self.check(key, value is None or 0 < value < math.inf, "must be above 0")
+
+    def check_not_negative(self, *keys: str) -> None:
+        """Each key is None or a finite number of at least 0."""
+        for key in keys:
+            value = getattr(self, key)
+            self.check(key, value is None or 0 <= value < math.inf, "must be 0 or above")
+
+    def check_fraction(self, *keys: str) -> None:
+        for key in keys:
+            self.check(key, 0 <= getattr(self, key) <= 1, "must lie in [0, 1]")
+
+    def check_choice(self, key: str, choices: tuple[str, ...]) -> None:
+        self.check(key, getattr(self, key) in choices, f"must be one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class Model(Section):
+    section: ClassVar[str] = "model"
+    pretrained: Optional[str] = None  # pipeline folder or Hub id; null: what pretrain.py made in this run
+    projection: bool = True  # finetune with channel-wise projections
+
+
+@dataclass(frozen=True)
+class Data(Section):
+    section: ClassVar[str] = "data"
+    name: str = "digits"  # digits (embedded), a Hub id, or a local folder that datasets.load_dataset reads
+    split: str = "train"
+    image_column: str = "image"
+    label_column: Optional[str] = "label"  # null: no labels
+    resolution: int = 8  # pixels; the shorter side is resized to it, then a square is cropped
+    center_crop: bool = False  # in training; evaluation always crops the centre
+    random_flip: bool = False  # horizontal, in training; evaluation never flips
+
+    def __post_init__(self):
+        self.check_positive("resolution")
+
+
+@dataclass(frozen=True)
+class Timesteps(Section):
+    section: ClassVar[str] = "timesteps"
+    num_train_timesteps: int = 1000  # T; must equal the pretrained scheduler's
+    num_ranges: int = 4  # N equal ranges, unless edges are given
+    edges: Optional[list[int]] = None  # rising from 0 to T: range k is [edges[k], edges[k + 1])
+
+    def __post_init__(self):
+        self.check_positive("num_train_timesteps")
+        total = self.num_train_timesteps
+        self.check("num_ranges", 1 <= self.num_ranges <= total, f"must lie in [1, {total}]")
+        if self.edges is not None:
+            ends = len(self.edges) >= 2 and self.edges[0] == 0 and self.edges[-1] == total
+            rises = all(low < high for low, high in pairwise(self.edges))
+            self.check("edges", ends and rises, f"must rise from 0 to T = {total}")
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The half-open ranges [low, high), lowest first."""
+        edges = self.edges
+        if edges is None:
+            edges = [k * self.num_train_timesteps // self.num_ranges for k in range(self.num_ranges + 1)]
+        return list(pairwise(edges))
+
+
+@dataclass(frozen=True)
+class Training(Section):
+    """What pretraining and finetuning share."""
+
+    max_steps: int = 1000  # optimizer steps
+    max_minutes: Optional[float] = None  # stop with a checkpoint after this time; the same command resumes
+    batch_size: int = 64  # images per optimizer step, over all processes
+    micro_batch_size: Optional[int] = None  # images per forward pass; null: the whole batch
+    learning_rate: float = 5e-5
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0  # optimizer steps
+    adam_beta1: float = 0.95
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-6
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999  # upper bound of the decay
+    ema_inv_gamma: float = 1.0
+    ema_power: float = 0.75
+    mixed_precision: str = "no"  # no, fp16 or bf16
+    log_every: int = 50  # optimizer steps
+    checkpoint_every: int = 5000  # optimizer steps
+    checkpoints_kept: int = 2
+    preview_every: Optional[int] = None  # optimizer steps; null: no previews
+
+    def __post_init__(self):
+        self.check_positive("max_steps", "max_minutes", "batch_size", "micro_batch_size", "learning_rate")
+        self.check_positive("adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power")
+        self.check_positive("log_every", "checkpoint_every", "checkpoints_kept", "preview_every")
+        self.check_not_negative("lr_warmup_steps", "adam_weight_decay")
+        self.check_fraction("ema_decay", "adam_beta1", "adam_beta2")
+        self.check("adam_beta1", self.adam_beta1 < 1, "must be below 1")
+        self.check("adam_beta2", self.adam_beta2 < 1, "must be below 1")
+        self.check_choice("mixed_precision", PRECISIONS)
+        self.check_choice("lr_scheduler", LR_SCHEDULERS)
+        whole = self.micro_batch_size is None or self.batch_size % self.micro_batch_size == 0
+        self.check(
+            "batch_size", whole, f"must be a multiple of {self.section}.micro_batch_size={self.micro_batch_size}"
+        )
+
+
+@dataclass(frozen=True)
+class Pretrain(Training):
+    section: ClassVar[str] = "pretrain"
+    unet: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' UNet2DModel
+    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDPMScheduler
+
+
+@dataclass(frozen=True)
+class Finetune(Training):
+    section: ClassVar[str] = "finetune"
+    range: Union[int, str, None] = None  # null: every range in turn; 0, 1, …: that one; continued: the control
+    global_probability: float = 0.3  # p: chance that a micro-batch draws its timesteps from all of [0, T)
+    consistency_weight: float = 1.0  # λ
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_fraction("global_probability")
+        self.check_not_negative("consistency_weight")
+
+
+@dataclass(frozen=True)
+class Merge(Section):
+    section: ClassVar[str] = "merge"
+    method: str = "task_arithmetic"
+    coefficients: list[float] = field(default_factory=lambda: [0.25] * 4)  # w, one per range, lowest range first
+    finetuned: Optional[str] = None  # folder that holds 0000-0250/ …; null: this run's
+    output: Optional[str] = None  # null: merged/ of this run
+
+    def __post_init__(self):
+        self.check_choice("method", ("task_arithmetic",))
+        self.check("coefficients", all(math.isfinite(w) for w in self.coefficients), "must be finite numbers")
+
+
+@dataclass(frozen=True)
+class Sample(Section):
+    section: ClassVar[str] = "sample"
+    model: str = "merged"  # merged, pretrained, continued, ensemble, or a folder
+    num_images: int = 1000
+    seed_offset: int = 0  # the images' seeds, and names, are seed_offset … seed_offset + num_images - 1
+    batch_size: int = 256  # images per UNet call; does not change the images
+    num_inference_steps: int = 50
+    eta: float = 0.0  # 0: deterministic DDIM, 1: DDPM's variance
+    mixed_precision: str = "no"  # no, fp16 or bf16
+    output: Optional[str] = None  # null: samples/<model>/ of this run
+    overwrite: bool = False  # replace a folder that another model or other settings made
+
+    def __post_init__(self):
+        self.check_positive("num_images", "batch_size", "num_inference_steps")
+        self.check_not_negative("seed_offset")
+        self.check_fraction("eta")
+        self.check_choice("mixed_precision", PRECISIONS)
+        self.check("model", self.model != "", "must name a model")
+
+
+@dataclass(frozen=True)
+class Evaluate(Section):
+    section: ClassVar[str] = "evaluate"
+    features: str = "inception"  # inception (FID) or classifier (classifier FD; the data needs labels)
+    samples: Optional[list[str]] = None  # folders of images; null: every folder in samples/ of this run
+    reference: Optional[str] = None  # npz of statistics; null: made from the configured data
+    blocks: int = 1  # equal blocks of images in seed order, for the spread of the score
+    batch_size: int = 50  # images per pass through the feature network
+    classifier_epochs: int = 40
+    output: Optional[str] = None  # null: results.json of this run
+
+    def __post_init__(self):
+        self.check_choice("features", ("inception", "classifier"))
+        self.check_positive("blocks", "batch_size", "classifier_epochs")
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """One experiment. Its files lie in `folder`."""
+
+    name: str = "digits"
+    output_dir: str = "runs"
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    timesteps: Timesteps = field(default_factory=Timesteps)
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    finetune: Finetune = field(default_factory=Finetune)
+    merge: Merge = field(default_factory=Merge)
+    sample: Sample = field(default_factory=Sample)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+    def __post_init__(self):
+        self.check_not_negative("seed")
+        self.check("name", self.name not in ("", ".", "..") and "/" not in self.name, "must be a plain folder name")
+        count = len(self.timesteps.ranges)
+        chosen = self.finetune.range
+        is_range = isinstance(chosen, int) and 0 <= chosen < count
+        self.finetune.check(
+            "range", chosen in (None, CONTINUED) or is_range, f"must be null, {CONTINUED}, or one of 0 … {count - 1}"
+        )
+        given = len(self.merge.coefficients)
+        self.merge.check("coefficients", given == count, f"{given} coefficients for {count} timestep ranges")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    @property
+    def pretrained(self) -> str:
+        """The pretrained pipeline: a folder or a Hub id."""
+        return self.model.pretrained if self.model.pretrained is not None else str(self.folder / "pretrained")
+
+    def finetuned_folder(self, timestep_range: tuple[int, int] | None) -> Path:
+        """Where finetune.py puts the copy of a timestep range, or the control (None)."""
+        return self.folder / "finetuned" / range_name(timestep_range)
+
+    @property
+    def merge_inputs(self) -> list[Path]:
+        """The UNet folders that merge.py reads, lowest range first."""
+        root = Path(self.merge.finetuned) if self.merge.finetuned is not None else self.folder / "finetuned"
+        return [root / range_name(timestep_range) / "unet" for timestep_range in self.timesteps.ranges]
+
+    @property
+    def merged(self) -> Path:
+        return Path(self.merge.output) if self.merge.output is not None else self.folder / "merged"
+
+
+def range_name(timestep_range: tuple[int, int] | None) -> str:
+    """A range's folder name: (0, 250) gives 0000-0250; None, the control, gives continued."""
+    return CONTINUED if timestep_range is None else "{:04d}-{:04d}".format(*timestep_range)
+
+
+def load_config(file: str | Path, overrides: list[str]) -> Config:
+    """Read `file` and apply `overrides` (`section.key=value`, the value in YAML).
+
+    Raises:
+        UserError: unreadable file, unknown key, wrong type or a value out of bounds.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override}: overrides are written section.key=value")
+    given = OmegaConf.create({})
+    try:
+        content = OmegaConf.load(file)
+        if not OmegaConf.is_dict(content):
+            raise UserError(f"--config {file}: not a YAML mapping")
+        given = OmegaConf.merge(content, OmegaConf.from_dotlist(overrides))
+        return OmegaConf.to_object(OmegaConf.merge(_writable(Config()), given))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {file}: {' '.join(str(error).split())}") from None
+    except OmegaConfBaseException as error:
+        message = str(error).splitlines()[0]
+        key = error.full_key
+        raise UserError(f"{key}={OmegaConf.select(given, key)}: {message}" if key else message) from None
+
+
+def _writable(defaults: Config) -> Any:
+    """OmegaConf makes nodes of frozen dataclasses read-only; merging needs them writable."""
+    node = OmegaConf.structured(defaults)
+    for part in (node, *(node[key] for key in node if OmegaConf.is_config(node[key]))):
+        OmegaConf.set_readonly(part, False)
+    return node
+
+
+FREE_TRAINING_KEYS = ("max_minutes", "log_every", "checkpoint_every", "checkpoints_kept", "preview_every")
+
+
+def training_inputs(config: Config, settings: Training, **more: Any) -> dict[str, Any]:
+    """Everything that determines a training run's weights, flat: a run resumes only where all of it is the same."""
+    values = {"seed": config.seed, "timesteps.num_train_timesteps": config.timesteps.num_train_timesteps}
+    for part in (config.data, settings):
+        values |= {
+            f"{part.section}.{key}": value for key, value in asdict(part).items() if key not in FREE_TRAINING_KEYS
+        }
+    return values | more
+
+
+def to_yaml(values: dict) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def provenance(config: Config) -> dict:
+    """What is written beside every output: the resolved configuration, the git commit and the package versions."""
+    packages = ("torch", "diffusers", "accelerate", "datasets", "safetensors", "numpy")
+    versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}
+    return {"git_commit": _git_commit(), "versions": versions, "config": asdict(config)}
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # a copy of the repository without git
+
+
+def run_script(description: str, plan: Callable[[Config], str], main: Callable[[Config], None]) -> None:
+    """Every script's command line: `--config FILE key=value … --dry-run`.
+
+    Args:
+        description: the script's docstring, shown by --help.
+        plan: says in a few lines what `main` would do; printed by --dry-run under the resolved configuration.
+        main: does it.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=REPOSITORY / "configs/digits.yaml", metavar="FILE", help="YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="print the configuration and the plan, do nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            print(to_yaml(asdict(config)), plan(config), sep="\n")
+        else:
+            main(config)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,55 @@
+"""The training objective (paper, section 4.1): noise-prediction loss plus the consistency loss against the teacher."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+
+
+def prediction_target(
+    scheduler: DDPMScheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the network should predict: the noise, x₀ or v, as the scheduler's `prediction_type` says.
+
+    Args:
+        clean, noise: shape (B, C, H, W).
+        timesteps: int64, shape (B,).
+    """
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return noise
+        case "sample":
+            return clean
+        case "v_prediction":
+            return scheduler.get_velocity(clean, noise, timesteps)
+        case other:
+            raise ValueError(f"unknown prediction_type {other!r}")
+
+
+def decoupled_loss(
+    student: Callable[..., torch.Tensor],
+    teacher: Callable[..., torch.Tensor] | None,
+    scheduler: DDPMScheduler,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two terms of the objective, each a float32 scalar: denoising loss, consistency loss.
+
+    The teacher sees the same noisy input, without gradients; without a teacher the second term is 0.
+
+    Args:
+        student, teacher: (x_t, t) → prediction, shape (B, C, H, W).
+        clean: images in [−1, 1], shape (B, C, H, W).
+        noise: standard normal, same shape.
+        timesteps: int64, shape (B,).
+    """
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    prediction = student(noisy, timesteps).float()
+    denoising = F.mse_loss(prediction, prediction_target(scheduler, clean, noise, timesteps))
+    if teacher is None:
+        return denoising, torch.zeros_like(denoising)
+    with torch.no_grad():
+        reference = teacher(noisy, timesteps).float()
+    return denoising, F.mse_loss(prediction, reference)

@@ -1,0 +1,118 @@
+"""Folders of samples: one PNG per seed, named by it, and samples.yaml, which says what they were drawn from."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deme.config import UserError
+from deme.files import TEMPORARY, atomic_file, make_folder, read_yaml, remove_leftovers, write_yaml
+
+RECORD = "samples.yaml"
+IMAGE_SUFFIXES = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")  # those that pytorch_fid scores
+
+
+def image_path(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:06d}.png"
+
+
+def claim_samples(folder: Path, identity: dict, seeds: range, overwrite: bool, record: dict) -> None:
+    """Create a sample folder, or make sure that what stands there belongs to the same model, settings and seeds.
+
+    Args:
+        identity: what determines the images: weights, noise schedule, steps, eta, precision, resolution.
+        overwrite: delete what does not belong instead of refusing.
+        record: provenance, written beside the identity.
+
+    Raises:
+        UserError: the folder holds something else; says what differs.
+    """
+    remove_leftovers(folder.parent)
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / RECORD).exists():
+            raise UserError(f"sample.output={folder}: holds files but no {RECORD}; choose another folder")
+        before = read_yaml(folder / RECORD).get("identity", {})
+        changed = [key for key in identity if before.get(key) != identity[key]]
+        if changed and not overwrite:
+            raise UserError(
+                f"sample.output={folder}: holds samples of other {', '.join(changed)}; "
+                "choose another folder or set sample.overwrite=true"
+            )
+        if changed:
+            aside = folder.with_name(f"{TEMPORARY}{folder.name}")
+            os.replace(folder, aside)
+            shutil.rmtree(aside)
+    make_folder(folder, "sample.output")
+    remove_leftovers(folder)
+    wanted = {image_path(folder, seed) for seed in seeds}
+    surplus = [path for path in folder.glob("*.png") if path not in wanted]
+    if surplus and not overwrite:
+        raise UserError(
+            f"sample.num_images={len(seeds)} from sample.seed_offset={seeds.start}: {folder} holds {len(surplus)} "
+            "images of other seeds; choose another folder or set sample.overwrite=true"
+        )
+    for path in surplus:
+        path.unlink()
+    write_yaml(folder / RECORD, {"identity": identity, "num_images": len(seeds), "seed_offset": seeds.start, **record})
+
+
+def missing_seeds(folder: Path, seeds: range) -> list[int]:
+    """The seeds whose image is absent or does not decode (a machine that crashed may leave such files)."""
+
+    def is_whole(seed: int) -> bool:
+        try:
+            with Image.open(image_path(folder, seed)) as image:
+                image.load()
+            return True
+        except (OSError, SyntaxError):  # PIL raises SyntaxError on broken PNG chunks
+            return False
+
+    with ThreadPoolExecutor() as pool:
+        return [seed for seed, whole in zip(seeds, pool.map(is_whole, seeds), strict=True) if not whole]
+
+
+def write_image(folder: Path, seed: int, image: torch.Tensor) -> None:
+    """Save one uint8 image (C, H, W), C = 1 (grayscale) or 3 (RGB)."""
+    pixels = image.permute(1, 2, 0).numpy()
+    with atomic_file(image_path(folder, seed), sync=False) as temporary:
+        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(temporary, format="PNG")
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The images directly in a folder, by name: for our folders, in seed order.
+
+    Raises:
+        UserError: no such folder, no images, or a sample folder that sample_ddp.py has not finished.
+    """
+    paths = sorted(path for path in folder.glob("[!.]*") if path.suffix.lstrip(".").lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise UserError(f"evaluate.samples={folder}: no images in this folder")
+    if (folder / RECORD).exists():
+        expected = read_yaml(folder / RECORD)["num_images"]
+        if len(paths) != expected:
+            raise UserError(f"evaluate.samples={folder}: holds {len(paths)} of {expected} images; finish sample_ddp.py")
+    return paths
+
+
+def read_images(paths: Sequence[Path]) -> torch.Tensor:
+    """Image files as uint8 RGB, shape (N, 3, H, W), as pytorch_fid reads them.
+
+    Raises:
+        UserError: an unreadable file, or sizes that differ.
+    """
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                images.append(np.array(image.convert("RGB")))
+        except (OSError, SyntaxError) as error:
+            raise UserError(f"{path}: not a readable image: {error}") from None
+        if images[-1].shape != images[0].shape:
+            sizes = "{1} x {0}, the first image {3} x {2}".format(*images[-1].shape[:2], *images[0].shape[:2])
+            raise UserError(f"{path}: is {sizes}; all images of a folder must have one size")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -1,0 +1,369 @@
+"""The training loop that pretrain.py and finetune.py share.
+
+A run is a function of its configuration: every random draw of micro-batch m of optimizer step s comes from a
+generator seeded with (seed, stream, s, m), whichever process computes it, so neither the number of processes nor an
+interruption changes what is trained on. The loop never waits for the device between two log lines.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from deme.checkpoints import (
+    TrainingState,
+    list_checkpoints,
+    load_newest_checkpoint,
+    prepare_checkpoints,
+    save_checkpoint,
+)
+from deme.config import RunError, Training, UserError
+from deme.data import TrainingImages
+from deme.files import atomic_file, read_yaml, write_yaml
+from deme.losses import decoupled_loss
+from deme.sampling import sample_images, save_grid, single
+from deme.timesteps import choose_interval, sample_timesteps
+
+MAX_SKIPPED_STEPS = 50  # fp16: steps without finite gradients in a row that stop the run
+PREVIEW_IMAGES = 64
+PREVIEW_STEPS = 50
+PERMUTATION, MICRO_BATCH = 0, 1  # what a generator is for: keeps their seeds apart
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one run trains: which timesteps, and how strongly it is held to the teacher."""
+
+    name: str  # for messages: "timesteps 0000-0250"
+    stream: int  # keeps the random draws of different runs of one experiment apart
+    timestep_range: tuple[int, int]  # [low, high)
+    global_probability: float = 0.0  # p
+    consistency_weight: float = 0.0  # λ
+
+
+def check_shares(accelerator: Accelerator, settings: Training) -> None:
+    """
+    Raises:
+        UserError: the processes can't share the micro-batches of a step equally.
+    """
+    section, size = settings.section, settings.micro_batch_size or settings.batch_size
+    micro_batches, processes = settings.batch_size // size, accelerator.num_processes
+    if micro_batches % processes:
+        raise UserError(
+            f"{section}.micro_batch_size={settings.micro_batch_size}: {section}.batch_size={settings.batch_size} makes "
+            f"{micro_batches} micro-batches of {size}, which {processes} processes can't share equally"
+        )
+
+
+def claim_folder(accelerator: Accelerator, folder: Path, trained_from: dict, record: dict) -> None:
+    """Create a run's folder with its config.yaml, or make sure that the run in it is the same.
+
+    Args:
+        trained_from: flat key → value of everything that determines the weights.
+        record: provenance, written beside it.
+
+    Raises:
+        UserError: the folder holds a run of other settings; names those that differ.
+    """
+    file = folder / "config.yaml"
+    if file.exists():
+        before = read_yaml(file).get("trained_from", {})
+        changed = [
+            f"{key}={trained_from.get(key)} (was {before.get(key)})"
+            for key in sorted({*before, *trained_from})
+            if before.get(key) != trained_from.get(key)
+        ]
+        if changed:
+            raise UserError(f"{folder} holds a run of other settings: {', '.join(changed)}; change name or delete it")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not file.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_yaml(file, {"trained_from": trained_from, **record})
+        except OSError as error:
+            raise UserError(f"output_dir: cannot write {file}: {error.strerror}") from None
+    accelerator.wait_for_everyone()
+
+
+def batch_indices(seed: int, stream: int, num_images: int, start: int, size: int) -> np.ndarray:
+    """Which images stand at positions start … start + size − 1 of the endless shuffled stream: int64, shape (size,).
+
+    Each pass over the data is a permutation seeded with its number.
+    """
+    epochs, offsets = np.divmod(np.arange(start, start + size), num_images)
+    indices = np.empty(size, dtype=np.int64)
+    for epoch in np.unique(epochs).tolist():
+        chosen = epochs == epoch
+        indices[chosen] = _permutation(seed, stream, epoch, num_images)[offsets[chosen]]
+    return indices
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, stream: int, epoch: int, num_images: int) -> np.ndarray:
+    return np.random.default_rng((seed, stream, PERMUTATION, epoch)).permutation(num_images)
+
+
+class Trainer:
+    """One training run in `folder`: checkpoints/, previews/, TensorBoard logs/ and log.jsonl.
+
+    Args:
+        student: trained in place; float32.
+        teacher: the frozen pretrained network, or None.
+        seed: the experiment's.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        scheduler: DDPMScheduler,
+        images: TrainingImages,
+        objective: Objective,
+        settings: Training,
+        seed: int,
+        folder: Path,
+    ):
+        self.accelerator, self.scheduler, self.images = accelerator, scheduler, images
+        self.objective, self.settings, self.seed, self.folder = objective, settings, seed, folder
+        self.device = accelerator.device
+        self.micro_batch_size = settings.micro_batch_size or settings.batch_size
+        self.micro_batches = settings.batch_size // self.micro_batch_size
+
+        self.student = student.to(self.device, memory_format=torch.channels_last).train()
+        self.teacher = None
+        if teacher is not None:
+            teacher = teacher.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+            self.teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
+        ema = EMAModel(
+            self.student.parameters(),
+            decay=settings.ema_decay,
+            use_ema_warmup=True,
+            inv_gamma=settings.ema_inv_gamma,
+            power=settings.ema_power,
+            foreach=True,
+        )
+        optimizer = torch.optim.AdamW(
+            self.student.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.adam_weight_decay,
+            eps=settings.adam_epsilon,
+            fused=True,
+        )
+        # schedules are functions of the optimizer step; stepping one through accelerate would count processes
+        self.lr_factor: Callable[[int], float] = get_scheduler(
+            settings.lr_scheduler,
+            optimizer,
+            num_warmup_steps=settings.lr_warmup_steps,
+            num_training_steps=settings.max_steps,
+        ).lr_lambdas[0]
+        self.state = TrainingState(self.student, ema, optimizer, accelerator.scaler)
+        self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
+
+        # on the device, read only when logging: sums since the last log line, and what went wrong
+        self.sums = torch.zeros(4, device=self.device)  # loss, denoising, consistency, gradient norm
+        self.first_bad_step = torch.full((), -1, device=self.device)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def run(self, deadline: float | None = None) -> bool:
+        """Train to max_steps, resuming from the newest checkpoint.
+
+        Args:
+            deadline: time.monotonic() at which to stop with a checkpoint.
+
+        Returns:
+            True when max_steps is reached (`student` then holds the EMA weights), False when stopped before.
+
+        Raises:
+            RunError: the loss or its gradient is not finite.
+        """
+        settings, state = self.settings, self.state
+        self._resume()
+        progress = tqdm(
+            total=settings.max_steps,
+            initial=state.step,
+            desc=self.objective.name,
+            disable=not self.accelerator.is_main_process,
+            mininterval=1,
+        )
+        window_start, window_steps = time.monotonic(), 0
+        while state.step < settings.max_steps:
+            self._optimizer_step()
+            window_steps += 1
+            progress.update()
+            logging = state.step % settings.log_every == 0
+            stopping = (logging or self.accelerator.num_processes == 1) and self._stop_requested(deadline)
+            saving = stopping or state.step % settings.checkpoint_every == 0 or state.step == settings.max_steps
+            if logging or saving:
+                self._log(progress, window_steps, time.monotonic() - window_start)
+                window_start, window_steps = time.monotonic(), 0
+            if saving and self.accelerator.is_main_process:
+                save_checkpoint(self.checkpoints, state, settings.checkpoints_kept)
+            if settings.preview_every is not None and state.step % settings.preview_every == 0:
+                self._preview()
+            if stopping:
+                break
+        progress.close()
+        if self.accelerator.is_main_process:
+            self.writer.close()
+        self.accelerator.wait_for_everyone()
+        if state.step < settings.max_steps:
+            return False
+        state.ema.copy_to(self.student.parameters())
+        return True
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _resume(self) -> None:
+        """Load the newest checkpoint; cut the logs back to it, so that they neither repeat nor skip a step."""
+        log = self.folder / "log.jsonl"
+        if self.accelerator.is_main_process:
+            prepare_checkpoints(self.checkpoints)
+        self.accelerator.wait_for_everyone()
+        found = load_newest_checkpoint(self.checkpoints, self.state)
+        self.skipped_steps.fill_(self.state.skipped_steps)
+        if self.accelerator.is_main_process:
+            if found is not None:
+                print(f"{self.objective.name}: resuming from {found}")
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.state.step]
+            with atomic_file(log) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
+            self.writer = SummaryWriter(self.folder / "logs", purge_step=self.state.step + 1)
+
+    def _optimizer_step(self) -> None:
+        accelerator, state = self.accelerator, self.state
+        learning_rate = self.settings.learning_rate * self.lr_factor(state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        losses = torch.zeros(3, device=self.device)
+        mine = range(accelerator.process_index, self.micro_batches, accelerator.num_processes)
+        for micro_batch in mine:
+            last = micro_batch == mine[-1]
+            with nullcontext() if last else accelerator.no_sync(self.model):  # gradients are exchanged once per step
+                denoising, consistency = self._losses(micro_batch)
+                loss = denoising + self.objective.consistency_weight * consistency
+                accelerator.backward(loss / len(mine))
+            losses += torch.stack([loss, denoising, consistency]).detach() / len(mine)
+        gradient_norm = accelerator.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        state.step += 1
+        state.ema.step(self.student.parameters())
+
+        self.sums += torch.cat([losses, gradient_norm.detach().reshape(1)])
+        bad = ~torch.isfinite(gradient_norm)  # the same in every process; a loss that is not finite shows in it too
+        if accelerator.scaler is None:
+            self.first_bad_step = torch.where((self.first_bad_step < 0) & bad, state.step, self.first_bad_step)
+        else:  # the loss scaler has skipped the step
+            self.skipped_steps = torch.where(bad, self.skipped_steps + 1, 0)
+
+    def _losses(self, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both terms of the objective on one micro-batch, all its random draws seeded by its place in the run."""
+        objective, size, step = self.objective, self.micro_batch_size, self.state.step
+        random = np.random.default_rng((self.seed, objective.stream, MICRO_BATCH, step, micro_batch))
+        start = step * self.settings.batch_size + micro_batch * size
+        indices = batch_indices(self.seed, objective.stream, len(self.images), start, size)
+        low, high = choose_interval(
+            objective.timestep_range,
+            self.scheduler.config.num_train_timesteps,
+            objective.global_probability,
+            random.random(),
+        )
+        pixels = self.images.batch(indices, random)
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        pixels = pixels.to(self.device, non_blocking=True)
+        clean = (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+        torch.manual_seed(int(random.integers(2**63)))  # for the draws on the device: dropout takes no generator
+        timesteps = sample_timesteps(size, low, high, self.device)
+        noise = torch.randn_like(clean)
+        teacher = single(self.teacher) if self.teacher is not None else None
+        return decoupled_loss(single(self.model), teacher, self.scheduler, clean, noise, timesteps)
+
+    def _stop_requested(self, deadline: float | None) -> bool:
+        """Whether time is up; the main process's clock decides for all."""
+        expired = [deadline is not None and time.monotonic() >= deadline]
+        return broadcast_object_list(expired)[0]
+
+    def _log(self, progress: tqdm, steps: int, seconds: float) -> None:
+        """Write the means since the last log line; the only place that waits for the device.
+
+        Raises:
+            RunError: the loss or its gradient was not finite.
+        """
+        means = (self.accelerator.reduce(self.sums, "mean") / steps).tolist()
+        self.sums.zero_()
+        self._check_finite()
+        step = self.state.step
+        line = {
+            "step": step,
+            **dict(zip(("loss", "denoising_loss", "consistency_loss", "gradient_norm"), means, strict=True)),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "ema_decay": self.state.ema.cur_decay_value,
+            "images_per_second": steps * self.settings.batch_size / seconds,
+        }
+        if not self.accelerator.is_main_process:
+            return
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, step)
+        progress.set_postfix(
+            loss=f"{line['loss']:.4f}",
+            consistency=f"{line['consistency_loss']:.4f}",
+            lr=f"{line['learning_rate']:.1e}",
+            images_s=f"{line['images_per_second']:.0f}",
+        )
+
+    def _check_finite(self) -> None:
+        first_bad, self.state.skipped_steps = int(self.first_bad_step), int(self.skipped_steps)
+        if first_bad < 0 and self.state.skipped_steps < MAX_SKIPPED_STEPS:
+            return
+        saved = list_checkpoints(self.checkpoints)
+        what = f"the loss or its gradient is not finite at step {first_bad}"
+        if first_bad < 0:
+            what = f"{self.state.skipped_steps} steps in a row without finite gradients up to step {self.state.step}"
+        raise RunError(f"{self.objective.name}: {what}; last good checkpoint: {saved[0] if saved else 'none'}")
+
+    def _preview(self) -> None:
+        """Save a grid of images drawn with the EMA weights."""
+        if not self.accelerator.is_main_process:
+            return
+        unet, ema = self.student, self.state.ema
+        size = unet.config.sample_size
+        ema.store(unet.parameters())
+        ema.copy_to(unet.parameters())
+        unet.eval()
+        images = sample_images(
+            single(unet),
+            self.scheduler,
+            range(PREVIEW_IMAGES),
+            (unet.config.in_channels, size, size),
+            self.device,
+            PREVIEW_STEPS,
+        )
+        unet.train()
+        ema.restore(unet.parameters())
+        path = self.folder / "previews" / f"step-{self.state.step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_grid(images, path)

@@ -1,0 +1,122 @@
+"""Decouple: finetune one copy of the pretrained UNet per timestep range.
+
+    accelerate launch finetune.py                            # every range in turn
+    accelerate launch finetune.py finetune.range=2           # one, counted from 0: a cluster runs them in parallel
+    accelerate launch finetune.py finetune.range=continued   # the control: plain training on all timesteps, equal cost
+
+Writes runs/<name>/finetuned/0000-0250/unet/ and so on (EMA weights); checkpoints, logs and previews lie beside it.
+The same command again resumes, or does nothing when all is done.
+"""
+
+import time
+from dataclasses import replace
+
+from deme.config import CONTINUED, Config, Finetune, provenance, range_name, run_script, training_inputs
+
+
+def chosen_ranges(config: Config) -> list[tuple[int, int] | None]:
+    """What this command trains: timestep ranges, or None for the control."""
+    chosen, ranges = config.finetune.range, config.timesteps.ranges
+    if chosen == CONTINUED:
+        return [None]
+    return ranges if chosen is None else [ranges[chosen]]
+
+
+def settings_for(config: Config, timestep_range: tuple[int, int] | None) -> Finetune:
+    """The control trains on all timesteps with the plain loss, for as many steps as all ranges together."""
+    if timestep_range is not None:
+        return config.finetune
+    steps = len(config.timesteps.ranges) * config.finetune.max_steps
+    return replace(config.finetune, max_steps=steps, global_probability=1.0, consistency_weight=0.0)
+
+
+def plan(config: Config) -> str:
+    lines = []
+    for timestep_range in chosen_ranges(config):
+        folder, settings = config.finetuned_folder(timestep_range), settings_for(config, timestep_range)
+        state = "complete" if (folder / "unet").exists() else f"{settings.max_steps} steps"
+        lines.append(f"finetune {config.pretrained} on {range_name(timestep_range)} -> {folder / 'unet'}: {state}")
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    from deme.data import load_training_images
+    from deme.devices import make_accelerator
+    from deme.files import sha256
+    from deme.pipelines import WEIGHTS, find_pipeline, load_scheduler, load_unet
+    from deme.training import check_shares
+
+    deadline = None
+    if config.finetune.max_minutes is not None:
+        deadline = time.monotonic() + 60 * config.finetune.max_minutes
+
+    # --- the pretrained pipeline and the data
+    accelerator = make_accelerator(config.finetune.mixed_precision, "finetune.mixed_precision")
+    check_shares(accelerator, config.finetune)
+    pretrained = find_pipeline(config.pretrained)
+    scheduler = load_scheduler(pretrained, config.timesteps.num_train_timesteps)
+    unet = load_unet(pretrained / "unet", config.data.resolution)
+    weights_hash = sha256(pretrained / "unet" / WEIGHTS)
+    images = load_training_images(config.data, unet.config.in_channels)
+    accelerator.print(
+        f"{config.pretrained}: {unet.num_parameters():,} parameters; {len(images):,} images; "
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+    )
+
+    # --- one run per range
+    for timestep_range in chosen_ranges(config):
+        if not finetune(config, timestep_range, unet, weights_hash, scheduler, images, deadline):
+            accelerator.print(
+                f"stopped after finetune.max_minutes={config.finetune.max_minutes}; the same command resumes"
+            )
+            return
+
+
+def finetune(config, timestep_range, pretrained_unet, weights_hash, scheduler, images, deadline) -> bool:
+    """Train one copy; True when it is complete."""
+    import copy
+
+    from deme.devices import make_accelerator
+    from deme.files import atomic_folder
+    from deme.projection import ProjectedUNet2DModel
+    from deme.training import Objective, Trainer, claim_folder
+
+    folder, settings = config.finetuned_folder(timestep_range), settings_for(config, timestep_range)
+    is_control = timestep_range is None
+    projected = config.model.projection and not is_control
+
+    # --- the run's folder, or the same run in it
+    accelerator = make_accelerator(settings.mixed_precision, "finetune.mixed_precision")  # one loss scale per run
+    inputs = training_inputs(config, settings) | {
+        "finetune.range": range_name(timestep_range),
+        "model.projection": projected,
+        "pretrained weights (SHA-256)": weights_hash,
+    }
+    claim_folder(accelerator, folder, inputs, provenance(config))
+    if (folder / "unet").exists():
+        accelerator.print(f"{folder / 'unet'} is complete")
+        return True
+
+    # --- student and teacher start from the same weights
+    student = ProjectedUNet2DModel.from_unet(pretrained_unet) if projected else copy.deepcopy(pretrained_unet)
+    teacher = copy.deepcopy(pretrained_unet) if settings.consistency_weight > 0 else None
+    objective = Objective(
+        name=range_name(timestep_range),
+        stream=1 if is_control else 2 + config.timesteps.ranges.index(timestep_range),
+        timestep_range=(0, config.timesteps.num_train_timesteps) if is_control else timestep_range,
+        global_probability=settings.global_probability,
+        consistency_weight=settings.consistency_weight,
+    )
+    trainer = Trainer(accelerator, student, teacher, scheduler, images, objective, settings, config.seed, folder)
+    if not trainer.run(deadline):
+        return False
+    if accelerator.is_main_process:
+        with atomic_folder(folder / "unet") as temporary:
+            student.save_pretrained(temporary)
+        print(f"wrote {folder / 'unet'}")
+    accelerator.wait_for_everyone()
+    return True
+
+
+if __name__ == "__main__":
+    run_script(__doc__, plan, main)

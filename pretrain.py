@@ -1,0 +1,63 @@
+"""Pretrain a DDPM from nothing, where no pretrained one can be downloaded (digits, own data).
+
+    python pretrain.py                                  # the embedded digits
+    accelerate launch pretrain.py --config FILE         # over many GPUs
+
+Writes the pipeline folder runs/<name>/pretrained/; checkpoints, logs and previews lie in runs/<name>/pretraining/.
+The same command again resumes, or does nothing when all is done.
+"""
+
+import time
+
+from deme.config import Config, provenance, run_script, training_inputs
+
+
+def plan(config: Config) -> str:
+    return f"pretrain for {config.pretrain.max_steps} steps -> {config.folder / 'pretrained'}"
+
+
+def main(config: Config) -> None:
+    import diffusers
+    import torch
+
+    from deme.config import UserError
+    from deme.data import load_training_images
+    from deme.devices import make_accelerator
+    from deme.pipelines import save_pipeline
+    from deme.training import Objective, Trainer, check_shares, claim_folder
+
+    started = time.monotonic()
+    settings, output, work = config.pretrain, config.folder / "pretrained", config.folder / "pretraining"
+
+    # --- the run's folder, or the same run in it
+    accelerator = make_accelerator(settings.mixed_precision, "pretrain.mixed_precision")
+    check_shares(accelerator, settings)
+    claim_folder(accelerator, work, training_inputs(config, settings), provenance(config))
+    if output.exists():
+        accelerator.print(f"{output} is complete")
+        return
+
+    # --- network and noise schedule from the configuration
+    torch.manual_seed(config.seed)
+    try:
+        unet = diffusers.UNet2DModel(sample_size=config.data.resolution, **settings.unet)
+        scheduler = diffusers.DDPMScheduler(config.timesteps.num_train_timesteps, **settings.scheduler)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"pretrain.unet={settings.unet}, pretrain.scheduler={settings.scheduler}: {error}") from None
+    images = load_training_images(config.data, unet.config.in_channels)
+    accelerator.print(f"{sum(p.numel() for p in unet.parameters()):,} parameters, {len(images):,} images")
+
+    # --- train on all timesteps, without a teacher
+    objective = Objective("pretraining", stream=0, timestep_range=(0, config.timesteps.num_train_timesteps))
+    trainer = Trainer(accelerator, unet, None, scheduler, images, objective, settings, config.seed, work)
+    deadline = None if settings.max_minutes is None else started + 60 * settings.max_minutes
+    if not trainer.run(deadline):
+        accelerator.print(f"stopped after pretrain.max_minutes={settings.max_minutes}; the same command resumes")
+        return
+    if accelerator.is_main_process:
+        save_pipeline(output, unet.float(), scheduler)
+        print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    run_script(__doc__, plan, main)

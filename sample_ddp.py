@@ -1,0 +1,147 @@
+"""Draw images with DDIM over all processes: exactly sample.num_images PNGs, each named by its seed.
+
+    accelerate launch sample_ddp.py                              # from the merged model
+    accelerate launch sample_ddp.py sample.model=pretrained      # or continued, ensemble, or a folder
+
+Writes runs/<name>/samples/<model>/000000.png … and the contact sheet runs/<name>/grid-<model>.png. An image depends on
+its seed alone, not on the batch or the number of processes. A second run writes only what is missing; a folder that
+another model or other settings filled is refused unless sample.overwrite=true.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deme.config import CONTINUED, Config, UserError, provenance, run_script
+
+GRID_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's networks and noise schedule lie."""
+
+    unets: list[Path]  # one UNet folder, or one per timestep range
+    pipeline: str  # whose scheduler is used: a folder or a Hub id
+
+
+def find_source(config: Config) -> Source:
+    """
+    Raises:
+        UserError: the model is unknown or not made yet; says how it is made.
+    """
+    from deme.pipelines import find_pipeline
+
+    model = config.sample.model
+    if model == "pretrained":
+        return Source([find_pipeline(config.pretrained) / "unet"], config.pretrained)
+    named = {
+        "merged": (Source([config.merged / "unet"], str(config.merged)), "merge.py"),
+        "ensemble": (Source(config.merge_inputs, config.pretrained), "finetune.py"),
+        CONTINUED: (
+            Source([config.finetuned_folder(None) / "unet"], config.pretrained),
+            f"finetune.py finetune.range={CONTINUED}",
+        ),
+    }
+    if model in named:
+        source, maker = named[model]
+        for folder in source.unets:
+            if not folder.is_dir():
+                raise UserError(f"sample.model={model}: {folder} is missing; {maker} makes it")
+        return source
+    folder = Path(model)
+    if (folder / "unet").is_dir():
+        has_scheduler = (folder / "scheduler").is_dir()
+        return Source([folder / "unet"], model if has_scheduler else config.pretrained)
+    if (folder / "config.json").is_file():
+        return Source([folder], config.pretrained)
+    raise UserError(
+        f"sample.model={model}: not merged, pretrained, {CONTINUED}, ensemble, or a folder that holds a UNet"
+    )
+
+
+def output_folder(config: Config) -> Path:
+    if config.sample.output is not None:
+        return Path(config.sample.output)
+    return config.folder / "samples" / Path(config.sample.model).name
+
+
+def plan(config: Config) -> str:
+    settings = config.sample
+    last = settings.seed_offset + settings.num_images - 1
+    return f"draw seeds {settings.seed_offset} ... {last} from {settings.model} -> {output_folder(config)}"
+
+
+def main(config: Config) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+    from accelerate.utils import broadcast_object_list
+    from tqdm import tqdm
+
+    from deme.devices import make_accelerator
+    from deme.files import sha256
+    from deme.pipelines import WEIGHTS, find_pipeline, load_scheduler, load_unet
+    from deme.samples import claim_samples, image_path, missing_seeds, read_images, write_image
+    from deme.sampling import ensemble, sample_images, save_grid, single
+
+    settings, output = config.sample, output_folder(config)
+    accelerator = make_accelerator(settings.mixed_precision, "sample.mixed_precision")
+
+    # --- networks and noise schedule
+    source = find_source(config)
+    pipeline = find_pipeline(source.pipeline)
+    scheduler = load_scheduler(pipeline, config.timesteps.num_train_timesteps)
+    unets = [load_unet(folder, config.data.resolution) for folder in source.unets]
+    unets = [unet.to(accelerator.device, memory_format=torch.channels_last) for unet in unets]
+    predict = single(unets[0]) if len(unets) == 1 else ensemble(unets, config.timesteps.ranges)
+    shape = (unets[0].config.out_channels, config.data.resolution, config.data.resolution)
+
+    # --- the folder: what it is made from, and which images are missing
+    identity = {
+        "weights": [sha256(folder / WEIGHTS) for folder in source.unets],
+        "timesteps": [list(edges) for edges in config.timesteps.ranges] if len(unets) > 1 else None,
+        "scheduler": sha256(pipeline / "scheduler" / "scheduler_config.json"),
+        "num_inference_steps": settings.num_inference_steps,
+        "eta": settings.eta,
+        "mixed_precision": settings.mixed_precision,
+        "resolution": config.data.resolution,
+    }
+    seeds = range(settings.seed_offset, settings.seed_offset + settings.num_images)
+    todo = [None]
+    if accelerator.is_main_process:
+        claim_samples(output, identity, seeds, settings.overwrite, provenance(config))
+        todo = [missing_seeds(output, seeds)]
+        print(
+            f"{output}: {len(todo[0]):,} of {len(seeds):,} images to draw; "
+            f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+        )
+    [missing] = broadcast_object_list(todo)
+
+    # --- draw this process's share; threads write one batch while the next is drawn
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    batches = [mine[start : start + settings.batch_size] for start in range(0, len(mine), settings.batch_size)]
+    writes = []
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for batch in tqdm(
+            batches, settings.model, unit="batch", disable=not accelerator.is_main_process or not batches
+        ):
+            with accelerator.autocast():
+                images = sample_images(
+                    predict, scheduler, batch, shape, accelerator.device, settings.num_inference_steps, settings.eta
+                )
+            for write in writes:
+                write.result()  # a full disk stops the run here
+            writes = [pool.submit(write_image, output, *pair) for pair in zip(batch, images, strict=True)]
+        for write in writes:
+            write.result()
+    accelerator.wait_for_everyone()
+
+    # --- contact sheet
+    if accelerator.is_main_process:
+        grid = config.folder / f"grid-{output.name}.png"
+        save_grid(read_images([image_path(output, seed) for seed in seeds[:GRID_IMAGES]]), grid)
+        print(f"{output}: {len(seeds):,} images; {grid}")
+
+
+if __name__ == "__main__":
+    run_script(__doc__, plan, main)

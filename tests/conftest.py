@@ -1,0 +1,87 @@
+"""Tiny real models and real subprocesses that the tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DDPMScheduler, UNet2DModel
+
+from deme.pipelines import save_pipeline
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY_UNET = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+}
+
+
+def tiny_unet(seed: int = 0, **settings) -> UNet2DModel:
+    torch.manual_seed(seed)
+    return UNet2DModel(sample_size=8, **(TINY_UNET | settings)).eval()
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> Path:
+    """A pipeline folder with a small random UNet and a scheduler whose betas are not diffusers' defaults."""
+    folder = tmp_path_factory.mktemp("pipeline") / "pretrained"
+    save_pipeline(folder, tiny_unet(), DDPMScheduler(beta_end=0.03, clip_sample_range=1.5))
+    return folder
+
+
+@pytest.fixture
+def config_file(tmp_path, pretrained) -> Path:
+    """A configuration that runs every script in seconds, into tmp_path/tiny."""
+    config = {
+        "name": "tiny",
+        "output_dir": str(tmp_path),
+        "model": {"pretrained": str(pretrained)},
+        "timesteps": {"num_ranges": 2},
+        "pretrain": {"unet": TINY_UNET, "max_steps": 4, "batch_size": 8, "log_every": 2},
+        "finetune": {"max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "log_every": 1},
+        "merge": {"coefficients": [0.5, 0.25]},
+        "sample": {"num_images": 6, "batch_size": 4, "num_inference_steps": 3},
+        "evaluate": {"features": "classifier", "classifier_epochs": 1},
+    }
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def command(script: str, config_file: Path, *overrides: str, processes: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        module = "accelerate.commands.launch"
+        launcher = [sys.executable, "-m", module, "--multi_gpu", "--num_processes", str(processes)]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--main_process_port", "0"]
+    return [*launcher, str(REPOSITORY / script), "--config", str(config_file), *overrides]
+
+
+def environment() -> dict[str, str]:
+    """One thread, so that runs are equal bit for bit; the CPU even where there is a GPU."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
+
+
+def run(
+    script: str, config_file: Path, *overrides: str, processes: int = 1, status: int = 0, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run a script as a user would and require its exit status."""
+    result = subprocess.run(
+        command(script, config_file, *overrides, processes=processes),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=config_file.parent,
+    )
+    assert result.returncode == status, f"{script} {overrides}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result

@@ -1,0 +1,153 @@
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, environment, run
+from PIL import Image
+from pytorch_fid.inception import FID_WEIGHTS_URL
+
+from deme.classifier import load_classifier, save_classifier, train_classifier
+from deme.config import Data
+from deme.data import load_evaluation_images
+
+
+def make_images(folder, count, brightness, size=8):
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(brightness)
+    for seed in range(count):
+        pixels = np.clip(random.normal(brightness, 50, (size, size, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed:06d}.png")
+
+
+@pytest.fixture
+def samples(config_file):
+    folder = config_file.parent / "tiny" / "samples"
+    make_images(folder / "merged", 12, 100)
+    make_images(folder / "pretrained", 12, 160)
+    return folder
+
+
+def results(config_file) -> dict:
+    return json.loads((config_file.parent / "tiny" / "results.json").read_text())
+
+
+def test_classifier_scores_every_folder_against_the_pretrained_row(config_file, samples):
+    first = run("evaluate.py", config_file, "evaluate.blocks=3")
+    found = results(config_file)
+    pretrained, merged = found["rows"]
+    assert merged["samples"].endswith("merged")
+    assert "difference" not in pretrained
+    differences = np.subtract(merged["blocks"], pretrained["blocks"])
+    assert merged["difference"] == pytest.approx(differences.mean())
+    assert merged["difference_standard_error"] == pytest.approx(differences.std(ddof=1) / np.sqrt(3))
+    assert merged["mean"] == pytest.approx(np.mean(merged["blocks"]))
+    assert "| merged | 12 |" in first.stdout
+    assert 0 < found["held_out_accuracy"] <= 1
+    stats = config_file.parent / "tiny" / "stats"
+    before = {path.name: path.stat().st_mtime_ns for path in stats.iterdir()}
+    assert before.keys() == {"classifier.npz", "classifier.safetensors"}
+    run("evaluate.py", config_file, "evaluate.blocks=3", processes=2)
+    assert {path.name: path.stat().st_mtime_ns for path in stats.iterdir()} == before
+    again = results(config_file)["rows"]
+    for row, twin in zip(found["rows"], again, strict=True):
+        assert twin["pooled"] == pytest.approx(row["pooled"], rel=1e-4)
+
+
+def test_the_classifier_knows_the_digits(tmp_path):
+    """At least 97 % on digits it was not trained on; saved and loaded it gives the same features."""
+    pixels, labels = load_evaluation_images(Data())
+    classifier, accuracy = train_classifier(pixels, labels, epochs=12, seed=0, device=torch.device("cpu"))
+    assert accuracy >= 0.97
+    save_classifier(tmp_path / "c.safetensors", classifier, accuracy, {"seed": 0})
+    assert load_classifier(tmp_path / "c.safetensors", {"seed": 1}) is None
+    loaded, saved_accuracy = load_classifier(tmp_path / "c.safetensors", {"seed": 0})
+    assert saved_accuracy == accuracy
+    with torch.inference_mode():
+        assert torch.equal(loaded.features(pixels[:9]), classifier.features(pixels[:9]))
+
+
+@pytest.fixture(scope="module")
+def torch_home(tmp_path_factory):
+    """Inception weights drawn from a kaiming normal, where pytorch_fid looks for its download.
+
+    (Default-initialised networks map everything to nearly the same features.)
+    """
+    import torchvision
+    from pytorch_fid import inception
+
+    torch.manual_seed(0)
+    network = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
+    for name, block in {
+        "Mixed_5b": inception.FIDInceptionA(192, pool_features=32),
+        "Mixed_5c": inception.FIDInceptionA(256, pool_features=64),
+        "Mixed_5d": inception.FIDInceptionA(288, pool_features=64),
+        "Mixed_6b": inception.FIDInceptionC(768, channels_7x7=128),
+        "Mixed_6c": inception.FIDInceptionC(768, channels_7x7=160),
+        "Mixed_6d": inception.FIDInceptionC(768, channels_7x7=160),
+        "Mixed_6e": inception.FIDInceptionC(768, channels_7x7=192),
+        "Mixed_7b": inception.FIDInceptionE_1(1280),
+        "Mixed_7c": inception.FIDInceptionE_2(2048),
+    }.items():
+        setattr(network, name, block)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    home = tmp_path_factory.mktemp("torch")
+    (home / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(network.state_dict(), home / "hub" / "checkpoints" / FID_WEIGHTS_URL.rsplit("/", 1)[1])
+    return home
+
+
+def test_fid_agrees_with_pytorch_fid(config_file, samples, torch_home, monkeypatch):
+    """The same folder against the same statistics, which evaluate.py made: equal to 1e-6 relative."""
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
+    data = config_file.parent / "data"
+    make_images(data / "train" / "a", 10, 130)
+    settings = [f"data.name={data}", "data.label_column=null", "evaluate.features=inception"]
+    run("evaluate.py", config_file, *settings, f"evaluate.samples=[{samples / 'merged'}]")
+    statistics = config_file.parent / "tiny" / "stats" / "inception.npz"
+    theirs = subprocess.run(
+        [sys.executable, "-m", "pytorch_fid", samples / "merged", statistics, "--device", "cpu", "--num-workers", "0"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert theirs.returncode == 0, theirs.stderr
+    expected = float(re.search(r"FID:\s+(\S+)", theirs.stdout)[1])
+    [row] = results(config_file)["rows"]
+    assert expected > 1
+    assert row["pooled"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_absent_inception_weights_say_where_to_put_them(config_file, samples, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network, wherever the test runs
+    result = run("evaluate.py", config_file, "evaluate.features=inception", status=2)
+    assert "the Inception weights can't be downloaded" in result.stderr
+    assert str(tmp_path / "empty" / "hub" / "checkpoints") in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.blocks=5", "evaluate.blocks=5: "),
+        ("evaluate.samples=[nowhere]", "evaluate.samples=nowhere: no images in this folder"),
+        ("data.label_column=null", "data.label_column=None: evaluate.features=classifier needs labels"),
+        ("evaluate.reference=tiny.yaml", "tiny.yaml: not an npz file of mu and sigma"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(config_file, samples, override, message):
+    result = run("evaluate.py", config_file, override, status=2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_no_samples_at_all(config_file):
+    result = run("evaluate.py", config_file, status=2)
+    assert "evaluate.samples=None: no sample folders in" in result.stderr
+    assert REPOSITORY.name not in result.stdout

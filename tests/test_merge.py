@@ -1,0 +1,133 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, run, tiny_unet
+from diffusers import UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from deme.pipelines import WEIGHTS
+from deme.projection import ProjectedUNet2DModel
+
+
+@pytest.fixture
+def experts(config_file, pretrained):
+    """Two projected finetuned UNets, made without training."""
+    folders = []
+    for index, name in enumerate(["0000-0500", "0500-1000"]):
+        unet = ProjectedUNet2DModel.from_unet(UNet2DModel.from_pretrained(pretrained / "unet"))
+        torch.manual_seed(index + 1)
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        folders.append(config_file.parent / "tiny" / "finetuned" / name / "unet")
+        unet.save_pretrained(folders[-1])
+    return folders
+
+
+def edit(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def test_the_merged_folder_is_a_pipeline_of_the_formula(config_file, pretrained, experts):
+    run("merge.py", config_file)
+    output = config_file.parent / "tiny" / "merged"
+    base, merged = load_file(pretrained / "unet" / WEIGHTS), load_file(output / "unet" / WEIGHTS)
+    first, second = (load_file(folder / WEIGHTS) for folder in experts)
+    assert merged.keys() == first.keys()
+    for name, weight in merged.items():
+        pretrained_weight = base[name] if name in base else torch.eye(len(weight))[:, :, None, None]
+        expected = (
+            pretrained_weight + 0.5 * (first[name] - pretrained_weight) + 0.25 * (second[name] - pretrained_weight)
+        )
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6, msg=name)
+    scheduler = "scheduler/scheduler_config.json"
+    assert (output / scheduler).read_bytes() == (pretrained / scheduler).read_bytes()
+    record = yaml.safe_load((output / "merge.yaml").read_text())
+    assert record["coefficients"] == [0.5, 0.25]
+    assert [entry["timesteps"] for entry in record["finetuned"]] == ["0000-0500", "0500-1000"]
+    assert len(record["pretrained"]["sha256"]) == 64
+
+
+def test_three_lines_load_it(config_file, experts):
+    """As the README shows; a folder elsewhere loads as well, with the pretrained betas."""
+    run("merge.py", config_file, "merge.output=elsewhere")
+    program = """
+import deme.projection
+from diffusers import DDIMPipeline
+pipeline = DDIMPipeline.from_pretrained("elsewhere")
+assert type(pipeline.unet).__name__ == "ProjectedUNet2DModel"
+assert pipeline.scheduler.config.beta_end == 0.03
+print(pipeline(batch_size=2, num_inference_steps=2).images[1].size)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=config_file.parent,
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "(8, 8)"
+
+
+def test_models_without_projections_make_a_plain_pipeline(config_file, pretrained, experts):
+    for index, folder in enumerate(experts):
+        shutil.rmtree(folder)
+        tiny_unet(seed=index + 1).save_pretrained(folder)
+    run("merge.py", config_file)
+    index = json.loads((config_file.parent / "tiny" / "merged" / "model_index.json").read_text())
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+
+
+def test_merging_again_is_a_no_op_and_other_coefficients_replace(config_file, experts):
+    weights = config_file.parent / "tiny" / "merged" / "unet" / WEIGHTS
+    run("merge.py", config_file)
+    before = weights.stat().st_mtime_ns
+    assert "is complete" in run("merge.py", config_file).stdout
+    assert weights.stat().st_mtime_ns == before
+    assert "replacing it" in run("merge.py", config_file, "merge.coefficients=[0,0]").stdout
+    assert load_file(weights)["conv_in.weight"].shape == (8, 1, 3, 3)
+    assert weights.stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("conv_out.bias"), "0500-1000/unet: the pretrained model's tensor conv_out.bias is missing"),
+        (lambda t: t.update(extra=torch.ones(1)), "0500-1000/unet: tensor extra is not in the pretrained model"),
+        (lambda t: t.update({"conv_out.bias": torch.ones(2)}), "tensor conv_out.bias has the shape (2,)"),
+        (lambda t: t["conv_out.bias"].fill_(float("nan")), "tensor conv_out.bias holds NaN or infinite values"),
+    ],
+)
+def test_unfit_weights_are_refused_and_nothing_is_written(config_file, experts, change, message):
+    edit(experts[1], change)
+    result = run("merge.py", config_file, status=2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in (config_file.parent / "tiny").iterdir()] == ["finetuned"]
+
+
+def test_missing_truncated_and_pickled_inputs_are_named(config_file, experts):
+    weights = experts[1] / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert f"{weights}: " in run("merge.py", config_file, status=2).stderr
+    torch.save({"a": torch.ones(1)}, weights)
+    assert f"{weights}: " in run("merge.py", config_file, status=2).stderr
+    weights.unlink()
+    assert (
+        f"{weights}: missing; train it with finetune.py finetune.range=1"
+        in run("merge.py", config_file, status=2).stderr
+    )
+
+
+def test_a_folder_that_merge_did_not_make_is_not_replaced(config_file, experts):
+    result = run("merge.py", config_file, "merge.output=tiny/finetuned", status=2)
+    assert "merge.output=tiny/finetuned: exists without a merge.yaml, so it is not replaced" in result.stderr
+    assert (experts[0] / WEIGHTS).exists()

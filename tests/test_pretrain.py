@@ -1,0 +1,27 @@
+import json
+
+import torch
+from conftest import run
+from diffusers import DDPMPipeline
+
+OWN = "model.pretrained=null"
+
+
+def test_a_pipeline_folder_is_trained_and_not_trained_again(config_file):
+    first = run("pretrain.py", config_file, OWN, "pretrain.scheduler.beta_end=0.03")
+    folder = config_file.parent / "tiny" / "pretrained"
+    assert f"wrote {folder}" in first.stdout
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    assert pipeline.scheduler.config.beta_end == 0.03
+    assert pipeline.unet.config.sample_size == 8
+    lines = (config_file.parent / "tiny" / "pretraining" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+    assert all(torch.isfinite(weight).all() for weight in pipeline.unet.state_dict().values())
+    again = run("pretrain.py", config_file, OWN, "pretrain.scheduler.beta_end=0.03")
+    assert f"{folder} is complete" in again.stdout
+
+
+def test_settings_that_diffusers_refuses_are_named(config_file):
+    result = run("pretrain.py", config_file, "pretrain.unet.block_out_channels=[8]", status=2)
+    assert "pretrain.unet={" in result.stderr
+    assert "block_out_channels" in result.stderr

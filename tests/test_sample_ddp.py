@@ -1,0 +1,108 @@
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from conftest import command, environment, run
+from PIL import Image
+
+MODEL = "sample.model=pretrained"
+
+
+def images(folder) -> dict[str, np.ndarray]:
+    return {path.name: np.array(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
+
+
+@pytest.fixture
+def output(config_file):
+    return config_file.parent / "tiny" / "samples" / "pretrained"
+
+
+def test_exactly_the_images_asked_for_and_only_once(config_file, output):
+    """6 images in batches of 4; run again nothing is drawn; more images keep the first ones."""
+    run("sample_ddp.py", config_file, MODEL)
+    first = images(output)
+    assert list(first) == [f"{seed:06d}.png" for seed in range(6)]
+    assert {image.shape for image in first.values()} == {(8, 8)}
+    assert (config_file.parent / "tiny" / "grid-pretrained.png").exists()
+    assert "0 of 6 images to draw" in run("sample_ddp.py", config_file, MODEL).stdout
+    assert "3 of 9 images to draw" in run("sample_ddp.py", config_file, MODEL, "sample.num_images=9").stdout
+    more = images(output)
+    assert len(more) == 9
+    assert all(np.array_equal(more[name], image) for name, image in first.items())
+
+
+def test_processes_and_batches_do_not_change_the_images(config_file, output):
+    """One process in batches of 4, two in batches of 3: equal to one grey level; also under an offset of the seeds."""
+    run("sample_ddp.py", config_file, MODEL, "sample.num_images=7")
+    expected = images(output)
+    shutil.rmtree(output)
+    result = run("sample_ddp.py", config_file, MODEL, "sample.num_images=7", "sample.batch_size=3", processes=2)
+    assert "2 process(es) on cpu" in result.stdout
+    found = images(output)
+    assert found.keys() == expected.keys()
+    assert all(np.abs(found[name] - image).max() <= 1 for name, image in expected.items())
+    run("sample_ddp.py", config_file, MODEL, "sample.num_images=2", "sample.seed_offset=5", "sample.output=offset")
+    offset = images(config_file.parent / "offset")
+    assert list(offset) == ["000005.png", "000006.png"]
+    assert all(np.abs(offset[name] - expected[name]).max() <= 1 for name in offset)
+
+
+def test_killed_sampling_goes_on(config_file, output):
+    options = [MODEL, "sample.num_images=400", "sample.batch_size=10", "sample.num_inference_steps=10"]
+    process = subprocess.Popen(
+        command("sample_ddp.py", config_file, *options), env=environment(), cwd=config_file.parent
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(output.glob("*.png"))) < 20 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    drawn = len(list(output.glob("*.png")))
+    assert 20 <= drawn < 400
+    resumed = run("sample_ddp.py", config_file, *options)
+    assert f"{400 - drawn} of 400 images to draw" in resumed.stdout
+    assert len(images(output)) == 400
+    assert len(list(output.iterdir())) == 401  # and samples.yaml
+
+
+def test_another_model_is_refused_and_nothing_lost(config_file, output):
+    run("sample_ddp.py", config_file, MODEL)
+    refused = run("sample_ddp.py", config_file, MODEL, "sample.num_inference_steps=4", status=2)
+    assert "holds samples of other num_inference_steps" in refused.stderr
+    assert len(images(output)) == 6
+    run("sample_ddp.py", config_file, MODEL, "sample.num_inference_steps=4", "sample.overwrite=true")
+    assert len(images(output)) == 6
+
+
+def test_every_model_of_a_run_can_be_sampled(config_file):
+    """merged, continued, ensemble and a path; the ensemble of unchanged copies draws the pretrained model's images."""
+    run("finetune.py", config_file, "finetune.max_steps=1", "finetune.learning_rate=1e-30")
+    run("merge.py", config_file)
+    samples = config_file.parent / "tiny" / "samples"
+    for model in ("pretrained", "merged", "ensemble", "tiny/merged", "tiny/finetuned/0000-0500/unet"):
+        name = model.replace("/", "-")
+        run("sample_ddp.py", config_file, f"sample.model={model}", f"sample.output=tiny/samples/{name}")
+    expected = images(samples / "pretrained")
+    for folder in samples.iterdir():
+        assert all(np.abs(images(folder)[name] - image).max() <= 1 for name, image in expected.items()), folder
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sample.model=nothing", "sample.model=nothing: not merged, pretrained, continued, ensemble, or a folder"),
+        ("sample.model=merged", "tiny/merged/unet is missing; merge.py makes it"),
+        ("sample.model=ensemble", "finetuned/0000-0500/unet is missing; finetune.py makes it"),
+        ("sample.output=tiny.yaml/below", "sample.output=tiny.yaml/below: cannot create this folder"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(config_file, override, message):
+    options = [override] if "model" in override else [MODEL, override]
+    result = run("sample_ddp.py", config_file, *options, status=2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

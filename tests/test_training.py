@@ -1,0 +1,236 @@
+import copy
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import tiny_unet
+from diffusers import DDPMScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from deme.checkpoints import list_checkpoints
+from deme.config import Finetune, RunError, UserError
+from deme.data import TrainingImages
+from deme.training import MAX_SKIPPED_STEPS, Objective, Trainer, batch_indices, check_shares, claim_folder
+
+OBJECTIVE = Objective("test", stream=2, timestep_range=(250, 500), global_probability=0.3, consistency_weight=1.0)
+SETTINGS = {"max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "log_every": 1}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Equal bit for bit needs equal thread counts; accelerate's state is global."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trainer(folder, objective=OBJECTIVE, precision="no", unet=None, **settings) -> Trainer:
+    unet = tiny_unet(dropout=0.1) if unet is None else unet
+    pixels = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    folder.mkdir(exist_ok=True)
+    teacher = copy.deepcopy(unet) if objective.consistency_weight > 0 else None
+    images = TrainingImages(list(pixels), 8, center_crop=False, random_flip=True)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    if precision == "fp16":  # accelerate scales the loss on GPUs only
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+    finetune = Finetune(**(SETTINGS | settings))
+    return Trainer(accelerator, unet, teacher, DDPMScheduler(), images, objective, finetune, 0, folder)
+
+
+def log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def newest_tensors(folder) -> dict[str, torch.Tensor]:
+    newest = list_checkpoints(folder / "checkpoints")[0]
+    return {f"{file.name}/{k}": v for file in newest.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@given(num_images=st.integers(1, 30), batches=st.integers(1, 8), size=st.integers(1, 40))
+def test_every_pass_over_the_data_is_a_permutation(num_images, batches, size):
+    """Consecutive batches read one endless stream; each of its epochs holds every image once."""
+    stream = np.concatenate([batch_indices(0, 1, num_images, size * b, size) for b in range(batches)])
+    assert len(stream) == batches * size
+    for epoch in range(len(stream) // num_images):
+        assert sorted(stream[epoch * num_images : (epoch + 1) * num_images]) == list(range(num_images))
+
+
+def test_batches_do_not_depend_on_how_they_are_cut():
+    whole = batch_indices(3, 2, 7, 0, 24)
+    assert np.array_equal(whole, np.concatenate([batch_indices(3, 2, 7, start, 4) for start in range(0, 24, 4)]))
+    assert not np.array_equal(whole, batch_indices(3, 1, 7, 0, 24))
+    assert not np.array_equal(whole, batch_indices(4, 2, 7, 0, 24))
+
+
+def test_ema_decays_are_the_published_ones(tmp_path):
+    """min(0.9999, 1 − n^(−3/4)) after optimizer step n: 0, 0.4054, 0.5613, 0.6464, 0.7009."""
+    trainer(tmp_path, max_steps=5).run()
+    decays = [line["ema_decay"] for line in log(tmp_path)]
+    assert decays == pytest.approx([0, 0.4054, 0.5613, 0.6464, 0.7009], abs=5e-5)
+
+
+def test_ema_is_capped(tmp_path):
+    trainer(tmp_path, max_steps=3, ema_decay=0.5).run()
+    assert log(tmp_path)[-1]["ema_decay"] == 0.5
+
+
+def test_the_student_ends_with_the_ema_weights(tmp_path):
+    """The EMA of the checkpoint follows from the students of all steps by its recurrence."""
+    run = trainer(tmp_path, checkpoint_every=1, checkpoints_kept=9)
+    assert run.run()
+    students = [
+        load_file(path / "student.safetensors") for path in reversed(list_checkpoints(tmp_path / "checkpoints"))
+    ]
+    expected = students[0]
+    for n, student in enumerate(students[1:], start=2):
+        decay = 1 - n**-0.75
+        expected = {name: decay * expected[name] + (1 - decay) * student[name] for name in student}
+    for name, weight in run.student.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], msg=name)
+
+
+def test_the_teacher_never_changes(tmp_path):
+    run = trainer(tmp_path, preview_every=2)
+    before = copy.deepcopy(run.teacher.state_dict())
+    run.run()
+    assert not run.teacher.training
+    assert not any(p.requires_grad for p in run.teacher.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in run.teacher.state_dict().items())
+    assert any(not torch.equal(weight, before[name]) for name, weight in run.student.state_dict().items())
+    assert len(list((tmp_path / "previews").glob("step-*.png"))) == 3
+
+
+def test_previews_and_log_frequency_do_not_change_the_weights(tmp_path):
+    for name, settings in {
+        "plain": {},
+        "previews": {"preview_every": 1, "log_every": 4, "checkpoint_every": 2},
+    }.items():
+        trainer(tmp_path / name, **settings).run()
+    plain, previews = (newest_tensors(tmp_path / name) for name in ("plain", "previews"))
+    assert all(torch.equal(plain[key], previews[key]) for key in plain)
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "cosine"])
+def test_learning_rate_schedules_count_optimizer_steps(tmp_path, scheduler):
+    """Two micro-batches a step; warm-up over 2 steps from 0, then the cosine from 1 to 0 over the other 4."""
+    name = "constant_with_warmup" if scheduler == "constant" else scheduler
+    trainer(tmp_path, lr_scheduler=name, lr_warmup_steps=2).run()
+    cosine = [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    factors = [0, 0.5, *([1] * 4 if scheduler == "constant" else cosine)]
+    assert [line["learning_rate"] for line in log(tmp_path)] == pytest.approx([1e-3 * f for f in factors])
+
+
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
+    """Student, EMA, optimizer state and logged losses equal those of a run never stopped, dropout included."""
+    assert trainer(tmp_path / "whole").run()
+    stopped = 0
+    while not trainer(tmp_path / "parts").run(deadline=time.monotonic()):
+        stopped += 1
+    assert stopped == SETTINGS["max_steps"] - 1
+    whole, parts = newest_tensors(tmp_path / "whole"), newest_tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert [key for key in whole if not torch.equal(whole[key], parts[key])] == []
+    timeless = [
+        [{k: v for k, v in line.items() if k != "images_per_second"} for line in log(tmp_path / n)]
+        for n in ("whole", "parts")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+    trainer(tmp_path / "whole").run()
+    trainer(tmp_path / "broken", max_steps=6, checkpoint_every=2).run()
+    newest = list_checkpoints(tmp_path / "broken" / "checkpoints")[0]
+    with (newest / "ema.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert trainer(tmp_path / "broken", max_steps=6, checkpoint_every=2).run()
+    assert f"{newest}: unreadable" in capsys.readouterr().out
+    whole, mended = newest_tensors(tmp_path / "whole"), newest_tensors(tmp_path / "broken")
+    assert all(torch.equal(whole[key], mended[key]) for key in whole)
+    assert [line["step"] for line in log(tmp_path / "broken")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_only_unreadable_checkpoints_are_an_error(tmp_path):
+    trainer(tmp_path).run()
+    for path in list_checkpoints(tmp_path / "checkpoints"):
+        (path / "state.json").write_text("{")
+    with pytest.raises(UserError, match="none of the 1 checkpoints can be read"):
+        trainer(tmp_path).run()
+
+
+def test_old_checkpoints_are_deleted(tmp_path):
+    trainer(tmp_path, checkpoint_every=1, checkpoints_kept=2).run()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000006", "step-00000005"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
+    """The bad step is named though it is read only later, and the checkpoint before it stays the newest."""
+    trainer(tmp_path, max_steps=6, checkpoint_every=2).run(deadline=time.monotonic() - 1)
+    run = trainer(tmp_path, max_steps=6, checkpoint_every=5, log_every=5)
+    poison = run._losses
+
+    def losses(micro_batch):
+        terms = poison(micro_batch)
+        return (terms[0] * float("nan"), terms[1]) if run.state.step == 2 else terms
+
+    run._losses = losses
+    with pytest.raises(RunError, match=r"test: the loss or its gradient is not finite at step 3; .*step-00000001"):
+        run.run()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
+
+
+def test_fp16_stops_after_50_skipped_steps_in_a_row(tmp_path):
+    """The loss scaler skips steps of infinite gradients: the weights stay as they were."""
+    run = trainer(tmp_path, precision="fp16", max_steps=99, log_every=10)
+    before = copy.deepcopy(run.student.state_dict())
+    finite = run._losses
+    run._losses = lambda micro_batch: tuple(term * float("inf") for term in finite(micro_batch))
+    with pytest.raises(RunError, match=f"{MAX_SKIPPED_STEPS} steps in a row without finite gradients up to step 50"):
+        run.run()
+    assert all(torch.equal(weight, before[name]) for name, weight in run.student.state_dict().items())
+
+
+def test_bf16_trains(tmp_path):
+    run = trainer(tmp_path, precision="bf16")
+    assert run.run()
+    assert all(weight.dtype == torch.float32 for weight in run.student.state_dict().values())
+
+
+def test_training_lowers_the_loss(tmp_path):
+    """Plain training on ten images: the mean loss of the last quarter is well below that of the first."""
+    objective = Objective("plain", stream=0, timestep_range=(0, 1000))
+    trainer(tmp_path, objective, unet=tiny_unet(), max_steps=80, lr_warmup_steps=0, learning_rate=3e-3).run()
+    losses = [line["loss"] for line in log(tmp_path)]
+    assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
+
+
+def test_the_loss_is_the_sum_of_its_terms(tmp_path):
+    objective = Objective("weighted", stream=2, timestep_range=(0, 500), consistency_weight=0.5)
+    trainer(tmp_path, objective).run()
+    for line in log(tmp_path):
+        assert line["loss"] == pytest.approx(line["denoising_loss"] + 0.5 * line["consistency_loss"], rel=1e-5)
+
+
+def test_another_configuration_is_refused_by_name(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    claim_folder(accelerator, tmp_path / "run", {"seed": 0, "finetune.max_steps": 5}, {"git_commit": None})
+    claim_folder(accelerator, tmp_path / "run", {"seed": 0, "finetune.max_steps": 5}, {"git_commit": "other"})
+    with pytest.raises(UserError, match=r"finetune\.max_steps=6 \(was 5\)"):
+        claim_folder(accelerator, tmp_path / "run", {"seed": 0, "finetune.max_steps": 6}, {})
+
+
+def test_processes_must_share_the_micro_batches():
+    class ThreeProcesses:
+        num_processes = 3
+
+    with pytest.raises(UserError, match=r"finetune\.micro_batch_size=4: finetune\.batch_size=8 makes 2 micro-batches"):
+        check_shares(ThreeProcesses(), Finetune(**SETTINGS))
