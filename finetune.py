@@ -8,6 +8,7 @@ Writes runs/<name>/finetuned/0000-0250/unet/ and so on (EMA weights); checkpoint
 The same command again resumes, or does nothing when all is done.
 """
 
+import copy
 import time
 from dataclasses import replace
 
@@ -44,19 +45,30 @@ def main(config: Config) -> None:
     from deme.devices import make_accelerator
     from deme.files import sha256
     from deme.pipelines import WEIGHTS, find_pipeline, load_scheduler, load_unet
-    from deme.training import check_shares
+    from deme.training import check_same_run, check_shares
 
-    deadline = None
-    if config.finetune.max_minutes is not None:
-        deadline = time.monotonic() + 60 * config.finetune.max_minutes
+    started, max_minutes = time.monotonic(), config.finetune.max_minutes
+    deadline = None if max_minutes is None else started + 60 * max_minutes
 
-    # --- the pretrained pipeline and the data
+    # --- the pretrained pipeline
     accelerator = make_accelerator(config.finetune.mixed_precision, "finetune.mixed_precision")
     check_shares(accelerator, config.finetune)
     pretrained = find_pipeline(config.pretrained)
     scheduler = load_scheduler(pretrained, config.timesteps.num_train_timesteps)
     unet = load_unet(pretrained / "unet", config.data.resolution)
     weights_hash = sha256(pretrained / "unet" / WEIGHTS)
+
+    # --- what is left to do
+    runs = {}
+    for timestep_range in chosen_ranges(config):
+        folder, inputs = config.finetuned_folder(timestep_range), run_inputs(config, timestep_range, weights_hash)
+        check_same_run(folder, inputs)
+        if (folder / "unet").exists():
+            accelerator.print(f"{folder / 'unet'} is complete")
+        else:
+            runs[timestep_range] = inputs
+    if not runs:
+        return
     images = load_training_images(config.data, unet.config.in_channels)
     accelerator.print(
         f"{config.pretrained}: {unet.num_parameters():,} parameters; {len(images):,} images; "
@@ -64,52 +76,52 @@ def main(config: Config) -> None:
     )
 
     # --- one run per range
-    for timestep_range in chosen_ranges(config):
-        if not finetune(config, timestep_range, unet, weights_hash, scheduler, images, deadline):
-            accelerator.print(
-                f"stopped after finetune.max_minutes={config.finetune.max_minutes}; the same command resumes"
-            )
+    for timestep_range, inputs in runs.items():
+        if not finetune(config, timestep_range, inputs, unet, scheduler, images, deadline):
+            accelerator.print(f"stopped after finetune.max_minutes={max_minutes}; the same command resumes")
             return
 
 
-def finetune(config, timestep_range, pretrained_unet, weights_hash, scheduler, images, deadline) -> bool:
-    """Train one copy; True when it is complete."""
-    import copy
+def run_inputs(config: Config, timestep_range: tuple[int, int] | None, weights_hash: str) -> dict:
+    """Everything that determines the weights of one run, flat."""
+    return training_inputs(config, settings_for(config, timestep_range)) | {
+        "finetune.range": range_name(timestep_range),
+        "model.projection": config.model.projection and timestep_range is not None,
+        "pretrained weights (SHA-256)": weights_hash,
+    }
 
+
+def finetune(config, timestep_range, inputs, pretrained_unet, scheduler, images, deadline) -> bool:
+    """Train one copy of the pretrained UNet; True when it is complete, False when time was up."""
     from deme.devices import make_accelerator
     from deme.files import atomic_folder
     from deme.projection import ProjectedUNet2DModel
     from deme.training import Objective, Trainer, claim_folder
 
-    folder, settings = config.finetuned_folder(timestep_range), settings_for(config, timestep_range)
     is_control = timestep_range is None
-    projected = config.model.projection and not is_control
-
-    # --- the run's folder, or the same run in it
+    folder, settings = config.finetuned_folder(timestep_range), settings_for(config, timestep_range)
     accelerator = make_accelerator(settings.mixed_precision, "finetune.mixed_precision")  # one loss scale per run
-    inputs = training_inputs(config, settings) | {
-        "finetune.range": range_name(timestep_range),
-        "model.projection": projected,
-        "pretrained weights (SHA-256)": weights_hash,
-    }
     claim_folder(accelerator, folder, inputs, provenance(config))
-    if (folder / "unet").exists():
-        accelerator.print(f"{folder / 'unet'} is complete")
-        return True
 
     # --- student and teacher start from the same weights
+    projected = inputs["model.projection"]
     student = ProjectedUNet2DModel.from_unet(pretrained_unet) if projected else copy.deepcopy(pretrained_unet)
     teacher = copy.deepcopy(pretrained_unet) if settings.consistency_weight > 0 else None
+
+    # --- train
+    all_timesteps = (0, config.timesteps.num_train_timesteps)
     objective = Objective(
         name=range_name(timestep_range),
         stream=1 if is_control else 2 + config.timesteps.ranges.index(timestep_range),
-        timestep_range=(0, config.timesteps.num_train_timesteps) if is_control else timestep_range,
+        timestep_range=all_timesteps if is_control else timestep_range,
         global_probability=settings.global_probability,
         consistency_weight=settings.consistency_weight,
     )
     trainer = Trainer(accelerator, student, teacher, scheduler, images, objective, settings, config.seed, folder)
     if not trainer.run(deadline):
         return False
+
+    # --- the EMA weights
     if accelerator.is_main_process:
         with atomic_folder(folder / "unet") as temporary:
             student.save_pretrained(temporary)

@@ -3,7 +3,8 @@
     python pretrain.py                                  # the embedded digits
     accelerate launch pretrain.py --config FILE         # over many GPUs
 
-Writes the pipeline folder runs/<name>/pretrained/; checkpoints, logs and previews lie in runs/<name>/pretraining/.
+Writes the pipeline folder runs/<name>/pretrained/, with pretrain.yaml, which says how it was made;
+checkpoints, logs and previews lie in runs/<name>/pretraining/.
 The same command again resumes, or does nothing when all is done.
 """
 
@@ -23,7 +24,7 @@ def main(config: Config) -> None:
     from deme.config import UserError
     from deme.data import load_training_images
     from deme.devices import make_accelerator
-    from deme.pipelines import save_pipeline
+    from deme.files import atomic_folder, write_yaml
     from deme.training import Objective, Trainer, check_shares, claim_folder
 
     started = time.monotonic()
@@ -55,7 +56,9 @@ def main(config: Config) -> None:
         accelerator.print(f"stopped after pretrain.max_minutes={settings.max_minutes}; the same command resumes")
         return
     if accelerator.is_main_process:
-        save_pipeline(output, unet.float(), scheduler)
+        with atomic_folder(output) as temporary:
+            diffusers.DDPMPipeline(unet, scheduler).save_pretrained(temporary)
+            write_yaml(temporary / "pretrain.yaml", provenance(config))
         print(f"wrote {output}")
 
 

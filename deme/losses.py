@@ -1,4 +1,4 @@
-"""The training objective (paper, section 4.1): noise-prediction loss plus the consistency loss against the teacher."""
+"""The training objective: the denoising loss plus the paper's consistency loss against the pretrained teacher."""
 
 from collections.abc import Callable
 

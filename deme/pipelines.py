@@ -1,4 +1,4 @@
-"""Reading and writing diffusers pipeline folders: `unet/`, `scheduler/`, `model_index.json`.
+"""Reading diffusers pipeline folders: `unet/`, `scheduler/`, `model_index.json`.
 
 diffusers itself is imported only where a network is built: merging needs the folders alone.
 """
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from deme.config import UserError
-from deme.files import atomic_folder
 from deme.task_vectors import PROJECTION_SUFFIX
 
 if TYPE_CHECKING:
@@ -117,10 +116,3 @@ def load_scheduler(pipeline: Path, num_train_timesteps: int) -> "DDPMScheduler":
     if found != num_train_timesteps:
         raise UserError(f"timesteps.num_train_timesteps={num_train_timesteps}: the scheduler in {folder} has {found}")
     return scheduler
-
-
-def save_pipeline(folder: Path, unet: "UNet2DModel", scheduler: "DDPMScheduler") -> None:
-    from diffusers import DDPMPipeline
-
-    with atomic_folder(folder) as temporary:
-        DDPMPipeline(unet, scheduler).save_pretrained(temporary)

@@ -1,4 +1,4 @@
-"""Channel-wise projection (paper, section 4.2): a trainable bias-free 1×1 convolution after every block of a UNet.
+"""The paper's channel-wise projection: a trainable bias-free 1×1 convolution after every block of a UNet.
 
 Importing this module is all that `DDIMPipeline.from_pretrained` needs to load a projected UNet from a pipeline folder.
 """

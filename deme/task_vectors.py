@@ -1,4 +1,4 @@
-"""Task vectors (finetuned − pretrained) and their sum (paper, eq. 8): pure functions on state dicts."""
+"""The paper's model merging: task vectors (finetuned − pretrained) and their sum, as pure functions on state dicts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Drawing timesteps for one micro-batch (paper, section 4.1: probabilistic sampling; antithetic pairs)."""
+"""Drawing timesteps for one micro-batch: the paper's probabilistic sampling strategy, and antithetic pairs."""
 
 import torch
 

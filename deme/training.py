@@ -33,7 +33,7 @@ from deme.checkpoints import (
 )
 from deme.config import RunError, Training, UserError
 from deme.data import TrainingImages
-from deme.files import atomic_file, read_yaml, write_yaml
+from deme.files import atomic_file, make_folder, read_yaml, write_yaml
 from deme.losses import decoupled_loss
 from deme.sampling import sample_images, save_grid, single
 from deme.timesteps import choose_interval, sample_timesteps
@@ -69,33 +69,42 @@ def check_shares(accelerator: Accelerator, settings: Training) -> None:
         )
 
 
-def claim_folder(accelerator: Accelerator, folder: Path, trained_from: dict, record: dict) -> None:
-    """Create a run's folder with its config.yaml, or make sure that the run in it is the same.
-
+def check_same_run(folder: Path, trained_from: dict) -> None:
+    """
     Args:
-        trained_from: flat key → value of everything that determines the weights.
-        record: provenance, written beside it.
+        trained_from: key → value of everything that determines the weights.
 
     Raises:
         UserError: the folder holds a run of other settings; names those that differ.
     """
     file = folder / "config.yaml"
-    if file.exists():
-        before = read_yaml(file).get("trained_from", {})
-        changed = [
-            f"{key}={trained_from.get(key)} (was {before.get(key)})"
-            for key in sorted({*before, *trained_from})
-            if before.get(key) != trained_from.get(key)
-        ]
-        if changed:
-            raise UserError(f"{folder} holds a run of other settings: {', '.join(changed)}; change name or delete it")
+    if not file.exists():
+        return
+    before = read_yaml(file).get("trained_from", {})
+    changed = [
+        f"{key}={trained_from.get(key)} (was {before.get(key)})"
+        for key in sorted({*before, *trained_from})
+        if before.get(key) != trained_from.get(key)
+    ]
+    if changed:
+        raise UserError(f"{folder} holds a run of other settings: {', '.join(changed)}; change name or delete it")
+
+
+def claim_folder(accelerator: Accelerator, folder: Path, trained_from: dict, record: dict) -> None:
+    """Create a run's folder with its config.yaml, or make sure that the run in it is the same.
+
+    Args:
+        record: provenance, written beside `trained_from`.
+
+    Raises:
+        UserError: as check_same_run, or the folder can't be written.
+    """
+    check_same_run(folder, trained_from)
     accelerator.wait_for_everyone()
+    file = folder / "config.yaml"
     if accelerator.is_main_process and not file.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_yaml(file, {"trained_from": trained_from, **record})
-        except OSError as error:
-            raise UserError(f"output_dir: cannot write {file}: {error.strerror}") from None
+        make_folder(folder, "output_dir")
+        write_yaml(file, {"trained_from": trained_from, **record})
     accelerator.wait_for_everyone()
 
 

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import DDPMScheduler, UNet2DModel
-
-from deme.pipelines import save_pipeline
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_UNET = {
@@ -33,7 +31,7 @@ def tiny_unet(seed: int = 0, **settings) -> UNet2DModel:
 def pretrained(tmp_path_factory) -> Path:
     """A pipeline folder with a small random UNet and a scheduler whose betas are not diffusers' defaults."""
     folder = tmp_path_factory.mktemp("pipeline") / "pretrained"
-    save_pipeline(folder, tiny_unet(), DDPMScheduler(beta_end=0.03, clip_sample_range=1.5))
+    DDPMPipeline(tiny_unet(), DDPMScheduler(beta_end=0.03, clip_sample_range=1.5)).save_pretrained(folder)
     return folder
 
 

@@ -116,7 +116,10 @@ def test_nan_stops_with_status_1_and_one_line(config_file):
         ("data.resolution=16", "data.resolution=16: the UNet in"),
         ("timesteps.num_train_timesteps=500", "timesteps.num_train_timesteps=500: the scheduler in"),
         ("finetune.mixed_precision=fp16", "finetune.mixed_precision=fp16: needs a GPU"),
-        ("output_dir=tiny.yaml/below", "output_dir: cannot write tiny.yaml/below/tiny/finetuned/0000-0500/config.yaml"),
+        (
+            "output_dir=tiny.yaml/below",
+            "output_dir=tiny.yaml/below/tiny/finetuned/0000-0500: cannot create this folder",
+        ),
     ],
 )
 def test_mistakes_are_answered_in_one_line(config_file, override, message):
