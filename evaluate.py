@@ -67,6 +67,9 @@ def main(config: Config) -> None:
         features = extract(
             accelerator, network, lambda part, paths=paths: read_images(paths[part]), len(paths), settings.batch_size
         )
+        if features.shape[1] != len(reference[0]):
+            size = f"{len(reference[0])} features, {settings.features} has {features.shape[1]}"
+            raise UserError(f"evaluate.reference={settings.reference}: holds statistics of {size}")
         if accelerator.is_main_process:
             blocks = [distance(*statistics(block), *reference) for block in np.split(features, settings.blocks)]
             pooled = distance(*statistics(features), *reference)

@@ -41,6 +41,8 @@ def plan(config: Config) -> str:
 
 
 def main(config: Config) -> None:
+    import gc
+
     from deme.data import load_training_images
     from deme.devices import make_accelerator
     from deme.files import sha256
@@ -80,6 +82,7 @@ def main(config: Config) -> None:
         if not finetune(config, timestep_range, inputs, unet, scheduler, images, deadline):
             accelerator.print(f"stopped after finetune.max_minutes={max_minutes}; the same command resumes")
             return
+        gc.collect()  # autocast's wrappers tie the last range's networks into cycles, which would keep their memory
 
 
 def run_inputs(config: Config, timestep_range: tuple[int, int] | None, weights_hash: str) -> dict:
@@ -112,7 +115,7 @@ def finetune(config, timestep_range, inputs, pretrained_unet, scheduler, images,
     all_timesteps = (0, config.timesteps.num_train_timesteps)
     objective = Objective(
         name=range_name(timestep_range),
-        stream=1 if is_control else 2 + config.timesteps.ranges.index(timestep_range),
+        stream=(1,) if is_control else (2, *timestep_range),
         timestep_range=all_timesteps if is_control else timestep_range,
         global_probability=settings.global_probability,
         consistency_weight=settings.consistency_weight,

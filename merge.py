@@ -65,7 +65,7 @@ def write_merged(pretrained: Path, unets: list[Path], coefficients: list[float],
 
     from safetensors.torch import save_file
 
-    from deme.files import atomic_folder, remove_leftovers, write_yaml
+    from deme.files import atomic_folder, write_yaml
     from deme.pipelines import PROJECTED_CLASS, WEIGHTS, load_tensors, read_json
     from deme.task_vectors import merge_tensors, with_identity_projections
 
@@ -79,7 +79,6 @@ def write_merged(pretrained: Path, unets: list[Path], coefficients: list[float],
     if settings.get("_class_name") == PROJECTED_CLASS:
         index["unet"] = ["deme.projection", PROJECTED_CLASS]
 
-    remove_leftovers(output.parent)
     with atomic_folder(output) as temporary:
         shutil.copytree(pretrained / "scheduler", temporary / "scheduler")
         (temporary / "unet").mkdir()

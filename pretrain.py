@@ -49,7 +49,7 @@ def main(config: Config) -> None:
     accelerator.print(f"{sum(p.numel() for p in unet.parameters()):,} parameters, {len(images):,} images")
 
     # --- train on all timesteps, without a teacher
-    objective = Objective("pretraining", stream=0, timestep_range=(0, config.timesteps.num_train_timesteps))
+    objective = Objective("pretraining", stream=(0,), timestep_range=(0, config.timesteps.num_train_timesteps))
     trainer = Trainer(accelerator, unet, None, scheduler, images, objective, settings, config.seed, work)
     deadline = None if settings.max_minutes is None else started + 60 * settings.max_minutes
     if not trainer.run(deadline):
@@ -60,6 +60,10 @@ def main(config: Config) -> None:
             diffusers.DDPMPipeline(unet, scheduler).save_pretrained(temporary)
             write_yaml(temporary / "pretrain.yaml", provenance(config))
         print(f"wrote {output}")
+        if config.model.pretrained is not None:
+            print(
+                f"finetune.py starts from model.pretrained={config.model.pretrained}; set it to null to start from here"
+            )
 
 
 if __name__ == "__main__":

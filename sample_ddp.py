@@ -3,7 +3,7 @@
     accelerate launch sample_ddp.py                              # from the merged model
     accelerate launch sample_ddp.py sample.model=pretrained      # or continued, ensemble, or a folder
 
-Writes runs/<name>/samples/<model>/000000.png … and the contact sheet runs/<name>/grid-<model>.png. An image depends on
+Writes runs/<name>/samples/<model>/000000.png … and the contact sheet samples/grid-<model>.png. An image depends on
 its seed alone, not on the batch or the number of processes. A second run writes only what is missing; a folder that
 another model or other settings filled is refused unless sample.overwrite=true.
 """
@@ -62,7 +62,8 @@ def find_source(config: Config) -> Source:
 def output_folder(config: Config) -> Path:
     if config.sample.output is not None:
         return Path(config.sample.output)
-    return config.folder / "samples" / Path(config.sample.model).name
+    parts = [part for part in Path(config.sample.model).parts if part not in ("/", ".", "..")]
+    return config.folder / "samples" / "-".join(parts)
 
 
 def plan(config: Config) -> str:
@@ -82,7 +83,7 @@ def main(config: Config) -> None:
     from deme.files import sha256
     from deme.pipelines import WEIGHTS, find_pipeline, load_scheduler, load_unet
     from deme.samples import claim_samples, image_path, missing_seeds, read_images, write_image
-    from deme.sampling import ensemble, sample_images, save_grid, single
+    from deme.sampling import ensemble, sample_images, save_grid
 
     settings, output = config.sample, output_folder(config)
     accelerator = make_accelerator(settings.mixed_precision, "sample.mixed_precision")
@@ -93,13 +94,13 @@ def main(config: Config) -> None:
     scheduler = load_scheduler(pipeline, config.timesteps.num_train_timesteps)
     unets = [load_unet(folder, config.data.resolution) for folder in source.unets]
     unets = [unet.to(accelerator.device, memory_format=torch.channels_last) for unet in unets]
-    predict = single(unets[0]) if len(unets) == 1 else ensemble(unets, config.timesteps.ranges)
-    shape = (unets[0].config.out_channels, config.data.resolution, config.data.resolution)
+    ranges = config.timesteps.ranges if len(unets) > 1 else [(0, config.timesteps.num_train_timesteps)]
+    shape = (unets[0].config.in_channels, config.data.resolution, config.data.resolution)
 
     # --- the folder: what it is made from, and which images are missing
     identity = {
         "weights": [sha256(folder / WEIGHTS) for folder in source.unets],
-        "timesteps": [list(edges) for edges in config.timesteps.ranges] if len(unets) > 1 else None,
+        "timesteps": [list(edges) for edges in ranges],
         "scheduler": sha256(pipeline / "scheduler" / "scheduler_config.json"),
         "num_inference_steps": settings.num_inference_steps,
         "eta": settings.eta,
@@ -127,7 +128,13 @@ def main(config: Config) -> None:
         ):
             with accelerator.autocast():
                 images = sample_images(
-                    predict, scheduler, batch, shape, accelerator.device, settings.num_inference_steps, settings.eta
+                    ensemble(unets, ranges),
+                    scheduler,
+                    batch,
+                    shape,
+                    accelerator.device,
+                    settings.num_inference_steps,
+                    settings.eta,
                 )
             for write in writes:
                 write.result()  # a full disk stops the run here
@@ -138,7 +145,7 @@ def main(config: Config) -> None:
 
     # --- contact sheet
     if accelerator.is_main_process:
-        grid = config.folder / f"grid-{output.name}.png"
+        grid = output.with_name(f"grid-{output.name}.png")
         save_grid(read_images([image_path(output, seed) for seed in seeds[:GRID_IMAGES]]), grid)
         print(f"{output}: {len(seeds):,} images; {grid}")
 

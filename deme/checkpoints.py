@@ -31,8 +31,8 @@ class TrainingState:
     skipped_steps: int = 0  # fp16: steps skipped in a row
 
 
-def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
-    """Write `folder`/step-…, then delete all but the newest `keep`."""
+def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> None:
+    """Write `folder`/step-…, then delete all but it and the `keep` − 1 before it."""
     path = folder / f"step-{state.step:08d}"
     names = [name for name, _ in state.student.named_parameters()]
     scalars = {
@@ -50,9 +50,10 @@ def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
             temporary / "optimizer.safetensors",
         )
         (temporary / "state.json").write_text(json.dumps(scalars, indent=2), encoding="utf-8")
-    for old in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
-    return path
+    checkpoints = list_checkpoints(folder)
+    position = checkpoints.index(path)  # newer ones could not be read, or the run would have gone on from there
+    for other in checkpoints[:position] + checkpoints[position + keep :]:
+        shutil.rmtree(other)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -91,9 +92,10 @@ def _load_checkpoint(path: Path, state: TrainingState) -> None:
     parameters = dict(state.student.named_parameters())
     for key, value in moments.items():
         name, moment = key.rsplit("/", 1)
-        if value.shape == parameters[name].shape:  # in the memory format of its parameter, as a fused step needs it
-            value = torch.empty_like(parameters[name]).copy_(value)
-        state.optimizer.state[parameters[name]][moment] = value
+        parameter = parameters[name]
+        # a fused step needs everything on the parameter's device, and the moments in its memory format
+        like = parameter if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
+        state.optimizer.state[parameter][moment] = torch.empty_like(like).copy_(value)
     state.step, state.skipped_steps = scalars["step"], scalars["skipped_steps"]
     state.ema.optimization_step = scalars["ema_step"]
     if state.scaler is not None and scalars["scaler"] is not None:

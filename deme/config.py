@@ -145,6 +145,8 @@ class Training(Section):
         self.check("adam_beta2", self.adam_beta2 < 1, "must be below 1")
         self.check_choice("mixed_precision", PRECISIONS)
         self.check_choice("lr_scheduler", LR_SCHEDULERS)
+        warms_up = self.lr_scheduler != "constant" or self.lr_warmup_steps == 0
+        self.check("lr_warmup_steps", warms_up, f"{self.section}.lr_scheduler=constant has no warm-up")
         whole = self.micro_batch_size is None or self.batch_size % self.micro_batch_size == 0
         self.check(
             "batch_size", whole, f"must be a multiple of {self.section}.micro_batch_size={self.micro_batch_size}"
@@ -246,6 +248,9 @@ class Config(Section):
         self.finetune.check(
             "range", chosen in (None, CONTINUED) or is_range, f"must be null, {CONTINUED}, or one of 0 … {count - 1}"
         )
+        total = self.timesteps.num_train_timesteps
+        few = self.sample.num_inference_steps <= total
+        self.sample.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
         given = len(self.merge.coefficients)
         self.merge.check("coefficients", given == count, f"{given} coefficients for {count} timestep ranges")
 
@@ -312,17 +317,24 @@ def _writable(defaults: Config) -> Any:
     return node
 
 
-FREE_TRAINING_KEYS = ("max_minutes", "log_every", "checkpoint_every", "checkpoints_kept", "preview_every")
+FREE_TRAINING_KEYS = (  # of the sections data, pretrain and finetune
+    "label_column",
+    "max_minutes",
+    "log_every",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "preview_every",
+)
 
 
-def training_inputs(config: Config, settings: Training, **more: Any) -> dict[str, Any]:
+def training_inputs(config: Config, settings: Training) -> dict[str, Any]:
     """Everything that determines a training run's weights, flat: a run resumes only where all of it is the same."""
     values = {"seed": config.seed, "timesteps.num_train_timesteps": config.timesteps.num_train_timesteps}
     for part in (config.data, settings):
         values |= {
             f"{part.section}.{key}": value for key, value in asdict(part).items() if key not in FREE_TRAINING_KEYS
         }
-    return values | more
+    return values
 
 
 def to_yaml(values: dict) -> str:

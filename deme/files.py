@@ -1,5 +1,6 @@
 """Writing files and folders so that each appears whole or not at all."""
 
+import glob
 import hashlib
 import os
 import shutil
@@ -13,6 +14,7 @@ import yaml
 from deme.config import UserError, to_yaml
 
 TEMPORARY = ".writing-"  # prefix of unfinished siblings; remove_leftovers deletes those of a killed run
+SUFFIX_LENGTH = 8
 
 
 @contextmanager
@@ -22,6 +24,8 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
     Args:
         sync: force the content to disk before the file gets its name (off for images, which a resumed run checks).
     """
+    if sync:
+        remove_leftovers(path.parent, path.name)
     temporary = _temporary_sibling(path)
     try:
         yield temporary
@@ -35,8 +39,8 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary sibling of `path` to fill; it replaces `path` when the block ends without an error."""
-    temporary = _temporary_sibling(path)
-    old = _temporary_sibling(path)
+    remove_leftovers(path.parent, path.name)
+    temporary, old = _temporary_sibling(path), _temporary_sibling(path)
     try:
         temporary.mkdir()
         yield temporary
@@ -54,9 +58,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run left unfinished directly in `folder`."""
-    for leftover in folder.glob(f"{TEMPORARY}*"):
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete what a killed run left unfinished directly in `folder`: of the file or folder `name`, or (None) of all."""
+    pattern = f"{TEMPORARY}*" if name is None else f"{TEMPORARY}{glob.escape(name)}-{'?' * SUFFIX_LENGTH}"
+    for leftover in folder.glob(pattern):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
@@ -98,7 +103,7 @@ def sha256(path: Path) -> str:
 
 def _temporary_sibling(path: Path) -> Path:
     # no suffix of its own: pytorch_fid takes every *.png, hidden ones too
-    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:SUFFIX_LENGTH]}")
 
 
 def _sync(path: Path) -> None:

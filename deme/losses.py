@@ -1,10 +1,9 @@
 """The training objective: the denoising loss plus the paper's consistency loss against the pretrained teacher."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from torch import nn
 
 
 def prediction_target(
@@ -28,8 +27,8 @@ def prediction_target(
 
 
 def decoupled_loss(
-    student: Callable[..., torch.Tensor],
-    teacher: Callable[..., torch.Tensor] | None,
+    student: nn.Module,
+    teacher: nn.Module | None,
     scheduler: DDPMScheduler,
     clean: torch.Tensor,
     noise: torch.Tensor,
@@ -40,16 +39,16 @@ def decoupled_loss(
     The teacher sees the same noisy input, without gradients; without a teacher the second term is 0.
 
     Args:
-        student, teacher: (x_t, t) → prediction, shape (B, C, H, W).
+        student, teacher: UNets.
         clean: images in [−1, 1], shape (B, C, H, W).
         noise: standard normal, same shape.
         timesteps: int64, shape (B,).
     """
     noisy = scheduler.add_noise(clean, noise, timesteps)
-    prediction = student(noisy, timesteps).float()
+    prediction = student(noisy, timesteps, return_dict=False)[0].float()
     denoising = F.mse_loss(prediction, prediction_target(scheduler, clean, noise, timesteps))
     if teacher is None:
         return denoising, torch.zeros_like(denoising)
     with torch.no_grad():
-        reference = teacher(noisy, timesteps).float()
+        reference = teacher(noisy, timesteps, return_dict=False)[0].float()
     return denoising, F.mse_loss(prediction, reference)

@@ -4,12 +4,13 @@ diffusers itself is imported only where a network is built: merging needs the fo
 """
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from deme.config import UserError
+from deme.config import REPOSITORY, UserError
 from deme.task_vectors import PROJECTION_SUFFIX
 
 if TYPE_CHECKING:
@@ -23,12 +24,19 @@ PROJECTED_CLASS = "ProjectedUNet2DModel"
 def find_pipeline(source: str) -> Path:
     """The local folder of a pipeline given as a folder or a Hub id (downloaded once, kept in the Hub's cache).
 
+    Args:
+        source: a folder relative to the working directory or else to the repository, or owner/name on the Hub.
+
     Raises:
-        UserError: neither.
+        UserError: neither, or a folder without a model_index.json.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
+    for folder in (Path(source), REPOSITORY / source):
+        if folder.is_dir():
+            if not (folder / "model_index.json").is_file():
+                raise UserError(f"model.pretrained={source}: not a pipeline folder: it has no model_index.json")
+            return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise UserError(f"model.pretrained={source}: no such folder")
     from huggingface_hub import snapshot_download
 
     try:

@@ -1,7 +1,5 @@
 """Folders of samples: one PNG per seed, named by it, and samples.yaml, which says what they were drawn from."""
 
-import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +9,7 @@ import torch
 from PIL import Image
 
 from deme.config import UserError
-from deme.files import TEMPORARY, atomic_file, make_folder, read_yaml, remove_leftovers, write_yaml
+from deme.files import atomic_file, make_folder, read_yaml, remove_leftovers, write_yaml
 
 RECORD = "samples.yaml"
 IMAGE_SUFFIXES = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")  # those that pytorch_fid scores
@@ -32,7 +30,7 @@ def claim_samples(folder: Path, identity: dict, seeds: range, overwrite: bool, r
     Raises:
         UserError: the folder holds something else; says what differs.
     """
-    remove_leftovers(folder.parent)
+    remove_leftovers(folder)
     if folder.exists() and any(folder.iterdir()):
         if not (folder / RECORD).exists():
             raise UserError(f"sample.output={folder}: holds files but no {RECORD}; choose another folder")
@@ -44,11 +42,9 @@ def claim_samples(folder: Path, identity: dict, seeds: range, overwrite: bool, r
                 "choose another folder or set sample.overwrite=true"
             )
         if changed:
-            aside = folder.with_name(f"{TEMPORARY}{folder.name}")
-            os.replace(folder, aside)
-            shutil.rmtree(aside)
+            for path in (*folder.glob("*.png"), folder / RECORD):
+                path.unlink()
     make_folder(folder, "sample.output")
-    remove_leftovers(folder)
     wanted = {image_path(folder, seed) for seed in seeds}
     surplus = [path for path in folder.glob("*.png") if path not in wanted]
     if surplus and not overwrite:
@@ -89,7 +85,8 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         UserError: no such folder, no images, or a sample folder that sample_ddp.py has not finished.
     """
-    paths = sorted(path for path in folder.glob("[!.]*") if path.suffix.lstrip(".").lower() in IMAGE_SUFFIXES)
+    paths = [path for path in folder.glob("[!.]*") if path.suffix.lstrip(".").lower() in IMAGE_SUFFIXES]
+    paths.sort(key=lambda path: (len(path.name), path.name))  # a seed of seven digits comes after those of six
     if not paths:
         raise UserError(f"evaluate.samples={folder}: no images in this folder")
     if (folder / RECORD).exists():

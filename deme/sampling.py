@@ -12,7 +12,7 @@ from torchvision.utils import make_grid
 
 from deme.files import atomic_file
 
-Predict = Callable[[torch.Tensor, int], torch.Tensor]  # (x_t, t) → prediction, both of shape (B, C, H, W)
+NetworkAt = Callable[[int], nn.Module]  # timestep → the UNet that is used there
 
 
 def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
@@ -25,7 +25,7 @@ def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...])
 
 @torch.inference_mode()
 def sample_images(
-    predict: Predict,
+    network_at: NetworkAt,
     scheduler: SchedulerMixin,
     seeds: Sequence[int],
     shape: tuple[int, int, int],
@@ -47,9 +47,10 @@ def sample_images(
     ddim.set_timesteps(num_inference_steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     images = initial_noise(generators, shape).to(device).contiguous(memory_format=torch.channels_last)
-    for timestep in ddim.timesteps.tolist():
+    timesteps_on_device = ddim.timesteps.to(device)  # a Python number would be copied there, and waited for, each step
+    for timestep, on_device in zip(ddim.timesteps.tolist(), timesteps_on_device, strict=True):
         noise = initial_noise(generators, shape).to(device) if eta > 0 else None
-        prediction = predict(images, timestep).float()
+        prediction = network_at(timestep)(images, on_device, return_dict=False)[0].float()
         images = ddim.step(prediction, timestep, images, eta=eta, variance_noise=noise).prev_sample
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
@@ -63,16 +64,11 @@ def save_grid(images: torch.Tensor, path: Path) -> None:
         to_pil_image(sheet).save(temporary, format="PNG")
 
 
-def single(unet: nn.Module) -> Predict:
-    """The same network at every timestep."""
-    return lambda noisy, timestep: unet(noisy, timestep, return_dict=False)[0]
-
-
-def ensemble(unets: Sequence[nn.Module], ranges: Sequence[tuple[int, int]]) -> Predict:
+def ensemble(unets: Sequence[nn.Module], ranges: Sequence[tuple[int, int]]) -> NetworkAt:
     """The ensemble before merging: at each timestep the network that was finetuned for its range [low, high)."""
 
-    def predict(noisy: torch.Tensor, timestep: int) -> torch.Tensor:
+    def network_at(timestep: int) -> nn.Module:
         [unet] = [unet for unet, (low, high) in zip(unets, ranges, strict=True) if low <= timestep < high]
-        return unet(noisy, timestep, return_dict=False)[0]
+        return unet
 
-    return predict
+    return network_at

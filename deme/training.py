@@ -6,6 +6,7 @@ interruption changes what is trained on. The loop never waits for the device bet
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -35,7 +36,7 @@ from deme.config import RunError, Training, UserError
 from deme.data import TrainingImages
 from deme.files import atomic_file, make_folder, read_yaml, write_yaml
 from deme.losses import decoupled_loss
-from deme.sampling import sample_images, save_grid, single
+from deme.sampling import sample_images, save_grid
 from deme.timesteps import choose_interval, sample_timesteps
 
 MAX_SKIPPED_STEPS = 50  # fp16: steps without finite gradients in a row that stop the run
@@ -49,7 +50,7 @@ class Objective:
     """What one run trains: which timesteps, and how strongly it is held to the teacher."""
 
     name: str  # for messages: "timesteps 0000-0250"
-    stream: int  # keeps the random draws of different runs of one experiment apart
+    stream: tuple[int, ...]  # keeps the random draws of different runs of one experiment apart
     timestep_range: tuple[int, int]  # [low, high)
     global_probability: float = 0.0  # p
     consistency_weight: float = 0.0  # λ
@@ -63,9 +64,11 @@ def check_shares(accelerator: Accelerator, settings: Training) -> None:
     section, size = settings.section, settings.micro_batch_size or settings.batch_size
     micro_batches, processes = settings.batch_size // size, accelerator.num_processes
     if micro_batches % processes:
+        share, rest = divmod(settings.batch_size, processes)
+        remedy = f"a batch_size that is a multiple of {processes}" if rest else f"micro_batch_size={share} or a divisor"
         raise UserError(
             f"{section}.micro_batch_size={settings.micro_batch_size}: {section}.batch_size={settings.batch_size} makes "
-            f"{micro_batches} micro-batches of {size}, which {processes} processes can't share equally"
+            f"{micro_batches} micro-batches of {size}, which {processes} processes can't share equally: set {remedy}"
         )
 
 
@@ -108,7 +111,7 @@ def claim_folder(accelerator: Accelerator, folder: Path, trained_from: dict, rec
     accelerator.wait_for_everyone()
 
 
-def batch_indices(seed: int, stream: int, num_images: int, start: int, size: int) -> np.ndarray:
+def batch_indices(seed: int, stream: tuple[int, ...], num_images: int, start: int, size: int) -> np.ndarray:
     """Which images stand at positions start … start + size − 1 of the endless shuffled stream: int64, shape (size,).
 
     Each pass over the data is a permutation seeded with its number.
@@ -122,8 +125,8 @@ def batch_indices(seed: int, stream: int, num_images: int, start: int, size: int
 
 
 @lru_cache(maxsize=2)
-def _permutation(seed: int, stream: int, epoch: int, num_images: int) -> np.ndarray:
-    return np.random.default_rng((seed, stream, PERMUTATION, epoch)).permutation(num_images)
+def _permutation(seed: int, stream: tuple[int, ...], epoch: int, num_images: int) -> np.ndarray:
+    return np.random.default_rng((seed, *stream, PERMUTATION, epoch)).permutation(num_images)
 
 
 class Trainer:
@@ -187,7 +190,8 @@ class Trainer:
         # on the device, read only when logging: sums since the last log line, and what went wrong
         self.sums = torch.zeros(4, device=self.device)  # loss, denoising, consistency, gradient norm
         self.first_bad_step = torch.full((), -1, device=self.device)
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # fp16: in a row, up to now
+        self.most_skipped_steps = self.skipped_steps.clone()
 
     def run(self, deadline: float | None = None) -> bool:
         """Train to max_steps, resuming from the newest checkpoint.
@@ -210,17 +214,16 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
             mininterval=1,
         )
-        window_start, window_steps = time.monotonic(), 0
+        self.window_start, self.window_steps = time.monotonic(), 0
         while state.step < settings.max_steps:
             self._optimizer_step()
-            window_steps += 1
+            self.window_steps += 1
             progress.update()
             logging = state.step % settings.log_every == 0
             stopping = (logging or self.accelerator.num_processes == 1) and self._stop_requested(deadline)
             saving = stopping or state.step % settings.checkpoint_every == 0 or state.step == settings.max_steps
             if logging or saving:
-                self._log(progress, window_steps, time.monotonic() - window_start)
-                window_start, window_steps = time.monotonic(), 0
+                self._log(progress)
             if saving and self.accelerator.is_main_process:
                 save_checkpoint(self.checkpoints, state, settings.checkpoints_kept)
             if settings.preview_every is not None and state.step % settings.preview_every == 0:
@@ -283,11 +286,12 @@ class Trainer:
             self.first_bad_step = torch.where((self.first_bad_step < 0) & bad, state.step, self.first_bad_step)
         else:  # the loss scaler has skipped the step
             self.skipped_steps = torch.where(bad, self.skipped_steps + 1, 0)
+            self.most_skipped_steps = torch.maximum(self.most_skipped_steps, self.skipped_steps)
 
     def _losses(self, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Both terms of the objective on one micro-batch, all its random draws seeded by its place in the run."""
         objective, size, step = self.objective, self.micro_batch_size, self.state.step
-        random = np.random.default_rng((self.seed, objective.stream, MICRO_BATCH, step, micro_batch))
+        random = np.random.default_rng((self.seed, *objective.stream, MICRO_BATCH, step, micro_batch))
         start = step * self.settings.batch_size + micro_batch * size
         indices = batch_indices(self.seed, objective.stream, len(self.images), start, size)
         low, high = choose_interval(
@@ -305,27 +309,30 @@ class Trainer:
         torch.manual_seed(int(random.integers(2**63)))  # for the draws on the device: dropout takes no generator
         timesteps = sample_timesteps(size, low, high, self.device)
         noise = torch.randn_like(clean)
-        teacher = single(self.teacher) if self.teacher is not None else None
-        return decoupled_loss(single(self.model), teacher, self.scheduler, clean, noise, timesteps)
+        return decoupled_loss(self.model, self.teacher, self.scheduler, clean, noise, timesteps)
 
     def _stop_requested(self, deadline: float | None) -> bool:
         """Whether time is up; the main process's clock decides for all."""
         expired = [deadline is not None and time.monotonic() >= deadline]
         return broadcast_object_list(expired)[0]
 
-    def _log(self, progress: tqdm, steps: int, seconds: float) -> None:
+    def _log(self, progress: tqdm) -> None:
         """Write the means since the last log line; the only place that waits for the device.
 
         Raises:
             RunError: the loss or its gradient was not finite.
         """
+        steps = self.window_steps
         means = (self.accelerator.reduce(self.sums, "mean") / steps).tolist()
+        seconds = time.monotonic() - self.window_start
+        self.window_start, self.window_steps = time.monotonic(), 0
         self.sums.zero_()
         self._check_finite()
         step = self.state.step
         line = {
             "step": step,
             **dict(zip(("loss", "denoising_loss", "consistency_loss", "gradient_norm"), means, strict=True)),
+            "skipped_steps": self.state.skipped_steps,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "ema_decay": self.state.ema.cur_decay_value,
             "images_per_second": steps * self.settings.batch_size / seconds,
@@ -333,10 +340,12 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
+            file.write(json.dumps(finite) + "\n")
         for name, value in line.items():
             if name != "step":
                 self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # what a killed run has logged up to its last checkpoint is not logged again
         progress.set_postfix(
             loss=f"{line['loss']:.4f}",
             consistency=f"{line['consistency_loss']:.4f}",
@@ -345,13 +354,14 @@ class Trainer:
         )
 
     def _check_finite(self) -> None:
-        first_bad, self.state.skipped_steps = int(self.first_bad_step), int(self.skipped_steps)
-        if first_bad < 0 and self.state.skipped_steps < MAX_SKIPPED_STEPS:
+        first_bad, most_skipped = int(self.first_bad_step), int(self.most_skipped_steps)
+        self.state.skipped_steps = int(self.skipped_steps)
+        if first_bad < 0 and most_skipped < MAX_SKIPPED_STEPS:
             return
         saved = list_checkpoints(self.checkpoints)
         what = f"the loss or its gradient is not finite at step {first_bad}"
         if first_bad < 0:
-            what = f"{self.state.skipped_steps} steps in a row without finite gradients up to step {self.state.step}"
+            what = f"{most_skipped} steps in a row without finite gradients up to step {self.state.step}"
         raise RunError(f"{self.objective.name}: {what}; last good checkpoint: {saved[0] if saved else 'none'}")
 
     def _preview(self) -> None:
@@ -363,16 +373,14 @@ class Trainer:
         ema.store(unet.parameters())
         ema.copy_to(unet.parameters())
         unet.eval()
-        images = sample_images(
-            single(unet),
-            self.scheduler,
-            range(PREVIEW_IMAGES),
-            (unet.config.in_channels, size, size),
-            self.device,
-            PREVIEW_STEPS,
-        )
+        shape = (unet.config.in_channels, size, size)
+        seeds = torch.arange(PREVIEW_IMAGES).split(self.micro_batch_size)  # so many fit into memory
+        parts = [
+            sample_images(lambda _: unet, self.scheduler, part.tolist(), shape, self.device, PREVIEW_STEPS)
+            for part in seeds
+        ]
         unet.train()
         ema.restore(unet.parameters())
         path = self.folder / "previews" / f"step-{self.state.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        save_grid(images, path)
+        save_grid(torch.cat(parts), path)

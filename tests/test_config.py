@@ -59,6 +59,8 @@ def test_overrides_win_over_the_file(tmp_path):
         ("merge.coefficients=[1,1]", "merge.coefficients=[1.0, 1.0]: 2 coefficients for 4 timestep ranges"),
         ("merge.coefficients=[.nan,0,0,0]", "merge.coefficients=[nan, 0.0, 0.0, 0.0]: must be finite numbers"),
         ("merge.method=average", "merge.method=average: must be one of task_arithmetic"),
+        ("finetune.lr_warmup_steps=5", "finetune.lr_warmup_steps=5: finetune.lr_scheduler=constant has no warm-up"),
+        ("sample.num_inference_steps=2000", "sample.num_inference_steps=2000: must be at most timesteps.num_train"),
         ("sample.eta=-1", "sample.eta=-1.0: must lie in [0, 1]"),
         ("evaluate.features=clip", "evaluate.features=clip: must be one of inception, classifier"),
         ("name=a/b", "name=a/b: must be a plain folder name"),

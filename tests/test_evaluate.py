@@ -138,10 +138,15 @@ def test_absent_inception_weights_say_where_to_put_them(config_file, samples, tm
         ("evaluate.blocks=5", "evaluate.blocks=5: "),
         ("evaluate.samples=[nowhere]", "evaluate.samples=nowhere: no images in this folder"),
         ("data.label_column=null", "data.label_column=None: evaluate.features=classifier needs labels"),
+        (
+            "evaluate.reference=small.npz",
+            "evaluate.reference=small.npz: holds statistics of 2 features, classifier has 128",
+        ),
         ("evaluate.reference=tiny.yaml", "tiny.yaml: not an npz file of mu and sigma"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(config_file, samples, override, message):
+    np.savez(config_file.parent / "small.npz", mu=np.zeros(2), sigma=np.eye(2))
     result = run("evaluate.py", config_file, override, status=2)
     assert message in result.stderr
     assert "Traceback" not in result.stderr

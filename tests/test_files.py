@@ -55,6 +55,11 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / f"{TEMPORARY}a-123").mkdir()
     (tmp_path / f"{TEMPORARY}b-123").touch()
     (tmp_path / "kept").touch()
+    (tmp_path / f"{TEMPORARY}a-0123abcd").mkdir()
+    (tmp_path / f"{TEMPORARY}a-b-0123abcd").mkdir()
+    remove_leftovers(tmp_path, "a")
+    assert not (tmp_path / f"{TEMPORARY}a-0123abcd").exists()
+    assert (tmp_path / f"{TEMPORARY}a-b-0123abcd").exists()
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 

@@ -112,7 +112,11 @@ def test_nan_stops_with_status_1_and_one_line(config_file):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.pretrained=nowhere/at/all", "model.pretrained=nowhere/at/all: neither a pipeline folder nor"),
+        ("model.pretrained=nowhere/at/all", "model.pretrained=nowhere/at/all: no such folder"),
+        (
+            "model.pretrained=nobody/nothing",
+            "model.pretrained=nobody/nothing: neither a pipeline folder nor a reachable",
+        ),
         ("data.resolution=16", "data.resolution=16: the UNet in"),
         ("timesteps.num_train_timesteps=500", "timesteps.num_train_timesteps=500: the scheduler in"),
         ("finetune.mixed_precision=fp16", "finetune.mixed_precision=fp16: needs a GPU"),

@@ -21,7 +21,7 @@ def test_the_target_follows_the_prediction_type(prediction_type):
     scheduler = DDPMScheduler(prediction_type=prediction_type)
     constant = 0.5
     denoising, consistency = decoupled_loss(
-        lambda x, t: torch.full_like(x, constant), None, scheduler, CLEAN, NOISE, TIMESTEPS
+        lambda x, t, return_dict: (torch.full_like(x, constant),), None, scheduler, CLEAN, NOISE, TIMESTEPS
     )
     torch.testing.assert_close(denoising, (constant - targets(scheduler)[prediction_type]).square().mean())
     assert consistency == 0
@@ -31,9 +31,9 @@ def test_consistency_is_the_distance_to_the_teacher_on_the_same_input():
     scheduler, seen = DDPMScheduler(), []
 
     def network(offset):
-        def predict(noisy, timesteps):
+        def predict(noisy, timesteps, return_dict):
             seen.append((noisy, timesteps))
-            return noisy + offset
+            return (noisy + offset,)
 
         return predict
 
@@ -48,8 +48,8 @@ def test_consistency_is_the_distance_to_the_teacher_on_the_same_input():
 def test_no_gradient_reaches_the_teacher():
     weight = {name: torch.ones((), requires_grad=True) for name in ("student", "teacher")}
     terms = decoupled_loss(
-        lambda x, t: weight["student"] * x,
-        lambda x, t: 2 * weight["teacher"] * x,
+        lambda x, t, return_dict: (weight["student"] * x,),
+        lambda x, t, return_dict: (2 * weight["teacher"] * x,),
         DDPMScheduler(),
         CLEAN,
         NOISE,

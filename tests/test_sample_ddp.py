@@ -26,7 +26,7 @@ def test_exactly_the_images_asked_for_and_only_once(config_file, output):
     first = images(output)
     assert list(first) == [f"{seed:06d}.png" for seed in range(6)]
     assert {image.shape for image in first.values()} == {(8, 8)}
-    assert (config_file.parent / "tiny" / "grid-pretrained.png").exists()
+    assert output.with_name("grid-pretrained.png").exists()
     assert "0 of 6 images to draw" in run("sample_ddp.py", config_file, MODEL).stdout
     assert "3 of 9 images to draw" in run("sample_ddp.py", config_file, MODEL, "sample.num_images=9").stdout
     more = images(output)
@@ -80,16 +80,23 @@ def test_another_model_is_refused_and_nothing_lost(config_file, output):
 
 
 def test_every_model_of_a_run_can_be_sampled(config_file):
-    """merged, continued, ensemble and a path; the ensemble of unchanged copies draws the pretrained model's images."""
-    run("finetune.py", config_file, "finetune.max_steps=1", "finetune.learning_rate=1e-30")
+    """Unchanged copies, with projections or without: each way of using them draws the pretrained model's images."""
+    unchanged = ["finetune.max_steps=1", "finetune.learning_rate=1e-30"]
+    run("finetune.py", config_file, *unchanged)
+    run("finetune.py", config_file, *unchanged, "finetune.range=continued")
     run("merge.py", config_file)
+    run("finetune.py", config_file, *unchanged, "name=plain", "model.projection=false")
+    run("merge.py", config_file, "name=plain")
     samples = config_file.parent / "tiny" / "samples"
-    for model in ("pretrained", "merged", "ensemble", "tiny/merged", "tiny/finetuned/0000-0500/unet"):
-        name = model.replace("/", "-")
-        run("sample_ddp.py", config_file, f"sample.model={model}", f"sample.output=tiny/samples/{name}")
+    paths = ("plain/merged", "tiny/finetuned/0000-0500/unet")
+    for model in ("pretrained", "continued", "merged", "ensemble", *paths):
+        run("sample_ddp.py", config_file, f"sample.model={model}")
+    names = {"pretrained", "continued", "merged", "ensemble", *(path.replace("/", "-") for path in paths)}
+    assert {folder.name for folder in samples.iterdir() if folder.is_dir()} == names
     expected = images(samples / "pretrained")
-    for folder in samples.iterdir():
-        assert all(np.abs(images(folder)[name] - image).max() <= 1 for name, image in expected.items()), folder
+    for name in names:
+        found = images(samples / name)
+        assert all(np.abs(found[seed] - image).max() <= 1 for seed, image in expected.items()), name
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from deme.config import UserError
+from deme.files import TEMPORARY
 from deme.samples import claim_samples, image_path, list_images, missing_seeds, read_images, write_image
 
 IDENTITY = {"weights": ["abc"], "num_inference_steps": 50}
@@ -59,6 +60,21 @@ def test_images_of_other_seeds_are_refused_unless_overwritten(folder):
         claim(folder, seeds=range(2))
     claim(folder, seeds=range(2), overwrite=True)
     assert [path.name for path in list_images(folder)] == ["000000.png", "000001.png"]
+
+
+def test_a_kill_before_the_record_is_written_does_no_harm(tmp_path):
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    (folder / f"{TEMPORARY}samples.yaml-0123abcd").touch()
+    claim(folder)
+    assert missing_seeds(folder, range(4)) == [0, 1, 2, 3]
+
+
+def test_seeds_of_seven_digits_come_last(tmp_path):
+    fill(tmp_path, range(1))
+    for seed in (999_999, 1_000_000, 5):
+        image_path(tmp_path, 0).with_name(f"{seed:06d}.png").write_bytes(image_path(tmp_path, 0).read_bytes())
+    assert [path.stem for path in list_images(tmp_path)] == ["000000", "000005", "999999", "1000000"]
 
 
 def test_foreign_folders_are_never_touched(tmp_path):

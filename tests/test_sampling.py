@@ -4,14 +4,30 @@ import torch
 from conftest import tiny_unet
 from diffusers import DDIMPipeline, DDPMScheduler
 
-from deme.sampling import ensemble, initial_noise, sample_images, save_grid, single
+from deme.sampling import ensemble, initial_noise, sample_images, save_grid
 
 SCHEDULER = DDPMScheduler(beta_end=0.03, clip_sample_range=1.5)
 SHAPE = (1, 8, 8)
 
 
-def sample(predict, seeds=range(4), steps=5, **settings):
-    return sample_images(predict, SCHEDULER, seeds, SHAPE, "cpu", steps, **settings)
+def sample(network_at, seeds=range(4), steps=5, **settings):
+    return sample_images(network_at, SCHEDULER, seeds, SHAPE, "cpu", steps, **settings)
+
+
+def single(unet):
+    return ensemble([unet], [(0, 1000)])
+
+
+class Recorder(torch.nn.Module):
+    """Predicts no noise and writes down when it is called."""
+
+    def __init__(self, name, calls):
+        super().__init__()
+        self.name, self.calls = name, calls
+
+    def forward(self, noisy, timestep, return_dict):
+        self.calls.append((self.name, int(timestep)))
+        return (torch.zeros_like(noisy),)
 
 
 def test_equals_diffusers_pipeline_from_the_same_noise(monkeypatch):
@@ -30,14 +46,9 @@ def test_equals_diffusers_pipeline_from_the_same_noise(monkeypatch):
 
 def test_one_network_call_per_step_at_the_leading_timesteps():
     """3 steps visit t = 666, 333, 0."""
-    visited = []
-
-    def predict(noisy, timestep):
-        visited.append(timestep)
-        return torch.zeros_like(noisy)
-
-    sample(predict, steps=3)
-    assert visited == [666, 333, 0]
+    calls = []
+    sample(single(Recorder("only", calls)), steps=3)
+    assert calls == [("only", 666), ("only", 333), ("only", 0)]
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -57,17 +68,8 @@ def test_eta_adds_noise():
 
 def test_the_ensemble_uses_the_expert_of_each_timestep():
     calls = []
-
-    class Expert(torch.nn.Module):
-        def __init__(self, name):
-            super().__init__()
-            self.name = name
-
-        def forward(self, noisy, timestep, return_dict):
-            calls.append((self.name, timestep))
-            return (torch.zeros_like(noisy),)
-
-    sample(ensemble([Expert("low"), Expert("high")], [(0, 334), (334, 1000)]), steps=3)
+    experts = [Recorder("low", calls), Recorder("high", calls)]
+    sample(ensemble(experts, [(0, 334), (334, 1000)]), steps=3)
     assert calls == [("high", 666), ("low", 333), ("low", 0)]
 
 

@@ -14,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from deme.checkpoints import list_checkpoints
+from deme.checkpoints import list_checkpoints, load_newest_checkpoint
 from deme.config import Finetune, RunError, UserError
 from deme.data import TrainingImages
 from deme.training import MAX_SKIPPED_STEPS, Objective, Trainer, batch_indices, check_shares, claim_folder
 
-OBJECTIVE = Objective("test", stream=2, timestep_range=(250, 500), global_probability=0.3, consistency_weight=1.0)
+OBJECTIVE = Objective(
+    "test", stream=(2, 250, 500), timestep_range=(250, 500), global_probability=0.3, consistency_weight=1.0
+)
 SETTINGS = {"max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "log_every": 1}
 
 
@@ -58,17 +60,17 @@ def newest_tensors(folder) -> dict[str, torch.Tensor]:
 @given(num_images=st.integers(1, 30), batches=st.integers(1, 8), size=st.integers(1, 40))
 def test_every_pass_over_the_data_is_a_permutation(num_images, batches, size):
     """Consecutive batches read one endless stream; each of its epochs holds every image once."""
-    stream = np.concatenate([batch_indices(0, 1, num_images, size * b, size) for b in range(batches)])
+    stream = np.concatenate([batch_indices(0, (1,), num_images, size * b, size) for b in range(batches)])
     assert len(stream) == batches * size
     for epoch in range(len(stream) // num_images):
         assert sorted(stream[epoch * num_images : (epoch + 1) * num_images]) == list(range(num_images))
 
 
 def test_batches_do_not_depend_on_how_they_are_cut():
-    whole = batch_indices(3, 2, 7, 0, 24)
-    assert np.array_equal(whole, np.concatenate([batch_indices(3, 2, 7, start, 4) for start in range(0, 24, 4)]))
-    assert not np.array_equal(whole, batch_indices(3, 1, 7, 0, 24))
-    assert not np.array_equal(whole, batch_indices(4, 2, 7, 0, 24))
+    whole = batch_indices(3, (2,), 7, 0, 24)
+    assert np.array_equal(whole, np.concatenate([batch_indices(3, (2,), 7, start, 4) for start in range(0, 24, 4)]))
+    assert not np.array_equal(whole, batch_indices(3, (1,), 7, 0, 24))
+    assert not np.array_equal(whole, batch_indices(4, (2,), 7, 0, 24))
 
 
 def test_ema_decays_are_the_published_ones(tmp_path):
@@ -167,6 +169,42 @@ def test_only_unreadable_checkpoints_are_an_error(tmp_path):
         trainer(tmp_path).run()
 
 
+def test_rotation_never_leaves_only_unreadable_checkpoints(tmp_path):
+    """Step 6 is broken: the run goes on from 4 and its checkpoint of step 5 must be what is kept."""
+    trainer(tmp_path, checkpoint_every=2).run()
+    (tmp_path / "checkpoints" / "step-00000006" / "state.json").write_text("{")
+    trainer(tmp_path, checkpoints_kept=1).run(deadline=time.monotonic())
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000005"]
+
+
+def test_optimizer_states_are_loaded_to_the_device_and_format_of_their_parameters(tmp_path):
+    trainer(tmp_path).run()
+    run = trainer(tmp_path)
+    load_newest_checkpoint(tmp_path / "checkpoints", run.state)
+    strides = set()
+    for parameter in run.student.parameters():
+        moments = run.state.optimizer.state[parameter]
+        assert moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == parameter.stride()
+        assert all(value.device == parameter.device for value in moments.values())
+        strides.add(parameter.is_contiguous())
+    assert strides == {True, False}  # channels_last is among them
+
+
+def test_the_rate_covers_the_time_that_the_device_takes(tmp_path, monkeypatch):
+    """Reading the losses waits for the device; that time counts."""
+    run = trainer(tmp_path, max_steps=1)
+    reduce = run.accelerator.reduce
+
+    def slow(*args):
+        time.sleep(0.5)
+        return reduce(*args)
+
+    monkeypatch.setattr(run.accelerator, "reduce", slow)
+    run.run()
+    assert log(tmp_path)[0]["images_per_second"] <= 8 / 0.5
+
+
 def test_old_checkpoints_are_deleted(tmp_path):
     trainer(tmp_path, checkpoint_every=1, checkpoints_kept=2).run()
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000006", "step-00000005"]
@@ -207,14 +245,14 @@ def test_bf16_trains(tmp_path):
 
 def test_training_lowers_the_loss(tmp_path):
     """Plain training on ten images: the mean loss of the last quarter is well below that of the first."""
-    objective = Objective("plain", stream=0, timestep_range=(0, 1000))
+    objective = Objective("plain", stream=(0,), timestep_range=(0, 1000))
     trainer(tmp_path, objective, unet=tiny_unet(), max_steps=80, lr_warmup_steps=0, learning_rate=3e-3).run()
     losses = [line["loss"] for line in log(tmp_path)]
     assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
 
 
 def test_the_loss_is_the_sum_of_its_terms(tmp_path):
-    objective = Objective("weighted", stream=2, timestep_range=(0, 500), consistency_weight=0.5)
+    objective = Objective("weighted", stream=(2, 250, 500), timestep_range=(0, 500), consistency_weight=0.5)
     trainer(tmp_path, objective).run()
     for line in log(tmp_path):
         assert line["loss"] == pytest.approx(line["denoising_loss"] + 0.5 * line["consistency_loss"], rel=1e-5)
@@ -234,3 +272,5 @@ def test_processes_must_share_the_micro_batches():
 
     with pytest.raises(UserError, match=r"finetune\.micro_batch_size=4: finetune\.batch_size=8 makes 2 micro-batches"):
         check_shares(ThreeProcesses(), Finetune(**SETTINGS))
+    with pytest.raises(UserError, match=r"3 processes can't share equally: set micro_batch_size=4 or a divisor"):
+        check_shares(ThreeProcesses(), Finetune(batch_size=12))
