@@ -44,10 +44,10 @@ def main(config: Config) -> None:
     import gc
 
     from deme.data import load_training_images
-    from deme.devices import make_accelerator
+    from deme.devices import check_shares, make_accelerator
     from deme.files import sha256
     from deme.pipelines import WEIGHTS, find_pipeline, load_scheduler, load_unet
-    from deme.training import check_same_run, check_shares
+    from deme.runs import check_same_run
 
     started, max_minutes = time.monotonic(), config.finetune.max_minutes
     deadline = None if max_minutes is None else started + 60 * max_minutes
@@ -99,7 +99,8 @@ def finetune(config, timestep_range, inputs, pretrained_unet, scheduler, images,
     from deme.devices import make_accelerator
     from deme.files import atomic_folder
     from deme.projection import ProjectedUNet2DModel
-    from deme.training import Objective, Trainer, claim_folder
+    from deme.runs import claim_folder
+    from deme.training import Objective, Trainer
 
     is_control = timestep_range is None
     folder, settings = config.finetuned_folder(timestep_range), settings_for(config, timestep_range)

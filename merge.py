@@ -76,6 +76,7 @@ def write_merged(pretrained: Path, unets: list[Path], coefficients: list[float],
 
     index = read_json(pretrained / "model_index.json")
     settings = read_json(unets[0] / "config.json")
+    settings.pop("_name_or_path", None)  # where that copy was loaded from: a path that means nothing elsewhere
     if settings.get("_class_name") == PROJECTED_CLASS:
         index["unet"] = ["deme.projection", PROJECTED_CLASS]
 

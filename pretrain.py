@@ -23,9 +23,10 @@ def main(config: Config) -> None:
 
     from deme.config import UserError
     from deme.data import load_training_images
-    from deme.devices import make_accelerator
+    from deme.devices import check_shares, make_accelerator
     from deme.files import atomic_folder, write_yaml
-    from deme.training import Objective, Trainer, check_shares, claim_folder
+    from deme.runs import claim_folder
+    from deme.training import Objective, Trainer
 
     started = time.monotonic()
     settings, output, work = config.pretrain, config.folder / "pretrained", config.folder / "pretraining"

@@ -1,11 +1,14 @@
 """Images and labels: decoded and resized once, kept as uint8, cropped and flipped per micro-batch."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from PIL import Image
 
 from deme.config import Data, UserError
 
+PERMUTATION, MICRO_BATCH = 0, 1  # what a generator is for: keeps the seeds of a run's random draws apart
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for a number of channels
 
 
@@ -36,6 +39,24 @@ class TrainingImages:
             top, left = (random.integers(side - size + 1) if side > size else 0 for side in image.shape[1:])
         image = image[:, top : top + size, left : left + size]
         return image.flip(-1) if self.random_flip and random.random() < 0.5 else image
+
+
+def batch_indices(seed: int, stream: tuple[int, ...], num_images: int, start: int, size: int) -> np.ndarray:
+    """Which images stand at positions start … start + size − 1 of the endless shuffled stream: int64, shape (size,).
+
+    Each pass over the data is a permutation seeded with its number.
+    """
+    epochs, offsets = np.divmod(np.arange(start, start + size), num_images)
+    indices = np.empty(size, dtype=np.int64)
+    for epoch in np.unique(epochs).tolist():
+        chosen = epochs == epoch
+        indices[chosen] = _permutation(seed, stream, epoch, num_images)[offsets[chosen]]
+    return indices
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, stream: tuple[int, ...], epoch: int, num_images: int) -> np.ndarray:
+    return np.random.default_rng((seed, *stream, PERMUTATION, epoch)).permutation(num_images)
 
 
 def load_training_images(data: Data, channels: int) -> TrainingImages:

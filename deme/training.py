@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +31,9 @@ from deme.checkpoints import (
     prepare_checkpoints,
     save_checkpoint,
 )
-from deme.config import RunError, Training, UserError
-from deme.data import TrainingImages
-from deme.files import atomic_file, make_folder, read_yaml, write_yaml
+from deme.config import RunError, Training
+from deme.data import MICRO_BATCH, TrainingImages, batch_indices
+from deme.files import atomic_file
 from deme.losses import decoupled_loss
 from deme.sampling import sample_images, save_grid
 from deme.timesteps import choose_interval, sample_timesteps
@@ -42,7 +41,6 @@ from deme.timesteps import choose_interval, sample_timesteps
 MAX_SKIPPED_STEPS = 50  # fp16: steps without finite gradients in a row that stop the run
 PREVIEW_IMAGES = 64
 PREVIEW_STEPS = 50
-PERMUTATION, MICRO_BATCH = 0, 1  # what a generator is for: keeps their seeds apart
 
 
 @dataclass(frozen=True)
@@ -54,79 +52,6 @@ class Objective:
     timestep_range: tuple[int, int]  # [low, high)
     global_probability: float = 0.0  # p
     consistency_weight: float = 0.0  # λ
-
-
-def check_shares(accelerator: Accelerator, settings: Training) -> None:
-    """
-    Raises:
-        UserError: the processes can't share the micro-batches of a step equally.
-    """
-    section, size = settings.section, settings.micro_batch_size or settings.batch_size
-    micro_batches, processes = settings.batch_size // size, accelerator.num_processes
-    if micro_batches % processes:
-        share, rest = divmod(settings.batch_size, processes)
-        remedy = f"a batch_size that is a multiple of {processes}" if rest else f"micro_batch_size={share} or a divisor"
-        raise UserError(
-            f"{section}.micro_batch_size={settings.micro_batch_size}: {section}.batch_size={settings.batch_size} makes "
-            f"{micro_batches} micro-batches of {size}, which {processes} processes can't share equally: set {remedy}"
-        )
-
-
-def check_same_run(folder: Path, trained_from: dict) -> None:
-    """
-    Args:
-        trained_from: key → value of everything that determines the weights.
-
-    Raises:
-        UserError: the folder holds a run of other settings; names those that differ.
-    """
-    file = folder / "config.yaml"
-    if not file.exists():
-        return
-    before = read_yaml(file).get("trained_from", {})
-    changed = [
-        f"{key}={trained_from.get(key)} (was {before.get(key)})"
-        for key in sorted({*before, *trained_from})
-        if before.get(key) != trained_from.get(key)
-    ]
-    if changed:
-        raise UserError(f"{folder} holds a run of other settings: {', '.join(changed)}; change name or delete it")
-
-
-def claim_folder(accelerator: Accelerator, folder: Path, trained_from: dict, record: dict) -> None:
-    """Create a run's folder with its config.yaml, or make sure that the run in it is the same.
-
-    Args:
-        record: provenance, written beside `trained_from`.
-
-    Raises:
-        UserError: as check_same_run, or the folder can't be written.
-    """
-    check_same_run(folder, trained_from)
-    accelerator.wait_for_everyone()
-    file = folder / "config.yaml"
-    if accelerator.is_main_process and not file.exists():
-        make_folder(folder, "output_dir")
-        write_yaml(file, {"trained_from": trained_from, **record})
-    accelerator.wait_for_everyone()
-
-
-def batch_indices(seed: int, stream: tuple[int, ...], num_images: int, start: int, size: int) -> np.ndarray:
-    """Which images stand at positions start … start + size − 1 of the endless shuffled stream: int64, shape (size,).
-
-    Each pass over the data is a permutation seeded with its number.
-    """
-    epochs, offsets = np.divmod(np.arange(start, start + size), num_images)
-    indices = np.empty(size, dtype=np.int64)
-    for epoch in np.unique(epochs).tolist():
-        chosen = epochs == epoch
-        indices[chosen] = _permutation(seed, stream, epoch, num_images)[offsets[chosen]]
-    return indices
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, stream: tuple[int, ...], epoch: int, num_images: int) -> np.ndarray:
-    return np.random.default_rng((seed, *stream, PERMUTATION, epoch)).permutation(num_images)
 
 
 class Trainer:

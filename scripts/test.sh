@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 
 ruff check .
 ruff format --check .
-python -m pytest --durations=10 "$@"
+python -m pytest -n 2 --durations=10 "$@" # most tests start one single-threaded script

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 from deme.checkpoints import list_checkpoints, load_newest_checkpoint
 from deme.config import Finetune, RunError, UserError
-from deme.data import TrainingImages
-from deme.training import MAX_SKIPPED_STEPS, Objective, Trainer, batch_indices, check_shares, claim_folder
+from deme.data import TrainingImages, batch_indices
+from deme.devices import check_shares
+from deme.runs import claim_folder
+from deme.training import MAX_SKIPPED_STEPS, Objective, Trainer
 
 OBJECTIVE = Objective(
     "test", stream=(2, 250, 500), timestep_range=(250, 500), global_probability=0.3, consistency_weight=1.0
