@@ -21,14 +21,14 @@ def test_commuting_covariances_have_a_closed_form():
     assert frechet_distance(mu, np.diag(a), np.zeros(3), np.diag(b)) == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000))
 def test_agrees_with_pytorch_fid_where_that_is_stable(seed):
     first, second = gaussian(seed), gaussian(seed + 1)
     assert frechet_distance(*first, *second) == pytest.approx(calculate_frechet_distance(*first, *second), rel=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000))
 def test_is_symmetric_and_0_for_equal_sets(seed):
     first, second = gaussian(seed), gaussian(seed + 1)
