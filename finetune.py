@@ -46,7 +46,7 @@ def main(config: Config) -> None:
     from deme.data import load_training_images
     from deme.devices import check_shares, make_accelerator
     from deme.files import sha256
-    from deme.pipelines import WEIGHTS, find_pipeline, load_scheduler, load_unet
+    from deme.pipelines import find_pipeline, load_scheduler, load_unet, unet_folder, weights_file
     from deme.runs import check_same_run
 
     started, max_minutes = time.monotonic(), config.finetune.max_minutes
@@ -57,8 +57,8 @@ def main(config: Config) -> None:
     check_shares(accelerator, config.finetune)
     pretrained = find_pipeline(config.pretrained)
     scheduler = load_scheduler(pretrained, config.timesteps.num_train_timesteps)
-    unet = load_unet(pretrained / "unet", config.data.resolution)
-    weights_hash = sha256(pretrained / "unet" / WEIGHTS)
+    unet = load_unet(unet_folder(pretrained), config.data.resolution)
+    weights_hash = sha256(weights_file(unet_folder(pretrained)))
 
     # --- what is left to do
     runs = {}

@@ -20,7 +20,7 @@ def plan(config: Config) -> str:
 
 def main(config: Config) -> None:
     from deme.files import make_folder, read_yaml, sha256
-    from deme.pipelines import WEIGHTS, find_pipeline
+    from deme.pipelines import WEIGHTS, find_pipeline, unet_folder, weights_file
 
     # --- inputs
     pretrained, output = find_pipeline(config.pretrained), config.merged
@@ -30,7 +30,7 @@ def main(config: Config) -> None:
     description = {
         "method": config.merge.method,
         "coefficients": config.merge.coefficients,
-        "pretrained": {"path": str(config.pretrained), "sha256": sha256(pretrained / "unet" / WEIGHTS)},
+        "pretrained": {"path": str(config.pretrained), "sha256": sha256(weights_file(unet_folder(pretrained)))},
         "finetuned": [
             {"timesteps": range_name(timestep_range), "path": str(folder), "sha256": sha256(folder / WEIGHTS)}
             for timestep_range, folder in zip(config.timesteps.ranges, config.merge_inputs, strict=True)
@@ -66,23 +66,38 @@ def write_merged(pretrained: Path, unets: list[Path], coefficients: list[float],
     from safetensors.torch import save_file
 
     from deme.files import atomic_folder, write_yaml
-    from deme.pipelines import PROJECTED_CLASS, WEIGHTS, load_tensors, read_json
+    from deme.pipelines import (
+        PROJECTED_CLASS,
+        SCHEDULER_CONFIG,
+        WEIGHTS,
+        load_tensors,
+        read_json,
+        scheduler_folder,
+        unet_folder,
+    )
     from deme.task_vectors import merge_tensors, with_identity_projections
 
     finetuned = {str(folder): load_tensors(folder) for folder in unets}
-    base = load_tensors(pretrained / "unet")
+    base = load_tensors(unet_folder(pretrained))
     for tensors in finetuned.values():
         base = with_identity_projections(base, tensors)
 
-    index = read_json(pretrained / "model_index.json")
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    if (pretrained / "model_index.json").is_file():
+        index = read_json(pretrained / "model_index.json")
     settings = read_json(unets[0] / "config.json")
     settings.pop("_name_or_path", None)  # where that copy was loaded from: a path that means nothing elsewhere
     if settings.get("_class_name") == PROJECTED_CLASS:
         index["unet"] = ["deme.projection", PROJECTED_CLASS]
 
     with atomic_folder(output) as temporary:
-        shutil.copytree(pretrained / "scheduler", temporary / "scheduler")
-        (temporary / "unet").mkdir()
+        for part in ("scheduler", "unet"):
+            (temporary / part).mkdir()
+        shutil.copy(scheduler_folder(pretrained) / SCHEDULER_CONFIG, temporary / "scheduler" / SCHEDULER_CONFIG)
         merged = dict(merge_tensors(base, finetuned, coefficients))
         save_file(merged, temporary / "unet" / WEIGHTS, metadata={"format": "pt"})
         (temporary / "unet" / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -29,11 +29,11 @@ def find_source(config: Config) -> Source:
     Raises:
         UserError: the model is unknown or not made yet; says how it is made.
     """
-    from deme.pipelines import find_pipeline
+    from deme.pipelines import find_pipeline, unet_folder
 
     model = config.sample.model
     if model == "pretrained":
-        return Source([find_pipeline(config.pretrained) / "unet"], config.pretrained)
+        return Source([unet_folder(find_pipeline(config.pretrained))], config.pretrained)
     named = {
         "merged": (Source([config.merged / "unet"], str(config.merged)), "merge.py"),
         "ensemble": (Source(config.merge_inputs, config.pretrained), "finetune.py"),
@@ -81,7 +81,14 @@ def main(config: Config) -> None:
 
     from deme.devices import make_accelerator
     from deme.files import sha256
-    from deme.pipelines import WEIGHTS, find_pipeline, load_scheduler, load_unet
+    from deme.pipelines import (
+        SCHEDULER_CONFIG,
+        find_pipeline,
+        load_scheduler,
+        load_unet,
+        scheduler_folder,
+        weights_file,
+    )
     from deme.samples import claim_samples, image_path, missing_seeds, read_images, write_image
     from deme.sampling import ensemble, sample_images, save_grid
 
@@ -99,9 +106,9 @@ def main(config: Config) -> None:
 
     # --- the folder: what it is made from, and which images are missing
     identity = {
-        "weights": [sha256(folder / WEIGHTS) for folder in source.unets],
+        "weights": [sha256(weights_file(folder)) for folder in source.unets],
         "timesteps": [list(edges) for edges in ranges],
-        "scheduler": sha256(pipeline / "scheduler" / "scheduler_config.json"),
+        "scheduler": sha256(scheduler_folder(pipeline) / SCHEDULER_CONFIG),
         "num_inference_steps": settings.num_inference_steps,
         "eta": settings.eta,
         "mixed_precision": settings.mixed_precision,

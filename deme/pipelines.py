@@ -1,11 +1,15 @@
-"""Reading diffusers pipeline folders: `unet/`, `scheduler/`, `model_index.json`.
+"""Reading diffusers pipelines in every form that the Hub has them.
 
-diffusers itself is imported only where a network is built: merging needs the folders alone.
+A pipeline is a folder with `unet/` and `scheduler/`, or a flat one with `config.json`, `scheduler_config.json` and the
+weights side by side (google/ddpm-*). Weights are safetensors or `.bin`, which is read without unpickling code, under
+today's names or those of diffusers up to 0.15. diffusers itself is imported only where a network is built: merging
+today's files needs the folders alone.
 """
 
 import json
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
@@ -18,7 +22,10 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
+SCHEDULER_CONFIG = "scheduler_config.json"
 PROJECTED_CLASS = "ProjectedUNet2DModel"
+OLD_ATTENTION_NAME = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
 
 
 def find_pipeline(source: str) -> Path:
@@ -28,24 +35,48 @@ def find_pipeline(source: str) -> Path:
         source: a folder relative to the working directory or else to the repository, or owner/name on the Hub.
 
     Raises:
-        UserError: neither, or a folder without a model_index.json.
+        UserError: neither, or a folder that holds no UNet and scheduler.
     """
     for folder in (Path(source), REPOSITORY / source):
         if folder.is_dir():
-            if not (folder / "model_index.json").is_file():
-                raise UserError(f"model.pretrained={source}: not a pipeline folder: it has no model_index.json")
+            for part in (unet_folder(folder) / "config.json", scheduler_folder(folder) / SCHEDULER_CONFIG):
+                if not part.is_file():
+                    raise UserError(f"model.pretrained={source}: not a pipeline folder: {part} is missing")
             return folder
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         raise UserError(f"model.pretrained={source}: no such folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        if not (unet_folder(folder) / WEIGHTS).is_file():
+            folder = Path(snapshot_download(source, allow_patterns=["*.json", f"*{PICKLED_WEIGHTS}"]))
+        return folder
     except Exception as error:  # network, name and permission errors have no common class
         reason = " ".join(str(error).split())
         raise UserError(
             f"model.pretrained={source}: neither a pipeline folder nor a reachable Hub id: {reason}"
         ) from None
+
+
+def unet_folder(pipeline: Path) -> Path:
+    return pipeline / "unet" if (pipeline / "unet").is_dir() else pipeline
+
+
+def scheduler_folder(pipeline: Path) -> Path:
+    return pipeline / "scheduler" if (pipeline / "scheduler").is_dir() else pipeline
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights in a UNet's folder, safetensors where there are both.
+
+    Raises:
+        UserError: there are none.
+    """
+    for name in (WEIGHTS, PICKLED_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder / WEIGHTS}: missing")
 
 
 def read_json(path: Path) -> dict:
@@ -62,63 +93,68 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def load_tensors(unet_folder: Path) -> dict[str, "torch.Tensor"]:
-    """A UNet's tensors by name, mapped from the file: memory is used only for what is touched.
+def load_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
+    """The tensors of a UNet's folder under today's names.
+
+    Mapped from the file where it is safetensors of today's diffusers: memory is used only for what is touched.
 
     Raises:
-        UserError: the weights are missing or not a whole safetensors file.
+        UserError: the weights are missing or damaged.
     """
     from safetensors.torch import load_file
 
-    path = unet_folder / WEIGHTS
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: {error}") from None
+    path = weights_file(folder)
+    if path.name == WEIGHTS:
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: {error}") from None
+        if not any(OLD_ATTENTION_NAME.search(name) for name in tensors):
+            return tensors
+    return load_unet(folder).state_dict()  # diffusers knows the old names
 
 
-def load_unet(folder: Path, resolution: int) -> "UNet2DModel":
-    """The UNet of a `unet/` folder, float32, in eval mode; with projections where its configuration says so.
+def load_unet(folder: Path, resolution: int | None = None) -> "UNet2DModel":
+    """The UNet in a folder, float32, in eval mode; with projections where its configuration says so.
 
     Args:
-        resolution: the data's, which must be the UNet's sample size.
+        resolution: the data's, which must be the UNet's sample size; None: any.
 
     Raises:
         UserError: missing or damaged files, projections that the configuration does not name, or another sample size.
     """
     from deme.projection import ProjectedUNet2DModel, UNet2DModel
 
-    settings = read_json(folder / "config.json")
-    if settings.get("sample_size") != resolution:
-        raise UserError(
-            f"data.resolution={resolution}: the UNet in {folder} has sample_size={settings.get('sample_size')}"
-        )
-    projected = settings.get("_class_name") == PROJECTED_CLASS
-    if not projected and any(name.endswith(PROJECTION_SUFFIX) for name in load_tensors(folder)):
-        raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED_CLASS}")
-    unet_class = ProjectedUNet2DModel if projected else UNet2DModel
+    settings, weights = read_json(folder / "config.json"), weights_file(folder)
+    size = settings.get("sample_size")
+    if resolution is not None and size != resolution:
+        raise UserError(f"data.resolution={resolution}: the UNet in {folder} has sample_size={size}")
+    unet_class = ProjectedUNet2DModel if settings.get("_class_name") == PROJECTED_CLASS else UNet2DModel
     try:
         unet, report = unet_class.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
+            folder, use_safetensors=weights.name == WEIGHTS, output_loading_info=True, low_cpu_mem_usage=False
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, UnpicklingError, SafetensorError) as error:
         raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
-    if report["missing_keys"] or report["unexpected_keys"]:
-        names = ", ".join([*report["missing_keys"], *report["unexpected_keys"]][:3])
+    unknown = report["unexpected_keys"]
+    if any(name.endswith(PROJECTION_SUFFIX) for name in unknown):
+        raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED_CLASS}")
+    if report["missing_keys"] or unknown:
+        names = ", ".join([*report["missing_keys"], *unknown][:3])
         raise UserError(f"{folder}: weights and config.json do not fit each other ({names} …)")
     return unet
 
 
 def load_scheduler(pipeline: Path, num_train_timesteps: int) -> "DDPMScheduler":
-    """The pretrained noise schedule: betas, clipping and prediction type as the pipeline folder says.
+    """The pretrained noise schedule: betas, clipping, prediction and variance type as the pipeline folder says.
 
     Raises:
         UserError: missing files, or T unlike the configuration's.
     """
     from diffusers import DDPMScheduler
 
-    folder = pipeline / "scheduler"
-    read_json(folder / "scheduler_config.json")
+    folder = scheduler_folder(pipeline)
+    read_json(folder / SCHEDULER_CONFIG)
     scheduler = DDPMScheduler.from_pretrained(folder)
     found = scheduler.config.num_train_timesteps
     if found != num_train_timesteps:
