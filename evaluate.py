@@ -86,6 +86,12 @@ def main(config: Config) -> None:
         print(table(rows, "FID" if settings.features == "inception" else "classifier FD"), output, sep="\n")
 
 
+def evaluated_data(config: Config) -> dict:
+    """The settings that decide which images the reference is made of."""
+    not_in_evaluation = ("center_crop", "random_flip", "cache_gb")
+    return {key: value for key, value in asdict(config.data).items() if key not in not_in_evaluation}
+
+
 def feature_network(config: Config, accelerator) -> tuple:
     """The network whose features are compared, and what made it (for the classifier, its held-out accuracy too)."""
     from deme.classifier import load_classifier, save_classifier, train_classifier
@@ -97,11 +103,12 @@ def feature_network(config: Config, accelerator) -> tuple:
             return load_inception().to(accelerator.device), {}
 
     cache, epochs = config.folder / "stats" / "classifier.safetensors", config.evaluate.classifier_epochs
-    made_from = {"seed": config.seed, "data": asdict(config.data), "epochs": epochs}
+    made_from = {"seed": config.seed, "data": evaluated_data(config), "epochs": epochs}
     if accelerator.is_main_process and load_classifier(cache, made_from) is None:
-        pixels, labels = load_evaluation_images(config.data)
+        images, labels = load_evaluation_images(config.data, config.image_cache)
         if labels is None:
             raise UserError("data.label_column=None: evaluate.features=classifier needs labels")
+        pixels = images.batch(range(len(images)))
         save_classifier(cache, *train_classifier(pixels, labels, epochs, config.seed, accelerator.device), made_from)
     accelerator.wait_for_everyone()
     classifier, accuracy = load_classifier(cache, made_from)
@@ -118,19 +125,25 @@ def reference_statistics(config: Config, accelerator, network, made_by: dict) ->
     if config.evaluate.reference is not None:
         return load_statistics(Path(config.evaluate.reference))[:2]
     file = config.folder / "stats" / f"{config.evaluate.features}.npz"
-    made_from = {"data": asdict(config.data), "features": config.evaluate.features}
+    made_from = {"data": evaluated_data(config), "features": config.evaluate.features}
     if made_by:
         made_from["classifier"] = sha256(config.folder / "stats" / "classifier.safetensors")
     if file.exists():
         *saved, saved_from = load_statistics(file)
         if saved_from == made_from:
             return tuple(saved)
-    pixels, _ = load_evaluation_images(config.data)
-    features = extract(accelerator, network, lambda part: pixels[part], len(pixels), config.evaluate.batch_size)
+    images, _ = load_evaluation_images(config.data, config.image_cache)
+    features = extract(
+        accelerator,
+        network,
+        lambda part: images.batch(range(part.start, part.stop)),
+        len(images),
+        config.evaluate.batch_size,
+    )
     reference = statistics(features)
     if accelerator.is_main_process:
         save_statistics(file, *reference, made_from)
-        print(f"wrote {file}: statistics of {len(pixels):,} images")
+        print(f"wrote {file}: statistics of {len(images):,} images")
     accelerator.wait_for_everyone()
     return reference
 

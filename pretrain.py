@@ -46,7 +46,7 @@ def main(config: Config) -> None:
         scheduler = diffusers.DDPMScheduler(config.timesteps.num_train_timesteps, **settings.scheduler)
     except (TypeError, ValueError) as error:
         raise UserError(f"pretrain.unet={settings.unet}, pretrain.scheduler={settings.scheduler}: {error}") from None
-    images = load_training_images(config.data, unet.config.in_channels)
+    images = load_training_images(config.data, unet.config.in_channels, config.image_cache)
     accelerator.print(f"{sum(p.numel() for p in unet.parameters()):,} parameters, {len(images):,} images")
 
     # --- train on all timesteps, without a teacher

@@ -80,9 +80,12 @@ class Data(Section):
     resolution: int = 8  # pixels; the shorter side is resized to it, then a square is cropped
     center_crop: bool = False  # in training; evaluation always crops the centre
     random_flip: bool = False  # horizontal, in training; evaluation never flips
+    skip_unreadable: bool = False  # leave images that can't be decoded out instead of stopping
+    cache_gb: float = 4.0  # GiB of decoded images that each process holds in memory; more are mapped from a file
 
     def __post_init__(self):
         self.check_positive("resolution")
+        self.check_not_negative("cache_gb")
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,11 @@ class Config(Section):
         return Path(self.output_dir) / self.name
 
     @property
+    def image_cache(self) -> Path:
+        """Decoded images that don't fit into memory, shared by all runs of an output_dir."""
+        return Path(self.output_dir) / "image-cache"
+
+    @property
     def pretrained(self) -> str:
         """The pretrained pipeline: a folder or a Hub id."""
         return self.model.pretrained if self.model.pretrained is not None else str(self.folder / "pretrained")
@@ -319,6 +327,7 @@ def _writable(defaults: Config) -> Any:
 
 FREE_TRAINING_KEYS = (  # of the sections data, pretrain and finetune
     "label_column",
+    "cache_gb",
     "max_minutes",
     "log_every",
     "checkpoint_every",

@@ -32,7 +32,7 @@ from deme.checkpoints import (
     save_checkpoint,
 )
 from deme.config import RunError, Training
-from deme.data import MICRO_BATCH, TrainingImages, batch_indices
+from deme.data import MICRO_BATCH, CroppedImages, batch_indices
 from deme.files import atomic_file
 from deme.losses import decoupled_loss
 from deme.sampling import sample_images, save_grid
@@ -69,7 +69,7 @@ class Trainer:
         student: nn.Module,
         teacher: nn.Module | None,
         scheduler: DDPMScheduler,
-        images: TrainingImages,
+        images: CroppedImages,
         objective: Objective,
         settings: Training,
         seed: int,

@@ -1,3 +1,6 @@
+import io
+
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -5,7 +8,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from deme.config import Data, UserError
-from deme.data import TrainingImages, load_evaluation_images, load_training_images
+from deme.data import CroppedImages, as_seen, load_evaluation_images, load_training_images
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
 def random_state():
@@ -22,8 +27,8 @@ def folder(tmp_path):
     return str(tmp_path / "images")
 
 
-def test_digits_are_all_there():
-    images = load_training_images(Data(), channels=1)
+def test_digits_are_all_there(tmp_path):
+    images = load_training_images(Data(), 1, tmp_path)
     batch = images.batch(np.arange(len(images)), random_state())
     assert batch.shape == (1797, 1, 8, 8)
     assert batch.dtype == torch.uint8
@@ -31,30 +36,31 @@ def test_digits_are_all_there():
     torch.testing.assert_close(batch[:, 0].double() * 16 / 255, expected, rtol=0, atol=0.04)
 
 
-def test_evaluation_images_are_rgb_with_labels():
-    pixels, labels = load_evaluation_images(Data())
+def test_evaluation_images_are_rgb_with_labels(tmp_path):
+    images, labels = load_evaluation_images(Data(), tmp_path)
+    pixels = images.batch(range(len(images)))
     assert pixels.shape == (1797, 3, 8, 8)
     assert torch.equal(pixels[:, 0], pixels[:, 2])
     assert labels.tolist() == load_digits().target.tolist()
 
 
-def test_an_image_folder_is_resized_to_its_shorter_side_and_cropped(folder):
-    images = load_training_images(Data(name=folder, resolution=3), channels=3)
+def test_an_image_folder_is_resized_to_its_shorter_side_and_cropped(folder, tmp_path):
+    images = load_training_images(Data(name=folder, resolution=3), 3, tmp_path)
     assert sorted(tuple(image.shape) for image in images.images) == [(3, 3, 4), (3, 4, 3)]
     assert images.batch(np.array([0, 1]), random_state()).shape == (2, 3, 3, 3)
-    pixels, labels = load_evaluation_images(Data(name=folder, resolution=3))
-    assert pixels.shape == (2, 3, 3, 3)
+    images, labels = load_evaluation_images(Data(name=folder, resolution=3), tmp_path)
+    assert images.batch([0, 1]).shape == (2, 3, 3, 3)
     assert labels.tolist() == [0, 1]
 
 
-def test_small_images_are_enlarged(folder):
-    images = load_training_images(Data(name=folder, resolution=32), channels=1)
+def test_small_images_are_enlarged(folder, tmp_path):
+    images = load_training_images(Data(name=folder, resolution=32), 1, tmp_path)
     assert images.batch(np.array([0]), random_state()).shape == (1, 1, 32, 32)
 
 
 def test_crops_and_flips_follow_the_generator():
     image = torch.arange(2 * 5, dtype=torch.uint8).reshape(1, 2, 5)
-    cropped = TrainingImages([image], 2, center_crop=False, random_flip=True)
+    cropped = CroppedImages([image], 2, center_crop=False, random_flip=True)
     draws = {tuple(cropped.batch(np.array([0]), np.random.default_rng(seed)).flatten().tolist()) for seed in range(99)}
     windows = [image[..., left : left + 2] for left in range(4)]
     assert draws == {tuple(w.flatten().tolist()) for window in windows for w in (window, window.flip(-1))}
@@ -64,7 +70,7 @@ def test_crops_and_flips_follow_the_generator():
 
 def test_centre_crop_without_flip_ignores_the_generator():
     image = torch.arange(2 * 6, dtype=torch.uint8).reshape(1, 2, 6)
-    centred = TrainingImages([image], 2, center_crop=True, random_flip=False)
+    centred = CroppedImages([image], 2, center_crop=True, random_flip=False)
     for seed in range(5):
         assert torch.equal(centred.batch(np.array([0]), np.random.default_rng(seed))[0], image[..., 2:4])
 
@@ -75,9 +81,92 @@ def test_centre_crop_without_flip_ignores_the_generator():
         ({"name": "/nowhere/at/all"}, r"data\.name=/nowhere/at/all"),
         ({"image_column": "img"}, r"data\.image_column=img: .* has the columns image, label"),
         ({"label_column": "class"}, r"data\.label_column=class: .* has the columns image, label"),
+        ({"image_column": "label"}, r"data\.image_column=label: holds no images"),
         ({"split": "test"}, r"data\.split=test"),
     ],
 )
-def test_mistakes_name_the_key(folder, change, message):
+def test_mistakes_name_the_key(folder, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        load_training_images(Data(**({"name": folder, "resolution": 8} | change)), channels=3)
+        load_training_images(Data(**({"name": folder, "resolution": 8} | change)), 3, tmp_path)
+
+
+def with_exif_rotation() -> Image.Image:
+    """Stored 2 wide and 1 high, red left of white; the camera was turned: seen 1 wide and 2 high, red on top."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to view
+    file = io.BytesIO()
+    Image.fromarray(np.array([[RED, WHITE]], dtype=np.uint8)).save(file, "PNG", exif=exif)
+    return Image.open(file)
+
+
+def palette_with_transparency() -> Image.Image:
+    image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "P")
+    image.putpalette([*RED, 0, 0, 255])
+    image.info["transparency"] = 1
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "seen"),
+    [
+        (with_exif_rotation(), [[RED], [WHITE]]),
+        (palette_with_transparency(), [[RED, WHITE]]),
+        (Image.new("RGBA", (1, 1), (255, 0, 0, 0)), [[WHITE]]),
+        (Image.new("RGBA", (1, 1), (255, 0, 0, 255)), [[RED]]),
+        (Image.new("LA", (1, 1), (0, 128)), [[(127, 127, 127)]]),
+        (Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16)), [[(0,) * 3, (128,) * 3, (255,) * 3]]),
+        (Image.new("L", (1, 1), 7), [[(7, 7, 7)]]),
+        (Image.new("1", (1, 1), 1), [[WHITE]]),
+        (Image.new("CMYK", (1, 1), (0, 255, 255, 0)), [[RED]]),
+    ],
+    ids=["exif", "palette", "transparent", "opaque", "half transparent grey", "16 bit", "grey", "bilevel", "cmyk"],
+)
+def test_images_become_what_a_person_sees(image, seen):
+    assert np.array_equal(np.asarray(as_seen(image, 3)), np.array(seen, dtype=np.uint8))
+    assert as_seen(image, 1).mode == "L"
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
+def test_unreadable_images_stop_the_run_or_are_skipped(folder, tmp_path, capsys, content):
+    bad = tmp_path / "images" / "train" / "cat" / "1.png"
+    bad.write_bytes((bad.with_name("0.png")).read_bytes()[:150] if content == "truncated" else content)
+    data = {"name": folder, "resolution": 8}
+    with pytest.raises(UserError, match=r"row 1 \(.*cat/1\.png\) is not a readable image"):
+        load_training_images(Data(**data), 3, tmp_path)
+    images, labels = load_evaluation_images(Data(**data, skip_unreadable=True), tmp_path)
+    assert len(images) == 2
+    assert labels.tolist() == [0, 1]
+    assert "skipped 1 of 3 images" in capsys.readouterr().out
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_text("text")
+    data = Data(name=str(tmp_path / "images"), label_column=None, skip_unreadable=True)
+    with pytest.raises(UserError, match="none of its 1 images can be read"):
+        load_training_images(data, 3, tmp_path)
+
+
+def test_parquet_and_arrow_folders_are_read(folder, tmp_path):
+    rows = datasets.load_dataset(folder, split="train")
+    (tmp_path / "parquet").mkdir()
+    rows.to_parquet(tmp_path / "parquet" / "train.parquet")
+    expected = load_training_images(Data(name=folder), 3, tmp_path).batch([0, 1], random_state())
+    found = load_training_images(Data(name=str(tmp_path / "parquet")), 3, tmp_path).batch([0, 1], random_state())
+    assert torch.equal(found, expected)
+
+
+def test_the_file_cache_holds_the_same_images_and_is_built_once(folder, tmp_path, monkeypatch):
+    """cache_gb: 0 maps a file; the second time nothing is decoded; other preprocessing makes another file."""
+    in_memory = load_training_images(Data(name=folder), 3, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    mapped = load_training_images(Data(name=folder, cache_gb=0), 3, tmp_path / "cache")
+    for one, other in zip(in_memory.images, mapped.images, strict=True):
+        assert torch.equal(one, other)
+    monkeypatch.setattr("deme.data._open_image", lambda row: pytest.fail("decoded again"))
+    again = load_training_images(Data(name=folder, cache_gb=0), 3, tmp_path / "cache")
+    assert torch.equal(again.batch([0, 1], random_state()), in_memory.batch([0, 1], random_state()))
+    monkeypatch.undo()
+    load_training_images(Data(name=folder, cache_gb=0, resolution=4), 3, tmp_path / "cache")
+    load_training_images(Data(name=folder, cache_gb=0), 1, tmp_path / "cache")
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 3

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
 from deme.config import Finetune
-from deme.data import TrainingImages
+from deme.data import CroppedImages
 from deme.projection import ProjectedUNet2DModel
 from deme.sampling import sample_images
 from deme.training import Objective, Trainer
@@ -51,7 +51,7 @@ def test_one_step_and_one_image(tmp_path, settings, millions, projected_millions
 
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
     size = settings["sample_size"]
-    images = TrainingImages([torch.randint(0, 256, (3, size, size), dtype=torch.uint8)], size, False, False)
+    images = CroppedImages([torch.randint(0, 256, (3, size, size), dtype=torch.uint8)], size, False, False)
     finetune = Finetune(max_steps=1, batch_size=1, checkpoint_every=1)
     objective = Objective("full size", (2, 0, 250), (0, 250), global_probability=0.3, consistency_weight=1.0)
     trainer = Trainer(Accelerator(cpu=True), student, pretrained, SCHEDULER, images, objective, finetune, 0, tmp_path)

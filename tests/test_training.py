@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from deme.checkpoints import list_checkpoints, load_newest_checkpoint
 from deme.config import Finetune, RunError, UserError
-from deme.data import TrainingImages, batch_indices
+from deme.data import CroppedImages, batch_indices
 from deme.devices import check_shares
 from deme.runs import claim_folder
 from deme.training import MAX_SKIPPED_STEPS, Objective, Trainer
@@ -42,7 +42,7 @@ def trainer(folder, objective=OBJECTIVE, precision="no", unet=None, **settings) 
     pixels = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     folder.mkdir(exist_ok=True)
     teacher = copy.deepcopy(unet) if objective.consistency_weight > 0 else None
-    images = TrainingImages(list(pixels), 8, center_crop=False, random_flip=True)
+    images = CroppedImages(list(pixels), 8, center_crop=False, random_flip=True)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     if precision == "fp16":  # accelerate scales the loss on GPUs only
         accelerator.scaler = torch.amp.GradScaler("cpu")
