@@ -2,6 +2,8 @@
 
     python merge.py
     python merge.py "merge.coefficients=[0.1,0.1,0.2,0.5]" merge.output=runs/digits/merged-by-hand
+    python merge.py merge.method=ties merge.output=runs/digits/merged-ties
+    python merge.py "merge.coefficients={up_blocks.*: [0.5,0.5,0.5,0.5], '*': [0.1,0.1,0.1,0.1]}"
 
 Writes a diffusers pipeline folder, runs/<name>/merged/, with the pretrained scheduler's configuration, and merge.yaml:
 the inputs with their SHA-256 and the coefficients. An output that the same merge made is left alone.
@@ -14,8 +16,11 @@ from deme.config import Config, UserError, provenance, range_name, run_script
 
 
 def plan(config: Config) -> str:
-    terms = [f"{w} x {folder}" for w, folder in zip(config.merge.coefficients, config.merge_inputs, strict=True)]
-    return "\n  + ".join([f"merge {config.pretrained}", *terms]) + f"\n  -> {config.merged}"
+    groups = config.coefficient_groups.items()
+    coefficients = [f"  {pattern}: {coefficients}" for pattern, coefficients in groups]
+    inputs = [f"  {folder}" for folder in config.merge_inputs]
+    title = f"merge {config.pretrained} and the following by {config.merge.method} -> {config.merged}"
+    return "\n".join([title, *inputs, "with the coefficients", *coefficients])
 
 
 def main(config: Config) -> None:
@@ -23,19 +28,23 @@ def main(config: Config) -> None:
     from deme.pipelines import WEIGHTS, find_pipeline, unet_folder, weights_file
 
     # --- inputs
+    settings = config.merge
     pretrained, output = find_pipeline(config.pretrained), config.merged
     for number, folder in enumerate(config.merge_inputs):
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={number}")
     description = {
-        "method": config.merge.method,
-        "coefficients": config.merge.coefficients,
+        "method": settings.method,
+        "coefficients": config.coefficient_groups,
         "pretrained": {"path": str(config.pretrained), "sha256": sha256(weights_file(unet_folder(pretrained)))},
         "finetuned": [
             {"timesteps": range_name(timestep_range), "path": str(folder), "sha256": sha256(folder / WEIGHTS)}
             for timestep_range, folder in zip(config.timesteps.ranges, config.merge_inputs, strict=True)
         ],
     }
+
+    if settings.method == "ties":
+        description |= {"ties_fraction": settings.ties_fraction, "ties_combine": settings.ties_combine}
 
     # --- the output that stands there
     record = output / "merge.yaml"
@@ -50,11 +59,11 @@ def main(config: Config) -> None:
 
     # --- merge
     make_folder(output.parent, "merge.output")
-    write_merged(pretrained, config.merge_inputs, config.merge.coefficients, output, description | provenance(config))
+    write_merged(pretrained, config, description | provenance(config))
     print(f"wrote {output}")
 
 
-def write_merged(pretrained: Path, unets: list[Path], coefficients: list[float], output: Path, record: dict) -> None:
+def write_merged(pretrained: Path, config: Config, record: dict) -> None:
     """Merge UNet folders into a pipeline folder: the weights are read by memory map, only the sum is held in memory.
 
     Args:
@@ -75,9 +84,9 @@ def write_merged(pretrained: Path, unets: list[Path], coefficients: list[float],
         scheduler_folder,
         unet_folder,
     )
-    from deme.task_vectors import merge_tensors, with_identity_projections
+    from deme.task_vectors import Ties, merge_tensors, with_identity_projections
 
-    finetuned = {str(folder): load_tensors(folder) for folder in unets}
+    finetuned = {str(folder): load_tensors(folder) for folder in config.merge_inputs}
     base = load_tensors(unet_folder(pretrained))
     for tensors in finetuned.values():
         base = with_identity_projections(base, tensors)
@@ -89,18 +98,19 @@ def write_merged(pretrained: Path, unets: list[Path], coefficients: list[float],
     }
     if (pretrained / "model_index.json").is_file():
         index = read_json(pretrained / "model_index.json")
-    settings = read_json(unets[0] / "config.json")
-    settings.pop("_name_or_path", None)  # where that copy was loaded from: a path that means nothing elsewhere
-    if settings.get("_class_name") == PROJECTED_CLASS:
+    unet_config = read_json(config.merge_inputs[0] / "config.json")
+    unet_config.pop("_name_or_path", None)  # where that copy was loaded from: a path that means nothing elsewhere
+    if unet_config.get("_class_name") == PROJECTED_CLASS:
         index["unet"] = ["deme.projection", PROJECTED_CLASS]
 
-    with atomic_folder(output) as temporary:
+    with atomic_folder(config.merged) as temporary:
         for part in ("scheduler", "unet"):
             (temporary / part).mkdir()
         shutil.copy(scheduler_folder(pretrained) / SCHEDULER_CONFIG, temporary / "scheduler" / SCHEDULER_CONFIG)
-        merged = dict(merge_tensors(base, finetuned, coefficients))
+        ties = Ties(config.merge.ties_fraction, config.merge.ties_combine) if config.merge.method == "ties" else None
+        merged = dict(merge_tensors(base, finetuned, config.coefficient_groups, ties))
         save_file(merged, temporary / "unet" / WEIGHTS, metadata={"format": "pt"})
-        (temporary / "unet" / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        (temporary / "unet" / "config.json").write_text(json.dumps(unet_config, indent=2), encoding="utf-8")
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
         write_yaml(temporary / "merge.yaml", record)
 

@@ -179,14 +179,25 @@ class Finetune(Training):
 @dataclass(frozen=True)
 class Merge(Section):
     section: ClassVar[str] = "merge"
-    method: str = "task_arithmetic"
-    coefficients: list[float] = field(default_factory=lambda: [0.25] * 4)  # w, one per range, lowest range first
+    method: str = "task_arithmetic"  # or ties
+    # w, one per range, lowest range first; null: 1/N each; or name pattern -> such a list, the first pattern that fits
+    # a tensor counts: {"down_blocks.*": [...], "mid_block.*": [...], "up_blocks.*": [...], "*": [...]}
+    coefficients: Any = None
+    ties_fraction: float = 0.2  # ties: the share of each task vector, largest magnitudes first, that is kept
+    ties_combine: str = "mean"  # ties: mean or sum of the task vectors that agree with the elected sign
     finetuned: Optional[str] = None  # folder that holds 0000-0250/ …; null: this run's
     output: Optional[str] = None  # null: merged/ of this run
 
     def __post_init__(self):
-        self.check_choice("method", ("task_arithmetic",))
-        self.check("coefficients", all(math.isfinite(w) for w in self.coefficients), "must be finite numbers")
+        self.check_choice("method", ("task_arithmetic", "ties"))
+        self.check_choice("ties_combine", ("mean", "sum"))
+        self.check("ties_fraction", 0 < self.ties_fraction <= 1, "must lie in (0, 1]")
+        rule = "must be a list of finite numbers, or a mapping from name patterns to such lists"
+        lists = self.coefficients.values() if isinstance(self.coefficients, dict) else [self.coefficients]
+        for coefficients in lists if self.coefficients is not None else ():
+            fits = isinstance(coefficients, list) and all(_is_finite_number(w) for w in coefficients)
+            self.check("coefficients", fits, rule)
+        self.check("coefficients", self.coefficients != {}, rule)
 
 
 @dataclass(frozen=True)
@@ -254,12 +265,20 @@ class Config(Section):
         total = self.timesteps.num_train_timesteps
         few = self.sample.num_inference_steps <= total
         self.sample.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
-        given = len(self.merge.coefficients)
-        self.merge.check("coefficients", given == count, f"{given} coefficients for {count} timestep ranges")
+        for given in map(len, self.coefficient_groups.values()):
+            self.merge.check("coefficients", given == count, f"{given} coefficients for {count} timestep ranges")
 
     @property
     def folder(self) -> Path:
         return Path(self.output_dir) / self.name
+
+    @property
+    def coefficient_groups(self) -> dict[str, list[float]]:
+        """Name pattern → merging coefficients, one per range; a plain list holds for all tensors."""
+        coefficients, count = self.merge.coefficients, len(self.timesteps.ranges)
+        if isinstance(coefficients, dict):
+            return coefficients
+        return {"*": coefficients if coefficients is not None else [1 / count] * count}
 
     @property
     def image_cache(self) -> Path:
@@ -286,6 +305,10 @@ class Config(Section):
         return Path(self.merge.output) if self.merge.output is not None else self.folder / "merged"
 
 
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def range_name(timestep_range: tuple[int, int] | None) -> str:
     """A range's folder name: (0, 250) gives 0000-0250; None, the control, gives continued."""
     return CONTINUED if timestep_range is None else "{:04d}-{:04d}".format(*timestep_range)
@@ -305,7 +328,11 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
         content = OmegaConf.load(file)
         if not OmegaConf.is_dict(content):
             raise UserError(f"--config {file}: not a YAML mapping")
-        given = OmegaConf.merge(content, OmegaConf.from_dotlist(overrides))
+        given = content
+        for override in overrides:  # a list or mapping replaces the file's, it is not merged into it
+            key = override.split("=", 1)[0]
+            value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
+            OmegaConf.update(given, key, value, merge=False, force_add=True)
         return OmegaConf.to_object(OmegaConf.merge(_writable(Config()), given))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {file}: {error}") from None

@@ -1,6 +1,9 @@
 """The paper's model merging: task vectors (finetuned − pretrained) and their sum, as pure functions on state dicts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 
@@ -8,6 +11,14 @@ from deme.config import UserError
 
 Tensors = Mapping[str, torch.Tensor]
 PROJECTION_SUFFIX = ".projection.weight"  # how the channel-wise projections' tensors end in a state dict
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Settings of TIES-Merging."""
+
+    fraction: float  # of each task vector, largest magnitudes first, that is kept
+    combine: str  # mean or sum
 
 
 def with_identity_projections(pretrained: Tensors, finetuned: Tensors) -> dict[str, torch.Tensor]:
@@ -45,13 +56,80 @@ def merge_tensor(
     return merged.to(pretrained.dtype)
 
 
+def ties_merge_tensor(
+    pretrained: torch.Tensor,
+    finetuned: Sequence[torch.Tensor],
+    coefficients: Sequence[float],
+    thresholds: Sequence[float],
+    combine: str,
+) -> torch.Tensor:
+    """TIES-Merging (Yadav et al. 2023) of one tensor, in float32, in the pretrained tensor's type and shape.
+
+    Task vectors are trimmed to magnitudes of at least their threshold and scaled; where those that are left disagree,
+    the sign of their sum wins, and the ones of that sign are combined.
+
+    Args:
+        thresholds: one per finetuned model, of its whole task vector (`magnitude_threshold`).
+        combine: mean, over the task vectors that have the elected sign, or sum.
+    """
+    base = pretrained.float()
+    vectors = torch.stack([tensor.float() - base for tensor in finetuned])
+    columns = (-1, *[1] * base.dim())
+    vectors[vectors.abs() < torch.tensor(thresholds).view(columns)] = 0
+    vectors *= torch.tensor(coefficients).view(columns)
+    agrees = (vectors.sign() == vectors.sum(dim=0).sign()) & (vectors != 0)
+    combined = (vectors * agrees).sum(dim=0)
+    if combine == "mean":
+        combined /= agrees.sum(dim=0).clamp(min=1)
+    return (base + combined).to(pretrained.dtype)
+
+
+def magnitude_threshold(vectors: Callable[[], Iterable[torch.Tensor]], fraction: float) -> float:
+    """The smallest magnitude among the largest `fraction` of all values, exactly, holding one tensor at a time.
+
+    Two passes: the first counts magnitudes by the upper 16 bits of their float32, whose order is that of the numbers;
+    the second looks at the values of the one bin that the threshold falls into.
+
+    Args:
+        vectors: starts a pass over the tensors, float32.
+    """
+
+    def bins(vector: torch.Tensor) -> torch.Tensor:
+        return vector.abs().flatten().view(torch.int32) >> 15
+
+    counts = sum(torch.bincount(bins(vector), minlength=2**16) for vector in vectors())
+    keep = math.ceil(fraction * int(counts.sum()))
+    at_least = counts.flip(0).cumsum(0).flip(0)  # how many values lie in a bin or above it
+    threshold_bin = int((at_least >= keep).nonzero()[-1])
+    inside = torch.cat([vector.abs().flatten()[bins(vector) == threshold_bin] for vector in vectors()])
+    above = int(at_least[threshold_bin]) - len(inside)
+    return float(inside.sort(descending=True).values[keep - above - 1])
+
+
+def group_coefficients(groups: Mapping[str, Sequence[float]], name: str) -> Sequence[float]:
+    """The coefficients of the first name pattern that fits a tensor's name.
+
+    Raises:
+        UserError: none fits.
+    """
+    for pattern, coefficients in groups.items():
+        if fnmatchcase(name, pattern):
+            return coefficients
+    raise UserError(f"merge.coefficients={dict(groups)}: no pattern fits the tensor {name}; add one for '*'")
+
+
 def merge_tensors(
-    pretrained: Tensors, finetuned: Mapping[str, Tensors], coefficients: Sequence[float]
+    pretrained: Tensors,
+    finetuned: Mapping[str, Tensors],
+    groups: Mapping[str, Sequence[float]],
+    ties: Ties | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Merge whole models, tensor by tensor.
 
     Args:
         finetuned: model name → state dict, in the order of the coefficients.
+        groups: name pattern → coefficients.
+        ties: merge by TIES; None: task arithmetic, the sum of the scaled task vectors.
 
     Yields:
         (tensor name, merged tensor).
@@ -61,8 +139,21 @@ def merge_tensors(
     """
     for name, tensors in finetuned.items():
         check_compatible(pretrained, tensors, name)
-    for key, base in pretrained.items():
-        for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
-            if not torch.isfinite(tensors[key]).all():
+    for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
                 raise UserError(f"{name}: tensor {key} holds NaN or infinite values")
-        yield key, merge_tensor(base, [tensors[key] for tensors in finetuned.values()], coefficients)
+    if ties is not None:
+        thresholds = [
+            magnitude_threshold(
+                lambda tensors=tensors: (tensors[key].float() - base.float() for key, base in pretrained.items()),
+                ties.fraction,
+            )
+            for tensors in finetuned.values()
+        ]
+    for key, base in pretrained.items():
+        coefficients, experts = group_coefficients(groups, key), [tensors[key] for tensors in finetuned.values()]
+        if ties is None:
+            yield key, merge_tensor(base, experts, coefficients)
+        else:
+            yield key, ties_merge_tensor(base, experts, coefficients, thresholds, ties.combine)

@@ -33,7 +33,7 @@ def test_overrides_win_over_the_file(tmp_path):
     config = load_config(file, ["finetune.max_steps=7", "merge.coefficients=[0, 1]"])
     assert (config.finetune.max_steps, config.finetune.learning_rate) == (7, 1e-3)
     assert config.timesteps.ranges == [(0, 100), (100, 1000)]
-    assert config.merge.coefficients == [0.0, 1.0]
+    assert config.merge.coefficients == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,14 @@ def test_overrides_win_over_the_file(tmp_path):
         ("timesteps.edges=[10,1000]", "timesteps.edges=[10, 1000]: must rise from 0 to T = 1000"),
         ("timesteps.edges=[]", "timesteps.edges=[]: must rise from 0 to T = 1000"),
         ("timesteps.num_ranges=0", "timesteps.num_ranges=0: must lie in [1, 1000]"),
-        ("merge.coefficients=[1,1]", "merge.coefficients=[1.0, 1.0]: 2 coefficients for 4 timestep ranges"),
-        ("merge.coefficients=[.nan,0,0,0]", "merge.coefficients=[nan, 0.0, 0.0, 0.0]: must be finite numbers"),
-        ("merge.method=average", "merge.method=average: must be one of task_arithmetic"),
+        ("merge.coefficients=[1,1]", "merge.coefficients=[1, 1]: 2 coefficients for 4 timestep ranges"),
+        ("merge.coefficients=[.nan,0,0,0]", "merge.coefficients=[nan, 0, 0, 0]: must be a list of finite numbers"),
+        ("merge.coefficients=0.5", "merge.coefficients=0.5: must be a list of finite numbers, or a mapping"),
+        ("merge.coefficients={}", "merge.coefficients={}: must be a list of finite numbers, or a mapping"),
+        ("merge.coefficients={'*': 1}", "merge.coefficients={'*': 1}: must be a list of finite numbers, or a mapping"),
+        ("merge.coefficients={'*': [1, 1]}", "merge.coefficients={'*': [1, 1]}: 2 coefficients for 4 timestep ranges"),
+        ("merge.method=average", "merge.method=average: must be one of task_arithmetic, ties"),
+        ("merge.ties_fraction=0", "merge.ties_fraction=0.0: must lie in (0, 1]"),
         ("finetune.lr_warmup_steps=5", "finetune.lr_warmup_steps=5: finetune.lr_scheduler=constant has no warm-up"),
         ("sample.num_inference_steps=2000", "sample.num_inference_steps=2000: must be at most timesteps.num_train"),
         ("sample.eta=-1", "sample.eta=-1.0: must lie in [0, 1]"),

@@ -50,7 +50,7 @@ def test_the_merged_folder_is_a_pipeline_of_the_formula(config_file, pretrained,
     scheduler = "scheduler/scheduler_config.json"
     assert (output / scheduler).read_bytes() == (pretrained / scheduler).read_bytes()
     record = yaml.safe_load((output / "merge.yaml").read_text())
-    assert record["coefficients"] == [0.5, 0.25]
+    assert record["coefficients"] == {"*": [0.5, 0.25]}
     assert [entry["timesteps"] for entry in record["finetuned"]] == ["0000-0500", "0500-1000"]
     assert len(record["pretrained"]["sha256"]) == 64
 
