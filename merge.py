@@ -42,7 +42,6 @@ def main(config: Config) -> None:
             for timestep_range, folder in zip(config.timesteps.ranges, config.merge_inputs, strict=True)
         ],
     }
-
     if settings.method == "ties":
         description |= {"ties_fraction": settings.ties_fraction, "ties_combine": settings.ties_combine}
 
