@@ -13,7 +13,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from deme.config import CONTINUED, Config, UserError, provenance, run_script
+from deme.command import provenance, run_script
+from deme.config import CONTINUED, Config, UserError
 
 ROW_ORDER = ("pretrained", CONTINUED, "ensemble", "merged")  # then the others by name
 

@@ -12,7 +12,8 @@ import copy
 import time
 from dataclasses import replace
 
-from deme.config import CONTINUED, Config, Finetune, provenance, range_name, run_script, training_inputs
+from deme.command import provenance, run_script
+from deme.config import CONTINUED, Config, Finetune, range_name, training_inputs
 
 
 def chosen_ranges(config: Config) -> list[tuple[int, int] | None]:

@@ -12,7 +12,8 @@ the inputs with their SHA-256 and the coefficients. An output that the same merg
 import shutil
 from pathlib import Path
 
-from deme.config import Config, UserError, provenance, range_name, run_script
+from deme.command import provenance, run_script
+from deme.config import Config, UserError, range_name
 
 
 def plan(config: Config) -> str:

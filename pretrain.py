@@ -10,7 +10,8 @@ The same command again resumes, or does nothing when all is done.
 
 import time
 
-from deme.config import Config, provenance, run_script, training_inputs
+from deme.command import provenance, run_script
+from deme.config import Config, training_inputs
 
 
 def plan(config: Config) -> str:

@@ -11,7 +11,8 @@ another model or other settings filled is refused unless sample.overwrite=true.
 from dataclasses import dataclass
 from pathlib import Path
 
-from deme.config import CONTINUED, Config, UserError, provenance, run_script
+from deme.command import provenance, run_script
+from deme.config import CONTINUED, Config, UserError
 
 GRID_IMAGES = 100
 

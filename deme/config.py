@@ -4,13 +4,8 @@ OmegaConf checks keys and types, `__post_init__` checks values; every mistake is
 the key and its value. Nothing here imports torch, so that a mistake is answered at once.
 """
 
-import argparse
 import math
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Optional, Union
@@ -371,49 +366,3 @@ def training_inputs(config: Config, settings: Training) -> dict[str, Any]:
             f"{part.section}.{key}": value for key, value in asdict(part).items() if key not in FREE_TRAINING_KEYS
         }
     return values
-
-
-def to_yaml(values: dict) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def provenance(config: Config) -> dict:
-    """What is written beside every output: the resolved configuration, the git commit and the package versions."""
-    packages = ("torch", "diffusers", "accelerate", "datasets", "safetensors", "numpy")
-    versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}
-    return {"git_commit": _git_commit(), "versions": versions, "config": asdict(config)}
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # a copy of the repository without git
-
-
-def run_script(description: str, plan: Callable[[Config], str], main: Callable[[Config], None]) -> None:
-    """Every script's command line: `--config FILE key=value … --dry-run`.
-
-    Args:
-        description: the script's docstring, shown by --help.
-        plan: says in a few lines what `main` would do; printed by --dry-run under the resolved configuration.
-        main: does it.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=REPOSITORY / "configs/digits.yaml", metavar="FILE", help="YAML file")
-    parser.add_argument("--dry-run", action="store_true", help="print the configuration and the plan, do nothing")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            print(to_yaml(asdict(config)), plan(config), sep="\n")
-        else:
-            main(config)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(1)

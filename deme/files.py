@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from deme.config import UserError, to_yaml
+from deme.config import UserError
 
 TEMPORARY = ".writing-"  # prefix of unfinished siblings; remove_leftovers deletes those of a killed run
 SUFFIX_LENGTH = 8
@@ -75,6 +75,10 @@ def make_folder(path: Path, key: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{key}={path}: cannot create this folder: {error.strerror}") from None
+
+
+def to_yaml(values: dict) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def write_yaml(path: Path, values: dict) -> None:

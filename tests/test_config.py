@@ -5,7 +5,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from deme.config import Config, UserError, load_config, provenance, range_name
+from deme.command import provenance
+from deme.config import Config, UserError, load_config, range_name
 
 SCRIPTS = ["pretrain.py", "finetune.py", "merge.py", "sample_ddp.py", "evaluate.py"]
 
