@@ -1,0 +1,82 @@
+"""Turn published DeMe weights into a diffusers pipeline folder, without running code from the file.
+
+    python scripts/import_published.py --weights FILE --pretrained FOLDER --output FOLDER
+
+FILE is the released merged network (a pickled module) or the state dict of a finetuned one (`adapter_list.*`), FOLDER
+the pretrained pipeline that they belong to. The output is used as sample.model=FOLDER; the folders of finetuned
+networks can be merged when they are called merge.finetuned/0000-0250 and so on.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from deme.config import UserError
+from deme.files import atomic_folder, make_folder
+from deme.pipelines import (
+    PROJECTED_CLASS,
+    SCHEDULER_CONFIG,
+    WEIGHTS,
+    find_pipeline,
+    load_unet,
+    read_json,
+    scheduler_folder,
+    unet_folder,
+)
+
+
+def main(weights: Path, pretrained: str, output: Path) -> None:
+    from safetensors.torch import save_file
+
+    from deme.published import read_published, rename_projections
+    from deme.task_vectors import PROJECTION_SUFFIX
+
+    # --- tensors and architecture
+    pipeline = find_pipeline(pretrained)
+    settings = read_json(unet_folder(pipeline) / "config.json")
+    tensors = read_published(weights)
+    tensors = rename_projections(tensors, len(settings["down_block_types"]), len(settings["up_block_types"]))
+    if any(name.endswith(PROJECTION_SUFFIX) for name in tensors):
+        settings["_class_name"] = PROJECTED_CLASS
+
+    # --- diffusers maps the old names and checks that nothing is missing
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+        (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        unet = load_unet(folder)
+
+    # --- the pipeline folder
+    if output.exists():
+        raise UserError(f"--output {output}: exists already")
+    make_folder(output.parent, "--output")
+    unet_class = ["deme.projection", PROJECTED_CLASS] if settings["_class_name"] == PROJECTED_CLASS else None
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": unet_class or ["diffusers", "UNet2DModel"],
+    }
+    with atomic_folder(output) as temporary:
+        unet.save_pretrained(temporary / "unet")
+        (temporary / "scheduler").mkdir()
+        shutil.copy(scheduler_folder(pipeline) / SCHEDULER_CONFIG, temporary / "scheduler" / SCHEDULER_CONFIG)
+        (temporary / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    print(f"wrote {output}: {unet.num_parameters():,} parameters")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help="the published file")
+    parser.add_argument("--pretrained", required=True, metavar="FOLDER", help="its pretrained pipeline, or a Hub id")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the pipeline folder to write")
+    arguments = parser.parse_args()
+    try:
+        main(arguments.weights, arguments.pretrained, arguments.output)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
