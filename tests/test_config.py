@@ -19,7 +19,7 @@ def empty(tmp_path):
 
 
 def test_defaults_are_the_published_hyperparameters(empty):
-    """METHOD: AdamW (0.95, 0.999), 1e-6, 1e-8, clip 1, lr 5e-5 constant, EMA 0.9999 with power 3/4, p = 0.3, λ = 1."""
+    """AdamW (0.95, 0.999), 1e-6, 1e-8, clip 1, lr 5e-5 constant, EMA 0.9999 with power 3/4, p = 0.3, λ = 1."""
     finetune = load_config(empty, []).finetune
     assert (finetune.adam_beta1, finetune.adam_beta2) == (0.95, 0.999)
     assert (finetune.adam_weight_decay, finetune.adam_epsilon) == (1e-6, 1e-8)
