@@ -9,7 +9,6 @@ Writes a diffusers pipeline folder, runs/<name>/merged/, with the pretrained sch
 the inputs with their SHA-256 and the coefficients. An output that the same merge made is left alone.
 """
 
-import shutil
 from pathlib import Path
 
 from deme.command import provenance, run_script
@@ -77,12 +76,11 @@ def write_merged(pretrained: Path, config: Config, record: dict) -> None:
     from deme.files import atomic_folder, write_yaml
     from deme.pipelines import (
         PROJECTED_CLASS,
-        SCHEDULER_CONFIG,
         WEIGHTS,
         load_tensors,
         read_json,
-        scheduler_folder,
         unet_folder,
+        write_pipeline_files,
     )
     from deme.task_vectors import Ties, merge_tensors, with_identity_projections
 
@@ -91,27 +89,16 @@ def write_merged(pretrained: Path, config: Config, record: dict) -> None:
     for tensors in finetuned.values():
         base = with_identity_projections(base, tensors)
 
-    index = {
-        "_class_name": "DDPMPipeline",
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
-    if (pretrained / "model_index.json").is_file():
-        index = read_json(pretrained / "model_index.json")
     unet_config = read_json(config.merge_inputs[0] / "config.json")
     unet_config.pop("_name_or_path", None)  # where that copy was loaded from: a path that means nothing elsewhere
-    if unet_config.get("_class_name") == PROJECTED_CLASS:
-        index["unet"] = ["deme.projection", PROJECTED_CLASS]
 
     with atomic_folder(config.merged) as temporary:
-        for part in ("scheduler", "unet"):
-            (temporary / part).mkdir()
-        shutil.copy(scheduler_folder(pretrained) / SCHEDULER_CONFIG, temporary / "scheduler" / SCHEDULER_CONFIG)
+        (temporary / "unet").mkdir()
         ties = Ties(config.merge.ties_fraction, config.merge.ties_combine) if config.merge.method == "ties" else None
         merged = dict(merge_tensors(base, finetuned, config.coefficient_groups, ties))
         save_file(merged, temporary / "unet" / WEIGHTS, metadata={"format": "pt"})
         (temporary / "unet" / "config.json").write_text(json.dumps(unet_config, indent=2), encoding="utf-8")
-        (temporary / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        write_pipeline_files(temporary, pretrained, projected=unet_config.get("_class_name") == PROJECTED_CLASS)
         write_yaml(temporary / "merge.yaml", record)
 
 

@@ -8,6 +8,7 @@ today's files needs the folders alone.
 
 import json
 import re
+import shutil
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
@@ -65,6 +66,27 @@ def unet_folder(pipeline: Path) -> Path:
 
 def scheduler_folder(pipeline: Path) -> Path:
     return pipeline / "scheduler" if (pipeline / "scheduler").is_dir() else pipeline
+
+
+def write_pipeline_files(folder: Path, pretrained: Path, projected: bool) -> None:
+    """Write what makes `folder` a pipeline beside its unet/: the pretrained scheduler's configuration and the index.
+
+    Args:
+        pretrained: pipeline folder; where it has no index of its own, DDPMPipeline's is written.
+        projected: the UNet has channel-wise projections.
+    """
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    if (pretrained / "model_index.json").is_file():
+        index = read_json(pretrained / "model_index.json")
+    if projected:
+        index["unet"] = ["deme.projection", PROJECTED_CLASS]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (folder / "scheduler").mkdir()
+    shutil.copy(scheduler_folder(pretrained) / SCHEDULER_CONFIG, folder / "scheduler")
 
 
 def weights_file(folder: Path) -> Path:

@@ -139,10 +139,6 @@ def merge_tensors(
     """
     for name, tensors in finetuned.items():
         check_compatible(pretrained, tensors, name)
-    for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
-        for key, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise UserError(f"{name}: tensor {key} holds NaN or infinite values")
     if ties is not None:
         thresholds = [
             magnitude_threshold(
@@ -152,6 +148,9 @@ def merge_tensors(
             for tensors in finetuned.values()
         ]
     for key, base in pretrained.items():
+        for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
+            if not torch.isfinite(tensors[key]).all():
+                raise UserError(f"{name}: tensor {key} holds NaN or infinite values")
         coefficients, experts = group_coefficients(groups, key), [tensors[key] for tensors in finetuned.values()]
         if ties is None:
             yield key, merge_tensor(base, experts, coefficients)

@@ -9,7 +9,6 @@ networks can be merged when they are called merge.finetuned/0000-0250 and so on.
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -20,13 +19,12 @@ from deme.config import UserError
 from deme.files import atomic_folder, make_folder
 from deme.pipelines import (
     PROJECTED_CLASS,
-    SCHEDULER_CONFIG,
     WEIGHTS,
     find_pipeline,
     load_unet,
     read_json,
-    scheduler_folder,
     unet_folder,
+    write_pipeline_files,
 )
 
 
@@ -41,7 +39,8 @@ def main(weights: Path, pretrained: str, output: Path) -> None:
     settings = read_json(unet_folder(pipeline) / "config.json")
     tensors = read_published(weights)
     tensors = rename_projections(tensors, len(settings["down_block_types"]), len(settings["up_block_types"]))
-    if any(name.endswith(PROJECTION_SUFFIX) for name in tensors):
+    projected = any(name.endswith(PROJECTION_SUFFIX) for name in tensors)
+    if projected:
         settings["_class_name"] = PROJECTED_CLASS
 
     # --- diffusers maps the old names and checks that nothing is missing
@@ -55,17 +54,9 @@ def main(weights: Path, pretrained: str, output: Path) -> None:
     if output.exists():
         raise UserError(f"--output {output}: exists already")
     make_folder(output.parent, "--output")
-    unet_class = ["deme.projection", PROJECTED_CLASS] if settings["_class_name"] == PROJECTED_CLASS else None
-    index = {
-        "_class_name": "DDPMPipeline",
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "unet": unet_class or ["diffusers", "UNet2DModel"],
-    }
     with atomic_folder(output) as temporary:
         unet.save_pretrained(temporary / "unet")
-        (temporary / "scheduler").mkdir()
-        shutil.copy(scheduler_folder(pipeline) / SCHEDULER_CONFIG, temporary / "scheduler" / SCHEDULER_CONFIG)
-        (temporary / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        write_pipeline_files(temporary, pipeline, projected)
     print(f"wrote {output}: {unet.num_parameters():,} parameters")
 
 
