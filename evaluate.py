@@ -1,7 +1,8 @@
-"""Score folders of samples: the Fréchet distance to the configured data, beside its spread over blocks of seeds.
+"""Score folders of samples against the configured data: Fréchet distance, KID, precision and recall.
 
     accelerate launch evaluate.py
     accelerate launch evaluate.py "evaluate.samples=[runs/digits/samples/merged]" evaluate.features=inception
+    accelerate launch evaluate.py "evaluate.samples=[]"      # only the reference statistics
 
 evaluate.features=inception gives FID, as `python -m pytorch_fid SAMPLES STATISTICS` does; classifier gives the
 classifier FD, in the features of a small network trained on the data's labels. The reference statistics, in
@@ -14,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deme.command import provenance, run_script
-from deme.config import CONTINUED, Config, UserError
+from deme.config import CONTINUED, Config, Evaluate, UserError
 
 ROW_ORDER = ("pretrained", CONTINUED, "ensemble", "merged")  # then the others by name
 
@@ -36,31 +37,31 @@ def plan(config: Config) -> str:
 
 
 def main(config: Config) -> None:
-    import numpy as np
-
     from deme.devices import make_accelerator
     from deme.files import atomic_file, make_folder
-    from deme.metrics import frechet_distance, inception_frechet_distance, statistics
-    from deme.samples import list_images, read_images
+    from deme.samples import check_sizes, list_images, read_images
 
     settings, output = config.evaluate, results_file(config)
     accelerator = make_accelerator("no", "evaluate")
 
     # --- what is scored
     folders = sample_folders(config)
-    if not folders:
+    if not folders and settings.samples is None:
         raise UserError(f"evaluate.samples={settings.samples}: no sample folders in {config.folder / 'samples'}")
     files = {folder: list_images(folder) for folder in folders}
     for folder, paths in files.items():
         size, rest = divmod(len(paths), settings.blocks)
         if rest or size < 2:
-            raise UserError(f"evaluate.blocks={settings.blocks}: {folder} holds {len(paths)} images: no equal blocks")
+            least = f"which is not {settings.blocks} equal block(s) of at least 2"
+            raise UserError(f"evaluate.blocks={settings.blocks}: {folder} holds {len(paths)} image(s), {least}")
+        check_sizes(paths)
 
     # --- the feature network and the data's statistics
     make_folder(config.folder / "stats", "output_dir")
     network, made_by = feature_network(config, accelerator)
     reference = reference_statistics(config, accelerator, network, made_by)
-    distance = inception_frechet_distance if settings.features == "inception" else frechet_distance
+    if not folders:
+        return
 
     # --- scores of all images together and of each block, in seed order
     rows = []
@@ -68,13 +69,11 @@ def main(config: Config) -> None:
         features = extract(
             accelerator, network, lambda part, paths=paths: read_images(paths[part]), len(paths), settings.batch_size
         )
-        if features.shape[1] != len(reference[0]):
-            size = f"{len(reference[0])} features, {settings.features} has {features.shape[1]}"
+        if features.shape[1] != len(reference.mu):
+            size = f"{len(reference.mu)} features, {settings.features} has {features.shape[1]}"
             raise UserError(f"evaluate.reference={settings.reference}: holds statistics of {size}")
         if accelerator.is_main_process:
-            blocks = [distance(*statistics(block), *reference) for block in np.split(features, settings.blocks)]
-            pooled = distance(*statistics(features), *reference)
-            rows.append({"samples": str(folder), "images": len(paths), "pooled": pooled, "blocks": blocks})
+            rows.append({"samples": str(folder), "images": len(paths), **scores(features, reference, settings)})
 
     # --- table and results.json
     if accelerator.is_main_process:
@@ -84,12 +83,12 @@ def main(config: Config) -> None:
         results = {"features": settings.features, **made_by, "rows": rows, **provenance(config)}
         with atomic_file(output) as temporary:
             temporary.write_text(json.dumps(results, indent=2), encoding="utf-8")
-        print(table(rows, "FID" if settings.features == "inception" else "classifier FD"), output, sep="\n")
+        print(table(rows, settings.features), output, sep="\n")
 
 
 def evaluated_data(config: Config) -> dict:
     """The settings that decide which images the reference is made of."""
-    not_in_evaluation = ("center_crop", "random_flip", "cache_gb")
+    not_in_evaluation = ("center_crop", "random_flip", "held_out_images", "cache_gb")
     return {key: value for key, value in asdict(config.data).items() if key not in not_in_evaluation}
 
 
@@ -103,36 +102,43 @@ def feature_network(config: Config, accelerator) -> tuple:
         with accelerator.main_process_first():  # one process downloads the weights
             return load_inception().to(accelerator.device), {}
 
-    cache, epochs = config.folder / "stats" / "classifier.safetensors", config.evaluate.classifier_epochs
-    made_from = {"seed": config.seed, "data": evaluated_data(config), "epochs": epochs}
+    cache = config.folder / "stats" / "classifier.safetensors"
+    training = {
+        "width": config.evaluate.classifier_width,
+        "epochs": config.evaluate.classifier_epochs,
+        "random_flip": config.data.random_flip,
+        "seed": config.seed,
+    }
+    made_from = {"data": evaluated_data(config), **training}
     if accelerator.is_main_process and load_classifier(cache, made_from) is None:
         images, labels = load_evaluation_images(config.data, config.image_cache)
         if labels is None:
             raise UserError("data.label_column=None: evaluate.features=classifier needs labels")
         pixels = images.batch(range(len(images)))
-        save_classifier(cache, *train_classifier(pixels, labels, epochs, config.seed, accelerator.device), made_from)
+        trained = train_classifier(pixels, labels, **training, device=accelerator.device)
+        save_classifier(cache, *trained, made_from)
     accelerator.wait_for_everyone()
     classifier, accuracy = load_classifier(cache, made_from)
     accelerator.print(f"classifier: held-out accuracy {accuracy:.1%}")
     return classifier.to(accelerator.device), {"held_out_accuracy": accuracy}
 
 
-def reference_statistics(config: Config, accelerator, network, made_by: dict) -> tuple:
-    """μ and Σ of the data's features: from evaluate.reference, or made once from the data as training sees it."""
+def reference_statistics(config: Config, accelerator, network, made_by: dict):
+    """The `Reference`: from evaluate.reference, or made once from the data as training sees it."""
     from deme.data import load_evaluation_images
     from deme.files import sha256
-    from deme.metrics import load_statistics, save_statistics, statistics
+    from deme.metrics import Reference, load_reference, save_reference
 
     if config.evaluate.reference is not None:
-        return load_statistics(Path(config.evaluate.reference))[:2]
+        return load_reference(Path(config.evaluate.reference))[0]
     file = config.folder / "stats" / f"{config.evaluate.features}.npz"
     made_from = {"data": evaluated_data(config), "features": config.evaluate.features}
     if made_by:
         made_from["classifier"] = sha256(config.folder / "stats" / "classifier.safetensors")
     if file.exists():
-        *saved, saved_from = load_statistics(file)
+        saved, saved_from = load_reference(file)
         if saved_from == made_from:
-            return tuple(saved)
+            return saved
     images, _ = load_evaluation_images(config.data, config.image_cache)
     features = extract(
         accelerator,
@@ -141,9 +147,11 @@ def reference_statistics(config: Config, accelerator, network, made_by: dict) ->
         len(images),
         config.evaluate.batch_size,
     )
-    reference = statistics(features)
+    if len(features) < 2:
+        raise UserError(f"data.name={config.data.name}: {len(features)} image, statistics need at least 2")
+    reference = Reference.of(features)
     if accelerator.is_main_process:
-        save_statistics(file, *reference, made_from)
+        save_reference(file, reference, made_from)
         print(f"wrote {file}: statistics of {len(images):,} images")
     accelerator.wait_for_everyone()
     return reference
@@ -171,6 +179,39 @@ def extract(accelerator, network, read, count: int, batch_size: int):
     return torch.cat([share[: edges[i + 1] - edges[i]] for i, share in enumerate(shares)]).numpy()
 
 
+def scores(features, reference, settings: Evaluate) -> dict:
+    """The scores of one folder's features (N, D), in seed order: of all images, and of each of the equal blocks."""
+    import numpy as np
+
+    from deme.metrics import (
+        NEIGHBORHOOD,
+        frechet_distance,
+        inception_frechet_distance,
+        kernel_distances,
+        kernel_subset_size,
+        precision_and_recall,
+        statistics,
+    )
+
+    distance = inception_frechet_distance if settings.features == "inception" else frechet_distance
+    blocks = np.split(features, settings.blocks)
+    row = {
+        "pooled": distance(*statistics(features), reference.mu, reference.sigma),
+        "blocks": [distance(*statistics(block), reference.mu, reference.sigma) for block in blocks],
+    }
+    real = reference.features
+    if real is None or min(len(real), len(features)) <= NEIGHBORHOOD:
+        return row
+    size = kernel_subset_size(len(blocks[0]), len(real))
+    subsets = [kernel_distances(block, real, size) for block in blocks]
+    count = np.size(subsets)
+    row["kid"] = float(np.mean(subsets))
+    row["kid_standard_error"] = float(np.std(subsets, ddof=1) / count**0.5) if count > 1 else None
+    row["kid_blocks"] = [float(block.mean()) for block in subsets]
+    row["precision"], row["recall"] = precision_and_recall(features, real)
+    return row
+
+
 def add_spread(rows: list[dict], names: dict[str, list[str]]) -> None:
     """Mean and standard deviation over the blocks; the paired difference to the pretrained row where seeds agree.
 
@@ -190,24 +231,33 @@ def add_spread(rows: list[dict], names: dict[str, list[str]]) -> None:
         row["difference_standard_error"] = float(differences.std(ddof=1) / count**0.5) if count > 1 else None
 
 
-def table(rows: list[dict], score: str) -> str:
+def table(rows: list[dict], features: str) -> str:
     """The rows as a Markdown table."""
 
-    def with_error(value: float | None, error: float | None, sign: str = "") -> str:
+    def number(value: float | None, error: float | None = None, form: str = ".4f") -> str:
         if value is None:
             return "-"
-        return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if error is not None else "")
+        return f"{value:{form}}" + (f" ± {error:{form.lstrip('+')}}" if error is not None else "")
 
-    spread_title = f"mean ± s.d. of {len(rows[0]['blocks'])} blocks"
-    lines = [
-        f"| model | images | {score}, all images | {spread_title} | paired difference to pretrained ± s.e. |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
+    distance, kernel = ("FID", "KID") if features == "inception" else ("classifier FD", "classifier KID")
+    titles = ["model", "images", f"{distance}, all images", f"mean ± s.d. of {len(rows[0]['blocks'])} blocks"]
+    titles += ["paired difference to pretrained ± s.e.", f"{kernel} × 10³ ± s.e.", "precision", "recall"]
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
     for row in rows:
-        spread = with_error(row["mean"], row["standard_deviation"])
-        paired = with_error(row.get("difference"), row.get("difference_standard_error"), "+")
-        lines.append(f"| {Path(row['samples']).name} | {row['images']:,} | {row['pooled']:.4f} | {spread} | {paired} |")
-    return "\n".join(lines)
+        kid, kid_error = (None if row.get(key) is None else 1e3 * row[key] for key in ("kid", "kid_standard_error"))
+        lines.append(
+            [
+                Path(row["samples"]).name,
+                f"{row['images']:,}",
+                number(row["pooled"]),
+                number(row["mean"], row["standard_deviation"]),
+                number(row.get("difference"), row.get("difference_standard_error"), "+.4f"),
+                number(kid, kid_error, ".3f"),
+                number(row.get("precision"), form=".3f"),
+                number(row.get("recall"), form=".3f"),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

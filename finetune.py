@@ -72,7 +72,7 @@ def main(config: Config) -> None:
             runs[timestep_range] = inputs
     if not runs:
         return
-    images = load_training_images(config.data, unet.config.in_channels, config.image_cache)
+    images, _ = load_training_images(config.data, unet.config.in_channels, config.image_cache)
     accelerator.print(
         f"{config.pretrained}: {unet.num_parameters():,} parameters; {len(images):,} images; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"

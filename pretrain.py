@@ -47,12 +47,13 @@ def main(config: Config) -> None:
         scheduler = diffusers.DDPMScheduler(config.timesteps.num_train_timesteps, **settings.scheduler)
     except (TypeError, ValueError) as error:
         raise UserError(f"pretrain.unet={settings.unet}, pretrain.scheduler={settings.scheduler}: {error}") from None
-    images = load_training_images(config.data, unet.config.in_channels, config.image_cache)
-    accelerator.print(f"{sum(p.numel() for p in unet.parameters()):,} parameters, {len(images):,} images")
+    images, held_out = load_training_images(config.data, unet.config.in_channels, config.image_cache)
+    counts = f"{unet.num_parameters():,} parameters, {len(images):,} images, {len(held_out):,} held out"
+    accelerator.print(counts)
 
     # --- train on all timesteps, without a teacher
     objective = Objective("pretraining", stream=(0,), timestep_range=(0, config.timesteps.num_train_timesteps))
-    trainer = Trainer(accelerator, unet, None, scheduler, images, objective, settings, config.seed, work)
+    trainer = Trainer(accelerator, unet, None, scheduler, images, objective, settings, config.seed, work, held_out)
     deadline = None if settings.max_minutes is None else started + 60 * settings.max_minutes
     if not trainer.run(deadline):
         accelerator.print(f"stopped after pretrain.max_minutes={settings.max_minutes}; the same command resumes")

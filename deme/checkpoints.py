@@ -29,6 +29,8 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None  # fp16's loss scale
     step: int = 0  # optimizer steps done
     skipped_steps: int = 0  # fp16: steps skipped in a row
+    lowest_held_out_loss: float | None = None
+    held_out_losses_since: int = 0  # measured since the lowest one
 
 
 def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> None:
@@ -38,6 +40,8 @@ def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> None:
     scalars = {
         "step": state.step,
         "skipped_steps": state.skipped_steps,
+        "lowest_held_out_loss": state.lowest_held_out_loss,
+        "held_out_losses_since": state.held_out_losses_since,
         "ema_step": state.ema.optimization_step,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
     }
@@ -96,7 +100,8 @@ def _load_checkpoint(path: Path, state: TrainingState) -> None:
         # a fused step needs everything on the parameter's device, and the moments in its memory format
         like = parameter if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
         state.optimizer.state[parameter][moment] = torch.empty_like(like).copy_(value)
-    state.step, state.skipped_steps = scalars["step"], scalars["skipped_steps"]
+    for name in ("step", "skipped_steps", "lowest_held_out_loss", "held_out_losses_since"):
+        setattr(state, name, scalars[name])
     state.ema.optimization_step = scalars["ema_step"]
     if state.scaler is not None and scalars["scaler"] is not None:
         state.scaler.load_state_dict(scalars["scaler"])

@@ -75,12 +75,13 @@ class Data(Section):
     resolution: int = 8  # pixels; the shorter side is resized to it, then a square is cropped
     center_crop: bool = False  # in training; evaluation always crops the centre
     random_flip: bool = False  # horizontal, in training; evaluation never flips
+    held_out_images: int = 0  # that no training sees: pretrain.py measures its loss on them
     skip_unreadable: bool = False  # leave images that can't be decoded out instead of stopping
     cache_gb: float = 4.0  # GiB of decoded images that each process holds in memory; more are mapped from a file
 
     def __post_init__(self):
         self.check_positive("resolution")
-        self.check_not_negative("cache_gb")
+        self.check_not_negative("held_out_images", "cache_gb")
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Training(Section):
     ema_inv_gamma: float = 1.0
     ema_power: float = 0.75
     mixed_precision: str = "no"  # no, fp16 or bf16
+    gradient_checkpointing: bool = False  # less memory for a quarter more time; the weights are the same
     log_every: int = 50  # optimizer steps
     checkpoint_every: int = 5000  # optimizer steps
     checkpoints_kept: int = 2
@@ -154,8 +156,14 @@ class Training(Section):
 @dataclass(frozen=True)
 class Pretrain(Training):
     section: ClassVar[str] = "pretrain"
+    held_out_every: int = 1000  # optimizer steps between two measurements of the held-out loss
+    patience: Optional[int] = None  # stop once so many of them in a row did not fall by 0.1 %; null: max_steps
     unet: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' UNet2DModel
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDPMScheduler
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_positive("held_out_every", "patience")
 
 
 @dataclass(frozen=True)
@@ -224,12 +232,13 @@ class Evaluate(Section):
     reference: Optional[str] = None  # npz of statistics; null: made from the configured data
     blocks: int = 1  # equal blocks of images in seed order, for the spread of the score
     batch_size: int = 50  # images per pass through the feature network
+    classifier_width: int = 32  # channels of its first stage; its features are 4 times as many
     classifier_epochs: int = 40
     output: Optional[str] = None  # null: results.json of this run
 
     def __post_init__(self):
         self.check_choice("features", ("inception", "classifier"))
-        self.check_positive("blocks", "batch_size", "classifier_epochs")
+        self.check_positive("blocks", "batch_size", "classifier_width", "classifier_epochs")
 
 
 @dataclass(frozen=True)
@@ -257,6 +266,8 @@ class Config(Section):
         self.finetune.check(
             "range", chosen in (None, CONTINUED) or is_range, f"must be null, {CONTINUED}, or one of 0 … {count - 1}"
         )
+        measured = self.pretrain.patience is None or self.data.held_out_images > 0
+        self.pretrain.check("patience", measured, "needs data.held_out_images above 0")
         total = self.timesteps.num_train_timesteps
         few = self.sample.num_inference_steps <= total
         self.sample.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
@@ -350,6 +361,7 @@ def _writable(defaults: Config) -> Any:
 FREE_TRAINING_KEYS = (  # of the sections data, pretrain and finetune
     "label_column",
     "cache_gb",
+    "gradient_checkpointing",
     "max_minutes",
     "log_every",
     "checkpoint_every",

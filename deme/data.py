@@ -16,7 +16,7 @@ from tqdm import tqdm
 from deme.config import Data, UserError
 from deme.files import atomic_folder, make_folder
 
-PERMUTATION, MICRO_BATCH = 0, 1  # what a generator is for: keeps the seeds of a run's random draws apart
+PERMUTATION, MICRO_BATCH, HELD_OUT = 0, 1, 2  # what a generator is for: keeps the seeds of a run's draws apart
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for a number of channels
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # as PIL raises them
 
@@ -46,14 +46,26 @@ class ResizedImages(Sequence):
 
 
 class CroppedImages:
-    """Square crops of images whose shorter side is `resolution`."""
+    """Square crops of images whose shorter side is `resolution`.
 
-    def __init__(self, images: Sequence[torch.Tensor], resolution: int, center_crop: bool, random_flip: bool):
+    Args:
+        chosen: which of `images` they are; None: all.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[torch.Tensor],
+        resolution: int,
+        center_crop: bool,
+        random_flip: bool,
+        chosen: np.ndarray | None = None,
+    ):
         self.images, self.resolution = images, resolution
         self.center_crop, self.random_flip = center_crop, random_flip
+        self.chosen = np.arange(len(images)) if chosen is None else chosen
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.chosen)
 
     def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> torch.Tensor:
         """The images at `indices`: uint8, shape (B, C, R, R).
@@ -61,7 +73,7 @@ class CroppedImages:
         Args:
             random: draws the crops and flips; not needed for centre crops without flips.
         """
-        return torch.stack([self._augment(self.images[index], random) for index in indices])
+        return torch.stack([self._augment(self.images[self.chosen[index]], random) for index in indices])
 
     def _augment(self, image: torch.Tensor, random: np.random.Generator | None) -> torch.Tensor:
         size = self.resolution
@@ -90,8 +102,11 @@ def _permutation(seed: int, stream: tuple[int, ...], epoch: int, num_images: int
     return np.random.default_rng((seed, *stream, PERMUTATION, epoch)).permutation(num_images)
 
 
-def load_training_images(data: Data, channels: int, cache: Path) -> CroppedImages:
-    """
+def load_training_images(data: Data, channels: int, cache: Path) -> tuple[CroppedImages, CroppedImages]:
+    """The images to train on, and the `data.held_out_images` others (centre-cropped, not flipped).
+
+    Which ones are held out depends on the data alone: they are the same for every seed and script.
+
     Args:
         channels: 1 (grayscale) or 3 (RGB), as the UNet expects.
         cache: folder for images that don't fit into `data.cache_gb` of memory.
@@ -100,8 +115,15 @@ def load_training_images(data: Data, channels: int, cache: Path) -> CroppedImage
         UserError: data that can't be read; names the key, and the file or row.
     """
     rows, _, fingerprint = _open(data)
-    return CroppedImages(
-        _resized(data, rows, fingerprint, channels, cache), data.resolution, data.center_crop, data.random_flip
+    images = _resized(data, rows, fingerprint, channels, cache)
+    count = data.held_out_images
+    if count >= len(images):
+        raise UserError(f"data.held_out_images={count}: {data.name} has {len(images)} images")
+    order = np.random.default_rng(HELD_OUT).permutation(len(images)) if count else np.arange(len(images))
+    held_out, kept = order[:count], np.sort(order[count:])
+    return (
+        CroppedImages(images, data.resolution, data.center_crop, data.random_flip, kept),
+        CroppedImages(images, data.resolution, center_crop=True, random_flip=False, chosen=held_out),
     )
 
 

@@ -1,7 +1,12 @@
-"""Fréchet distances between sets of images: FID in pytorch_fid's Inception features, classifier FD in our own."""
+"""Distances between sets of images in feature space: Fréchet, kernel, precision and recall.
+
+In pytorch_fid's Inception features the first two are FID and KID; in those of our own classifier they are called
+classifier FD and classifier KID.
+"""
 
 import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -11,6 +16,73 @@ from torch import nn
 
 from deme.config import UserError
 from deme.files import atomic_file
+
+REFERENCE_FEATURES = 10_000  # images whose features are kept for the scores that need more than mean and covariance
+KERNEL_SUBSET = 1_000  # images, as Bińkowski et al. 2018
+NEIGHBORHOOD = 3  # Kynkäänniemi et al. 2019
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with.
+
+    Args:
+        mu: mean of the features, float64, shape (D,).
+        sigma: their covariance, float64, shape (D, D).
+        features: of up to REFERENCE_FEATURES images in random order, float32, shape (M, D); None: not at hand.
+    """
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    features: np.ndarray | None
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Reference":
+        """From the features of all images, shape (N, D)."""
+        chosen = np.random.default_rng(0).permutation(len(features))[:REFERENCE_FEATURES]
+        return cls(*statistics(features), features[chosen])
+
+
+def kernel_distances(features: np.ndarray, reference: np.ndarray, subset_size: int) -> np.ndarray:
+    """KID of disjoint subsets: unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018), by torch-fidelity.
+
+    Their mean is the KID, their standard deviation over the square root of their number its standard error. The
+    reference's subsets take turns; what is left over is not used.
+
+    Args:
+        features: shape (N, D), N ≥ subset_size.
+        reference: shape (M, D), M ≥ subset_size.
+
+    Returns:
+        float64, shape (N // subset_size,).
+    """
+    from torch_fidelity.metric_kid import kernel_mmd
+
+    subsets, others = (
+        np.split(x[: len(x) // subset_size * subset_size].astype(np.float64), len(x) // subset_size)
+        for x in (features, reference)
+    )
+    return np.array([kernel_mmd(subset, others[i % len(others)]) for i, subset in enumerate(subsets)])
+
+
+def kernel_subset_size(images: int, reference_images: int) -> int:
+    """KERNEL_SUBSET, or a tenth of the images where they are few: the KID has no bias that depends on it."""
+    return max(2, min(KERNEL_SUBSET, images // 10, reference_images // 10))
+
+
+def precision_and_recall(features: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """The shares of samples near real images and of real images near samples, by torch-fidelity.
+
+    Near: within the distance from the other set's image to its third-nearest neighbour (Kynkäänniemi et al. 2019).
+
+    Args:
+        features: shape (N, D), N > 3; the first REFERENCE_FEATURES count.
+        reference: shape (M, D), M > 3.
+    """
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+
+    pair = (torch.from_numpy(part[:REFERENCE_FEATURES]) for part in (features, reference))
+    return calculate_precision_recall_part(*pair, NEIGHBORHOOD, batch_size=1_000)
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -74,21 +146,35 @@ def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return features.mean(axis=0), np.cov(features, rowvar=False)
 
 
-def save_statistics(path: Path, mu: np.ndarray, sigma: np.ndarray, made_from: dict) -> None:
-    """pytorch_fid's npz format, and what the statistics were made from as JSON."""
+def save_reference(path: Path, reference: Reference, made_from: dict) -> None:
+    """pytorch_fid's npz format, with the features, and what all was made from as JSON."""
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, mu=mu, sigma=sigma, made_from=np.array(json.dumps(made_from)))
+        np.savez(
+            file,
+            mu=reference.mu,
+            sigma=reference.sigma,
+            features=reference.features,
+            made_from=np.array(json.dumps(made_from)),
+        )
 
 
-def load_statistics(path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
-    """μ (D,), Σ (D, D) and what they were made from ({} where the file does not say).
+def load_reference(path: Path) -> tuple[Reference, dict]:
+    """The statistics in an npz file, and what they were made from ({} where the file does not say).
 
     Raises:
-        UserError: not an npz file that holds mu and sigma.
+        UserError: not an npz file that holds mu (D,) and sigma (D, D).
     """
+    how = "`python -m pytorch_fid --save-stats IMAGES FILE.npz` makes such a file"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        content = np.load(path, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            raise UserError(f"{path}: a single array; an npz file of mu and sigma is needed: {how}")
+        with content as file:
             made_from = json.loads(str(file["made_from"])) if "made_from" in file else {}
-            return file["mu"], file["sigma"], made_from
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
-        raise UserError(f"{path}: not an npz file of mu and sigma: {error}") from None
+            reference = Reference(file["mu"], file["sigma"], file.get("features"))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
+        raise UserError(f"{path}: not an npz file of mu and sigma ({error}): {how}") from None
+    mu, sigma = reference.mu, reference.sigma
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{path}: mu of shape {mu.shape} and sigma of shape {sigma.shape} are no statistics: {how}")
+    return reference, made_from

@@ -85,6 +85,8 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         UserError: no such folder, no images, or a sample folder that sample_ddp.py has not finished.
     """
+    if not folder.is_dir():
+        raise UserError(f"evaluate.samples={folder}: no such folder")
     paths = [path for path in folder.glob("[!.]*") if path.suffix.lstrip(".").lower() in IMAGE_SUFFIXES]
     paths.sort(key=lambda path: (len(path.name), path.name))  # a seed of seven digits comes after those of six
     if not paths:
@@ -96,11 +98,32 @@ def list_images(folder: Path) -> list[Path]:
     return paths
 
 
+def check_sizes(paths: Sequence[Path]) -> None:
+    """
+    Raises:
+        UserError: an unreadable file, or images of different sizes.
+    """
+
+    def size_of(path: Path) -> tuple[int, int]:
+        try:
+            with Image.open(path) as image:
+                return image.size
+        except (OSError, SyntaxError) as error:
+            raise UserError(f"{path}: not a readable image: {error}") from None
+
+    with ThreadPoolExecutor() as pool:
+        sizes = list(pool.map(size_of, paths))
+    for path, (width, height) in zip(paths, sizes, strict=True):
+        if (width, height) != sizes[0]:
+            first = f"{paths[0].name} is {sizes[0][0]} x {sizes[0][1]}"
+            raise UserError(f"{path}: is {width} x {height}, {first}; all images of a folder must have one size")
+
+
 def read_images(paths: Sequence[Path]) -> torch.Tensor:
-    """Image files as uint8 RGB, shape (N, 3, H, W), as pytorch_fid reads them.
+    """Image files of one size as uint8 RGB, shape (N, 3, H, W), as pytorch_fid reads them.
 
     Raises:
-        UserError: an unreadable file, or sizes that differ.
+        UserError: an unreadable file.
     """
     images = []
     for path in paths:
@@ -109,7 +132,4 @@ def read_images(paths: Sequence[Path]) -> torch.Tensor:
                 images.append(np.array(image.convert("RGB")))
         except (OSError, SyntaxError) as error:
             raise UserError(f"{path}: not a readable image: {error}") from None
-        if images[-1].shape != images[0].shape:
-            sizes = "{1} x {0}, the first image {3} x {2}".format(*images[-1].shape[:2], *images[0].shape[:2])
-            raise UserError(f"{path}: is {sizes}; all images of a folder must have one size")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

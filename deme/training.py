@@ -8,8 +8,8 @@ interruption changes what is trained on. The loop never waits for the device bet
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +31,14 @@ from deme.checkpoints import (
     prepare_checkpoints,
     save_checkpoint,
 )
-from deme.config import RunError, Training
-from deme.data import MICRO_BATCH, CroppedImages, batch_indices
+from deme.config import Pretrain, RunError, Training
+from deme.data import HELD_OUT, MICRO_BATCH, CroppedImages, batch_indices
 from deme.files import atomic_file
 from deme.losses import decoupled_loss
 from deme.sampling import sample_images, save_grid
 from deme.timesteps import choose_interval, sample_timesteps
 
+LEAST_FALL = 1e-3  # a held-out loss that is lower by a smaller fraction has not fallen
 MAX_SKIPPED_STEPS = 50  # fp16: steps without finite gradients in a row that stop the run
 PREVIEW_IMAGES = 64
 PREVIEW_STEPS = 50
@@ -61,6 +62,7 @@ class Trainer:
         student: trained in place; float32.
         teacher: the frozen pretrained network, or None.
         seed: the experiment's.
+        held_out: pretraining measures its loss on these images, and may stop by it.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class Trainer:
         settings: Training,
         seed: int,
         folder: Path,
+        held_out: CroppedImages | None = None,
     ):
+        self.held_out = held_out if isinstance(settings, Pretrain) and held_out else None
         self.accelerator, self.scheduler, self.images = accelerator, scheduler, images
         self.objective, self.settings, self.seed, self.folder = objective, settings, seed, folder
         self.device = accelerator.device
@@ -82,6 +86,8 @@ class Trainer:
         self.micro_batches = settings.batch_size // self.micro_batch_size
 
         self.student = student.to(self.device, memory_format=torch.channels_last).train()
+        if settings.gradient_checkpointing:
+            self.student.enable_gradient_checkpointing()
         self.teacher = None
         if teacher is not None:
             teacher = teacher.to(memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -119,13 +125,13 @@ class Trainer:
         self.most_skipped_steps = self.skipped_steps.clone()
 
     def run(self, deadline: float | None = None) -> bool:
-        """Train to max_steps, resuming from the newest checkpoint.
+        """Train to max_steps, or until the held-out loss has stopped falling, resuming from the newest checkpoint.
 
         Args:
             deadline: time.monotonic() at which to stop with a checkpoint.
 
         Returns:
-            True when max_steps is reached (`student` then holds the EMA weights), False when stopped before.
+            True when training is over (`student` then holds the EMA weights), False when stopped by the deadline.
 
         Raises:
             RunError: the loss or its gradient is not finite.
@@ -140,15 +146,19 @@ class Trainer:
             mininterval=1,
         )
         self.window_start, self.window_steps = time.monotonic(), 0
-        while state.step < settings.max_steps:
+        while not self._is_over():
             self._optimizer_step()
             self.window_steps += 1
             progress.update()
             logging = state.step % settings.log_every == 0
             stopping = (logging or self.accelerator.num_processes == 1) and self._stop_requested(deadline)
-            saving = stopping or state.step % settings.checkpoint_every == 0 or state.step == settings.max_steps
-            if logging or saving:
+            measuring = self.held_out is not None and state.step % settings.held_out_every == 0
+            saving = stopping or state.step % settings.checkpoint_every == 0
+            if logging or saving or measuring or state.step == settings.max_steps:
                 self._log(progress)
+            if measuring:
+                self._measure_held_out_loss()
+            saving = saving or self._is_over()
             if saving and self.accelerator.is_main_process:
                 save_checkpoint(self.checkpoints, state, settings.checkpoints_kept)
             if settings.preview_every is not None and state.step % settings.preview_every == 0:
@@ -159,10 +169,15 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.writer.close()
         self.accelerator.wait_for_everyone()
-        if state.step < settings.max_steps:
+        if not self._is_over():
             return False
         state.ema.copy_to(self.student.parameters())
         return True
+
+    def _is_over(self) -> bool:
+        patience = None if self.held_out is None else self.settings.patience
+        has_converged = patience is not None and self.state.held_out_losses_since >= patience
+        return has_converged or self.state.step >= self.settings.max_steps
 
     @property
     def checkpoints(self) -> Path:
@@ -262,6 +277,15 @@ class Trainer:
             "ema_decay": self.state.ema.cur_decay_value,
             "images_per_second": steps * self.settings.batch_size / seconds,
         }
+        self._write_log_line(line)
+        progress.set_postfix(
+            loss=f"{line['loss']:.4f}",
+            consistency=f"{line['consistency_loss']:.4f}",
+            lr=f"{line['learning_rate']:.1e}",
+            images_s=f"{line['images_per_second']:.0f}",
+        )
+
+    def _write_log_line(self, line: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
             return
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
@@ -269,14 +293,8 @@ class Trainer:
             file.write(json.dumps(finite) + "\n")
         for name, value in line.items():
             if name != "step":
-                self.writer.add_scalar(name, value, step)
+                self.writer.add_scalar(name, value, line["step"])
         self.writer.flush()  # what a killed run has logged up to its last checkpoint is not logged again
-        progress.set_postfix(
-            loss=f"{line['loss']:.4f}",
-            consistency=f"{line['consistency_loss']:.4f}",
-            lr=f"{line['learning_rate']:.1e}",
-            images_s=f"{line['images_per_second']:.0f}",
-        )
 
     def _check_finite(self) -> None:
         first_bad, most_skipped = int(self.first_bad_step), int(self.most_skipped_steps)
@@ -293,19 +311,51 @@ class Trainer:
         """Save a grid of images drawn with the EMA weights."""
         if not self.accelerator.is_main_process:
             return
-        unet, ema = self.student, self.state.ema
-        size = unet.config.sample_size
-        ema.store(unet.parameters())
-        ema.copy_to(unet.parameters())
-        unet.eval()
-        shape = (unet.config.in_channels, size, size)
+        size = self.student.config.sample_size
+        shape = (self.student.config.in_channels, size, size)
         seeds = torch.arange(PREVIEW_IMAGES).split(self.micro_batch_size)  # so many fit into memory
-        parts = [
-            sample_images(lambda _: unet, self.scheduler, part.tolist(), shape, self.device, PREVIEW_STEPS)
-            for part in seeds
-        ]
-        unet.train()
-        ema.restore(unet.parameters())
+        with self._ema_weights() as unet:
+            parts = [
+                sample_images(lambda _: unet, self.scheduler, part.tolist(), shape, self.device, PREVIEW_STEPS)
+                for part in seeds
+            ]
         path = self.folder / "previews" / f"step-{self.state.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         save_grid(torch.cat(parts), path)
+
+    @contextmanager
+    def _ema_weights(self) -> Iterator[nn.Module]:
+        """The student in eval mode with the EMA weights, for as long as the block lasts."""
+        unet, ema = self.student, self.state.ema
+        ema.store(unet.parameters())
+        ema.copy_to(unet.parameters())
+        try:
+            yield unet.eval()
+        finally:
+            ema.restore(unet.parameters())
+            unet.train()
+
+    @torch.no_grad()
+    def _measure_held_out_loss(self) -> None:
+        """The denoising loss of the EMA weights on the held-out images, always with the same timesteps and noise."""
+        images, size, state = self.held_out, self.micro_batch_size, self.state
+        starts = range(0, len(images), size)[self.accelerator.process_index :: self.accelerator.num_processes]
+        total = torch.zeros((), device=self.device)
+        generator = torch.Generator()
+        with self._ema_weights() as unet, self.accelerator.autocast():
+            for start in starts:
+                batch = range(start, min(start + size, len(images)))
+                clean = (images.batch(batch).float() / 127.5 - 1).to(self.device, memory_format=torch.channels_last)
+                generator.manual_seed(int(np.random.default_rng((HELD_OUT, start)).integers(2**63)))
+                # evenly spread over [0, T), so that few images give a steady mean
+                timesteps = torch.arange(start, batch.stop) * self.scheduler.config.num_train_timesteps // len(images)
+                noise = torch.randn(clean.shape, generator=generator).to(self.device)
+                loss, _ = decoupled_loss(unet, None, self.scheduler, clean, noise, timesteps.to(self.device))
+                total += loss * len(batch)
+        loss = float(self.accelerator.reduce(total, "sum")) / len(images)
+        self._write_log_line({"step": state.step, "held_out_loss": loss})
+        if state.lowest_held_out_loss is None or loss < (1 - LEAST_FALL) * state.lowest_held_out_loss:
+            state.lowest_held_out_loss, state.held_out_losses_since = loss, 0
+        else:
+            state.held_out_losses_since += 1
+        self.window_start = time.monotonic()  # the images per second are training's

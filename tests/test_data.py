@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def test_digits_are_all_there(tmp_path):
-    images = load_training_images(Data(), 1, tmp_path)
+    images, _ = load_training_images(Data(), 1, tmp_path)
     batch = images.batch(np.arange(len(images)), random_state())
     assert batch.shape == (1797, 1, 8, 8)
     assert batch.dtype == torch.uint8
@@ -45,7 +45,7 @@ def test_evaluation_images_are_rgb_with_labels(tmp_path):
 
 
 def test_an_image_folder_is_resized_to_its_shorter_side_and_cropped(folder, tmp_path):
-    images = load_training_images(Data(name=folder, resolution=3), 3, tmp_path)
+    images, _ = load_training_images(Data(name=folder, resolution=3), 3, tmp_path)
     assert sorted(tuple(image.shape) for image in images.images) == [(3, 3, 4), (3, 4, 3)]
     assert images.batch(np.array([0, 1]), random_state()).shape == (2, 3, 3, 3)
     images, labels = load_evaluation_images(Data(name=folder, resolution=3), tmp_path)
@@ -54,7 +54,7 @@ def test_an_image_folder_is_resized_to_its_shorter_side_and_cropped(folder, tmp_
 
 
 def test_small_images_are_enlarged(folder, tmp_path):
-    images = load_training_images(Data(name=folder, resolution=32), 1, tmp_path)
+    images, _ = load_training_images(Data(name=folder, resolution=32), 1, tmp_path)
     assert images.batch(np.array([0]), random_state()).shape == (1, 1, 32, 32)
 
 
@@ -151,22 +151,38 @@ def test_parquet_and_arrow_folders_are_read(folder, tmp_path):
     rows = datasets.load_dataset(folder, split="train")
     (tmp_path / "parquet").mkdir()
     rows.to_parquet(tmp_path / "parquet" / "train.parquet")
-    expected = load_training_images(Data(name=folder), 3, tmp_path).batch([0, 1], random_state())
-    found = load_training_images(Data(name=str(tmp_path / "parquet")), 3, tmp_path).batch([0, 1], random_state())
+    expected = load_training_images(Data(name=folder), 3, tmp_path)[0].batch([0, 1], random_state())
+    found = load_training_images(Data(name=str(tmp_path / "parquet")), 3, tmp_path)[0].batch([0, 1], random_state())
     assert torch.equal(found, expected)
 
 
 def test_the_file_cache_holds_the_same_images_and_is_built_once(folder, tmp_path, monkeypatch):
     """cache_gb: 0 maps a file; the second time nothing is decoded; other preprocessing makes another file."""
-    in_memory = load_training_images(Data(name=folder), 3, tmp_path / "cache")
+    in_memory, _ = load_training_images(Data(name=folder), 3, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
-    mapped = load_training_images(Data(name=folder, cache_gb=0), 3, tmp_path / "cache")
+    mapped, _ = load_training_images(Data(name=folder, cache_gb=0), 3, tmp_path / "cache")
     for one, other in zip(in_memory.images, mapped.images, strict=True):
         assert torch.equal(one, other)
     monkeypatch.setattr("deme.data._open_image", lambda row: pytest.fail("decoded again"))
-    again = load_training_images(Data(name=folder, cache_gb=0), 3, tmp_path / "cache")
+    again, _ = load_training_images(Data(name=folder, cache_gb=0), 3, tmp_path / "cache")
     assert torch.equal(again.batch([0, 1], random_state()), in_memory.batch([0, 1], random_state()))
     monkeypatch.undo()
     load_training_images(Data(name=folder, cache_gb=0, resolution=4), 3, tmp_path / "cache")
     load_training_images(Data(name=folder, cache_gb=0), 1, tmp_path / "cache")
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 3
+
+
+def test_held_out_images_are_the_same_for_all_and_never_trained_on(tmp_path):
+    """A seeded choice; together both parts are the whole data, and without the option all of it is trained on."""
+
+    def found(images) -> list[bytes]:
+        return [image.numpy().tobytes() for image in images.batch(range(len(images)), random_state())]
+
+    everything, none = load_training_images(Data(), 1, tmp_path)
+    assert len(none) == 0
+    training, held_out = load_training_images(Data(held_out_images=100), 1, tmp_path)
+    assert (len(training), len(held_out)) == (1697, 100)
+    assert sorted(found(training) + found(held_out)) == sorted(found(everything))
+    assert found(load_training_images(Data(held_out_images=100), 1, tmp_path)[1]) == found(held_out)
+    with pytest.raises(UserError, match=r"data\.held_out_images=1797: digits has 1797 images"):
+        load_training_images(Data(held_out_images=1797), 1, tmp_path)

@@ -13,6 +13,7 @@ from pytorch_fid.inception import FID_WEIGHTS_URL
 from deme.classifier import load_classifier, save_classifier, train_classifier
 from deme.config import Data
 from deme.data import load_evaluation_images
+from deme.metrics import load_reference
 
 
 def make_images(folder, count, brightness, size=8):
@@ -44,6 +45,10 @@ def test_classifier_scores_every_folder_against_the_pretrained_row(config_file, 
     differences = np.subtract(merged["blocks"], pretrained["blocks"])
     assert merged["difference"] == pytest.approx(differences.mean())
     assert merged["difference_standard_error"] == pytest.approx(differences.std(ddof=1) / np.sqrt(3))
+    assert merged["kid"] == pytest.approx(np.mean(merged["kid_blocks"]))
+    assert merged["kid_standard_error"] > 0
+    assert 0 <= merged["precision"] <= 1
+    assert 0 <= merged["recall"] <= 1
     assert merged["mean"] == pytest.approx(np.mean(merged["blocks"]))
     assert "| merged | 12 |" in first.stdout
     assert 0 < found["held_out_accuracy"] <= 1
@@ -61,7 +66,10 @@ def test_the_classifier_knows_the_digits(tmp_path):
     """At least 97 % on digits it was not trained on; saved and loaded it gives the same features."""
     images, labels = load_evaluation_images(Data(), tmp_path)
     pixels = images.batch(range(len(images)))
-    classifier, accuracy = train_classifier(pixels, labels, epochs=12, seed=0, device=torch.device("cpu"))
+    device = torch.device("cpu")
+    classifier, accuracy = train_classifier(
+        pixels, labels, width=32, epochs=12, random_flip=False, seed=0, device=device
+    )
     assert accuracy >= 0.97
     save_classifier(tmp_path / "c.safetensors", classifier, accuracy, {"seed": 0})
     assert load_classifier(tmp_path / "c.safetensors", {"seed": 1}) is None
@@ -137,20 +145,37 @@ def test_absent_inception_weights_say_where_to_put_them(config_file, samples, tm
     ("override", "message"),
     [
         ("evaluate.blocks=5", "evaluate.blocks=5: "),
-        ("evaluate.samples=[nowhere]", "evaluate.samples=nowhere: no images in this folder"),
+        ("evaluate.samples=[nowhere]", "evaluate.samples=nowhere: no such folder"),
         ("data.label_column=null", "data.label_column=None: evaluate.features=classifier needs labels"),
         (
             "evaluate.reference=small.npz",
             "evaluate.reference=small.npz: holds statistics of 2 features, classifier has 128",
         ),
         ("evaluate.reference=tiny.yaml", "tiny.yaml: not an npz file of mu and sigma"),
+        ("evaluate.reference=one.npy", "one.npy: a single array; an npz file of mu and sigma is needed"),
+        ("evaluate.samples=[mixed]", "000012.png: is 9 x 9, 000000.png is 8 x 8"),
+        ("evaluate.samples=[single]", "evaluate.blocks=1: single holds 1 image(s)"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(config_file, samples, override, message):
-    np.savez(config_file.parent / "small.npz", mu=np.zeros(2), sigma=np.eye(2))
+    here = config_file.parent
+    np.savez(here / "small.npz", mu=np.zeros(2), sigma=np.eye(2))
+    np.save(here / "one.npy", np.zeros(2))
+    make_images(here / "single", 1, 100)
+    make_images(here / "mixed", 12, 100)
+    make_images(here / "other size", 1, 100, size=9)
+    (here / "other size" / "000000.png").rename(here / "mixed" / "000012.png")
     result = run("evaluate.py", config_file, override, status=2)
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_reference_statistics_alone(config_file):
+    run("evaluate.py", config_file, "evaluate.samples=[]")
+    reference, made_from = load_reference(config_file.parent / "tiny" / "stats" / "classifier.npz")
+    assert made_from["data"]["name"] == "digits"
+    assert reference.features.shape == (1797, 128)
+    assert not (config_file.parent / "tiny" / "results.json").exists()
 
 
 def test_no_samples_at_all(config_file):

@@ -5,7 +5,16 @@ from hypothesis import strategies as st
 from pytorch_fid.fid_score import calculate_frechet_distance
 
 from deme.config import UserError
-from deme.metrics import frechet_distance, load_statistics, save_statistics, statistics
+from deme.metrics import (
+    Reference,
+    frechet_distance,
+    kernel_distances,
+    kernel_subset_size,
+    load_reference,
+    precision_and_recall,
+    save_reference,
+    statistics,
+)
 
 
 def gaussian(seed: int, dimensions: int = 6, count: int = 200):
@@ -43,25 +52,69 @@ def test_dead_and_repeated_features_are_harmless():
     assert frechet_distance(*statistics(with_dead), *statistics(shifted)) == pytest.approx(1, abs=1e-6)
 
 
-def test_statistics_survive_saving(tmp_path):
-    mu, sigma = gaussian(0)
-    save_statistics(tmp_path / "a.npz", mu, sigma, {"data": "digits"})
-    loaded = load_statistics(tmp_path / "a.npz")
-    assert np.array_equal(loaded[0], mu)
-    assert np.array_equal(loaded[1], sigma)
-    assert loaded[2] == {"data": "digits"}
+@settings(max_examples=20)
+@given(seed=st.integers(0, 1000), size=st.integers(2, 6))
+def test_kid_is_the_unbiased_mmd_of_the_papers_kernel(seed, size):
+    """Summed pair by pair: k(x, y) = (x·y / D + 1)³, without the diagonals; the reference's subsets take turns."""
+    random = np.random.default_rng(seed)
+    features, reference = (random.normal(size=(n * size + 1, 3)).astype(np.float32) for n in (3, 2))
+
+    def kernel(x, y):
+        return (float(x.astype(np.float64) @ y.astype(np.float64)) / 3 + 1) ** 3
+
+    for i, found in enumerate(kernel_distances(features, reference, size)):
+        xs = features[i * size : (i + 1) * size]
+        ys = reference[i % 2 * size : (i % 2 + 1) * size]
+        within = sum(kernel(a[j], a[k]) for a in (xs, ys) for j in range(size) for k in range(size) if j != k)
+        between = sum(kernel(x, y) for x in xs for y in ys)
+        assert found == pytest.approx(within / (size * (size - 1)) - 2 * between / size**2, rel=1e-6, abs=1e-6)
+
+
+def test_kid_of_the_same_distribution_is_0_within_its_standard_error():
+    random = np.random.default_rng(0)
+    same, other = (random.normal(shift, 1, size=(2000, 8)).astype(np.float32) for shift in (0, 0.3))
+    reference = random.normal(size=(2000, 8)).astype(np.float32)
+    distances = kernel_distances(same, reference, kernel_subset_size(2000, 2000))
+    assert len(distances) == 10
+    assert abs(distances.mean()) < 3 * distances.std(ddof=1) / 10**0.5
+    assert kernel_distances(other, reference, 200).mean() > 5 * distances.std(ddof=1)
+
+
+def test_precision_and_recall_of_a_subset_and_of_strangers():
+    """Samples that cover the left third of the real images: all realistic, a third of the data recalled."""
+    real = np.linspace(0, 3, 301, dtype=np.float32)[:, None]
+    precision, recall = precision_and_recall(np.linspace(0, 1, 101, dtype=np.float32)[:, None], real)
+    assert precision == 1
+    assert recall == pytest.approx(1 / 3, abs=0.02)
+    assert precision_and_recall(real + 100, real) == (0, 0)
+
+
+def test_references_survive_saving(tmp_path):
+    """The statistics are those of all features, and of all of them where they are few."""
+    features = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    reference = Reference.of(features)
+    save_reference(tmp_path / "a.npz", reference, {"data": "digits"})
+    loaded, made_from = load_reference(tmp_path / "a.npz")
+    assert made_from == {"data": "digits"}
+    for found, expected in zip((loaded.mu, loaded.sigma), statistics(features), strict=True):
+        assert np.array_equal(found, expected)
+    assert np.array_equal(np.sort(loaded.features, axis=0), np.sort(features, axis=0))
 
 
 def test_plain_pytorch_fid_files_are_read(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.eye(2))
-    assert load_statistics(tmp_path / "a.npz")[2] == {}
+    reference, made_from = load_reference(tmp_path / "a.npz")
+    assert made_from == {}
+    assert reference.features is None
 
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "text.npz").write_text("no")
     np.savez(tmp_path / "other.npz", mean=np.zeros(2))
     np.savez(tmp_path / "pickled.npz", mu=np.array([{}], dtype=object), sigma=np.eye(1))
+    np.savez(tmp_path / "shapes.npz", mu=np.zeros(3), sigma=np.eye(2))
+    np.savez(tmp_path / "nan.npz", mu=np.full(2, np.nan), sigma=np.eye(2))
     np.save(tmp_path / "array.npy", np.zeros(2))
-    for name in ("text.npz", "other.npz", "pickled.npz", "array.npy", "absent.npz"):
-        with pytest.raises(UserError, match=name):
-            load_statistics(tmp_path / name)
+    for name in ("text.npz", "other.npz", "pickled.npz", "shapes.npz", "nan.npz", "array.npy", "absent.npz"):
+        with pytest.raises(UserError, match=f"{name}.*--save-stats"):
+            load_reference(tmp_path / name)

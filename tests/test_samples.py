@@ -5,7 +5,7 @@ from PIL import Image
 
 from deme.config import UserError
 from deme.files import TEMPORARY
-from deme.samples import claim_samples, image_path, list_images, missing_seeds, read_images, write_image
+from deme.samples import check_sizes, claim_samples, image_path, list_images, missing_seeds, read_images, write_image
 
 IDENTITY = {"weights": ["abc"], "num_inference_steps": 50}
 
@@ -92,19 +92,20 @@ def test_unfinished_folders_are_not_scored(folder):
 
 
 def test_empty_and_missing_folders_are_named(tmp_path):
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UserError, match=f"evaluate.samples={folder}: no images"):
+    for folder, message in ((tmp_path, "no images in this folder"), (tmp_path / "absent", "no such folder")):
+        with pytest.raises(UserError, match=f"evaluate.samples={folder}: {message}"):
             list_images(folder)
 
 
 def test_mixed_sizes_and_text_files_are_named(tmp_path):
     write_image(tmp_path, 0, torch.zeros(1, 8, 8, dtype=torch.uint8))
     write_image(tmp_path, 1, torch.zeros(1, 8, 9, dtype=torch.uint8))
-    with pytest.raises(UserError, match=r"000001\.png: is 9 x 8, the first image 8 x 8"):
-        read_images(list_images(tmp_path))
+    with pytest.raises(UserError, match=r"000001\.png: is 9 x 8, 000000\.png is 8 x 8"):
+        check_sizes(list_images(tmp_path))
     image_path(tmp_path, 1).write_text("no image")
-    with pytest.raises(UserError, match=r"000001\.png: not a readable image"):
-        read_images(list_images(tmp_path))
+    for read in (check_sizes, read_images):
+        with pytest.raises(UserError, match=r"000001\.png: not a readable image"):
+            read(list_images(tmp_path))
 
 
 def test_palette_and_grey_images_become_rgb(tmp_path):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from deme.checkpoints import list_checkpoints, load_newest_checkpoint
-from deme.config import Finetune, RunError, UserError
+from deme.config import Finetune, Pretrain, RunError, UserError
 from deme.data import CroppedImages, batch_indices
 from deme.devices import check_shares
 from deme.runs import claim_folder
@@ -37,7 +37,9 @@ def one_thread():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def trainer(folder, objective=OBJECTIVE, precision="no", unet=None, **settings) -> Trainer:
+def trainer(
+    folder, objective=OBJECTIVE, precision="no", unet=None, settings_class=Finetune, held_out=None, **settings
+) -> Trainer:
     unet = tiny_unet(dropout=0.1) if unet is None else unet
     pixels = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     folder.mkdir(exist_ok=True)
@@ -46,8 +48,16 @@ def trainer(folder, objective=OBJECTIVE, precision="no", unet=None, **settings) 
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     if precision == "fp16":  # accelerate scales the loss on GPUs only
         accelerator.scaler = torch.amp.GradScaler("cpu")
-    finetune = Finetune(**(SETTINGS | settings))
-    return Trainer(accelerator, unet, teacher, DDPMScheduler(), images, objective, finetune, 0, folder)
+    training = settings_class(**(SETTINGS | settings))
+    return Trainer(accelerator, unet, teacher, DDPMScheduler(), images, objective, training, 0, folder, held_out)
+
+
+def pretrainer(folder, **settings) -> Trainer:
+    """Plain training that measures its loss on seven held-out images."""
+    objective = Objective("plain", stream=(0,), timestep_range=(0, 1000))
+    pixels = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    held_out = CroppedImages(list(pixels), 8, center_crop=True, random_flip=False)
+    return trainer(folder, objective, settings_class=Pretrain, held_out=held_out, **settings)
 
 
 def log(folder) -> list[dict]:
@@ -251,6 +261,56 @@ def test_training_lowers_the_loss(tmp_path):
     trainer(tmp_path, objective, unet=tiny_unet(), max_steps=80, lr_warmup_steps=0, learning_rate=3e-3).run()
     losses = [line["loss"] for line in log(tmp_path)]
     assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
+
+
+def held_out_losses(folder) -> dict[int, float]:
+    return {line["step"]: line["held_out_loss"] for line in log(folder) if "held_out_loss" in line}
+
+
+def test_the_held_out_loss_is_that_of_the_ema_weights_and_disturbs_nothing(tmp_path):
+    """Measured every 2 steps with the same draws: equal to the same measurement of the saved network."""
+    assert pretrainer(tmp_path / "plain", held_out_every=99).run()
+    run = pretrainer(tmp_path / "measured", held_out_every=2)
+    assert run.run()
+    plain, measured = newest_tensors(tmp_path / "plain"), newest_tensors(tmp_path / "measured")
+    assert all(torch.equal(plain[key], measured[key]) for key in plain)
+    losses = held_out_losses(tmp_path / "measured")
+    assert list(losses) == [2, 4, 6]
+    run.state.ema.shadow_params = [weight.clone() for weight in run.student.parameters()]  # the network that is saved
+    run._measure_held_out_loss()
+    lines = [line["held_out_loss"] for line in log(tmp_path / "measured") if "held_out_loss" in line]
+    assert lines[-1] == losses[6]
+
+
+def test_training_stops_when_the_held_out_loss_has_stopped_falling(tmp_path):
+    """A learning rate that moves nothing: the second and third measurement are no lower than the first."""
+    settings = {"max_steps": 50, "learning_rate": 1e-12, "held_out_every": 2, "patience": 2}
+    assert pretrainer(tmp_path / "whole", **settings).run()
+    assert list(held_out_losses(tmp_path / "whole")) == [2, 4, 6]
+    while not pretrainer(tmp_path / "parts", **settings).run(deadline=time.monotonic()):
+        pass
+    assert held_out_losses(tmp_path / "parts") == held_out_losses(tmp_path / "whole")
+    assert pretrainer(tmp_path / "parts", **settings).run()  # complete: not a step more
+    assert list_checkpoints(tmp_path / "parts" / "checkpoints")[0].name == "step-00000006"
+
+
+def test_training_goes_on_while_the_held_out_loss_falls(tmp_path):
+    assert pretrainer(tmp_path, max_steps=12, learning_rate=3e-3, held_out_every=3, patience=1).run()
+    losses = held_out_losses(tmp_path)
+    assert list(losses) == [3, 6, 9, 12]
+    assert losses[12] < losses[3]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_gradient_checkpointing_does_not_change_the_weights(tmp_path, precision):
+    """Dropout included: the second forward pass repeats the first one's draws."""
+    trainer(tmp_path / "plain", precision=precision).run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = trainer(tmp_path / "checkpointed", precision=precision, gradient_checkpointing=True)
+    assert run.student.is_gradient_checkpointing
+    run.run()
+    plain, checkpointed = newest_tensors(tmp_path / "plain"), newest_tensors(tmp_path / "checkpointed")
+    assert [key for key in plain if not torch.equal(plain[key], checkpointed[key])] == []
 
 
 def test_the_loss_is_the_sum_of_its_terms(tmp_path):
