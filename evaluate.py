@@ -27,21 +27,23 @@ def sample_folders(config: Config) -> list[Path]:
     return sorted(folders, key=lambda f: (ROW_ORDER.index(f.name) if f.name in ROW_ORDER else len(ROW_ORDER), f.name))
 
 
-def results_file(config: Config) -> Path:
-    return Path(config.evaluate.output) if config.evaluate.output is not None else config.folder / "results.json"
+def reference_file(config: Config) -> Path:
+    if config.evaluate.reference is not None:
+        return Path(config.evaluate.reference)
+    return config.folder / "stats" / f"{config.evaluate.features}.npz"
 
 
 def plan(config: Config) -> str:
     folders = "\n  ".join(map(str, sample_folders(config))) or "no sample folders yet"
-    return f"score in {config.evaluate.features} features -> {results_file(config)}\n  {folders}"
+    return f"score in {config.evaluate.features} features -> {config.results}\n  {folders}"
 
 
 def main(config: Config) -> None:
     from deme.devices import make_accelerator
     from deme.files import atomic_file, make_folder
-    from deme.samples import check_sizes, list_images, read_images
+    from deme.samples import check_sizes, drawn_from, list_images, read_images
 
-    settings, output = config.evaluate, results_file(config)
+    settings, output = config.evaluate, config.results
     accelerator = make_accelerator("no", "evaluate")
 
     # --- what is scored
@@ -73,7 +75,8 @@ def main(config: Config) -> None:
             size = f"{len(reference.mu)} features, {settings.features} has {features.shape[1]}"
             raise UserError(f"evaluate.reference={settings.reference}: holds statistics of {size}")
         if accelerator.is_main_process:
-            rows.append({"samples": str(folder), "images": len(paths), **scores(features, reference, settings)})
+            source = {"samples": str(folder), "weights": drawn_from(folder), "images": len(paths)}
+            rows.append(source | scores(features, reference, settings))
 
     # --- table and results.json
     if accelerator.is_main_process:
@@ -129,9 +132,9 @@ def reference_statistics(config: Config, accelerator, network, made_by: dict):
     from deme.files import sha256
     from deme.metrics import Reference, load_reference, save_reference
 
+    file = reference_file(config)
     if config.evaluate.reference is not None:
-        return load_reference(Path(config.evaluate.reference))[0]
-    file = config.folder / "stats" / f"{config.evaluate.features}.npz"
+        return load_reference(file)[0]
     made_from = {"data": evaluated_data(config), "features": config.evaluate.features}
     if made_by:
         made_from["classifier"] = sha256(config.folder / "stats" / "classifier.safetensors")
@@ -197,8 +200,10 @@ def scores(features, reference, settings: Evaluate) -> dict:
     blocks = np.split(features, settings.blocks)
     row = {
         "pooled": distance(*statistics(features), reference.mu, reference.sigma),
-        "blocks": [distance(*statistics(block), reference.mu, reference.sigma) for block in blocks],
     }
+    row["blocks"] = [row["pooled"]]
+    if settings.blocks > 1:
+        row["blocks"] = [distance(*statistics(block), reference.mu, reference.sigma) for block in blocks]
     real = reference.features
     if real is None or min(len(real), len(features)) <= NEIGHBORHOOD:
         return row

@@ -4,9 +4,11 @@
     python merge.py "merge.coefficients=[0.1,0.1,0.2,0.5]" merge.output=runs/digits/merged-by-hand
     python merge.py merge.method=ties merge.output=runs/digits/merged-ties
     python merge.py "merge.coefficients={up_blocks.*: [0.5,0.5,0.5,0.5], '*': [0.1,0.1,0.1,0.1]}"
+    python merge.py merge.push_to_hub=owner/name        # upload it
 
-Writes a diffusers pipeline folder, runs/<name>/merged/, with the pretrained scheduler's configuration, and merge.yaml:
-the inputs with their SHA-256 and the coefficients. An output that the same merge made is left alone.
+Writes a diffusers pipeline folder, runs/<name>/merged/, with the pretrained scheduler's configuration, merge.yaml (the
+inputs with their SHA-256, the coefficients) and the model card README.md. An output that the same merge made is left
+alone, but its card gets the scores that evaluate.py has found since.
 """
 
 from pathlib import Path
@@ -51,15 +53,21 @@ def main(config: Config) -> None:
         if not record.exists():
             raise UserError(f"merge.output={output}: exists without a merge.yaml, so it is not replaced")
         before = read_yaml(record)
-        if all(before.get(key) == value for key, value in description.items()):
-            print(f"{output} is complete")
-            return
-        print(f"{output} was merged from other inputs or coefficients: replacing it")
+        complete = all(before.get(key) == value for key, value in description.items())
+        print(f"{output} is complete" if complete else f"{output} was merged from something else: replacing it")
+    else:
+        complete = False
 
     # --- merge
-    make_folder(output.parent, "merge.output")
-    write_merged(pretrained, config, description | provenance(config))
-    print(f"wrote {output}")
+    if not complete:
+        make_folder(output.parent, "merge.output")
+        write_merged(pretrained, config, description | provenance(config))
+        print(f"wrote {output}")
+
+    # --- share
+    write_card(config, description)
+    if settings.push_to_hub is not None:
+        push_to_hub(output, settings.push_to_hub)
 
 
 def write_merged(pretrained: Path, config: Config, record: dict) -> None:
@@ -100,6 +108,36 @@ def write_merged(pretrained: Path, config: Config, record: dict) -> None:
         (temporary / "unet" / "config.json").write_text(json.dumps(unet_config, indent=2), encoding="utf-8")
         write_pipeline_files(temporary, pretrained, projected=unet_config.get("_class_name") == PROJECTED_CLASS)
         write_yaml(temporary / "merge.yaml", record)
+
+
+def write_card(config: Config, record: dict) -> None:
+    """Write the merged folder's README.md, with the scores in results.json that belong to its network."""
+    from deme.files import atomic_file
+    from deme.model_card import find_scores, model_card
+    from deme.pipelines import PROJECTED_CLASS, WEIGHTS, read_json
+
+    unet = config.merged / "unet"
+    projected = read_json(unet / "config.json").get("_class_name") == PROJECTED_CLASS
+    scores = find_scores(config.results, unet / WEIGHTS)
+    name = config.merge.push_to_hub if config.merge.push_to_hub is not None else str(config.merged)
+    with atomic_file(config.merged / "README.md") as temporary:
+        temporary.write_text(model_card(config, record, projected, scores, name), encoding="utf-8")
+
+
+def push_to_hub(folder: Path, name: str) -> None:
+    """Upload a pipeline folder; the Hub's repository is made where it does not exist.
+
+    Raises:
+        UserError: no network, no permission.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(name, exist_ok=True)
+        commit = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Merged by Decouple-then-Merge")
+    except Exception as error:  # network, token and permission errors have no common class
+        raise UserError(f"merge.push_to_hub={name}: {' '.join(str(error).split())}") from None
+    print(f"uploaded {folder}: {commit}")
 
 
 if __name__ == "__main__":

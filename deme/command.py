@@ -26,6 +26,14 @@ def _git_commit() -> str | None:
         return None  # a copy of the repository without git
 
 
+def _leave_process_group() -> None:
+    """Wait for the other processes and close the connections: one that just exits may abort in their threads."""
+    distributed = sys.modules.get("torch.distributed")  # imported by main, or not needed
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 def run_script(description: str, plan: Callable[[Config], str], main: Callable[[Config], None]) -> None:
     """Every script's command line: `--config FILE key=value … --dry-run`.
 
@@ -45,6 +53,7 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
             print(to_yaml(asdict(config)), plan(config), sep="\n")
         else:
             main(config)
+            _leave_process_group()
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         sys.exit(2)

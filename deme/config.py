@@ -5,6 +5,7 @@ the key and its value. Nothing here imports torch, so that a mistake is answered
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
 CONTINUED = "continued"  # the control of `finetune.range`: plain training on all timesteps at the ranges' total cost
 PRECISIONS = ("no", "fp16", "bf16")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -190,10 +192,13 @@ class Merge(Section):
     ties_combine: str = "mean"  # ties: mean or sum of the task vectors that agree with the elected sign
     finetuned: Optional[str] = None  # folder that holds 0000-0250/ …; null: this run's
     output: Optional[str] = None  # null: merged/ of this run
+    push_to_hub: Optional[str] = None  # also upload the merged folder to this Hub id, owner/name
 
     def __post_init__(self):
         self.check_choice("method", ("task_arithmetic", "ties"))
         self.check_choice("ties_combine", ("mean", "sum"))
+        named = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub) is not None
+        self.check("push_to_hub", named, "must be a Hub id, owner/name")
         self.check("ties_fraction", 0 < self.ties_fraction <= 1, "must lie in (0, 1]")
         rule = "must be a list of finite numbers, or a mapping from name patterns to such lists"
         lists = self.coefficients.values() if isinstance(self.coefficients, dict) else [self.coefficients]
@@ -307,6 +312,11 @@ class Config(Section):
         return [root / range_name(timestep_range) / "unet" for timestep_range in self.timesteps.ranges]
 
     @property
+    def results(self) -> Path:
+        """Where evaluate.py writes the scores."""
+        return Path(self.evaluate.output) if self.evaluate.output is not None else self.folder / "results.json"
+
+    @property
     def merged(self) -> Path:
         return Path(self.merge.output) if self.merge.output is not None else self.folder / "merged"
 
@@ -339,6 +349,9 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
             key = override.split("=", 1)[0]
             value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
             OmegaConf.update(given, key, value, merge=False, force_add=True)
+        for section in ("pretrain", "finetune", "sample"):
+            if OmegaConf.select(given, f"{section}.mixed_precision") is False:
+                given[section].mixed_precision = "no"  # which YAML reads as false
         return OmegaConf.to_object(OmegaConf.merge(_writable(Config()), given))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {file}: {error}") from None

@@ -102,6 +102,11 @@ def _permutation(seed: int, stream: tuple[int, ...], epoch: int, num_images: int
     return np.random.default_rng((seed, *stream, PERMUTATION, epoch)).permutation(num_images)
 
 
+def count_images(data: Data) -> int:
+    """How many images the data set holds, none of them decoded."""
+    return len(_open(data)[0])
+
+
 def load_training_images(data: Data, channels: int, cache: Path) -> tuple[CroppedImages, CroppedImages]:
     """The images to train on, and the `data.held_out_images` others (centre-cropped, not flipped).
 

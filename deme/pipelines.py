@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from deme.config import REPOSITORY, UserError
+from deme.config import HUB_ID, REPOSITORY, UserError
 from deme.task_vectors import PROJECTION_SUFFIX
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def find_pipeline(source: str) -> Path:
                 if not part.is_file():
                     raise UserError(f"model.pretrained={source}: not a pipeline folder: {part} is missing")
             return folder
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+    if not re.fullmatch(HUB_ID, source):
         raise UserError(f"model.pretrained={source}: no such folder")
     from huggingface_hub import snapshot_download
 

@@ -98,6 +98,13 @@ def list_images(folder: Path) -> list[Path]:
     return paths
 
 
+def drawn_from(folder: Path) -> list[str] | None:
+    """SHA-256 of the weights that a folder's images were drawn from, or None where sample_ddp.py did not make it."""
+    if not (folder / RECORD).exists():
+        return None
+    return read_yaml(folder / RECORD)["identity"]["weights"]
+
+
 def check_sizes(paths: Sequence[Path]) -> None:
     """
     Raises:

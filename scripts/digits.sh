@@ -14,23 +14,4 @@ if [ "${PRETRAIN:-0}" = 1 ]; then
   set -- name=digits_from_scratch model.pretrained=null "$@"
   OMP_NUM_THREADS=1 python pretrain.py "$@"
 fi
-
-# decouple; the control beside the ranges, each on one core: so small a network gains nothing from a second one
-control_log=$(mktemp)
-OMP_NUM_THREADS=1 python finetune.py finetune.range=continued "$@" >"$control_log" 2>&1 &
-control=$!
-trap 'kill $control 2>/dev/null || true; rm -f "$control_log"' EXIT
-echo "the control trains beside the ranges"
-OMP_NUM_THREADS=1 python finetune.py "$@"
-wait $control || { cat "$control_log" >&2; exit 1; }
-tail -n 1 "$control_log"
-
-python merge.py "$@"
-for model in pretrained continued ensemble merged; do
-  launch sample_ddp.py sample.model=$model "$@"
-done
-launch evaluate.py "$@"
-
-echo "pictures:"
-folder=$(run_folder configs/digits.yaml "$@")
-ls "$folder"/samples/grid-*.png "$folder"/finetuned/*/previews/*.png
+bash scripts/compare.sh configs/digits.yaml "$@"

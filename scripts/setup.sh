@@ -1,5 +1,6 @@
-# Sourced by the other scripts, from the repository's root: the Python environment, `launch` and `run_folder`.
-# Environment: PYTHON, which makes .venv (default python3); NUM_PROCESSES (default: one per GPU; on a CPU, 2).
+# Sourced by the other scripts, from the repository's root: the Python environment, `launch`, `ask` and time limits.
+# Environment: PYTHON, which makes .venv (default python3); NUM_PROCESSES (default: one per GPU; on a CPU, 2);
+# MAX_MINUTES, after which a script stops, to be resumed by the same command (default: none).
 
 if [ "${CONDA_DEFAULT_ENV:-}" != deme ]; then
   if [ ! -f .venv/bin/activate ]; then
@@ -15,27 +16,58 @@ if ! cmp -s requirements.txt "$installed"; then
   cp requirements.txt "$installed"
 fi
 
-# launch SCRIPT ARGUMENTS…: run a script over NUM_PROCESSES processes
-launch() {
-  local gpus=0 processes
-  if [ "${ACCELERATE_USE_CPU:-false}" != true ]; then
-    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-  fi
-  if [ "$gpus" -gt 0 ]; then
-    processes=${NUM_PROCESSES:-$gpus}
-  else
-    processes=${NUM_PROCESSES:-$(($(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))}
-    export ACCELERATE_USE_CPU=true
-  fi
-  if [ "$processes" = 1 ]; then
-    python "$@"
-  else # --multi_gpu also starts several processes on a CPU; port 0 is any free one
-    accelerate launch --multi_gpu --num_processes "$processes" --num_machines 1 --mixed_precision no \
-      --dynamo_backend no --main_process_port "${MAIN_PROCESS_PORT:-0}" "$@"
-  fi
+# gpus: how many GPUs the scripts use
+gpus() {
+  [ "${ACCELERATE_USE_CPU:-false}" = true ] && echo 0 || python -c 'import torch; print(torch.cuda.device_count())'
 }
 
-# run_folder CONFIG OVERRIDES…: the folder of a run
-run_folder() {
-  python -c 'import sys; from deme.config import load_config; print(load_config(sys.argv[1], sys.argv[2:]).folder)' "$@"
+# launch SCRIPT ARGUMENTS…: run a script over NUM_PROCESSES processes, no longer than MAX_MINUTES allows
+launch() {
+  local processes limit="" status=0
+  processes=$(gpus)
+  if [ "$processes" = 0 ]; then
+    export ACCELERATE_USE_CPU=true
+    processes=$(($(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))
+  fi
+  processes=${NUM_PROCESSES:-$processes}
+  [ -z "${MAX_MINUTES:-}" ] || limit="timeout $(minutes_left)m"
+  if [ "$processes" = 1 ]; then
+    $limit python "$@" || status=$?
+  else # --multi_gpu also starts several processes on a CPU; port 0 is any free one
+    $limit accelerate launch --multi_gpu --num_processes "$processes" --num_machines 1 --mixed_precision no \
+      --dynamo_backend no --main_process_port "${MAIN_PROCESS_PORT:-0}" "$@" || status=$?
+  fi
+  [ $status = 124 ] && resume_later
+  return $status
+}
+
+# minutes_left: how many of MAX_MINUTES, counted from the start of the script
+minutes_left() {
+  awk -v "limit=$MAX_MINUTES" -v "used=$SECONDS" 'BEGIN { left = limit - used / 60; print left > 0.01 ? left : 0.01 }'
+}
+
+# max_minutes SECTION: an override that lets training end with a checkpoint half a minute before MAX_MINUTES
+max_minutes() {
+  [ -z "${MAX_MINUTES:-}" ] || awk -v "left=$(minutes_left)" -v "key=$1.max_minutes" \
+    'BEGIN { print key "=" (left > 0.6 ? left - 0.5 : 0.1) }'
+}
+
+# complete FOLDERS…: end the script here, without an error, when training was stopped before it made them
+complete() {
+  local folder
+  for folder in "$@"; do
+    [ -d "$folder" ] || resume_later
+  done
+}
+
+resume_later() {
+  echo "stopped by its time limit: the same command resumes"
+  exit 0
+}
+
+# ask EXPRESSION CONFIG OVERRIDES…: a value that follows from the configuration, such as config.folder
+ask() {
+  python -c 'import sys; from deme.config import load_config; import evaluate, sample_ddp
+config = load_config(sys.argv[2], sys.argv[3:])
+print(eval(sys.argv[1]))' "$@"
 }

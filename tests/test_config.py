@@ -37,6 +37,14 @@ def test_overrides_win_over_the_file(tmp_path):
     assert config.merge.coefficients == [0, 1]
 
 
+def test_precision_no_may_be_written_without_quotes(tmp_path):
+    """YAML reads `no` as false."""
+    file = tmp_path / "a.yaml"
+    file.write_text("finetune: {mixed_precision: no}\nsample: {mixed_precision: bf16}\n")
+    config = load_config(file, ["sample.mixed_precision=no"])
+    assert (config.finetune.mixed_precision, config.sample.mixed_precision) == ("no", "no")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -1,15 +1,17 @@
 import json
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, run, tiny_unet
+from conftest import REPOSITORY, run
 from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 
+import merge
+from deme.config import load_config
+from deme.files import sha256
 from deme.pipelines import WEIGHTS
 from deme.projection import ProjectedUNet2DModel
 
@@ -77,13 +79,86 @@ print(pipeline(batch_size=2, num_inference_steps=2).images[1].size)
     assert result.stdout.strip() == "(8, 8)"
 
 
-def test_models_without_projections_make_a_plain_pipeline(config_file, pretrained, experts):
-    for index, folder in enumerate(experts):
-        shutil.rmtree(folder)
-        tiny_unet(seed=index + 1).save_pretrained(folder)
+def test_without_projections_diffusers_alone_loads_it(config_file):
+    """Finetuned with model.projection=false, merged, and drawn from where this project can't be imported."""
+    for script in ("finetune.py", "merge.py"):
+        run(script, config_file, "model.projection=false", "finetune.max_steps=2")
+    program = """
+import importlib.util
+assert importlib.util.find_spec("deme") is None
+from diffusers import DDIMPipeline
+pipeline = DDIMPipeline.from_pretrained("tiny/merged")
+assert type(pipeline.unet).__name__ == "UNet2DModel"
+assert pipeline.scheduler.config.beta_end == 0.03
+print(pipeline(batch_size=2, num_inference_steps=2).images[1].size)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=config_file.parent,
+        env={"PATH": "/usr/bin:/bin"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "(8, 8)"
+
+
+def test_the_model_card_says_how_it_was_made_and_how_to_load_it(config_file, pretrained, experts):
+    """Its code runs as it stands; scores appear once there are some of this network, and only of this network."""
     run("merge.py", config_file)
-    index = json.loads((config_file.parent / "tiny" / "merged" / "model_index.json").read_text())
-    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    output = config_file.parent / "tiny" / "merged"
+    card = (output / "README.md").read_text()
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["library_name"] == "diffusers"
+    assert "| tensors | timesteps 0000-0500 | 0500-1000 |" in card
+    assert "| `*` | 0.5 | 0.25 |" in card
+    assert str(pretrained) in card
+    assert "`digits`" in card
+    assert "## Scores" not in card
+    program = card.split("```python\n")[1].split("```")[0] + "print(len(images))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"},
+    )
+    assert loaded.stdout.strip() == "16", loaded.stderr
+
+    row = {"images": 1000, "pooled": 3.25, "kid": 0.001, "precision": 0.5, "recall": 0.25}
+    rows = [row | {"weights": [sha256(output / "unet" / WEIGHTS)]}, row | {"weights": ["other"], "pooled": 9.75}]
+    config_file.parent.joinpath("tiny", "results.json").write_text(json.dumps({"features": "inception", "rows": rows}))
+    assert "is complete" in run("merge.py", config_file).stdout
+    card = (output / "README.md").read_text()
+    assert "- 1,000 images: FID 3.2500, KID 0.001000, precision 0.500, recall 0.250" in card
+    assert "9.75" not in card
+
+
+def test_the_merged_folder_is_uploaded_whole(config_file, experts, monkeypatch):
+    """The Hub's client is replaced by one that records what it is given."""
+    created, uploaded = [], {}
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        uploaded[repo_id] = {str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()}
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, exist_ok: created.append(name))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    merge.main(load_config(config_file, ["merge.push_to_hub=someone/merged"]))
+    assert created == ["someone/merged"]
+    files = {"README.md", "merge.yaml", "model_index.json", "scheduler/scheduler_config.json"}
+    assert uploaded == {"someone/merged": files | {"unet/config.json", f"unet/{WEIGHTS}"}}
+    card = (config_file.parent / "tiny" / "merged" / "README.md").read_text()
+    assert 'DDIMPipeline.from_pretrained("someone/merged")' in card
+
+
+def test_an_upload_that_fails_loses_nothing(config_file, experts, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    result = run("merge.py", config_file, "merge.push_to_hub=someone/merged", status=2)
+    assert "merge.py: error: merge.push_to_hub=someone/merged: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (config_file.parent / "tiny" / "merged" / "unet" / WEIGHTS).exists()
+    result = run("merge.py", config_file, "merge.push_to_hub=merged", status=2)
+    assert "merge.push_to_hub=merged: must be a Hub id, owner/name" in result.stderr
 
 
 def test_merging_again_is_a_no_op_and_other_coefficients_replace(config_file, experts):

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# A published benchmark: reference statistics, finetuned ranges, merged network, its images, their FID.
+# Called by cifar10.sh, lsun_church.sh and lsun_bedroom.sh:   bash scripts/benchmark.sh CONFIG [overrides]
+# Environment: NUM_PROCESSES (default: one per GPU). Run again after an interruption, it resumes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh
+config=$1
+shift
+
+python scripts/estimate.py --config "$config" "$@"
+launch evaluate.py --config "$config" "$@" "evaluate.samples=[]" # the reference statistics alone
+launch finetune.py --config "$config" "$@"
+python merge.py --config "$config" "$@"
+launch sample_ddp.py --config "$config" "$@"
+
+python -m pytorch_fid "$(ask 'sample_ddp.output_folder(config)' "$config" "$@")" \
+  "$(ask 'evaluate.reference_file(config)' "$config" "$@")"

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Decouple-then-Merge against its alternatives, from a pretrained pipeline to the table: pretrained, continued (plain
+# training at equal cost), ensemble, merged.   bash scripts/compare.sh CONFIG [overrides]
+# Called by digits.sh and cifar10_scratch.sh. Run again, it resumes and skips what is complete.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh
+config=$1
+shift
+folder=$(ask config.folder "$config" "$@")
+
+# decouple, the control beside the ranges; on a CPU each on one core, as networks this small gain little from a second
+train() {
+  if [ "$(gpus)" = 0 ]; then
+    NUM_PROCESSES=1 OMP_NUM_THREADS=1 launch finetune.py --config "$config" "$@"
+  else
+    launch finetune.py --config "$config" "$@"
+  fi
+}
+control_log=$(mktemp)
+train "$@" finetune.range=continued $(max_minutes finetune) >"$control_log" 2>&1 &
+control=$!
+trap 'kill $control 2>/dev/null || true; rm -f "$control_log"' EXIT
+echo "the control trains beside the ranges"
+train "$@" $(max_minutes finetune)
+wait $control || { cat "$control_log" >&2; exit 1; }
+tail -n 1 "$control_log"
+complete "$folder/finetuned/continued/unet"
+while read -r unet; do
+  complete "$unet"
+done < <(ask '"\n".join(map(str, config.merge_inputs))' "$config" "$@")
+
+python merge.py --config "$config" "$@"
+for model in pretrained continued ensemble merged; do
+  launch sample_ddp.py --config "$config" "$@" sample.model=$model
+done
+launch evaluate.py --config "$config" "$@"
+
+python merge.py --config "$config" "$@" # again, for the model card: it has scores now
+
+echo "pictures:"
+find "$folder/samples" "$folder/finetuned" -name 'grid-*.png' -o -path '*/previews/*.png' | sort

@@ -1,0 +1,95 @@
+"""What a benchmark will take before it starts: disk below output_dir, and roughly how many GPU hours.
+
+    python scripts/estimate.py --config configs/lsun_church.yaml
+
+Opens the pretrained pipeline and the data (a Hub id is downloaded first) to count parameters, operations and images.
+GPU_TFLOPS in the environment is the rate that one GPU reaches on these networks in 10¹² operations per second.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from deme.command import run_script
+from deme.config import Config, UserError
+
+GPU_TFLOPS = 50.0  # a guess for an A100 in half precision
+INCEPTION_FLOPS = 11.4e9  # per image
+FLOAT = 4  # bytes
+PNG_SHARE = 0.75  # of the raw pixels
+DISK_BLOCK = 4096  # bytes: the least that a file takes
+ASPECT_RATIO = 4 / 3  # of photographs
+
+
+def plan(config: Config) -> str:
+    return f"estimate disk and GPU hours of {config.name}"
+
+
+def main(config: Config) -> None:
+    from deme.data import count_images
+    from deme.pipelines import find_pipeline, unet_folder
+
+    try:
+        rate = 1e12 * float(os.environ.get("GPU_TFLOPS", GPU_TFLOPS))
+    except ValueError:
+        raise UserError(f"GPU_TFLOPS={os.environ['GPU_TFLOPS']}: not a number") from None
+    images = count_images(config.data)
+    parameters, flops, channels = unet_cost(unet_folder(find_pipeline(config.pretrained)))
+    print(f"{config.pretrained}: {parameters:,} parameters; {config.data.name}: {images:,} images")
+
+    # --- disk
+    ranges, raw = len(config.timesteps.ranges), channels * config.data.resolution**2
+    decoded = images * raw * ASPECT_RATIO if images * raw > config.data.cache_gb * 2**30 else 0
+    checkpoint = 4 * FLOAT * parameters  # student, EMA, two moments
+    disk = {
+        "decoded images": decoded,
+        "finetuned networks": ranges * FLOAT * parameters,
+        "their checkpoints": (ranges * config.finetune.checkpoints_kept + 1) * checkpoint,
+        "merged network": FLOAT * parameters,
+        "samples": config.sample.num_images * max(DISK_BLOCK, raw * PNG_SHARE),
+    }
+    for name, size in disk.items():
+        print(f"{size / 1e9:9.1f} GB  {name}")
+    existing = next(folder for folder in (config.folder, *config.folder.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    print(f"{sum(disk.values()) / 1e9:9.1f} GB  together; {free / 1e9:,.1f} GB are free at {config.output_dir}")
+
+    # --- GPU hours: a backward pass costs two forward passes, the teacher and gradient checkpointing one each
+    passes = 3 + (config.finetune.consistency_weight > 0) + config.finetune.gradient_checkpointing
+    steps = ranges * config.finetune.max_steps
+    work = {
+        f"finetuning, {steps:,} steps of {config.finetune.batch_size} images": (
+            steps * config.finetune.batch_size * passes * flops
+        ),
+        f"drawing {config.sample.num_images:,} images": (
+            config.sample.num_images * config.sample.num_inference_steps * flops
+        ),
+        "statistics and FID": (images + config.sample.num_images) * INCEPTION_FLOPS,
+    }
+    for name, operations in work.items():
+        print(f"{operations / rate / 3600:9.2f} GPU hours  {name}")
+    total = sum(work.values()) / rate / 3600
+    print(f"{total:9.2f} GPU hours together, at a guessed {rate / 1e12:g} TFLOP/s (GPU_TFLOPS sets another rate)")
+
+
+def unet_cost(folder: Path) -> tuple[int, int, int]:
+    """Parameters, operations per image and forward pass, and channels of the UNet in a folder, without its weights."""
+    import torch
+    from diffusers import UNet2DModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from deme.pipelines import read_json
+
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(read_json(folder / "config.json"))
+        size, channels = unet.config.sample_size, unet.config.in_channels
+        with FlopCounterMode(display=False) as counter:
+            unet(torch.empty(1, channels, size, size), torch.zeros(1, dtype=torch.int64))
+    return unet.num_parameters(), counter.get_total_flops(), channels
+
+
+if __name__ == "__main__":
+    run_script(__doc__, plan, main)
