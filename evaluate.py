@@ -110,6 +110,7 @@ def feature_network(config: Config, accelerator) -> tuple:
         "width": config.evaluate.classifier_width,
         "epochs": config.evaluate.classifier_epochs,
         "random_flip": config.data.random_flip,
+        "precision": config.evaluate.classifier_precision,
         "seed": config.seed,
     }
     made_from = {"data": evaluated_data(config), **training}

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torchvision.models.resnet import BasicBlock, conv1x1
+from torchvision.models.resnet import BasicBlock
 from tqdm import trange
 
 from deme.files import atomic_file
 
 HELD_OUT = 0.2  # fraction of the data
-FIRST_STAGE = 16  # pixels: larger images are pooled before the first stage
+LARGEST = 32  # pixels: the sides of larger images are halved before the first stage
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-2
@@ -26,31 +26,40 @@ LABEL_SMOOTHING = 0.05
 
 
 class Classifier(nn.Module):
-    """Residual network of three stages of torchvision's basic blocks; `features` is its pooled last stage.
+    """Residual network of three stages; `features` is its pooled last stage.
+
+    A stage is a convolution that doubles the channels, max pooling that halves the resolution, and torchvision's
+    basic residual block.
 
     Args:
-        width: channels of the first stage; each further one has twice as many at half the resolution.
+        width: channels before the first stage.
     """
 
     def __init__(self, width: int, num_classes: int):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        blocks = [BasicBlock(width, width)]
-        for channels in (width, 2 * width):
-            change = nn.Sequential(conv1x1(channels, 2 * channels, stride=2), nn.BatchNorm2d(2 * channels))
-            blocks.append(BasicBlock(channels, 2 * channels, stride=2, downsample=change))
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(4 * width, num_classes)
+        layers = _convolution(3, width)
+        for channels in (width, 2 * width, 4 * width):
+            layers += [*_convolution(channels, 2 * channels), nn.MaxPool2d(2), BasicBlock(2 * channels, 2 * channels)]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(8 * width, num_classes)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 RGB (B, 3, H, W) → float32 (B, 4 · width)."""
-        hidden = self.stem(pixels.float() / 127.5 - 1)
-        while hidden.shape[-1] > FIRST_STAGE:
-            hidden = F.max_pool2d(hidden, 2)
-        return self.blocks(hidden).mean((2, 3))
+        """uint8 RGB (B, 3, H, W), H and W ≥ 8 → float32 (B, 8 · width)."""
+        images = pixels.float() / 127.5 - 1
+        while images.shape[-1] > LARGEST:
+            images = F.avg_pool2d(images, 2)
+        return self.layers(images).mean((2, 3))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(pixels))
+
+
+def _convolution(channels: int, out_channels: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    ]
 
 
 def train_classifier(
@@ -59,6 +68,7 @@ def train_classifier(
     width: int,
     epochs: int,
     random_flip: bool,
+    precision: str,
     seed: int,
     device: torch.device,
 ) -> tuple[Classifier, float]:
@@ -67,6 +77,7 @@ def train_classifier(
         pixels: uint8 RGB, shape (N, 3, H, W).
         labels: int64 class indices, shape (N,).
         random_flip: mirror half of the training images.
+        precision: no, or bf16 (autocast); the features are always taken in float32.
 
     Returns:
         the network in eval mode, and its accuracy on a seeded random fifth of the data that it was not trained on.
@@ -81,8 +92,10 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for _ in trange(epochs, desc="classifier", unit="epoch", mininterval=1):
         for batch in kept[torch.randperm(len(kept))].split(BATCH_SIZE):
-            logits = classifier(_augment(pixels[batch], random_flip))
-            F.cross_entropy(logits, labels[batch], label_smoothing=LABEL_SMOOTHING).backward()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = classifier(_augment(pixels[batch], random_flip))
+                loss = F.cross_entropy(logits, labels[batch], label_smoothing=LABEL_SMOOTHING)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -93,15 +106,21 @@ def train_classifier(
 
 
 def _augment(pixels: torch.Tensor, random_flip: bool) -> torch.Tensor:
-    """Each batch moved by up to an eighth of its size, the edge repeated; half of its images mirrored if asked for."""
-    margin = max(1, pixels.shape[-1] // 8)
-    top, left = torch.randint(2 * margin + 1, (2,)).tolist()
-    padded = F.pad(pixels.float(), (margin,) * 4, mode="replicate")
-    moved = padded[..., top : top + pixels.shape[-2], left : left + pixels.shape[-1]]
-    if not random_flip:
-        return moved
-    mirrored = torch.rand(len(moved), device=moved.device)[:, None, None, None] < 0.5
-    return torch.where(mirrored, moved.flip(-1), moved)
+    """Each image moved by up to an eighth of its size, the edge repeated, and mirrored at random if asked for.
+
+    Args:
+        pixels: shape (B, C, S, S).
+    """
+    count, _, _, size = pixels.shape
+    margin = max(1, size // 8)
+    places = torch.arange(size, device=pixels.device)
+    shifts = torch.randint(-margin, margin + 1, (2, count, 1), device=pixels.device)
+    rows, columns = (places + shifts).clamp(0, size - 1)
+    if random_flip:
+        columns = torch.where(torch.rand(count, 1, device=pixels.device) < 0.5, columns.flip(1), columns)
+    # the two index arrays stand at the front of the result: (B, S, S, C)
+    images = torch.arange(count, device=pixels.device)[:, None, None]
+    return pixels.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def save_classifier(path: Path, classifier: Classifier, accuracy: float, made_from: dict) -> None:
@@ -119,6 +138,6 @@ def load_classifier(path: Path, made_from: dict) -> tuple[Classifier, float] | N
     if json.loads(metadata["made_from"]) != made_from:
         return None
     weights = load_file(path)
-    classifier = Classifier(len(weights["stem.1.bias"]), len(weights["head.bias"]))
+    classifier = Classifier(len(weights["layers.1.bias"]), len(weights["head.bias"]))
     classifier.load_state_dict(weights)
     return classifier.eval(), float(metadata["held_out_accuracy"])

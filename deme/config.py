@@ -19,6 +19,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
 CONTINUED = "continued"  # the control of `finetune.range`: plain training on all timesteps at the ranges' total cost
 PRECISIONS = ("no", "fp16", "bf16")
+PRECISION_KEYS = ("pretrain.mixed_precision", "finetune.mixed_precision", "sample.mixed_precision")
+PRECISION_KEYS += ("evaluate.classifier_precision",)
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -237,12 +239,14 @@ class Evaluate(Section):
     reference: Optional[str] = None  # npz of statistics; null: made from the configured data
     blocks: int = 1  # equal blocks of images in seed order, for the spread of the score
     batch_size: int = 50  # images per pass through the feature network
-    classifier_width: int = 32  # channels of its first stage; its features are 4 times as many
+    classifier_width: int = 16  # channels before its first stage; its features are 8 times as many
     classifier_epochs: int = 40
+    classifier_precision: str = "no"  # no or bf16, in its training
     output: Optional[str] = None  # null: results.json of this run
 
     def __post_init__(self):
         self.check_choice("features", ("inception", "classifier"))
+        self.check_choice("classifier_precision", ("no", "bf16"))
         self.check_positive("blocks", "batch_size", "classifier_width", "classifier_epochs")
 
 
@@ -349,9 +353,9 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
             key = override.split("=", 1)[0]
             value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
             OmegaConf.update(given, key, value, merge=False, force_add=True)
-        for section in ("pretrain", "finetune", "sample"):
-            if OmegaConf.select(given, f"{section}.mixed_precision") is False:
-                given[section].mixed_precision = "no"  # which YAML reads as false
+        for key in PRECISION_KEYS:
+            if OmegaConf.select(given, key) is False:
+                OmegaConf.update(given, key, "no")  # which YAML reads as false
         return OmegaConf.to_object(OmegaConf.merge(_writable(Config()), given))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {file}: {error}") from None

@@ -87,3 +87,35 @@ def run(
     )
     assert result.returncode == status, f"{script} {overrides}: {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+@pytest.fixture(scope="session")
+def torch_home(tmp_path_factory):
+    """Inception weights drawn from a kaiming normal, where pytorch_fid looks for its download.
+
+    (Default-initialised networks map everything to nearly the same features.)
+    """
+    import torchvision
+    from pytorch_fid import inception
+
+    torch.manual_seed(0)
+    network = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
+    for name, block in {
+        "Mixed_5b": inception.FIDInceptionA(192, pool_features=32),
+        "Mixed_5c": inception.FIDInceptionA(256, pool_features=64),
+        "Mixed_5d": inception.FIDInceptionA(288, pool_features=64),
+        "Mixed_6b": inception.FIDInceptionC(768, channels_7x7=128),
+        "Mixed_6c": inception.FIDInceptionC(768, channels_7x7=160),
+        "Mixed_6d": inception.FIDInceptionC(768, channels_7x7=160),
+        "Mixed_6e": inception.FIDInceptionC(768, channels_7x7=192),
+        "Mixed_7b": inception.FIDInceptionE_1(1280),
+        "Mixed_7c": inception.FIDInceptionE_2(2048),
+    }.items():
+        setattr(network, name, block)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    home = tmp_path_factory.mktemp("torch")
+    (home / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(network.state_dict(), home / "hub" / "checkpoints" / inception.FID_WEIGHTS_URL.rsplit("/", 1)[1])
+    return home

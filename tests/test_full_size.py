@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
+from benchmarks.unets import CHURCH, CIFAR10
 from deme.config import Finetune
 from deme.data import CroppedImages
 from deme.projection import ProjectedUNet2DModel
@@ -12,25 +13,6 @@ from deme.sampling import sample_images
 from deme.training import Objective, Trainer
 
 SCHEDULER = DDPMScheduler()
-SHARED = {
-    "downsample_padding": 0,
-    "freq_shift": 1,
-    "flip_sin_to_cos": False,
-    "norm_eps": 1e-6,
-    "attention_head_dim": None,
-}
-CIFAR10 = {
-    "sample_size": 32,
-    "block_out_channels": [128, 256, 256, 256],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-}
-CHURCH = {
-    "sample_size": 256,
-    "block_out_channels": [128, 128, 256, 256, 512, 512],
-    "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
-}
 CIFAR10_PROJECTIONS = [128, 256, 256, 256, 256, 256, 256, 256, 128]
 CHURCH_PROJECTIONS = [128, 128, 256, 256, 512, 512, 512, 512, 512, 256, 256, 128, 128]
 
@@ -42,7 +24,7 @@ CHURCH_PROJECTIONS = [128, 128, 256, 256, 512, 512, 512, 512, 512, 256, 256, 128
 )
 def test_one_step_and_one_image(tmp_path, settings, millions, projected_millions, channels):
     torch.manual_seed(0)
-    pretrained = UNet2DModel(**SHARED, **settings)
+    pretrained = UNet2DModel(**settings)
     student = ProjectedUNet2DModel.from_unet(pretrained)
     blocks = (*student.down_blocks, student.mid_block, *student.up_blocks)
     assert [block.projection.out_channels for block in blocks] == channels

@@ -1,0 +1,98 @@
+"""Memory that finetuning takes per GPU, by images per forward pass: LSUN-Church's network at 256×256.
+
+    python benchmarks/memory.py --device cuda
+    python benchmarks/memory.py                  # without a GPU: peak memory of the process
+    python benchmarks/memory.py --quick          # CIFAR-10's network at 32×32
+
+Two optimizer steps of finetune.py's loop each, in a process of its own: student with projections, teacher, EMA, AdamW.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.report import markdown, save
+
+MODES = [(precision, checkpointing) for precision in ("no", "bf16") for checkpointing in (False, True)]
+OUT_OF_MEMORY = 3  # exit status
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a small network and two batch sizes")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="images per forward pass")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # one row's settings as JSON: what the child processes do
+    arguments = parser.parse_args()
+    if arguments.measure is not None:
+        measure(**json.loads(arguments.measure))
+        return
+    batch_sizes = arguments.batch_sizes or (
+        [1, 2] if arguments.quick or arguments.device == "cpu" else [1, 4, 8, 16, 32]
+    )
+
+    rows = []
+    for precision, checkpointing in MODES:
+        row = {"mixed_precision": precision, "gradient_checkpointing": checkpointing, "gib": []}
+        for batch_size in batch_sizes:
+            settings = {key: row[key] for key in ("mixed_precision", "gradient_checkpointing")}
+            settings |= {"batch_size": batch_size, "device": arguments.device, "quick": arguments.quick}
+            command = [sys.executable, __file__, "--measure", json.dumps(settings)]
+            child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if child.returncode not in (0, OUT_OF_MEMORY):
+                sys.exit(child.returncode)
+            row["gib"].append(float(child.stdout.splitlines()[-1]) if child.returncode == 0 else None)
+        rows.append(row | {"batch_sizes": batch_sizes})
+
+    titles = ["mixed_precision, GiB", *(f"{size} image{'s' * (size > 1)}" for size in batch_sizes)]
+    lines = [
+        [
+            row["mixed_precision"] + ", gradient_checkpointing" * row["gradient_checkpointing"],
+            *("-" if gib is None else f"{gib:.1f}" for gib in row["gib"]),
+        ]
+        for row in rows
+    ]
+    save("memory", arguments.device, rows, markdown(titles, lines))
+
+
+def measure(mixed_precision: str, gradient_checkpointing: bool, batch_size: int, device: str, quick: bool) -> None:
+    """Print the GiB that two optimizer steps took at their peak."""
+    import resource
+
+    import torch
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    from benchmarks.unets import CHURCH, CIFAR10
+    from deme.config import Finetune
+    from deme.data import CroppedImages
+    from deme.projection import ProjectedUNet2DModel
+    from deme.training import Objective, Trainer
+
+    teacher = UNet2DModel(**(CIFAR10 if quick else CHURCH))
+    size = teacher.config.sample_size
+    images = CroppedImages([torch.randint(0, 256, (3, size, size), dtype=torch.uint8)] * batch_size, size, True, False)
+    settings = Finetune(batch_size=batch_size, gradient_checkpointing=gradient_checkpointing)
+    objective = Objective("memory", (2, 0, 250), (0, 250), global_probability=0.3, consistency_weight=1.0)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
+    with tempfile.TemporaryDirectory() as folder:
+        student = ProjectedUNet2DModel.from_unet(teacher)
+        trainer = Trainer(accelerator, student, teacher, DDPMScheduler(), images, objective, settings, 0, Path(folder))
+        try:
+            for _ in range(2):  # AdamW's moments exist from the second step on
+                trainer._optimizer_step()
+        except torch.OutOfMemoryError:
+            sys.exit(OUT_OF_MEMORY)
+    if device == "cuda":
+        print(torch.cuda.max_memory_reserved() / 2**30)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""How every benchmark reports: results/NAME.json, and its table in README.md."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def machine(device: str) -> str:
+    """The hardware and the versions that matter, in a line."""
+    import torch
+
+    versions = f"torch {torch.__version__}, diffusers {metadata.version('diffusers')}"
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, {versions}"
+    models = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else []
+    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads, {versions}"
+
+
+def markdown(titles: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def save(name: str, device: str, rows: list[dict], table: str) -> None:
+    """Print the table, write results/NAME-DEVICE.json and replace the benchmark's part of README.md."""
+    command = shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    content = {"command": command, "machine": machine(device), "rows": rows}
+    (FOLDER / "results").mkdir(exist_ok=True)
+    (FOLDER / "results" / f"{name}-{device}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    readme, key = FOLDER / "README.md", f"{name}-{device}"
+    part = f"<!-- {key} -->\n`{command}` on {content['machine']}:\n\n{table}\n<!-- end of {key} -->"
+    text = readme.read_text(encoding="utf-8")
+    pattern = re.compile(f"<!-- {key} -->.*<!-- end of {key} -->", re.DOTALL)
+    text = pattern.sub(lambda _: part, text) if pattern.search(text) else f"{text.rstrip()}\n\n{part}\n"
+    readme.write_text(text, encoding="utf-8")
+    print(table)
