@@ -17,6 +17,7 @@ from pathlib import Path
 from deme.command import provenance, run_script
 from deme.config import CONTINUED, Config, Evaluate, UserError
 
+REFERENCE_PART = 50_000  # images whose features are in memory at once
 ROW_ORDER = ("pretrained", CONTINUED, "ensemble", "merged")  # then the others by name
 
 
@@ -141,24 +142,29 @@ def reference_statistics(config: Config, accelerator, network, made_by: dict):
         made_from["classifier"] = sha256(config.folder / "stats" / "classifier.safetensors")
     if file.exists():
         saved, saved_from = load_reference(file)
-        if saved_from == made_from:
+        if saved_from == made_from and saved.features is not None:
             return saved
     images, _ = load_evaluation_images(config.data, config.image_cache)
-    features = extract(
-        accelerator,
-        network,
-        lambda part: images.batch(range(part.start, part.stop)),
-        len(images),
-        config.evaluate.batch_size,
+    if len(images) < 2:
+        raise UserError(f"data.name={config.data.name}: {len(images)} image, statistics need at least 2")
+    parts = (
+        extract(
+            accelerator,
+            network,
+            lambda part, start=start: images.batch(range(start + part.start, start + part.stop)),
+            min(REFERENCE_PART, len(images) - start),
+            config.evaluate.batch_size,
+        )
+        for start in range(0, len(images), REFERENCE_PART)
     )
-    if len(features) < 2:
-        raise UserError(f"data.name={config.data.name}: {len(features)} image, statistics need at least 2")
-    reference = Reference.of(features)
     if accelerator.is_main_process:
-        save_reference(file, reference, made_from)
+        save_reference(file, Reference.of(parts, len(images)), made_from)
         print(f"wrote {file}: statistics of {len(images):,} images")
+    else:
+        for _ in parts:  # its share of the work
+            pass
     accelerator.wait_for_everyone()
-    return reference
+    return load_reference(file)[0]
 
 
 def extract(accelerator, network, read, count: int, batch_size: int):

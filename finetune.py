@@ -55,7 +55,7 @@ def main(config: Config) -> None:
 
     # --- the pretrained pipeline
     accelerator = make_accelerator(config.finetune.mixed_precision, "finetune.mixed_precision")
-    check_shares(accelerator, config.finetune)
+    check_shares(accelerator.num_processes, config.finetune)
     pretrained = find_pipeline(config.pretrained)
     scheduler = load_scheduler(pretrained, config.timesteps.num_train_timesteps)
     unet = load_unet(unet_folder(pretrained), config.data.resolution)

@@ -22,7 +22,8 @@ def plan(config: Config) -> str:
     coefficients = [f"  {pattern}: {coefficients}" for pattern, coefficients in groups]
     inputs = [f"  {folder}" for folder in config.merge_inputs]
     title = f"merge {config.pretrained} and the following by {config.merge.method} -> {config.merged}"
-    return "\n".join([title, *inputs, "with the coefficients", *coefficients])
+    upload = [] if config.merge.push_to_hub is None else [f"upload it to {config.merge.push_to_hub}"]
+    return "\n".join([title, *inputs, "with the coefficients", *coefficients, *upload])
 
 
 def main(config: Config) -> None:

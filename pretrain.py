@@ -34,7 +34,7 @@ def main(config: Config) -> None:
 
     # --- the run's folder, or the same run in it
     accelerator = make_accelerator(settings.mixed_precision, "pretrain.mixed_precision")
-    check_shares(accelerator, settings)
+    check_shares(accelerator.num_processes, settings)
     claim_folder(accelerator, work, training_inputs(config, settings), provenance(config))
     if output.exists():
         accelerator.print(f"{output} is complete")
@@ -58,6 +58,9 @@ def main(config: Config) -> None:
     if not trainer.run(deadline):
         accelerator.print(f"stopped after pretrain.max_minutes={settings.max_minutes}; the same command resumes")
         return
+    has_converged = trainer.state.step < settings.max_steps
+    why = "the held-out loss has stopped falling" if has_converged else f"pretrain.max_steps={settings.max_steps}"
+    accelerator.print(f"trained for {trainer.state.step} steps: {why}")
     if accelerator.is_main_process:
         with atomic_folder(output) as temporary:
             diffusers.DDPMPipeline(unet, scheduler).save_pretrained(temporary)

@@ -32,6 +32,11 @@ def main() -> None:
     if arguments.measure is not None:
         measure(**json.loads(arguments.measure))
         return
+    if arguments.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch finds no GPU")
     batch_sizes = arguments.batch_sizes or (
         [1, 2] if arguments.quick or arguments.device == "cpu" else [1, 4, 8, 16, 32]
     )

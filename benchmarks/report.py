@@ -1,7 +1,6 @@
 """How every benchmark reports: results/NAME.json, and its table in README.md."""
 
 import json
-import os
 import platform
 import re
 import shlex
@@ -19,7 +18,8 @@ def machine(device: str) -> str:
     versions = f"torch {torch.__version__}, diffusers {metadata.version('diffusers')}"
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, {versions}"
-    models = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else []
+    processors = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", processors.read_text()) if processors.exists() else []
     return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads, {versions}"
 
 

@@ -92,6 +92,8 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for _ in trange(epochs, desc="classifier", unit="epoch", mininterval=1):
         for batch in kept[torch.randperm(len(kept))].split(BATCH_SIZE):
+            if len(batch) == 1:  # too few for batch normalization
+                continue
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = classifier(_augment(pixels[batch], random_flip))
                 loss = F.cross_entropy(logits, labels[batch], label_smoothing=LABEL_SMOOTHING)

@@ -133,7 +133,7 @@ class Training(Section):
     ema_inv_gamma: float = 1.0
     ema_power: float = 0.75
     mixed_precision: str = "no"  # no, fp16 or bf16
-    gradient_checkpointing: bool = False  # less memory for a quarter more time; the weights are the same
+    gradient_checkpointing: bool = False  # less memory for up to a third more time; the weights are the same
     log_every: int = 50  # optimizer steps
     checkpoint_every: int = 5000  # optimizer steps
     checkpoints_kept: int = 2

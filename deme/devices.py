@@ -24,13 +24,13 @@ def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
     return accelerator
 
 
-def check_shares(accelerator: Accelerator, settings: Training) -> None:
+def check_shares(processes: int, settings: Training) -> None:
     """
     Raises:
         UserError: the processes can't share the micro-batches of a step equally.
     """
     section, size = settings.section, settings.micro_batch_size or settings.batch_size
-    micro_batches, processes = settings.batch_size // size, accelerator.num_processes
+    micro_batches = settings.batch_size // size
     if micro_batches % processes:
         share, rest = divmod(settings.batch_size, processes)
         remedy = f"a batch_size that is a multiple of {processes}" if rest else f"micro_batch_size={share} or a divisor"

@@ -6,6 +6,7 @@ classifier FD and classifier KID.
 
 import functools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -37,17 +38,27 @@ class Reference:
     features: np.ndarray | None
 
     @classmethod
-    def of(cls, features: np.ndarray) -> "Reference":
-        """From the features of all images, shape (N, D)."""
-        chosen = np.random.default_rng(0).permutation(len(features))[:REFERENCE_FEATURES]
-        return cls(*statistics(features), features[chosen])
+    def of(cls, parts: Iterable[np.ndarray], count: int) -> "Reference":
+        """From the features of all images in parts (n, D) that are read one after another, `count` together."""
+        chosen = np.random.default_rng(0).permutation(count)[:REFERENCE_FEATURES]
+        start, total, scatter, kept = 0, 0.0, 0.0, {}
+        for part in parts:
+            wide = part.astype(np.float64)
+            mu = wide.mean(axis=0)
+            if start > 0:  # Chan, Golub and LeVeque 1983: the squares about the mean of both
+                difference = mu - total / start
+                scatter = scatter + np.outer(difference, difference) * (start * len(part) / (start + len(part)))
+            total, scatter = total + wide.sum(axis=0), scatter + (wide - mu).T @ (wide - mu)
+            kept |= {i: part[i - start] for i in chosen if start <= i < start + len(part)}
+            start += len(part)
+        return cls(total / count, scatter / (count - 1), np.stack([kept[i] for i in chosen]))
 
 
 def kernel_distances(features: np.ndarray, reference: np.ndarray, subset_size: int) -> np.ndarray:
     """KID of disjoint subsets: unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018), by torch-fidelity.
 
-    Their mean is the KID, their standard deviation over the square root of their number its standard error. The
-    reference's subsets take turns; what is left over is not used.
+    Their mean is the KID, their standard deviation over the square root of their number its standard error, for the
+    given reference images, whose subsets take turns. What is left over is not used.
 
     Args:
         features: shape (N, D), N ≥ subset_size.

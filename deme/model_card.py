@@ -22,13 +22,19 @@ def model_card(config: Config, record: dict, projected: bool, scores: list[dict]
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["decouple-then-merge", "model-merging"],
     }
+    from_hub = config.merge.push_to_hub is not None
+    folder = f'"{name}"'
+    if projected and from_hub:  # diffusers would look for the class in the Hub's repository
+        folder = f'snapshot_download("{name}")'
     loading = [
         "from diffusers import DDIMPipeline",
-        f'pipeline = DDIMPipeline.from_pretrained("{name}")',
+        f"pipeline = DDIMPipeline.from_pretrained({folder})",
         f"images = pipeline(batch_size=16, num_inference_steps={config.sample.num_inference_steps}).images",
     ]
     if projected:
         loading.insert(0, "import deme.projection  # of the project that made it: adds the projections to diffusers")
+    if projected and from_hub:
+        loading.insert(1, "from huggingface_hub import snapshot_download")
     ranges = [range_name(timestep_range) for timestep_range in config.timesteps.ranges]
     coefficients = [
         f"| `{pattern}` | {' | '.join(map(str, values))} |" for pattern, values in record["coefficients"].items()

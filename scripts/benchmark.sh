@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # A published benchmark: reference statistics, finetuned ranges, merged network, its images, their FID.
 # Called by cifar10.sh, lsun_church.sh and lsun_bedroom.sh:   bash scripts/benchmark.sh CONFIG [overrides]
-# Environment: NUM_PROCESSES (default: one per GPU). Run again after an interruption, it resumes.
+# Environment: NUM_PROCESSES, MAX_MINUTES (scripts/setup.sh). Run again after an interruption, it resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 config=$1
 shift
 
-python scripts/estimate.py --config "$config" "$@"
+NUM_PROCESSES=$(processes) python scripts/estimate.py --config "$config" "$@"
 launch evaluate.py --config "$config" "$@" "evaluate.samples=[]" # the reference statistics alone
-launch finetune.py --config "$config" "$@"
+launch finetune.py --config "$config" "$@" $(max_minutes finetune)
+complete_ranges "$config" "$@"
 python merge.py --config "$config" "$@"
 launch sample_ddp.py --config "$config" "$@"
 

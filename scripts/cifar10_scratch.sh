@@ -8,7 +8,9 @@ cd "$(dirname "$0")/.."
 . scripts/setup.sh
 config=configs/cifar10_scratch.yaml
 
-launch pretrain.py --config $config "$@" $(max_minutes pretrain)
-complete "$(ask config.folder $config "$@")/pretrained"
+folder=$(ask config.folder $config "$@")
+
+NUM_PROCESSES=${NUM_PROCESSES:-1} launch pretrain.py --config $config "$@" $(max_minutes pretrain)
+complete "$folder/pretrained"
 [ -z "${MAX_MINUTES:-}" ] || export MAX_MINUTES=$(minutes_left)
 bash scripts/compare.sh $config "$@"

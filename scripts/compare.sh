@@ -9,26 +9,24 @@ config=$1
 shift
 folder=$(ask config.folder "$config" "$@")
 
-# decouple, the control beside the ranges; on a CPU each on one core, as networks this small gain little from a second
+# decouple, the control beside the ranges: networks this small leave a GPU or a second core idle; for training over more
+# GPUs set NUM_PROCESSES and finetune.micro_batch_size
 train() {
-  if [ "$(gpus)" = 0 ]; then
-    NUM_PROCESSES=1 OMP_NUM_THREADS=1 launch finetune.py --config "$config" "$@"
-  else
-    launch finetune.py --config "$config" "$@"
-  fi
+  [ "$(gpus)" -gt 0 ] || export OMP_NUM_THREADS=1 NUM_PROCESSES=1
+  NUM_PROCESSES=${NUM_PROCESSES:-1} launch finetune.py --config "$config" "$@"
 }
 control_log=$(mktemp)
+set -m # a process group of its own, which the trap can end
 train "$@" finetune.range=continued $(max_minutes finetune) >"$control_log" 2>&1 &
+set +m
 control=$!
-trap 'kill $control 2>/dev/null || true; rm -f "$control_log"' EXIT
+trap 'kill -- -$control 2>/dev/null || true; rm -f "$control_log"' EXIT
 echo "the control trains beside the ranges"
-train "$@" $(max_minutes finetune)
+(train "$@" $(max_minutes finetune))
 wait $control || { cat "$control_log" >&2; exit 1; }
 tail -n 1 "$control_log"
 complete "$folder/finetuned/continued/unet"
-while read -r unet; do
-  complete "$unet"
-done < <(ask '"\n".join(map(str, config.merge_inputs))' "$config" "$@")
+complete_ranges "$config" "$@"
 
 python merge.py --config "$config" "$@"
 for model in pretrained continued ensemble merged; do

@@ -3,7 +3,8 @@
     python scripts/estimate.py --config configs/lsun_church.yaml
 
 Opens the pretrained pipeline and the data (a Hub id is downloaded first) to count parameters, operations and images.
-GPU_TFLOPS in the environment is the rate that one GPU reaches on these networks in 10¹² operations per second.
+In the environment GPU_TFLOPS is the rate that one GPU reaches on these networks in 10¹² operations per second, and
+NUM_PROCESSES the number of processes, which must be able to share a step.
 """
 
 import os
@@ -30,12 +31,11 @@ def plan(config: Config) -> str:
 
 def main(config: Config) -> None:
     from deme.data import count_images
+    from deme.devices import check_shares
     from deme.pipelines import find_pipeline, unet_folder
 
-    try:
-        rate = 1e12 * float(os.environ.get("GPU_TFLOPS", GPU_TFLOPS))
-    except ValueError:
-        raise UserError(f"GPU_TFLOPS={os.environ['GPU_TFLOPS']}: not a number") from None
+    rate, processes = 1e12 * from_environment("GPU_TFLOPS", GPU_TFLOPS), int(from_environment("NUM_PROCESSES", 1))
+    check_shares(processes, config.finetune)
     images = count_images(config.data)
     parameters, flops, channels = unet_cost(unet_folder(find_pipeline(config.pretrained)))
     print(f"{config.pretrained}: {parameters:,} parameters; {config.data.name}: {images:,} images")
@@ -73,6 +73,20 @@ def main(config: Config) -> None:
         print(f"{operations / rate / 3600:9.2f} GPU hours  {name}")
     total = sum(work.values()) / rate / 3600
     print(f"{total:9.2f} GPU hours together, at a guessed {rate / 1e12:g} TFLOP/s (GPU_TFLOPS sets another rate)")
+
+
+def from_environment(name: str, default: float) -> float:
+    """
+    Raises:
+        UserError: not a number above 0.
+    """
+    try:
+        value = float(os.environ.get(name, default))
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise UserError(f"{name}={os.environ[name]}: must be a number above 0")
+    return value
 
 
 def unet_cost(folder: Path) -> tuple[int, int, int]:

@@ -21,21 +21,24 @@ gpus() {
   [ "${ACCELERATE_USE_CPU:-false}" = true ] && echo 0 || python -c 'import torch; print(torch.cuda.device_count())'
 }
 
+# processes: how many processes `launch` starts
+processes() {
+  local gpus
+  gpus=$(gpus)
+  echo "${NUM_PROCESSES:-$((gpus > 0 ? gpus : $(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))}"
+}
+
 # launch SCRIPT ARGUMENTS…: run a script over NUM_PROCESSES processes, no longer than MAX_MINUTES allows
 launch() {
   local processes limit="" status=0
-  processes=$(gpus)
-  if [ "$processes" = 0 ]; then
-    export ACCELERATE_USE_CPU=true
-    processes=$(($(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))
-  fi
-  processes=${NUM_PROCESSES:-$processes}
-  [ -z "${MAX_MINUTES:-}" ] || limit="timeout $(minutes_left)m"
+  processes=$(processes)
+  [ "$(gpus)" -gt 0 ] || export ACCELERATE_USE_CPU=true
+  [ -z "${MAX_MINUTES:-}" ] || limit="timeout --foreground $(minutes_left)m"
   if [ "$processes" = 1 ]; then
     $limit python "$@" || status=$?
   else # --multi_gpu also starts several processes on a CPU; port 0 is any free one
     $limit accelerate launch --multi_gpu --num_processes "$processes" --num_machines 1 --mixed_precision no \
-      --dynamo_backend no --main_process_port "${MAIN_PROCESS_PORT:-0}" "$@" || status=$?
+      --dynamo_backend no --main_process_port 0 "$@" || status=$?
   fi
   [ $status = 124 ] && resume_later
   return $status
@@ -52,12 +55,18 @@ max_minutes() {
     'BEGIN { print key "=" (left > 0.6 ? left - 0.5 : 0.1) }'
 }
 
-# complete FOLDERS…: end the script here, without an error, when training was stopped before it made them
+# complete FOLDER: end the script here, without an error, when training was stopped before it made the folder
 complete() {
-  local folder
-  for folder in "$@"; do
-    [ -d "$folder" ] || resume_later
-  done
+  [ -d "$1" ] || resume_later
+}
+
+# complete_ranges CONFIG OVERRIDES…: the same for the networks that merge.py needs
+complete_ranges() {
+  local unets unet
+  unets=$(ask '"\n".join(map(str, config.merge_inputs))' "$@")
+  while read -r unet; do
+    complete "$unet"
+  done <<<"$unets"
 }
 
 resume_later() {

@@ -147,7 +147,11 @@ def test_the_merged_folder_is_uploaded_whole(config_file, experts, monkeypatch):
     files = {"README.md", "merge.yaml", "model_index.json", "scheduler/scheduler_config.json"}
     assert uploaded == {"someone/merged": files | {"unet/config.json", f"unet/{WEIGHTS}"}}
     card = (config_file.parent / "tiny" / "merged" / "README.md").read_text()
-    assert 'DDIMPipeline.from_pretrained("someone/merged")' in card
+    folder = config_file.parent / "tiny" / "merged"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", {"someone/merged": str(folder)}.__getitem__)
+    names = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    assert len(names["images"]) == 16
 
 
 def test_an_upload_that_fails_loses_nothing(config_file, experts, monkeypatch):

@@ -329,10 +329,7 @@ def test_another_configuration_is_refused_by_name(tmp_path):
 
 
 def test_processes_must_share_the_micro_batches():
-    class ThreeProcesses:
-        num_processes = 3
-
     with pytest.raises(UserError, match=r"finetune\.micro_batch_size=4: finetune\.batch_size=8 makes 2 micro-batches"):
-        check_shares(ThreeProcesses(), Finetune(**SETTINGS))
+        check_shares(3, Finetune(**SETTINGS))
     with pytest.raises(UserError, match=r"3 processes can't share equally: set micro_batch_size=4 or a divisor"):
-        check_shares(ThreeProcesses(), Finetune(batch_size=12))
+        check_shares(3, Finetune(batch_size=12))
