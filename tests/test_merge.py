@@ -37,6 +37,19 @@ def edit(folder, change):
     save_file(tensors, folder / WEIGHTS)
 
 
+def output_of(program: str, folder, **environment: str) -> str:
+    """What a Python program prints that runs in `folder` and sees of this project only what `environment` says."""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin"} | environment,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
 def test_the_merged_folder_is_a_pipeline_of_the_formula(config_file, pretrained, experts):
     run("merge.py", config_file)
     output = config_file.parent / "tiny" / "merged"
@@ -68,15 +81,7 @@ assert type(pipeline.unet).__name__ == "ProjectedUNet2DModel"
 assert pipeline.scheduler.config.beta_end == 0.03
 print(pipeline(batch_size=2, num_inference_steps=2).images[1].size)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=config_file.parent,
-        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"},
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "(8, 8)"
+    assert output_of(program, config_file.parent, PYTHONPATH=str(REPOSITORY)) == "(8, 8)"
 
 
 def test_without_projections_diffusers_alone_loads_it(config_file):
@@ -92,15 +97,7 @@ assert type(pipeline.unet).__name__ == "UNet2DModel"
 assert pipeline.scheduler.config.beta_end == 0.03
 print(pipeline(batch_size=2, num_inference_steps=2).images[1].size)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=config_file.parent,
-        env={"PATH": "/usr/bin:/bin"},
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "(8, 8)"
+    assert output_of(program, config_file.parent) == "(8, 8)"
 
 
 def test_the_model_card_says_how_it_was_made_and_how_to_load_it(config_file, pretrained, experts):
@@ -116,13 +113,7 @@ def test_the_model_card_says_how_it_was_made_and_how_to_load_it(config_file, pre
     assert "`digits`" in card
     assert "## Scores" not in card
     program = card.split("```python\n")[1].split("```")[0] + "print(len(images))"
-    loaded = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"},
-    )
-    assert loaded.stdout.strip() == "16", loaded.stderr
+    assert output_of(program, config_file.parent, PYTHONPATH=str(REPOSITORY)) == "16"
 
     row = {"images": 1000, "pooled": 3.25, "kid": 0.001, "precision": 0.5, "recall": 0.25}
     rows = [row | {"weights": [sha256(output / "unet" / WEIGHTS)]}, row | {"weights": ["other"], "pooled": 9.75}]
