@@ -16,6 +16,7 @@ from pathlib import Path
 
 from deme.command import provenance, run_script
 from deme.config import CONTINUED, Config, Evaluate, UserError
+from deme.files import markdown_table
 
 REFERENCE_PART = 50_000  # images whose features are in memory at once
 ROW_ORDER = ("pretrained", CONTINUED, "ensemble", "merged")  # then the others by name
@@ -254,7 +255,7 @@ def table(rows: list[dict], features: str) -> str:
     distance, kernel = ("FID", "KID") if features == "inception" else ("classifier FD", "classifier KID")
     titles = ["model", "images", f"{distance}, all images", f"mean ± s.d. of {len(rows[0]['blocks'])} blocks"]
     titles += ["paired difference to pretrained ± s.e.", f"{kernel} × 10³ ± s.e.", "precision", "recall"]
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
+    lines = []
     for row in rows:
         kid, kid_error = (None if row.get(key) is None else 1e3 * row[key] for key in ("kid", "kid_standard_error"))
         lines.append(
@@ -269,7 +270,7 @@ def table(rows: list[dict], features: str) -> str:
                 number(row.get("recall"), form=".3f"),
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(titles, lines)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.report import markdown, save
+from benchmarks.report import save
+from deme.files import markdown_table
 
 MODES = [(precision, checkpointing) for precision in ("no", "bf16") for checkpointing in (False, True)]
 OUT_OF_MEMORY = 3  # exit status
@@ -43,16 +44,15 @@ def main() -> None:
 
     rows = []
     for precision, checkpointing in MODES:
-        row = {"mixed_precision": precision, "gradient_checkpointing": checkpointing, "gib": []}
+        mode, gib = {"mixed_precision": precision, "gradient_checkpointing": checkpointing}, []
         for batch_size in batch_sizes:
-            settings = {key: row[key] for key in ("mixed_precision", "gradient_checkpointing")}
-            settings |= {"batch_size": batch_size, "device": arguments.device, "quick": arguments.quick}
-            command = [sys.executable, __file__, "--measure", json.dumps(settings)]
+            settings = {"batch_size": batch_size, "device": arguments.device, "quick": arguments.quick}
+            command = [sys.executable, __file__, "--measure", json.dumps(mode | settings)]
             child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if child.returncode not in (0, OUT_OF_MEMORY):
                 sys.exit(child.returncode)
-            row["gib"].append(float(child.stdout.splitlines()[-1]) if child.returncode == 0 else None)
-        rows.append(row | {"batch_sizes": batch_sizes})
+            gib.append(float(child.stdout.splitlines()[-1]) if child.returncode == 0 else None)
+        rows.append({**mode, "gib": gib, "batch_sizes": batch_sizes})
 
     titles = ["mixed_precision, GiB", *(f"{size} image{'s' * (size > 1)}" for size in batch_sizes)]
     lines = [
@@ -62,7 +62,7 @@ def main() -> None:
         ]
         for row in rows
     ]
-    save("memory", arguments.device, rows, markdown(titles, lines))
+    save("memory", arguments.device, rows, markdown_table(titles, lines))
 
 
 def measure(mixed_precision: str, gradient_checkpointing: bool, batch_size: int, device: str, quick: bool) -> None:

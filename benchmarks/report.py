@@ -23,12 +23,6 @@ def machine(device: str) -> str:
     return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads, {versions}"
 
 
-def markdown(titles: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def save(name: str, device: str, rows: list[dict], table: str) -> None:
     """Print the table, write results/NAME-DEVICE.json and replace the benchmark's part of README.md."""
     command = shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])

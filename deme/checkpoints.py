@@ -18,6 +18,13 @@ from torch import nn
 from deme.config import UserError
 from deme.files import atomic_folder, remove_leftovers
 
+SCALARS = (
+    "step",
+    "skipped_steps",
+    "lowest_held_out_loss",
+    "held_out_losses_since",
+)  # of TrainingState, saved as they are
+
 
 @dataclass
 class TrainingState:
@@ -38,10 +45,7 @@ def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> None:
     path = folder / f"step-{state.step:08d}"
     names = [name for name, _ in state.student.named_parameters()]
     scalars = {
-        "step": state.step,
-        "skipped_steps": state.skipped_steps,
-        "lowest_held_out_loss": state.lowest_held_out_loss,
-        "held_out_losses_since": state.held_out_losses_since,
+        **{name: getattr(state, name) for name in SCALARS},
         "ema_step": state.ema.optimization_step,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
     }
@@ -100,7 +104,7 @@ def _load_checkpoint(path: Path, state: TrainingState) -> None:
         # a fused step needs everything on the parameter's device, and the moments in its memory format
         like = parameter if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
         state.optimizer.state[parameter][moment] = torch.empty_like(like).copy_(value)
-    for name in ("step", "skipped_steps", "lowest_held_out_loss", "held_out_losses_since"):
+    for name in SCALARS:
         setattr(state, name, scalars[name])
     state.ema.optimization_step = scalars["ema_step"]
     if state.scaler is not None and scalars["scaler"] is not None:

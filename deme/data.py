@@ -124,7 +124,7 @@ def load_training_images(data: Data, channels: int, cache: Path) -> tuple[Croppe
     count = data.held_out_images
     if count >= len(images):
         raise UserError(f"data.held_out_images={count}: {data.name} has {len(images)} images")
-    order = np.random.default_rng(HELD_OUT).permutation(len(images)) if count else np.arange(len(images))
+    order = np.random.default_rng(HELD_OUT).permutation(len(images))
     held_out, kept = order[:count], np.sort(order[count:])
     return (
         CroppedImages(images, data.resolution, data.center_crop, data.random_flip, kept),

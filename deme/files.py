@@ -81,6 +81,12 @@ def to_yaml(values: dict) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def write_yaml(path: Path, values: dict) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(to_yaml(values), encoding="utf-8")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from deme.config import Config, range_name
-from deme.files import sha256, to_yaml
+from deme.files import markdown_table, sha256, to_yaml
 
 PAPER = "[Decouple-then-Merge](https://arxiv.org/abs/2410.06664)"
 
@@ -36,9 +36,7 @@ def model_card(config: Config, record: dict, projected: bool, scores: list[dict]
     if projected and from_hub:
         loading.insert(1, "from huggingface_hub import snapshot_download")
     ranges = [range_name(timestep_range) for timestep_range in config.timesteps.ranges]
-    coefficients = [
-        f"| `{pattern}` | {' | '.join(map(str, values))} |" for pattern, values in record["coefficients"].items()
-    ]
+    coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in record["coefficients"].items()]
     method = "task arithmetic: pretrained + Σ wₖ (finetunedₖ − pretrained)"
     if record["method"] == "ties":
         method = f"TIES, fraction {record['ties_fraction']}, disjoint {record['ties_combine']}"
@@ -53,13 +51,7 @@ def model_card(config: Config, record: dict, projected: bool, scores: list[dict]
         f"- merged by {method}\n"
         f"- channel-wise projections: {'yes' if projected else 'no'}",
         "## Merging coefficients",
-        "\n".join(
-            [
-                f"| tensors | timesteps {' | '.join(ranges)} |",
-                f"| --- |{' ---: |' * len(ranges)}",
-                *coefficients,
-            ]
-        ),
+        markdown_table(["tensors", f"timesteps {ranges[0]}", *ranges[1:]], coefficients),
     ]
     if scores:
         sections += ["## Scores", "\n".join(f"- {score_line(row)}" for row in scores)]

@@ -240,11 +240,7 @@ class Trainer:
             objective.global_probability,
             random.random(),
         )
-        pixels = self.images.batch(indices, random)
-        if self.device.type == "cuda":
-            pixels = pixels.pin_memory()
-        pixels = pixels.to(self.device, non_blocking=True)
-        clean = (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        clean = self._scaled(self.images.batch(indices, random))
 
         torch.manual_seed(int(random.integers(2**63)))  # for the draws on the device: dropout takes no generator
         timesteps = sample_timesteps(size, low, high, self.device)
@@ -255,6 +251,13 @@ class Trainer:
         """Whether time is up; the main process's clock decides for all."""
         expired = [deadline is not None and time.monotonic() >= deadline]
         return broadcast_object_list(expired)[0]
+
+    def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 images to [−1, 1] on the device, same shape."""
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        pixels = pixels.to(self.device, non_blocking=True)
+        return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
     def _log(self, progress: tqdm) -> None:
         """Write the means since the last log line; the only place that waits for the device.
@@ -345,7 +348,7 @@ class Trainer:
         with self._ema_weights() as unet, self.accelerator.autocast():
             for start in starts:
                 batch = range(start, min(start + size, len(images)))
-                clean = (images.batch(batch).float() / 127.5 - 1).to(self.device, memory_format=torch.channels_last)
+                clean = self._scaled(images.batch(batch))
                 generator.manual_seed(int(np.random.default_rng((HELD_OUT, start)).integers(2**63)))
                 # evenly spread over [0, T), so that few images give a steady mean
                 timesteps = torch.arange(start, batch.stop) * self.scheduler.config.num_train_timesteps // len(images)

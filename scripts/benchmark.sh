@@ -8,7 +8,8 @@ cd "$(dirname "$0")/.."
 config=$1
 shift
 
-NUM_PROCESSES=$(processes) python scripts/estimate.py --config "$config" "$@"
+count_processes
+NUM_PROCESSES=$processes python scripts/estimate.py --config "$config" "$@"
 launch evaluate.py --config "$config" "$@" "evaluate.samples=[]" # the reference statistics alone
 launch finetune.py --config "$config" "$@" $(max_minutes finetune)
 complete_ranges "$config" "$@"

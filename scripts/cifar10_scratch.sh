@@ -6,11 +6,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
-config=configs/cifar10_scratch.yaml
 
-folder=$(ask config.folder $config "$@")
-
-NUM_PROCESSES=${NUM_PROCESSES:-1} launch pretrain.py --config $config "$@" $(max_minutes pretrain)
-complete "$folder/pretrained"
-[ -z "${MAX_MINUTES:-}" ] || export MAX_MINUTES=$(minutes_left)
-bash scripts/compare.sh $config "$@"
+pretrain configs/cifar10_scratch.yaml "$@"
+bash scripts/compare.sh configs/cifar10_scratch.yaml "$@"

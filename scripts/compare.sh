@@ -11,8 +11,9 @@ folder=$(ask config.folder "$config" "$@")
 
 # decouple, the control beside the ranges: networks this small leave a GPU or a second core idle; for training over more
 # GPUs set NUM_PROCESSES and finetune.micro_batch_size
+count_processes
 train() {
-  [ "$(gpus)" -gt 0 ] || export OMP_NUM_THREADS=1 NUM_PROCESSES=1
+  [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=1 NUM_PROCESSES=1
   NUM_PROCESSES=${NUM_PROCESSES:-1} launch finetune.py --config "$config" "$@"
 }
 control_log=$(mktemp)

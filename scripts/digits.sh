@@ -12,9 +12,6 @@ export ACCELERATE_USE_CPU=true # so small a network is no faster on a GPU
 
 if [ "${PRETRAIN:-0}" = 1 ]; then
   set -- name=digits_from_scratch model.pretrained=null "$@"
-  folder=$(ask config.folder configs/digits.yaml "$@")
-  OMP_NUM_THREADS=1 NUM_PROCESSES=1 launch pretrain.py "$@" $(max_minutes pretrain)
-  complete "$folder/pretrained"
-  [ -z "${MAX_MINUTES:-}" ] || export MAX_MINUTES=$(minutes_left)
+  OMP_NUM_THREADS=1 NUM_PROCESSES=1 pretrain configs/digits.yaml "$@"
 fi
 bash scripts/compare.sh configs/digits.yaml "$@"

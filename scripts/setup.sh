@@ -16,23 +16,21 @@ if ! cmp -s requirements.txt "$installed"; then
   cp requirements.txt "$installed"
 fi
 
-# gpus: how many GPUs the scripts use
-gpus() {
-  [ "${ACCELERATE_USE_CPU:-false}" = true ] && echo 0 || python -c 'import torch; print(torch.cuda.device_count())'
-}
-
-# processes: how many processes `launch` starts
-processes() {
-  local gpus
-  gpus=$(gpus)
-  echo "${NUM_PROCESSES:-$((gpus > 0 ? gpus : $(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))}"
+# count_processes: sets `gpus`, the number of GPUs that the scripts use, and `processes`, that of processes of `launch`
+gpus= # counted once, and not by scripts that launch nothing: it takes an import of torch
+count_processes() {
+  if [ -z "$gpus" ]; then
+    gpus=0
+    [ "${ACCELERATE_USE_CPU:-false}" = true ] || gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+    [ "$gpus" -gt 0 ] || export ACCELERATE_USE_CPU=true
+  fi
+  processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : $(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))}
 }
 
 # launch SCRIPT ARGUMENTS…: run a script over NUM_PROCESSES processes, no longer than MAX_MINUTES allows
 launch() {
-  local processes limit="" status=0
-  processes=$(processes)
-  [ "$(gpus)" -gt 0 ] || export ACCELERATE_USE_CPU=true
+  local limit="" status=0
+  count_processes
   [ -z "${MAX_MINUTES:-}" ] || limit="timeout --foreground $(minutes_left)m"
   if [ "$processes" = 1 ]; then
     $limit python "$@" || status=$?
@@ -58,6 +56,16 @@ max_minutes() {
 # complete FOLDER: end the script here, without an error, when training was stopped before it made the folder
 complete() {
   [ -d "$1" ] || resume_later
+}
+
+# pretrain CONFIG OVERRIDES…: make the pretrained pipeline; later scripts have what is left of MAX_MINUTES
+pretrain() {
+  local config=$1 folder
+  shift
+  folder=$(ask config.folder "$config" "$@")
+  NUM_PROCESSES=${NUM_PROCESSES:-1} launch pretrain.py --config "$config" "$@" $(max_minutes pretrain)
+  complete "$folder/pretrained"
+  [ -z "${MAX_MINUTES:-}" ] || export MAX_MINUTES=$(minutes_left)
 }
 
 # complete_ranges CONFIG OVERRIDES…: the same for the networks that merge.py needs

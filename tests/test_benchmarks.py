@@ -5,6 +5,7 @@ import sys
 from conftest import REPOSITORY, environment
 
 from benchmarks import report
+from deme.files import markdown_table
 
 
 def test_a_table_replaces_its_own_part_of_the_readme_only(tmp_path, monkeypatch):
@@ -12,7 +13,7 @@ def test_a_table_replaces_its_own_part_of_the_readme_only(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["benchmarks/memory.py", "--quick"])
     (tmp_path / "README.md").write_text("# Benchmarks\n")
     for value in ("1", "2"):
-        table = report.markdown(["network", "GiB"], [["small", value]])
+        table = markdown_table(["network", "GiB"], [["small", value]])
         report.save("memory", "cpu", [{"gib": float(value)}], table)
         report.save("speed", "cpu", [], "| other |")
     text = (tmp_path / "README.md").read_text()
