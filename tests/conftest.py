@@ -11,6 +11,8 @@ import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hypothesis import settings
 
+from benchmarks.forked import Run
+
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
 
@@ -74,17 +76,26 @@ def environment() -> dict[str, str]:
 
 
 def run(
-    script: str, config_file: Path, *overrides: str, processes: int = 1, status: int = 0, timeout: float = 300
+    script: str,
+    config_file: Path,
+    *overrides: str,
+    processes: int = 1,
+    status: int = 0,
+    timeout: float = 300,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess:
-    """Run a script as a user would and require its exit status."""
-    result = subprocess.run(
-        command(script, config_file, *overrides, processes=processes),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=config_file.parent,
-    )
+    """Run a script and require its exit status: as a user would, or forked, which saves importing the libraries.
+
+    Args:
+        fresh: for environment variables that the libraries read when they are imported.
+    """
+    line = command(script, config_file, *overrides, processes=processes)
+    if processes == 1 and not fresh:
+        forked = Run(script, ["--config", str(config_file), *overrides], config_file.parent)
+        result = subprocess.CompletedProcess(line, forked.wait(timeout), forked.stdout, forked.stderr)
+    else:
+        folder = config_file.parent
+        result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=timeout, cwd=folder)
     assert result.returncode == status, f"{script} {overrides}: {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
 

@@ -1,0 +1,106 @@
+"""Runs of the scripts in processes forked from one that has imported the libraries: a second each instead of ten.
+
+What runs is the script's file as `__main__`, with its own signal handlers, process group and exit status.
+"""
+
+import multiprocessing
+import os
+import resource
+import runpy
+import sys
+import time
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LIBRARIES = [
+    "torch",
+    "torchvision",
+    "diffusers",
+    "accelerate",
+    "datasets",
+    "deme.training",
+    "deme.data",
+    "deme.samples",
+]
+
+
+class Run:
+    """`python SCRIPT ARGUMENTS` in `folder`, on one thread of the CPU, with this process's environment variables.
+
+    Args:
+        file_size_limit: bytes; a longer file can't be written, as on a full disk.
+    """
+
+    def __init__(self, script: str, arguments: list[str], folder: Path, file_size_limit: int | None = None):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(LIBRARIES)
+        pipes = [context.Pipe(duplex=False) for _ in range(2)]
+        self.output: dict[Connection, bytes] = {reader: b"" for reader, _ in pipes}
+        writers = [writer for _, writer in pipes]
+        arguments = (script, arguments, str(folder), dict(os.environ), writers, file_size_limit)
+        self.process = context.Process(target=_run, args=arguments)
+        self.process.start()
+        for writer in writers:
+            writer.close()
+
+    @property
+    def stdout(self) -> str:
+        return self._text(0)
+
+    @property
+    def stderr(self) -> str:
+        return self._text(1)
+
+    def _text(self, stream: int) -> str:
+        return list(self.output.values())[stream].decode(errors="replace")
+
+    def send(self, number: int) -> None:
+        """Send a signal to the process and those that it has started."""
+        if self.process.is_alive():
+            try:
+                os.killpg(self.process.pid, number)
+            except ProcessLookupError:  # it has no group of its own yet
+                os.kill(self.process.pid, number)
+
+    def wait(self, seconds: float = 600) -> int | None:
+        """The exit status, or −N after signal N; None where it still runs after so many seconds."""
+        end = time.monotonic() + seconds
+        streams = list(self.output)
+        while streams:
+            ready = wait(streams, max(0, end - time.monotonic()))
+            if not ready:
+                return None
+            for stream in ready:
+                part = os.read(stream.fileno(), 2**16)
+                self.output[stream] += part
+                if not part:
+                    streams.remove(stream)
+        self.process.join(max(0, end - time.monotonic()))
+        return self.process.exitcode
+
+
+def _run(
+    script: str,
+    arguments: list[str],
+    folder: str,
+    environment: dict[str, str],
+    writers: list[Connection],
+    file_size_limit: int | None,
+) -> None:
+    os.setpgid(0, 0)
+    for number, writer in enumerate(writers, start=1):
+        os.dup2(writer.fileno(), number)
+        writer.close()
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ |= environment | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    os.chdir(folder)
+    sys.path.insert(0, str(REPOSITORY))
+    sys.argv = [script, *arguments]
+    if file_size_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
+    runpy.run_path(str(REPOSITORY / script), run_name="__main__")
