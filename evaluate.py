@@ -41,7 +41,7 @@ def plan(config: Config) -> str:
 
 
 def main(config: Config) -> None:
-    from deme.devices import make_accelerator
+    from deme.devices import in_main_process, locked_by_all, make_accelerator
     from deme.files import atomic_file, make_folder
     from deme.samples import check_sizes, drawn_from, list_images, read_images
 
@@ -61,9 +61,10 @@ def main(config: Config) -> None:
         check_sizes(paths)
 
     # --- the feature network and the data's statistics
-    make_folder(config.folder / "stats", "output_dir")
-    network, made_by = feature_network(config, accelerator)
-    reference = reference_statistics(config, accelerator, network, made_by)
+    with locked_by_all(accelerator, config.folder / "stats", "output_dir"):
+        make_folder(config.folder / "stats", "output_dir")
+        network, made_by = feature_network(config, accelerator)
+        reference = reference_statistics(config, accelerator, network, made_by)
     if not folders:
         return
 
@@ -81,7 +82,7 @@ def main(config: Config) -> None:
             rows.append(source | scores(features, reference, settings))
 
     # --- table and results.json
-    if accelerator.is_main_process:
+    def write() -> None:
         names = {str(folder): [path.name for path in paths] for folder, paths in files.items()}
         add_spread(rows, names)
         make_folder(output.parent, "evaluate.output")
@@ -89,6 +90,8 @@ def main(config: Config) -> None:
         with atomic_file(output) as temporary:
             temporary.write_text(json.dumps(results, indent=2), encoding="utf-8")
         print(table(rows, settings.features), output, sep="\n")
+
+    in_main_process(accelerator, write)
 
 
 def evaluated_data(config: Config) -> dict:
@@ -101,6 +104,7 @@ def feature_network(config: Config, accelerator) -> tuple:
     """The network whose features are compared, and what made it (for the classifier, its held-out accuracy too)."""
     from deme.classifier import load_classifier, save_classifier, train_classifier
     from deme.data import load_evaluation_images
+    from deme.devices import in_main_process
     from deme.metrics import load_inception
 
     if config.evaluate.features == "inception":
@@ -116,14 +120,18 @@ def feature_network(config: Config, accelerator) -> tuple:
         "seed": config.seed,
     }
     made_from = {"data": evaluated_data(config), **training}
-    if accelerator.is_main_process and load_classifier(cache, made_from) is None:
+
+    def train() -> None:
+        if load_classifier(cache, made_from) is not None:
+            return
         images, labels = load_evaluation_images(config.data, config.image_cache)
         if labels is None:
             raise UserError("data.label_column=None: evaluate.features=classifier needs labels")
         pixels = images.batch(range(len(images)))
         trained = train_classifier(pixels, labels, **training, device=accelerator.device)
         save_classifier(cache, *trained, made_from)
-    accelerator.wait_for_everyone()
+
+    in_main_process(accelerator, train)
     classifier, accuracy = load_classifier(cache, made_from)
     accelerator.print(f"classifier: held-out accuracy {accuracy:.1%}")
     return classifier.to(accelerator.device), {"held_out_accuracy": accuracy}

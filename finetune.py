@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 
 from deme.command import provenance, run_script
-from deme.config import CONTINUED, Config, Finetune, range_name, training_inputs
+from deme.config import CONTINUED, Config, Finetune, free_training_settings, range_name, training_inputs
 
 
 def chosen_ranges(config: Config) -> list[tuple[int, int] | None]:
@@ -45,7 +45,7 @@ def main(config: Config) -> None:
     import gc
 
     from deme.data import load_training_images
-    from deme.devices import check_shares, make_accelerator
+    from deme.devices import check_shares, locked_by_all, make_accelerator
     from deme.files import sha256
     from deme.pipelines import find_pipeline, load_scheduler, load_unet, unet_folder, weights_file
     from deme.runs import check_same_run
@@ -65,7 +65,7 @@ def main(config: Config) -> None:
     runs = {}
     for timestep_range in chosen_ranges(config):
         folder, inputs = config.finetuned_folder(timestep_range), run_inputs(config, timestep_range, weights_hash)
-        check_same_run(folder, inputs)
+        check_same_run(folder, inputs, free_training_settings(config, config.finetune))
         if (folder / "unet").exists():
             accelerator.print(f"{folder / 'unet'} is complete")
         else:
@@ -80,7 +80,9 @@ def main(config: Config) -> None:
 
     # --- one run per range
     for timestep_range, inputs in runs.items():
-        if not finetune(config, timestep_range, inputs, unet, scheduler, images, deadline):
+        with locked_by_all(accelerator, config.finetuned_folder(timestep_range), "output_dir"):
+            complete = finetune(config, timestep_range, inputs, unet, scheduler, images, deadline)
+        if not complete:
             accelerator.print(f"stopped after finetune.max_minutes={max_minutes}; the same command resumes")
             return
         gc.collect()  # autocast's wrappers tie the last range's networks into cycles, which would keep their memory
@@ -97,7 +99,7 @@ def run_inputs(config: Config, timestep_range: tuple[int, int] | None, weights_h
 
 def finetune(config, timestep_range, inputs, pretrained_unet, scheduler, images, deadline) -> bool:
     """Train one copy of the pretrained UNet; True when it is complete, False when time was up."""
-    from deme.devices import make_accelerator
+    from deme.devices import in_main_process, make_accelerator
     from deme.files import atomic_folder
     from deme.projection import ProjectedUNet2DModel
     from deme.runs import claim_folder
@@ -106,7 +108,7 @@ def finetune(config, timestep_range, inputs, pretrained_unet, scheduler, images,
     is_control = timestep_range is None
     folder, settings = config.finetuned_folder(timestep_range), settings_for(config, timestep_range)
     accelerator = make_accelerator(settings.mixed_precision, "finetune.mixed_precision")  # one loss scale per run
-    claim_folder(accelerator, folder, inputs, provenance(config))
+    claim_folder(accelerator, folder, inputs, free_training_settings(config, settings), provenance(config))
 
     # --- student and teacher start from the same weights
     projected = inputs["model.projection"]
@@ -127,11 +129,12 @@ def finetune(config, timestep_range, inputs, pretrained_unet, scheduler, images,
         return False
 
     # --- the EMA weights
-    if accelerator.is_main_process:
+    def write() -> None:
         with atomic_folder(folder / "unet") as temporary:
             student.save_pretrained(temporary)
         print(f"wrote {folder / 'unet'}")
-    accelerator.wait_for_everyone()
+
+    in_main_process(accelerator, write)
     return True
 
 

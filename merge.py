@@ -27,7 +27,8 @@ def plan(config: Config) -> str:
 
 
 def main(config: Config) -> None:
-    from deme.files import make_folder, read_yaml, sha256
+    from deme.files import sha256
+    from deme.locks import locked
     from deme.pipelines import WEIGHTS, find_pipeline, unet_folder, weights_file
 
     # --- inputs
@@ -48,27 +49,35 @@ def main(config: Config) -> None:
     if settings.method == "ties":
         description |= {"ties_fraction": settings.ties_fraction, "ties_combine": settings.ties_combine}
 
-    # --- the output that stands there
-    record = output / "merge.yaml"
-    if output.exists():
-        if not record.exists():
-            raise UserError(f"merge.output={output}: exists without a merge.yaml, so it is not replaced")
-        before = read_yaml(record)
-        complete = all(before.get(key) == value for key, value in description.items())
-        print(f"{output} is complete" if complete else f"{output} was merged from something else: replacing it")
-    else:
-        complete = False
-
-    # --- merge
-    if not complete:
-        make_folder(output.parent, "merge.output")
-        write_merged(pretrained, config, description | provenance(config))
-        print(f"wrote {output}")
+    # --- merge, unless the output is complete
+    with locked(output, "merge.output"):
+        if not is_complete(output, description):
+            write_merged(pretrained, config, description | provenance(config))
+            print(f"wrote {output}")
+        write_card(config, description)
 
     # --- share
-    write_card(config, description)
     if settings.push_to_hub is not None:
         push_to_hub(output, settings.push_to_hub)
+
+
+def is_complete(output: Path, description: dict) -> bool:
+    """Whether the folder that stands there, if any, was merged so.
+
+    Raises:
+        UserError: merge.py did not make it.
+    """
+    from deme.files import read_yaml
+
+    if not output.exists():
+        return False
+    record = output / "merge.yaml"
+    if not record.exists():
+        raise UserError(f"merge.output={output}: exists without a merge.yaml, so it is not replaced")
+    before = read_yaml(record)
+    complete = all(before.get(key) == value for key, value in description.items())
+    print(f"{output} is complete" if complete else f"{output} was merged from something else: replacing it")
+    return complete
 
 
 def write_merged(pretrained: Path, config: Config, record: dict) -> None:

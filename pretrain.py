@@ -9,9 +9,10 @@ The same command again resumes, or does nothing when all is done.
 """
 
 import time
+from pathlib import Path
 
 from deme.command import provenance, run_script
-from deme.config import Config, training_inputs
+from deme.config import Config, free_training_settings, training_inputs
 
 
 def plan(config: Config) -> str:
@@ -24,18 +25,18 @@ def main(config: Config) -> None:
 
     from deme.config import UserError
     from deme.data import load_training_images
-    from deme.devices import check_shares, make_accelerator
-    from deme.files import atomic_folder, write_yaml
-    from deme.runs import claim_folder
-    from deme.training import Objective, Trainer
+    from deme.devices import check_shares, locked_by_all, make_accelerator
+    from deme.runs import check_same_run
 
     started = time.monotonic()
-    settings, output, work = config.pretrain, config.folder / "pretrained", config.folder / "pretraining"
+    settings, output = config.pretrain, config.folder / "pretrained"
+    deadline = None if settings.max_minutes is None else started + 60 * settings.max_minutes
 
-    # --- the run's folder, or the same run in it
+    # --- complete already, or not the run that stands there
     accelerator = make_accelerator(settings.mixed_precision, "pretrain.mixed_precision")
     check_shares(accelerator.num_processes, settings)
-    claim_folder(accelerator, work, training_inputs(config, settings), provenance(config))
+    inputs, free = training_inputs(config, settings), free_training_settings(config, settings)
+    check_same_run(work_folder(config), inputs, free)
     if output.exists():
         accelerator.print(f"{output} is complete")
         return
@@ -47,29 +48,51 @@ def main(config: Config) -> None:
         scheduler = diffusers.DDPMScheduler(config.timesteps.num_train_timesteps, **settings.scheduler)
     except (TypeError, ValueError) as error:
         raise UserError(f"pretrain.unet={settings.unet}, pretrain.scheduler={settings.scheduler}: {error}") from None
-    images, held_out = load_training_images(config.data, unet.config.in_channels, config.image_cache)
-    counts = f"{unet.num_parameters():,} parameters, {len(images):,} images, {len(held_out):,} held out"
+    data = load_training_images(config.data, unet.config.in_channels, config.image_cache)
+    counts = f"{unet.num_parameters():,} parameters, {len(data[0]):,} images, {len(data[1]):,} held out"
     accelerator.print(counts)
 
     # --- train on all timesteps, without a teacher
+    with locked_by_all(accelerator, work_folder(config), "output_dir"):
+        if not pretrain(config, accelerator, inputs, free, unet, scheduler, data, deadline):
+            accelerator.print(f"stopped after pretrain.max_minutes={settings.max_minutes}; the same command resumes")
+
+
+def work_folder(config: Config) -> Path:
+    return config.folder / "pretraining"
+
+
+def pretrain(config, accelerator, inputs, free, unet, scheduler, data, deadline) -> bool:
+    """Train the network and write the pipeline folder; False when time was up before."""
+    import diffusers
+
+    from deme.devices import in_main_process
+    from deme.files import atomic_folder, write_yaml
+    from deme.runs import claim_folder
+    from deme.training import Objective, Trainer
+
+    settings, output, (images, held_out) = config.pretrain, config.folder / "pretrained", data
+    claim_folder(accelerator, work_folder(config), inputs, free, provenance(config))
     objective = Objective("pretraining", stream=(0,), timestep_range=(0, config.timesteps.num_train_timesteps))
-    trainer = Trainer(accelerator, unet, None, scheduler, images, objective, settings, config.seed, work, held_out)
-    deadline = None if settings.max_minutes is None else started + 60 * settings.max_minutes
+    trainer = Trainer(
+        accelerator, unet, None, scheduler, images, objective, settings, config.seed, work_folder(config), held_out
+    )
     if not trainer.run(deadline):
-        accelerator.print(f"stopped after pretrain.max_minutes={settings.max_minutes}; the same command resumes")
-        return
+        return False
     has_converged = trainer.state.step < settings.max_steps
     why = "the held-out loss has stopped falling" if has_converged else f"pretrain.max_steps={settings.max_steps}"
     accelerator.print(f"trained for {trainer.state.step} steps: {why}")
-    if accelerator.is_main_process:
+
+    def write() -> None:
         with atomic_folder(output) as temporary:
             diffusers.DDPMPipeline(unet, scheduler).save_pretrained(temporary)
             write_yaml(temporary / "pretrain.yaml", provenance(config))
         print(f"wrote {output}")
-        if config.model.pretrained is not None:
-            print(
-                f"finetune.py starts from model.pretrained={config.model.pretrained}; set it to null to start from here"
-            )
+        if (start := config.model.pretrained) is not None:
+            print(f"finetune.py starts from model.pretrained={start}; set it to null to start from here")
+
+    in_main_process(accelerator, write)
+    return True
 
 
 if __name__ == "__main__":

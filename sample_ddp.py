@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deme.command import provenance, run_script
-from deme.config import CONTINUED, Config, UserError
+from deme.config import CONTINUED, Config, RunError, Sample, UserError
 
 GRID_IMAGES = 100
 
@@ -74,13 +74,9 @@ def plan(config: Config) -> str:
 
 
 def main(config: Config) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     import torch
-    from accelerate.utils import broadcast_object_list
-    from tqdm import tqdm
 
-    from deme.devices import make_accelerator
+    from deme.devices import in_main_process, locked_by_all, make_accelerator
     from deme.files import sha256
     from deme.pipelines import (
         SCHEDULER_CONFIG,
@@ -90,8 +86,8 @@ def main(config: Config) -> None:
         scheduler_folder,
         weights_file,
     )
-    from deme.samples import claim_samples, image_path, missing_seeds, read_images, write_image
-    from deme.sampling import ensemble, sample_images, save_grid
+    from deme.samples import claim_samples, image_path, missing_seeds, read_images
+    from deme.sampling import ensemble, save_grid
 
     settings, output = config.sample, output_folder(config)
     accelerator = make_accelerator(settings.mixed_precision, "sample.mixed_precision")
@@ -116,46 +112,50 @@ def main(config: Config) -> None:
         "resolution": config.data.resolution,
     }
     seeds = range(settings.seed_offset, settings.seed_offset + settings.num_images)
-    todo = [None]
-    if accelerator.is_main_process:
-        claim_samples(output, identity, seeds, settings.overwrite, provenance(config))
-        todo = [missing_seeds(output, seeds)]
-        print(
-            f"{output}: {len(todo[0]):,} of {len(seeds):,} images to draw; "
-            f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
-        )
-    [missing] = broadcast_object_list(todo)
 
-    # --- draw this process's share; threads write one batch while the next is drawn
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    batches = [mine[start : start + settings.batch_size] for start in range(0, len(mine), settings.batch_size)]
-    writes = []
+    def claim() -> list[int]:
+        claim_samples(output, identity, seeds, settings.overwrite, provenance(config))
+        return missing_seeds(output, seeds)
+
+    def finish() -> None:
+        left = [seed for seed in seeds if not image_path(output, seed).exists()]
+        if left:
+            raise RunError(f"{output}: {len(left):,} of {len(seeds):,} images are not there; the same command goes on")
+        grid = output.with_name(f"grid-{output.name}.png")
+        save_grid(read_images([image_path(output, seed) for seed in seeds[:GRID_IMAGES]]), grid)
+        print(f"{output}: {len(seeds):,} images; {grid}")
+
+    with locked_by_all(accelerator, output, "sample.output"):
+        missing = in_main_process(accelerator, claim)
+        processes = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+        accelerator.print(f"{output}: {len(missing):,} of {len(seeds):,} images to draw; {processes}")
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        draw(accelerator, settings, ensemble(unets, ranges), scheduler, shape, mine, output)
+        accelerator.wait_for_everyone()
+        in_main_process(accelerator, finish)
+
+
+def draw(accelerator, settings: Sample, network_at, scheduler, shape: tuple, seeds: list[int], output: Path) -> None:
+    """Draw the images of these seeds; threads write one batch while the next is drawn."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tqdm import tqdm
+
+    from deme.samples import write_image
+    from deme.sampling import sample_images
+
+    batches = [seeds[start : start + settings.batch_size] for start in range(0, len(seeds), settings.batch_size)]
+    silent = not accelerator.is_main_process or not batches
+    steps, writes = settings.num_inference_steps, []
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for batch in tqdm(
-            batches, settings.model, unit="batch", disable=not accelerator.is_main_process or not batches
-        ):
+        for batch in tqdm(batches, settings.model, unit="batch", disable=silent):
             with accelerator.autocast():
-                images = sample_images(
-                    ensemble(unets, ranges),
-                    scheduler,
-                    batch,
-                    shape,
-                    accelerator.device,
-                    settings.num_inference_steps,
-                    settings.eta,
-                )
+                images = sample_images(network_at, scheduler, batch, shape, accelerator.device, steps, settings.eta)
             for write in writes:
                 write.result()  # a full disk stops the run here
             writes = [pool.submit(write_image, output, *pair) for pair in zip(batch, images, strict=True)]
         for write in writes:
             write.result()
-    accelerator.wait_for_everyone()
-
-    # --- contact sheet
-    if accelerator.is_main_process:
-        grid = output.with_name(f"grid-{output.name}.png")
-        save_grid(read_images([image_path(output, seed) for seed in seeds[:GRID_IMAGES]]), grid)
-        print(f"{output}: {len(seeds):,} images; {grid}")
 
 
 if __name__ == "__main__":

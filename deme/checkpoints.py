@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deme.config import UserError
-from deme.files import atomic_folder, remove_leftovers
+from deme.files import atomic_folder, make_folder, remove_leftovers
 
 SCALARS = (
     "step",
@@ -113,7 +113,7 @@ def _load_checkpoint(path: Path, state: TrainingState) -> None:
 
 def prepare_checkpoints(folder: Path) -> None:
     """Create `folder` and delete what a killed run left half-written in it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "output_dir")
     remove_leftovers(folder)
 
 

@@ -1,14 +1,20 @@
 """A script's command line, and the record that it writes beside its outputs."""
 
 import argparse
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 
 from deme.config import REPOSITORY, Config, RunError, UserError, load_config
 from deme.files import to_yaml
+from deme.signals import SIGNALS, Interrupted, raise_interrupted
 
 
 def provenance(config: Config) -> dict:
@@ -34,6 +40,13 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
+def _tell_launcher(line: str) -> None:
+    """Let torch's launcher repeat an error in its last lines, in the file that it names for that."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+
+
 def run_script(description: str, plan: Callable[[Config], str], main: Callable[[Config], None]) -> None:
     """Every script's command line: `--config FILE key=value … --dry-run`.
 
@@ -47,6 +60,8 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and the plan, do nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
+    for number in SIGNALS:
+        signal.signal(number, raise_interrupted)
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
@@ -54,9 +69,10 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
         else:
             main(config)
             _leave_process_group()
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (UserError, RunError, Interrupted) as error:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # it is ending
+        line = f"{parser.prog}: {'error: ' * isinstance(error, UserError)}{error}"
+        print(line, file=sys.stderr)
+        _tell_launcher(line)
+        sys.exit(error.status)

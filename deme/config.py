@@ -6,6 +6,7 @@ the key and its value. Nothing here imports torch, so that a mistake is answered
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,11 +26,15 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 
 
 class UserError(Exception):
-    """A mistake in the configuration, the command line or a file: one line on stderr, exit status 2."""
+    """A mistake in the configuration, the command line or a file: one line on stderr."""
+
+    status: ClassVar[int] = 2  # that the script exits with
 
 
 class RunError(Exception):
-    """A run that can't go on though its input is in order: one line on stderr, exit status 1."""
+    """A run that can't go on though its input is in order: one line on stderr."""
+
+    status: ClassVar[int] = 1
 
 
 class Section:
@@ -343,6 +348,10 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
     for override in overrides:
         if "=" not in override:
             raise UserError(f"{override}: overrides are written section.key=value")
+        try:
+            yaml.safe_load(override.split("=", 1)[1])
+        except yaml.YAMLError as error:
+            raise UserError(f"{override}: not YAML: {getattr(error, 'problem', error)}") from None
     given = OmegaConf.create({})
     try:
         content = OmegaConf.load(file)
@@ -375,7 +384,7 @@ def _writable(defaults: Config) -> Any:
     return node
 
 
-FREE_TRAINING_KEYS = (  # of the sections data, pretrain and finetune
+FREE_TRAINING_KEYS = (  # of the sections data, pretrain and finetune: may change in the middle of a run
     "label_column",
     "cache_gb",
     "gradient_checkpointing",
@@ -390,8 +399,13 @@ FREE_TRAINING_KEYS = (  # of the sections data, pretrain and finetune
 def training_inputs(config: Config, settings: Training) -> dict[str, Any]:
     """Everything that determines a training run's weights, flat: a run resumes only where all of it is the same."""
     values = {"seed": config.seed, "timesteps.num_train_timesteps": config.timesteps.num_train_timesteps}
-    for part in (config.data, settings):
-        values |= {
-            f"{part.section}.{key}": value for key, value in asdict(part).items() if key not in FREE_TRAINING_KEYS
-        }
-    return values
+    return values | _flat(lambda key: key not in FREE_TRAINING_KEYS, config.data, settings)
+
+
+def free_training_settings(config: Config, settings: Training) -> dict[str, Any]:
+    """The other settings of a training run, flat: they may change where it is resumed."""
+    return _flat(lambda key: key in FREE_TRAINING_KEYS, config.data, settings)
+
+
+def _flat(wanted: Callable[[str], bool], *parts: Section) -> dict[str, Any]:
+    return {f"{part.section}.{key}": value for part in parts for key, value in asdict(part).items() if wanted(key)}

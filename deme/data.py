@@ -161,7 +161,10 @@ def _open(data: Data) -> tuple[Sequence, list | None, str]:
     try:
         rows = datasets.load_dataset(data.name, split=data.split)
     except Exception as error:  # the loaders behind load_dataset raise whatever their formats raise
-        reason = " ".join(str(error).split())
+        causes = [error]  # datasets says only "an error occurred": what occurred is in the cause
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        reason = " ".join(": ".join(map(str, causes)).split())
         raise UserError(f"data.name={data.name} (data.split={data.split}): cannot be loaded: {reason}") from error
     for key in ("image_column", "label_column"):
         column = getattr(data, key)
@@ -190,19 +193,28 @@ def _resized(data: Data, rows: Sequence, fingerprint: str, channels: int, cache:
     made_from = [fingerprint, data.image_column, data.resolution, channels, data.skip_unreadable]
     folder = cache / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     make_folder(cache, "output_dir")
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            with atomic_folder(folder) as temporary:
-                kept, sizes = [], []
-                with (temporary / "pixels.bin").open("wb") as file:
-                    for row, image in _decoded(data, rows, channels):
-                        file.write(image.tobytes())
-                        kept.append(row)
-                        sizes.append(image.shape[:2])
-                np.savez(temporary / "index.npz", sizes=np.array(sizes), rows=np.array(kept))
+    lock = folder.with_suffix(".lock")
+    with FileLock(lock):
+        try:
+            if not folder.exists():
+                _build_cache(folder, data, rows, channels)
+        finally:
+            lock.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
     with np.load(folder / "index.npz", allow_pickle=False) as index:
         pixels = np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="c")  # copy-on-write: torch wants it writable
         return ResizedImages(pixels, index["sizes"], index["rows"], channels)
+
+
+def _build_cache(folder: Path, data: Data, rows: Sequence, channels: int) -> None:
+    """Write pixels.bin, all images after one another, and index.npz, their sizes and rows."""
+    with atomic_folder(folder) as temporary:
+        kept, sizes = [], []
+        with (temporary / "pixels.bin").open("wb") as file:
+            for row, image in _decoded(data, rows, channels):
+                file.write(image.tobytes())
+                kept.append(row)
+                sizes.append(image.shape[:2])
+        np.savez(temporary / "index.npz", sizes=np.array(sizes), rows=np.array(kept))
 
 
 def _decoded(data: Data, rows: Sequence, channels: int) -> Iterator[tuple[int, np.ndarray]]:

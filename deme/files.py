@@ -4,17 +4,33 @@ import glob
 import hashlib
 import os
 import shutil
-import uuid
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from safetensors import SafetensorError
 
-from deme.config import UserError
+from deme.config import RunError, UserError
 
 TEMPORARY = ".writing-"  # prefix of unfinished siblings; remove_leftovers deletes those of a killed run
-SUFFIX_LENGTH = 8
+SUFFIX_LENGTH = 8  # random characters that tempfile appends
+UMASK = os.umask(0o077)  # can be read only by setting it
+os.umask(UMASK)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        RunError: instead of the errors of a disk that is full, read-only or gone while the block writes; names `path`.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise RunError(f"{path}: cannot be written: {reason}") from error
 
 
 @contextmanager
@@ -23,39 +39,51 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
 
     Args:
         sync: force the content to disk before the file gets its name (off for images, which a resumed run checks).
+
+    Raises:
+        RunError: the disk is full, or the like.
     """
-    if sync:
-        remove_leftovers(path.parent, path.name)
-    temporary = _temporary_sibling(path)
-    try:
-        yield temporary
+    with writing(path):
         if sync:
-            _sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            remove_leftovers(path.parent, path.name)
+        descriptor, name = tempfile.mkstemp(**_sibling(path))  # private: readable to its owner alone
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~UMASK)
+            if sync:
+                sync_to_disk(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary sibling of `path` to fill; it replaces `path` when the block ends without an error."""
-    remove_leftovers(path.parent, path.name)
-    temporary, old = _temporary_sibling(path), _temporary_sibling(path)
-    try:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
-        if path.exists():  # os.replace can't replace a folder that holds something
-            os.replace(path, old)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    """Yield an empty temporary sibling of `path` to fill; it replaces `path` when the block ends without an error.
+
+    Raises:
+        RunError: the disk is full, or the like.
+    """
+    with writing(path):
+        remove_leftovers(path.parent, path.name)
+        temporary, old = (Path(tempfile.mkdtemp(**_sibling(path))) for _ in range(2))  # private: mode 0700
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                sync_to_disk(file)
+            temporary.chmod(0o777 & ~UMASK)
+            sync_to_disk(temporary)
+            if path.exists():  # os.replace can't replace a folder that holds something
+                os.replace(path, old)
+            os.replace(temporary, path)
+            sync_to_disk(path.parent)
+        finally:
+            if not path.exists() and any(old.iterdir()):
+                os.replace(old, path)
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -111,14 +139,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _temporary_sibling(path: Path) -> Path:
-    # no suffix of its own: pytorch_fid takes every *.png, hidden ones too
-    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:SUFFIX_LENGTH]}")
-
-
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sibling(path: Path) -> dict[str, str]:
+    """The name of a temporary sibling, for tempfile."""
+    # no suffix: pytorch_fid takes every *.png, hidden ones too
+    return {"prefix": f"{TEMPORARY}{path.name}-", "dir": str(path.parent)}

@@ -130,7 +130,7 @@ def load_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{path}: cannot be read as safetensors: {error}") from None
         if not any(OLD_ATTENTION_NAME.search(name) for name in tensors):
             return tensors
     return load_unet(folder).state_dict()  # diffusers knows the old names
@@ -143,7 +143,8 @@ def load_unet(folder: Path, resolution: int | None = None) -> "UNet2DModel":
         resolution: the data's, which must be the UNet's sample size; None: any.
 
     Raises:
-        UserError: missing or damaged files, projections that the configuration does not name, or another sample size.
+        UserError: missing or damaged files, projections that the configuration does not name, another sample size, NaN
+            or infinite weights.
     """
     from deme.projection import ProjectedUNet2DModel, UNet2DModel
 
@@ -164,6 +165,9 @@ def load_unet(folder: Path, resolution: int | None = None) -> "UNet2DModel":
     if report["missing_keys"] or unknown:
         names = ", ".join([*report["missing_keys"], *unknown][:3])
         raise UserError(f"{folder}: weights and config.json do not fit each other ({names} …)")
+    for name, tensor in unet.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{weights}: tensor {name} holds NaN or infinite values")
     return unet
 
 

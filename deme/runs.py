@@ -5,43 +5,50 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from deme.config import UserError
+from deme.devices import in_main_process
 from deme.files import make_folder, read_yaml, write_yaml
 
 
-def check_same_run(folder: Path, trained_from: dict) -> None:
+def check_same_run(folder: Path, trained_from: dict, free: dict) -> None:
     """
     Args:
         trained_from: key → value of everything that determines the weights.
+        free: key → value of the settings that may change where a run is resumed.
 
     Raises:
-        UserError: the folder holds a run of other settings; names those that differ.
+        UserError: the folder holds a run of other settings; names those that differ, and which of them may.
     """
     file = folder / "config.yaml"
     if not file.exists():
         return
-    before = read_yaml(file).get("trained_from", {})
-    changed = [
-        f"{key}={trained_from.get(key)} (was {before.get(key)})"
-        for key in sorted({*before, *trained_from})
-        if before.get(key) != trained_from.get(key)
-    ]
+    record = read_yaml(file)
+    changed = _changes(record.get("trained_from", {}), trained_from)
     if changed:
-        raise UserError(f"{folder} holds a run of other settings: {', '.join(changed)}; change name or delete it")
+        allowed = _changes(record.get("free", {}), free)
+        remedy = f"set {'it' if len(changed) == 1 else 'them'} back, or give this run another name"
+        also = f"; {', '.join(allowed)} may change" if allowed else ""
+        raise UserError(f"{folder} holds a run of other settings: {', '.join(changed)}; {remedy}{also}")
 
 
-def claim_folder(accelerator: Accelerator, folder: Path, trained_from: dict, record: dict) -> None:
+def _changes(before: dict, now: dict) -> list[str]:
+    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return [f"{key}={now.get(key)} (was {before.get(key)})" for key in keys]
+
+
+def claim_folder(accelerator: Accelerator, folder: Path, trained_from: dict, free: dict, record: dict) -> None:
     """Create a run's folder with its config.yaml, or make sure that the run in it is the same.
 
     Args:
-        record: provenance, written beside `trained_from`.
+        record: provenance, written beside the settings.
 
     Raises:
         UserError: as check_same_run, or the folder can't be written.
     """
-    check_same_run(folder, trained_from)
-    accelerator.wait_for_everyone()
-    file = folder / "config.yaml"
-    if accelerator.is_main_process and not file.exists():
-        make_folder(folder, "output_dir")
-        write_yaml(file, {"trained_from": trained_from, **record})
-    accelerator.wait_for_everyone()
+
+    def claim() -> None:
+        check_same_run(folder, trained_from, free)
+        if not (folder / "config.yaml").exists():
+            make_folder(folder, "output_dir")
+            write_yaml(folder / "config.yaml", {"trained_from": trained_from, "free": free, **record})
+
+    in_main_process(accelerator, claim)

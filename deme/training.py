@@ -5,23 +5,20 @@ generator seeded with (seed, stream, s, m), whichever process computes it, so ne
 interruption changes what is trained on. The loop never waits for the device between two log lines.
 """
 
-import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from deme.checkpoints import (
@@ -33,11 +30,15 @@ from deme.checkpoints import (
 )
 from deme.config import Pretrain, RunError, Training
 from deme.data import HELD_OUT, MICRO_BATCH, CroppedImages, batch_indices
-from deme.files import atomic_file
+from deme.devices import Agreement, in_main_process, peak_memory
+from deme.files import make_folder
 from deme.losses import decoupled_loss
+from deme.run_log import RunLog
 from deme.sampling import sample_images, save_grid
+from deme.signals import Interrupted, noted_signals
 from deme.timesteps import choose_interval, sample_timesteps
 
+TIME_IS_UP = 1  # why a run stops before its end, beside the signals' numbers
 LEAST_FALL = 1e-3  # a held-out loss that is lower by a smaller fraction has not fallen
 MAX_SKIPPED_STEPS = 50  # fp16: steps without finite gradients in a row that stop the run
 PREVIEW_IMAGES = 64
@@ -134,10 +135,34 @@ class Trainer:
             True when training is over (`student` then holds the EMA weights), False when stopped by the deadline.
 
         Raises:
-            RunError: the loss or its gradient is not finite.
+            RunError: the loss, its gradient or the weights are not finite; the disk is full.
+            Interrupted: by a signal, with a checkpoint.
+        """
+        in_main_process(self.accelerator, lambda: prepare_checkpoints(self.checkpoints))
+        self._resume()
+        with noted_signals() as signals:
+            reason = self._train(deadline, signals)
+        if self.accelerator.is_main_process:
+            self.log.close()
+        self.accelerator.wait_for_everyone()
+        if reason > TIME_IS_UP:
+            raise Interrupted(reason, f"checkpoint of step {self.state.step} saved, the same command resumes")
+        if not self._is_over():
+            return False
+        self.state.ema.copy_to(self.student.parameters())
+        return True
+
+    def _train(self, deadline: float | None, signals: list[int]) -> int:
+        """The loop, to its end or to where all processes stop with a checkpoint.
+
+        Args:
+            signals: numbers of those received, appended as they come.
+
+        Returns:
+            why it stopped: TIME_IS_UP, a signal's number, or 0.
         """
         settings, state = self.settings, self.state
-        self._resume()
+        agree, reason = Agreement(), 0
         progress = tqdm(
             total=settings.max_steps,
             initial=state.step,
@@ -146,33 +171,25 @@ class Trainer:
             mininterval=1,
         )
         self.window_start, self.window_steps = time.monotonic(), 0
-        while not self._is_over():
+        while not (reason or self._is_over()):
             self._optimizer_step()
             self.window_steps += 1
             progress.update()
             logging = state.step % settings.log_every == 0
-            stopping = (logging or self.accelerator.num_processes == 1) and self._stop_requested(deadline)
+            time_is_up = deadline is not None and time.monotonic() >= deadline
+            reason = agree(signals[0] if signals else TIME_IS_UP * time_is_up)
             measuring = self.held_out is not None and state.step % settings.held_out_every == 0
-            saving = stopping or state.step % settings.checkpoint_every == 0
+            saving = reason or state.step % settings.checkpoint_every == 0
             if logging or saving or measuring or state.step == settings.max_steps:
                 self._log(progress)
             if measuring:
                 self._measure_held_out_loss()
-            saving = saving or self._is_over()
-            if saving and self.accelerator.is_main_process:
-                save_checkpoint(self.checkpoints, state, settings.checkpoints_kept)
+            if saving or self._is_over():
+                self._save()
             if settings.preview_every is not None and state.step % settings.preview_every == 0:
                 self._preview()
-            if stopping:
-                break
         progress.close()
-        if self.accelerator.is_main_process:
-            self.writer.close()
-        self.accelerator.wait_for_everyone()
-        if not self._is_over():
-            return False
-        state.ema.copy_to(self.student.parameters())
-        return True
+        return max(reason, agree.close())
 
     def _is_over(self) -> bool:
         patience = None if self.held_out is None else self.settings.patience
@@ -185,20 +202,12 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load the newest checkpoint; cut the logs back to it, so that they neither repeat nor skip a step."""
-        log = self.folder / "log.jsonl"
-        if self.accelerator.is_main_process:
-            prepare_checkpoints(self.checkpoints)
-        self.accelerator.wait_for_everyone()
         found = load_newest_checkpoint(self.checkpoints, self.state)
         self.skipped_steps.fill_(self.state.skipped_steps)
         if self.accelerator.is_main_process:
             if found is not None:
                 print(f"{self.objective.name}: resuming from {found}")
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.state.step]
-            with atomic_file(log) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
-            self.writer = SummaryWriter(self.folder / "logs", purge_step=self.state.step + 1)
+            self.log = RunLog(self.folder, self.state.step)
 
     def _optimizer_step(self) -> None:
         accelerator, state = self.accelerator, self.state
@@ -247,11 +256,6 @@ class Trainer:
         noise = torch.randn_like(clean)
         return decoupled_loss(self.model, self.teacher, self.scheduler, clean, noise, timesteps)
 
-    def _stop_requested(self, deadline: float | None) -> bool:
-        """Whether time is up; the main process's clock decides for all."""
-        expired = [deadline is not None and time.monotonic() >= deadline]
-        return broadcast_object_list(expired)[0]
-
     def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 images to [−1, 1] on the device, same shape."""
         if self.device.type == "cuda":
@@ -279,6 +283,7 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "ema_decay": self.state.ema.cur_decay_value,
             "images_per_second": steps * self.settings.batch_size / seconds,
+            "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
         self._write_log_line(line)
         progress.set_postfix(
@@ -289,25 +294,37 @@ class Trainer:
         )
 
     def _write_log_line(self, line: dict[str, float]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
-            file.write(json.dumps(finite) + "\n")
-        for name, value in line.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, line["step"])
-        self.writer.flush()  # what a killed run has logged up to its last checkpoint is not logged again
+        if self.accelerator.is_main_process:
+            self.log.write(line)
+
+    def _save(self) -> None:
+        """Write a checkpoint; bad weights never replace good ones.
+
+        Raises:
+            RunError: the weights are not finite (a last step can do that without another's loss to show it); full disk.
+        """
+        state = self.state
+        norms = torch.stack(torch._foreach_norm([*self.student.parameters(), *state.ema.shadow_params]))
+        if not torch.isfinite(norms).all():
+            self._stop(f"the weights are not finite at step {state.step}")
+
+        def save() -> None:
+            self.log.sync()
+            save_checkpoint(self.checkpoints, state, self.settings.checkpoints_kept)
+
+        in_main_process(self.accelerator, save)
 
     def _check_finite(self) -> None:
         first_bad, most_skipped = int(self.first_bad_step), int(self.most_skipped_steps)
         self.state.skipped_steps = int(self.skipped_steps)
         if first_bad < 0 and most_skipped < MAX_SKIPPED_STEPS:
             return
+        if first_bad >= 0:
+            self._stop(f"the loss or its gradient is not finite at step {first_bad}")
+        self._stop(f"{most_skipped} steps in a row without finite gradients up to step {self.state.step}")
+
+    def _stop(self, what: str) -> NoReturn:
         saved = list_checkpoints(self.checkpoints)
-        what = f"the loss or its gradient is not finite at step {first_bad}"
-        if first_bad < 0:
-            what = f"{most_skipped} steps in a row without finite gradients up to step {self.state.step}"
         raise RunError(f"{self.objective.name}: {what}; last good checkpoint: {saved[0] if saved else 'none'}")
 
     def _preview(self) -> None:
@@ -323,7 +340,7 @@ class Trainer:
                 for part in seeds
             ]
         path = self.folder / "previews" / f"step-{self.state.step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent, "output_dir")
         save_grid(torch.cat(parts), path)
 
     @contextmanager

@@ -8,4 +8,4 @@ cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
 pretrain configs/cifar10_scratch.yaml "$@"
-bash scripts/compare.sh configs/cifar10_scratch.yaml "$@"
+exec bash scripts/compare.sh configs/cifar10_scratch.yaml "$@"

@@ -13,7 +13,7 @@ folder=$(ask config.folder "$config" "$@")
 # GPUs set NUM_PROCESSES and finetune.micro_batch_size
 count_processes
 train() {
-  [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=1 NUM_PROCESSES=1
+  [ "$gpus" -gt 0 ] || local -x OMP_NUM_THREADS=1 NUM_PROCESSES=1
   NUM_PROCESSES=${NUM_PROCESSES:-1} launch finetune.py --config "$config" "$@"
 }
 control_log=$(mktemp)
@@ -21,9 +21,9 @@ set -m # a process group of its own, which the trap can end
 train "$@" finetune.range=continued $(max_minutes finetune) >"$control_log" 2>&1 &
 set +m
 control=$!
-trap 'kill -- -$control 2>/dev/null || true; rm -f "$control_log"' EXIT
+trap 'kill -TERM $control 2>/dev/null && wait $control || true; rm -f "$control_log"' EXIT # it saves a checkpoint
 echo "the control trains beside the ranges"
-(train "$@" $(max_minutes finetune))
+train "$@" $(max_minutes finetune)
 wait $control || { cat "$control_log" >&2; exit 1; }
 tail -n 1 "$control_log"
 complete "$folder/finetuned/continued/unet"

@@ -14,4 +14,4 @@ if [ "${PRETRAIN:-0}" = 1 ]; then
   set -- name=digits_from_scratch model.pretrained=null "$@"
   OMP_NUM_THREADS=1 NUM_PROCESSES=1 pretrain configs/digits.yaml "$@"
 fi
-bash scripts/compare.sh configs/digits.yaml "$@"
+exec bash scripts/compare.sh configs/digits.yaml "$@"

@@ -30,15 +30,34 @@ count_processes() {
 # launch SCRIPT ARGUMENTS…: run a script over NUM_PROCESSES processes, no longer than MAX_MINUTES allows
 launch() {
   local limit="" status=0
+  python "$@" --dry-run >/dev/null || return # a mistake in the configuration: one line, before the launcher's own
   count_processes
   [ -z "${MAX_MINUTES:-}" ] || limit="timeout --foreground $(minutes_left)m"
   if [ "$processes" = 1 ]; then
-    $limit python "$@" || status=$?
+    pass_signals $limit python "$@" || status=$?
   else # --multi_gpu also starts several processes on a CPU; port 0 is any free one
-    $limit accelerate launch --multi_gpu --num_processes "$processes" --num_machines 1 --mixed_precision no \
+    pass_signals $limit accelerate launch --multi_gpu --num_processes "$processes" --num_machines 1 --mixed_precision no \
       --dynamo_backend no --main_process_port 0 "$@" || status=$?
   fi
   [ $status = 124 ] && resume_later
+  return $status
+}
+
+# pass_signals COMMAND…: run a command in a process group of its own, which SIGTERM and Ctrl-C go on to; its status
+pass_signals() {
+  local child status=0
+  set -m
+  "$@" &
+  child=$!
+  set +m
+  trap 'kill -TERM -- -$child' TERM
+  trap 'kill -INT -- -$child' INT
+  while
+    wait $child # returns early when a signal comes
+    status=$?
+    kill -0 $child 2>/dev/null
+  do :; done
+  trap - TERM INT
   return $status
 }
 
@@ -84,7 +103,11 @@ resume_later() {
 
 # ask EXPRESSION CONFIG OVERRIDES…: a value that follows from the configuration, such as config.folder
 ask() {
-  python -c 'import sys; from deme.config import load_config; import evaluate, sample_ddp
-config = load_config(sys.argv[2], sys.argv[3:])
+  python -c 'import sys; from deme.config import UserError, load_config; import evaluate, sample_ddp
+try:
+    config = load_config(sys.argv[2], sys.argv[3:])
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.status)
 print(eval(sys.argv[1]))' "$@"
 }

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, environment, run
+from conftest import environment, run
 from PIL import Image
 
 from deme.classifier import load_classifier, save_classifier, train_classifier
@@ -108,44 +108,9 @@ def test_absent_inception_weights_say_where_to_put_them(config_file, samples, tm
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("evaluate.blocks=5", "evaluate.blocks=5: "),
-        ("evaluate.samples=[nowhere]", "evaluate.samples=nowhere: no such folder"),
-        ("data.label_column=null", "data.label_column=None: evaluate.features=classifier needs labels"),
-        (
-            "evaluate.reference=small.npz",
-            "evaluate.reference=small.npz: holds statistics of 2 features, classifier has 128",
-        ),
-        ("evaluate.reference=tiny.yaml", "tiny.yaml: not an npz file of mu and sigma"),
-        ("evaluate.reference=one.npy", "one.npy: a single array; an npz file of mu and sigma is needed"),
-        ("evaluate.samples=[mixed]", "000012.png: is 9 x 9, 000000.png is 8 x 8"),
-        ("evaluate.samples=[single]", "evaluate.blocks=1: single holds 1 image(s)"),
-    ],
-)
-def test_mistakes_are_answered_in_one_line(config_file, samples, override, message):
-    here = config_file.parent
-    np.savez(here / "small.npz", mu=np.zeros(2), sigma=np.eye(2))
-    np.save(here / "one.npy", np.zeros(2))
-    make_images(here / "single", 1, 100)
-    make_images(here / "mixed", 12, 100)
-    make_images(here / "other size", 1, 100, size=9)
-    (here / "other size" / "000000.png").rename(here / "mixed" / "000012.png")
-    result = run("evaluate.py", config_file, override, status=2)
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-
-
 def test_reference_statistics_alone(config_file):
     run("evaluate.py", config_file, "evaluate.samples=[]")
     reference, made_from = load_reference(config_file.parent / "tiny" / "stats" / "classifier.npz")
     assert made_from["data"]["name"] == "digits"
     assert reference.features.shape == (1797, 128)
     assert not (config_file.parent / "tiny" / "results.json").exists()
-
-
-def test_no_samples_at_all(config_file):
-    result = run("evaluate.py", config_file, status=2)
-    assert "evaluate.samples=None: no sample folders in" in result.stderr
-    assert REPOSITORY.name not in result.stdout

@@ -1,12 +1,9 @@
 import json
 import shutil
-import signal
-import subprocess
-import time
 
 import pytest
 import torch
-from conftest import command, environment, run
+from conftest import run
 from safetensors.torch import load_file
 
 from deme.pipelines import WEIGHTS
@@ -63,32 +60,6 @@ def test_two_processes_train_on_what_one_does(config_file):
         torch.testing.assert_close(weight, reference[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_killed_runs_resume_bit_for_bit(config_file):
-    """SIGKILL after a checkpoint, then the same command: the weights of a run never killed, and no step twice."""
-    root, options = config_file.parent, ["finetune.range=0", "finetune.max_steps=120", "finetune.checkpoint_every=5"]
-    run("finetune.py", config_file, *options)
-    expected, expected_losses = weights(root, "0000-0500"), losses(root, "0000-0500")
-    shutil.rmtree(root / "tiny")
-
-    checkpoints = root / "tiny" / "finetuned" / "0000-0500" / "checkpoints"
-    process = subprocess.Popen(command("finetune.py", config_file, *options), env=environment(), cwd=root)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert list(checkpoints.glob("step-*"))
-    assert not (checkpoints.parent / "unet").exists()
-
-    resumed = run("finetune.py", config_file, *options)
-    assert "resuming from" in resumed.stdout
-    found = weights(root, "0000-0500")
-    assert [key for key in found if not torch.equal(found[key], expected[key])] == []
-    assert losses(root, "0000-0500") == expected_losses
-
-
 def test_time_is_up(config_file):
     """max_minutes stops at a checkpoint with status 0; the next command goes on from there."""
     stopped = run("finetune.py", config_file, "finetune.max_minutes=0.0001")
@@ -107,32 +78,3 @@ def test_nan_stops_with_status_1_and_one_line(config_file):
     assert "last good checkpoint: none" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list((config_file.parent / "tiny").rglob("*.safetensors"))
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("model.pretrained=nowhere/at/all", "model.pretrained=nowhere/at/all: no such folder"),
-        (
-            "model.pretrained=nobody/nothing",
-            "model.pretrained=nobody/nothing: neither a pipeline folder nor a reachable",
-        ),
-        ("data.resolution=16", "data.resolution=16: the UNet in"),
-        ("timesteps.num_train_timesteps=500", "timesteps.num_train_timesteps=500: the scheduler in"),
-        ("finetune.mixed_precision=fp16", "finetune.mixed_precision=fp16: needs a GPU"),
-        (
-            "output_dir=tiny.yaml/below",
-            "output_dir=tiny.yaml/below/tiny/finetuned/0000-0500: cannot create this folder",
-        ),
-    ],
-)
-def test_mistakes_are_answered_in_one_line(config_file, override, message):
-    result = run("finetune.py", config_file, override, status=2)
-    assert f"finetune.py: error: {message}" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_a_resume_under_other_settings_is_refused(config_file):
-    run("finetune.py", config_file, "finetune.range=0")
-    result = run("finetune.py", config_file, "finetune.range=0", "finetune.learning_rate=0.5", status=2)
-    assert "finetune.learning_rate=0.5 (was 0.001)" in result.stderr

@@ -19,9 +19,3 @@ def test_a_pipeline_folder_is_trained_and_not_trained_again(config_file):
     assert all(torch.isfinite(weight).all() for weight in pipeline.unet.state_dict().values())
     again = run("pretrain.py", config_file, OWN, "pretrain.scheduler.beta_end=0.03")
     assert f"{folder} is complete" in again.stdout
-
-
-def test_settings_that_diffusers_refuses_are_named(config_file):
-    result = run("pretrain.py", config_file, "pretrain.unet.block_out_channels=[8]", status=2)
-    assert "pretrain.unet={" in result.stderr
-    assert "block_out_channels" in result.stderr

@@ -1,11 +1,8 @@
 import shutil
-import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
-from conftest import command, environment, run
+from conftest import run
 from PIL import Image
 
 MODEL = "sample.model=pretrained"
@@ -50,26 +47,6 @@ def test_processes_and_batches_do_not_change_the_images(config_file, output):
     assert all(np.abs(offset[name] - expected[name]).max() <= 1 for name in offset)
 
 
-def test_killed_sampling_goes_on(config_file, output):
-    options = [MODEL, "sample.num_images=400", "sample.batch_size=10", "sample.num_inference_steps=10"]
-    process = subprocess.Popen(
-        command("sample_ddp.py", config_file, *options), env=environment(), cwd=config_file.parent
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while len(list(output.glob("*.png"))) < 20 and time.monotonic() < deadline:
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    drawn = len(list(output.glob("*.png")))
-    assert 20 <= drawn < 400
-    resumed = run("sample_ddp.py", config_file, *options)
-    assert f"{400 - drawn} of 400 images to draw" in resumed.stdout
-    assert len(images(output)) == 400
-    assert len(list(output.iterdir())) == 401  # and samples.yaml
-
-
 def test_another_model_is_refused_and_nothing_lost(config_file, output):
     run("sample_ddp.py", config_file, MODEL)
     refused = run("sample_ddp.py", config_file, MODEL, "sample.num_inference_steps=4", status=2)
@@ -97,19 +74,3 @@ def test_every_model_of_a_run_can_be_sampled(config_file):
     for name in names:
         found = images(samples / name)
         assert all(np.abs(found[seed] - image).max() <= 1 for seed, image in expected.items()), name
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("sample.model=nothing", "sample.model=nothing: not merged, pretrained, continued, ensemble, or a folder"),
-        ("sample.model=merged", "tiny/merged/unet is missing; merge.py makes it"),
-        ("sample.model=ensemble", "finetuned/0000-0500/unet is missing; finetune.py makes it"),
-        ("sample.output=tiny.yaml/below", "sample.output=tiny.yaml/below: cannot create this folder"),
-    ],
-)
-def test_mistakes_are_answered_in_one_line(config_file, override, message):
-    options = [override] if "model" in override else [MODEL, override]
-    result = run("sample_ddp.py", config_file, *options, status=2)
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr

@@ -1,7 +1,10 @@
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import yaml
 from conftest import REPOSITORY, environment
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from psutil import process_iter
 
 BLOCKS = {
     "cifar10": (["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], (8, 16, 16, 16)),
@@ -25,15 +29,21 @@ FAKE_PYTORCH_FID = {
 }
 
 
-def run_script(script: str, *options: str, status: int = 0, **variables: str) -> str:
-    """Run a shell script in the environment that runs the tests; its standard output."""
-    settings = environment() | {
+def script_environment() -> dict[str, str]:
+    return environment() | {
         "CONDA_DEFAULT_ENV": "deme",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    result = subprocess.run(
-        ["bash", REPOSITORY / "scripts" / script, *options], env=settings | variables, capture_output=True, text=True
-    )
+
+
+def script_command(script: str, *options: str) -> list:
+    return ["bash", REPOSITORY / "scripts" / script, *options]
+
+
+def run_script(script: str, *options: str, status: int = 0, **variables: str) -> str:
+    """Run a shell script in the environment that runs the tests; its standard output."""
+    settings = script_environment() | variables
+    result = subprocess.run(script_command(script, *options), env=settings, capture_output=True, text=True)
     assert result.returncode == status, result.stdout + result.stderr
     return result.stdout
 
@@ -57,6 +67,33 @@ def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_co
     assert second.count("0 of 24 images to draw") == 4
     assert first.split("| model |")[1] == second.split("| model |")[1]
     assert "classifier FD" in (tmp_path / "with space" / "digits" / "merged" / "README.md").read_text()
+
+
+def test_signals_to_a_shell_script_reach_every_process_and_mistakes_are_answered_first(tmp_path):
+    """SIGTERM, then Ctrl-C after the resume: all save checkpoints, the status is the signal's."""
+    options = [f"output_dir={tmp_path}", "finetune.log_every=1"]
+    assert run_script("digits.sh", *options, "finetune.max_steps=many", status=2) == ""
+    folders = [tmp_path / "digits" / "finetuned" / name for name in ("0000-0250", "continued")]
+    last = [0, 0]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with subprocess.Popen(script_command("digits.sh", *options), env=script_environment(), stdout=-1) as script:
+            end = time.monotonic() + 120
+            while any(newest_step(folder) <= step for folder, step in zip(folders, last, strict=True)):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            script.send_signal(number)
+            output = script.communicate(timeout=60)[0]
+        assert script.returncode in (128 + number, -number), output
+        last = [int(max((folder / "checkpoints").glob("step-*")).name[5:]) for folder in folders]
+        assert last == [newest_step(folder) for folder in folders]
+    time.sleep(0.5)
+    assert not any(str(tmp_path) in " ".join(process.info["cmdline"] or []) for process in process_iter(["cmdline"]))
+
+
+def newest_step(folder: Path) -> int:
+    log = folder / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def test_cifar10_from_scratch_goes_from_raw_data_to_the_table_in_pieces(tmp_path):

@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from deme.checkpoints import list_checkpoints, load_newest_checkpoint
 from deme.config import Finetune, Pretrain, RunError, UserError
 from deme.data import CroppedImages, batch_indices
 from deme.devices import check_shares
-from deme.runs import claim_folder
 from deme.training import MAX_SKIPPED_STEPS, Objective, Trainer
 
 OBJECTIVE = Objective(
@@ -153,9 +153,9 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
     whole, parts = newest_tensors(tmp_path / "whole"), newest_tensors(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert [key for key in whole if not torch.equal(whole[key], parts[key])] == []
+    clocks = {"images_per_second", "peak_memory_gib"}
     timeless = [
-        [{k: v for k, v in line.items() if k != "images_per_second"} for line in log(tmp_path / n)]
-        for n in ("whole", "parts")
+        [{k: v for k, v in line.items() if k not in clocks} for line in log(tmp_path / n)] for n in ("whole", "parts")
     ]
     assert timeless[0] == timeless[1]
 
@@ -238,6 +238,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
 
 
+def test_weights_that_the_last_step_broke_are_not_saved(tmp_path):
+    """No later loss would show it."""
+    trainer(tmp_path, max_steps=2, checkpoint_every=1).run(deadline=time.monotonic())
+    run = trainer(tmp_path, max_steps=2, checkpoint_every=1)
+    run.settings = replace(run.settings, learning_rate=1e38)
+    with pytest.raises(RunError, match=r"test: the weights are not finite at step 2; last good .*step-00000001"):
+        run.run()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
+
+
+def test_every_log_line_tells_the_whole_story(tmp_path):
+    trainer(tmp_path).run()
+    keys = {"step", "loss", "denoising_loss", "consistency_loss", "gradient_norm", "skipped_steps", "learning_rate"}
+    keys |= {"ema_decay", "images_per_second", "peak_memory_gib"}
+    for line in log(tmp_path):
+        assert line.keys() == keys
+        assert line["peak_memory_gib"] > 0.01
+        assert line["gradient_norm"] > 0
+
+
+def test_lines_that_a_crash_left_unfinished_are_dropped(tmp_path):
+    """Also zeros, as file systems leave them: each step is logged once after the resume."""
+    trainer(tmp_path, checkpoint_every=2).run(deadline=time.monotonic())
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(b'{"step": 2, "loss": 0.5}\n\0\0\0\0\n7\n{"step": 3, "lo')
+    assert trainer(tmp_path, checkpoint_every=2).run()
+    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert all("gradient_norm" in line for line in log(tmp_path))
+
+
 def test_fp16_stops_after_50_skipped_steps_in_a_row(tmp_path):
     """The loss scaler skips steps of infinite gradients: the weights stay as they were."""
     run = trainer(tmp_path, precision="fp16", max_steps=99, log_every=10)
@@ -318,14 +348,6 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
     trainer(tmp_path, objective).run()
     for line in log(tmp_path):
         assert line["loss"] == pytest.approx(line["denoising_loss"] + 0.5 * line["consistency_loss"], rel=1e-5)
-
-
-def test_another_configuration_is_refused_by_name(tmp_path):
-    accelerator = Accelerator(cpu=True)
-    claim_folder(accelerator, tmp_path / "run", {"seed": 0, "finetune.max_steps": 5}, {"git_commit": None})
-    claim_folder(accelerator, tmp_path / "run", {"seed": 0, "finetune.max_steps": 5}, {"git_commit": "other"})
-    with pytest.raises(UserError, match=r"finetune\.max_steps=6 \(was 5\)"):
-        claim_folder(accelerator, tmp_path / "run", {"seed": 0, "finetune.max_steps": 6}, {})
 
 
 def test_processes_must_share_the_micro_batches():

@@ -1,0 +1,51 @@
+"""One job at a time per output: a second one is refused, by the name of the first."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from deme.config import UserError
+from deme.files import make_folder, writing
+
+
+@contextmanager
+def locked(output: Path, key: str) -> Iterator[None]:
+    """Hold the file or folder `output` against other jobs while the block lasts.
+
+    The operating system's lock on `.NAME.lock` beside it ends with the process, however that ends. The file names the
+    owner: for the message, and for disks shared by hosts that don't see each other's locks.
+
+    Args:
+        key: the configuration key that `output` comes from.
+
+    Raises:
+        UserError: another job holds it; names its host and process.
+    """
+    make_folder(output.parent, key)
+    file, host = output.with_name(f".{output.name}.lock"), socket.gethostname()
+    lock = FileLock(file)
+    with writing(file):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{key}={output}: in use by {_owner(file) or 'another process'}") from None
+    try:
+        owner = _owner(file)
+        if owner and not owner.endswith(f" on {host}"):  # one of this host is dead, or its lock would stand
+            raise UserError(f"{key}={output}: in use by {owner}; if that has ended, delete {file}")
+        try:
+            with writing(file):
+                file.write_text(f"process {os.getpid()} on {host}", encoding="utf-8")
+            yield
+        finally:
+            file.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+    finally:
+        lock.release()
+
+
+def _owner(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.exists() else ""

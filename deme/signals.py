@@ -1,0 +1,37 @@
+"""Being stopped: SIGTERM (preemption) and Ctrl-C end a script with one line and the status that shells expect."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """A signal ended the run. Not an Exception: nothing that handles errors may go on after it.
+
+    Args:
+        number: the signal's.
+        state: what the run leaves behind, for the message.
+    """
+
+    def __init__(self, number: int, state: str = ""):
+        super().__init__(f"stopped by {signal.Signals(number).name}{state and f'; {state}'}")
+        self.status = 128 + number
+
+
+def raise_interrupted(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Within the block signals only append their number to the list that it yields."""
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
