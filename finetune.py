@@ -47,6 +47,7 @@ def main(config: Config) -> None:
     from deme.data import load_training_images
     from deme.devices import check_shares, locked_by_all, make_accelerator
     from deme.files import sha256
+    from deme.locks import clear_lock
     from deme.pipelines import find_pipeline, load_scheduler, load_unet, unet_folder, weights_file
     from deme.runs import check_same_run
 
@@ -67,6 +68,7 @@ def main(config: Config) -> None:
         folder, inputs = config.finetuned_folder(timestep_range), run_inputs(config, timestep_range, weights_hash)
         check_same_run(folder, inputs, free_training_settings(config, config.finetune))
         if (folder / "unet").exists():
+            clear_lock(folder)
             accelerator.print(f"{folder / 'unet'} is complete")
         else:
             runs[timestep_range] = inputs

@@ -26,6 +26,7 @@ def main(config: Config) -> None:
     from deme.config import UserError
     from deme.data import load_training_images
     from deme.devices import check_shares, locked_by_all, make_accelerator
+    from deme.locks import clear_lock
     from deme.runs import check_same_run
 
     started = time.monotonic()
@@ -38,6 +39,7 @@ def main(config: Config) -> None:
     inputs, free = training_inputs(config, settings), free_training_settings(config, settings)
     check_same_run(work_folder(config), inputs, free)
     if output.exists():
+        clear_lock(work_folder(config))
         accelerator.print(f"{output} is complete")
         return
 

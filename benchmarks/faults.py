@@ -199,13 +199,15 @@ def check_readable(work: Path) -> None:
 
 
 def fingerprint(work: Path) -> dict[str, str | list]:
-    """File name → what is in it: a hash, or for a log its lines without what depends on the clock."""
+    """File or folder → what is in it: a hash, or for a log its lines without what depends on the clock."""
     found = {}
     for path in sorted((work / "runs").rglob("*")):
         name = str(path.relative_to(work))
-        if path.is_dir() or "events.out.tfevents" in name:
+        if "events.out.tfevents" in name:
             continue
-        if path.name == "log.jsonl":
+        if path.is_dir():
+            found[name] = "folder"
+        elif path.name == "log.jsonl":
             lines = map(json.loads, path.read_text().splitlines())
             found[name] = [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
         else:

@@ -23,10 +23,14 @@ def machine(device: str) -> str:
     return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads, {versions}"
 
 
-def save(name: str, device: str, rows: list[dict], table: str) -> None:
-    """Print the table, write results/NAME-DEVICE.json and replace the benchmark's part of README.md."""
+def save(name: str, device: str, rows: list[dict], table: str, ceiling: dict[str, float] | None = None) -> None:
+    """Print the table, write results/NAME-DEVICE.json and replace the benchmark's part of README.md.
+
+    Args:
+        ceiling: the machine's limits, measured in the same run.
+    """
     command = shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
-    content = {"command": command, "machine": machine(device), "rows": rows}
+    content = {"command": command, "machine": machine(device), "ceiling": ceiling, "rows": rows}
     (FOLDER / "results").mkdir(exist_ok=True)
     (FOLDER / "results" / f"{name}-{device}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     readme, key = FOLDER / "README.md", f"{name}-{device}"

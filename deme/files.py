@@ -68,7 +68,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     with writing(path):
         remove_leftovers(path.parent, path.name)
-        temporary, old = (Path(tempfile.mkdtemp(**_sibling(path))) for _ in range(2))  # private: mode 0700
+        temporary, old = Path(tempfile.mkdtemp(**_sibling(path))), None  # private: mode 0700
         try:
             yield temporary
             for file in temporary.rglob("*"):
@@ -76,14 +76,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             temporary.chmod(0o777 & ~UMASK)
             sync_to_disk(temporary)
             if path.exists():  # os.replace can't replace a folder that holds something
+                old = Path(tempfile.mkdtemp(**_sibling(path)))
                 os.replace(path, old)
             os.replace(temporary, path)
             sync_to_disk(path.parent)
         finally:
-            if not path.exists() and any(old.iterdir()):
+            if old is not None and not path.exists():
                 os.replace(old, path)
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:

@@ -3,18 +3,18 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from deme.config import UserError
-from deme.files import make_folder, writing
+from deme.files import make_folder, remove_leftovers, writing
 
 
 @contextmanager
 def locked(output: Path, key: str) -> Iterator[None]:
-    """Hold the file or folder `output` against other jobs while the block lasts.
+    """Hold the file or folder `output` against other jobs while the block lasts; clear up after one that was killed.
 
     The operating system's lock on `.NAME.lock` beside it ends with the process, however that ends. The file names the
     owner: for the message, and for disks shared by hosts that don't see each other's locks.
@@ -26,7 +26,7 @@ def locked(output: Path, key: str) -> Iterator[None]:
         UserError: another job holds it; names its host and process.
     """
     make_folder(output.parent, key)
-    file, host = output.with_name(f".{output.name}.lock"), socket.gethostname()
+    file, host = _lock_file(output), socket.gethostname()
     lock = FileLock(file)
     with writing(file):
         try:
@@ -40,11 +40,22 @@ def locked(output: Path, key: str) -> Iterator[None]:
         try:
             with writing(file):
                 file.write_text(f"process {os.getpid()} on {host}", encoding="utf-8")
+                remove_leftovers(output.parent, output.name)
             yield
         finally:
             file.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
     finally:
         lock.release()
+
+
+def clear_lock(output: Path) -> None:
+    """Delete the lock of a complete output, which nobody takes any more: its owner was killed at the very end."""
+    with suppress(OSError):
+        _lock_file(output).unlink(missing_ok=True)
+
+
+def _lock_file(output: Path) -> Path:
+    return output.with_name(f".{output.name}.lock")
 
 
 def _owner(file: Path) -> str:

@@ -185,3 +185,11 @@ def test_faults_lose_nothing(target, tmp_path):
     """Two kills at random moments, a full disk, a truncated checkpoint; benchmarks/faults.py does many more."""
     found = faults.disturb(target, tmp_path, 2, 1, random.Random(target.name))
     assert found["kills"] >= 2
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_lock(tmp_path):
+    """It may have been killed after its output got the final name, so that nobody writes there again."""
+    leftover = tmp_path / ".writing-merged-abcd1234"
+    leftover.mkdir()
+    with locked(tmp_path / "merged", "merge.output"):
+        assert not leftover.exists()
