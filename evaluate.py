@@ -41,14 +41,12 @@ def plan(config: Config) -> str:
 
 
 def main(config: Config) -> None:
-    from deme.devices import in_main_process, locked_by_all, make_accelerator
     from deme.files import atomic_file, make_folder
     from deme.samples import check_sizes, drawn_from, list_images, read_images
 
     settings, output = config.evaluate, config.results
-    accelerator = make_accelerator("no", "evaluate")
 
-    # --- what is scored
+    # --- what is scored; torch is imported after what can be answered without it
     folders = sample_folders(config)
     if not folders and settings.samples is None:
         raise UserError(f"evaluate.samples={settings.samples}: no sample folders in {config.folder / 'samples'}")
@@ -61,6 +59,9 @@ def main(config: Config) -> None:
         check_sizes(paths)
 
     # --- the feature network and the data's statistics
+    from deme.devices import in_main_process, locked_by_all, make_accelerator
+
+    accelerator = make_accelerator("no", "evaluate")
     with locked_by_all(accelerator, config.folder / "stats", "output_dir"):
         make_folder(config.folder / "stats", "output_dir")
         network, made_by = feature_network(config, accelerator)

@@ -12,7 +12,7 @@ import copy
 import time
 from dataclasses import replace
 
-from deme.command import provenance, run_script
+from deme.command import print_once, provenance, run_script
 from deme.config import CONTINUED, Config, Finetune, free_training_settings, range_name, training_inputs
 
 
@@ -42,38 +42,38 @@ def plan(config: Config) -> str:
 
 
 def main(config: Config) -> None:
-    import gc
-
-    from deme.data import load_training_images
-    from deme.devices import check_shares, locked_by_all, make_accelerator
     from deme.files import sha256
     from deme.locks import clear_lock
-    from deme.pipelines import find_pipeline, load_scheduler, load_unet, unet_folder, weights_file
+    from deme.pipelines import check_fits, find_pipeline, load_scheduler, load_unet, unet_folder, weights_file
     from deme.runs import check_same_run
 
     started, max_minutes = time.monotonic(), config.finetune.max_minutes
     deadline = None if max_minutes is None else started + 60 * max_minutes
 
-    # --- the pretrained pipeline
-    accelerator = make_accelerator(config.finetune.mixed_precision, "finetune.mixed_precision")
-    check_shares(accelerator.num_processes, config.finetune)
-    pretrained = find_pipeline(config.pretrained)
-    scheduler = load_scheduler(pretrained, config.timesteps.num_train_timesteps)
-    unet = load_unet(unet_folder(pretrained), config.data.resolution)
+    # --- what is left to do; torch is imported after what can be answered without it
+    pretrained, runs = find_pipeline(config.pretrained), {}
+    check_fits(config, [unet_folder(pretrained)], pretrained)
     weights_hash = sha256(weights_file(unet_folder(pretrained)))
-
-    # --- what is left to do
-    runs = {}
     for timestep_range in chosen_ranges(config):
         folder, inputs = config.finetuned_folder(timestep_range), run_inputs(config, timestep_range, weights_hash)
         check_same_run(folder, inputs, free_training_settings(config, config.finetune))
         if (folder / "unet").exists():
             clear_lock(folder)
-            accelerator.print(f"{folder / 'unet'} is complete")
+            print_once(f"{folder / 'unet'} is complete")
         else:
             runs[timestep_range] = inputs
     if not runs:
         return
+
+    # --- the pretrained network and the images
+    import gc
+
+    from deme.data import load_training_images
+    from deme.devices import check_shares, locked_by_all, make_accelerator
+
+    accelerator = make_accelerator(config.finetune.mixed_precision, "finetune.mixed_precision")
+    check_shares(accelerator.num_processes, config.finetune)
+    scheduler, unet = load_scheduler(pretrained), load_unet(unet_folder(pretrained))
     images, _ = load_training_images(config.data, unet.config.in_channels, config.image_cache)
     accelerator.print(
         f"{config.pretrained}: {unet.num_parameters():,} parameters; {len(images):,} images; "

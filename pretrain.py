@@ -11,7 +11,7 @@ The same command again resumes, or does nothing when all is done.
 import time
 from pathlib import Path
 
-from deme.command import provenance, run_script
+from deme.command import print_once, provenance, run_script
 from deme.config import Config, free_training_settings, training_inputs
 
 
@@ -20,12 +20,7 @@ def plan(config: Config) -> str:
 
 
 def main(config: Config) -> None:
-    import diffusers
-    import torch
-
     from deme.config import UserError
-    from deme.data import load_training_images
-    from deme.devices import check_shares, locked_by_all, make_accelerator
     from deme.locks import clear_lock
     from deme.runs import check_same_run
 
@@ -33,17 +28,23 @@ def main(config: Config) -> None:
     settings, output = config.pretrain, config.folder / "pretrained"
     deadline = None if settings.max_minutes is None else started + 60 * settings.max_minutes
 
-    # --- complete already, or not the run that stands there
-    accelerator = make_accelerator(settings.mixed_precision, "pretrain.mixed_precision")
-    check_shares(accelerator.num_processes, settings)
+    # --- complete already, or not the run that stands there; torch is imported after it
     inputs, free = training_inputs(config, settings), free_training_settings(config, settings)
     check_same_run(work_folder(config), inputs, free)
     if output.exists():
         clear_lock(work_folder(config))
-        accelerator.print(f"{output} is complete")
+        print_once(f"{output} is complete")
         return
 
+    import diffusers
+    import torch
+
+    from deme.data import load_training_images
+    from deme.devices import check_shares, locked_by_all, make_accelerator
+
     # --- network and noise schedule from the configuration
+    accelerator = make_accelerator(settings.mixed_precision, "pretrain.mixed_precision")
+    check_shares(accelerator.num_processes, settings)
     torch.manual_seed(config.seed)
     try:
         unet = diffusers.UNet2DModel(sample_size=config.data.resolution, **settings.unet)

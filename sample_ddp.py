@@ -74,29 +74,30 @@ def plan(config: Config) -> str:
 
 
 def main(config: Config) -> None:
-    import torch
-
-    from deme.devices import in_main_process, locked_by_all, make_accelerator
     from deme.files import sha256
     from deme.pipelines import (
         SCHEDULER_CONFIG,
+        check_fits,
         find_pipeline,
         load_scheduler,
         load_unet,
         scheduler_folder,
         weights_file,
     )
+
+    settings, output, source = config.sample, output_folder(config), find_source(config)
+    pipeline = find_pipeline(source.pipeline)
+    check_fits(config, source.unets, pipeline)  # torch is imported after what can be answered without it
+
+    import torch
+
+    from deme.devices import in_main_process, locked_by_all, make_accelerator
     from deme.samples import claim_samples, image_path, missing_seeds, read_images
     from deme.sampling import ensemble, save_grid
 
-    settings, output = config.sample, output_folder(config)
-    accelerator = make_accelerator(settings.mixed_precision, "sample.mixed_precision")
-
     # --- networks and noise schedule
-    source = find_source(config)
-    pipeline = find_pipeline(source.pipeline)
-    scheduler = load_scheduler(pipeline, config.timesteps.num_train_timesteps)
-    unets = [load_unet(folder, config.data.resolution) for folder in source.unets]
+    accelerator = make_accelerator(settings.mixed_precision, "sample.mixed_precision")
+    scheduler, unets = load_scheduler(pipeline), [load_unet(folder) for folder in source.unets]
     unets = [unet.to(accelerator.device, memory_format=torch.channels_last) for unet in unets]
     ranges = config.timesteps.ranges if len(unets) > 1 else [(0, config.timesteps.num_train_timesteps)]
     shape = (unets[0].config.in_channels, config.data.resolution, config.data.resolution)

@@ -32,6 +32,12 @@ def _git_commit() -> str | None:
         return None  # a copy of the repository without git
 
 
+def print_once(line: str) -> None:
+    """Print where all processes of a job have come to the same result, before they know each other."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
 def _leave_process_group() -> None:
     """Wait for the other processes and close the connections: one that just exits may abort in their threads."""
     distributed = sys.modules.get("torch.distributed")  # imported by main, or not needed

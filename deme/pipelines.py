@@ -2,21 +2,21 @@
 
 A pipeline is a folder with `unet/` and `scheduler/`, or a flat one with `config.json`, `scheduler_config.json` and the
 weights side by side (google/ddpm-*). Weights are safetensors or `.bin`, which is read without unpickling code, under
-today's names or those of diffusers up to 0.15. diffusers itself is imported only where a network is built: merging
-today's files needs the folders alone.
+today's names or those of diffusers up to 0.15. torch and diffusers are imported only where tensors are read or
+a network is built.
 """
 
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from deme.config import HUB_ID, REPOSITORY, UserError
-from deme.task_vectors import PROJECTION_SUFFIX
+from deme.config import HUB_ID, REPOSITORY, Config, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 SCHEDULER_CONFIG = "scheduler_config.json"
 PROJECTED_CLASS = "ProjectedUNet2DModel"
+PROJECTION_SUFFIX = ".projection.weight"  # how the channel-wise projections' tensors end in a state dict
 OLD_ATTENTION_NAME = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
 
 
@@ -136,22 +137,36 @@ def load_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
     return load_unet(folder).state_dict()  # diffusers knows the old names
 
 
-def load_unet(folder: Path, resolution: int | None = None) -> "UNet2DModel":
-    """The UNet in a folder, float32, in eval mode; with projections where its configuration says so.
+def check_fits(config: Config, unets: Sequence[Path], pipeline: Path) -> None:
+    """Compare networks and a noise schedule with the configuration by their JSON files, before torch is imported.
 
     Args:
-        resolution: the data's, which must be the UNet's sample size; None: any.
+        unets: folders.
+        pipeline: the folder whose scheduler is used.
 
     Raises:
-        UserError: missing or damaged files, projections that the configuration does not name, another sample size, NaN
-            or infinite weights.
+        UserError: missing or damaged files, a sample size unlike the data's resolution, another number of timesteps.
+    """
+    for folder in unets:
+        weights_file(folder)
+        size, resolution = read_json(folder / "config.json").get("sample_size"), config.data.resolution
+        if size != resolution:
+            raise UserError(f"data.resolution={resolution}: the UNet in {folder} has sample_size={size}")
+    folder, steps = scheduler_folder(pipeline), config.timesteps.num_train_timesteps
+    found = read_json(folder / SCHEDULER_CONFIG).get("num_train_timesteps", 1000)  # diffusers' own default
+    if found != steps:
+        raise UserError(f"timesteps.num_train_timesteps={steps}: the scheduler in {folder} has {found}")
+
+
+def load_unet(folder: Path) -> "UNet2DModel":
+    """The UNet in a folder, float32, in eval mode; with projections where its configuration says so.
+
+    Raises:
+        UserError: missing or damaged files, projections that the configuration does not name, NaN or infinite weights.
     """
     from deme.projection import ProjectedUNet2DModel, UNet2DModel
 
     settings, weights = read_json(folder / "config.json"), weights_file(folder)
-    size = settings.get("sample_size")
-    if resolution is not None and size != resolution:
-        raise UserError(f"data.resolution={resolution}: the UNet in {folder} has sample_size={size}")
     unet_class = ProjectedUNet2DModel if settings.get("_class_name") == PROJECTED_CLASS else UNet2DModel
     try:
         unet, report = unet_class.from_pretrained(
@@ -171,18 +186,8 @@ def load_unet(folder: Path, resolution: int | None = None) -> "UNet2DModel":
     return unet
 
 
-def load_scheduler(pipeline: Path, num_train_timesteps: int) -> "DDPMScheduler":
-    """The pretrained noise schedule: betas, clipping, prediction and variance type as the pipeline folder says.
-
-    Raises:
-        UserError: missing files, or T unlike the configuration's.
-    """
+def load_scheduler(pipeline: Path) -> "DDPMScheduler":
+    """The pretrained noise schedule: betas, clipping, prediction and variance type as the pipeline folder says."""
     from diffusers import DDPMScheduler
 
-    folder = scheduler_folder(pipeline)
-    read_json(folder / SCHEDULER_CONFIG)
-    scheduler = DDPMScheduler.from_pretrained(folder)
-    found = scheduler.config.num_train_timesteps
-    if found != num_train_timesteps:
-        raise UserError(f"timesteps.num_train_timesteps={num_train_timesteps}: the scheduler in {folder} has {found}")
-    return scheduler
+    return DDPMScheduler.from_pretrained(scheduler_folder(pipeline))

@@ -12,7 +12,7 @@ from diffusers import (
 )
 from torch import nn
 
-from deme.task_vectors import PROJECTION_SUFFIX
+from deme.pipelines import PROJECTION_SUFFIX
 
 
 def add_projections(unet: nn.Module) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from deme.config import UserError
-from deme.task_vectors import PROJECTION_SUFFIX
+from deme.pipelines import PROJECTION_SUFFIX
 
 STORAGES = {
     "DoubleStorage": torch.float64,

@@ -1,12 +1,13 @@
 """A training run's folder and the settings it belongs to."""
 
 from pathlib import Path
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING
 
 from deme.config import UserError
-from deme.devices import in_main_process
 from deme.files import make_folder, read_yaml, write_yaml
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def check_same_run(folder: Path, trained_from: dict, free: dict) -> None:
@@ -35,7 +36,7 @@ def _changes(before: dict, now: dict) -> list[str]:
     return [f"{key}={now.get(key)} (was {before.get(key)})" for key in keys]
 
 
-def claim_folder(accelerator: Accelerator, folder: Path, trained_from: dict, free: dict, record: dict) -> None:
+def claim_folder(accelerator: "Accelerator", folder: Path, trained_from: dict, free: dict, record: dict) -> None:
     """Create a run's folder with its config.yaml, or make sure that the run in it is the same.
 
     Args:
@@ -44,6 +45,7 @@ def claim_folder(accelerator: Accelerator, folder: Path, trained_from: dict, fre
     Raises:
         UserError: as check_same_run, or the folder can't be written.
     """
+    from deme.devices import in_main_process
 
     def claim() -> None:
         check_same_run(folder, trained_from, free)

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
 
 from deme.config import UserError
 from deme.files import atomic_file, make_folder, read_yaml, remove_leftovers, write_yaml
+
+if TYPE_CHECKING:
+    import torch
 
 RECORD = "samples.yaml"
 IMAGE_SUFFIXES = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")  # those that pytorch_fid scores
@@ -72,7 +75,7 @@ def missing_seeds(folder: Path, seeds: range) -> list[int]:
         return [seed for seed, whole in zip(seeds, pool.map(is_whole, seeds), strict=True) if not whole]
 
 
-def write_image(folder: Path, seed: int, image: torch.Tensor) -> None:
+def write_image(folder: Path, seed: int, image: "torch.Tensor") -> None:
     """Save one uint8 image (C, H, W), C = 1 (grayscale) or 3 (RGB)."""
     pixels = image.permute(1, 2, 0).numpy()
     with atomic_file(image_path(folder, seed), sync=False) as temporary:
@@ -126,12 +129,14 @@ def check_sizes(paths: Sequence[Path]) -> None:
             raise UserError(f"{path}: is {width} x {height}, {first}; all images of a folder must have one size")
 
 
-def read_images(paths: Sequence[Path]) -> torch.Tensor:
+def read_images(paths: Sequence[Path]) -> "torch.Tensor":
     """Image files of one size as uint8 RGB, shape (N, 3, H, W), as pytorch_fid reads them.
 
     Raises:
         UserError: an unreadable file.
     """
+    import torch
+
     images = []
     for path in paths:
         try:

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 import torch
 
 from deme.config import UserError
+from deme.pipelines import PROJECTION_SUFFIX
 
 Tensors = Mapping[str, torch.Tensor]
-PROJECTION_SUFFIX = ".projection.weight"  # how the channel-wise projections' tensors end in a state dict
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from deme.pipelines import (
 def main(weights: Path, pretrained: str, output: Path) -> None:
     from safetensors.torch import save_file
 
+    from deme.pipelines import PROJECTION_SUFFIX
     from deme.published import read_published, rename_projections
-    from deme.task_vectors import PROJECTION_SUFFIX
 
     # --- tensors and architecture
     pipeline = find_pipeline(pretrained)

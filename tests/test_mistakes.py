@@ -172,7 +172,7 @@ CASES = [
     ("finetune.py", "finetune.batch_size=9", "finetune.batch_size=9: must be a multiple of finetune.micro_b", nothing),
     ("finetune.py", "finetune.range=2", "finetune.range=2: must be null, continued, or one of 0 … 1", nothing),
     ("finetune.py", "finetune.mixed_precision=fp16", "finetune.mixed_precision=fp16: needs a GPU", nothing),
-    ("sample_ddp.py", "sample.mixed_precision=fp16", "sample.mixed_precision=fp16: needs a GPU", nothing),
+    ("sample_ddp.py", f"{MODEL} sample.mixed_precision=fp16", "sample.mixed_precision=fp16: needs a GPU", nothing),
     ("merge.py", "merge.coefficients=[1,1,1]", r"merge.coefficients=\[1, 1, 1\]: 3 coefficients for 2 times", nothing),
     ("merge.py", "merge.coefficients=[.nan,1]", r"merge.coefficients=\[nan, 1\]: must be a list of finite nu", nothing),
     ("merge.py", "merge.push_to_hub=alone", "merge.push_to_hub=alone: must be a Hub id, owner/name", nothing),

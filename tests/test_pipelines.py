@@ -51,11 +51,11 @@ def flat(request, pretrained, tmp_path):
 def test_every_form_gives_the_same_network_and_schedule(flat, pretrained):
     pipeline = find_pipeline(str(flat))
     expected = load_file(pretrained / "unet" / WEIGHTS)
-    found = load_unet(unet_folder(pipeline), resolution=8).state_dict()
+    found = load_unet(unet_folder(pipeline)).state_dict()
     for tensors in (found, load_tensors(unet_folder(pipeline))):
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
-    assert load_scheduler(pipeline, 1000).config.beta_end == 0.03
+    assert load_scheduler(pipeline).config.beta_end == 0.03
 
 
 @pytest.mark.parametrize("flat", ["pickled, old names"], indirect=True)

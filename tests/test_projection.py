@@ -6,8 +6,8 @@ from conftest import tiny_unet
 from diffusers import UNet2DModel
 from diffusers.models import ModelMixin
 
+from deme.pipelines import PROJECTION_SUFFIX
 from deme.projection import ProjectedUNet2DModel
-from deme.task_vectors import PROJECTION_SUFFIX
 
 INPUT = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 TIMESTEPS = torch.tensor([1, 500, 999])

@@ -12,10 +12,9 @@ from diffusers.models.attention_processor import Attention
 from test_pipelines import old_name
 
 from deme.config import UserError
-from deme.pipelines import load_unet
+from deme.pipelines import PROJECTION_SUFFIX, load_unet
 from deme.projection import ProjectedUNet2DModel
 from deme.published import read_published, rename_projections
-from deme.task_vectors import PROJECTION_SUFFIX
 
 FORK = """
 import torch
@@ -93,7 +92,7 @@ def test_both_kinds_become_a_pipeline_of_the_same_network(kind, projected, pretr
     weights, output = request.getfixturevalue(kind), tmp_path / "imported"
     result = import_published(weights, pretrained, output)
     assert "the fork's code runs" not in result.stdout
-    found, noisy = load_unet(output / "unet", resolution=8), torch.randn(2, 1, 8, 8)
+    found, noisy = load_unet(output / "unet"), torch.randn(2, 1, 8, 8)
     assert isinstance(found, ProjectedUNet2DModel)
     with torch.no_grad():
         assert torch.equal(found(noisy, 500).sample, projected(noisy, 500).sample)
