@@ -42,11 +42,13 @@ def plan(config: Config) -> str:
 
 def main(config: Config) -> None:
     from deme.files import atomic_file, make_folder
-    from deme.samples import check_sizes, drawn_from, list_images, read_images
+    from deme.samples import check_sizes, list_images
 
     settings, output = config.evaluate, config.results
 
     # --- what is scored; torch is imported after what can be answered without it
+    if output.is_dir():
+        raise UserError(f"evaluate.output={output}: is a folder; results are a JSON file")
     folders = sample_folders(config)
     if not folders and settings.samples is None:
         raise UserError(f"evaluate.samples={settings.samples}: no sample folders in {config.folder / 'samples'}")
@@ -62,37 +64,42 @@ def main(config: Config) -> None:
     from deme.devices import in_main_process, locked_by_all, make_accelerator
 
     accelerator = make_accelerator("no", "evaluate")
-    with locked_by_all(accelerator, config.folder / "stats", "output_dir"):
-        make_folder(config.folder / "stats", "output_dir")
-        network, made_by = feature_network(config, accelerator)
-        reference = reference_statistics(config, accelerator, network, made_by)
-    if not folders:
-        return
+    with locked_by_all(accelerator, output, "output_dir" if settings.output is None else "evaluate.output"):
+        with locked_by_all(accelerator, config.folder / "stats", "output_dir"):
+            make_folder(config.folder / "stats", "output_dir")
+            network, made_by = feature_network(config, accelerator)
+            reference = reference_statistics(config, accelerator, network, made_by)
+        if not folders:
+            return
 
-    # --- scores of all images together and of each block, in seed order
-    rows = []
-    for folder, paths in files.items():
-        features = extract(
-            accelerator, network, lambda part, paths=paths: read_images(paths[part]), len(paths), settings.batch_size
-        )
-        if features.shape[1] != len(reference.mu):
-            size = f"{len(reference.mu)} features, {settings.features} has {features.shape[1]}"
-            raise UserError(f"evaluate.reference={settings.reference}: holds statistics of {size}")
-        if accelerator.is_main_process:
-            source = {"samples": str(folder), "weights": drawn_from(folder), "images": len(paths)}
-            rows.append(source | scores(features, reference, settings))
+        # --- scores of all images together and of each block, in seed order
+        rows = [score_folder(config, accelerator, network, reference, *item) for item in files.items()]
 
-    # --- table and results.json
-    def write() -> None:
-        names = {str(folder): [path.name for path in paths] for folder, paths in files.items()}
-        add_spread(rows, names)
-        make_folder(output.parent, "evaluate.output")
-        results = {"features": settings.features, **made_by, "rows": rows, **provenance(config)}
-        with atomic_file(output) as temporary:
-            temporary.write_text(json.dumps(results, indent=2), encoding="utf-8")
-        print(table(rows, settings.features), output, sep="\n")
+        # --- table and results.json
+        def write() -> None:
+            names = {str(folder): [path.name for path in paths] for folder, paths in files.items()}
+            add_spread(rows, names)
+            results = {"features": settings.features, **made_by, "rows": rows, **provenance(config)}
+            with atomic_file(output) as temporary:
+                temporary.write_text(json.dumps(results, indent=2), encoding="utf-8")
+            print(table(rows, settings.features), output, sep="\n")
 
-    in_main_process(accelerator, write)
+        in_main_process(accelerator, write)
+
+
+def score_folder(config: Config, accelerator, network, reference, folder: Path, paths: list[Path]) -> dict | None:
+    """The row of one sample folder; None in all processes but the main one."""
+    from deme.samples import drawn_from, read_images
+
+    settings = config.evaluate
+    features = extract(accelerator, network, lambda part: read_images(paths[part]), len(paths), settings.batch_size)
+    if features.shape[1] != len(reference.mu):
+        size = f"{len(reference.mu)} features, {settings.features} has {features.shape[1]}"
+        raise UserError(f"evaluate.reference={settings.reference}: holds statistics of {size}")
+    if not accelerator.is_main_process:
+        return None
+    source = {"samples": str(folder), "weights": drawn_from(folder), "images": len(paths)}
+    return source | scores(features, reference, settings)
 
 
 def evaluated_data(config: Config) -> dict:
@@ -187,7 +194,8 @@ def extract(accelerator, network, read, count: int, batch_size: int):
     from tqdm import tqdm
 
     edges = [count * rank // accelerator.num_processes for rank in range(accelerator.num_processes + 1)]
-    first, last = edges[accelerator.process_index], edges[accelerator.process_index + 1]
+    first, last = edges[accelerator.process_index : accelerator.process_index + 2]
+    last = max(first + 1, last)  # a process without a share takes part by an image that is dropped below
     starts = tqdm(range(first, last, batch_size), "features", disable=not accelerator.is_main_process, leave=False)
     with torch.inference_mode():
         parts = [

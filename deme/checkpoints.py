@@ -80,7 +80,7 @@ def load_newest_checkpoint(folder: Path, state: TrainingState) -> Path | None:
         try:
             _load_checkpoint(path, state)
             return path
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             print(f"{path}: unreadable, trying the one before it ({error})")
     if checkpoints:
         raise UserError(

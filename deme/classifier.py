@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock
@@ -132,14 +132,18 @@ def save_classifier(path: Path, classifier: Classifier, accuracy: float, made_fr
 
 
 def load_classifier(path: Path, made_from: dict) -> tuple[Classifier, float] | None:
-    """The cached classifier and its held-out accuracy, or None where it was made from something else."""
+    """The cached classifier and its held-out accuracy, or None where it was made from something else or is damaged."""
     if not path.exists():
         return None
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    if json.loads(metadata["made_from"]) != made_from:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if "made_from" not in metadata or json.loads(metadata["made_from"]) != made_from:
+            return None
+        weights = load_file(path)
+    except SafetensorError as error:
+        print(f"{path}: unreadable, training it again ({error})")
         return None
-    weights = load_file(path)
     classifier = Classifier(len(weights["layers.1.bias"]), len(weights["head.bias"]))
     classifier.load_state_dict(weights)
     return classifier.eval(), float(metadata["held_out_accuracy"])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deme.config import REPOSITORY, Config, RunError, UserError, load_config
 from deme.files import to_yaml
-from deme.signals import SIGNALS, Interrupted, raise_interrupted
+from deme.signals import SIGNALS, Interrupted, ignore_signals, raise_interrupted, stopped_by
 
 
 def provenance(config: Config) -> dict:
@@ -46,11 +46,12 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def _tell_launcher(line: str) -> None:
-    """Let torch's launcher repeat an error in its last lines, in the file that it names for that."""
+def _tell_launcher(line: str) -> bool:
+    """Let torch's launcher, if it is there, repeat an error in its last lines, in the file that it names for that."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+    return bool(file)
 
 
 def run_script(description: str, plan: Callable[[Config], str], main: Callable[[Config], None]) -> None:
@@ -75,10 +76,15 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
         else:
             main(config)
             _leave_process_group()
-    except (UserError, RunError, Interrupted) as error:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # it is ending
+        if stopped_by:
+            raise Interrupted(stopped_by[0])
+    except BaseException as error:
+        ignore_signals()
+        if stopped_by and not isinstance(error, Interrupted):
+            error = Interrupted(stopped_by[0])
+        if not isinstance(error, (UserError, RunError, Interrupted)):
+            raise
         line = f"{parser.prog}: {'error: ' * isinstance(error, UserError)}{error}"
-        print(line, file=sys.stderr)
-        _tell_launcher(line)
+        if not _tell_launcher(line) or os.environ["RANK"] == "0":
+            print(line, file=sys.stderr)
         sys.exit(error.status)

@@ -59,6 +59,9 @@ class Section:
             value = getattr(self, key)
             self.check(key, value is None or 0 <= value < math.inf, "must be 0 or above")
 
+    def check_seed(self, key: str) -> None:
+        self.check(key, 0 <= getattr(self, key) < 2**63, "must lie in [0, 2**63)")
+
     def check_fraction(self, *keys: str) -> None:
         for key in keys:
             self.check(key, 0 <= getattr(self, key) <= 1, "must lie in [0, 1]")
@@ -212,7 +215,8 @@ class Merge(Section):
         for coefficients in lists if self.coefficients is not None else ():
             fits = isinstance(coefficients, list) and all(_is_finite_number(w) for w in coefficients)
             self.check("coefficients", fits, rule)
-        self.check("coefficients", self.coefficients != {}, rule)
+        named = not isinstance(self.coefficients, dict) or all(isinstance(key, str) for key in self.coefficients)
+        self.check("coefficients", self.coefficients != {} and named, rule)
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ class Sample(Section):
 
     def __post_init__(self):
         self.check_positive("num_images", "batch_size", "num_inference_steps")
-        self.check_not_negative("seed_offset")
+        self.check_seed("seed_offset")
         self.check_fraction("eta")
         self.check_choice("mixed_precision", PRECISIONS)
         self.check("model", self.model != "", "must name a model")
@@ -272,7 +276,7 @@ class Config(Section):
     evaluate: Evaluate = field(default_factory=Evaluate)
 
     def __post_init__(self):
-        self.check_not_negative("seed")
+        self.check_seed("seed")
         self.check("name", self.name not in ("", ".", "..") and "/" not in self.name, "must be a plain folder name")
         count = len(self.timesteps.ranges)
         chosen = self.finetune.range
@@ -350,7 +354,7 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
             raise UserError(f"{override}: overrides are written section.key=value")
         try:
             yaml.safe_load(override.split("=", 1)[1])
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{override}: not YAML: {getattr(error, 'problem', error)}") from None
     given = OmegaConf.create({})
     try:
@@ -368,12 +372,13 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
         return OmegaConf.to_object(OmegaConf.merge(_writable(Config()), given))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {file}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {file}: {' '.join(str(error).split())}") from None
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0]
         key = error.full_key
-        raise UserError(f"{key}={OmegaConf.select(given, key)}: {message}" if key else message) from None
+        value = OmegaConf.select(given, key, throw_on_resolution_failure=False) if key else None
+        raise UserError(f"{key}={value}: {message}" if key else message) from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise UserError(f"--config {file}: {' '.join(str(error).split())}") from None
 
 
 def _writable(defaults: Config) -> Any:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from deme.config import Data, UserError
-from deme.files import atomic_folder, make_folder
+from deme.files import atomic_folder, make_folder, writing
 
 PERMUTATION, MICRO_BATCH, HELD_OUT = 0, 1, 2  # what a generator is for: keeps the seeds of a run's draws apart
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for a number of channels
@@ -194,7 +195,9 @@ def _resized(data: Data, rows: Sequence, fingerprint: str, channels: int, cache:
     folder = cache / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     make_folder(cache, "output_dir")
     lock = folder.with_suffix(".lock")
-    with FileLock(lock):
+    with ExitStack() as held:
+        with writing(lock):
+            held.enter_context(FileLock(lock))
         try:
             if not folder.exists():
                 _build_cache(folder, data, rows, channels)

@@ -25,6 +25,9 @@ def locked(output: Path, key: str) -> Iterator[None]:
     Raises:
         UserError: another job holds it; names its host and process.
     """
+    output = output if output.name else output.absolute()
+    if not output.name:
+        raise UserError(f"{key}={output}: must be a file or folder below it")
     make_folder(output.parent, key)
     file, host = _lock_file(output), socket.gethostname()
     lock = FileLock(file)
@@ -59,4 +62,4 @@ def _lock_file(output: Path) -> Path:
 
 
 def _owner(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.exists() else ""
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""

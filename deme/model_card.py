@@ -1,10 +1,10 @@
 """The model card of a merged network: the README.md that the Hub shows."""
 
-import json
 from pathlib import Path
 
-from deme.config import Config, range_name
+from deme.config import Config, UserError, range_name
 from deme.files import markdown_table, sha256, to_yaml
+from deme.pipelines import read_json
 
 PAPER = "[Decouple-then-Merge](https://arxiv.org/abs/2410.06664)"
 
@@ -71,5 +71,8 @@ def find_scores(results: Path, weights: Path) -> list[dict]:
     """The rows of a results.json whose images were drawn from a network's weights, each with the features' name."""
     if not results.exists():
         return []
-    content, network = json.loads(results.read_text(encoding="utf-8")), [sha256(weights)]
-    return [row | {"features": content["features"]} for row in content["rows"] if row.get("weights") == network]
+    content, network = read_json(results), [sha256(weights)]
+    try:
+        return [row | {"features": content["features"]} for row in content["rows"] if row["weights"] == network]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{results}: not the results of evaluate.py: {error!r}") from None

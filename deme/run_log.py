@@ -21,8 +21,9 @@ class RunLog:
 
     def __init__(self, folder: Path, last_step: int):
         self.file = folder / "log.jsonl"
-        lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines() if self.file.exists() else []
-        kept = [f"{line}\n" for line in lines if 0 < logged_step(line) <= last_step]
+        with writing(self.file):
+            before = self.file.read_text(encoding="utf-8", errors="replace") if self.file.exists() else ""
+        kept = [f"{line}\n" for line in before.splitlines() if 0 < logged_step(line) <= last_step]
         with atomic_file(self.file) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
         with writing(folder / "logs"):
@@ -45,12 +46,13 @@ class RunLog:
             sync_to_disk(self.file)
 
     def close(self) -> None:
-        self.writer.close()
+        with writing(self.file):
+            self.writer.close()
 
 
 def logged_step(line: str) -> int:
     """The step of a line of log.jsonl; 0 where the line is not whole."""
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return 0

@@ -23,9 +23,11 @@ def check_same_run(folder: Path, trained_from: dict, free: dict) -> None:
     if not file.exists():
         return
     record = read_yaml(file)
-    changed = _changes(record.get("trained_from", {}), trained_from)
+    if not all(isinstance(record.get(key), dict) for key in ("trained_from", "free")):
+        raise UserError(f"{file}: not the record of a run: trained_from or free is missing")
+    changed = _changes(record["trained_from"], trained_from)
     if changed:
-        allowed = _changes(record.get("free", {}), free)
+        allowed = _changes(record["free"], free)
         remedy = f"set {'it' if len(changed) == 1 else 'them'} back, or give this run another name"
         also = f"; {', '.join(allowed)} may change" if allowed else ""
         raise UserError(f"{folder} holds a run of other settings: {', '.join(changed)}; {remedy}{also}")

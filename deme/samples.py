@@ -33,11 +33,13 @@ def claim_samples(folder: Path, identity: dict, seeds: range, overwrite: bool, r
     Raises:
         UserError: the folder holds something else; says what differs.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"sample.output={folder}: is not a folder")
     remove_leftovers(folder)
     if folder.exists() and any(folder.iterdir()):
         if not (folder / RECORD).exists():
             raise UserError(f"sample.output={folder}: holds files but no {RECORD}; choose another folder")
-        before = read_yaml(folder / RECORD).get("identity", {})
+        before = read_record(folder)["identity"]
         changed = [key for key in identity if before.get(key) != identity[key]]
         if changed and not overwrite:
             raise UserError(
@@ -95,7 +97,7 @@ def list_images(folder: Path) -> list[Path]:
     if not paths:
         raise UserError(f"evaluate.samples={folder}: no images in this folder")
     if (folder / RECORD).exists():
-        expected = read_yaml(folder / RECORD)["num_images"]
+        expected = read_record(folder)["num_images"]
         if len(paths) != expected:
             raise UserError(f"evaluate.samples={folder}: holds {len(paths)} of {expected} images; finish sample_ddp.py")
     return paths
@@ -105,7 +107,18 @@ def drawn_from(folder: Path) -> list[str] | None:
     """SHA-256 of the weights that a folder's images were drawn from, or None where sample_ddp.py did not make it."""
     if not (folder / RECORD).exists():
         return None
-    return read_yaml(folder / RECORD)["identity"]["weights"]
+    return read_record(folder)["identity"].get("weights")
+
+
+def read_record(folder: Path) -> dict:
+    """
+    Raises:
+        UserError: samples.yaml is damaged.
+    """
+    record = read_yaml(folder / RECORD)
+    if not isinstance(record.get("identity"), dict) or not isinstance(record.get("num_images"), int):
+        raise UserError(f"{folder / RECORD}: not a record of sample_ddp.py: identity or num_images is missing")
+    return record
 
 
 def check_sizes(paths: Sequence[Path]) -> None:

@@ -21,14 +21,25 @@ class Interrupted(BaseException):
         self.status = 128 + number
 
 
+stopped_by: list[int] = []  # the signals that raised Interrupted: libraries may swallow or translate what is raised
+
+
 def raise_interrupted(number: int, frame: FrameType | None) -> None:
+    """The handler of SIGNALS: ends the script, whose cleaning up no second signal interrupts."""
+    ignore_signals()
+    stopped_by.append(number)
     raise Interrupted(number)
+
+
+def ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """Within the block signals only append their number to the list that it yields."""
-    received: list[int] = []
+    received = list(stopped_by)
     before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SIGNALS}
     try:
         yield received

@@ -163,33 +163,33 @@ class Trainer:
         """
         settings, state = self.settings, self.state
         agree, reason = Agreement(), 0
-        progress = tqdm(
+        bar = tqdm(
             total=settings.max_steps,
             initial=state.step,
             desc=self.objective.name,
             disable=not self.accelerator.is_main_process,
             mininterval=1,
         )
-        self.window_start, self.window_steps = time.monotonic(), 0
-        while not (reason or self._is_over()):
-            self._optimizer_step()
-            self.window_steps += 1
-            progress.update()
-            logging = state.step % settings.log_every == 0
-            time_is_up = deadline is not None and time.monotonic() >= deadline
-            reason = agree(signals[0] if signals else TIME_IS_UP * time_is_up)
-            measuring = self.held_out is not None and state.step % settings.held_out_every == 0
-            saving = reason or state.step % settings.checkpoint_every == 0
-            if logging or saving or measuring or state.step == settings.max_steps:
-                self._log(progress)
-            if measuring:
-                self._measure_held_out_loss()
-            if saving or self._is_over():
-                self._save()
-            if settings.preview_every is not None and state.step % settings.preview_every == 0:
-                self._preview()
-        progress.close()
-        return max(reason, agree.close())
+        with bar as progress:
+            self.window_start, self.window_steps = time.monotonic(), 0
+            while not (reason or self._is_over()):
+                self._optimizer_step()
+                self.window_steps += 1
+                progress.update()
+                logging = state.step % settings.log_every == 0
+                time_is_up = deadline is not None and time.monotonic() >= deadline
+                reason = agree(signals[0] if signals else TIME_IS_UP * time_is_up)
+                measuring = self.held_out is not None and state.step % settings.held_out_every == 0
+                saving = reason or state.step % settings.checkpoint_every == 0
+                if logging or saving or measuring or state.step == settings.max_steps:
+                    self._log(progress, measuring)
+                if saving or self._is_over():
+                    self._save()
+                if settings.preview_every is not None and state.step % settings.preview_every == 0:
+                    self._preview()
+                if self.window_steps == 0:
+                    self.window_start = time.monotonic()  # the images per second are training's
+        return max(reason, agree(signals[0] if signals else 0), agree.close())  # one may have come in the last step
 
     def _is_over(self) -> bool:
         patience = None if self.held_out is None else self.settings.patience
@@ -263,8 +263,11 @@ class Trainer:
         pixels = pixels.to(self.device, non_blocking=True)
         return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
-    def _log(self, progress: tqdm) -> None:
+    def _log(self, progress: tqdm, measuring: bool) -> None:
         """Write the means since the last log line; the only place that waits for the device.
+
+        Args:
+            measuring: the held-out loss too.
 
         Raises:
             RunError: the loss or its gradient was not finite.
@@ -272,7 +275,7 @@ class Trainer:
         steps = self.window_steps
         means = (self.accelerator.reduce(self.sums, "mean") / steps).tolist()
         seconds = time.monotonic() - self.window_start
-        self.window_start, self.window_steps = time.monotonic(), 0
+        self.window_steps = 0
         self.sums.zero_()
         self._check_finite()
         step = self.state.step
@@ -285,17 +288,16 @@ class Trainer:
             "images_per_second": steps * self.settings.batch_size / seconds,
             "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
-        self._write_log_line(line)
+        if measuring:
+            line["held_out_loss"] = self._measure_held_out_loss()
+        if self.accelerator.is_main_process:
+            self.log.write(line)
         progress.set_postfix(
             loss=f"{line['loss']:.4f}",
             consistency=f"{line['consistency_loss']:.4f}",
             lr=f"{line['learning_rate']:.1e}",
             images_s=f"{line['images_per_second']:.0f}",
         )
-
-    def _write_log_line(self, line: dict[str, float]) -> None:
-        if self.accelerator.is_main_process:
-            self.log.write(line)
 
     def _save(self) -> None:
         """Write a checkpoint; bad weights never replace good ones.
@@ -356,7 +358,7 @@ class Trainer:
             unet.train()
 
     @torch.no_grad()
-    def _measure_held_out_loss(self) -> None:
+    def _measure_held_out_loss(self) -> float:
         """The denoising loss of the EMA weights on the held-out images, always with the same timesteps and noise."""
         images, size, state = self.held_out, self.micro_batch_size, self.state
         starts = range(0, len(images), size)[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -373,9 +375,8 @@ class Trainer:
                 loss, _ = decoupled_loss(unet, None, self.scheduler, clean, noise, timesteps.to(self.device))
                 total += loss * len(batch)
         loss = float(self.accelerator.reduce(total, "sum")) / len(images)
-        self._write_log_line({"step": state.step, "held_out_loss": loss})
         if state.lowest_held_out_loss is None or loss < (1 - LEAST_FALL) * state.lowest_held_out_loss:
             state.lowest_held_out_loss, state.held_out_losses_since = loss, 0
         else:
             state.held_out_losses_since += 1
-        self.window_start = time.monotonic()  # the images per second are training's
+        return loss

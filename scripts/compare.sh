@@ -26,6 +26,7 @@ echo "the control trains beside the ranges"
 train "$@" $(max_minutes finetune)
 wait $control || { cat "$control_log" >&2; exit 1; }
 tail -n 1 "$control_log"
+trap 'rm -f "$control_log"' EXIT
 complete "$folder/finetuned/continued/unet"
 complete_ranges "$config" "$@"
 

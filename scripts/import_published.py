@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deme.config import UserError
+from deme.config import RunError, UserError
 from deme.files import atomic_folder, make_folder
 from deme.pipelines import (
     PROJECTED_CLASS,
@@ -68,6 +68,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         main(arguments.weights, arguments.pretrained, arguments.output)
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)

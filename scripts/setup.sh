@@ -50,20 +50,20 @@ pass_signals() {
   "$@" &
   child=$!
   set +m
-  trap 'kill -TERM -- -$child' TERM
+  trap 'kill -TERM -- -$child' TERM HUP
   trap 'kill -INT -- -$child' INT
   while
     wait $child # returns early when a signal comes
     status=$?
     kill -0 $child 2>/dev/null
   do :; done
-  trap - TERM INT
+  trap - TERM HUP INT
   return $status
 }
 
 # minutes_left: how many of MAX_MINUTES, counted from the start of the script
 minutes_left() {
-  awk -v "limit=$MAX_MINUTES" -v "used=$SECONDS" 'BEGIN { left = limit - used / 60; print left > 0.01 ? left : 0.01 }'
+  awk -v "limit=$MAX_MINUTES" -v "used=$SECONDS" 'BEGIN { left = limit - used / 60; print (left > 0.01 ? left : 0.01) }'
 }
 
 # max_minutes SECTION: an override that lets training end with a checkpoint half a minute before MAX_MINUTES

@@ -134,6 +134,17 @@ def sampled_before(root: Path, pretrained: Path) -> None:
     (root / "tiny" / "samples" / "other" / "samples.yaml").write_text("identity: {weights: [abc]}\nnum_images: 6\n")
 
 
+def damaged_record(root: Path, pretrained: Path) -> None:
+    samples("000000.png")(root, pretrained)
+    (root / "tiny" / "samples" / "other" / "samples.yaml").write_text("identity: null\nnum_images: 6\n")
+
+
+def damaged_run(root: Path, pretrained: Path) -> None:
+    file = root / "tiny" / "finetuned" / "0000-0500" / "config.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("trained_from: null\n")
+
+
 def yaml_file(text: str):
     return lambda root, pretrained: (root / "bad.yaml").write_text(text)
 
@@ -183,6 +194,10 @@ CASES = [
     ("merge.py", "--config bad.yaml", "--config bad.yaml: .*line 3", yaml_file("name: a\nmerge:\n  - [1\nb: 2\n")),
     ("merge.py", "--config bad.yaml", "--config bad.yaml: .*duplicate key name.*line 2", yaml_file("name: a\nname: b")),
     ("merge.py", "--config bad.yaml", "--config bad.yaml: not a YAML mapping", yaml_file("- 1\n- 2\n")),
+    ("merge.py", "--config bad.yaml", "name=None: Interpolation key 'foo' not found", yaml_file("name: ${foo}")),
+    ("merge.py", "--config bad.yaml", "merge.coefficients={1: ", yaml_file("merge: {coefficients: {1: [1, 1]}}")),
+    ("merge.py", "name=2020-13-45", "name=2020-13-45: not YAML: month must be", nothing),
+    ("merge.py", f"seed={2**63}", rf"seed={2**63}: must lie in \[0, 2\*\*63\)", nothing),
     (
         "merge.py",
         "--config bad.yaml",
@@ -246,6 +261,12 @@ CASES = [
     ("merge.py", "", f"1000/unet/{WEIGHTS}: ", replaced_expert(lambda file: file.write_bytes(file.read_bytes()[:-9]))),
     ("merge.py", "", f"1000/unet/{WEIGHTS}: ", replaced_expert(lambda file: torch.save({"a": torch.ones(1)}, file))),
     ("merge.py", "merge.output=tiny/finetuned", "merge.output=tiny/finetuned: exists without a merge.yaml", experts),
+    # networks to pretrain
+    ("pretrain.py", "data.resolution=7", "pretrain.unet=.*, data.resolution=7: RuntimeError: ", nothing),
+    ("pretrain.py", "pretrain.unet.out_channels=3", r"pretrain.unet=.*the network maps \(1, 1, 8, 8\) to", nothing),
+    ("pretrain.py", "pretrain.unet.in_channels=2", "pretrain.unet=.*in_channels=2: images have 1 or 3", nothing),
+    ("pretrain.py", "pretrain.scheduler.prediction_type=foo", "pretrain.unet=.*unknown prediction_type 'foo'", nothing),
+    ("pretrain.py", "pretrain.unet.act_fn=3", "pretrain.unet=.*'act_fn': 3.*: AttributeError: ", nothing),
     # data
     ("finetune.py", "data.name=nowhere", "data.name=nowhere .*: cannot be loaded: ", nothing),
     ("finetune.py", OWN_DATA, "data.name=data .*: cannot be loaded: ", images(lambda kind: shutil.rmtree(kind))),
@@ -279,7 +300,13 @@ CASES = [
     ("sample_ddp.py", "sample.model=nothing", "sample.model=nothing: not merged, pretrained, continued, ens", nothing),
     ("sample_ddp.py", "", "sample.model=merged: .*tiny/merged/unet is missing; merge.py makes it", nothing),
     ("sample_ddp.py", "sample.model=ensemble", "finetuned/0000-0500/unet is missing; finetune.py makes it", nothing),
+    ("sample_ddp.py", f"{MODEL} sample.output=tiny/samples/other",
+     "tiny/samples/other/samples.yaml: not a record of sample_ddp.py", damaged_record),
+    ("finetune.py", "finetune.range=0", "0000-0500/config.yaml: not the record of a run", damaged_run),
     # places that can't be written
+    ("sample_ddp.py", f"{MODEL} sample.output=tiny.yaml", "sample.output=tiny.yaml: is not a folder", nothing),
+    ("merge.py", "merge.output=/", "merge.output=/: must be a file or folder below it", experts),
+    ("evaluate.py", "evaluate.output=tiny", "evaluate.output=tiny: is a folder", samples("0.png")),
     ("finetune.py", "output_dir=tiny.yaml/below", "output_dir=tiny.yaml/below/tiny/finetuned: cannot create", nothing),
     ("pretrain.py", "output_dir=tiny.yaml/below", "output_dir=tiny.yaml/below/tiny: cannot create this fold", nothing),
     ("merge.py", "merge.output=tiny.yaml/below/a", "merge.output=tiny.yaml/below: cannot create this folder", experts),
@@ -326,6 +353,17 @@ def test_a_mistake_is_answered_in_one_line_and_loses_nothing(
     assert made == {name for name in before if not name.startswith("tiny/stats")}
     assert all(content(root)[name] == data for name, data in before.items())
     assert not (root / "executed").exists()
+
+
+def test_damaged_results_are_named(start, config_file, pretrained):
+    """merge.py reads the scores that evaluate.py found."""
+    experts(config_file.parent, pretrained)
+    results = config_file.parent / "tiny" / "results.json"
+    for text in ("", "[]", '{"rows": [1]}'):
+        results.write_text(text)
+        status, errors = start("merge.py")
+        assert status == 2
+        assert re.fullmatch(r"merge\.py: error: .*tiny/results\.json: .*\n", errors)
 
 
 def test_a_resume_under_other_settings_names_them_and_those_that_may_change(start, config_file):
