@@ -13,7 +13,8 @@ import time
 from dataclasses import replace
 
 from deme.command import print_once, provenance, run_script
-from deme.config import CONTINUED, Config, Finetune, free_training_settings, range_name, training_inputs
+from deme.config import CONTINUED, Config, Finetune, range_name
+from deme.runs import free_training_settings, training_inputs
 
 
 def chosen_ranges(config: Config) -> list[tuple[int, int] | None]:

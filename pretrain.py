@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from deme.command import print_once, provenance, run_script
-from deme.config import Config, free_training_settings, training_inputs
+from deme.config import Config
+from deme.runs import free_training_settings, training_inputs
 
 
 def plan(config: Config) -> str:

@@ -75,7 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_HOME"] = f"{folder}/work/huggingface"  # read when datasets is imported
+        os.environ["HF_HOME"] = str(Path(folder, "work", "huggingface"))  # read when datasets is imported
         complete(Run("finetune.py", ["--dry-run"], Path(folder)))  # the first one waits for the libraries
         for target in TARGETS:
             moments = random.Random(f"{arguments.seed} {target.name}")

@@ -6,8 +6,7 @@ the key and its value. Nothing here imports torch, so that a mistake is answered
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Optional, Union
@@ -387,30 +386,3 @@ def _writable(defaults: Config) -> Any:
     for part in (node, *(node[key] for key in node if OmegaConf.is_config(node[key]))):
         OmegaConf.set_readonly(part, False)
     return node
-
-
-FREE_TRAINING_KEYS = (  # of the sections data, pretrain and finetune: may change in the middle of a run
-    "label_column",
-    "cache_gb",
-    "gradient_checkpointing",
-    "max_minutes",
-    "log_every",
-    "checkpoint_every",
-    "checkpoints_kept",
-    "preview_every",
-)
-
-
-def training_inputs(config: Config, settings: Training) -> dict[str, Any]:
-    """Everything that determines a training run's weights, flat: a run resumes only where all of it is the same."""
-    values = {"seed": config.seed, "timesteps.num_train_timesteps": config.timesteps.num_train_timesteps}
-    return values | _flat(lambda key: key not in FREE_TRAINING_KEYS, config.data, settings)
-
-
-def free_training_settings(config: Config, settings: Training) -> dict[str, Any]:
-    """The other settings of a training run, flat: they may change where it is resumed."""
-    return _flat(lambda key: key in FREE_TRAINING_KEYS, config.data, settings)
-
-
-def _flat(wanted: Callable[[str], bool], *parts: Section) -> dict[str, Any]:
-    return {f"{part.section}.{key}": value for part in parts for key, value in asdict(part).items() if wanted(key)}
