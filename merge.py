@@ -27,6 +27,8 @@ def plan(config: Config) -> str:
 
 
 def main(config: Config) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
     from deme.files import sha256
     from deme.locks import locked
     from deme.pipelines import WEIGHTS, find_pipeline, unet_folder, weights_file
@@ -37,13 +39,18 @@ def main(config: Config) -> None:
     for number, folder in enumerate(config.merge_inputs):
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={number}")
+    with ThreadPoolExecutor() as pool:
+        files = [weights_file(unet_folder(pretrained)), *(folder / WEIGHTS for folder in config.merge_inputs)]
+        base_hash, *hashes = pool.map(sha256, files)
     description = {
         "method": settings.method,
         "coefficients": config.coefficient_groups,
-        "pretrained": {"path": str(config.pretrained), "sha256": sha256(weights_file(unet_folder(pretrained)))},
+        "pretrained": {"path": str(config.pretrained), "sha256": base_hash},
         "finetuned": [
-            {"timesteps": range_name(timestep_range), "path": str(folder), "sha256": sha256(folder / WEIGHTS)}
-            for timestep_range, folder in zip(config.timesteps.ranges, config.merge_inputs, strict=True)
+            {"timesteps": range_name(timestep_range), "path": str(folder), "sha256": weights_hash}
+            for timestep_range, folder, weights_hash in zip(
+                config.timesteps.ranges, config.merge_inputs, hashes, strict=True
+            )
         ],
     }
     if settings.method == "ties":

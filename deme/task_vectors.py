@@ -11,6 +11,7 @@ from deme.config import UserError
 from deme.pipelines import PROJECTION_SUFFIX
 
 Tensors = Mapping[str, torch.Tensor]
+PART = 2**18  # elements merged at a time: what lies between stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,14 @@ def merge_tensor(
     pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
 ) -> torch.Tensor:
     """pretrained + Σ_k w_k (finetuned_k − pretrained), summed in float32, in the pretrained tensor's type and shape."""
-    base = pretrained.float()
-    merged = base.clone()
-    for tensor, coefficient in zip(finetuned, coefficients, strict=True):
-        merged.add_(tensor.float() - base, alpha=coefficient)
-    return merged.to(pretrained.dtype)
+    merged = torch.empty_like(pretrained, memory_format=torch.contiguous_format)
+    parts = [tensor.reshape(-1).split(PART) for tensor in (merged, pretrained, *finetuned)]
+    for target, base, *experts in zip(*parts, strict=True):
+        total, base = base.float().clone(), base.float()
+        for expert, coefficient in zip(experts, coefficients, strict=True):
+            total.add_(expert.float() - base, alpha=coefficient)
+        target.copy_(total)
+    return merged
 
 
 def ties_merge_tensor(
@@ -148,11 +152,14 @@ def merge_tensors(
             for tensors in finetuned.values()
         ]
     for key, base in pretrained.items():
-        for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
-            if not torch.isfinite(tensors[key]).all():
-                raise UserError(f"{name}: tensor {key} holds NaN or infinite values")
         coefficients, experts = group_coefficients(groups, key), [tensors[key] for tensors in finetuned.values()]
         if ties is None:
-            yield key, merge_tensor(base, experts, coefficients)
+            merged = merge_tensor(base, experts, coefficients)
         else:
-            yield key, ties_merge_tensor(base, experts, coefficients, thresholds, ties.combine)
+            merged = ties_merge_tensor(base, experts, coefficients, thresholds, ties.combine)
+        # one pass over the result shows what is wrong with an input, but for TIES, which drops a NaN
+        if ties is not None or not torch.isfinite(merged.sum()):
+            for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
+                if not torch.isfinite(tensors[key]).all():
+                    raise UserError(f"{name}: tensor {key} holds NaN or infinite values")
+        yield key, merged
