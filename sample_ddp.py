@@ -89,16 +89,15 @@ def main(config: Config) -> None:
     pipeline = find_pipeline(source.pipeline)
     check_fits(config, source.unets, pipeline)  # torch is imported after what can be answered without it
 
-    import torch
-
     from deme.devices import in_main_process, locked_by_all, make_accelerator
+    from deme.inference import freeze
     from deme.samples import claim_samples, image_path, missing_seeds, read_images
     from deme.sampling import ensemble, save_grid
 
     # --- networks and noise schedule
     accelerator = make_accelerator(settings.mixed_precision, "sample.mixed_precision")
     scheduler, unets = load_scheduler(pipeline), [load_unet(folder) for folder in source.unets]
-    unets = [unet.to(accelerator.device, memory_format=torch.channels_last) for unet in unets]
+    unets = [freeze(unet, accelerator.device, settings.mixed_precision) for unet in unets]
     ranges = config.timesteps.ranges if len(unets) > 1 else [(0, config.timesteps.num_train_timesteps)]
     shape = (unets[0].config.in_channels, config.data.resolution, config.data.resolution)
 

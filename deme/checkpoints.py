@@ -6,6 +6,8 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from torch import nn
 from deme.config import UserError
 from deme.files import atomic_folder, make_folder, remove_leftovers
 
+STUDENT, EMA, OPTIMIZER, STATE = "student.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 SCALARS = (
     "step",
     "skipped_steps",
@@ -40,28 +43,76 @@ class TrainingState:
     held_out_losses_since: int = 0  # measured since the lowest one
 
 
-def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> None:
-    """Write `folder`/step-…, then delete all but it and the `keep` − 1 before it."""
-    path = folder / f"step-{state.step:08d}"
+class CheckpointWriter:
+    """Writes `folder`/step-… behind the training: the state is copied, and a thread brings the copy to the disk.
+
+    One checkpoint at a time; then all but it and the `keep` − 1 before it are deleted. The copy stays allocated: memory
+    that is new to the process is slow to fill.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self.copies: dict[str, dict[str, torch.Tensor]] = {}
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.unfinished: Future | None = None
+
+    def write(self, state: TrainingState, before: Callable[[], None]) -> None:
+        """
+        Args:
+            before: what has to be done in the thread before the checkpoint gets its name.
+
+        Raises:
+            RunError: the one before could not be written.
+        """
+        self.wait()
+        for file, tensors in _tensors(state).items():
+            if self.copies.get(file, {}).keys() != tensors.keys():
+                pinned = any(tensor.is_cuda for tensor in tensors.values())
+                self.copies[file] = {
+                    name: torch.empty_like(tensor, device="cpu", pin_memory=pinned) for name, tensor in tensors.items()
+                }
+            torch._foreach_copy_(list(self.copies[file].values()), list(tensors.values()))
+        self.unfinished = self.thread.submit(self._write, state.step, _scalars(state), before)
+
+    def wait(self) -> None:
+        """
+        Raises:
+            RunError: the checkpoint that was being written could not be.
+        """
+        unfinished, self.unfinished = self.unfinished, None
+        if unfinished is not None:
+            unfinished.result()
+
+    def _write(self, step: int, scalars: dict, before: Callable[[], None]) -> None:
+        before()
+        path = self.folder / f"step-{step:08d}"
+        with atomic_folder(path) as temporary:
+            for file, tensors in self.copies.items():
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / file)
+            (temporary / STATE).write_text(json.dumps(scalars, indent=2), encoding="utf-8")
+        checkpoints = list_checkpoints(self.folder)
+        position = checkpoints.index(path)  # newer ones could not be read, or the run would have gone on from there
+        for other in checkpoints[:position] + checkpoints[position + self.keep :]:
+            shutil.rmtree(other)
+
+
+def _tensors(state: TrainingState) -> dict[str, dict[str, torch.Tensor]]:
+    """File name → tensors."""
     names = [name for name, _ in state.student.named_parameters()]
-    scalars = {
+    moments = state.optimizer.state_dict()["state"]
+    return {
+        STUDENT: state.student.state_dict(),
+        EMA: dict(zip(names, state.ema.shadow_params, strict=True)),
+        OPTIMIZER: {f"{names[i]}/{key}": value for i, values in moments.items() for key, value in values.items()},
+    }
+
+
+def _scalars(state: TrainingState) -> dict:
+    return {
         **{name: getattr(state, name) for name in SCALARS},
         "ema_step": state.ema.optimization_step,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
     }
-    with atomic_folder(path) as temporary:
-        _save(state.student.state_dict(), temporary / "student.safetensors")
-        _save(dict(zip(names, state.ema.shadow_params, strict=True)), temporary / "ema.safetensors")
-        moments = state.optimizer.state_dict()["state"]
-        _save(
-            {f"{names[i]}/{key}": value for i, values in moments.items() for key, value in values.items()},
-            temporary / "optimizer.safetensors",
-        )
-        (temporary / "state.json").write_text(json.dumps(scalars, indent=2), encoding="utf-8")
-    checkpoints = list_checkpoints(folder)
-    position = checkpoints.index(path)  # newer ones could not be read, or the run would have gone on from there
-    for other in checkpoints[:position] + checkpoints[position + keep :]:
-        shutil.rmtree(other)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -91,8 +142,8 @@ def load_newest_checkpoint(folder: Path, state: TrainingState) -> Path | None:
 
 def _load_checkpoint(path: Path, state: TrainingState) -> None:
     # read everything before changing anything: a truncated file must not leave half a state
-    scalars = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    student, ema, moments = (load_file(path / f"{part}.safetensors") for part in ("student", "ema", "optimizer"))
+    scalars = json.loads((path / STATE).read_text(encoding="utf-8"))
+    student, ema, moments = (load_file(path / file) for file in (STUDENT, EMA, OPTIMIZER))
     state.student.load_state_dict(student)
     names = [name for name, _ in state.student.named_parameters()]
     for name, shadow in zip(names, state.ema.shadow_params, strict=True):
@@ -115,7 +166,3 @@ def prepare_checkpoints(folder: Path) -> None:
     """Create `folder` and delete what a killed run left half-written in it."""
     make_folder(folder, "output_dir")
     remove_leftovers(folder)
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)

@@ -69,12 +69,16 @@ class CroppedImages:
         return len(self.chosen)
 
     def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> torch.Tensor:
-        """The images at `indices`: uint8, shape (B, C, R, R).
+        """The images at `indices`: uint8, shape (B, C, R, R), in the channels-last format, as they lie in the cache.
 
         Args:
             random: draws the crops and flips; not needed for centre crops without flips.
         """
-        return torch.stack([self._augment(self.images[self.chosen[index]], random) for index in indices])
+        shape = (len(indices), len(self.images[0]), self.resolution, self.resolution)
+        batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+        for place, index in zip(batch, indices, strict=True):
+            place.copy_(self._augment(self.images[self.chosen[index]], random))
+        return batch
 
     def _augment(self, image: torch.Tensor, random: np.random.Generator | None) -> torch.Tensor:
         size = self.resolution

@@ -22,16 +22,17 @@ from torch import nn
 from tqdm import tqdm
 
 from deme.checkpoints import (
+    CheckpointWriter,
     TrainingState,
     list_checkpoints,
     load_newest_checkpoint,
     prepare_checkpoints,
-    save_checkpoint,
 )
 from deme.config import Pretrain, RunError, Training
 from deme.data import HELD_OUT, MICRO_BATCH, CroppedImages, batch_indices
-from deme.devices import Agreement, in_main_process, peak_memory
+from deme.devices import Agreement, in_main_process, keep_freed_memory, peak_memory
 from deme.files import make_folder
+from deme.inference import freeze
 from deme.losses import decoupled_loss
 from deme.run_log import RunLog
 from deme.sampling import sample_images, save_grid
@@ -83,6 +84,8 @@ class Trainer:
         self.accelerator, self.scheduler, self.images = accelerator, scheduler, images
         self.objective, self.settings, self.seed, self.folder = objective, settings, seed, folder
         self.device = accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.micro_batch_size = settings.micro_batch_size or settings.batch_size
         self.micro_batches = settings.batch_size // self.micro_batch_size
 
@@ -91,7 +94,7 @@ class Trainer:
             self.student.enable_gradient_checkpointing()
         self.teacher = None
         if teacher is not None:
-            teacher = teacher.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+            teacher = freeze(teacher, self.device, settings.mixed_precision)
             self.teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
         ema = EMAModel(
             self.student.parameters(),
@@ -118,6 +121,7 @@ class Trainer:
         ).lr_lambdas[0]
         self.state = TrainingState(self.student, ema, optimizer, accelerator.scaler)
         self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
+        self.writer = CheckpointWriter(self.checkpoints, settings.checkpoints_kept)
 
         # on the device, read only when logging: sums since the last log line, and what went wrong
         self.sums = torch.zeros(4, device=self.device)  # loss, denoising, consistency, gradient norm
@@ -142,6 +146,7 @@ class Trainer:
         self._resume()
         with noted_signals() as signals:
             reason = self._train(deadline, signals)
+        in_main_process(self.accelerator, self.writer.wait)
         if self.accelerator.is_main_process:
             self.log.close()
         self.accelerator.wait_for_everyone()
@@ -227,7 +232,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         state.step += 1
-        state.ema.step(self.student.parameters())
+        self._update_ema()
 
         self.sums += torch.cat([losses, gradient_norm.detach().reshape(1)])
         bad = ~torch.isfinite(gradient_norm)  # the same in every process; a loss that is not finite shows in it too
@@ -236,6 +241,14 @@ class Trainer:
         else:  # the loss scaler has skipped the step
             self.skipped_steps = torch.where(bad, self.skipped_steps + 1, 0)
             self.most_skipped_steps = torch.maximum(self.most_skipped_steps, self.skipped_steps)
+
+    def _update_ema(self) -> None:
+        """shadow ← shadow + (1 − decay)(weight − shadow): EMAModel.step in one pass over the memory instead of two."""
+        ema = self.state.ema
+        ema.optimization_step += 1
+        ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+        weights = [parameter.detach() for parameter in self.student.parameters()]
+        torch._foreach_lerp_(ema.shadow_params, weights, 1 - ema.cur_decay_value)
 
     def _losses(self, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Both terms of the objective on one micro-batch, all its random draws seeded by its place in the run."""
@@ -261,7 +274,7 @@ class Trainer:
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         pixels = pixels.to(self.device, non_blocking=True)
-        return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        return pixels.float().div_(127.5).sub_(1)
 
     def _log(self, progress: tqdm, measuring: bool) -> None:
         """Write the means since the last log line; the only place that waits for the device.
@@ -300,7 +313,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        """Write a checkpoint; bad weights never replace good ones.
+        """Have a checkpoint written behind the training; bad weights never replace good ones.
 
         Raises:
             RunError: the weights are not finite (a last step can do that without another's loss to show it); full disk.
@@ -310,11 +323,7 @@ class Trainer:
         if not torch.isfinite(norms).all():
             self._stop(f"the weights are not finite at step {state.step}")
 
-        def save() -> None:
-            self.log.sync()
-            save_checkpoint(self.checkpoints, state, self.settings.checkpoints_kept)
-
-        in_main_process(self.accelerator, save)
+        in_main_process(self.accelerator, lambda: self.writer.write(state, self.log.sync))
 
     def _check_finite(self) -> None:
         first_bad, most_skipped = int(self.first_bad_step), int(self.most_skipped_steps)
@@ -326,6 +335,7 @@ class Trainer:
         self._stop(f"{most_skipped} steps in a row without finite gradients up to step {self.state.step}")
 
     def _stop(self, what: str) -> NoReturn:
+        self.writer.wait()
         saved = list_checkpoints(self.checkpoints)
         raise RunError(f"{self.objective.name}: {what}; last good checkpoint: {saved[0] if saved else 'none'}")
 

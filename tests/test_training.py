@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from deme.checkpoints import list_checkpoints, load_newest_checkpoint
+from deme.checkpoints import CheckpointWriter, list_checkpoints, load_newest_checkpoint
 from deme.config import Finetune, Pretrain, RunError, UserError
 from deme.data import CroppedImages, batch_indices
 from deme.devices import check_shares
@@ -114,12 +114,13 @@ def test_the_student_ends_with_the_ema_weights(tmp_path):
 
 def test_the_teacher_never_changes(tmp_path):
     run = trainer(tmp_path, preview_every=2)
-    before = copy.deepcopy(run.teacher.state_dict())
+    images, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    before, student = run.teacher(images, timesteps).sample, copy.deepcopy(run.student.state_dict())
     run.run()
     assert not run.teacher.training
     assert not any(p.requires_grad for p in run.teacher.parameters())
-    assert all(torch.equal(weight, before[name]) for name, weight in run.teacher.state_dict().items())
-    assert any(not torch.equal(weight, before[name]) for name, weight in run.student.state_dict().items())
+    assert torch.equal(run.teacher(images, timesteps).sample, before)
+    assert any(not torch.equal(weight, student[name]) for name, weight in run.student.state_dict().items())
     assert len(list((tmp_path / "previews").glob("step-*.png"))) == 3
 
 
@@ -356,3 +357,29 @@ def test_processes_must_share_the_micro_batches():
         check_shares(3, Finetune(**SETTINGS))
     with pytest.raises(UserError, match=r"3 processes can't share equally: set micro_batch_size=4 or a divisor"):
         check_shares(3, Finetune(batch_size=12))
+
+
+def test_a_checkpoint_holds_the_state_it_was_taken_from(tmp_path):
+    """Training goes on while it is written: the weights change right after the call returns."""
+    run = trainer(tmp_path, max_steps=2)
+    assert run.run()
+    (tmp_path / "more").mkdir()
+    writer = CheckpointWriter(tmp_path / "more", keep=1)
+    weights = {name: tensor.clone() for name, tensor in run.student.state_dict().items()}
+    writer.write(run.state, before=lambda: time.sleep(0.2))
+    with torch.no_grad():
+        for parameter in run.student.parameters():
+            parameter.zero_()
+    assert not list((tmp_path / "more").iterdir())
+    writer.wait()
+    saved = load_file(tmp_path / "more" / "step-00000002" / "student.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in weights.items())
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(tmp_path):
+    """At the latest when it ends: nothing is called complete."""
+    run = trainer(tmp_path, max_steps=2)
+    (tmp_path / "checkpoints").mkdir()
+    run.writer.folder = tmp_path / "checkpoints" / "absent"
+    with pytest.raises(RunError, match=r"absent/step-00000002: cannot be written: No such file"):
+        run.run()
