@@ -24,11 +24,14 @@ def machine(device: str) -> str:
 
 
 def save(name: str, device: str, rows: list[dict], table: str, ceiling: dict[str, float] | None = None) -> None:
-    """Print the table, write results/NAME-DEVICE.json and replace the benchmark's part of README.md.
+    """Print the table; unless --quick is given, write results/NAME-DEVICE.json and the benchmark's part of README.md.
 
     Args:
         ceiling: the machine's limits, measured in the same run.
     """
+    print(table)
+    if "--quick" in sys.argv:
+        return
     command = shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
     content = {"command": command, "machine": machine(device), "ceiling": ceiling, "rows": rows}
     (FOLDER / "results").mkdir(exist_ok=True)
@@ -39,4 +42,3 @@ def save(name: str, device: str, rows: list[dict], table: str, ceiling: dict[str
     pattern = re.compile(f"<!-- {key} -->.*<!-- end of {key} -->", re.DOTALL)
     text = pattern.sub(lambda _: part, text) if pattern.search(text) else f"{text.rstrip()}\n\n{part}\n"
     readme.write_text(text, encoding="utf-8")
-    print(table)

@@ -1,0 +1,66 @@
+"""How long training stands still for a checkpoint, and how long it takes to write: Church's network.
+
+python benchmarks/checkpoints.py
+python benchmarks/checkpoints.py --device cuda
+python benchmarks/checkpoints.py --quick
+"""
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import parse, seconds, spread
+from benchmarks.report import save
+from benchmarks.unets import CHURCH, CIFAR10
+from deme.config import Finetune
+from deme.data import CroppedImages
+from deme.files import markdown_table
+from deme.projection import ProjectedUNet2DModel
+from deme.training import Objective, Trainer
+
+
+def main() -> None:
+    arguments = parse(__doc__)
+    device = arguments.device
+    images = CroppedImages([torch.zeros(3, 32, 32, dtype=torch.uint8)] * 4, 32, True, False)
+    unet = UNet2DModel(**(CIFAR10 if arguments.quick else CHURCH) | {"sample_size": 32})
+    objective = Objective("checkpoints", (2, 0, 250), (0, 250), consistency_weight=1.0)
+    accelerator = Accelerator(cpu=device == "cpu")
+    row: dict[str, list[float]] = {"standstill": [], "writing": [], "step": []}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        student = ProjectedUNet2DModel.from_unet(unet)
+        settings = Finetune(batch_size=4)
+        trainer = Trainer(accelerator, student, unet, DDPMScheduler(), images, objective, settings, 0, Path(folder))
+        trainer.checkpoints.mkdir()
+        trainer._optimizer_step()  # AdamW's moments exist from now on
+        for _ in range(2 if arguments.quick else 5):
+            row["step"].append(seconds(trainer._optimizer_step, device))
+            row["standstill"].append(seconds(lambda: trainer.writer.write(trainer.state, lambda: None), device))
+            row["writing"].append(seconds(trainer.writer.wait, device))
+        newest = sorted(trainer.checkpoints.iterdir())[-1]
+        size = sum(file.stat().st_size for file in newest.iterdir())
+    model = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
+    row = {name: values[1:] for name, values in row.items()}  # the first one allocates the copy
+    share = statistics.median(row["standstill"]) / statistics.median(row["writing"])
+    titles = ["checkpoint / model", "training step, s", "standstill, s", "writing, s", "standstill / writing"]
+    line = [
+        "CIFAR-10" if arguments.quick else "Church",
+        f"{size / model:.2f}",
+        spread(row["step"]),
+        spread(row["standstill"]),
+        spread(row["writing"]),
+        f"{share:.0%}",
+    ]
+    result = row | {"checkpoint_bytes": size, "model_bytes": model}
+    save("checkpoints", device, [result], markdown_table(["network", *titles], [line]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Batches of training images: decoded once and cached against decoded in the loader.
+
+python benchmarks/data.py            # CIFAR-10 from ../shared/cifar10 where it is there, and images made here
+python benchmarks/data.py --quick
+"""
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import alternate, ceiling, ceiling_line, parse, seconds, spread
+from benchmarks.report import save
+from deme.config import Data
+from deme.data import CroppedImages, load_training_images
+from deme.files import markdown_table
+
+CIFAR10 = Path(__file__).resolve().parent.parent.parent / "shared" / "cifar10"
+BATCH_SIZE = 64
+
+
+def main() -> None:
+    arguments = parse(__doc__)
+    limits, rows = ceiling("cpu"), []
+    repeats, count = (1, 64) if arguments.quick else (3, 2000)
+    with tempfile.TemporaryDirectory() as folder:
+        make_photographs(Path(folder) / "photographs", count)
+        photographs = Data(name=f"{folder}/photographs", label_column=None, resolution=256)
+        rows += compare("JPEGs of 384×288 at 256×256", photographs, Path(folder), repeats)
+        if CIFAR10.exists() and not arguments.quick:
+            cifar10 = Data(name=str(CIFAR10), image_column="image", split="train[:20%]", resolution=32)
+            rows += compare("CIFAR-10, JPEGs at 32×32", cifar10, Path(folder), repeats)
+    titles = ["batches of 64", "images/s", "× loader", "images/s of the first pass, which decodes"]
+    lines = [
+        [
+            f"{row['data']}: {row['name']}",
+            spread(row["images_per_second"]),
+            f"{row['times_loader']:.1f}",
+            f"{row['first_pass']:.3g}" if "first_pass" in row else "-",
+        ]
+        for row in rows
+    ]
+    save("data", "cpu", rows, f"{markdown_table(titles, lines)}\n\n{ceiling_line(limits)}", limits)
+
+
+def compare(title: str, data: Data, folder: Path, repeats: int) -> list[dict]:
+    """One row per contender."""
+    found: dict[str, CroppedImages] = {}
+
+    def load(name: str, **settings: float) -> float:
+        part = Data(**{**vars(data), **settings})
+        return seconds(lambda: found.update({name: load_training_images(part, 3, folder / "cache")[0]}), "cpu")
+
+    first = {"in memory": load("in memory", cache_gb=100.0), "mapped file": load("mapped file", cache_gb=0.0)}
+    count = len(found["in memory"])
+    rows = datasets.load_dataset(data.name, split=data.split)
+    contenders = {"decoding in the loader": lambda: loader_epoch(rows, data)}
+    contenders |= {name: lambda images=images: cached_epoch(images) for name, images in found.items()}
+    taken = alternate(contenders, repeats, "cpu")
+    loader = statistics.median(taken["decoding in the loader"])
+    result = []
+    for name, values in taken.items():
+        row = {"data": title, "name": name, "images_per_second": [count / value for value in values]}
+        row |= {"times_loader": loader / statistics.median(values)}
+        result.append(row | ({"first_pass": count / first[name]} if name in first else {}))
+    return result
+
+
+def cached_epoch(images: CroppedImages) -> None:
+    """As deme/training.py takes its batches."""
+    order = np.random.default_rng(0).permutation(len(images))
+    for start in range(0, len(order), BATCH_SIZE):
+        pixels = images.batch(order[start : start + BATCH_SIZE], np.random.default_rng(start))
+        pixels.float().div_(127.5).sub_(1)
+
+
+def loader_epoch(rows: datasets.Dataset, data: Data) -> None:
+    """As diffusers' examples take theirs."""
+    augment = transforms.Compose(
+        [
+            transforms.Resize(data.resolution),
+            (transforms.CenterCrop if data.center_crop else transforms.RandomCrop)(data.resolution),
+            transforms.RandomHorizontalFlip() if data.random_flip else transforms.Lambda(lambda image: image),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5]),
+        ]
+    )
+
+    def collate(examples: list[dict]) -> torch.Tensor:
+        return torch.stack([augment(example[data.image_column].convert("RGB")) for example in examples])
+
+    for _ in DataLoader(rows, batch_size=BATCH_SIZE, shuffle=True, collate_fn=collate):
+        pass
+
+
+def make_photographs(folder: Path, count: int) -> None:
+    """JPEGs of smooth noise, so that they are about as large as photographs."""
+    random = np.random.default_rng(0)
+    (folder / "train").mkdir(parents=True)
+    for number in range(count):
+        small = random.integers(0, 256, (36, 48, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((384, 288), Image.Resampling.BICUBIC).save(folder / "train" / f"{number}.jpg")
+
+
+if __name__ == "__main__":
+    main()

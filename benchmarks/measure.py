@@ -1,0 +1,70 @@
+"""How the benchmarks measure: contenders in turn, medians with their spread, and the machine's ceiling."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+MATRIX = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices of the matrix product
+COPIED_BYTES = {"cpu": 2**28, "cuda": 2**32}
+
+
+def parse(description: str, **options: dict) -> argparse.Namespace:
+    """The command line that every benchmark has, and its own options: name → arguments of add_argument."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
+    for name, settings in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    return arguments
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """How long `work` takes, with what it has given to the GPU to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def alternate(contenders: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each contender, by rounds in which each has a turn, so that the machine's moods meet all alike."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(repeats + 1):
+        for name, work in contenders.items():
+            taken = seconds(work, device)
+            if number > 0:  # the first round warms up
+                found[name].append(taken)
+    return found
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Median, and half the distance between the least and the greatest."""
+    return f"{statistics.median(values):.{digits}g} ± {(max(values) - min(values)) / 2:.1g}"
+
+
+def ceiling(device: str) -> dict[str, float]:
+    """The machine's own limits: FLOP/s of matrix products by type, bytes/s of a memory copy (read and written)."""
+    size, found = MATRIX[device], {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.randn(size, size, device=device).to(dtype)
+        taken = alternate({"": lambda matrix=matrix: matrix @ matrix}, 5, device)[""]
+        found[str(dtype).removeprefix("torch.")] = 2 * size**3 / statistics.median(taken)
+    source = torch.zeros(COPIED_BYTES[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    taken = alternate({"": lambda: target.copy_(source)}, 5, device)[""]
+    return found | {"copy": 2 * len(source) / statistics.median(taken)}
+
+
+def ceiling_line(found: dict[str, float]) -> str:
+    products = ", ".join(f"{found[name] / 1e12:.3g} TFLOP/s in {name}" for name in ("float32", "bfloat16"))
+    copy = f"memory copy {found['copy'] / 1e9:.3g} GB/s"
+    return f"This machine's ceiling in the same run: matrix products {products}; {copy}."

@@ -1,0 +1,202 @@
+"""merge.py against merging state dicts in memory: time, peak anonymous memory, bytes read and written.
+
+python benchmarks/merging.py             # 2, 4, 8 experts of 114 M parameters, 2 of 860 M: 14 GB of disk
+python benchmarks/merging.py --quick
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import ceiling, ceiling_line, parse, spread
+from benchmarks.report import save
+from benchmarks.unets import CHURCH, CIFAR10
+from deme.files import markdown_table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONTENDERS = ("merge.py", "state dicts")
+
+
+def main() -> None:
+    arguments = parse(__doc__, measure={"help": "JSON: do one merge and print what it took"})
+    if arguments.measure:
+        print(json.dumps(measure(**json.loads(arguments.measure))))
+        return
+    church, stable_diffusion = ("Church", "UNet2DModel", CHURCH), ("Stable Diffusion v1", "UNet2DConditionModel", {})
+    cases = [(church, 2), (church, 4), (church, 8), (stable_diffusion, 2)]
+    if arguments.quick:
+        cases = [(("CIFAR-10", "UNet2DModel", CIFAR10), 2)]
+    limits, rows = ceiling("cpu"), []
+    for network, experts in cases:
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            rows += compare(Path(folder).resolve(), *network, experts, 1 if arguments.quick else 2)
+    titles = ["merging", "experts", "GB each", "s, without imports", "× state dicts", "s, whole command"]
+    titles += ["anonymous memory / output", "read / inputs", "written / output"]
+    lines = [
+        [
+            f"{row['network']}: {row['name']}",
+            str(row["experts"]),
+            f"{row['model_bytes'] / 1e9:.2f}",
+            spread(row["seconds"]),
+            f"{row['times_state_dicts']:.2f}",
+            spread(row["command_seconds"]) if "command_seconds" in row else "-",
+            *(f"{row[key]:.2f}" for key in ("anonymous", "read", "written")),
+        ]
+        for row in rows
+    ]
+    save("merging", "cpu", rows, f"{markdown_table(titles, lines)}\n\n{ceiling_line(limits)}", limits)
+
+
+def compare(folder: Path, title: str, kind: str, settings: dict, experts: int, repeats: int) -> list[dict]:
+    """One row per contender."""
+    model_bytes = make_inputs(folder, kind, settings, experts)
+    runs: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
+    command_seconds = []
+    for _ in range(repeats):
+        for name in CONTENDERS:
+            runs[name].append(child(folder, name, experts, cold=False))
+        command_seconds.append(whole_command(folder, experts))
+    rows = []
+    for name in CONTENDERS:
+        cold, taken = child(folder, name, experts, cold=True), [run["seconds"] for run in runs[name]]
+        reference = statistics.median(run["seconds"] for run in runs["state dicts"])
+        row = {"network": title, "name": name, "experts": experts, "model_bytes": model_bytes, "seconds": taken}
+        row |= {"times_state_dicts": reference / statistics.median(taken)}
+        row |= {"anonymous": max(run["anonymous"] for run in runs[name]) / model_bytes}
+        row |= {"read": cold["read"] / (experts + 1) / model_bytes, "written": cold["written"] / model_bytes}
+        rows.append(row | ({"command_seconds": command_seconds} if name == "merge.py" else {}))
+    return rows
+
+
+def options(folder: Path, experts: int) -> list[str]:
+    """merge.py's command line for the inputs in `folder`."""
+    coefficients = [0.5 / experts] * experts
+    values = [f"name={experts}", f"output_dir={folder}", f"model.pretrained={folder / 'pretrained'}"]
+    return [*values, f"timesteps.num_ranges={experts}", f"merge.coefficients={coefficients}"]
+
+
+def make_inputs(folder: Path, kind: str, settings: dict, experts: int) -> int:
+    """Write a pretrained pipeline and its finetuned UNets, of random weights; the bytes of one."""
+    import diffusers
+    from safetensors.torch import save_file
+
+    from deme.config import load_config
+
+    with torch.device("meta"):
+        unet = getattr(diffusers, kind)(**settings)
+    shapes = {name: tensor.shape for name, tensor in unet.state_dict().items()}
+    config = load_config(REPOSITORY / "configs" / "digits.yaml", options(folder, experts))
+    for path in (folder / "pretrained" / "unet", *config.merge_inputs):
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps({"_class_name": kind, **settings}))
+        save_file({name: torch.randn(shape) for name, shape in shapes.items()}, path / WEIGHTS)
+    diffusers.DDPMScheduler().save_pretrained(folder / "pretrained" / "scheduler")
+    return (folder / "pretrained" / "unet" / WEIGHTS).stat().st_size
+
+
+def child(folder: Path, name: str, experts: int, cold: bool) -> dict:
+    settings = {"folder": str(folder), "name": name, "experts": experts, "cold": cold}
+    command = [sys.executable, __file__, "--measure", json.dumps(settings)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def whole_command(folder: Path, experts: int) -> float:
+    start = time.perf_counter()
+    subprocess.run(["rm", "-r", folder / str(experts) / "merged"], check=True)
+    command = [sys.executable, "merge.py", *options(folder, experts)]
+    subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def measure(folder: str, name: str, experts: int, cold: bool) -> dict:
+    """Merge once.
+
+    Args:
+        cold: the inputs are first dropped from the operating system's cache, so that what is read is counted.
+
+    Returns:
+        seconds, and bytes: peak of this process's anonymous memory over what it had before; read; written.
+    """
+    import shutil
+
+    import safetensors.torch  # noqa: F401  outside of the time that is taken
+
+    import merge
+    from deme import files, locks, model_card, pipelines, task_vectors  # noqa: F401
+    from deme.config import load_config
+
+    config = load_config(REPOSITORY / "configs" / "digits.yaml", options(Path(folder), experts))
+    shutil.rmtree(config.merged, ignore_errors=True)
+    os.sync()
+    inputs = [Path(folder) / "pretrained" / "unet" / WEIGHTS, *(path / WEIGHTS for path in config.merge_inputs)]
+    if cold:
+        for path in inputs:
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    work = (lambda: merge.main(config)) if name == "merge.py" else lambda: merge_state_dicts(inputs, config.merged)
+    before, start, before_io = anonymous_bytes(), time.perf_counter(), io_bytes()
+    with peak_anonymous() as peak:
+        work()
+    taken = time.perf_counter() - start
+    read, written = (now - then for now, then in zip(io_bytes(), before_io, strict=True))
+    return {"seconds": taken, "anonymous": peak[0] - before, "read": read, "written": written}
+
+
+def merge_state_dicts(inputs: list[Path], output: Path) -> None:
+    """All models in memory, a task vector of each, their sum."""
+    from safetensors.torch import load_file, save_file
+
+    base, *experts = ({name: tensor.clone() for name, tensor in load_file(path).items()} for path in inputs)
+    vectors = [{name: expert[name] - base[name] for name in base} for expert in experts]
+    merged = {name: base[name] + sum(0.5 / len(vectors) * vector[name] for vector in vectors) for name in base}
+    (output / "unet").mkdir(parents=True)
+    save_file(merged, output / "unet" / WEIGHTS)
+    with (output / "unet" / WEIGHTS).open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def anonymous_bytes() -> int:
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def io_bytes() -> tuple[int, int]:
+    """Read from and written to the disk by this process."""
+    text = Path("/proc/self/io").read_text()
+    return tuple(int(re.search(rf"^{name}: (\d+)", text, re.MULTILINE)[1]) for name in ("read_bytes", "write_bytes"))
+
+
+@contextmanager
+def peak_anonymous() -> Iterator[list[int]]:
+    """The greatest `anonymous_bytes` within the block, looked at every 2 ms, in the list that it yields."""
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()

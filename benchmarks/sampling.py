@@ -1,0 +1,140 @@
+"""Sampling, noise to PNG on disk: sample_ddp.py's path against diffusers' DDIMPipeline and two network calls per step.
+
+python benchmarks/sampling.py
+python benchmarks/sampling.py --device cuda      # Church's network at 256×256, the others in fp16
+python benchmarks/sampling.py --quick
+"""
+
+import copy
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+from PIL import Image
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import alternate, ceiling, ceiling_line, parse, spread
+from benchmarks.report import save
+from benchmarks.unets import CHURCH, CIFAR10
+from deme.config import Sample
+from deme.files import markdown_table
+from deme.inference import freeze
+from deme.pipelines import read_json
+from sample_ddp import draw
+
+DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits" / "unet"
+
+
+def main() -> None:
+    arguments = parse(__doc__)
+    on_gpu, repeats = arguments.device == "cuda", 1 if arguments.quick else 3
+    shapes = {
+        "CIFAR-10": (CIFAR10, 32, (256, 512, 50) if on_gpu else (8, 16, 10)),  # batch, images, steps
+        "Church": (CHURCH, 256, (32, 64, 50)) if on_gpu else (CHURCH, 32, (8, 16, 10)),
+        "digits": (read_json(DIGITS / "config.json"), 8, (256, 512, 50)),
+    }
+    limits = ceiling(arguments.device)
+    rows = []
+    for name, (settings, size, work) in shapes.items():
+        batch, images, steps = (2, 2, 2) if arguments.quick else work
+        unet = UNet2DModel.from_config(settings | {"sample_size": size}).eval()
+        rows += measure(f"{name}, {size}×{size}", unet, batch, images, steps, repeats, on_gpu)
+    titles = ["", "batch", "steps", "images/s", "× DDIMPipeline", "× two calls per step", "share without network"]
+    lines = [
+        [f"{row['unet']}: {row['name']}", str(row["batch"]), str(row["steps"]), spread(row["images_per_second"])]
+        + [f"{row[key]:.2f}" for key in ("times_pipeline", "times_two_calls")]
+        + [f"{row['share_without_network']:.1%}" if "share_without_network" in row else "-"]
+        for row in rows
+    ]
+    save("sampling", arguments.device, rows, f"{markdown_table(titles, lines)}\n\n{ceiling_line(limits)}", limits)
+
+
+def measure(title: str, unet: nn.Module, batch: int, images: int, steps: int, repeats: int, on_gpu: bool) -> list[dict]:
+    """One row per contender."""
+    device = "cuda" if on_gpu else "cpu"
+    stock_type = torch.float16 if on_gpu else torch.float32
+    stock = UNet2DModel.from_config(unet.config)
+    stock.load_state_dict(unet.state_dict())
+    stock = stock.eval().to(device, stock_type)
+    pipeline = DDIMPipeline(stock, DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    seeds = list(range(images))
+
+    def ours(precision: str, network: Callable | None = None) -> Callable[[], None]:
+        network = network or freeze(copy.deepcopy(unet), device, precision)
+
+        def work() -> None:
+            settings = Sample(batch_size=batch, num_inference_steps=steps, mixed_precision=precision)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            accelerator = Accelerator(cpu=not on_gpu, mixed_precision=precision)
+            with tempfile.TemporaryDirectory() as folder:
+                draw(accelerator, settings, lambda _: network, DDPMScheduler(), shape, seeds, Path(folder))
+
+        return work
+
+    pipeline_name = f"DDIMPipeline, {str(stock_type).removeprefix('torch.')}"
+    two_calls_name = f"two calls per step, {str(stock_type).removeprefix('torch.')}"
+    precisions = {"sample_ddp.py, no": "no", "sample_ddp.py, bf16": "bf16"}
+    precisions |= {"sample_ddp.py, fp16": "fp16"} if on_gpu else {}
+    contenders = {
+        pipeline_name: lambda: save_loop(lambda part: pipeline_images(pipeline, part, steps), seeds, batch),
+        two_calls_name: lambda: save_loop(lambda part: two_call_images(stock, part, steps), seeds, batch),
+        **{name: ours(precision) for name, precision in precisions.items()},
+        "without network": ours("no", lambda images, *_, **__: (images,)),
+    }
+    taken = alternate(contenders, repeats, device)
+    rest = statistics.median(taken.pop("without network"))
+    speed = {name: statistics.median(images / value for value in values) for name, values in taken.items()}
+    rows = []
+    for name, values in taken.items():
+        row = {"unet": title, "name": name, "batch": batch, "steps": steps}
+        row |= {"images_per_second": [images / value for value in values]}
+        row |= {
+            "times_pipeline": speed[name] / speed[pipeline_name],
+            "times_two_calls": speed[name] / speed[two_calls_name],
+        }
+        if name in precisions:
+            row |= {"share_without_network": rest / statistics.median(values)}
+        rows.append(row)
+    return rows
+
+
+def save_loop(images_of: Callable[[list[int]], list[Image.Image]], seeds: list[int], batch: int) -> None:
+    """Draw batch by batch and save each image, as scripts around a pipeline do."""
+    with tempfile.TemporaryDirectory() as folder:
+        for start in range(0, len(seeds), batch):
+            part = seeds[start : start + batch]
+            for seed, image in zip(part, images_of(part), strict=True):
+                image.save(Path(folder) / f"{seed:06d}.png")
+
+
+def pipeline_images(pipeline: DDIMPipeline, seeds: list[int], steps: int) -> list[Image.Image]:
+    generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
+    return pipeline(batch_size=len(seeds), generator=generators, num_inference_steps=steps).images
+
+
+@torch.no_grad()
+def two_call_images(unet: nn.Module, seeds: list[int], steps: int) -> list[Image.Image]:
+    """DDIM whose network is called twice with the same input in every step."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(steps)
+    size, channels = unet.config.sample_size, unet.config.in_channels
+    torch.manual_seed(seeds[0])
+    images = torch.randn(len(seeds), channels, size, size, device=unet.device, dtype=unet.dtype)
+    for timestep in scheduler.timesteps:
+        unet(images, timestep)
+        images = scheduler.step(unet(images, timestep).sample, timestep, images).prev_sample
+    return DDIMPipeline.numpy_to_pil((images / 2 + 0.5).clamp(0, 1).float().cpu().permute(0, 2, 3, 1).numpy())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""One optimizer step of finetune.py's loop against a plain accelerate loop: same networks, objective, batch and images.
+
+    python benchmarks/training.py
+    python benchmarks/training.py --device cuda      # Church's network at 256×256
+    python benchmarks/training.py --quick
+
+The plain loop is written as diffusers' examples write theirs: images decoded in the loader, the loss read at every
+micro-batch, the EMA parameter by parameter, torch's defaults for AdamW and the memory format.
+"""
+
+import io
+import multiprocessing
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import ceiling, ceiling_line, parse, seconds, spread
+from benchmarks.report import save
+from benchmarks.unets import CHURCH, CIFAR10
+from deme.config import Finetune
+from deme.data import CroppedImages
+from deme.devices import peak_memory
+from deme.files import markdown_table
+from deme.projection import ProjectedUNet2DModel
+from deme.training import Objective, Trainer
+
+NUM_IMAGES = 64
+TYPES = {"no": "float32", "bf16": "bfloat16"}
+NAMES = [f"{contender}, {precision}" for precision in TYPES for contender in ("plain loop", "finetune.py")]
+Step = Callable[[], None]
+
+
+def main() -> None:
+    arguments = parse(__doc__)
+    device = arguments.device
+    batch_size, micro_batch_size = (32, 16) if device == "cuda" else (4, 4)
+    settings = {"quick": arguments.quick, "device": device, "batch_size": batch_size}
+    settings |= {"micro_batch_size": micro_batch_size}
+    limits, context = ceiling(device), multiprocessing.get_context("spawn")
+    workers: dict[str, Connection] = {}
+    for name in NAMES:
+        workers[name], theirs = context.Pipe()
+        context.Process(target=work, args=(name, settings, theirs), daemon=True).start()
+    for worker in workers.values():
+        worker.recv()  # it is ready
+
+    def step(name: str) -> float:
+        workers[name].send("step")
+        return workers[name].recv()
+
+    taken: dict[str, list[float]] = {name: [] for name in NAMES}
+    for number in range(3 if arguments.quick else 10):
+        for name in NAMES:
+            seconds_of_step = step(name)
+            if number > 1:  # AdamW's moments exist from the second step on
+                taken[name].append(seconds_of_step)
+    measured = {}
+    for name in NAMES:
+        workers[name].send("measure")
+        measured[name] = workers[name].recv()
+
+    rows, plain = [], {name: statistics.median(taken[name]) for name in NAMES if name.startswith("plain")}
+    flops = measured[NAMES[1]]["flops"]
+    for name, values in taken.items():
+        precision = name.split(", ")[1]
+        rate = flops / statistics.median(values)
+        row = {"name": name, "seconds_per_step": values, "images_per_second": [batch_size / value for value in values]}
+        row |= {"times_plain": plain[f"plain loop, {precision}"] / statistics.median(values)}
+        row |= {"times_plain_float32": plain["plain loop, no"] / statistics.median(values)}
+        row |= {"flop_per_second": rate, "share_of_ceiling": rate / limits[TYPES[precision]]}
+        rows.append(row | measured[name])
+    titles = ["mixed_precision", "images/s", "× plain loop", "× plain loop, no", "peak memory, GiB", "TFLOP/s"]
+    titles += ["share of the matrix products' rate"]
+    lines = [
+        [
+            row["name"],
+            spread(row["images_per_second"]),
+            f"{row['times_plain']:.2f}",
+            f"{row['times_plain_float32']:.2f}",
+            f"{row['peak_memory'] / 2**30:.2f}",
+            f"{row['flop_per_second'] / 1e12:.3f}",
+            f"{row['share_of_ceiling']:.0%}",
+        ]
+        for row in rows
+    ]
+    ours = [row for row in rows if "shares" in row]
+    parts = [[row["name"], *(f"{share:.1%}" for share in row["shares"].values())] for row in ours]
+    what = f"Batch {batch_size} in micro-batches of {micro_batch_size}; where a step's time goes:"
+    shares = markdown_table(["", *ours[0]["shares"]], parts)
+    tables = [markdown_table(titles, lines), what, shares, ceiling_line(limits)]
+    save("training", device, rows, "\n\n".join(tables), limits)
+
+
+def work(name: str, settings: dict, parent: Connection) -> None:
+    """A contender's own process: a step at each request, at the end what it measured."""
+    contender, precision = name.split(", ")
+    device, quick = settings["device"], settings["quick"]
+    size = 256 if device == "cuda" and not quick else 32
+    images = [np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8) for i in range(NUM_IMAGES)]
+    torch.manual_seed(0)
+    teacher = UNet2DModel(**(CIFAR10 if quick else CHURCH) | {"sample_size": size})
+    make_step = plain_step if contender == "plain loop" else our_step
+    step, trainer = make_step(teacher, images, settings["batch_size"], settings["micro_batch_size"], precision, device)
+    parent.send("ready")
+    while parent.recv() == "step":
+        parent.send(seconds(step, device))
+    found = {"peak_memory": peak_memory(torch.device(device))}
+    if trainer is not None:
+        found["shares"] = breakdown(trainer, device)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        found["flops"] = counter.get_total_flops()
+    parent.send(found)
+
+
+def make_accelerator(precision: str, device: str, micro_batches: int = 1) -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the first one's precision
+    return Accelerator(cpu=device == "cpu", mixed_precision=precision, gradient_accumulation_steps=micro_batches)
+
+
+def our_step(
+    teacher: UNet2DModel, images: list, batch_size: int, micro_batch_size: int, precision: str, device: str
+) -> tuple[Step, Trainer]:
+    decoded = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
+    data = CroppedImages(decoded, teacher.config.sample_size, center_crop=True, random_flip=True)
+    settings = Finetune(batch_size=batch_size, micro_batch_size=micro_batch_size, mixed_precision=precision)
+    objective = Objective("benchmark", (2, 0, 250), (0, 250), global_probability=0.3, consistency_weight=1.0)
+    student, accelerator = ProjectedUNet2DModel.from_unet(teacher), make_accelerator(precision, device)
+    trainer = Trainer(accelerator, student, teacher, DDPMScheduler(), data, objective, settings, 0, Path("unused"))
+    return trainer._optimizer_step, trainer
+
+
+def plain_step(
+    teacher: UNet2DModel, images: list, batch_size: int, micro_batch_size: int, precision: str, device: str
+) -> tuple[Step, None]:
+    micro_batches, settings = batch_size // micro_batch_size, Finetune()
+    accelerator = make_accelerator(precision, device, micro_batches)
+    size, scheduler = teacher.config.sample_size, DDPMScheduler()
+    augment = transforms.Compose(
+        [
+            transforms.Resize(size),
+            transforms.CenterCrop(size),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5]),
+        ]
+    )
+    files = [encoded(image) for image in images]
+
+    def collate(rows: list[int]) -> torch.Tensor:
+        return torch.stack([augment(Image.open(io.BytesIO(files[row])).convert("RGB")) for row in rows])
+
+    data = DataLoader(range(len(files)), batch_size=micro_batch_size, shuffle=True, collate_fn=collate)
+    student = ProjectedUNet2DModel.from_unet(teacher).train()
+    teacher.requires_grad_(False)
+    teacher.to(accelerator.device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    ema = EMAModel(student.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate)
+    schedule = get_scheduler("constant", optimizer)
+    student, optimizer, data, schedule = accelerator.prepare(student, optimizer, data, schedule)
+    ema.to(accelerator.device)
+    batches, losses = endless(data), []
+
+    def step() -> None:
+        for _ in range(micro_batches):
+            clean = next(batches)
+            noise = torch.randn_like(clean)
+            timesteps = torch.randint(0, 250, (len(clean),), device=clean.device)
+            noisy = scheduler.add_noise(clean, noise, timesteps)
+            with accelerator.accumulate(student):
+                prediction = student(noisy, timesteps).sample
+                with torch.no_grad():
+                    reference = teacher(noisy.to(teacher.dtype), timesteps).sample
+                loss = F.mse_loss(prediction.float(), noise) + F.mse_loss(prediction.float(), reference.float())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(student.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                ema.step(student.parameters())
+            losses.append(loss.detach().item())
+
+    return step, None
+
+
+def encoded(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="JPEG")
+    return file.getvalue()
+
+
+def endless(data: DataLoader) -> Iterator[torch.Tensor]:
+    while True:
+        yield from data
+
+
+def breakdown(trainer: Trainer, device: str, steps: int = 3) -> dict[str, float]:
+    """Part of a step → its share of the step's time; on a GPU with a wait after each part."""
+    spent: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def timed(part: str, owner: object, name: str) -> Iterator[None]:
+        original = getattr(owner, name)
+
+        def measured(*args, **kwargs):
+            results = []
+            spent[part] += seconds(lambda: results.append(original(*args, **kwargs)), device)
+            return results[0]
+
+        setattr(owner, name, measured)
+        try:
+            yield
+        finally:
+            setattr(owner, name, original)
+
+    with (
+        timed("data", trainer.images, "batch"),
+        timed("forward", trainer.model, "forward"),
+        timed("teacher", trainer.teacher, "forward"),
+        timed("backward", trainer.accelerator, "backward"),
+        timed("clipping", trainer.accelerator, "clip_grad_norm_"),
+        timed("optimizer", trainer.optimizer, "step"),
+        timed("EMA", trainer, "_update_ema"),
+    ):
+        total = sum(seconds(trainer._optimizer_step, device) for _ in range(steps))
+    return {part: value / total for part, value in spent.items()} | {"rest": 1 - sum(spent.values()) / total}
+
+
+if __name__ == "__main__":
+    main()
