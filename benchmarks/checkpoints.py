@@ -34,7 +34,7 @@ def main() -> None:
     objective = Objective("checkpoints", (2, 0, 250), (0, 250), consistency_weight=1.0)
     accelerator = Accelerator(cpu=device == "cpu")
     row: dict[str, list[float]] = {"standstill": [], "writing": [], "step": []}
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         student = ProjectedUNet2DModel.from_unet(unet)
         settings = Finetune(batch_size=4)
         trainer = Trainer(accelerator, student, unet, DDPMScheduler(), images, objective, settings, 0, Path(folder))

@@ -42,7 +42,7 @@ def main() -> None:
         cases = [(("CIFAR-10", "UNet2DModel", CIFAR10), 2)]
     limits, rows = ceiling("cpu"), []
     for network, experts in cases:
-        with tempfile.TemporaryDirectory(dir=".") as folder:
+        with tempfile.TemporaryDirectory() as folder:
             rows += compare(Path(folder).resolve(), *network, experts, 1 if arguments.quick else 2)
     titles = ["merging", "experts", "GB each", "s, without imports", "× state dicts", "s, whole command"]
     titles += ["anonymous memory / output", "read / inputs", "written / output"]
