@@ -4,7 +4,8 @@
     python benchmarks/scaling.py --device cuda       # 1 and all GPUs
     python benchmarks/scaling.py --quick
 
-Whole commands on CIFAR-10's network. Efficiency: the gain in speed over the first row, per gain in threads or GPUs.
+Whole commands on CIFAR-10's network, three rounds in which each has a turn. Efficiency: the gain in speed over
+the first row, per gain in threads or GPUs.
 """
 
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import parse
+from benchmarks.measure import parse, spread
 from benchmarks.report import save
 from benchmarks.unets import CIFAR10
 from deme.files import markdown_table
@@ -35,36 +37,42 @@ def main() -> None:
     on_gpu = arguments.device == "cuda"
     most = torch.cuda.device_count() if on_gpu else 2
     # (processes, threads of each)
-    shapes = [(1, 1), (most, 1)] if on_gpu else [(1, 1), (1, 2), (2, 1)]
+    shapes = list(dict.fromkeys([(1, 1), (most, 1)])) if on_gpu else [(1, 1), (1, 2), (2, 1)]
     steps, batch, images = (12, 4, 8) if arguments.quick else (512, 64, 4096) if on_gpu else (12, 8, 48)
-    rows = []
+    speeds: dict[tuple, list[float]] = defaultdict(list)  # what, processes, threads of each
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         unet = UNet2DModel(**CIFAR10 | (SMALL if arguments.quick else {}))
         DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder / "pretrained")
-        options = [f"output_dir={folder}", f"model.pretrained={folder / 'pretrained'}", "data.resolution=32"]
-        options += [f"data.name={make_images(folder / 'data', 4 * batch)}", "data.label_column=null"]
+        options = [f"model.pretrained={folder / 'pretrained'}", "data.resolution=32", "data.label_column=null"]
+        options += [f"data.name={make_images(folder / 'data', 4 * batch)}"]
         options += [f"finetune.max_steps={steps}", f"finetune.batch_size={batch}", "finetune.log_every=4"]
         options += [f"finetune.micro_batch_size={batch // most}", "timesteps.num_ranges=2"]
         options += [f"sample.num_images={images}", f"sample.batch_size={batch // 2}", "sample.num_inference_steps=5"]
-        options += ["sample.model=pretrained"]
-        for processes, threads in shapes:
-            rows.append(finetuning(options, folder, processes, threads, on_gpu))
-        for processes, threads in shapes:
-            rows.append(sampling(options, folder, processes, threads, on_gpu))
-        rows += ranges(options, folder, most, on_gpu)
-    for row in rows:
-        first = next(other for other in rows if other["what"] == row["what"])
-        row["times_first"] = row["speed"] / first["speed"]
-        more = row["processes"] * row["threads"] / (first["processes"] * first["threads"])
-        row["efficiency"] = row["times_first"] / more
+        options += ["sample.model=pretrained", "merge.coefficients=[0.5,0.5]"]
+        for number in range(1 if arguments.quick else 3):
+            output, here = folder / str(number), [*options, f"output_dir={folder / str(number)}"]
+            for shape in shapes:
+                speeds["finetuning, images/s", *shape].append(finetuning(here, output, *shape, on_gpu))
+                speeds["sampling, images/s", *shape].append(sampling(here, output, *shape, on_gpu))
+            for processes, threads in [(1, 1), (2, 1)] if on_gpu else [(1, 2), (2, 1)]:
+                taken = two_ranges(here, processes, threads, most, on_gpu)
+                speeds["two ranges, whole commands per hour", processes, threads].append(2 * 3600 / taken)
+    rows = []
+    for what, processes, threads in sorted(speeds, key=lambda key: key[0]):
+        values = speeds[what, processes, threads]
+        row = {"what": what, "processes": processes, "threads": threads, "speed": values}
+        first = next((other for other in rows if other["what"] == what), row)
+        row["times_first"] = statistics.median(values) / statistics.median(first["speed"])
+        more = processes * threads / (first["processes"] * first["threads"])
+        rows.append(row | {"efficiency": row["times_first"] / more})
     titles = ["", "processes", "threads each", "speed", "× the first", "efficiency"]
     lines = [
         [
-            f"{row['what']}, {row['unit']}",
+            row["what"],
             str(row["processes"]),
             str(row["threads"]),
-            f"{row['speed']:.3g}",
+            spread(row["speed"]),
             f"{row['times_first']:.2f}",
             f"{row['efficiency']:.0%}",
         ]
@@ -73,13 +81,20 @@ def main() -> None:
     save("scaling", arguments.device, rows, markdown_table(titles, lines))
 
 
-def start(script: str, options: list[str], processes: int, threads: int, on_gpu: bool) -> subprocess.Popen:
+def start(
+    script: str, options: list[str], processes: int, threads: int, on_gpu: bool, gpu: int | None = None
+) -> subprocess.Popen:
+    """
+    Args:
+        gpu: the only one to be used.
+    """
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launcher += ["--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | ({} if on_gpu else {"ACCELERATE_USE_CPU": "true"})
+    environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
     command = [*launcher, str(REPOSITORY / script), *options]
     return subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
 
@@ -89,43 +104,34 @@ def finish(run: subprocess.Popen) -> None:
         sys.exit(run.returncode)
 
 
-def finetuning(options: list[str], folder: Path, processes: int, threads: int, on_gpu: bool) -> dict:
+def finetuning(options: list[str], output: Path, processes: int, threads: int, on_gpu: bool) -> float:
+    """Images/s between two lines of the log."""
     name = f"finetune-{processes}-{threads}"
     finish(start("finetune.py", [*options, f"name={name}", "finetune.range=0"], processes, threads, on_gpu))
-    lines = (folder / name / "finetuned" / "0000-0500" / "log.jsonl").read_text().splitlines()
-    speeds = [json.loads(line)["images_per_second"] for line in lines][1:]  # the first steps warm up
-    row = {"what": "finetuning", "unit": "images/s", "processes": processes, "threads": threads}
-    return row | {"speed": statistics.median(speeds)}
+    lines = (output / name / "finetuned" / "0000-0500" / "log.jsonl").read_text().splitlines()
+    return statistics.median([json.loads(line)["images_per_second"] for line in lines][1:])  # the first steps warm up
 
 
-def sampling(options: list[str], folder: Path, processes: int, threads: int, on_gpu: bool) -> dict:
-    """The speed from the end of the first batch on."""
+def sampling(options: list[str], output: Path, processes: int, threads: int, on_gpu: bool) -> float:
+    """Images/s from the end of the first batch on."""
     name = f"sample-{processes}-{threads}"
     finish(start("sample_ddp.py", [*options, f"name={name}"], processes, threads, on_gpu))
-    times = sorted(path.stat().st_mtime for path in (folder / name / "samples" / "pretrained").glob("*.png"))
+    times = sorted(path.stat().st_mtime for path in (output / name / "samples" / "pretrained").glob("*.png"))
     batch_size = next(int(option.split("=")[1]) for option in options if option.startswith("sample.batch_size"))
     first = processes * batch_size
-    row = {"what": "sampling", "unit": "images/s", "processes": processes, "threads": threads}
-    return row | {"speed": (len(times) - first) / (times[-1] - times[first - 1])}
+    return (len(times) - first) / (times[-1] - times[first - 1])
 
 
-def ranges(options: list[str], folder: Path, most: int, on_gpu: bool) -> list[dict]:
-    """Two ranges one after another, in one process with all threads or on one GPU; then side by side."""
-    threads, rows = (1, []) if on_gpu else (2, [])
-    for what, commands in {"together": [[]], "side by side": [["finetune.range=0"], ["finetune.range=1"]]}.items():
-        begin = time.perf_counter()
-        environment_threads = threads // len(commands) or 1
-        runs = []
-        for number, extra in enumerate(commands):
-            if on_gpu:
-                os.environ["CUDA_VISIBLE_DEVICES"] = str(number % most)
-            runs.append(start("finetune.py", [*options, f"name=ranges-{what}", *extra], 1, environment_threads, on_gpu))
-        for run in runs:
-            finish(run)
-        taken = time.perf_counter() - begin
-        row = {"what": "two ranges, whole commands", "unit": "per minute", "processes": len(commands)}
-        rows.append(row | {"threads": environment_threads, "speed": 2 / taken * 60})
-    return rows
+def two_ranges(options: list[str], processes: int, threads: int, num_gpus: int, on_gpu: bool) -> float:
+    """Seconds for both: one command that takes one after the other, or two commands side by side."""
+    commands = [[]] if processes == 1 else [["finetune.range=0"], ["finetune.range=1"]]
+    begin, runs = time.perf_counter(), []
+    for number, extra in enumerate(commands):
+        gpu = number % num_gpus if on_gpu else None
+        runs.append(start("finetune.py", [*options, f"name=ranges-{processes}", *extra], 1, threads, on_gpu, gpu))
+    for run in runs:
+        finish(run)
+    return time.perf_counter() - begin
 
 
 def make_images(folder: Path, count: int) -> Path:
