@@ -1,5 +1,6 @@
 """Folders of samples: one PNG per seed, named by it, and samples.yaml, which says what they were drawn from."""
 
+import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from deme.config import UserError
-from deme.files import atomic_file, make_folder, read_yaml, remove_leftovers, write_yaml
+from deme.files import make_folder, read_yaml, remove_leftovers, write_small_file, write_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +81,9 @@ def missing_seeds(folder: Path, seeds: range) -> list[int]:
 def write_image(folder: Path, seed: int, image: "torch.Tensor") -> None:
     """Save one uint8 image (C, H, W), C = 1 (grayscale) or 3 (RGB)."""
     pixels = image.permute(1, 2, 0).numpy()
-    with atomic_file(image_path(folder, seed), sync=False) as temporary:
-        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(temporary, format="PNG")
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, format="PNG")
+    write_small_file(image_path(folder, seed), file.getvalue())
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -1,7 +1,16 @@
 import pytest
 
-from deme.config import UserError
-from deme.files import TEMPORARY, atomic_file, atomic_folder, make_folder, read_yaml, remove_leftovers, sha256
+from deme.config import RunError, UserError
+from deme.files import (
+    TEMPORARY,
+    atomic_file,
+    atomic_folder,
+    make_folder,
+    read_yaml,
+    remove_leftovers,
+    sha256,
+    write_small_file,
+)
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path):
@@ -17,6 +26,16 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_small_file_is_replaced_whole_and_one_that_fails_leaves_nothing(tmp_path):
+    for content in (b"first", b"second"):
+        write_small_file(tmp_path / "a", content)
+        assert (tmp_path / "a").read_bytes() == content
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RunError, match="folder: cannot be written: Is a directory"):
+        write_small_file(tmp_path / "folder", b"third")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "folder"]
 
 
 def test_a_folder_that_fails_leaves_the_old_one(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY, run
 from PIL import Image
 
-from deme.files import atomic_file, atomic_folder
+from deme.files import atomic_file, atomic_folder, write_small_file
 
 PROGRAM = "import pathlib\npathlib.Path({marker!r}).touch()\n"
 DANGEROUS = [
@@ -62,7 +62,8 @@ def test_unfinished_files_are_private_and_finished_ones_follow_the_umask(tmp_pat
     (tmp_path / "usual" / "file").touch()
     with atomic_file(tmp_path / "file") as temporary:
         assert mode(temporary) == 0o600
-    assert mode(tmp_path / "file") == mode(tmp_path / "usual" / "file")
+    write_small_file(tmp_path / "small", b"")
+    assert mode(tmp_path / "file") == mode(tmp_path / "small") == mode(tmp_path / "usual" / "file")
     with atomic_folder(tmp_path / "folder") as temporary:
         assert mode(temporary) == 0o700
     assert mode(tmp_path / "folder") == mode(tmp_path / "usual")
