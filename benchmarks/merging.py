@@ -94,7 +94,7 @@ def make_inputs(folder: Path, kind: str, settings: dict, experts: int) -> int:
     import diffusers
     from safetensors.torch import save_file
 
-    from deme.config import load_config
+    from deme.config_files import load_config
 
     with torch.device("meta"):
         unet = getattr(diffusers, kind)(**settings)
@@ -138,7 +138,7 @@ def measure(folder: str, name: str, experts: int, cold: bool) -> dict:
 
     import merge
     from deme import files, locks, model_card, pipelines, task_vectors  # noqa: F401
-    from deme.config import load_config
+    from deme.config_files import load_config
 
     config = load_config(REPOSITORY / "configs" / "digits.yaml", options(Path(folder), experts))
     shutil.rmtree(config.merged, ignore_errors=True)

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-from deme.config import REPOSITORY, Config, RunError, UserError, load_config
+from deme.config import REPOSITORY, Config, RunError, UserError
+from deme.config_files import load_config
 from deme.files import to_yaml
 from deme.signals import SIGNALS, Interrupted, ignore_signals, raise_interrupted, stopped_by
 
@@ -82,6 +83,8 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
         ignore_signals()
         if stopped_by and not isinstance(error, Interrupted):
             error = Interrupted(stopped_by[0])
+        if isinstance(error, OSError) and error.filename is not None:
+            error = UserError(f"{error.filename}: {error.strerror}")
         if not isinstance(error, (UserError, RunError, Interrupted)):
             raise
         line = f"{parser.prog}: {'error: ' * isinstance(error, UserError)}{error}"

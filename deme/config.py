@@ -1,6 +1,6 @@
-"""The configuration of an experiment: one YAML file plus `section.key=value` overrides, read into frozen dataclasses.
+"""The configuration of an experiment: every setting, with its bounds.
 
-OmegaConf checks keys and types, `__post_init__` checks values; every mistake is a `UserError` of one line that names
+`deme/config_files.py` reads it. `__post_init__` checks values; every mistake is a `UserError` of one line that names
 the key and its value. Nothing here imports torch, so that a mistake is answered at once.
 """
 
@@ -11,16 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Optional, Union
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 CONTINUED = "continued"  # the control of `finetune.range`: plain training on all timesteps at the ranges' total cost
 PRECISIONS = ("no", "fp16", "bf16")
-PRECISION_KEYS = ("pretrain.mixed_precision", "finetune.mixed_precision", "sample.mixed_precision")
-PRECISION_KEYS += ("evaluate.classifier_precision",)
+POLYNOMIAL_END = 1e-7  # the learning rate that diffusers' polynomial schedule ends at
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -50,13 +46,13 @@ class Section:
         """Each key is None or a finite number above 0."""
         for key in keys:
             value = getattr(self, key)
-            self.check(key, value is None or 0 < value < math.inf, "must be above 0")
+            self.check(key, value is None or 0 < value < math.inf, "must be a finite number above 0")
 
     def check_not_negative(self, *keys: str) -> None:
         """Each key is None or a finite number of at least 0."""
         for key in keys:
             value = getattr(self, key)
-            self.check(key, value is None or 0 <= value < math.inf, "must be 0 or above")
+            self.check(key, value is None or 0 <= value < math.inf, "must be a finite number, 0 or above")
 
     def check_seed(self, key: str) -> None:
         self.check(key, 0 <= getattr(self, key) < 2**63, "must lie in [0, 2**63)")
@@ -158,6 +154,8 @@ class Training(Section):
         self.check_choice("lr_scheduler", LR_SCHEDULERS)
         warms_up = self.lr_scheduler != "constant" or self.lr_warmup_steps == 0
         self.check("lr_warmup_steps", warms_up, f"{self.section}.lr_scheduler=constant has no warm-up")
+        above_end = self.lr_scheduler != "polynomial" or self.learning_rate > POLYNOMIAL_END
+        self.check("learning_rate", above_end, f"the polynomial schedule ends at {POLYNOMIAL_END}")
         whole = self.micro_batch_size is None or self.batch_size % self.micro_batch_size == 0
         self.check(
             "batch_size", whole, f"must be a multiple of {self.section}.micro_batch_size={self.micro_batch_size}"
@@ -334,55 +332,10 @@ class Config(Section):
 
 
 def _is_finite_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Finite in float32, the type that weights are summed in."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
 
 
 def range_name(timestep_range: tuple[int, int] | None) -> str:
     """A range's folder name: (0, 250) gives 0000-0250; None, the control, gives continued."""
     return CONTINUED if timestep_range is None else "{:04d}-{:04d}".format(*timestep_range)
-
-
-def load_config(file: str | Path, overrides: list[str]) -> Config:
-    """Read `file` and apply `overrides` (`section.key=value`, the value in YAML).
-
-    Raises:
-        UserError: unreadable file, unknown key, wrong type or a value out of bounds.
-    """
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"{override}: overrides are written section.key=value")
-        try:
-            yaml.safe_load(override.split("=", 1)[1])
-        except (yaml.YAMLError, ValueError) as error:
-            raise UserError(f"{override}: not YAML: {getattr(error, 'problem', error)}") from None
-    given = OmegaConf.create({})
-    try:
-        content = OmegaConf.load(file)
-        if not OmegaConf.is_dict(content):
-            raise UserError(f"--config {file}: not a YAML mapping")
-        given = content
-        for override in overrides:  # a list or mapping replaces the file's, it is not merged into it
-            key = override.split("=", 1)[0]
-            value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
-            OmegaConf.update(given, key, value, merge=False, force_add=True)
-        for key in PRECISION_KEYS:
-            if OmegaConf.select(given, key) is False:
-                OmegaConf.update(given, key, "no")  # which YAML reads as false
-        return OmegaConf.to_object(OmegaConf.merge(_writable(Config()), given))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file}: {error}") from None
-    except OmegaConfBaseException as error:
-        message = str(error).splitlines()[0]
-        key = error.full_key
-        value = OmegaConf.select(given, key, throw_on_resolution_failure=False) if key else None
-        raise UserError(f"{key}={value}: {message}" if key else message) from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise UserError(f"--config {file}: {' '.join(str(error).split())}") from None
-
-
-def _writable(defaults: Config) -> Any:
-    """OmegaConf makes nodes of frozen dataclasses read-only; merging needs them writable."""
-    node = OmegaConf.structured(defaults)
-    for part in (node, *(node[key] for key in node if OmegaConf.is_config(node[key]))):
-        OmegaConf.set_readonly(part, False)
-    return node

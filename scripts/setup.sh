@@ -103,7 +103,7 @@ resume_later() {
 
 # ask EXPRESSION CONFIG OVERRIDES…: a value that follows from the configuration, such as config.folder
 ask() {
-  python -c 'import sys; from deme.config import UserError, load_config; import evaluate, sample_ddp
+  python -c 'import sys; from deme.config import UserError; from deme.config_files import load_config; import evaluate, sample_ddp
 try:
     config = load_config(sys.argv[2], sys.argv[3:])
 except UserError as error:

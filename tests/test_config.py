@@ -6,7 +6,8 @@ import yaml
 from conftest import REPOSITORY
 
 from deme.command import provenance
-from deme.config import Config, UserError, load_config, range_name
+from deme.config import Config, UserError, range_name
+from deme.config_files import load_config
 
 SCRIPTS = ["pretrain.py", "finetune.py", "merge.py", "sample_ddp.py", "evaluate.py"]
 
@@ -51,10 +52,10 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("finetune.lerning_rate=0.1", "finetune.lerning_rate=0.1: Key 'lerning_rate' not in 'Finetune'"),
         ("fintune.range=1", "fintune={'range': 1}: Key 'fintune' not in 'Config'. Did you mean: 'finetune'?"),
         ("finetune.max_steps=many", "finetune.max_steps=many: Value 'many' of type 'str' could not be converted"),
-        ("finetune.max_steps=0", "finetune.max_steps=0: must be above 0"),
+        ("finetune.max_steps=0", "finetune.max_steps=0: must be a finite number above 0"),
         ("finetune.global_probability=1.5", "finetune.global_probability=1.5: must lie in [0, 1]"),
         ("finetune.global_probability=.nan", "finetune.global_probability=nan: must lie in [0, 1]"),
-        ("finetune.learning_rate=.inf", "finetune.learning_rate=inf: must be above 0"),
+        ("finetune.learning_rate=.inf", "finetune.learning_rate=inf: must be a finite number above 0"),
         ("finetune.range=4", "finetune.range=4: must be null, continued, or one of 0 … 3"),
         ("finetune.range=first", "finetune.range=first: must be null, continued, or one of 0 … 3"),
         ("finetune.micro_batch_size=7", "finetune.batch_size=64: must be a multiple of finetune.micro_batch_size=7"),
@@ -76,6 +77,10 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("finetune.lr_warmup_steps=5", "finetune.lr_warmup_steps=5: finetune.lr_scheduler=constant has no warm-up"),
         ("sample.num_inference_steps=2000", "sample.num_inference_steps=2000: must be at most timesteps.num_train"),
         ("sample.eta=-1", "sample.eta=-1.0: must lie in [0, 1]"),
+        ("finetune.max_grad_norm=.inf", "finetune.max_grad_norm=inf: must be a finite number above 0"),
+        ("finetune.lr_warmup_steps=-1", "finetune.lr_warmup_steps=-1: must be a finite number, 0 or above"),
+        ("timesteps.edges={a: 1}", "timesteps.edges={'a': 1}: Cannot merge incompatible container types"),
+        ("merge.coefficients=[1e300,0,0,0]", "merge.coefficients=[1e+300, 0, 0, 0]: must be a list of finite numbers"),
         ("evaluate.features=clip", "evaluate.features=clip: must be one of inception, classifier"),
         ("name=a/b", "name=a/b: must be a plain folder name"),
         ("seed", "seed: overrides are written section.key=value"),

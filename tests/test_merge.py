@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 import merge
-from deme.config import load_config
+from deme.config_files import load_config
 from deme.files import sha256
 from deme.pipelines import WEIGHTS
 from deme.projection import ProjectedUNet2DModel
