@@ -47,6 +47,8 @@ def main(config: Config) -> None:
     settings, output = config.evaluate, config.results
 
     # --- what is scored; torch is imported after what can be answered without it
+    seen = settings.features != "classifier" or config.data.resolution >= 8  # it halves an image three times
+    config.data.check("resolution", seen, "evaluate.features=classifier needs at least 8 pixels")
     if output.is_dir():
         raise UserError(f"evaluate.output={output}: is a folder; results are a JSON file")
     folders = sample_folders(config)

@@ -45,7 +45,15 @@ def plan(config: Config) -> str:
 def main(config: Config) -> None:
     from deme.files import sha256
     from deme.locks import clear_lock
-    from deme.pipelines import check_fits, find_pipeline, load_scheduler, load_unet, unet_folder, weights_file
+    from deme.pipelines import (
+        check_fits,
+        check_usable,
+        find_pipeline,
+        load_scheduler,
+        load_unet,
+        unet_folder,
+        weights_file,
+    )
     from deme.runs import check_same_run
 
     started, max_minutes = time.monotonic(), config.finetune.max_minutes
@@ -75,6 +83,7 @@ def main(config: Config) -> None:
     accelerator = make_accelerator(config.finetune.mixed_precision, "finetune.mixed_precision")
     check_shares(accelerator.num_processes, config.finetune)
     scheduler, unet = load_scheduler(pretrained), load_unet(unet_folder(pretrained))
+    check_usable(unet, scheduler, f"model.pretrained={config.pretrained}")
     images, _ = load_training_images(config.data, unet.config.in_channels, config.image_cache)
     accelerator.print(
         f"{config.pretrained}: {unet.num_parameters():,} parameters; {len(images):,} images; "

@@ -42,6 +42,7 @@ def main(config: Config) -> None:
 
     from deme.data import load_training_images
     from deme.devices import check_shares, locked_by_all, make_accelerator
+    from deme.pipelines import check_network, error_line
 
     # --- network and noise schedule from the configuration
     accelerator = make_accelerator(settings.mixed_precision, "pretrain.mixed_precision")
@@ -49,12 +50,14 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     try:
         unet = diffusers.UNet2DModel(sample_size=config.data.resolution, **settings.unet)
-        scheduler = diffusers.DDPMScheduler(config.timesteps.num_train_timesteps, **settings.scheduler)
+        scheduler = diffusers.DDPMScheduler(
+            num_train_timesteps=config.timesteps.num_train_timesteps,  # by name, or diffusers takes it for the default
+            **settings.scheduler,
+        )
         check_network(unet, scheduler)
     except Exception as error:  # diffusers and torch raise whatever a wrong value leads to
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         given = f"pretrain.unet={settings.unet}, pretrain.scheduler={settings.scheduler}"
-        raise UserError(f"{given}, data.resolution={config.data.resolution}: {reason}") from None
+        raise UserError(f"{given}, data.resolution={config.data.resolution}: {error_line(error)}") from None
     data = load_training_images(config.data, unet.config.in_channels, config.image_cache)
     counts = f"{unet.num_parameters():,} parameters, {len(data[0]):,} images, {len(data[1]):,} held out"
     accelerator.print(counts)
@@ -63,29 +66,6 @@ def main(config: Config) -> None:
     with locked_by_all(accelerator, work_folder(config), "output_dir"):
         if not pretrain(config, accelerator, inputs, free, unet, scheduler, data, deadline):
             accelerator.print(f"stopped after pretrain.max_minutes={settings.max_minutes}; the same command resumes")
-
-
-def check_network(unet, scheduler) -> None:
-    """Predict and take one step, so that what does not fit shows before anything is written.
-
-    Raises:
-        Exception: whatever goes wrong.
-    """
-    import torch
-
-    from deme.data import MODES
-    from deme.losses import prediction_target
-
-    channels, size = unet.config.in_channels, unet.config.sample_size
-    if channels not in MODES:
-        raise ValueError(f"in_channels={channels}: images have {' or '.join(map(str, MODES))} channels")
-    images, last = torch.zeros(1, channels, size, size), torch.tensor([scheduler.config.num_train_timesteps - 1])
-    with torch.no_grad():
-        prediction = unet(images, last).sample
-    target = prediction_target(scheduler, images, images, last)
-    if prediction.shape != target.shape:
-        raise ValueError(f"the network maps {tuple(target.shape)} to {tuple(prediction.shape)}")
-    scheduler.step(prediction, int(last), images)
 
 
 def work_folder(config: Config) -> Path:

@@ -78,6 +78,7 @@ def main(config: Config) -> None:
     from deme.pipelines import (
         SCHEDULER_CONFIG,
         check_fits,
+        check_usable,
         find_pipeline,
         load_scheduler,
         load_unet,
@@ -97,6 +98,8 @@ def main(config: Config) -> None:
     # --- networks and noise schedule
     accelerator = make_accelerator(settings.mixed_precision, "sample.mixed_precision")
     scheduler, unets = load_scheduler(pipeline), [load_unet(folder) for folder in source.unets]
+    for unet, folder in zip(unets, source.unets, strict=True):
+        check_usable(unet, scheduler, str(folder))
     unets = [freeze(unet, accelerator.device, settings.mixed_precision) for unet in unets]
     ranges = config.timesteps.ranges if len(unets) > 1 else [(0, config.timesteps.num_train_timesteps)]
     shape = (unets[0].config.in_channels, config.data.resolution, config.data.resolution)

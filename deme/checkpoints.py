@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deme.config import UserError
+from deme.config import RunError, UserError
 from deme.files import atomic_folder, make_folder, remove_leftovers
 
 STUDENT, EMA, OPTIMIZER, STATE = "student.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
@@ -56,15 +56,21 @@ class CheckpointWriter:
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.unfinished: Future | None = None
 
-    def write(self, state: TrainingState, before: Callable[[], None]) -> None:
+    def write(self, state: TrainingState, before: Callable[[], None], last: bool = False) -> None:
         """
         Args:
             before: what has to be done in the thread before the checkpoint gets its name.
+            last: the run stops after it, so that it is tried even where the one before could not be written.
 
         Raises:
             RunError: the one before could not be written.
         """
-        self.wait()
+        try:
+            self.wait()
+        except RunError as error:
+            if not last:
+                raise
+            print(error)
         for file, tensors in _tensors(state).items():
             if self.copies.get(file, {}).keys() != tensors.keys():
                 pinned = any(tensor.is_cuda for tensor in tensors.values())
@@ -83,6 +89,11 @@ class CheckpointWriter:
         if unfinished is not None:
             unfinished.result()
 
+    def check(self) -> None:
+        """Like `wait`, but does not wait."""
+        if self.unfinished is not None and self.unfinished.done():
+            self.wait()
+
     def _write(self, step: int, scalars: dict, before: Callable[[], None]) -> None:
         before()
         path = self.folder / f"step-{step:08d}"
@@ -93,7 +104,7 @@ class CheckpointWriter:
         checkpoints = list_checkpoints(self.folder)
         position = checkpoints.index(path)  # newer ones could not be read, or the run would have gone on from there
         for other in checkpoints[:position] + checkpoints[position + self.keep :]:
-            shutil.rmtree(other)
+            shutil.rmtree(other, ignore_errors=True)  # what is left of it goes the next time
 
 
 def _tensors(state: TrainingState) -> dict[str, dict[str, torch.Tensor]]:
@@ -125,14 +136,19 @@ def load_newest_checkpoint(folder: Path, state: TrainingState) -> Path | None:
 
     Raises:
         UserError: there are checkpoints but none can be read.
+        RunError: the disk does not let them be read, which may pass: going on from an older one would be for good.
     """
     checkpoints = list_checkpoints(folder)
     for path in checkpoints:
         try:
-            _load_checkpoint(path, state)
+            load_checkpoint(path, state)
             return path
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (FileNotFoundError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             print(f"{path}: unreadable, trying the one before it ({error})")
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {error.strerror or error}") from error
     if checkpoints:
         raise UserError(
             f"{folder}: none of the {len(checkpoints)} checkpoints can be read; delete the folder to restart"
@@ -140,7 +156,12 @@ def load_newest_checkpoint(folder: Path, state: TrainingState) -> Path | None:
     return None
 
 
-def _load_checkpoint(path: Path, state: TrainingState) -> None:
+def load_checkpoint(path: Path, state: TrainingState) -> None:
+    """Fill `state` from a checkpoint.
+
+    Raises:
+        Exception: whatever a damaged one leads to; nothing of a file that is cut short gets into `state`.
+    """
     # read everything before changing anything: a truncated file must not leave half a state
     scalars = json.loads((path / STATE).read_text(encoding="utf-8"))
     student, ema, moments = (load_file(path / file) for file in (STUDENT, EMA, OPTIMIZER))

@@ -52,9 +52,12 @@ def locked(output: Path, key: str) -> Iterator[None]:
 
 
 def clear_lock(output: Path) -> None:
-    """Delete the lock of a complete output, which nobody takes any more: its owner was killed at the very end."""
-    with suppress(OSError):
-        _lock_file(output).unlink(missing_ok=True)
+    """Delete the lock of a complete output, which nobody takes any more, where its owner was killed at the very end."""
+    file = _lock_file(output)
+    with suppress(OSError, Timeout):
+        if file.exists():
+            with FileLock(file, timeout=0):
+                file.unlink(missing_ok=True)
 
 
 def _lock_file(output: Path) -> Path:
@@ -62,4 +65,7 @@ def _lock_file(output: Path) -> Path:
 
 
 def _owner(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:  # it has just ended
+        return ""

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from zipfile import BadZipFile
 
 import numpy as np
@@ -134,7 +135,7 @@ def load_inception() -> InceptionFeatures:
     """pytorch_fid's feature network in eval mode, its weights downloaded once into torch hub's folder.
 
     Raises:
-        UserError: the weights are not on this machine and can't be downloaded; says where to put them.
+        UserError: the weights are not on this machine and can't be downloaded, or are damaged; names the file.
     """
     from pytorch_fid import inception
 
@@ -148,6 +149,9 @@ def load_inception() -> InceptionFeatures:
             f"evaluate.features=inception: the Inception weights can't be downloaded ({error}); "
             f"put {inception.FID_WEIGHTS_URL} into {file.parent}"
         ) from None
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: not the Inception weights ({reason}); delete it to download them again") from None
     return InceptionFeatures(network).eval()
 
 

@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
@@ -172,8 +171,8 @@ def load_unet(folder: Path) -> "UNet2DModel":
         unet, report = unet_class.from_pretrained(
             folder, use_safetensors=weights.name == WEIGHTS, output_loading_info=True, low_cpu_mem_usage=False
         )
-    except (OSError, ValueError, RuntimeError, TypeError, UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # diffusers and torch raise whatever a wrong value or a damaged file leads to
+        raise UserError(f"{folder}: {error_line(error)}") from None
     unknown = report["unexpected_keys"]
     if any(name.endswith(PROJECTION_SUFFIX) for name in unknown):
         raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED_CLASS}")
@@ -187,7 +186,55 @@ def load_unet(folder: Path) -> "UNet2DModel":
 
 
 def load_scheduler(pipeline: Path) -> "DDPMScheduler":
-    """The pretrained noise schedule: betas, clipping, prediction and variance type as the pipeline folder says."""
+    """The pretrained noise schedule: betas, clipping, prediction and variance type as the pipeline folder says.
+
+    Raises:
+        UserError: values that diffusers can't use.
+    """
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler.from_pretrained(scheduler_folder(pipeline))
+    folder = scheduler_folder(pipeline)
+    try:
+        return DDPMScheduler.from_pretrained(folder)
+    except Exception as error:  # diffusers raises whatever a wrong value leads to
+        raise UserError(f"{folder / SCHEDULER_CONFIG}: {error_line(error)}") from None
+
+
+def check_usable(unet: "UNet2DModel", scheduler: "DDPMScheduler", name: str) -> None:
+    """`check_network` for a network and a noise schedule that were loaded.
+
+    Raises:
+        UserError: they do not work together; names `name`, where they come from.
+    """
+    try:
+        check_network(unet, scheduler)
+    except Exception as error:  # torch and diffusers raise whatever does not fit
+        raise UserError(f"{name}: {error_line(error)}") from None
+
+
+def check_network(unet: "UNet2DModel", scheduler: "DDPMScheduler") -> None:
+    """Predict and take one step, so that what does not fit shows before anything is written.
+
+    Raises:
+        Exception: whatever goes wrong.
+    """
+    import torch
+
+    from deme.data import MODES
+    from deme.losses import prediction_target
+
+    channels, size = unet.config.in_channels, unet.config.sample_size
+    if channels not in MODES:
+        raise ValueError(f"in_channels={channels}: images have {' or '.join(map(str, MODES))} channels")
+    images, last = torch.zeros(1, channels, size, size), torch.tensor([scheduler.config.num_train_timesteps - 1])
+    with torch.no_grad():
+        prediction = unet(images, last).sample
+    target = prediction_target(scheduler, images, images, last)
+    if prediction.shape != target.shape:
+        raise ValueError(f"the network maps {tuple(target.shape)} to {tuple(prediction.shape)}")
+    scheduler.step(prediction, int(last), images)
+
+
+def error_line(error: Exception) -> str:
+    """An error's type and message in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -55,7 +55,7 @@ def merge_tensor(
     for target, base, *experts in zip(*parts, strict=True):
         total, base = base.float().clone(), base.float()
         for expert, coefficient in zip(experts, coefficients, strict=True):
-            total.add_(expert.float() - base, alpha=coefficient)
+            total.add_(expert.float() - base, alpha=float(coefficient))
         target.copy_(total)
     return merged
 
@@ -162,4 +162,6 @@ def merge_tensors(
             for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
                 if not torch.isfinite(tensors[key]).all():
                     raise UserError(f"{name}: tensor {key} holds NaN or infinite values")
+            if not torch.isfinite(merged).all():
+                raise UserError(f"merge.coefficients={list(coefficients)}: too large for tensor {key}, which overflows")
         yield key, merged

@@ -25,6 +25,7 @@ from deme.checkpoints import (
     CheckpointWriter,
     TrainingState,
     list_checkpoints,
+    load_checkpoint,
     load_newest_checkpoint,
     prepare_checkpoints,
 )
@@ -144,12 +145,12 @@ class Trainer:
         """
         in_main_process(self.accelerator, lambda: prepare_checkpoints(self.checkpoints))
         self._resume()
-        with noted_signals() as signals:
+        with noted_signals() as signals, self.writer.thread:  # which is waited for also where an error ends the run
             reason = self._train(deadline, signals)
-        in_main_process(self.accelerator, self.writer.wait)
-        if self.accelerator.is_main_process:
-            self.log.close()
-        self.accelerator.wait_for_everyone()
+            in_main_process(self.accelerator, self.writer.wait)
+            in_main_process(self.accelerator, self.log.close)
+            if reason <= TIME_IS_UP and signals:  # it came during the wait
+                reason = signals[0]
         if reason > TIME_IS_UP:
             raise Interrupted(reason, f"checkpoint of step {self.state.step} saved, the same command resumes")
         if not self._is_over():
@@ -168,14 +169,9 @@ class Trainer:
         """
         settings, state = self.settings, self.state
         agree, reason = Agreement(), 0
-        bar = tqdm(
-            total=settings.max_steps,
-            initial=state.step,
-            desc=self.objective.name,
-            disable=not self.accelerator.is_main_process,
-            mininterval=1,
-        )
-        with bar as progress:
+        silent = not self.accelerator.is_main_process
+        bar = {"total": settings.max_steps, "initial": state.step, "desc": self.objective.name, "mininterval": 1}
+        with tqdm(**bar, disable=silent) as progress:
             self.window_start, self.window_steps = time.monotonic(), 0
             while not (reason or self._is_over()):
                 self._optimizer_step()
@@ -189,9 +185,11 @@ class Trainer:
                 if logging or saving or measuring or state.step == settings.max_steps:
                     self._log(progress, measuring)
                 if saving or self._is_over():
-                    self._save()
+                    self._save(last=reason != 0)
+                elif logging:
+                    in_main_process(self.accelerator, self.writer.check)
                 if settings.preview_every is not None and state.step % settings.preview_every == 0:
-                    self._preview()
+                    in_main_process(self.accelerator, self._preview)
                 if self.window_steps == 0:
                     self.window_start = time.monotonic()  # the images per second are training's
         return max(reason, agree(signals[0] if signals else 0), agree.close())  # one may have come in the last step
@@ -207,12 +205,17 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load the newest checkpoint; cut the logs back to it, so that they neither repeat nor skip a step."""
-        found = load_newest_checkpoint(self.checkpoints, self.state)
+        found = in_main_process(self.accelerator, lambda: load_newest_checkpoint(self.checkpoints, self.state))
+        if found is not None and not self.accelerator.is_main_process:
+            load_checkpoint(found, self.state)  # the same one, whatever this process can read
         self.skipped_steps.fill_(self.state.skipped_steps)
-        if self.accelerator.is_main_process:
+
+        def open_log() -> None:
             if found is not None:
                 print(f"{self.objective.name}: resuming from {found}")
             self.log = RunLog(self.folder, self.state.step)
+
+        in_main_process(self.accelerator, open_log)
 
     def _optimizer_step(self) -> None:
         accelerator, state = self.accelerator, self.state
@@ -234,13 +237,14 @@ class Trainer:
         state.step += 1
         self._update_ema()
 
-        self.sums += torch.cat([losses, gradient_norm.detach().reshape(1)])
         bad = ~torch.isfinite(gradient_norm)  # the same in every process; a loss that is not finite shows in it too
         if accelerator.scaler is None:
             self.first_bad_step = torch.where((self.first_bad_step < 0) & bad, state.step, self.first_bad_step)
         else:  # the loss scaler has skipped the step
+            gradient_norm = torch.where(bad, 0, gradient_norm)
             self.skipped_steps = torch.where(bad, self.skipped_steps + 1, 0)
             self.most_skipped_steps = torch.maximum(self.most_skipped_steps, self.skipped_steps)
+        self.sums += torch.cat([losses, gradient_norm.detach().reshape(1)])
 
     def _update_ema(self) -> None:
         """shadow ← shadow + (1 − decay)(weight − shadow): EMAModel.step in one pass over the memory instead of two."""
@@ -303,8 +307,7 @@ class Trainer:
         }
         if measuring:
             line["held_out_loss"] = self._measure_held_out_loss()
-        if self.accelerator.is_main_process:
-            self.log.write(line)
+        in_main_process(self.accelerator, lambda: self.log.write(line))
         progress.set_postfix(
             loss=f"{line['loss']:.4f}",
             consistency=f"{line['consistency_loss']:.4f}",
@@ -312,8 +315,11 @@ class Trainer:
             images_s=f"{line['images_per_second']:.0f}",
         )
 
-    def _save(self) -> None:
+    def _save(self, last: bool) -> None:
         """Have a checkpoint written behind the training; bad weights never replace good ones.
+
+        Args:
+            last: the run stops here.
 
         Raises:
             RunError: the weights are not finite (a last step can do that without another's loss to show it); full disk.
@@ -323,7 +329,7 @@ class Trainer:
         if not torch.isfinite(norms).all():
             self._stop(f"the weights are not finite at step {state.step}")
 
-        in_main_process(self.accelerator, lambda: self.writer.write(state, self.log.sync))
+        in_main_process(self.accelerator, lambda: self.writer.write(state, self.log.sync, last))
 
     def _check_finite(self) -> None:
         first_bad, most_skipped = int(self.first_bad_step), int(self.most_skipped_steps)
@@ -341,14 +347,13 @@ class Trainer:
 
     def _preview(self) -> None:
         """Save a grid of images drawn with the EMA weights."""
-        if not self.accelerator.is_main_process:
-            return
         size = self.student.config.sample_size
         shape = (self.student.config.in_channels, size, size)
+        steps = min(PREVIEW_STEPS, self.scheduler.config.num_train_timesteps)
         seeds = torch.arange(PREVIEW_IMAGES).split(self.micro_batch_size)  # so many fit into memory
         with self._ema_weights() as unet:
             parts = [
-                sample_images(lambda _: unet, self.scheduler, part.tolist(), shape, self.device, PREVIEW_STEPS)
+                sample_images(lambda _: unet, self.scheduler, part.tolist(), shape, self.device, steps)
                 for part in seeds
             ]
         path = self.folder / "previews" / f"step-{self.state.step:08d}.png"

@@ -13,8 +13,8 @@ NUM_PROCESSES=$processes python scripts/estimate.py --config "$config" "$@"
 launch evaluate.py --config "$config" "$@" "evaluate.samples=[]" # the reference statistics alone
 launch finetune.py --config "$config" "$@" $(max_minutes finetune)
 complete_ranges "$config" "$@"
-python merge.py --config "$config" "$@"
+pass_signals python merge.py --config "$config" "$@"
 launch sample_ddp.py --config "$config" "$@"
 
-python -m pytorch_fid "$(ask 'sample_ddp.output_folder(config)' "$config" "$@")" \
+pass_signals python -m pytorch_fid "$(ask 'sample_ddp.output_folder(config)' "$config" "$@")" \
   "$(ask 'evaluate.reference_file(config)' "$config" "$@")"

@@ -30,13 +30,13 @@ trap 'rm -f "$control_log"' EXIT
 complete "$folder/finetuned/continued/unet"
 complete_ranges "$config" "$@"
 
-python merge.py --config "$config" "$@"
+pass_signals python merge.py --config "$config" "$@"
 for model in pretrained continued ensemble merged; do
   launch sample_ddp.py --config "$config" "$@" sample.model=$model
 done
 launch evaluate.py --config "$config" "$@"
 
-python merge.py --config "$config" "$@" # again, for the model card: it has scores now
+pass_signals python merge.py --config "$config" "$@" # again, for the model card: it has scores now
 
 echo "pictures:"
 find "$folder/samples" "$folder/finetuned" -name 'grid-*.png' -o -path '*/previews/*.png' | sort

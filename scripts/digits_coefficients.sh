@@ -14,7 +14,7 @@ launch sample_ddp.py sample.model=pretrained sample.output=$run/selection/pretra
 folders=$run/selection/pretrained
 for candidate in "${candidates[@]}"; do
   merged=$run/candidates/$candidate
-  python merge.py "merge.coefficients=[$candidate]" "merge.output=$merged" "$@"
+  pass_signals python merge.py "merge.coefficients=[$candidate]" "merge.output=$merged" "$@"
   launch sample_ddp.py "sample.model=$merged" "sample.output=$run/selection/$candidate" $seeds "$@"
   folders+=",\"$run/selection/$candidate\""
 done

@@ -48,7 +48,10 @@ def main(weights: Path, pretrained: str, output: Path) -> None:
         folder = Path(temporary)
         save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
         (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-        unet = load_unet(folder)
+        try:
+            unet = load_unet(folder)
+        except UserError as error:
+            raise UserError(f"--weights {weights}: {str(error).replace(temporary, '')}") from None
 
     # --- the pipeline folder
     if output.exists():

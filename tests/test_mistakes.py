@@ -3,6 +3,7 @@
 The script files run in this process, as `python SCRIPT` would run them: sixty starts of Python would take minutes.
 """
 
+import json
 import re
 import runpy
 import shutil
@@ -17,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, tiny_unet
 from PIL import Image
+from pytorch_fid import inception
 from safetensors.torch import load_file, save_file
 
 from deme.pipelines import WEIGHTS
@@ -31,6 +33,7 @@ def start(config_file, monkeypatch, capfd):
     """Runs a script in the configuration's folder: (exit status, standard error)."""
     monkeypatch.chdir(config_file.parent)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("TORCH_HOME", str(config_file.parent / "torch"))
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def start(script: str, *arguments: str) -> tuple[int, str]:
@@ -104,6 +107,16 @@ def copied_pretrained(change):
     return prepare
 
 
+def edit_json(file: str, **values):
+    """The JSON file in the copy's folder with other values."""
+
+    def change(folder: Path) -> None:
+        settings = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(settings | values))
+
+    return change
+
+
 def images(change):
     """A folder of images in data/, changed."""
 
@@ -163,6 +176,16 @@ def two_features(root: Path, pretrained: Path) -> None:
     statistics(mu=np.zeros(2), sigma=np.eye(2))(root, pretrained)
 
 
+def damaged_inception(root: Path, pretrained: Path) -> None:
+    """A download that was cut short, where torch keeps it."""
+    samples("0.png", "1.png")(root, pretrained)
+    folder = root / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save({"a": torch.ones(100)}, folder / "whole")
+    content = (folder / "whole").read_bytes()
+    (folder / Path(inception.FID_WEIGHTS_URL).name).write_bytes(content[: len(content) // 2])
+
+
 def nothing(root: Path, pretrained: Path) -> None:
     pass
 
@@ -197,6 +220,8 @@ CASES = [
     ("merge.py", "--config bad.yaml", "name=None: Interpolation key 'foo' not found", yaml_file("name: ${foo}")),
     ("merge.py", "--config bad.yaml", "merge.coefficients={1: ", yaml_file("merge: {coefficients: {1: [1, 1]}}")),
     ("merge.py", "name=2020-13-45", "name=2020-13-45: not YAML: month must be", nothing),
+    ("merge.py", f"name={'a' * 300}", "a{300}/.*: File name too long", nothing),
+    ("merge.py", "merge.coefficients.a=1", "merge.coefficients.a=1: ", nothing),
     ("merge.py", f"seed={2**63}", rf"seed={2**63}: must lie in \[0, 2\*\*63\)", nothing),
     (
         "merge.py",
@@ -241,6 +266,36 @@ CASES = [
         "copy/unet/config.json: ",
         copied_pretrained(lambda folder: (folder / "unet" / "config.json").write_text("{")),
     ),
+    (
+        "finetune.py",
+        "model.pretrained=copy",
+        "model.pretrained=copy: ValueError: unknown prediction_type 'foo'",
+        copied_pretrained(edit_json("scheduler/scheduler_config.json", prediction_type="foo")),
+    ),
+    (
+        "sample_ddp.py",
+        f"{MODEL} model.pretrained=copy",
+        "copy/scheduler/scheduler_config.json: NotImplementedError: foo is not implemented",
+        copied_pretrained(edit_json("scheduler/scheduler_config.json", beta_schedule="foo")),
+    ),
+    (
+        "finetune.py",
+        "model.pretrained=copy",
+        "copy/unet: AttributeError: ",
+        copied_pretrained(edit_json("unet/config.json", act_fn=3)),
+    ),
+    (
+        "finetune.py",
+        "model.pretrained=copy",
+        "model.pretrained=copy: ValueError: in_channels=4: images have 1 or 3 channels",
+        copied_pretrained(lambda folder: tiny_unet(in_channels=4, out_channels=4).save_pretrained(folder / "unet")),
+    ),
+    (
+        "sample_ddp.py",
+        f"{MODEL} model.pretrained=copy",
+        "copy/unet: ValueError: .*class_labels",
+        copied_pretrained(lambda folder: tiny_unet(num_class_embeds=10).save_pretrained(folder / "unet")),
+    ),
     # finetuned models
     ("merge.py", "", f"finetuned/0000-0500/unet/{WEIGHTS}: missing; train it with finetune.py finetun", nothing),
     ("merge.py", "", r"0500-1000/unet: tensor \S+ has the shape \(32,\), in the", another_architecture),
@@ -260,6 +315,12 @@ CASES = [
     ),
     ("merge.py", "", f"1000/unet/{WEIGHTS}: ", replaced_expert(lambda file: file.write_bytes(file.read_bytes()[:-9]))),
     ("merge.py", "", f"1000/unet/{WEIGHTS}: ", replaced_expert(lambda file: torch.save({"a": torch.ones(1)}, file))),
+    (
+        "merge.py",
+        "merge.coefficients=[3e38,3e38]",
+        r"merge.coefficients=\[3e\+38, 3e\+38\]: too large for tensor conv_in.bias, which overflows",
+        damaged_expert(lambda t: t["conv_in.bias"].fill_(9)),
+    ),
     ("merge.py", "merge.output=tiny/finetuned", "merge.output=tiny/finetuned: exists without a merge.yaml", experts),
     # networks to pretrain
     ("pretrain.py", "data.resolution=7", "pretrain.unet=.*, data.resolution=7: RuntimeError: ", nothing),
@@ -319,6 +380,9 @@ CASES = [
     ("evaluate.py", "evaluate.blocks=2", r"evaluate.blocks=2: .*other holds 3 image\(s\), which is not 2 equal block",
      samples("0.png", "1.png", "2.png")),
     ("evaluate.py", "", r"evaluate.blocks=1: .*other holds 1 image\(s\)", samples("0.png")),
+    ("evaluate.py", "data.resolution=7", "data.resolution=7: evaluate.features=classifier needs at least 8", nothing),
+    ("evaluate.py", "evaluate.features=inception", ".*pt_inception.*: not the Inception weights .*; delete it to downl",
+     damaged_inception),
     ("evaluate.py", "", "1.png: is 9 x 9, 0.png is 8 x 8", samples("0.png", "1.png", sizes=(8, 9))),
     ("evaluate.py", "data.label_column=null", "data.label_column=None: evaluate.features=classifier needs labels",
      samples("0.png", "1.png")),

@@ -2,6 +2,8 @@ import copy
 import json
 import math
 import time
+from concurrent.futures import wait
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -383,3 +385,72 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(tmp_path):
     run.writer.folder = tmp_path / "checkpoints" / "absent"
     with pytest.raises(RunError, match=r"absent/step-00000002: cannot be written: No such file"):
         run.run()
+
+
+def test_a_last_checkpoint_is_tried_where_the_one_before_could_not_be_written(tmp_path, capsys):
+    """The disk was full for a while; a signal's checkpoint is written all the same, an ordinary one stops the run."""
+    run = trainer(tmp_path, max_steps=2)
+    assert run.run()
+    for last in (False, True):
+        writer = CheckpointWriter(tmp_path / "absent", keep=1)
+        writer.write(run.state, before=lambda: None)
+        wait([writer.unfinished])
+        writer.folder = tmp_path / "checkpoints"
+        with nullcontext() if last else pytest.raises(RunError, match=r"absent/step-00000002: cannot be written"):
+            writer.write(run.state, lambda: None, last)
+        writer.wait()
+    assert "absent/step-00000002: cannot be written" in capsys.readouterr().out
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_the_next_log_line(tmp_path):
+    run = trainer(tmp_path, max_steps=1000, checkpoint_every=500, log_every=1)
+    (tmp_path / "checkpoints").mkdir()
+    run.state.step, run.writer.folder = 499, tmp_path / "checkpoints" / "absent"
+    with pytest.raises(RunError, match=r"absent/step-00000500: cannot be written"):
+        run.run()
+    assert run.state.step < 999
+
+
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    """Else the folder's lock would go while the thread still writes there."""
+    run = trainer(tmp_path, max_steps=4, checkpoint_every=2, preview_every=2)
+    written = run.writer._write
+    monkeypatch.setattr(run.writer, "_write", lambda *arguments: (time.sleep(0.3), written(*arguments)))
+
+    def full() -> None:
+        raise RunError("full")
+
+    monkeypatch.setattr(run, "_preview", full)
+    with pytest.raises(RunError, match="full"):
+        run.run()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), torch.OutOfMemoryError("no memory")])
+def test_a_checkpoint_that_may_be_readable_later_is_not_passed_over(tmp_path, monkeypatch, error):
+    """Going on from the one before it would delete it."""
+    trainer(tmp_path, checkpoint_every=2).run()
+
+    def load_file(path):
+        raise error
+
+    monkeypatch.setattr("deme.checkpoints.load_file", load_file)
+    with pytest.raises((RunError, torch.OutOfMemoryError), match=r"step-00000006: cannot be read|no memory"):
+        trainer(tmp_path, checkpoint_every=2).run()
+
+
+def test_skipped_steps_leave_the_logged_gradient_norm_finite(tmp_path):
+    """fp16: the first steps find the loss scale by overflowing."""
+    run = trainer(tmp_path, precision="fp16", log_every=3)
+    finite = run._losses
+
+    def losses(micro_batch):
+        terms = finite(micro_batch)
+        return (terms[0] * (1e38 if run.state.step == 1 else 1), terms[1])
+
+    run._losses = losses
+    assert run.run()
+    first, second = log(tmp_path)
+    assert first["gradient_norm"] > 0
+    assert second["gradient_norm"] > 0
