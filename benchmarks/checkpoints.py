@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, and how long it takes to write: Church's network.
+"""How long training stands still for a checkpoint, how long it takes to write, and how that slows the next step.
 
 python benchmarks/checkpoints.py
 python benchmarks/checkpoints.py --device cuda
@@ -23,6 +23,7 @@ from deme.config import Finetune
 from deme.data import CroppedImages
 from deme.files import markdown_table
 from deme.projection import ProjectedUNet2DModel
+from deme.run_log import RunLog
 from deme.training import Objective, Trainer
 
 
@@ -33,32 +34,40 @@ def main() -> None:
     unet = UNet2DModel(**(CIFAR10 if arguments.quick else CHURCH) | {"sample_size": 32})
     objective = Objective("checkpoints", (2, 0, 250), (0, 250), consistency_weight=1.0)
     accelerator = Accelerator(cpu=device == "cpu")
-    row: dict[str, list[float]] = {"standstill": [], "writing": [], "step": []}
+    row: dict[str, list[float]] = {"step": [], "standstill": [], "writing": [], "next_step": []}
     with tempfile.TemporaryDirectory() as folder:
         student = ProjectedUNet2DModel.from_unet(unet)
         settings = Finetune(batch_size=4)
         trainer = Trainer(accelerator, student, unet, DDPMScheduler(), images, objective, settings, 0, Path(folder))
         trainer.checkpoints.mkdir()
+        trainer.log = RunLog(Path(folder), 0)
         trainer._optimizer_step()  # AdamW's moments exist from now on
-        for _ in range(2 if arguments.quick else 5):
+        for number in range(2 if arguments.quick else 9):
             row["step"].append(seconds(trainer._optimizer_step, device))
-            row["standstill"].append(seconds(lambda: trainer.writer.write(trainer.state, lambda: None), device))
-            row["writing"].append(seconds(trainer.writer.wait, device))
+            row["standstill"].append(seconds(lambda: trainer._save(last=False), device))
+            if number % 2:  # alone, or beside the training
+                row["next_step"].append(seconds(trainer._optimizer_step, device))
+                trainer.writer.wait()
+            else:
+                row["writing"].append(seconds(trainer.writer.wait, device))
         newest = sorted(trainer.checkpoints.iterdir())[-1]
         size = sum(file.stat().st_size for file in newest.iterdir())
     model = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
-    row = {name: values[1:] for name, values in row.items()}  # the first one allocates the copy
+    first, row["standstill"] = row["standstill"][0], row["standstill"][1:]  # the first one allocates the copy
     share = statistics.median(row["standstill"]) / statistics.median(row["writing"])
-    titles = ["checkpoint / model", "training step, s", "standstill, s", "writing, s", "standstill / writing"]
+    titles = ["checkpoint / model", "training step, s", "first standstill, s", "standstill, s", "writing, s"]
+    titles += ["standstill / writing", "a step beside the writing, s"]
     line = [
         "CIFAR-10" if arguments.quick else "Church",
         f"{size / model:.2f}",
         spread(row["step"]),
+        f"{first:.3g}",
         spread(row["standstill"]),
         spread(row["writing"]),
         f"{share:.0%}",
+        spread(row["next_step"]),
     ]
-    result = row | {"checkpoint_bytes": size, "model_bytes": model}
+    result = row | {"first_standstill": first, "checkpoint_bytes": size, "model_bytes": model}
     save("checkpoints", device, [result], markdown_table(["network", *titles], [line]))
 
 

@@ -4,7 +4,6 @@ python benchmarks/data.py            # CIFAR-10 from ../shared/cifar10 where it 
 python benchmarks/data.py --quick
 """
 
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import alternate, ceiling, ceiling_line, parse, seconds, spread
+from benchmarks.measure import alternate, parse, ratios, seconds, spread
 from benchmarks.report import save
 from deme.config import Data
 from deme.data import CroppedImages, load_training_images
@@ -30,7 +29,7 @@ BATCH_SIZE = 64
 
 def main() -> None:
     arguments = parse(__doc__)
-    limits, rows = ceiling("cpu"), []
+    rows = []
     repeats, count = (1, 64) if arguments.quick else (3, 2000)
     with tempfile.TemporaryDirectory() as folder:
         make_photographs(Path(folder) / "photographs", count)
@@ -44,12 +43,12 @@ def main() -> None:
         [
             f"{row['data']}: {row['name']}",
             spread(row["images_per_second"]),
-            f"{row['times_loader']:.1f}",
+            spread(row["times_loader"]),
             f"{row['first_pass']:.3g}" if "first_pass" in row else "-",
         ]
         for row in rows
     ]
-    save("data", "cpu", rows, f"{markdown_table(titles, lines)}\n\n{ceiling_line(limits)}", limits)
+    save("data", "cpu", rows, markdown_table(titles, lines))
 
 
 def compare(title: str, data: Data, folder: Path, repeats: int) -> list[dict]:
@@ -66,11 +65,10 @@ def compare(title: str, data: Data, folder: Path, repeats: int) -> list[dict]:
     contenders = {"decoding in the loader": lambda: loader_epoch(rows, data)}
     contenders |= {name: lambda images=images: cached_epoch(images) for name, images in found.items()}
     taken = alternate(contenders, repeats, "cpu")
-    loader = statistics.median(taken["decoding in the loader"])
     result = []
     for name, values in taken.items():
         row = {"data": title, "name": name, "images_per_second": [count / value for value in values]}
-        row |= {"times_loader": loader / statistics.median(values)}
+        row |= {"times_loader": ratios(taken["decoding in the loader"], values)}
         result.append(row | ({"first_pass": count / first[name]} if name in first else {}))
     return result
 

@@ -46,6 +46,11 @@ def alternate(contenders: dict[str, Callable[[], object]], repeats: int, device:
     return found
 
 
+def ratios(reference: list[float], values: list[float]) -> list[float]:
+    """How many times as fast as the reference in the same round: what slows the machine down for a while cancels."""
+    return [first / second for first, second in zip(reference, values, strict=True)]
+
+
 def spread(values: list[float], digits: int = 3) -> str:
     """Median, and half the distance between the least and the greatest."""
     return f"{statistics.median(values):.{digits}g} ± {(max(values) - min(values)) / 2:.1g}"

@@ -7,7 +7,6 @@ python benchmarks/merging.py --quick
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import ceiling, ceiling_line, parse, spread
+from benchmarks.measure import parse, ratios, spread
 from benchmarks.report import save
 from benchmarks.unets import CHURCH, CIFAR10
 from deme.files import markdown_table
@@ -40,10 +39,10 @@ def main() -> None:
     cases = [(church, 2), (church, 4), (church, 8), (stable_diffusion, 2)]
     if arguments.quick:
         cases = [(("CIFAR-10", "UNet2DModel", CIFAR10), 2)]
-    limits, rows = ceiling("cpu"), []
+    rows = []
     for network, experts in cases:
         with tempfile.TemporaryDirectory() as folder:
-            rows += compare(Path(folder).resolve(), *network, experts, 1 if arguments.quick else 2)
+            rows += compare(Path(folder).resolve(), *network, experts, 1 if arguments.quick else 3)
     titles = ["merging", "experts", "GB each", "s, without imports", "× state dicts", "s, whole command"]
     titles += ["anonymous memory / output", "read / inputs", "written / output"]
     lines = [
@@ -52,13 +51,13 @@ def main() -> None:
             str(row["experts"]),
             f"{row['model_bytes'] / 1e9:.2f}",
             spread(row["seconds"]),
-            f"{row['times_state_dicts']:.2f}",
+            spread(row["times_state_dicts"]),
             spread(row["command_seconds"]) if "command_seconds" in row else "-",
             *(f"{row[key]:.2f}" for key in ("anonymous", "read", "written")),
         ]
         for row in rows
     ]
-    save("merging", "cpu", rows, f"{markdown_table(titles, lines)}\n\n{ceiling_line(limits)}", limits)
+    save("merging", "cpu", rows, markdown_table(titles, lines))
 
 
 def compare(folder: Path, title: str, kind: str, settings: dict, experts: int, repeats: int) -> list[dict]:
@@ -72,10 +71,10 @@ def compare(folder: Path, title: str, kind: str, settings: dict, experts: int, r
         command_seconds.append(whole_command(folder, experts))
     rows = []
     for name in CONTENDERS:
-        cold, taken = child(folder, name, experts, cold=True), [run["seconds"] for run in runs[name]]
-        reference = statistics.median(run["seconds"] for run in runs["state dicts"])
+        cold = child(folder, name, experts, cold=True)
+        taken, reference = ([run["seconds"] for run in runs[contender]] for contender in (name, "state dicts"))
         row = {"network": title, "name": name, "experts": experts, "model_bytes": model_bytes, "seconds": taken}
-        row |= {"times_state_dicts": reference / statistics.median(taken)}
+        row |= {"times_state_dicts": ratios(reference, taken)}
         row |= {"anonymous": max(run["anonymous"] for run in runs[name]) / model_bytes}
         row |= {"read": cold["read"] / (experts + 1) / model_bytes, "written": cold["written"] / model_bytes}
         rows.append(row | ({"command_seconds": command_seconds} if name == "merge.py" else {}))

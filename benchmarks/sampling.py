@@ -1,5 +1,7 @@
 """Sampling, noise to PNG on disk: sample_ddp.py's path against diffusers' DDIMPipeline and two network calls per step.
 
+A second table shows what the choices behind it are worth: memory format, compiling, threads, batch.
+
 python benchmarks/sampling.py
 python benchmarks/sampling.py --device cuda      # Church's network at 256×256, the others in fp16
 python benchmarks/sampling.py --quick
@@ -21,12 +23,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import alternate, ceiling, ceiling_line, parse, spread
+from benchmarks.measure import alternate, parse, ratios, spread
 from benchmarks.report import save
 from benchmarks.unets import CHURCH, CIFAR10
 from deme.config import Sample
 from deme.files import markdown_table
-from deme.inference import freeze
+from deme.inference import AUTOCAST_TYPES, freeze
 from deme.pipelines import read_json
 from sample_ddp import draw
 
@@ -39,9 +41,8 @@ def main() -> None:
     shapes = {
         "CIFAR-10": (CIFAR10, 32, (256, 512, 50) if on_gpu else (8, 16, 10)),  # batch, images, steps
         "Church": (CHURCH, 256, (32, 64, 50)) if on_gpu else (CHURCH, 32, (8, 16, 10)),
-        "digits": (read_json(DIGITS / "config.json"), 8, (256, 512, 50)),
+        "digits": (read_json(DIGITS / "config.json"), 8, (256, 2048, 50)),
     }
-    limits = ceiling(arguments.device)
     rows = []
     for name, (settings, size, work) in shapes.items():
         batch, images, steps = (2, 2, 2) if arguments.quick else work
@@ -50,11 +51,17 @@ def main() -> None:
     titles = ["", "batch", "steps", "images/s", "× DDIMPipeline", "× two calls per step", "share without network"]
     lines = [
         [f"{row['unet']}: {row['name']}", str(row["batch"]), str(row["steps"]), spread(row["images_per_second"])]
-        + [f"{row[key]:.2f}" for key in ("times_pipeline", "times_two_calls")]
+        + [spread(row[key]) for key in ("times_pipeline", "times_two_calls")]
         + [f"{row['share_without_network']:.1%}" if "share_without_network" in row else "-"]
         for row in rows
     ]
-    save("sampling", arguments.device, rows, f"{markdown_table(titles, lines)}\n\n{ceiling_line(limits)}", limits)
+    settings, size, (batch, *_) = shapes["CIFAR-10" if arguments.quick else "Church"]
+    unet = UNet2DModel.from_config(settings | {"sample_size": size}).eval()
+    found = choices(unet, batch, repeats, arguments.device, compiled=not arguments.quick)
+    values = [[name, *(spread(row["images_per_second"]) for row in found[name].values())] for name in found]
+    what = f"{'CIFAR-10' if arguments.quick else 'Church'}, {size}×{size}, batch {batch}: images/s of one network call"
+    second = markdown_table([what, *next(iter(found.values()))], values)
+    save("sampling", arguments.device, [*rows, found], f"{markdown_table(titles, lines)}\n\n{second}")
 
 
 def measure(title: str, unet: nn.Module, batch: int, images: int, steps: int, repeats: int, on_gpu: bool) -> list[dict]:
@@ -81,31 +88,76 @@ def measure(title: str, unet: nn.Module, batch: int, images: int, steps: int, re
 
         return work
 
-    pipeline_name = f"DDIMPipeline, {str(stock_type).removeprefix('torch.')}"
-    two_calls_name = f"two calls per step, {str(stock_type).removeprefix('torch.')}"
+    def autocast_images(part: list[int]) -> list[Image.Image]:
+        with torch.autocast(device, torch.bfloat16):  # the pipeline can't make images of a bfloat16 network itself
+            return pipeline_images(pipeline, part, steps)
+
+    dtype = str(stock_type).removeprefix("torch.")
+    pipeline_name, two_calls_name = f"DDIMPipeline, {dtype}", f"two calls per step, {dtype}"
     precisions = {"sample_ddp.py, no": "no", "sample_ddp.py, bf16": "bf16"}
     precisions |= {"sample_ddp.py, fp16": "fp16"} if on_gpu else {}
     contenders = {
         pipeline_name: lambda: save_loop(lambda part: pipeline_images(pipeline, part, steps), seeds, batch),
         two_calls_name: lambda: save_loop(lambda part: two_call_images(stock, part, steps), seeds, batch),
         **{name: ours(precision) for name, precision in precisions.items()},
+        **({} if on_gpu else {"DDIMPipeline, bf16 autocast": lambda: save_loop(autocast_images, seeds, batch)}),
         "without network": ours("no", lambda images, *_, **__: (images,)),
     }
     taken = alternate(contenders, repeats, device)
     rest = statistics.median(taken.pop("without network"))
-    speed = {name: statistics.median(images / value for value in values) for name, values in taken.items()}
     rows = []
     for name, values in taken.items():
         row = {"unet": title, "name": name, "batch": batch, "steps": steps}
         row |= {"images_per_second": [images / value for value in values]}
         row |= {
-            "times_pipeline": speed[name] / speed[pipeline_name],
-            "times_two_calls": speed[name] / speed[two_calls_name],
+            "times_pipeline": ratios(taken[pipeline_name], values),
+            "times_two_calls": ratios(taken[two_calls_name], values),
         }
         if name in precisions:
             row |= {"share_without_network": rest / statistics.median(values)}
         rows.append(row)
     return rows
+
+
+def choices(unet: nn.Module, batch: int, repeats: int, device: str, compiled: bool) -> dict[str, dict[str, dict]]:
+    """Choice → precision → its images/s; what sample_ddp.py does first."""
+    precisions, threads = (("no", "bf16", "fp16") if device == "cuda" else ("no", "bf16")), torch.get_num_threads()
+
+    def network(choice: str, precision: str) -> Callable:
+        if choice in ("contiguous", "channels_last"):
+            layout = torch.channels_last if choice == "channels_last" else torch.contiguous_format
+            return copy.deepcopy(unet).to(device, memory_format=layout)
+        frozen = freeze(copy.deepcopy(unet), device, precision)
+        if choice != "compiled":
+            return frozen
+        plain = copy.deepcopy(unet).to(device, memory_format=torch.channels_last)  # whose convolutions it can see
+        return torch.compile(plain, mode="max-autotune" if device == "cuda" else None)
+
+    def call(choice: str, precision: str) -> tuple[Callable[[], None], int]:
+        size = int(choice.removeprefix("batch ")) if choice.startswith("batch ") else batch
+        predict, channels, side = network(choice, precision), unet.config.in_channels, unet.config.sample_size
+        images, timestep = torch.randn(size, channels, side, side, device=device), torch.tensor(500, device=device)
+        dtype = AUTOCAST_TYPES[precision] or torch.bfloat16
+
+        def work() -> None:
+            torch.set_num_threads(1 if choice == "1 thread" else threads)
+            with torch.inference_mode(), torch.autocast(device, dtype, enabled=precision != "no"):
+                predict(images, timestep)
+            torch.set_num_threads(threads)
+
+        return work, size
+
+    names = ["as sample_ddp.py has it", "contiguous", "channels_last"]
+    names += ["compiled"] if compiled else []
+    names += [] if device == "cuda" else ["1 thread"]
+    names += [f"batch {size}" for size in (batch // 8, batch // 2, 2 * batch, 4 * batch) if size > 0]
+    found: dict[str, dict[str, dict]] = {name: {} for name in names}
+    for precision in precisions:
+        calls = {name: call(name, precision) for name in names}
+        taken = alternate({name: work for name, (work, _) in calls.items()}, repeats, device)
+        for name, values in taken.items():
+            found[name][precision] = {"images_per_second": [calls[name][1] / value for value in values]}
+    return found
 
 
 def save_loop(images_of: Callable[[list[int]], list[Image.Image]], seeds: list[int], batch: int) -> None:

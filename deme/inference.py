@@ -6,6 +6,7 @@ The predictions are those of the network as it was loaded, up to float error.
 import torch
 from torch import nn
 
+LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution, below which packing gains nothing
 AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -15,18 +16,31 @@ def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str)
     Args:
         mixed_precision: no, fp16 or bf16: autocast, which then has no weights left to cast.
     """
-    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    on_cpu = torch.device(device).type == "cpu"
+    # on a CPU channels_last gains nothing, and costs narrow networks a fifth of their time in group normalizations
+    layout = torch.contiguous_format if on_cpu else torch.channels_last
+    network = network.eval().requires_grad_(False).to(device, memory_format=layout)
     dtype = AUTOCAST_TYPES[mixed_precision]
     if dtype is not None:
         for module in network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(dtype)
-    if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
+    if on_cpu and _can_pack(dtype) and _width(network) >= LEAST_PACKED_WIDTH:
         for module in list(network.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Conv2d:
                     setattr(module, name, PackedConv2d(child))
     return network
+
+
+def _can_pack(dtype: torch.dtype | None) -> bool:
+    """Whether oneDNN is there, and computes in the type on this CPU."""
+    available = torch.backends.mkldnn.is_available()
+    return available and (dtype is None or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _width(network: nn.Module) -> int:
+    return max((module.out_channels for module in network.modules() if isinstance(module, nn.Conv2d)), default=0)
 
 
 class PackedConv2d(nn.Module):

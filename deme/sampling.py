@@ -46,7 +46,7 @@ def sample_images(
     ddim = DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading")
     ddim.set_timesteps(num_inference_steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    images = initial_noise(generators, shape).to(device).contiguous(memory_format=torch.channels_last)
+    images = initial_noise(generators, shape).to(device)
     timesteps_on_device = ddim.timesteps.to(device)  # a Python number would be copied there, and waited for, each step
     for timestep, on_device in zip(ddim.timesteps.tolist(), timesteps_on_device, strict=True):
         noise = initial_noise(generators, shape).to(device) if eta > 0 else None
