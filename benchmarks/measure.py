@@ -53,7 +53,12 @@ def ratios(reference: list[float], values: list[float]) -> list[float]:
 
 def spread(values: list[float], digits: int = 3) -> str:
     """Median, and half the distance between the least and the greatest."""
-    return f"{statistics.median(values):.{digits}g} ± {(max(values) - min(values)) / 2:.1g}"
+    return f"{number(statistics.median(values), digits)} ± {number((max(values) - min(values)) / 2, 1)}"
+
+
+def number(value: float, digits: int) -> str:
+    """So many significant digits, and no exponent where there are more before the point."""
+    return f"{value:,.0f}" if value >= 10**digits else f"{value:.{digits}g}"
 
 
 def ceiling(device: str) -> dict[str, float]:
