@@ -148,7 +148,7 @@ class Trainer:
         with noted_signals() as signals, self.writer.thread:  # which is waited for also where an error ends the run
             reason = self._train(deadline, signals)
             in_main_process(self.accelerator, self.writer.wait)
-            in_main_process(self.accelerator, self.log.close)
+            in_main_process(self.accelerator, lambda: self.log.close())  # which only it has
             if reason <= TIME_IS_UP and signals:  # it came during the wait
                 reason = signals[0]
         if reason > TIME_IS_UP:
