@@ -64,7 +64,7 @@ def main() -> None:
         row = {"what": what, "processes": processes, "threads": threads, "speed": values}
         first = next((other for other in rows if other["what"] == what), row)
         row["times_first"] = statistics.median(values) / statistics.median(first["speed"])
-        more = processes * threads / (first["processes"] * first["threads"])
+        more = min(processes, most) * threads / (min(first["processes"], most) * first["threads"])  # GPUs may be shared
         rows.append(row | {"efficiency": row["times_first"] / more})
     titles = ["", "processes", "threads each", "speed", "× the first", "efficiency"]
     lines = [
