@@ -83,7 +83,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     titles = ["", "kills", "runs to the end", "undisturbed run, s", "full disks", "truncated checkpoints"]
     lines = [[row["name"], *(f"{value:.3g}" for value in list(row.values())[1:])] for row in rows]
-    save("faults", "cpu", rows, markdown_table(titles, lines))
+    save("faults", "cpu", rows, markdown_table(titles, lines), ceiling={})
 
 
 def disturb(target: Target, folder: Path, kills: int, full_disks: int, moments: random.Random) -> dict:

@@ -27,22 +27,23 @@ def save(name: str, device: str, rows: list[dict], table: str, ceiling: dict[str
     """Print the table; unless --quick is given, write results/NAME-DEVICE.json and the benchmark's part of README.md.
 
     Args:
-        ceiling: the machine's limits, where they were measured in this run already.
+        ceiling: the machine's limits, where they were measured in this run already; empty where no speed is measured.
     """
-    print(table)
     if "--quick" in sys.argv:
+        print(table)
         return
     from benchmarks import measure
 
-    ceiling = ceiling or measure.ceiling(device)
-    print(measure.ceiling_line(ceiling))
+    ceiling = measure.ceiling(device) if ceiling is None else ceiling
+    if ceiling:
+        table = f"{table}\n\n{measure.ceiling_line(ceiling)}"
+    print(table)
     command = shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
     content = {"command": command, "machine": machine(device), "ceiling": ceiling, "rows": rows}
     (FOLDER / "results").mkdir(exist_ok=True)
     (FOLDER / "results" / f"{name}-{device}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     readme, key = FOLDER / "README.md", f"{name}-{device}"
-    lines = [f"<!-- {key} -->", f"`{command}` on {content['machine']}:", "", table, "", measure.ceiling_line(ceiling)]
-    part = "\n".join([*lines, f"<!-- end of {key} -->"])
+    part = f"<!-- {key} -->\n`{command}` on {content['machine']}:\n\n{table}\n<!-- end of {key} -->"
     text = readme.read_text(encoding="utf-8")
     pattern = re.compile(f"<!-- {key} -->.*<!-- end of {key} -->", re.DOTALL)
     text = pattern.sub(lambda _: part, text) if pattern.search(text) else f"{text.rstrip()}\n\n{part}\n"
