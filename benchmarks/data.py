@@ -44,7 +44,7 @@ def main() -> None:
             f"{row['data']}: {row['name']}",
             spread(row["images_per_second"]),
             spread(row["times_loader"]),
-            f"{row['first_pass']:.3g}" if "first_pass" in row else "-",
+            f"{row['first_pass']:,.0f}" if "first_pass" in row else "-",
         ]
         for row in rows
     ]

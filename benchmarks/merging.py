@@ -53,7 +53,8 @@ def main() -> None:
             spread(row["seconds"]),
             spread(row["times_state_dicts"]),
             spread(row["command_seconds"]) if "command_seconds" in row else "-",
-            *(f"{row[key]:.2f}" for key in ("anonymous", "read", "written")),
+            spread(row["anonymous"]),
+            *(f"{row[key]:.2f}" for key in ("read", "written")),
         ]
         for row in rows
     ]
@@ -75,7 +76,7 @@ def compare(folder: Path, title: str, kind: str, settings: dict, experts: int, r
         taken, reference = ([run["seconds"] for run in runs[contender]] for contender in (name, "state dicts"))
         row = {"network": title, "name": name, "experts": experts, "model_bytes": model_bytes, "seconds": taken}
         row |= {"times_state_dicts": ratios(reference, taken)}
-        row |= {"anonymous": max(run["anonymous"] for run in runs[name]) / model_bytes}
+        row |= {"anonymous": [run["anonymous"] / model_bytes for run in runs[name]]}
         row |= {"read": cold["read"] / (experts + 1) / model_bytes, "written": cold["written"] / model_bytes}
         rows.append(row | ({"command_seconds": command_seconds} if name == "merge.py" else {}))
     return rows
