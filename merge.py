@@ -12,133 +12,144 @@ alone, but its card gets the scores that evaluate.py has found since.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from deme.command import provenance, run_script
-from deme.config import Config, UserError, range_name
+from deme.config.experiment import Config
+from deme.config.sections import range_name
+from deme.errors import UserError, naming, one_line
+from deme.job.command import run_script
+from deme.job.files import atomic_file, atomic_folder, read_json, sha256
+from deme.job.locks import locked
+from deme.job.records import MERGED, Record, provenance, read_record
+from deme.models.pipelines import (
+    WEIGHTS,
+    load_tensors,
+    unet_folder,
+    weights_file,
+    write_pipeline_files,
+    write_unet,
+)
+from deme.models.variants import find_pretrained
+
+if TYPE_CHECKING:
+    from deme.method.task_vectors import MergeMethod
 
 
 def plan(config: Config) -> str:
+    """What this command would do."""
     groups = config.coefficient_groups.items()
     coefficients = [f"  {pattern}: {coefficients}" for pattern, coefficients in groups]
-    inputs = [f"  {folder}" for folder in config.merge_inputs]
-    title = f"merge {config.pretrained} and the following by {config.merge.method} -> {config.merged}"
+    inputs = [f"  {folder}" for folder in config.paths.finetuned]
+    title = f"merge {config.paths.pretrained} and the following by {config.merge.method} -> {config.paths.merged}"
     upload = [] if config.merge.push_to_hub is None else [f"upload it to {config.merge.push_to_hub}"]
     return "\n".join([title, *inputs, "with the coefficients", *coefficients, *upload])
 
 
 def main(config: Config) -> None:
+    """Merge, unless it is done; write the card; upload."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from deme.files import sha256
-    from deme.locks import locked
-    from deme.pipelines import WEIGHTS, find_pipeline, unet_folder, weights_file
-
     # --- inputs
-    settings = config.merge
-    pretrained, output = find_pipeline(config.pretrained), config.merged
-    for number, folder in enumerate(config.merge_inputs):
+    output = config.paths.merged
+    inputs = config.paths.finetuned
+    pretrained = find_pretrained(config.paths)
+    for k, folder in enumerate(inputs):
         if not (folder / WEIGHTS).is_file():
-            raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={number}")
+            raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={k}")
     with ThreadPoolExecutor() as pool:
-        files = [weights_file(unet_folder(pretrained)), *(folder / WEIGHTS for folder in config.merge_inputs)]
+        files = [weights_file(unet_folder(pretrained)), *(folder / WEIGHTS for folder in inputs)]
         base_hash, *hashes = pool.map(sha256, files)
-    description = {
-        "method": settings.method,
-        "coefficients": config.coefficient_groups,
-        "pretrained": {"path": str(config.pretrained), "sha256": base_hash},
-        "finetuned": [
-            {"timesteps": range_name(timestep_range), "path": str(folder), "sha256": weights_hash}
-            for timestep_range, folder, weights_hash in zip(
-                config.timesteps.ranges, config.merge_inputs, hashes, strict=True
-            )
-        ],
-    }
-    if settings.method == "ties":
-        description |= {"ties_fraction": settings.ties_fraction, "ties_combine": settings.ties_combine}
+
+    # --- what the result is made from
+    from deme.method.task_vectors import TaskArithmetic  # imports torch
+    from deme.method.ties import Ties
+
+    settings = config.merge
+    method = TaskArithmetic() if settings.method != "ties" else Ties(settings.ties_fraction, settings.ties_combine)
+    names = map(range_name, config.timesteps.ranges)
+    experts = [
+        {"timesteps": name, "path": str(folder), "sha256": weights_hash}
+        for name, folder, weights_hash in zip(names, inputs, hashes, strict=True)
+    ]
+    base = {"path": config.paths.pretrained, "sha256": base_hash}
+    made_from = {"coefficients": config.coefficient_groups, "pretrained": base, "finetuned": experts}
+    wanted = Record(MERGED, method.describe() | made_from, provenance(config))
 
     # --- merge, unless the output is complete
     with locked(output, "merge.output"):
-        if not is_complete(output, description):
-            write_merged(pretrained, config, description | provenance(config))
+        if is_complete(output, wanted):
+            print(f"{output} is complete")
+        else:
+            write_merged(output, pretrained, inputs, config.coefficient_groups, method, wanted)
             print(f"wrote {output}")
-        write_card(config, description)
+        write_card(config, wanted)
 
     # --- share
     if settings.push_to_hub is not None:
         push_to_hub(output, settings.push_to_hub)
 
 
-def is_complete(output: Path, description: dict) -> bool:
+def is_complete(output: Path, wanted: Record) -> bool:
     """Whether the folder that stands there, if any, was merged so.
 
     Raises:
         UserError: merge.py did not make it.
     """
-    from deme.files import read_yaml
-
     if not output.exists():
         return False
-    record = output / "merge.yaml"
-    if not record.exists():
-        raise UserError(f"merge.output={output}: exists without a merge.yaml, so it is not replaced")
-    before = read_yaml(record)
-    complete = all(before.get(key) == value for key, value in description.items())
-    print(f"{output} is complete" if complete else f"{output} was merged from something else: replacing it")
-    return complete
+    found = read_record(MERGED, output)
+    if found is None:
+        raise UserError(f"merge.output={output}: exists without a {MERGED.file}, so it is not replaced")
+    return found.fits(wanted, output)
 
 
-def write_merged(pretrained: Path, config: Config, record: dict) -> None:
+def write_merged(
+    output: Path,
+    pretrained: Path,
+    inputs: list[Path],
+    groups: dict[str, list[float]],
+    method: "MergeMethod",
+    record: Record,
+) -> None:
     """Merge UNet folders into a pipeline folder: the weights are read by memory map, only the sum is held in memory.
 
     Args:
         pretrained: pipeline folder.
-        record: the content of merge.yaml.
+        inputs: the finetuned UNets' folders, in the order of the coefficients.
+        groups: name pattern → coefficients.
     """
-    import json
+    from deme.method.coefficients import coefficients_of
+    from deme.method.projection import with_identity_projections
+    from deme.method.task_vectors import merge_tensors
 
-    from safetensors.torch import save_file
-
-    from deme.files import atomic_folder, write_yaml
-    from deme.pipelines import (
-        PROJECTED_CLASS,
-        WEIGHTS,
-        load_tensors,
-        read_json,
-        unet_folder,
-        write_pipeline_files,
-    )
-    from deme.task_vectors import Ties, merge_tensors, with_identity_projections
-
-    finetuned = {str(folder): load_tensors(folder) for folder in config.merge_inputs}
+    finetuned = {str(folder): load_tensors(folder) for folder in inputs}
     base = load_tensors(unet_folder(pretrained))
     for tensors in finetuned.values():
         base = with_identity_projections(base, tensors)
+    with naming("merge.coefficients", groups):
+        coefficients = {name: coefficients_of(name, groups) for name in base}
 
-    unet_config = read_json(config.merge_inputs[0] / "config.json")
+    unet_config = read_json(inputs[0] / "config.json")
     unet_config.pop("_name_or_path", None)  # where that copy was loaded from: a path that means nothing elsewhere
 
-    with atomic_folder(config.merged) as temporary:
-        (temporary / "unet").mkdir()
-        ties = Ties(config.merge.ties_fraction, config.merge.ties_combine) if config.merge.method == "ties" else None
-        merged = dict(merge_tensors(base, finetuned, config.coefficient_groups, ties))
-        save_file(merged, temporary / "unet" / WEIGHTS, metadata={"format": "pt"})
-        (temporary / "unet" / "config.json").write_text(json.dumps(unet_config, indent=2), encoding="utf-8")
-        write_pipeline_files(temporary, pretrained, projected=unet_config.get("_class_name") == PROJECTED_CLASS)
-        write_yaml(temporary / "merge.yaml", record)
+    with atomic_folder(output) as temporary:
+        try:
+            merged = dict(merge_tensors(base, finetuned, coefficients, method))
+        except OverflowError as error:
+            raise UserError(f"merge.coefficients={error}") from None
+        write_unet(temporary / "unet", merged, unet_config)
+        write_pipeline_files(temporary, pretrained)
+        record.write(temporary)
 
 
-def write_card(config: Config, record: dict) -> None:
+def write_card(config: Config, record: Record) -> None:
     """Write the merged folder's README.md, with the scores in results.json that belong to its network."""
-    from deme.files import atomic_file
-    from deme.model_card import find_scores, model_card
-    from deme.pipelines import PROJECTED_CLASS, WEIGHTS, read_json
+    from deme.report.model_card import find_scores, model_card
 
-    unet = config.merged / "unet"
-    projected = read_json(unet / "config.json").get("_class_name") == PROJECTED_CLASS
-    scores = find_scores(config.results, unet / WEIGHTS)
-    name = config.merge.push_to_hub if config.merge.push_to_hub is not None else str(config.merged)
-    with atomic_file(config.merged / "README.md") as temporary:
-        temporary.write_text(model_card(config, record, projected, scores, name), encoding="utf-8")
+    output = config.paths.merged
+    scores = find_scores(config.paths.results, output / "unet" / WEIGHTS)
+    with atomic_file(output / "README.md") as temporary:
+        temporary.write_text(model_card(config, record.made_from, scores), encoding="utf-8")
 
 
 def push_to_hub(folder: Path, name: str) -> None:
@@ -153,7 +164,7 @@ def push_to_hub(folder: Path, name: str) -> None:
         HfApi().create_repo(name, exist_ok=True)
         commit = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Merged by Decouple-then-Merge")
     except Exception as error:  # network, token and permission errors have no common class
-        raise UserError(f"merge.push_to_hub={name}: {' '.join(str(error).split())}") from None
+        raise UserError(f"merge.push_to_hub={name}: {one_line(error)}") from None
     print(f"uploaded {folder}: {commit}")
 
 

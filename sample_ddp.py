@@ -1,133 +1,101 @@
-"""Draw images with DDIM over all processes: exactly sample.num_images PNGs, each named by its seed.
+"""Draw images over all processes: exactly sample.num_images PNGs, each named by its seed.
 
-    accelerate launch sample_ddp.py                              # from the merged model
+    accelerate launch sample_ddp.py                              # from the merged model, by DDIM
     accelerate launch sample_ddp.py sample.model=pretrained      # or continued, ensemble, or a folder
+    accelerate launch sample_ddp.py sample.scheduler=dpmsolver++ sample.num_inference_steps=20
 
 Writes runs/<name>/samples/<model>/000000.png … and the contact sheet samples/grid-<model>.png. An image depends on
 its seed alone, not on the batch or the number of processes. A second run writes only what is missing; a folder that
 another model or other settings filled is refused unless sample.overwrite=true.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from deme.command import provenance, run_script
-from deme.config import CONTINUED, Config, RunError, Sample, UserError
+from deme.config.experiment import Config
+from deme.config.sections import Sample
+from deme.data.samples import claim_samples, image_path, missing_seeds, read_images, save_grid, write_image
+from deme.errors import RunError, naming
+from deme.job.command import run_script
+from deme.job.files import sha256
+from deme.job.records import SAMPLES, Record, provenance
+from deme.models.pipelines import SCHEDULER_CONFIG, num_train_timesteps, sample_size, scheduler_folder, weights_file
+from deme.models.variants import find_variant
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler
+
+    from deme.method.sampling import NetworkAt
 
 GRID_IMAGES = 100
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model's networks and noise schedule lie."""
-
-    unets: list[Path]  # one UNet folder, or one per timestep range
-    pipeline: str  # whose scheduler is used: a folder or a Hub id
-
-
-def find_source(config: Config) -> Source:
-    """
-    Raises:
-        UserError: the model is unknown or not made yet; says how it is made.
-    """
-    from deme.pipelines import find_pipeline, unet_folder
-
-    model = config.sample.model
-    if model == "pretrained":
-        return Source([unet_folder(find_pipeline(config.pretrained))], config.pretrained)
-    named = {
-        "merged": (Source([config.merged / "unet"], str(config.merged)), "merge.py"),
-        "ensemble": (Source(config.merge_inputs, config.pretrained), "finetune.py"),
-        CONTINUED: (
-            Source([config.finetuned_folder(None) / "unet"], config.pretrained),
-            f"finetune.py finetune.range={CONTINUED}",
-        ),
-    }
-    if model in named:
-        source, maker = named[model]
-        for folder in source.unets:
-            if not folder.is_dir():
-                raise UserError(f"sample.model={model}: {folder} is missing; {maker} makes it")
-        return source
-    folder = Path(model)
-    if (folder / "unet").is_dir():
-        has_scheduler = (folder / "scheduler").is_dir()
-        return Source([folder / "unet"], model if has_scheduler else config.pretrained)
-    if (folder / "config.json").is_file():
-        return Source([folder], config.pretrained)
-    raise UserError(
-        f"sample.model={model}: not merged, pretrained, {CONTINUED}, ensemble, or a folder that holds a UNet"
-    )
-
-
-def output_folder(config: Config) -> Path:
-    if config.sample.output is not None:
-        return Path(config.sample.output)
-    parts = [part for part in Path(config.sample.model).parts if part not in ("/", ".", "..")]
-    return config.folder / "samples" / "-".join(parts)
-
-
 def plan(config: Config) -> str:
+    """What this command would do."""
     settings = config.sample
     last = settings.seed_offset + settings.num_images - 1
-    return f"draw seeds {settings.seed_offset} ... {last} from {settings.model} -> {output_folder(config)}"
+    return f"draw seeds {settings.seed_offset} ... {last} from {settings.model} -> {config.paths.samples}"
 
 
 def main(config: Config) -> None:
-    from deme.files import sha256
-    from deme.pipelines import (
-        SCHEDULER_CONFIG,
-        check_fits,
-        check_usable,
-        find_pipeline,
-        load_scheduler,
-        load_unet,
-        scheduler_folder,
-        weights_file,
-    )
+    """Draw the images that are missing."""
+    # --- the model
+    settings = config.sample
+    output = config.paths.samples
+    with naming("sample.model", settings.model):
+        variant = find_variant(settings.model, config.paths)
+    sizes = {folder: sample_size(folder) for folder in variant.unets}
+    config.check_fits(sizes, scheduler_folder(variant.pipeline), num_train_timesteps(variant.pipeline))
 
-    settings, output, source = config.sample, output_folder(config), find_source(config)
-    pipeline = find_pipeline(source.pipeline)
-    check_fits(config, source.unets, pipeline)  # torch is imported after what can be answered without it
-
-    from deme.devices import in_main_process, locked_by_all, make_accelerator
-    from deme.inference import freeze
-    from deme.samples import claim_samples, image_path, missing_seeds, read_images
-    from deme.sampling import ensemble, save_grid
+    # --- torch is imported after what can be answered without it
+    from deme.job.processes import in_main_process, locked_by_all, make_accelerator
+    from deme.method.sampling import ensemble, make_sampler, sampler_name
+    from deme.models.inference import freeze
+    from deme.models.networks import load_scheduler, load_unet, try_out
 
     # --- networks and noise schedule
     accelerator = make_accelerator(settings.mixed_precision, "sample.mixed_precision")
-    scheduler, unets = load_scheduler(pipeline), [load_unet(folder) for folder in source.unets]
-    for unet, folder in zip(unets, source.unets, strict=True):
-        check_usable(unet, scheduler, str(folder))
+    with naming("sample.model", settings.model):
+        scheduler = load_scheduler(variant.pipeline)
+        unets = [load_unet(folder) for folder in variant.unets]
+        for folder, unet in zip(variant.unets, unets, strict=True):
+            with naming(folder):
+                try_out(unet, scheduler)
+    with naming("sample.scheduler", settings.scheduler):
+        make_sampler(scheduler, settings.scheduler)
     unets = [freeze(unet, accelerator.device, settings.mixed_precision) for unet in unets]
     ranges = config.timesteps.ranges if len(unets) > 1 else [(0, config.timesteps.num_train_timesteps)]
     shape = (unets[0].config.in_channels, config.data.resolution, config.data.resolution)
 
     # --- the folder: what it is made from, and which images are missing
-    identity = {
-        "weights": [sha256(weights_file(folder)) for folder in source.unets],
+    made_from = {
+        "weights": [sha256(weights_file(folder)) for folder in variant.unets],
         "timesteps": [list(edges) for edges in ranges],
-        "scheduler": sha256(scheduler_folder(pipeline) / SCHEDULER_CONFIG),
+        "scheduler": sha256(scheduler_folder(variant.pipeline) / SCHEDULER_CONFIG),
         "num_inference_steps": settings.num_inference_steps,
+        "sample.scheduler": sampler_name(settings.scheduler),
         "eta": settings.eta,
         "mixed_precision": settings.mixed_precision,
         "resolution": config.data.resolution,
     }
     seeds = range(settings.seed_offset, settings.seed_offset + settings.num_images)
+    beside = {"num_images": len(seeds), "seed_offset": seeds.start, **provenance(config)}
+    wanted = Record(SAMPLES, made_from, beside)
 
     def claim() -> list[int]:
-        claim_samples(output, identity, seeds, settings.overwrite, provenance(config))
+        with naming("sample.output", output):
+            claim_samples(output, wanted, seeds, settings.overwrite)
         return missing_seeds(output, seeds)
 
     def finish() -> None:
         left = [seed for seed in seeds if not image_path(output, seed).exists()]
         if left:
             raise RunError(f"{output}: {len(left):,} of {len(seeds):,} images are not there; the same command goes on")
-        grid = output.with_name(f"grid-{output.name}.png")
-        save_grid(read_images([image_path(output, seed) for seed in seeds[:GRID_IMAGES]]), grid)
-        print(f"{output}: {len(seeds):,} images; {grid}")
+        save_grid(read_images([image_path(output, seed) for seed in seeds[:GRID_IMAGES]]), config.paths.grid)
+        print(f"{output}: {len(seeds):,} images; {config.paths.grid}")
 
+    # --- draw them
     with locked_by_all(accelerator, output, "sample.output"):
         missing = in_main_process(accelerator, claim)
         processes = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
@@ -138,22 +106,35 @@ def main(config: Config) -> None:
         in_main_process(accelerator, finish)
 
 
-def draw(accelerator, settings: Sample, network_at, scheduler, shape: tuple, seeds: list[int], output: Path) -> None:
-    """Draw the images of these seeds; threads write one batch while the next is drawn."""
+def draw(
+    accelerator: "Accelerator",
+    settings: Sample,
+    network_at: "NetworkAt",
+    scheduler: "DDPMScheduler",
+    shape: tuple[int, int, int],
+    seeds: list[int],
+    output: Path,
+) -> None:
+    """Draw the images of these seeds; threads write one batch while the next is drawn.
+
+    Args:
+        shape: (C, H, W) of an image.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     from tqdm import tqdm
 
-    from deme.samples import write_image
-    from deme.sampling import sample_images
+    from deme.method.sampling import sample_images
+    from deme.models.encoders import decode
 
     batches = [seeds[start : start + settings.batch_size] for start in range(0, len(seeds), settings.batch_size)]
     silent = not accelerator.is_main_process or not batches
-    steps, writes = settings.num_inference_steps, []
+    sampler = (settings.num_inference_steps, settings.scheduler, settings.eta)
+    writes = []
     with ThreadPoolExecutor(max_workers=4) as pool:
         for batch in tqdm(batches, settings.model, unit="batch", disable=silent):
             with accelerator.autocast():
-                images = sample_images(network_at, scheduler, batch, shape, accelerator.device, steps, settings.eta)
+                images = decode(sample_images(network_at, scheduler, batch, shape, accelerator.device, *sampler))
             for write in writes:
                 write.result()  # a full disk stops the run here
             writes = [pool.submit(write_image, output, *pair) for pair in zip(batch, images, strict=True)]

@@ -12,48 +12,44 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import parse, seconds, spread
 from benchmarks.report import save
+from benchmarks.trainers import make_trainer
 from benchmarks.unets import CHURCH, CIFAR10
-from deme.config import Finetune
-from deme.data import CroppedImages
-from deme.files import markdown_table
-from deme.projection import ProjectedUNet2DModel
-from deme.run_log import RunLog
-from deme.training import Objective, Trainer
+from deme.config.sections import Finetune
+from deme.report.tables import markdown_table
+from deme.training.run_log import RunLog
 
 
 def main() -> None:
     arguments = parse(__doc__)
     device = arguments.device
-    images = CroppedImages([torch.zeros(3, 32, 32, dtype=torch.uint8)] * 4, 32, True, False)
+    pixels = [torch.zeros(3, 32, 32, dtype=torch.uint8)] * 4
     unet = UNet2DModel(**(CIFAR10 if arguments.quick else CHURCH) | {"sample_size": 32})
-    objective = Objective("checkpoints", (2, 0, 250), (0, 250), consistency_weight=1.0)
     accelerator = Accelerator(cpu=device == "cpu")
     row: dict[str, list[float]] = {"step": [], "standstill": [], "writing": [], "next_step": []}
     with tempfile.TemporaryDirectory() as folder:
-        student = ProjectedUNet2DModel.from_unet(unet)
-        settings = Finetune(batch_size=4)
-        trainer = Trainer(accelerator, student, unet, DDPMScheduler(), images, objective, settings, 0, Path(folder))
+        trainer = make_trainer(accelerator, unet, pixels, Finetune(batch_size=4), Path(folder))
         trainer.checkpoints.mkdir()
         trainer.log = RunLog(Path(folder), 0)
-        trainer._optimizer_step()  # AdamW's moments exist from now on
+        trainer.step()  # AdamW's moments exist from now on
         for number in range(2 if arguments.quick else 9):
-            row["step"].append(seconds(trainer._optimizer_step, device))
-            row["standstill"].append(seconds(lambda: trainer._save(last=False), device))
+            row["step"].append(seconds(trainer.step, device))
+            row["standstill"].append(seconds(lambda: trainer.save(last=False), device))
             if number % 2:  # alone, or beside the training
-                row["next_step"].append(seconds(trainer._optimizer_step, device))
+                row["next_step"].append(seconds(trainer.step, device))
                 trainer.writer.wait()
             else:
                 row["writing"].append(seconds(trainer.writer.wait, device))
         newest = sorted(trainer.checkpoints.iterdir())[-1]
         size = sum(file.stat().st_size for file in newest.iterdir())
-    model = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
-    first, row["standstill"] = row["standstill"][0], row["standstill"][1:]  # the first one allocates the copy
+    model = sum(parameter.numel() * parameter.element_size() for parameter in trainer.student.parameters())
+    first = row["standstill"][0]
+    row["standstill"] = row["standstill"][1:]  # the first one allocates the copy
     share = statistics.median(row["standstill"]) / statistics.median(row["writing"])
     titles = ["checkpoint / model", "training step, s", "first standstill, s", "standstill, s", "writing, s"]
     titles += ["standstill / writing", "a step beside the writing, s"]

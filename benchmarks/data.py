@@ -1,9 +1,10 @@
-"""Batches of training images: decoded once and cached against decoded in the loader.
+"""Batches of training images: decoded once and cached, or on the fly, against decoded in the loader.
 
 python benchmarks/data.py            # CIFAR-10 from ../shared/cifar10 where it is there, and images made here
 python benchmarks/data.py --quick
 """
 
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -19,9 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import alternate, parse, ratios, seconds, spread
 from benchmarks.report import save
-from deme.config import Data
-from deme.data import CroppedImages, load_training_images
-from deme.files import markdown_table
+from benchmarks.unets import CHURCH
+from deme.config.sections import Data
+from deme.data.ahead import ahead, available_threads
+from deme.data.images import CroppedImages
+from deme.data.sources import load_training_images
+from deme.report.tables import markdown_table
+from scripts.estimate import GPU_TFLOPS, unet_cost
 
 CIFAR10 = Path(__file__).resolve().parent.parent.parent / "shared" / "cifar10"
 BATCH_SIZE = 64
@@ -38,17 +43,37 @@ def main() -> None:
         if CIFAR10.exists() and not arguments.quick:
             cifar10 = Data(name=str(CIFAR10), image_column="image", split="train[:20%]", resolution=32)
             rows += compare("CIFAR-10, JPEGs at 32×32", cifar10, Path(folder), repeats)
-    titles = ["batches of 64", "images/s", "× loader", "images/s of the first pass, which decodes"]
+    titles = [
+        "batches of 64",
+        "images/s",
+        "× loader",
+        "images/s per thread",
+        "images/s of the first pass, which decodes",
+    ]
     lines = [
         [
             f"{row['data']}: {row['name']}",
             spread(row["images_per_second"]),
             spread(row["times_loader"]),
+            spread([value / row["threads"] for value in row["images_per_second"]]) if "threads" in row else "-",
             f"{row['first_pass']:,.0f}" if "first_pass" in row else "-",
         ]
         for row in rows
     ]
-    save("data", "cpu", rows, markdown_table(titles, lines))
+    save("data", "cpu", rows, f"{markdown_table(titles, lines)}\n\n{cores_of_a_gpu(rows)}")
+
+
+def cores_of_a_gpu(rows: list[dict]) -> str:
+    """How many cores decode for one GPU that finetunes Church's network, in a line."""
+    _, flops, _ = unet_cost(CHURCH)
+    passes = 4  # a backward pass costs two forward passes, the teacher one
+    needed = GPU_TFLOPS * 1e12 / (passes * flops)
+    [alone] = [row for row in rows if row.get("threads") == 1 and "256×256" in row["data"]]
+    per_core = statistics.median(alone["images_per_second"])
+    return (
+        f"Finetuning Church's network at 256×256 takes {needed:.0f} images/s at {GPU_TFLOPS:g} TFLOP/s, the guess of "
+        f"scripts/estimate.py for one GPU: decoding them on the fly keeps {needed / per_core:.2f} cores busy."
+    )
 
 
 def compare(title: str, data: Data, folder: Path, repeats: int) -> list[dict]:
@@ -57,27 +82,35 @@ def compare(title: str, data: Data, folder: Path, repeats: int) -> list[dict]:
 
     def load(name: str, **settings: float) -> float:
         part = Data(**{**vars(data), **settings})
-        return seconds(lambda: found.update({name: load_training_images(part, 3, folder / "cache")[0]}), "cpu")
+        return seconds(lambda: found.update({name: load_training_images(part, 3, folder / "cache").training}), "cpu")
 
     first = {"in memory": load("in memory", cache_gb=100.0), "mapped file": load("mapped file", cache_gb=0.0)}
+    load("on the fly", cache_gb=0.0, cache_disk_gb=0.0)
+    streamed = found.pop("on the fly")
     count = len(found["in memory"])
     rows = datasets.load_dataset(data.name, split=data.split)
     contenders = {"decoding in the loader": lambda: loader_epoch(rows, data)}
     contenders |= {name: lambda images=images: cached_epoch(images) for name, images in found.items()}
+    threads = {f"on the fly, {number} thread(s)": number for number in sorted({1, available_threads()})}
+    contenders |= {name: lambda number=number: cached_epoch(streamed, number) for name, number in threads.items()}
     taken = alternate(contenders, repeats, "cpu")
     result = []
     for name, values in taken.items():
         row = {"data": title, "name": name, "images_per_second": [count / value for value in values]}
         row |= {"times_loader": ratios(taken["decoding in the loader"], values)}
-        result.append(row | ({"first_pass": count / first[name]} if name in first else {}))
+        row |= {"first_pass": count / first[name]} if name in first else {}
+        result.append(row | ({"threads": threads[name]} if name in threads else {}))
     return result
 
 
-def cached_epoch(images: CroppedImages) -> None:
-    """As deme/training.py takes its batches."""
+def cached_epoch(images: CroppedImages, threads: int = 0) -> None:
+    """As deme/data/images.py takes its batches."""
     order = np.random.default_rng(0).permutation(len(images))
-    for start in range(0, len(order), BATCH_SIZE):
-        pixels = images.batch(order[start : start + BATCH_SIZE], np.random.default_rng(start))
+
+    def batch(start: int) -> torch.Tensor:
+        return images.batch(order[start : start + BATCH_SIZE], np.random.default_rng(start))
+
+    for pixels in ahead(batch, range(0, len(order), BATCH_SIZE), threads):
         pixels.float().div_(127.5).sub_(1)
 
 

@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.forked import REPOSITORY, Run
 from benchmarks.report import save
-from deme.files import TEMPORARY, markdown_table
+from deme.job.files import TEMPORARY
+from deme.report.tables import markdown_table
 
 TIMED = ("images_per_second", "peak_memory_gib")  # of log.jsonl
 
@@ -95,7 +96,8 @@ def disturb(target: Target, folder: Path, kills: int, full_disks: int, moments: 
         full_disks: sizes of a disk that are tried.
         moments: draws the moments and the sizes.
     """
-    prepared, work = folder / "prepared", folder / "work"
+    prepared = folder / "prepared"
+    work = folder / "work"
     shutil.rmtree(prepared, ignore_errors=True)
     start_over(prepared, work)
     for script, arguments in target.before:
@@ -104,12 +106,15 @@ def disturb(target: Target, folder: Path, kills: int, full_disks: int, moments: 
 
     started = time.monotonic()
     complete(begin(target, work))
-    seconds, expected = time.monotonic() - started, fingerprint(work)
+    seconds = time.monotonic() - started
+    expected = fingerprint(work)
 
-    killed, rounds = 0, 0
+    killed = 0
+    rounds = 0
     while killed < kills:
         start_over(prepared, work)
-        rounds, longest = rounds + 1, seconds
+        rounds = rounds + 1
+        longest = seconds
         while True:
             run = begin(target, work)
             if run.wait(moments.uniform(0, longest)) is not None:
@@ -117,7 +122,8 @@ def disturb(target: Target, folder: Path, kills: int, full_disks: int, moments: 
                 break
             run.send(signal.SIGKILL)
             run.wait()
-            killed, longest = killed + 1, 1.1 * longest  # so that it comes to its end
+            killed = killed + 1
+            longest = 1.1 * longest  # so that it comes to its end
             check_readable(work)
         check_same(work, expected)
 
@@ -179,7 +185,8 @@ def files(work: Path) -> Iterator[Path]:
 
 
 def check_readable(work: Path) -> None:
-    """
+    """Read every file under a final name.
+
     Raises:
         Exception: as the file's library says that it can't be read.
     """

@@ -19,9 +19,9 @@ LIBRARIES = [
     "diffusers",
     "accelerate",
     "datasets",
-    "deme.training",
-    "deme.data",
-    "deme.samples",
+    "deme.training.trainer",
+    "deme.data.sources",
+    "deme.models.networks",
 ]
 
 

@@ -63,7 +63,8 @@ def number(value: float, digits: int) -> str:
 
 def ceiling(device: str) -> dict[str, float]:
     """The machine's own limits: FLOP/s of matrix products by type, bytes/s of a memory copy (read and written)."""
-    size, found = MATRIX[device], {}
+    size = MATRIX[device]
+    found = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.randn(size, size, device=device).to(dtype)
         taken = alternate({"": lambda matrix=matrix: matrix @ matrix}, 5, device)[""]

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.report import save
-from deme.files import markdown_table
+from deme.report.tables import markdown_table
 
 MODES = [(precision, checkpointing) for precision in ("no", "bf16") for checkpointing in (False, True)]
 OUT_OF_MEMORY = 3  # exit status
@@ -44,7 +44,8 @@ def main() -> None:
 
     rows = []
     for precision, checkpointing in MODES:
-        mode, gib = {"mixed_precision": precision, "gradient_checkpointing": checkpointing}, []
+        mode = {"mixed_precision": precision, "gradient_checkpointing": checkpointing}
+        gib = []
         for batch_size in batch_sizes:
             settings = {"batch_size": batch_size, "device": arguments.device, "quick": arguments.quick}
             command = [sys.executable, __file__, "--measure", json.dumps(mode | settings)]
@@ -71,26 +72,23 @@ def measure(mixed_precision: str, gradient_checkpointing: bool, batch_size: int,
 
     import torch
     from accelerate import Accelerator
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import UNet2DModel
 
+    from benchmarks.trainers import make_trainer
     from benchmarks.unets import CHURCH, CIFAR10
-    from deme.config import Finetune
-    from deme.data import CroppedImages
-    from deme.projection import ProjectedUNet2DModel
-    from deme.training import Objective, Trainer
+    from deme.config.sections import Finetune
 
     teacher = UNet2DModel(**(CIFAR10 if quick else CHURCH))
     size = teacher.config.sample_size
-    images = CroppedImages([torch.randint(0, 256, (3, size, size), dtype=torch.uint8)] * batch_size, size, True, False)
+    pixels = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8)] * batch_size
     settings = Finetune(batch_size=batch_size, gradient_checkpointing=gradient_checkpointing)
-    objective = Objective("memory", (2, 0, 250), (0, 250), global_probability=0.3, consistency_weight=1.0)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
     with tempfile.TemporaryDirectory() as folder:
-        student = ProjectedUNet2DModel.from_unet(teacher)
-        trainer = Trainer(accelerator, student, teacher, DDPMScheduler(), images, objective, settings, 0, Path(folder))
+        trainer = make_trainer(accelerator, teacher, pixels, settings, Path(folder))
+        del teacher
         try:
             for _ in range(2):  # AdamW's moments exist from the second step on
-                trainer._optimizer_step()
+                trainer.step()
         except torch.OutOfMemoryError:
             sys.exit(OUT_OF_MEMORY)
     if device == "cuda":

@@ -1,4 +1,4 @@
-"""merge.py against merging state dicts in memory: time, peak anonymous memory, bytes read and written.
+"""merge.py against merging state dicts or whole modules: time, peak anonymous memory, bytes read and written.
 
 python benchmarks/merging.py             # 2, 4, 8 experts of 114 M parameters, 2 of 860 M: 14 GB of disk
 python benchmarks/merging.py --quick
@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import parse, ratios, spread
 from benchmarks.report import save
 from benchmarks.unets import CHURCH, CIFAR10
-from deme.files import markdown_table
+from deme.config.reading import load_config
+from deme.models.pipelines import ATTENTION_NAMES
+from deme.report.tables import markdown_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -35,8 +37,10 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(**json.loads(arguments.measure))))
         return
-    church, stable_diffusion = ("Church", "UNet2DModel", CHURCH), ("Stable Diffusion v1", "UNet2DConditionModel", {})
-    cases = [(church, 2), (church, 4), (church, 8), (stable_diffusion, 2)]
+    church = ("Church", "UNet2DModel", CHURCH)
+    renamed = ("Church, old attention names", "UNet2DModel", CHURCH)
+    stable_diffusion = ("Stable Diffusion v1", "UNet2DConditionModel", {})
+    cases = [(church, 2), (church, 4), (church, 8), (renamed, 4), (stable_diffusion, 2)]
     if arguments.quick:
         cases = [(("CIFAR-10", "UNet2DModel", CIFAR10), 2)]
     rows = []
@@ -44,7 +48,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows += compare(Path(folder).resolve(), *network, experts, 1 if arguments.quick else 3)
     titles = ["merging", "experts", "GB each", "s, without imports", "× state dicts", "s, whole command"]
-    titles += ["anonymous memory / output", "read / inputs", "written / output"]
+    titles += ["× whole modules", "anonymous memory / output", "read / inputs", "written / output"]
     lines = [
         [
             f"{row['network']}: {row['name']}",
@@ -53,6 +57,7 @@ def main() -> None:
             spread(row["seconds"]),
             spread(row["times_state_dicts"]),
             spread(row["command_seconds"]) if "command_seconds" in row else "-",
+            spread(row["times_whole_modules"]) if row.get("times_whole_modules") else "-",
             spread(row["anonymous"]),
             *(f"{row[key]:.2f}" for key in ("read", "written")),
         ]
@@ -63,13 +68,16 @@ def main() -> None:
 
 def compare(folder: Path, title: str, kind: str, settings: dict, experts: int, repeats: int) -> list[dict]:
     """One row per contender."""
-    model_bytes = make_inputs(folder, kind, settings, experts)
+    model_bytes = make_inputs(folder, kind, settings, experts, old_names=title.endswith("old attention names"))
     runs: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
     command_seconds = []
+    whole_modules = []
     for _ in range(repeats):
         for name in CONTENDERS:
             runs[name].append(child(folder, name, experts, cold=False))
         command_seconds.append(whole_command(folder, experts))
+        if kind == "UNet2DModel":
+            whole_modules.append(whole_modules_command(folder, experts))
     rows = []
     for name in CONTENDERS:
         cold = child(folder, name, experts, cold=True)
@@ -78,7 +86,10 @@ def compare(folder: Path, title: str, kind: str, settings: dict, experts: int, r
         row |= {"times_state_dicts": ratios(reference, taken)}
         row |= {"anonymous": [run["anonymous"] / model_bytes for run in runs[name]]}
         row |= {"read": cold["read"] / (experts + 1) / model_bytes, "written": cold["written"] / model_bytes}
-        rows.append(row | ({"command_seconds": command_seconds} if name == "merge.py" else {}))
+        if name == "merge.py":
+            row |= {"command_seconds": command_seconds, "whole_modules_seconds": whole_modules}
+            row |= {"times_whole_modules": ratios(whole_modules, command_seconds) if whole_modules else []}
+        rows.append(row)
     return rows
 
 
@@ -89,23 +100,33 @@ def options(folder: Path, experts: int) -> list[str]:
     return [*values, f"timesteps.num_ranges={experts}", f"merge.coefficients={coefficients}"]
 
 
-def make_inputs(folder: Path, kind: str, settings: dict, experts: int) -> int:
-    """Write a pretrained pipeline and its finetuned UNets, of random weights; the bytes of one."""
+def make_inputs(folder: Path, kind: str, settings: dict, experts: int, old_names: bool) -> int:
+    """Write a pretrained pipeline and its finetuned UNets, of random weights; the bytes of one.
+
+    Args:
+        old_names: the pretrained attention layers' names are those of diffusers up to 0.15, as google/ddpm-* has them.
+    """
     import diffusers
     from safetensors.torch import save_file
-
-    from deme.config_files import load_config
 
     with torch.device("meta"):
         unet = getattr(diffusers, kind)(**settings)
     shapes = {name: tensor.shape for name, tensor in unet.state_dict().items()}
     config = load_config(REPOSITORY / "configs" / "digits.yaml", options(folder, experts))
-    for path in (folder / "pretrained" / "unet", *config.merge_inputs):
+    for path in (folder / "pretrained" / "unet", *config.paths.finetuned):
         path.mkdir(parents=True)
         (path / "config.json").write_text(json.dumps({"_class_name": kind, **settings}))
-        save_file({name: torch.randn(shape) for name, shape in shapes.items()}, path / WEIGHTS)
+        is_old = old_names and path.parent.name == "pretrained"
+        tensors = {old_name(name) if is_old else name: torch.randn(shape) for name, shape in shapes.items()}
+        save_file(tensors, path / WEIGHTS)
     diffusers.DDPMScheduler().save_pretrained(folder / "pretrained" / "scheduler")
     return (folder / "pretrained" / "unet" / WEIGHTS).stat().st_size
+
+
+def old_name(name: str) -> str:
+    for before, today in ATTENTION_NAMES.items():
+        name = name.replace(f".{today}.", f".{before}.")
+    return name
 
 
 def child(folder: Path, name: str, experts: int, cold: bool) -> dict:
@@ -123,6 +144,15 @@ def whole_command(folder: Path, experts: int) -> float:
     return time.perf_counter() - start
 
 
+def whole_modules_command(folder: Path, experts: int) -> float:
+    config = load_config(REPOSITORY / "configs" / "digits.yaml", options(folder, experts))
+    start = time.perf_counter()
+    command = [sys.executable, "benchmarks/whole_modules.py", folder / "modules.pt", folder / "pretrained" / "unet"]
+    subprocess.run([*command, *config.paths.finetuned], check=True, cwd=REPOSITORY)
+    (folder / "modules.pt").unlink()
+    return time.perf_counter() - start
+
+
 def measure(folder: str, name: str, experts: int, cold: bool) -> dict:
     """Merge once.
 
@@ -137,19 +167,23 @@ def measure(folder: str, name: str, experts: int, cold: bool) -> dict:
     import safetensors.torch  # noqa: F401  outside of the time that is taken
 
     import merge
-    from deme import files, locks, model_card, pipelines, task_vectors  # noqa: F401
-    from deme.config_files import load_config
+    from deme.method import coefficients, task_vectors, ties  # noqa: F401
+    from deme.report import model_card  # noqa: F401
 
     config = load_config(REPOSITORY / "configs" / "digits.yaml", options(Path(folder), experts))
-    shutil.rmtree(config.merged, ignore_errors=True)
+    shutil.rmtree(config.paths.merged, ignore_errors=True)
     os.sync()
-    inputs = [Path(folder) / "pretrained" / "unet" / WEIGHTS, *(path / WEIGHTS for path in config.merge_inputs)]
+    inputs = [Path(folder) / "pretrained" / "unet" / WEIGHTS, *(path / WEIGHTS for path in config.paths.finetuned)]
     if cold:
         for path in inputs:
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    work = (lambda: merge.main(config)) if name == "merge.py" else lambda: merge_state_dicts(inputs, config.merged)
-    before, start, before_io = anonymous_bytes(), time.perf_counter(), io_bytes()
+    work = (
+        (lambda: merge.main(config)) if name == "merge.py" else lambda: merge_state_dicts(inputs, config.paths.merged)
+    )
+    before = anonymous_bytes()
+    start = time.perf_counter()
+    before_io = io_bytes()
     with peak_anonymous() as peak:
         work()
     taken = time.perf_counter() - start
@@ -183,7 +217,8 @@ def io_bytes() -> tuple[int, int]:
 @contextmanager
 def peak_anonymous() -> Iterator[list[int]]:
     """The greatest `anonymous_bytes` within the block, looked at every 2 ms, in the list that it yields."""
-    peak, done = [0], threading.Event()
+    peak = [0]
+    done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.002):

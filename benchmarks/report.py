@@ -1,12 +1,13 @@
 """How every benchmark reports: results/NAME.json, and its table in README.md."""
 
 import json
-import platform
 import re
 import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
+
+from deme.job.machine import processor
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -18,9 +19,7 @@ def machine(device: str) -> str:
     versions = f"torch {torch.__version__}, diffusers {metadata.version('diffusers')}"
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, {versions}"
-    processors = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*:\s*(.+)", processors.read_text()) if processors.exists() else []
-    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads, {versions}"
+    return f"{processor()}, {torch.get_num_threads()} threads, {versions}"
 
 
 def save(name: str, device: str, rows: list[dict], table: str, ceiling: dict[str, float] | None = None) -> None:
@@ -42,7 +41,8 @@ def save(name: str, device: str, rows: list[dict], table: str, ceiling: dict[str
     content = {"command": command, "machine": machine(device), "ceiling": ceiling, "rows": rows}
     (FOLDER / "results").mkdir(exist_ok=True)
     (FOLDER / "results" / f"{name}-{device}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    readme, key = FOLDER / "README.md", f"{name}-{device}"
+    readme = FOLDER / "README.md"
+    key = f"{name}-{device}"
     part = f"<!-- {key} -->\n`{command}` on {content['machine']}:\n\n{table}\n<!-- end of {key} -->"
     text = readme.read_text(encoding="utf-8")
     pattern = re.compile(f"<!-- {key} -->.*<!-- end of {key} -->", re.DOTALL)

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import alternate, parse, ratios, spread
 from benchmarks.report import save
 from benchmarks.unets import CHURCH, CIFAR10
-from deme.config import Sample
-from deme.files import markdown_table
-from deme.inference import AUTOCAST_TYPES, freeze
-from deme.pipelines import read_json
+from deme.config.sections import Sample
+from deme.job.files import read_json
+from deme.models.inference import AUTOCAST_TYPES, freeze
+from deme.report.tables import markdown_table
 from sample_ddp import draw
 
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits" / "unet"
@@ -37,7 +37,8 @@ DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits" / "unet"
 
 def main() -> None:
     arguments = parse(__doc__)
-    on_gpu, repeats = arguments.device == "cuda", 1 if arguments.quick else 3
+    on_gpu = arguments.device == "cuda"
+    repeats = 1 if arguments.quick else 3
     shapes = {
         "CIFAR-10": (CIFAR10, 32, (256, 512, 50) if on_gpu else (8, 16, 10)),  # batch, images, steps
         "Church": (CHURCH, 256, (32, 64, 50)) if on_gpu else (CHURCH, 32, (8, 16, 10)),
@@ -93,7 +94,8 @@ def measure(title: str, unet: nn.Module, batch: int, images: int, steps: int, re
             return pipeline_images(pipeline, part, steps)
 
     dtype = str(stock_type).removeprefix("torch.")
-    pipeline_name, two_calls_name = f"DDIMPipeline, {dtype}", f"two calls per step, {dtype}"
+    pipeline_name = f"DDIMPipeline, {dtype}"
+    two_calls_name = f"two calls per step, {dtype}"
     precisions = {"sample_ddp.py, no": "no", "sample_ddp.py, bf16": "bf16"}
     precisions |= {"sample_ddp.py, fp16": "fp16"} if on_gpu else {}
     contenders = {
@@ -121,7 +123,8 @@ def measure(title: str, unet: nn.Module, batch: int, images: int, steps: int, re
 
 def choices(unet: nn.Module, batch: int, repeats: int, device: str, compiled: bool) -> dict[str, dict[str, dict]]:
     """Choice → precision → its images/s; what sample_ddp.py does first."""
-    precisions, threads = (("no", "bf16", "fp16") if device == "cuda" else ("no", "bf16")), torch.get_num_threads()
+    precisions = ("no", "bf16", "fp16") if device == "cuda" else ("no", "bf16")
+    threads = torch.get_num_threads()
 
     def network(choice: str, precision: str) -> Callable:
         if choice in ("contiguous", "channels_last"):
@@ -135,8 +138,11 @@ def choices(unet: nn.Module, batch: int, repeats: int, device: str, compiled: bo
 
     def call(choice: str, precision: str) -> tuple[Callable[[], None], int]:
         size = int(choice.removeprefix("batch ")) if choice.startswith("batch ") else batch
-        predict, channels, side = network(choice, precision), unet.config.in_channels, unet.config.sample_size
-        images, timestep = torch.randn(size, channels, side, side, device=device), torch.tensor(500, device=device)
+        predict = network(choice, precision)
+        channels = unet.config.in_channels
+        side = unet.config.sample_size
+        images = torch.randn(size, channels, side, side, device=device)
+        timestep = torch.tensor(500, device=device)
         dtype = AUTOCAST_TYPES[precision] or torch.bfloat16
 
         def work() -> None:
@@ -179,7 +185,8 @@ def two_call_images(unet: nn.Module, seeds: list[int], steps: int) -> list[Image
     """DDIM whose network is called twice with the same input in every step."""
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(steps)
-    size, channels = unet.config.sample_size, unet.config.in_channels
+    size = unet.config.sample_size
+    channels = unet.config.in_channels
     torch.manual_seed(seeds[0])
     images = torch.randn(len(seeds), channels, size, size, device=unet.device, dtype=unet.dtype)
     for timestep in scheduler.timesteps:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import parse, spread
 from benchmarks.report import save
 from benchmarks.unets import CIFAR10
-from deme.files import markdown_table
+from deme.report.tables import markdown_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = {"block_out_channels": [32, 64, 64, 64]}
@@ -51,7 +51,8 @@ def main() -> None:
         options += [f"sample.num_images={images}", f"sample.batch_size={batch // 2}", "sample.num_inference_steps=5"]
         options += ["sample.model=pretrained", "merge.coefficients=[0.5,0.5]"]
         for number in range(1 if arguments.quick else 3):
-            output, here = folder / str(number), [*options, f"output_dir={folder / str(number)}"]
+            output = folder / str(number)
+            here = [*options, f"output_dir={folder / str(number)}"]
             for shape in shapes:
                 speeds["finetuning, images/s", *shape].append(finetuning(here, output, *shape, on_gpu))
                 speeds["sampling, images/s", *shape].append(sampling(here, output, *shape, on_gpu))
@@ -84,18 +85,14 @@ def main() -> None:
 def start(
     script: str, options: list[str], processes: int, threads: int, on_gpu: bool, gpu: int | None = None
 ) -> subprocess.Popen:
-    """
+    """Start a script over so many processes.
+
     Args:
         gpu: the only one to be used.
     """
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launcher += ["--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | ({} if on_gpu else {"ACCELERATE_USE_CPU": "true"})
     environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
-    command = [*launcher, str(REPOSITORY / script), *options]
+    command = ["bash", REPOSITORY / "scripts" / "launch.sh", str(processes), REPOSITORY / script, *options]
     return subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
 
 
@@ -125,7 +122,8 @@ def sampling(options: list[str], output: Path, processes: int, threads: int, on_
 def two_ranges(options: list[str], processes: int, threads: int, num_gpus: int, on_gpu: bool) -> float:
     """Seconds for both: one command that takes one after the other, or two commands side by side."""
     commands = [[]] if processes == 1 else [["finetune.range=0"], ["finetune.range=1"]]
-    begin, runs = time.perf_counter(), []
+    begin = time.perf_counter()
+    runs = []
     for number, extra in enumerate(commands):
         gpu = number % num_gpus if on_gpu else None
         runs.append(start("finetune.py", [*options, f"name=ranges-{processes}", *extra], 1, threads, on_gpu, gpu))

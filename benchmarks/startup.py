@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import alternate, parse, spread
 from benchmarks.report import save
-from deme.files import markdown_table
+from deme.report.tables import markdown_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = ("pretrain.py", "finetune.py", "merge.py", "sample_ddp.py", "evaluate.py")

@@ -35,13 +35,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import ceiling, parse, ratios, seconds, spread
 from benchmarks.report import save
+from benchmarks.trainers import make_trainer
 from benchmarks.unets import CHURCH, CIFAR10
-from deme.config import Finetune
-from deme.data import CroppedImages
-from deme.devices import peak_memory
-from deme.files import markdown_table
-from deme.projection import ProjectedUNet2DModel
-from deme.training import Objective, Trainer
+from deme.config.sections import Finetune
+from deme.job.machine import peak_memory
+from deme.models.networks import ProjectedUNet2DModel
+from deme.report.tables import markdown_table
+from deme.training import trainer as training_loop
+from deme.training.trainer import Trainer
 
 NUM_IMAGES = 64
 TYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "bfloat16"}  # whose matrix products set the limit
@@ -56,7 +57,8 @@ def main() -> None:
     names = [f"{contender}, {precision}" for precision in precisions for contender in ("plain loop", "finetune.py")]
     settings = {"quick": arguments.quick, "device": device, "batch_size": batch_size}
     settings |= {"micro_batch_size": micro_batch_size}
-    limits, context = ceiling(device), multiprocessing.get_context("spawn")
+    limits = ceiling(device)
+    context = multiprocessing.get_context("spawn")
     workers: dict[str, Connection] = {}
     for name in names:
         workers[name], theirs = context.Pipe()
@@ -80,7 +82,8 @@ def main() -> None:
         workers[name].send("measure")
         measured[name] = workers[name].recv()
 
-    rows, flops = [], measured["plain loop, no"]["flops"]
+    rows = []
+    flops = measured["plain loop, no"]["flops"]
     for name, values in taken.items():
         precision = name.split(", ")[1]
         rate = flops / statistics.median(values)
@@ -116,7 +119,8 @@ def main() -> None:
 def work(name: str, settings: dict, parent: Connection) -> None:
     """A contender's own process: a step at each request, at the end what it measured."""
     contender, precision = name.split(", ")
-    device, quick = settings["device"], settings["quick"]
+    device = settings["device"]
+    quick = settings["quick"]
     size = image_size(device, quick)
     images = [smooth_noise(number, size) for number in range(NUM_IMAGES)]
     torch.manual_seed(0)
@@ -154,21 +158,21 @@ def make_accelerator(precision: str, device: str, micro_batches: int = 1) -> Acc
 def our_step(
     teacher: UNet2DModel, images: list, batch_size: int, micro_batch_size: int, precision: str, device: str
 ) -> tuple[Step, Trainer]:
-    decoded = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
-    data = CroppedImages(decoded, teacher.config.sample_size, center_crop=True, random_flip=True)
+    pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
     settings = Finetune(batch_size=batch_size, micro_batch_size=micro_batch_size, mixed_precision=precision)
-    objective = Objective("benchmark", (2, 0, 250), (0, 250), global_probability=0.3, consistency_weight=1.0)
-    student, accelerator = ProjectedUNet2DModel.from_unet(teacher), make_accelerator(precision, device)
-    trainer = Trainer(accelerator, student, teacher, DDPMScheduler(), data, objective, settings, 0, Path("unused"))
-    return trainer._optimizer_step, trainer
+    accelerator = make_accelerator(precision, device)
+    trainer = make_trainer(accelerator, teacher, pixels, settings, Path("unused"), random_flip=True)
+    return trainer.step, trainer
 
 
 def plain_step(
     teacher: UNet2DModel, images: list, batch_size: int, micro_batch_size: int, precision: str, device: str
 ) -> tuple[Step, None]:
-    micro_batches, settings = batch_size // micro_batch_size, Finetune()
+    micro_batches = batch_size // micro_batch_size
+    settings = Finetune()
     accelerator = make_accelerator(precision, device, micro_batches)
-    size, scheduler = teacher.config.sample_size, DDPMScheduler()
+    size = teacher.config.sample_size
+    scheduler = DDPMScheduler()
     augment = transforms.Compose(
         [
             transforms.Resize(size),
@@ -192,7 +196,8 @@ def plain_step(
     schedule = get_scheduler("constant", optimizer)
     student, optimizer, data, schedule = accelerator.prepare(student, optimizer, data, schedule)
     ema.to(accelerator.device)
-    batches, losses = endless(data), []
+    batches = endless(data)
+    losses = []
 
     def step() -> None:
         for _ in range(micro_batches):
@@ -249,15 +254,15 @@ def breakdown(trainer: Trainer, device: str, steps: int = 3) -> dict[str, float]
             setattr(owner, name, original)
 
     with (
-        timed("data", trainer.images, "batch"),
+        timed("data", trainer.batches, "_load"),
         timed("forward", trainer.model, "forward"),
         timed("teacher", trainer.teacher, "forward"),
         timed("backward", trainer.accelerator, "backward"),
         timed("clipping", trainer.accelerator, "clip_grad_norm_"),
         timed("optimizer", trainer.optimizer, "step"),
-        timed("EMA", trainer, "_update_ema"),
+        timed("EMA", training_loop, "update_ema"),
     ):
-        total = sum(seconds(trainer._optimizer_step, device) for _ in range(steps))
+        total = sum(seconds(trainer.step, device) for _ in range(steps))
     return {part: value / total for part, value in spent.items()} | {"rest": 1 - sum(spent.values()) / total}
 
 

@@ -16,5 +16,5 @@ complete_ranges "$config" "$@"
 pass_signals python merge.py --config "$config" "$@"
 launch sample_ddp.py --config "$config" "$@"
 
-pass_signals python -m pytorch_fid "$(ask 'sample_ddp.output_folder(config)' "$config" "$@")" \
-  "$(ask 'evaluate.reference_file(config)' "$config" "$@")"
+pass_signals python -m pytorch_fid "$(python sample_ddp.py --path samples --config "$config" "$@")" \
+  "$(python evaluate.py --path reference --config "$config" "$@")"

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 . scripts/setup.sh
 config=$1
 shift
-folder=$(ask config.folder "$config" "$@")
+run=$(python finetune.py --path run --config "$config" "$@")
 
 # decouple, the control beside the ranges: networks this small leave a GPU or a second core idle; for training over more
 # GPUs set NUM_PROCESSES and finetune.micro_batch_size
@@ -27,7 +27,7 @@ train "$@" $(max_minutes finetune)
 wait $control || { cat "$control_log" >&2; exit 1; }
 tail -n 1 "$control_log"
 trap 'rm -f "$control_log"' EXIT
-complete "$folder/finetuned/continued/unet"
+complete "$(python finetune.py --path continued --config "$config" "$@")"
 complete_ranges "$config" "$@"
 
 pass_signals python merge.py --config "$config" "$@"
@@ -39,4 +39,4 @@ launch evaluate.py --config "$config" "$@"
 pass_signals python merge.py --config "$config" "$@" # again, for the model card: it has scores now
 
 echo "pictures:"
-find "$folder/samples" "$folder/finetuned" -name 'grid-*.png' -o -path '*/previews/*.png' | sort
+find "$run/samples" "$run/finetuned" -name 'grid-*.png' -o -path '*/previews/*.png' | sort

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
 export ACCELERATE_USE_CPU=true
-run=$(ask config.folder configs/digits.yaml "$@")
+run=$(python merge.py --path run "$@")
 candidates=(0.1,0.1,0.1,0.1 0.25,0.25,0.25,0.25 0.5,0.5,0.5,0.5 0.75,0.75,0.75,0.75 1,1,1,1 0.1,0.1,0.2,0.5 0.5,0.2,0.1,0.1)
 seeds="sample.seed_offset=100000"
 

@@ -14,8 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deme.command import run_script
-from deme.config import Config, UserError
+from deme.config.experiment import Config
+from deme.errors import UserError
+from deme.job.command import run_script
+from deme.job.files import read_json
+from deme.models.pipelines import unet_folder
+from deme.models.variants import find_pretrained
 
 GPU_TFLOPS = 50.0  # a guess for an A100 in half precision
 INCEPTION_FLOPS = 11.4e9  # per image
@@ -26,23 +30,26 @@ ASPECT_RATIO = 4 / 3  # of photographs
 
 
 def plan(config: Config) -> str:
+    """What this command would do."""
     return f"estimate disk and GPU hours of {config.name}"
 
 
 def main(config: Config) -> None:
-    from deme.data import count_images
-    from deme.devices import check_shares
-    from deme.pipelines import find_pipeline, unet_folder
+    """Print the estimate."""
+    from deme.data.sources import count_images
 
-    rate, processes = 1e12 * from_environment("GPU_TFLOPS", GPU_TFLOPS), int(from_environment("NUM_PROCESSES", 1))
-    check_shares(processes, config.finetune)
+    rate = 1e12 * from_environment("GPU_TFLOPS", GPU_TFLOPS)
+    config.finetune.check_shares(int(from_environment("NUM_PROCESSES", 1)))
+    pretrained = find_pretrained(config.paths)
     images = count_images(config.data)
-    parameters, flops, channels = unet_cost(unet_folder(find_pipeline(config.pretrained)))
-    print(f"{config.pretrained}: {parameters:,} parameters; {config.data.name}: {images:,} images")
+    parameters, flops, channels = unet_cost(read_json(unet_folder(pretrained) / "config.json"))
+    print(f"{config.paths.pretrained}: {parameters:,} parameters; {config.data.name}: {images:,} images")
 
     # --- disk
-    ranges, raw = len(config.timesteps.ranges), channels * config.data.resolution**2
-    decoded = images * raw * ASPECT_RATIO if images * raw > config.data.cache_gb * 2**30 else 0
+    ranges = len(config.timesteps.ranges)
+    raw = channels * config.data.resolution**2
+    is_cached = config.data.cache_gb < images * raw / 2**30 <= config.data.cache_disk_gb
+    decoded = images * raw * ASPECT_RATIO if is_cached else 0
     checkpoint = 4 * FLOAT * parameters  # student, EMA, two moments
     disk = {
         "decoded images": decoded,
@@ -53,7 +60,7 @@ def main(config: Config) -> None:
     }
     for name, size in disk.items():
         print(f"{size / 1e9:9.1f} GB  {name}")
-    existing = next(folder for folder in (config.folder, *config.folder.resolve().parents) if folder.exists())
+    existing = next(folder for folder in (config.paths.run, *config.paths.run.resolve().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     print(f"{sum(disk.values()) / 1e9:9.1f} GB  together; {free / 1e9:,.1f} GB are free at {config.output_dir}")
 
@@ -76,7 +83,8 @@ def main(config: Config) -> None:
 
 
 def from_environment(name: str, default: float) -> float:
-    """
+    """A number in the environment.
+
     Raises:
         UserError: not a number above 0.
     """
@@ -89,17 +97,16 @@ def from_environment(name: str, default: float) -> float:
     return value
 
 
-def unet_cost(folder: Path) -> tuple[int, int, int]:
-    """Parameters, operations per image and forward pass, and channels of the UNet in a folder, without its weights."""
+def unet_cost(config: dict) -> tuple[int, int, int]:
+    """Parameters, operations per image and forward pass, and channels of a UNet of this configuration."""
     import torch
     from diffusers import UNet2DModel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from deme.pipelines import read_json
-
     with torch.device("meta"):
-        unet = UNet2DModel.from_config(read_json(folder / "config.json"))
-        size, channels = unet.config.sample_size, unet.config.in_channels
+        unet = UNet2DModel.from_config(config)
+        size = unet.config.sample_size
+        channels = unet.config.in_channels
         with FlopCounterMode(display=False) as counter:
             unet(torch.empty(1, channels, size, size), torch.zeros(1, dtype=torch.int64))
     return unet.num_parameters(), counter.get_total_flops(), channels

@@ -8,58 +8,49 @@ networks can be merged when they are called merge.finetuned/0000-0250 and so on.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deme.config import RunError, UserError
-from deme.files import atomic_folder, make_folder
-from deme.pipelines import (
-    PROJECTED_CLASS,
-    WEIGHTS,
-    find_pipeline,
-    load_unet,
-    read_json,
-    unet_folder,
-    write_pipeline_files,
-)
+from deme.errors import RunError, UserError, naming
+from deme.job.files import atomic_folder, make_folder, read_json
+from deme.models.pipelines import PROJECTED_CLASS, find_pipeline, unet_folder, write_pipeline_files, write_unet
 
 
 def main(weights: Path, pretrained: str, output: Path) -> None:
-    from safetensors.torch import save_file
-
-    from deme.pipelines import PROJECTION_SUFFIX
-    from deme.published import read_published, rename_projections
+    """Read the published file, and write a pipeline folder."""
+    from deme.method.projection import PROJECTION_SUFFIX
+    from deme.models.networks import load_unet
+    from deme.models.published import read_published, rename_projections
 
     # --- tensors and architecture
-    pipeline = find_pipeline(pretrained)
-    settings = read_json(unet_folder(pipeline) / "config.json")
-    tensors = read_published(weights)
-    tensors = rename_projections(tensors, len(settings["down_block_types"]), len(settings["up_block_types"]))
-    projected = any(name.endswith(PROJECTION_SUFFIX) for name in tensors)
-    if projected:
+    with naming("--pretrained", pretrained):
+        pipeline = find_pipeline(pretrained)
+        settings = read_json(unet_folder(pipeline) / "config.json")
+    blocks = len(settings["down_block_types"]), len(settings["up_block_types"])
+    with naming("--weights", weights):
+        tensors = rename_projections(read_published(weights), *blocks)
+    if any(name.endswith(PROJECTION_SUFFIX) for name in tensors):
         settings["_class_name"] = PROJECTED_CLASS
 
     # --- diffusers maps the old names and checks that nothing is missing
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-        (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        folder = Path(temporary) / "unet"
+        write_unet(folder, {name: tensor.float().contiguous() for name, tensor in tensors.items()}, settings)
         try:
             unet = load_unet(folder)
         except UserError as error:
-            raise UserError(f"--weights {weights}: {str(error).replace(temporary, '')}") from None
+            raise UserError(f"--weights={weights}: {str(error).replace(temporary, '')}") from None
 
     # --- the pipeline folder
     if output.exists():
-        raise UserError(f"--output {output}: exists already")
+        raise UserError(f"--output={output}: exists already")
     make_folder(output.parent, "--output")
     with atomic_folder(output) as temporary:
         unet.save_pretrained(temporary / "unet")
-        write_pipeline_files(temporary, pipeline, projected)
+        write_pipeline_files(temporary, pipeline)
     print(f"wrote {output}: {unet.num_parameters():,} parameters")
 
 

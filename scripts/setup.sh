@@ -1,4 +1,4 @@
-# Sourced by the other scripts, from the repository's root: the Python environment, `launch`, `ask` and time limits.
+# Sourced by the other scripts, from the repository's root: the Python environment, `launch` and time limits.
 # Environment: PYTHON, which makes .venv (default python3); NUM_PROCESSES (default: one per GPU; on a CPU, 2);
 # MAX_MINUTES, after which a script stops, to be resumed by the same command (default: none).
 
@@ -33,12 +33,7 @@ launch() {
   python "$@" --dry-run >/dev/null || return # a mistake in the configuration: one line, before the launcher's own
   count_processes
   [ -z "${MAX_MINUTES:-}" ] || limit="timeout --foreground $(minutes_left)m"
-  if [ "$processes" = 1 ]; then
-    pass_signals $limit python "$@" || status=$?
-  else # --multi_gpu also starts several processes on a CPU; port 0 is any free one
-    pass_signals $limit accelerate launch --multi_gpu --num_processes "$processes" --num_machines 1 --mixed_precision no \
-      --dynamo_backend no --main_process_port 0 "$@" || status=$?
-  fi
+  pass_signals $limit bash scripts/launch.sh "$processes" "$@" || status=$?
   [ $status = 124 ] && resume_later
   return $status
 }
@@ -81,16 +76,17 @@ complete() {
 pretrain() {
   local config=$1 folder
   shift
-  folder=$(ask config.folder "$config" "$@")
+  folder=$(python pretrain.py --path pretrained_here --config "$config" "$@")
   NUM_PROCESSES=${NUM_PROCESSES:-1} launch pretrain.py --config "$config" "$@" $(max_minutes pretrain)
-  complete "$folder/pretrained"
+  complete "$folder"
   [ -z "${MAX_MINUTES:-}" ] || export MAX_MINUTES=$(minutes_left)
 }
 
 # complete_ranges CONFIG OVERRIDES…: the same for the networks that merge.py needs
 complete_ranges() {
-  local unets unet
-  unets=$(ask '"\n".join(map(str, config.merge_inputs))' "$@")
+  local config=$1 unets unet
+  shift
+  unets=$(python finetune.py --path finetuned --config "$config" "$@")
   while read -r unet; do
     complete "$unet"
   done <<<"$unets"
@@ -99,15 +95,4 @@ complete_ranges() {
 resume_later() {
   echo "stopped by its time limit: the same command resumes"
   exit 0
-}
-
-# ask EXPRESSION CONFIG OVERRIDES…: a value that follows from the configuration, such as config.folder
-ask() {
-  python -c 'import sys; from deme.config import UserError; from deme.config_files import load_config; import evaluate, sample_ddp
-try:
-    config = load_config(sys.argv[2], sys.argv[3:])
-except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(error.status)
-print(eval(sys.argv[1]))' "$@"
 }

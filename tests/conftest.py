@@ -61,18 +61,26 @@ def config_file(tmp_path, pretrained) -> Path:
 
 
 def command(script: str, config_file: Path, *overrides: str, processes: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if processes > 1:
-        module = "accelerate.commands.launch"
-        launcher = [sys.executable, "-m", module, "--multi_gpu", "--num_processes", str(processes)]
-        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launcher += ["--main_process_port", "0"]
+    """The command line that starts a script."""
+    launcher = ["bash", str(REPOSITORY / "scripts" / "launch.sh"), str(processes)]
     return [*launcher, str(REPOSITORY / script), "--config", str(config_file), *overrides]
 
 
 def environment() -> dict[str, str]:
-    """One thread, so that runs are equal bit for bit; the CPU even where there is a GPU."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
+    """One thread, so that runs are equal bit for bit; the CPU even where there is a GPU; this Python first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1", "PATH": path}
+    return os.environ | settings
+
+
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def old_name(name: str) -> str:
+    """What diffusers up to 0.15 called a tensor."""
+    for today, before in OLD_NAMES.items():
+        name = name.replace(today, before)
+    return name
 
 
 def run(

@@ -1,0 +1,41 @@
+"""finetune.py's training loop on a network and images that are at hand, for benchmarks and tests."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+
+from deme.config.sections import Training
+from deme.data.images import CroppedImages
+from deme.models.networks import ProjectedUNet2DModel
+from deme.training.held_out import HeldOut
+from deme.training.trainer import Networks, Objective, Trainer
+
+OBJECTIVE = Objective("benchmark", (0, 2, 0, 250), (0, 250), global_probability=0.3, consistency_weight=1.0)
+
+
+def make_trainer(
+    accelerator: Accelerator,
+    pretrained: UNet2DModel,
+    pixels: Sequence[torch.Tensor],
+    settings: Training,
+    folder: Path,
+    objective: Objective = OBJECTIVE,
+    projected: bool = True,
+    random_flip: bool = False,
+    held_out: HeldOut | None = None,
+) -> Trainer:
+    """The trainer of a range, the pretrained network being the teacher where the objective wants one.
+
+    Args:
+        pixels: uint8 images of the network's size, shape (C, H, W) each.
+        projected: train with channel-wise projections.
+    """
+    images = CroppedImages(pixels, pretrained.config.sample_size, center_crop=False, random_flip=random_flip)
+    student = ProjectedUNet2DModel.from_unet(pretrained) if projected else copy.deepcopy(pretrained)
+    teacher = copy.deepcopy(pretrained) if objective.consistency_weight > 0 else None
+    networks = Networks(student, teacher, DDPMScheduler())
+    return Trainer(accelerator, networks, images, objective, settings, folder, held_out)

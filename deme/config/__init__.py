@@ -1,0 +1,1 @@
+"""The configuration of an experiment and the paths that follow from it."""

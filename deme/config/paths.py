@@ -1,0 +1,115 @@
+"""Where everything of a run lies: every path follows from the configuration here, and nowhere else.
+
+python finetune.py --path merged        # prints one, for shell scripts
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deme.config.sections import range_name
+
+if TYPE_CHECKING:
+    from deme.config.experiment import Config
+
+
+class Paths:
+    """The paths of one experiment; each public property has a name that `--path` takes."""
+
+    def __init__(self, config: "Config"):
+        self._config = config
+
+    @property
+    def run(self) -> Path:
+        return Path(self._config.output_dir) / self._config.name
+
+    @property
+    def image_cache(self) -> Path:
+        """Decoded images that don't fit into memory, shared by all runs of an output_dir."""
+        return Path(self._config.output_dir) / "image-cache"
+
+    @property
+    def pretraining(self) -> Path:
+        """Checkpoints, logs and previews of pretrain.py."""
+        return self.run / "pretraining"
+
+    @property
+    def pretrained_here(self) -> Path:
+        """The pipeline folder that pretrain.py makes."""
+        return self.run / "pretrained"
+
+    @property
+    def pretrained(self) -> str:
+        """The pipeline that finetuning starts from: a folder or a Hub id."""
+        given = self._config.model.pretrained
+        return given if given is not None else str(self.pretrained_here)
+
+    def finetuning(self, timestep_range: tuple[int, int] | None) -> Path:
+        """Checkpoints, logs, previews and unet/ of a timestep range's copy, or of the control (None)."""
+        return self.run / "finetuned" / range_name(timestep_range)
+
+    @property
+    def continued(self) -> Path:
+        """The control's UNet folder."""
+        return self.finetuning(None) / "unet"
+
+    @property
+    def finetuned(self) -> list[Path]:
+        """The UNet folders that are merged, lowest range first."""
+        given = self._config.merge.finetuned
+        root = Path(given) if given is not None else self.run / "finetuned"
+        return [root / range_name(timestep_range) / "unet" for timestep_range in self._config.timesteps.ranges]
+
+    @property
+    def merged(self) -> Path:
+        """The pipeline folder that merge.py makes."""
+        given = self._config.merge.output
+        return Path(given) if given is not None else self.run / "merged"
+
+    @property
+    def all_samples(self) -> Path:
+        """The folder of the sample folders."""
+        return self.run / "samples"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of sample.model's images."""
+        settings = self._config.sample
+        if settings.output is not None:
+            return Path(settings.output)
+        parts = [part for part in Path(settings.model).parts if part not in ("/", ".", "..")]
+        return self.all_samples / "-".join(parts)
+
+    @property
+    def grid(self) -> Path:
+        """The contact sheet beside them."""
+        return self.samples.with_name(f"grid-{self.samples.name}.png")
+
+    @property
+    def stats(self) -> Path:
+        """What evaluation makes once: reference statistics and the classifier."""
+        return self.run / "stats"
+
+    @property
+    def classifier(self) -> Path:
+        return self.stats / "classifier.safetensors"
+
+    @property
+    def reference(self) -> Path:
+        """The data's statistics in the features that are configured."""
+        given = self._config.evaluate.reference
+        return Path(given) if given is not None else self.stats / f"{self._config.evaluate.features}.npz"
+
+    @property
+    def results(self) -> Path:
+        """The scores."""
+        given = self._config.evaluate.output
+        return Path(given) if given is not None else self.run / "results.json"
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [name for name, member in vars(cls).items() if isinstance(member, property)]
+
+    def lines(self, name: str) -> str:
+        """The path of this name; several, one a line."""
+        found = getattr(self, name)
+        return "\n".join(map(str, found)) if isinstance(found, list) else str(found)

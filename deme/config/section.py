@@ -1,0 +1,39 @@
+"""What the sections of a configuration share: checks whose errors name the key and its value."""
+
+import math
+from typing import ClassVar
+
+from deme.errors import UserError, shown
+
+
+class Section:
+    """Base of the sections below: `check` names the section, the key and the value in its error."""
+
+    section: ClassVar[str] = ""
+
+    def check(self, key: str, holds: bool, rule: str) -> None:
+        if not holds:
+            name = f"{self.section}.{key}" if self.section else key
+            raise UserError(f"{name}={shown(getattr(self, key))}: {rule}")
+
+    def check_positive(self, *keys: str) -> None:
+        """Each key is None or a finite number above 0."""
+        for key in keys:
+            value = getattr(self, key)
+            self.check(key, value is None or 0 < value < math.inf, "must be a finite number above 0")
+
+    def check_not_negative(self, *keys: str) -> None:
+        """Each key is None or a finite number of at least 0."""
+        for key in keys:
+            value = getattr(self, key)
+            self.check(key, value is None or 0 <= value < math.inf, "must be a finite number, 0 or above")
+
+    def check_seed(self, key: str) -> None:
+        self.check(key, 0 <= getattr(self, key) < 2**63, "must lie in [0, 2**63)")
+
+    def check_fraction(self, *keys: str) -> None:
+        for key in keys:
+            self.check(key, 0 <= getattr(self, key) <= 1, "must lie in [0, 1]")
+
+    def check_choice(self, key: str, choices: tuple[str, ...]) -> None:
+        self.check(key, getattr(self, key) in choices, f"must be one of {', '.join(choices)}")

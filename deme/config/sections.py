@@ -1,0 +1,243 @@
+"""Every setting with its unit or bounds, in the sections of a configuration file.
+
+`__post_init__` checks values; every mistake is a `UserError` of one line that names the key and its value. Nothing here
+imports torch, so that a mistake is answered at once.
+"""
+
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar, Optional, Union
+
+from deme.config.section import Section
+
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+CONTINUED = "continued"  # the control of `finetune.range`: plain training on all timesteps at the ranges' total cost
+PRECISIONS = ("no", "fp16", "bf16")
+POLYNOMIAL_END = 1e-7  # the learning rate that diffusers' polynomial schedule ends at
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+@dataclass(frozen=True)
+class Model(Section):
+    section: ClassVar[str] = "model"
+    pretrained: Optional[str] = None  # pipeline folder or Hub id; null: what pretrain.py made in this run
+    license: Optional[str] = None  # of the pretrained weights, for the merged network's card; null: not stated
+    projection: bool = True  # finetune with channel-wise projections
+
+
+@dataclass(frozen=True)
+class Data(Section):
+    section: ClassVar[str] = "data"
+    name: str = "digits"  # digits (embedded), a Hub id, or a local folder that datasets.load_dataset reads
+    split: str = "train"
+    image_column: str = "image"
+    label_column: Optional[str] = "label"  # null: no labels
+    resolution: int = 8  # pixels; the shorter side is resized to it, then a square is cropped
+    center_crop: bool = False  # in training; evaluation always crops the centre
+    random_flip: bool = False  # horizontal, in training; evaluation never flips
+    held_out_images: int = 0  # that no training sees: pretrain.py measures its loss on them
+    skip_unreadable: bool = False  # leave images that can't be decoded out instead of stopping
+    cache_gb: float = 4.0  # GiB of decoded images that each process holds in memory; more are mapped from a file
+    cache_disk_gb: float = 100.0  # GiB of that file; more are decoded on the fly, each time they are needed
+
+    def __post_init__(self):
+        self.check_positive("resolution")
+        self.check_not_negative("held_out_images", "cache_gb", "cache_disk_gb")
+
+
+@dataclass(frozen=True)
+class Timesteps(Section):
+    section: ClassVar[str] = "timesteps"
+    num_train_timesteps: int = 1000  # T; must equal the pretrained scheduler's
+    num_ranges: int = 4  # N equal ranges, unless edges are given
+    edges: Optional[list[int]] = None  # rising from 0 to T: range k is [edges[k], edges[k + 1])
+
+    def __post_init__(self):
+        self.check_positive("num_train_timesteps")
+        total = self.num_train_timesteps
+        self.check("num_ranges", 1 <= self.num_ranges <= total, f"must lie in [1, {total}]")
+        if self.edges is not None:
+            ends = len(self.edges) >= 2 and self.edges[0] == 0 and self.edges[-1] == total
+            rises = all(low < high for low, high in pairwise(self.edges))
+            self.check("edges", ends and rises, f"must rise from 0 to T = {total}")
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The half-open ranges [low, high), lowest first."""
+        edges = self.edges
+        if edges is None:
+            edges = [k * self.num_train_timesteps // self.num_ranges for k in range(self.num_ranges + 1)]
+        return list(pairwise(edges))
+
+
+@dataclass(frozen=True)
+class Training(Section):
+    """What pretraining and finetuning share."""
+
+    max_steps: int = 1000  # optimizer steps
+    max_minutes: Optional[float] = None  # stop with a checkpoint after this time; the same command resumes
+    batch_size: int = 64  # images per optimizer step, over all processes
+    micro_batch_size: Optional[int] = None  # images per forward pass; null: the whole batch
+    learning_rate: float = 5e-5
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0  # optimizer steps
+    adam_beta1: float = 0.95
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-6
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999  # upper bound of the decay
+    ema_inv_gamma: float = 1.0
+    ema_power: float = 0.75
+    mixed_precision: str = "no"  # no, fp16 or bf16
+    gradient_checkpointing: bool = False  # less memory for up to a third more time; the weights are the same
+    log_every: int = 50  # optimizer steps
+    checkpoint_every: int = 5000  # optimizer steps
+    checkpoints_kept: int = 2
+    preview_every: Optional[int] = None  # optimizer steps; null: no previews
+
+    def __post_init__(self):
+        self.check_positive("max_steps", "max_minutes", "batch_size", "micro_batch_size", "learning_rate")
+        self.check_positive("adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power")
+        self.check_positive("log_every", "checkpoint_every", "checkpoints_kept", "preview_every")
+        self.check_not_negative("lr_warmup_steps", "adam_weight_decay")
+        self.check_fraction("ema_decay", "adam_beta1", "adam_beta2")
+        self.check("adam_beta1", self.adam_beta1 < 1, "must be below 1")
+        self.check("adam_beta2", self.adam_beta2 < 1, "must be below 1")
+        self.check_choice("mixed_precision", PRECISIONS)
+        self.check_choice("lr_scheduler", LR_SCHEDULERS)
+        warms_up = self.lr_scheduler != "constant" or self.lr_warmup_steps == 0
+        self.check("lr_warmup_steps", warms_up, f"{self.section}.lr_scheduler=constant has no warm-up")
+        above_end = self.lr_scheduler != "polynomial" or self.learning_rate > POLYNOMIAL_END
+        self.check("learning_rate", above_end, f"the polynomial schedule ends at {POLYNOMIAL_END}")
+        whole = self.micro_batch_size is None or self.batch_size % self.micro_batch_size == 0
+        self.check(
+            "batch_size", whole, f"must be a multiple of {self.section}.micro_batch_size={self.micro_batch_size}"
+        )
+
+    def check_shares(self, processes: int) -> None:
+        """Make sure that so many processes can share the micro-batches of a step equally.
+
+        Raises:
+            UserError: they can't; says what to set.
+        """
+        size = self.micro_batch_size or self.batch_size
+        micro_batches = self.batch_size // size
+        share, rest = divmod(self.batch_size, processes)
+        remedy = f"a batch_size that is a multiple of {processes}" if rest else f"micro_batch_size={share} or a divisor"
+        self.check(
+            "micro_batch_size",
+            micro_batches % processes == 0,
+            f"{self.section}.batch_size={self.batch_size} makes {micro_batches} micro-batches of {size}, which "
+            f"{processes} processes can't share equally: set {remedy}",
+        )
+
+
+@dataclass(frozen=True)
+class Pretrain(Training):
+    section: ClassVar[str] = "pretrain"
+    held_out_every: int = 1000  # optimizer steps between two measurements of the held-out loss
+    patience: Optional[int] = None  # stop once so many of them in a row did not fall by 0.1 %; null: max_steps
+    unet: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' UNet2DModel
+    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDPMScheduler
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_positive("held_out_every", "patience")
+
+
+@dataclass(frozen=True)
+class Finetune(Training):
+    section: ClassVar[str] = "finetune"
+    range: Union[int, str, None] = None  # null: every range in turn; 0, 1, …: that one; continued: the control
+    global_probability: float = 0.3  # p: chance that a micro-batch draws its timesteps from all of [0, T)
+    consistency_weight: float = 1.0  # λ
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_fraction("global_probability")
+        self.check_not_negative("consistency_weight")
+
+
+@dataclass(frozen=True)
+class Merge(Section):
+    section: ClassVar[str] = "merge"
+    method: str = "task_arithmetic"  # or ties
+    # w, one per range, lowest range first; null: 1/N each; or name pattern -> such a list, the first pattern that fits
+    # a tensor counts: {"down_blocks.*": [...], "mid_block.*": [...], "up_blocks.*": [...], "*": [...]}
+    coefficients: Any = None
+    ties_fraction: float = 0.2  # ties: the share of each task vector, largest magnitudes first, that is kept
+    ties_combine: str = "mean"  # ties: mean or sum of the task vectors that agree with the elected sign
+    finetuned: Optional[str] = None  # folder that holds 0000-0250/ …; null: this run's
+    output: Optional[str] = None  # null: merged/ of this run
+    push_to_hub: Optional[str] = None  # also upload the merged folder to this Hub id, owner/name
+
+    def __post_init__(self):
+        self.check_choice("method", ("task_arithmetic", "ties"))
+        self.check_choice("ties_combine", ("mean", "sum"))
+        named = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub) is not None
+        self.check("push_to_hub", named, "must be a Hub id, owner/name")
+        self.check("ties_fraction", 0 < self.ties_fraction <= 1, "must lie in (0, 1]")
+        rule = "must be a list of finite numbers, or a mapping from name patterns to such lists"
+        lists = self.coefficients.values() if isinstance(self.coefficients, dict) else [self.coefficients]
+        for coefficients in lists if self.coefficients is not None else ():
+            fits = isinstance(coefficients, list) and all(_is_finite_number(w) for w in coefficients)
+            self.check("coefficients", fits, rule)
+        named = not isinstance(self.coefficients, dict) or all(isinstance(key, str) for key in self.coefficients)
+        self.check("coefficients", self.coefficients != {} and named, rule)
+
+
+@dataclass(frozen=True)
+class Sample(Section):
+    section: ClassVar[str] = "sample"
+    model: str = "merged"  # merged, pretrained, continued, ensemble, or a folder
+    num_images: int = 1000
+    seed_offset: int = 0  # the images' seeds, and names, are seed_offset … seed_offset + num_images - 1
+    batch_size: int = 256  # images per UNet call; does not change the images. On a CPU 16 to 32 for large networks
+    num_inference_steps: int = 50
+    scheduler: str = "ddim"  # ddim, pndm, dpmsolver++, unipc, euler, or a class of diffusers' that fits the schedule
+    eta: float = 0.0  # of ddim: 0 is deterministic, 1 has DDPM's variance
+    mixed_precision: str = "no"  # no, fp16 or bf16: on a CPU that has it 1.6 times as fast for large networks
+    output: Optional[str] = None  # null: samples/<model>/ of this run
+    overwrite: bool = False  # replace a folder that another model or other settings made
+
+    def __post_init__(self):
+        self.check_positive("num_images", "batch_size", "num_inference_steps")
+        self.check_seed("seed_offset")
+        self.check_fraction("eta")
+        self.check(
+            "eta", self.eta == 0 or self.scheduler in ("ddim", "DDIMScheduler"), "only sample.scheduler=ddim has it"
+        )
+        self.check_choice("mixed_precision", PRECISIONS)
+        self.check("model", self.model != "", "must name a model")
+
+
+@dataclass(frozen=True)
+class Evaluate(Section):
+    section: ClassVar[str] = "evaluate"
+    features: str = "inception"  # inception (FID) or classifier (classifier FD; the data needs labels)
+    samples: Optional[list[str]] = None  # folders of images; null: every folder in samples/ of this run
+    reference: Optional[str] = None  # npz of statistics; null: made from the configured data
+    blocks: int = 1  # equal blocks of images in seed order, for the spread of the score
+    batch_size: int = 50  # images per pass through the feature network
+    classifier_width: int = 16  # channels before its first stage; its features are 8 times as many
+    classifier_epochs: int = 40
+    classifier_precision: str = "no"  # no or bf16, in its training
+    output: Optional[str] = None  # null: results.json of this run
+
+    def __post_init__(self):
+        self.check_choice("features", ("inception", "classifier"))
+        self.check_choice("classifier_precision", ("no", "bf16"))
+        self.check_positive("blocks", "batch_size", "classifier_width", "classifier_epochs")
+
+
+def _is_finite_number(value: object) -> bool:
+    """Finite in float32, the type that weights are summed in."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
+
+
+def range_name(timestep_range: tuple[int, int] | None) -> str:
+    """A range's folder name: (0, 250) gives 0000-0250; None, the control, gives continued."""
+    return CONTINUED if timestep_range is None else "{:04d}-{:04d}".format(*timestep_range)

@@ -1,0 +1,154 @@
+"""Folders of samples: one PNG per seed, named by it, and samples.yaml, which says what they were drawn from."""
+
+import io
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from deme.errors import UserError, one_line
+from deme.job.files import atomic_file, make_folder, remove_leftovers, write_small_file
+from deme.job.records import SAMPLES, Record, read_record
+
+if TYPE_CHECKING:
+    import torch
+
+IMAGE_SUFFIXES = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")  # those that pytorch_fid scores
+
+
+def image_path(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:06d}.png"
+
+
+def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool) -> None:
+    """Create a sample folder, or make sure that what stands there belongs to the same model, settings and seeds.
+
+    Args:
+        wanted: the images' record: weights, noise schedule, steps, eta, precision, resolution.
+        overwrite: delete what does not belong instead of refusing.
+
+    Raises:
+        UserError: the folder holds something else; says what differs.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError("is not a folder")
+    remove_leftovers(folder)
+    remedy = "choose another folder or set sample.overwrite=true"
+    if folder.exists() and any(folder.iterdir()):
+        found = read_record(SAMPLES, folder)
+        if found is None:
+            raise UserError(f"holds files but no {SAMPLES.file}; choose another folder")
+        if not found.fits(wanted, folder, remedy, overwrite):
+            for path in (*folder.glob("*.png"), folder / SAMPLES.file):
+                path.unlink()
+    make_folder(folder, "sample.output")
+    own = {image_path(folder, seed) for seed in seeds}
+    surplus = [path for path in folder.glob("*.png") if path not in own]
+    if surplus and not overwrite:
+        raise UserError(f"holds {len(surplus)} images of other seeds than {seeds.start} … {seeds.stop - 1}; {remedy}")
+    for path in surplus:
+        path.unlink()
+    wanted.write(folder)
+
+
+def missing_seeds(folder: Path, seeds: range) -> list[int]:
+    """The seeds whose image is absent or does not decode (a machine that crashed may leave such files)."""
+
+    def is_whole(seed: int) -> bool:
+        try:
+            with Image.open(image_path(folder, seed)) as image:
+                image.load()
+            return True
+        except (OSError, SyntaxError):  # PIL raises SyntaxError on broken PNG chunks
+            return False
+
+    with ThreadPoolExecutor() as pool:
+        return [seed for seed, whole in zip(seeds, pool.map(is_whole, seeds), strict=True) if not whole]
+
+
+def write_image(folder: Path, seed: int, image: "torch.Tensor") -> None:
+    """Save one uint8 image (C, H, W), C = 1 (grayscale) or 3 (RGB)."""
+    pixels = image.permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, format="PNG")
+    write_small_file(image_path(folder, seed), file.getvalue())
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The images directly in a folder, by name: for our folders, in seed order.
+
+    Raises:
+        UserError: no such folder, no images, or a sample folder that sample_ddp.py has not finished.
+    """
+    if not folder.is_dir():
+        raise UserError("no such folder")
+    paths = [path for path in folder.glob("[!.]*") if path.suffix.lstrip(".").lower() in IMAGE_SUFFIXES]
+    paths.sort(key=lambda path: (len(path.name), path.name))  # a seed of seven digits comes after those of six
+    if not paths:
+        raise UserError("no images in this folder")
+    record = read_record(SAMPLES, folder)
+    if record is not None and len(paths) != record.beside["num_images"]:
+        raise UserError(f"holds {len(paths)} of {record.beside['num_images']} images; finish sample_ddp.py")
+    return paths
+
+
+def drawn_from(folder: Path) -> list[str] | None:
+    """SHA-256 of the weights that a folder's images were drawn from, or None where sample_ddp.py did not make it."""
+    record = read_record(SAMPLES, folder)
+    return None if record is None else record.made_from.get("weights")
+
+
+def check_sizes(paths: Sequence[Path]) -> None:
+    """Open every image for its size alone.
+
+    Raises:
+        UserError: an unreadable file, or images of different sizes.
+    """
+
+    def size_of(path: Path) -> tuple[int, int]:
+        try:
+            with Image.open(path) as image:
+                return image.size
+        except (OSError, SyntaxError) as error:
+            raise UserError(f"{path}: not a readable image: {one_line(error)}") from None
+
+    with ThreadPoolExecutor() as pool:
+        sizes = list(pool.map(size_of, paths))
+    for path, (width, height) in zip(paths, sizes, strict=True):
+        if (width, height) != sizes[0]:
+            first = f"{paths[0].name} is {sizes[0][0]} x {sizes[0][1]}"
+            raise UserError(f"{path}: is {width} x {height}, {first}; all images of a folder must have one size")
+
+
+def read_images(paths: Sequence[Path]) -> "torch.Tensor":
+    """Image files of one size as uint8 RGB, shape (N, 3, H, W), as pytorch_fid reads them.
+
+    Raises:
+        UserError: an unreadable file.
+    """
+    import torch
+
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                images.append(np.array(image.convert("RGB")))
+        except (OSError, SyntaxError) as error:
+            raise UserError(f"{path}: not a readable image: {one_line(error)}") from None
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def save_grid(images: "torch.Tensor", path: Path) -> None:
+    """Write a nearly square contact sheet of uint8 images (N, C, H, W); small ones are magnified to 32 pixels."""
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
+    scale = max(1, 32 // images.shape[-1])
+    magnified = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    sheet = make_grid(magnified, nrow=math.ceil(math.sqrt(len(images))), padding=2)
+    with atomic_file(path) as temporary:
+        to_pil_image(sheet).save(temporary, format="PNG")

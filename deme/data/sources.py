@@ -1,0 +1,247 @@
+"""Where images and labels come from: data sets as `datasets` reads them, decoded once into a cache or on the fly."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from deme.config.sections import Data
+from deme.data.ahead import ahead, available_threads
+from deme.data.draws import held_out_order
+from deme.data.images import CachedImages, CroppedImages, StreamedImages, TrainingImages
+from deme.errors import UserError, one_line
+from deme.job.files import atomic_folder, make_folder, writing
+from deme.job.records import IMAGES, Record
+from deme.models.encoders import MODES
+
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # as PIL raises them
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as it was opened."""
+
+    rows: Sequence  # of undecoded images
+    labels: list | None  # one per row
+    fingerprint: str
+
+
+def count_images(data: Data) -> int:
+    """How many images the data set holds, none of them decoded."""
+    return len(_open(data).rows)
+
+
+def load_training_images(data: Data, channels: int, cache: Path) -> TrainingImages:
+    """The images to train on, and the `data.held_out_images` others (centre-cropped, not flipped).
+
+    Which ones are held out depends on the data alone: they are the same for every seed and script.
+
+    Args:
+        channels: 1 (grayscale) or 3 (RGB), as the UNet expects.
+        cache: folder for images that don't fit into `data.cache_gb` of memory.
+
+    Raises:
+        UserError: data that can't be read; names the key, and the file or row.
+    """
+    images = _load(data, _open(data), channels, cache)
+    count = data.held_out_images
+    if count >= len(images):
+        raise UserError(f"data.held_out_images={count}: {data.name} has {len(images)} images")
+    order = held_out_order(len(images))
+    return TrainingImages(
+        CroppedImages(images, data.resolution, data.center_crop, data.random_flip, np.sort(order[count:])),
+        CroppedImages(images, data.resolution, center_crop=True, random_flip=False, chosen=order[:count]),
+    )
+
+
+def load_evaluation_images(data: Data, cache: Path) -> tuple[CroppedImages, torch.Tensor | None]:
+    """The same images as RGB, centre-cropped and never flipped, as pytorch_fid sees them, and their labels.
+
+    Returns:
+        the images, and int64 class indices of shape (N,) or None where the data has no labels.
+    """
+    source = _open(data)
+    images = _load(data, source, 3, cache)
+    labels = None
+    if source.labels is not None:
+        labels = torch.from_numpy(np.unique(np.asarray(source.labels)[images.rows], return_inverse=True)[1])
+    return CroppedImages(images, data.resolution, center_crop=True, random_flip=False), labels
+
+
+def _open(data: Data) -> Source:
+    """Open the data set; nothing is decoded."""
+    if data.name == "digits":
+        from sklearn.datasets import load_digits  # 1,797 handwritten digits inside the package, values 0 … 16
+
+        digits = load_digits()
+        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        labels = None if data.label_column is None else digits.target.tolist()
+        return Source([Image.fromarray(image) for image in images], labels, "digits")
+
+    import datasets
+    from pyarrow import ArrowException
+
+    try:
+        rows = datasets.load_dataset(data.name, split=data.split)
+    except Exception as error:  # the loaders behind load_dataset raise whatever their formats raise
+        causes = [error]  # datasets says only "an error occurred": what occurred is in the cause
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        reason = ": ".join(map(one_line, causes))
+        raise UserError(f"data.name={data.name} (data.split={data.split}): cannot be loaded: {reason}") from error
+    for key in ("image_column", "label_column"):
+        column = getattr(data, key)
+        if column is not None and column not in rows.column_names:
+            raise UserError(f"data.{key}={column}: {data.name} has the columns {', '.join(rows.column_names)}")
+    if len(rows) == 0:
+        raise UserError(f"data.name={data.name} (data.split={data.split}): holds no images")
+    labels = None if data.label_column is None else rows[data.label_column]
+    try:
+        undecoded = rows.cast_column(data.image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, ArrowException) as error:
+        raise UserError(f"data.image_column={data.image_column}: holds no images: {one_line(error)}") from None
+    return Source(undecoded[data.image_column], labels, undecoded._fingerprint)
+
+
+def _load(data: Data, source: Source, channels: int, cache: Path) -> CachedImages | StreamedImages:
+    """The images, resized: decoded once into memory up to `data.cache_gb`, up to `data.cache_disk_gb` into a file that
+    is mapped, and on the fly above that; they are the same in each case."""
+    size = len(source.rows) * data.resolution**2 * channels  # bytes, if all were square
+    if size <= data.cache_gb * 2**30:
+        kept, images = zip(*_readable(data, source, channels), strict=True)
+        sizes = np.array([image.shape[:2] for image in images])
+        return CachedImages(np.concatenate([image.reshape(-1) for image in images]), sizes, np.array(kept), channels)
+
+    made_from = {"fingerprint": source.fingerprint, "image_column": data.image_column}
+    if size > data.cache_disk_gb * 2**30:
+        rows = np.arange(len(source.rows))
+        if data.skip_unreadable:
+            folder = _cached(cache, made_from | {"content": "readable rows"}, lambda f: _write_rows(f, data, source))
+            rows = np.load(folder / "rows.npy", allow_pickle=False)
+        return StreamedImages(lambda row: _decode(data, source, row, channels), rows)
+
+    made_from |= {"resolution": data.resolution, "channels": channels, "skip_unreadable": data.skip_unreadable}
+    folder = _cached(cache, made_from, lambda f: _write_pixels(f, data, source, channels))
+    with np.load(folder / "index.npz", allow_pickle=False) as index:
+        pixels = np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="c")  # copy-on-write: torch wants it writable
+        return CachedImages(pixels, index["sizes"], index["rows"], channels)
+
+
+def _cached(cache: Path, made_from: dict, build: Callable[[Path], None]) -> Path:
+    """The folder in `cache` of what `made_from` gives, built by whichever process comes first, while others wait.
+
+    Args:
+        build: fills a folder.
+    """
+    folder = cache / Record(IMAGES, made_from).digest
+    make_folder(cache, "output_dir")
+    lock = folder.with_suffix(".lock")
+    with ExitStack() as held:
+        with writing(lock):
+            held.enter_context(FileLock(lock))
+        try:
+            if not folder.exists():
+                with atomic_folder(folder) as temporary:
+                    build(temporary)
+        finally:
+            lock.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+    return folder
+
+
+def _write_pixels(folder: Path, data: Data, source: Source, channels: int) -> None:
+    """Write pixels.bin, all images after one another, and index.npz, their sizes and rows."""
+    kept = []
+    sizes = []
+    with (folder / "pixels.bin").open("wb") as file:
+        for row, image in _readable(data, source, channels):
+            file.write(image.tobytes())
+            kept.append(row)
+            sizes.append(image.shape[:2])
+    np.savez(folder / "index.npz", sizes=np.array(sizes), rows=np.array(kept))
+
+
+def _write_rows(folder: Path, data: Data, source: Source) -> None:
+    """Write rows.npy, the rows whose images can be read."""
+    np.save(folder / "rows.npy", np.array([row for row, _ in _readable(data, source, channels=3)]))
+
+
+def _readable(data: Data, source: Source, channels: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Row number and pixels, uint8 (H, W, C), of every image that can be read.
+
+    Raises:
+        UserError: an unreadable image, unless `data.skip_unreadable`; or none that can be read.
+    """
+
+    def decode(row: int) -> np.ndarray | None:
+        try:
+            return _decode(data, source, row, channels)
+        except UserError:
+            if data.skip_unreadable:
+                return None
+            raise
+
+    count = len(source.rows)
+    read = 0
+    decoded = ahead(decode, range(count), available_threads())
+    for row, image in enumerate(tqdm(decoded, "decoding images", count, mininterval=1, delay=2)):
+        if image is not None:
+            read += 1
+            yield row, image
+    if read < count:
+        print(f"data.skip_unreadable: skipped {count - read} of {count} images")
+    if not read:
+        raise UserError(f"data.name={data.name}: none of its {count} images can be read")
+
+
+def _decode(data: Data, source: Source, row: int, channels: int) -> np.ndarray:
+    """The image of a row, its shorter side resized: uint8, shape (H, W, C).
+
+    Raises:
+        UserError: it can't be read; names the row, and its file.
+    """
+    content = source.rows[row]
+    try:
+        return _resize(as_seen(_open_image(content), channels), data.resolution, channels)
+    except DECODING_ERRORS as error:
+        path = content.get("path") if isinstance(content, dict) else None
+        name = f"row {row}" + (f" ({path})" if path else "")
+        raise UserError(
+            f"data.name={data.name}: {name} is not a readable image: {one_line(error)}; "
+            "data.skip_unreadable=true leaves such images out"
+        ) from None
+
+
+def _open_image(row: Image.Image | dict | None) -> Image.Image:
+    """An image, or a row of datasets' undecoded images: a dictionary of `bytes` or `path`."""
+    if isinstance(row, Image.Image):
+        return row
+    if row is None:
+        raise ValueError("no image in this row")
+    return Image.open(BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"])
+
+
+def as_seen(image: Image.Image, channels: int) -> Image.Image:
+    """What a viewer shows: upright by EXIF, transparent pixels over white, 16 bits scaled to 8, grayscale or RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grayscale; PIL's own conversion would clip it
+        image = Image.fromarray((np.asarray(image, dtype=np.uint32) // 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(MODES[channels])
+
+
+def _resize(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
+    """Shorter side to `resolution`, bilinear: uint8, shape (H, W, C)."""
+    if min(image.size) != resolution:
+        scale = resolution / min(image.size)
+        image = image.resize([max(resolution, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels.reshape(*pixels.shape[:2], channels)

@@ -1,0 +1,50 @@
+"""What goes wrong, in one line: a mistake of the user's, a run that can't go on, or anything that a library raises."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+NOTHING = object()
+
+
+class UserError(Exception):
+    """A mistake in the configuration, the command line or a file: one line on stderr."""
+
+    status: ClassVar[int] = 2  # that the script exits with
+
+
+class RunError(Exception):
+    """A run that can't go on though its input is in order: one line on stderr."""
+
+    status: ClassVar[int] = 1
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line: the type stands before the message where it is not ours or the system's."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    message = " ".join(str(error).split())
+    return message if isinstance(error, (UserError, RunError)) else f"{type(error).__name__}: {message}"
+
+
+def shown(value: object) -> str:
+    """A setting's value as it is written in YAML."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@contextmanager
+def naming(name: str | Path, value: object = NOTHING) -> Iterator[None]:
+    """Put `name=value`, or the name of a file alone, before the reason of a mistake that the block finds.
+
+    The library knows the reason; who read the key knows its name.
+
+    Raises:
+        UserError: instead of one that the block raises.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}{'' if value is NOTHING else f'={shown(value)}'}: {error}") from error

@@ -1,0 +1,1 @@
+"""What any long job needs: a command line, locks, signals, files, records, processes."""

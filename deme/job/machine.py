@@ -1,0 +1,56 @@
+"""The machine under a process: its processor, and the memory that the process takes."""
+
+import ctypes
+import platform
+import re
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+INSTRUCTION_SETS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # the strongest first, as Linux names them
+
+
+def processor() -> str:
+    """The processor's name and its strongest instruction set, which rounding and speed depend on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    name = re.search(r"model name\s*:\s*(.+)", text)
+    flags = re.search(r"flags\s*:\s*(.+)", text)
+    strongest = next((s for s in INSTRUCTION_SETS if flags is not None and s in flags[1].split()), None)
+    return (name[1] if name else platform.processor() or platform.machine()) + (f" ({strongest})" if strongest else "")
+
+
+def computes_in_bf16() -> bool:
+    """Whether the processor's own instructions, through oneDNN, multiply bfloat16; without them it is many times slower
+    than float32."""
+    import torch
+
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def keep_freed_memory() -> None:
+    """Have the C library (glibc) keep what is freed for the next allocation, instead of giving it back to the system.
+
+    A training step frees and allocates gradients and activations anew; on a CPU clearing new pages for them took more
+    than a tenth of it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_trim_threshold = -1
+        m_mmap_max = -4
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_mmap_max, 0)
+
+
+def peak_memory(device: "torch.device") -> int:
+    """Bytes: the most that torch has allocated on a GPU; on a CPU, the most that this process has had resident."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

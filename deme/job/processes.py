@@ -1,0 +1,97 @@
+"""The accelerator that every launched script works with; how its processes share a batch and agree."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
+from torch import distributed
+
+from deme.errors import RunError, UserError, one_line
+from deme.job.locks import locked
+from deme.job.machine import computes_in_bf16
+
+Result = TypeVar("Result")
+
+
+def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
+    """The accelerator of a script: one per precision.
+
+    Args:
+        mixed_precision: no, fp16 or bf16; bf16 on a CPU that does not compute in it is warned of.
+        key: the configuration key it comes from, for the error.
+
+    Raises:
+        UserError: fp16 on a CPU, which accelerate would accept silently; a port that another program uses.
+    """
+    # the training loop accumulates by itself; without the plugin accelerate takes a divisor from the environment
+    plugin = GradientAccumulationPlugin(num_steps=1)
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_plugin=plugin)
+    except distributed.DistNetworkError as error:
+        port = os.environ.get("MASTER_PORT")
+        raise UserError(f"MASTER_PORT={port}: the processes can't meet there: {one_line(error)}") from None
+    if accelerator.device.type == "cpu":
+        if mixed_precision == "fp16":
+            raise UserError(f"{key}=fp16: needs a GPU; on this CPU use {'bf16' if computes_in_bf16() else 'no'}")
+        if mixed_precision == "bf16" and not computes_in_bf16():
+            accelerator.print(f"{key}=bf16: this CPU has no bf16 instructions and takes many times as long as with no")
+    return accelerator
+
+
+def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """What `work` returns in the main process, in every process; where it raises an error, all stop."""
+    result: Result | None = None
+    error: UserError | RunError | None = None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except (UserError, RunError) as caught:
+            error = caught
+    result, status = broadcast_object_list([result, error and error.status])
+    if error is not None:
+        raise error
+    if status is not None:
+        sys.exit(status)  # the main process says why
+    return result
+
+
+@contextmanager
+def locked_by_all(accelerator: Accelerator, output: Path, key: str) -> Iterator[None]:
+    """`locks.locked` for all processes of a job: the main process holds it."""
+    with ExitStack() as held:
+        in_main_process(accelerator, lambda: held.enter_context(locked(output, key)))
+        yield
+
+
+class Agreement:
+    """A number that all processes see at the same optimizer step, without waiting for the device.
+
+    Several processes reduce it on the CPU while a step runs, and read it after the next one.
+    """
+
+    def __init__(self):
+        self.group = distributed.new_group(backend="gloo") if distributed.is_initialized() else None
+        self.work: distributed.Work | None = None
+        self.value = torch.zeros((), dtype=torch.int64)
+
+    def __call__(self, wish: int) -> int:
+        """The greatest wish of all processes; with several processes, of the call before."""
+        if self.group is None:
+            return wish
+        agreed = self.close()
+        self.value = torch.tensor(wish)
+        self.work = distributed.all_reduce(self.value, distributed.ReduceOp.MAX, self.group, async_op=True)
+        return agreed
+
+    def close(self) -> int:
+        """Wait for what is under way."""
+        if self.work is not None:
+            self.work.wait()
+        self.work = None
+        return int(self.value)

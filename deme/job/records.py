@@ -1,0 +1,143 @@
+"""What an output was made from: a record kept with it decides whether it still fits what is wanted.
+
+Every kind of output names its policy for the case that it does not.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from deme.config.experiment import Config
+from deme.errors import UserError, shown
+from deme.job.files import REPOSITORY, read_yaml, write_yaml
+from deme.job.machine import processor
+
+LONGEST_VALUE = 60  # characters of a setting that a message shows; hashes are named alone
+
+
+class Policy(Enum):
+    """What happens to an output that stands there but was made from something else."""
+
+    REFUSE = "refuse"  # it took hours: a person decides
+    REPLACE = "replace"  # it is made anew, which is said
+    REBUILD = "rebuild"  # a cache: it is made anew
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of output, and where its record stands."""
+
+    name: str  # for messages
+    policy: Policy
+    file: str | None = None  # YAML in the output's folder; None: the output carries its record itself
+    key: str | None = None  # of that file, below which the record stands; None: at its top, beside the provenance
+    beside: dict[str, type] = field(default_factory=dict, hash=False)  # what else the file must hold
+    defaults: dict[str, Any] = field(default_factory=dict, hash=False)  # of what older records do not name
+
+
+RUN = Kind("a run", Policy.REFUSE, "config.yaml", "trained_from", {"free": dict})
+MERGED = Kind("a merged network", Policy.REPLACE, "merge.yaml")
+SAMPLES = Kind("samples", Policy.REFUSE, "samples.yaml", "identity", {"num_images": int}, {"sample.scheduler": "ddim"})
+CLASSIFIER = Kind("a classifier", Policy.REBUILD)
+STATISTICS = Kind("statistics", Policy.REBUILD)
+IMAGES = Kind("decoded images", Policy.REBUILD)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an output is made from.
+
+    Args:
+        made_from: everything that determines the output, as plain values.
+        beside: what is written with it for the reader, such as the provenance; never compared.
+    """
+
+    kind: Kind
+    made_from: dict[str, Any]
+    beside: dict[str, Any] = field(default_factory=dict)
+
+    def fits(self, wanted: "Record", output: Path, remedy: str = "", overwrite: bool = False) -> bool:
+        """Whether the output that this is the record of is what is wanted; if not, its kind's policy is followed.
+
+        Args:
+            remedy: what a person can do where it is refused.
+            overwrite: a person has decided: it is replaced instead of refused.
+
+        Returns:
+            False: it has to be made anew.
+
+        Raises:
+            UserError: refused; names what differs.
+        """
+        changed = changes(self.made_from, wanted.made_from)
+        policy = Policy.REPLACE if overwrite else self.kind.policy
+        if changed and policy is Policy.REFUSE:
+            raise UserError(f"holds {self.kind.name} of other settings: {', '.join(changed)}; {remedy}")
+        if changed and policy is Policy.REPLACE:
+            print(f"{output} was made from something else: replacing it")
+        return not changed
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that stand for the values: the name of a cache's folder."""
+        return hashlib.sha256(json.dumps(list(self.made_from.values())).encode()).hexdigest()[:16]
+
+    def write(self, folder: Path) -> None:
+        """Write it into the output's folder."""
+        made_from = self.made_from if self.kind.key is None else {self.kind.key: self.made_from}
+        write_yaml(folder / self.kind.file, made_from | self.beside)
+
+
+def read_record(kind: Kind, folder: Path) -> Record | None:
+    """The record in an output's folder, or None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / kind.file
+    if not file.exists():
+        return None
+    content = read_yaml(file)
+    required = kind.beside if kind.key is None else {kind.key: dict} | kind.beside
+    for key, expected in required.items():
+        if not isinstance(content.get(key), expected):
+            raise UserError(f"{file}: not the record of {kind.name}: {key} is missing")
+    made_from = content.pop(kind.key) if kind.key is not None else content
+    beside = {key: content.pop(key) for key in list(content) if kind.key is not None or key in PROVENANCE}
+    return Record(kind, kind.defaults | made_from, beside)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that differ, each with its values where these are short."""
+    found = []
+    for key in sorted({*before, *now}):
+        if (key in before) != (key in now) or before.get(key) != now.get(key):
+            old, new = (shown(values[key]) if key in values else "not recorded" for values in (before, now))
+            change = f"={new} (was {old})"
+            found.append(key + change * (len(change) <= LONGEST_VALUE))
+    return found
+
+
+PROVENANCE = ("git_commit", "versions", "processor", "config")
+
+
+def provenance(config: Config) -> dict[str, Any]:
+    """What is written beside every output: git commit, package versions, processor, the resolved configuration."""
+    packages = ("torch", "diffusers", "accelerate", "datasets", "safetensors", "numpy")
+    versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}
+    values = (_git_commit(), versions, processor(), asdict(config))
+    return dict(zip(PROVENANCE, values, strict=True))
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # a copy of the repository without git

@@ -1,0 +1,1 @@
+"""Scores of images: features, distances, reference statistics."""

@@ -1,0 +1,193 @@
+"""A small classifier trained on the data's labels: the feature network of the classifier FD.
+
+Inception features mean nothing on 8×8 digits and their weights are a download; the penultimate features of a network
+that knows the data's classes are the same idea, made here.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+from tqdm import trange
+
+from deme.config.experiment import Config
+from deme.data.sources import load_evaluation_images
+from deme.errors import UserError, one_line
+from deme.job.files import atomic_file, sha256
+from deme.job.processes import in_main_process
+from deme.job.records import CLASSIFIER, Record
+from deme.measure.reference import evaluated_data
+
+HELD_OUT_SHARE = 0.2  # of the data
+LARGEST = 32  # pixels: the sides of larger images are halved before the first stage
+BATCH_SIZE = 64
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 1e-2
+LABEL_SMOOTHING = 0.05
+
+
+class Classifier(nn.Module):
+    """Residual network of three stages; `features` is its pooled last stage.
+
+    A stage is a convolution that doubles the channels, max pooling that halves the resolution, and torchvision's
+    basic residual block.
+
+    Args:
+        width: channels before the first stage.
+    """
+
+    def __init__(self, width: int, num_classes: int):
+        super().__init__()
+        layers = _convolution(3, width)
+        for channels in (width, 2 * width, 4 * width):
+            layers += [*_convolution(channels, 2 * channels), nn.MaxPool2d(2), BasicBlock(2 * channels, 2 * channels)]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(8 * width, num_classes)
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 RGB (B, 3, H, W), H and W ≥ 8 → float32 (B, 8 · width)."""
+        images = pixels.float() / 127.5 - 1
+        while images.shape[-1] > LARGEST:
+            images = F.avg_pool2d(images, 2)
+        return self.layers(images).mean((2, 3))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(pixels))
+
+
+def _convolution(channels: int, out_channels: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def train_classifier(
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    width: int,
+    epochs: int,
+    random_flip: bool,
+    precision: str,
+    seed: int,
+    device: torch.device,
+) -> tuple[Classifier, float]:
+    """Train a classifier on all but a fifth of the data.
+
+    Args:
+        pixels: uint8 RGB, shape (N, 3, H, W).
+        labels: int64 class indices, shape (N,).
+        random_flip: mirror half of the training images.
+        precision: no, or bf16 (autocast); the features are always taken in float32.
+
+    Returns:
+        the network in eval mode, and its accuracy on a seeded random fifth of the data that it was not trained on.
+    """
+    torch.manual_seed(seed)
+    order = torch.randperm(len(pixels))  # data sets come sorted: by class, or by writer as the digits
+    count = int(HELD_OUT_SHARE * len(order))
+    held_out = order[:count]
+    kept = order[count:]
+    pixels = pixels.to(device)
+    labels = labels.to(device)
+    classifier = Classifier(width, int(labels.max()) + 1).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY)
+    steps = epochs * -(-len(kept) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    for _ in trange(epochs, desc="classifier", unit="epoch", mininterval=1):
+        for batch in kept[torch.randperm(len(kept))].split(BATCH_SIZE):
+            if len(batch) == 1:  # too few for batch normalization
+                continue
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = classifier(_augment(pixels[batch], random_flip))
+                loss = F.cross_entropy(logits, labels[batch], label_smoothing=LABEL_SMOOTHING)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    classifier.eval().to(memory_format=torch.contiguous_format)
+    with torch.inference_mode():
+        predictions = torch.cat([classifier(pixels[batch]).argmax(1) for batch in held_out.split(500)])
+    return classifier, (predictions == labels[held_out]).float().mean().item()
+
+
+def _augment(pixels: torch.Tensor, random_flip: bool) -> torch.Tensor:
+    """Each image moved by up to an eighth of its size, the edge repeated, and mirrored at random if asked for.
+
+    Args:
+        pixels: shape (B, C, S, S).
+    """
+    count, _, _, size = pixels.shape
+    margin = max(1, size // 8)
+    places = torch.arange(size, device=pixels.device)
+    shifts = torch.randint(-margin, margin + 1, (2, count, 1), device=pixels.device)
+    rows, columns = (places + shifts).clamp(0, size - 1)
+    if random_flip:
+        columns = torch.where(torch.rand(count, 1, device=pixels.device) < 0.5, columns.flip(1), columns)
+    # the two index arrays stand at the front of the result: (B, S, S, C)
+    images = torch.arange(count, device=pixels.device)[:, None, None]
+    return pixels.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def trained_classifier(config: Config, accelerator: Accelerator) -> tuple[Classifier, float, dict[str, str]]:
+    """The classifier of the configured data, trained once and kept: on the device, its held-out accuracy, its hash.
+
+    Raises:
+        UserError: the data has no labels.
+    """
+    file = config.paths.classifier
+    training = {
+        "width": config.evaluate.classifier_width,
+        "epochs": config.evaluate.classifier_epochs,
+        "random_flip": config.data.random_flip,
+        "precision": config.evaluate.classifier_precision,
+        "seed": config.seed,
+    }
+    wanted = Record(CLASSIFIER, {"data": evaluated_data(config.data), **training})
+
+    def train() -> None:
+        if load_classifier(file, wanted) is not None:
+            return
+        images, labels = load_evaluation_images(config.data, config.paths.image_cache)
+        if labels is None:
+            raise UserError("data.label_column=null: evaluate.features=classifier needs labels")
+        pixels = images.batch(range(len(images)))
+        trained = train_classifier(pixels, labels, **training, device=accelerator.device)
+        save_classifier(file, *trained, wanted)
+
+    in_main_process(accelerator, train)
+    classifier, accuracy = load_classifier(file, wanted)
+    return classifier.to(accelerator.device), accuracy, {"classifier": sha256(file)}
+
+
+def save_classifier(path: Path, classifier: Classifier, accuracy: float, record: Record) -> None:
+    """Write a classifier as safetensors, its record and accuracy in the metadata."""
+    metadata = {"made_from": json.dumps(record.made_from), "held_out_accuracy": repr(accuracy)}
+    with atomic_file(path) as temporary:
+        save_file(classifier.state_dict(), temporary, metadata)
+
+
+def load_classifier(path: Path, wanted: Record) -> tuple[Classifier, float] | None:
+    """The cached classifier and its held-out accuracy, or None where it was made from something else or is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        record = Record(CLASSIFIER, json.loads(metadata.get("made_from", "{}")))
+        if not record.fits(wanted, path):
+            return None
+        weights = load_file(path)
+    except SafetensorError as error:
+        print(f"{path}: unreadable, training it again ({one_line(error)})")
+        return None
+    classifier = Classifier(len(weights["layers.1.bias"]), len(weights["head.bias"]))
+    classifier.load_state_dict(weights)
+    return classifier.eval(), float(metadata["held_out_accuracy"])

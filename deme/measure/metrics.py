@@ -1,0 +1,91 @@
+"""Distances between sets of images in feature space: Fréchet, kernel, precision and recall.
+
+In pytorch_fid's Inception features the first two are FID and KID; in those of our own classifier they are called
+classifier FD and classifier KID.
+"""
+
+import numpy as np
+import torch
+
+MOST_FEATURES = 10_000  # images that precision and recall look at
+KERNEL_SUBSET = 1_000  # images, as Bińkowski et al. 2018
+NEIGHBORHOOD = 3  # Kynkäänniemi et al. 2019
+
+
+def kernel_distances(
+    features: np.ndarray, reference: np.ndarray, subset_size: int, first_reference: int = 0
+) -> np.ndarray:
+    """KID of disjoint subsets: unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018), by torch-fidelity.
+
+    Their mean is the KID, their standard deviation over the square root of their number its standard error, for the
+    given reference images, whose subsets take turns. What is left over is not used.
+
+    Args:
+        features: shape (N, D), N ≥ subset_size.
+        reference: shape (M, D), M ≥ subset_size.
+        first_reference: which of its subsets the first one is compared with.
+
+    Returns:
+        float64, shape (N // subset_size,).
+    """
+    from torch_fidelity.metric_kid import kernel_mmd
+
+    subsets, others = (
+        np.split(x[: len(x) // subset_size * subset_size].astype(np.float64), len(x) // subset_size)
+        for x in (features, reference)
+    )
+    return np.array(
+        [kernel_mmd(subset, others[(first_reference + i) % len(others)]) for i, subset in enumerate(subsets)]
+    )
+
+
+def kernel_subset_size(images: int, reference_images: int) -> int:
+    """KERNEL_SUBSET, or all of the images and half of the reference where they are fewer.
+
+    The KID has no bias that depends on it, and its standard error falls with the size itself but only with the square
+    root of the number of subsets.
+    """
+    return max(2, min(KERNEL_SUBSET, images, reference_images // 2))
+
+
+def precision_and_recall(features: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """The shares of samples near real images and of real images near samples, by torch-fidelity.
+
+    Near: within the distance from the other set's image to its third-nearest neighbour (Kynkäänniemi et al. 2019).
+
+    Args:
+        features: shape (N, D), N > 3; the first MOST_FEATURES count.
+        reference: shape (M, D), M > 3.
+    """
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+
+    pair = (torch.from_numpy(part[:MOST_FEATURES]) for part in (features, reference))
+    return calculate_precision_recall_part(*pair, NEIGHBORHOOD, batch_size=1_000)
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 √(Σ₁Σ₂)) (Dowson and Landau 1982), in float64.
+
+    tr √(Σ₁Σ₂) is the sum of the square roots of the eigenvalues of Σ₁Σ₂, which are real and not negative up to
+    rounding; unlike the matrix square root this is stable where features are dead or correlated.
+
+    Args:
+        mu1, mu2: means, shape (D,).
+        sigma1, sigma2: covariances, shape (D, D).
+    """
+    eigenvalues = np.linalg.eigvals(sigma1 @ sigma2).real
+    trace = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(np.clip(eigenvalues, 0, None)).sum()
+    return float(np.square(mu1 - mu2).sum() + trace)
+
+
+def inception_frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """The same quantity by pytorch_fid's own function, so that FIDs agree with `python -m pytorch_fid`."""
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
+    return float(calculate_frechet_distance(mu1, sigma1, mu2, sigma2))
+
+
+def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D) of features (N, D), in float64."""
+    features = features.astype(np.float64)
+    return features.mean(axis=0), np.cov(features, rowvar=False)

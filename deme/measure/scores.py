@@ -1,0 +1,134 @@
+"""The scores of folders of samples: of all images, of equal blocks of seeds, and paired with the pretrained model's."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deme.errors import UserError, one_line
+from deme.job.files import atomic_file, read_json
+from deme.measure.metrics import (
+    NEIGHBORHOOD,
+    frechet_distance,
+    inception_frechet_distance,
+    kernel_distances,
+    kernel_subset_size,
+    precision_and_recall,
+    statistics,
+)
+from deme.measure.reference import Reference
+
+DISTANCES = {"inception": inception_frechet_distance, "classifier": frechet_distance}
+LEAST_KID = 2.0  # standard errors from 0, below which a KID tells nothing
+
+
+@dataclass(frozen=True)
+class Score:
+    """The scores of one folder of samples. None: can't be had."""
+
+    samples: str  # the folder
+    weights: list[str] | None  # SHA-256 of those that the images were drawn from
+    images: int
+    pooled: float  # Fréchet distance of all images
+    blocks: list[float]  # Fréchet distance of each of the equal blocks, in seed order
+    mean: float  # over the blocks
+    standard_deviation: float | None
+    kid: float | None = None  # mean over disjoint subsets of the images
+    kid_standard_error: float | None = None
+    kid_blocks: list[float] | None = None
+    precision: float | None = None
+    recall: float | None = None
+    difference: float | None = None  # mean over the blocks of what the distance exceeds the pretrained model's by
+    difference_standard_error: float | None = None
+
+    @property
+    def has_telling_kid(self) -> bool:
+        """Whether the KID differs from 0 by more than its standard error explains."""
+        known = self.kid is not None and self.kid_standard_error is not None
+        return known and abs(self.kid) > LEAST_KID * self.kid_standard_error
+
+
+def score(
+    samples: Path,
+    weights: list[str] | None,
+    features: np.ndarray,
+    reference: Reference,
+    features_name: str,
+    num_blocks: int,
+) -> Score:
+    """Score a folder.
+
+    Args:
+        features: of its images, shape (N, D), in seed order; N a multiple of num_blocks.
+        features_name: inception or classifier.
+    """
+    distance = DISTANCES[features_name]
+    pooled = distance(*statistics(features), reference.mu, reference.sigma)
+    parts = np.split(features, num_blocks)
+    blocks = [pooled]
+    if num_blocks > 1:
+        blocks = [distance(*statistics(part), reference.mu, reference.sigma) for part in parts]
+    mean, deviation = mean_and_deviation(blocks)
+    found = Score(str(samples), weights, len(features), pooled, blocks, mean, deviation)
+    real = reference.features
+    if real is None or min(len(real), len(features)) <= NEIGHBORHOOD:
+        return found
+    size = kernel_subset_size(len(parts[0]), len(real))
+    per_part = len(parts[0]) // size
+    subsets = [kernel_distances(part, real, size, i * per_part) for i, part in enumerate(parts)]
+    kid, deviation = mean_and_deviation(np.concatenate(subsets))
+    precision, recall = precision_and_recall(features, real)
+    return replace(
+        found,
+        kid=kid,
+        kid_standard_error=None if deviation is None else deviation / np.size(subsets) ** 0.5,
+        kid_blocks=[float(part.mean()) for part in subsets],
+        precision=precision,
+        recall=recall,
+    )
+
+
+def paired(found: Score, baseline: Score) -> Score:
+    """A score with its difference to a baseline of the same seeds, block by block.
+
+    The standard error is that of the mean of the blocks' differences: the same seeds cancel much of the spread.
+    """
+    differences = np.subtract(found.blocks, baseline.blocks)
+    mean, deviation = mean_and_deviation(differences)
+    error = None if deviation is None else deviation / len(differences) ** 0.5
+    return replace(found, difference=mean, difference_standard_error=error)
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation, None where there is a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def save_scores(path: Path, features_name: str, scores: Sequence[Score], beside: dict[str, Any]) -> None:
+    """Write results.json.
+
+    Args:
+        beside: what else is written: the classifier's accuracy, the provenance.
+    """
+    content = {"features": features_name, "rows": [asdict(row) for row in scores], **beside}
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def load_scores(path: Path) -> tuple[str, list[Score]]:
+    """The features' name and the scores in a results.json.
+
+    Raises:
+        UserError: evaluate.py did not make it.
+    """
+    content = read_json(path)
+    known = {field.name for field in fields(Score)}
+    derived = {"mean": None, "standard_deviation": None}  # older files may lack them
+    try:
+        rows = [Score(**derived | {key: row[key] for key in row if key in known}) for row in content["rows"]]
+        return content["features"], rows
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not the results of evaluate.py: {one_line(error)}") from None

@@ -1,0 +1,1 @@
+"""The paper: timesteps, losses, projections, task vectors, sampling, as functions of tensors."""

@@ -1,0 +1,59 @@
+"""The training objective: the denoising loss plus the paper's consistency loss against the pretrained teacher."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import nn
+
+from deme.errors import UserError
+
+
+def prediction_target(
+    scheduler: DDPMScheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the network should predict: the noise, x₀ or v, as the scheduler's `prediction_type` says.
+
+    Args:
+        clean, noise: shape (B, C, H, W).
+        timesteps: int64, shape (B,).
+
+    Raises:
+        UserError: another prediction_type.
+    """
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return noise
+        case "sample":
+            return clean
+        case "v_prediction":
+            return scheduler.get_velocity(clean, noise, timesteps)
+        case other:
+            raise UserError(f"unknown prediction_type {other!r}")
+
+
+def decoupled_loss(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    scheduler: DDPMScheduler,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two terms of the objective, each a float32 scalar: denoising loss, consistency loss.
+
+    The teacher sees the same noisy input, without gradients; without a teacher the second term is 0.
+
+    Args:
+        student, teacher: UNets.
+        clean: images in [−1, 1], shape (B, C, H, W).
+        noise: standard normal, same shape.
+        timesteps: int64, shape (B,).
+    """
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    prediction = student(noisy, timesteps, return_dict=False)[0].float()
+    denoising = F.mse_loss(prediction, prediction_target(scheduler, clean, noise, timesteps))
+    if teacher is None:
+        return denoising, torch.zeros_like(denoising)
+    with torch.no_grad():
+        reference = teacher(noisy, timesteps, return_dict=False)[0].float()
+    return denoising, F.mse_loss(prediction, reference)

@@ -1,0 +1,101 @@
+"""Sampling, one network call per step and one seed per image: DDIM (Song et al. 2021, eq. 12) or others."""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import SchedulerMixin
+from torch import nn
+
+from deme.errors import UserError
+
+NetworkAt = Callable[[float], nn.Module]  # timestep → the UNet that is used there
+SHORT_NAMES = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
+
+
+def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal noise, shape (len(generators), *shape), each image from its own CPU generator.
+
+    So an image's content depends on its seed alone, not on the batch, the device or the number of processes.
+    """
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def sampler_name(name: str) -> str:
+    """The one name of a sampler that has two."""
+    return {kind: short for short, kind in SHORT_NAMES.items()}.get(name, name)
+
+
+def make_sampler(pretrained: SchedulerMixin, name: str) -> SchedulerMixin:
+    """A new sampler of diffusers' with the pretrained noise schedule, as `from_config` makes it; DDIM's spacing is
+    "leading", so that 3 steps of 1000 visit t = 666, 333, 0.
+
+    Args:
+        pretrained: its betas, clipping and prediction type are kept.
+        name: one of SHORT_NAMES, or a class of diffusers'.
+
+    Raises:
+        UserError: diffusers has no such class, or it can't take the noise schedule.
+    """
+    fitting = {kind.__name__: kind for kind in pretrained.compatibles if "beta_schedule" in _parameters(kind.__init__)}
+    class_name = SHORT_NAMES.get(name, name)
+    if class_name not in fitting:
+        raise UserError(f"must be one of {', '.join([*SHORT_NAMES, *sorted(fitting)])}")
+    spacing = {"timestep_spacing": "leading"} if class_name == SHORT_NAMES["ddim"] else {}
+    return fitting[class_name].from_config(pretrained.config, **spacing)
+
+
+@torch.inference_mode()
+def sample_images(
+    network_at: NetworkAt,
+    scheduler: SchedulerMixin,
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    device: torch.device | str,
+    num_inference_steps: int,
+    sampler: str = "ddim",
+    eta: float = 0.0,
+) -> torch.Tensor:
+    """One image per seed.
+
+    Args:
+        scheduler: the pretrained one.
+        shape: (C, H, W) of an image.
+        sampler: as `make_sampler` takes it.
+        eta: DDIM's: 0 is deterministic. Samplers that are not draw each image's noise from its own generator.
+
+    Returns:
+        float32 on the device, shape (len(seeds), C, H, W), as the network sees images.
+    """
+    stepper = make_sampler(scheduler, sampler)
+    stepper.set_timesteps(num_inference_steps)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    taken = _parameters(stepper.step)
+    randomness = {key: value for key, value in (("eta", eta), ("generator", generators)) if key in taken}
+    images = (initial_noise(generators, shape) * stepper.init_noise_sigma).to(device)
+    timesteps_on_device = stepper.timesteps.to(device)  # a Python number would be copied there, and waited for
+    for timestep, on_device in zip(stepper.timesteps.tolist(), timesteps_on_device, strict=True):
+        inputs = stepper.scale_model_input(images, timestep)
+        prediction = network_at(timestep)(inputs, on_device, return_dict=False)[0].float()
+        images = stepper.step(prediction, timestep, images, **randomness).prev_sample
+    return images
+
+
+def ensemble(unets: Sequence[nn.Module], ranges: Sequence[tuple[int, int]]) -> NetworkAt:
+    """The ensemble before merging: at each timestep the network that was finetuned for its range [low, high)."""
+
+    def network_at(timestep: float) -> nn.Module:
+        [unet] = [unet for unet, (low, high) in zip(unets, ranges, strict=True) if low <= timestep < high]
+        return unet
+
+    return network_at
+
+
+def _parameters(function: Callable) -> set[str]:
+    return set(inspect.signature(function).parameters)

@@ -1,0 +1,1 @@
+"""diffusers pipelines as they come: their files, networks and noise schedules."""

@@ -1,0 +1,64 @@
+"""Frozen networks made ready to predict: what a forward pass would do to the weights each time is done once.
+
+The predictions are those of the network as it was loaded, up to float error.
+"""
+
+import torch
+from torch import nn
+
+from deme.job.machine import computes_in_bf16
+
+LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution, below which packing gains nothing
+AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str) -> nn.Module:
+    """Prepare a network for predicting on a device, in place.
+
+    Args:
+        mixed_precision: no, fp16 or bf16: autocast, which then has no weights left to cast.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    # on a CPU channels_last gains nothing, and costs narrow networks a fifth of their time in group normalizations
+    layout = torch.contiguous_format if on_cpu else torch.channels_last
+    network = network.eval().requires_grad_(False).to(device, memory_format=layout)
+    dtype = AUTOCAST_TYPES[mixed_precision]
+    if dtype is not None:
+        for module in network.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.to(dtype)
+    packs = torch.backends.mkldnn.is_available() and (dtype is None or computes_in_bf16())
+    if on_cpu and packs and _width(network) >= LEAST_PACKED_WIDTH:
+        for module in list(network.modules()):
+            for name, child in module.named_children():
+                if type(child) is nn.Conv2d:
+                    setattr(module, name, PackedConv2d(child))
+    return network
+
+
+def _width(network: nn.Module) -> int:
+    return max((module.out_channels for module in network.modules() if isinstance(module, nn.Conv2d)), default=0)
+
+
+class PackedConv2d(nn.Module):
+    """A convolution on a CPU whose weight is kept in oneDNN's own layout, instead of being reordered at every call.
+
+    With the 114 M parameters of LSUN-Church's network on small images that is a fifth of the time.
+    """
+
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__()
+        self.convolution: nn.Conv2d | None = convolution  # until the first input, whose size the layout depends on
+        self.dtype = convolution.weight.dtype
+        self.geometry = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
+        self.bias = convolution.bias
+        self.packed: torch.Tensor | None = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) → (N, C', H', W') in the weight's type."""
+        if self.packed is None:
+            weight = self.convolution.weight
+            self.convolution = None
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, list(images.shape))
+        images = images.to(self.dtype)
+        return torch.ops.mkldnn._convolution_pointwise(images, self.packed, self.bias, *self.geometry, "none", [], "")

@@ -1,0 +1,60 @@
+"""The models of a run that can be sampled: pretrained, continued (the control), ensemble, merged, or any folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deme.config.paths import Paths
+from deme.config.sections import CONTINUED
+from deme.errors import UserError, naming
+from deme.models.pipelines import find_pipeline, unet_folder
+
+ORDER = ("pretrained", CONTINUED, "ensemble", "merged")  # of the rows of a table; others follow by name
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where a model's networks and noise schedule lie."""
+
+    unets: list[Path]  # one UNet folder, or one per timestep range
+    pipeline: Path  # whose noise schedule is used
+
+
+def find_variant(model: str, paths: Paths) -> Variant:
+    """The model of this name, or in this folder: a pipeline, or a UNet alone, which has the pretrained noise schedule.
+
+    Raises:
+        UserError: it is unknown or not made yet; says how it is made.
+    """
+    named = {
+        "merged": ([paths.merged / "unet"], "merge.py"),
+        "ensemble": (paths.finetuned, "finetune.py"),
+        CONTINUED: ([paths.continued], f"finetune.py finetune.range={CONTINUED}"),
+    }
+    if model == "pretrained":
+        pipeline = find_pretrained(paths)
+        return Variant([unet_folder(pipeline)], pipeline)
+    if model in named:
+        unets, maker = named[model]
+        for folder in unets:
+            if not folder.is_dir():
+                raise UserError(f"{folder} is missing; {maker} makes it")
+        return Variant(unets, find_pipeline(str(paths.merged)) if model == "merged" else find_pretrained(paths))
+    folder = Path(model)
+    if (folder / "unet").is_dir():
+        has_scheduler = (folder / "scheduler").is_dir()
+        return Variant([folder / "unet"], find_pipeline(model) if has_scheduler else find_pretrained(paths))
+    if (folder / "config.json").is_file():
+        return Variant([folder], find_pretrained(paths))
+    raise UserError(f"not {', '.join(ORDER)}, or a folder that holds a UNet")
+
+
+def find_pretrained(paths: Paths) -> Path:
+    """The folder of the pipeline that finetuning starts from.
+
+    Raises:
+        UserError: it is missing, and can't be downloaded.
+    """
+    if paths.pretrained == str(paths.pretrained_here) and not paths.pretrained_here.is_dir():
+        raise UserError(f"model.pretrained=null: {paths.pretrained} is missing; pretrain.py makes it")
+    with naming("model.pretrained", paths.pretrained):
+        return find_pipeline(paths.pretrained)

@@ -1,0 +1,93 @@
+"""The model card of a merged network: the README.md that the Hub shows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deme.config.experiment import Config
+from deme.config.sections import range_name
+from deme.job.files import sha256, to_yaml
+from deme.measure.scores import Score, load_scores
+from deme.models.pipelines import is_hub_id, is_projected
+from deme.report.tables import NAMES, markdown_table
+
+PAPER = "[Decouple-then-Merge](https://arxiv.org/abs/2410.06664)"
+
+
+def model_card(config: Config, made_from: dict[str, Any], scores: Sequence[tuple[str, Score]]) -> str:
+    """The card of the merged folder that is configured, as the Hub reads it.
+
+    Args:
+        made_from: the merge's record.
+        scores: of this network, each with its features' name.
+    """
+    from_hub = config.merge.push_to_hub is not None
+    name = config.merge.push_to_hub if from_hub else str(config.paths.merged)
+    projected = is_projected(config.paths.merged / "unet")
+    folder = f'"{name}"'
+    if projected and from_hub:  # diffusers would look for the class in the Hub's repository
+        folder = f'snapshot_download("{name}")'
+    loading = [
+        "from diffusers import DDIMPipeline",
+        f"pipeline = DDIMPipeline.from_pretrained({folder})",
+        f"images = pipeline(batch_size=16, num_inference_steps={config.sample.num_inference_steps}).images",
+    ]
+    if projected:
+        loading.insert(0, "import deme.projection  # of the project that made it: adds the projections to diffusers")
+    if projected and from_hub:
+        loading.insert(1, "from huggingface_hub import snapshot_download")
+    ranges = [range_name(timestep_range) for timestep_range in config.timesteps.ranges]
+    coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in made_from["coefficients"].items()]
+    settings = [f"{key} {made_from[key]}" for key in ("ties_fraction", "ties_combine") if key in made_from]
+    pretrained = made_from["pretrained"]
+    size = config.data.resolution
+    sections = [
+        f"---\n{to_yaml(header(config))}---",
+        f"# {config.name}",
+        f"A DDPM made by {PAPER}: copies of one pretrained network, each finetuned on one range of timesteps, merged "
+        "into a network that costs as much to sample from as the pretrained one.",
+        f"- pretrained: `{pretrained['path']}` (SHA-256 of its weights `{pretrained['sha256']}`)\n"
+        f"- data: `{config.data.name}`, split `{config.data.split}`, {size}×{size}\n"
+        f"- merged by {', '.join([made_from['method'], *settings])}\n"
+        f"- channel-wise projections: {'yes' if projected else 'no'}",
+        "## Merging coefficients",
+        markdown_table(["tensors", f"timesteps {ranges[0]}", *ranges[1:]], coefficients),
+    ]
+    if scores:
+        sections += ["## Scores", "\n".join(f"- {score_line(*row)}" for row in scores)]
+    sections += ["## How to load it", "\n".join(["```python", *loading, "```"])]
+    return "\n\n".join(sections) + "\n"
+
+
+def header(config: Config) -> dict[str, Any]:
+    """The card's metadata: what the Hub finds it by; of the model and data only what the Hub has."""
+    known = {
+        "license": config.model.license,
+        "base_model": config.paths.pretrained if is_hub_id(config.paths.pretrained) else None,
+        "datasets": [config.data.name] if is_hub_id(config.data.name) else None,
+    }
+    return {
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["decouple-then-merge", "model-merging"],
+    } | {key: value for key, value in known.items() if value is not None}
+
+
+def score_line(features_name: str, row: Score) -> str:
+    """A network's scores in one line; the KID where it tells anything."""
+    distance, kernel = NAMES[features_name]
+    line = f"{row.images:,} images: {distance} {row.pooled:.4f}"
+    if row.has_telling_kid:
+        line += f", {kernel} {row.kid:.6f}"
+    if row.precision is not None:
+        line += f", precision {row.precision:.3f}, recall {row.recall:.3f}"
+    return line
+
+
+def find_scores(results: Path, weights: Path) -> list[tuple[str, Score]]:
+    """The scores in a results.json whose images were drawn from a network's weights, with their features' name."""
+    if not results.exists():
+        return []
+    features_name, rows = load_scores(results)
+    network = [sha256(weights)]
+    return [(features_name, row) for row in rows if row.weights == network]

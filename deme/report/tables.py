@@ -1,0 +1,44 @@
+"""Tables as Markdown."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from deme.measure.scores import Score
+
+NAMES = {"inception": ("FID", "KID"), "classifier": ("classifier FD", "classifier KID")}  # of the two distances
+
+
+def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None, error: float | None = None, form: str = ".4f") -> str:
+    """A number with its error, or - where there is none."""
+    if value is None:
+        return "-"
+    return f"{value:{form}}" + (f" ± {error:{form.lstrip('+')}}" if error is not None else "")
+
+
+def score_table(scores: Sequence[Score], features_name: str) -> str:
+    """The scores, a row each; the KID only where it tells at least one row from 0, else a line that says so."""
+    distance, kernel = NAMES[features_name]
+    with_kid = any(row.has_telling_kid for row in scores)
+    titles = ["model", "images", f"{distance}, all images", f"mean ± s.d. of {len(scores[0].blocks)} blocks"]
+    titles += ["paired difference to pretrained ± s.e."]
+    titles += [f"{kernel} × 10³ ± s.e."] if with_kid else []
+    titles += ["precision", "recall"]
+    lines = []
+    for row in scores:
+        line = [Path(row.samples).name, f"{row.images:,}", number(row.pooled)]
+        line += [number(row.mean, row.standard_deviation)]
+        line += [number(row.difference, row.difference_standard_error, "+.4f")]
+        if with_kid:
+            kid, error = (None if value is None else 1e3 * value for value in (row.kid, row.kid_standard_error))
+            line += [number(kid, error, ".3f")]
+        lines.append([*line, number(row.precision, form=".3f"), number(row.recall, form=".3f")])
+    table = markdown_table(titles, lines)
+    if with_kid or all(row.kid is None for row in scores):
+        return table
+    return f"{table}\n\n{kernel} is left out: with so few images it can't be told from 0 for any row."

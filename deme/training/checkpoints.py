@@ -1,0 +1,191 @@
+"""Checkpoints of a training run: student, EMA and optimizer as safetensors, scalars as JSON.
+
+`checkpoints/step-00005000/` appears whole or not at all; only the newest few are kept.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from deme.errors import RunError, UserError, one_line
+from deme.job.files import atomic_folder, make_folder, remove_leftovers
+
+STUDENT = "student.safetensors"
+EMA = "ema.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+SCALARS = ("step", "skipped_steps", "lowest_held_out_loss", "held_out_losses_since")  # of TrainingState
+
+
+@dataclass
+class TrainingState:
+    """Everything that a resumed run needs; the random draws follow from the step."""
+
+    student: nn.Module
+    ema: EMAModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None  # fp16's loss scale
+    step: int = 0  # optimizer steps done
+    skipped_steps: int = 0  # fp16: steps skipped in a row
+    lowest_held_out_loss: float | None = None
+    held_out_losses_since: int = 0  # measured since the lowest one
+
+
+class CheckpointWriter:
+    """Writes `folder`/step-… behind the training: the state is copied, and a thread brings the copy to the disk.
+
+    One checkpoint at a time; then all but it and the `keep` − 1 before it are deleted. The copy stays allocated: memory
+    that is new to the process is slow to fill.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+        self.copies: dict[str, dict[str, torch.Tensor]] = {}
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.unfinished: Future | None = None
+
+    def write(self, state: TrainingState, before: Callable[[], None], last: bool = False) -> None:
+        """Copy the state and have the copy written.
+
+        Args:
+            before: what has to be done in the thread before the checkpoint gets its name.
+            last: the run stops after it, so that it is tried even where the one before could not be written.
+
+        Raises:
+            RunError: the one before could not be written.
+        """
+        try:
+            self.wait()
+        except RunError as error:
+            if not last:
+                raise
+            print(error)
+        for file, tensors in _tensors(state).items():
+            if self.copies.get(file, {}).keys() != tensors.keys():
+                pinned = any(tensor.is_cuda for tensor in tensors.values())
+                self.copies[file] = {
+                    name: torch.empty_like(tensor, device="cpu", pin_memory=pinned) for name, tensor in tensors.items()
+                }
+            torch._foreach_copy_(list(self.copies[file].values()), list(tensors.values()))
+        self.unfinished = self.thread.submit(self._write, state.step, _scalars(state), before)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, if any.
+
+        Raises:
+            RunError: the checkpoint that was being written could not be.
+        """
+        unfinished = self.unfinished
+        self.unfinished = None
+        if unfinished is not None:
+            unfinished.result()
+
+    def check(self) -> None:
+        """Like `wait`, but does not wait."""
+        if self.unfinished is not None and self.unfinished.done():
+            self.wait()
+
+    def _write(self, step: int, scalars: dict, before: Callable[[], None]) -> None:
+        before()
+        path = self.folder / f"step-{step:08d}"
+        with atomic_folder(path) as temporary:
+            for file, tensors in self.copies.items():
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / file)
+            (temporary / STATE).write_text(json.dumps(scalars, indent=2), encoding="utf-8")
+        checkpoints = list_checkpoints(self.folder)
+        position = checkpoints.index(path)  # newer ones could not be read, or the run would have gone on from there
+        for other in checkpoints[:position] + checkpoints[position + self.keep :]:
+            shutil.rmtree(other, ignore_errors=True)  # what is left of it goes the next time
+
+
+def _tensors(state: TrainingState) -> dict[str, dict[str, torch.Tensor]]:
+    """File name → tensors."""
+    names = [name for name, _ in state.student.named_parameters()]
+    moments = state.optimizer.state_dict()["state"]
+    return {
+        STUDENT: state.student.state_dict(),
+        EMA: dict(zip(names, state.ema.shadow_params, strict=True)),
+        OPTIMIZER: {f"{names[i]}/{key}": value for i, values in moments.items() for key, value in values.items()},
+    }
+
+
+def _scalars(state: TrainingState) -> dict:
+    return {
+        **{name: getattr(state, name) for name in SCALARS},
+        "ema_step": state.ema.optimization_step,
+        "scaler": state.scaler.state_dict() if state.scaler is not None else None,
+    }
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)), reverse=True)
+
+
+def load_newest_checkpoint(folder: Path, state: TrainingState) -> Path | None:
+    """Fill `state` from the newest checkpoint that can be read; unreadable ones are reported and passed over.
+
+    Raises:
+        UserError: there are checkpoints but none can be read.
+        RunError: the disk does not let them be read, which may pass: going on from an older one would be for good.
+    """
+    checkpoints = list_checkpoints(folder)
+    for path in checkpoints:
+        try:
+            load_checkpoint(path, state)
+            return path
+        except torch.OutOfMemoryError:
+            raise
+        except (FileNotFoundError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            print(f"{path}: unreadable, trying the one before it ({one_line(error)})")
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {one_line(error)}") from error
+    if checkpoints:
+        raise UserError(
+            f"{folder}: none of the {len(checkpoints)} checkpoints can be read; delete the folder to restart"
+        )
+    return None
+
+
+def load_checkpoint(path: Path, state: TrainingState) -> None:
+    """Fill `state` from a checkpoint.
+
+    Raises:
+        Exception: whatever a damaged one leads to; nothing of a file that is cut short gets into `state`.
+    """
+    # read everything before changing anything: a truncated file must not leave half a state
+    scalars = json.loads((path / STATE).read_text(encoding="utf-8"))
+    student, ema, moments = (load_file(path / file) for file in (STUDENT, EMA, OPTIMIZER))
+    state.student.load_state_dict(student)
+    names = [name for name, _ in state.student.named_parameters()]
+    for name, shadow in zip(names, state.ema.shadow_params, strict=True):
+        shadow.copy_(ema[name])
+    parameters = dict(state.student.named_parameters())
+    for key, value in moments.items():
+        name, moment = key.rsplit("/", 1)
+        parameter = parameters[name]
+        # a fused step needs everything on the parameter's device, and the moments in its memory format
+        like = parameter if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
+        state.optimizer.state[parameter][moment] = torch.empty_like(like).copy_(value)
+    for name in SCALARS:
+        setattr(state, name, scalars[name])
+    state.ema.optimization_step = scalars["ema_step"]
+    if state.scaler is not None and scalars["scaler"] is not None:
+        state.scaler.load_state_dict(scalars["scaler"])
+
+
+def prepare_checkpoints(folder: Path) -> None:
+    """Create `folder` and delete what a killed run left half-written in it."""
+    make_folder(folder, "output_dir")
+    remove_leftovers(folder)

@@ -1,0 +1,140 @@
+"""What stands around the training loop in every command that trains: is this the run that stands there, is it complete,
+lock, train, write. torch is imported after what can be answered without it."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deme.config.experiment import Config
+from deme.config.sections import Training
+from deme.errors import naming
+from deme.job.files import atomic_folder, make_folder
+from deme.job.locks import clear_lock
+from deme.job.records import RUN, Record, changes, provenance, read_record
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from deme.training.trainer import Trainer
+
+FREE_KEYS = (  # of the sections data, pretrain and finetune: may change in the middle of a run
+    "label_column",
+    "cache_gb",
+    "cache_disk_gb",
+    "gradient_checkpointing",
+    "max_minutes",
+    "log_every",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "preview_every",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: where it lies, what it makes, what determines that."""
+
+    folder: Path  # checkpoints, logs and previews
+    output: Path  # the folder that it makes
+    record: Record
+
+
+class Session:
+    """One command that trains, from its start to its deadline.
+
+    Args:
+        settings: config.pretrain or config.finetune.
+    """
+
+    def __init__(self, config: Config, settings: Training):
+        self.config = config
+        self.settings = settings
+        self.deadline = None if settings.max_minutes is None else time.monotonic() + 60 * settings.max_minutes
+
+    def run(self, folder: Path, output: Path, settings: Training, others: dict[str, Any]) -> Run:
+        """A run of this command.
+
+        Args:
+            settings: the run's own.
+            others: what else determines its weights.
+        """
+        parts = {part.section: asdict(part) for part in (self.config.data, settings)}
+        values = {f"{section}.{key}": value for section, part in parts.items() for key, value in part.items()}
+        free = {name: value for name, value in values.items() if name.split(".")[1] in FREE_KEYS}
+        made_from = {
+            "seed": self.config.seed,
+            "timesteps.num_train_timesteps": self.config.timesteps.num_train_timesteps,
+            **{name: value for name, value in values.items() if name not in free},
+            **others,
+        }
+        return Run(folder, output, Record(RUN, made_from, {"free": free, **provenance(self.config)}))
+
+    def is_complete(self, run: Run) -> bool:
+        """Whether there is nothing left to do, which is said.
+
+        Raises:
+            UserError: the folder holds a run of other settings; names those that differ, and which of them may.
+        """
+        check_same_run(run)
+        if not run.output.exists():
+            return False
+        clear_lock(run.folder)
+        if os.environ.get("RANK", "0") == "0":  # all processes find the same, before they know each other
+            print(f"{run.output} is complete")
+        return True
+
+    def train(
+        self, accelerator: "Accelerator", run: Run, make_trainer: Callable[[], "Trainer"], write: Callable[[Path], None]
+    ) -> "Trainer | None":
+        """Train to the end and write the output; None where time was up before, which is said.
+
+        Args:
+            write: fills the output's folder.
+
+        Raises:
+            UserError: another job trains there, or as `is_complete`.
+        """
+        from deme.job.processes import in_main_process, locked_by_all
+
+        def finish() -> None:
+            with atomic_folder(run.output) as temporary:
+                write(temporary)
+            print(f"wrote {run.output}")
+
+        with locked_by_all(accelerator, run.folder, "output_dir"):
+            in_main_process(accelerator, lambda: claim(run))
+            trainer = make_trainer()
+            if trainer.run(self.deadline):
+                in_main_process(accelerator, finish)
+                return trainer
+        key = f"{self.settings.section}.max_minutes"
+        accelerator.print(f"stopped after {key}={self.settings.max_minutes}; the same command resumes")
+        return None
+
+
+def check_same_run(run: Run) -> None:
+    """Compare a run with the one that its folder holds, if any.
+
+    Raises:
+        UserError: that is of other settings.
+    """
+    found = read_record(RUN, run.folder)
+    if found is None:
+        return
+    changed = changes(found.made_from, run.record.made_from)
+    allowed = changes(found.beside["free"], run.record.beside["free"])
+    remedy = f"set {'it' if len(changed) == 1 else 'them'} back, or give this run another name"
+    also = f"; {', '.join(allowed)} may change" if allowed else ""
+    with naming(run.folder):
+        found.fits(run.record, run.folder, remedy + also)
+
+
+def claim(run: Run) -> None:
+    """Create a run's folder with its record, or make sure that the run in it is the same."""
+    check_same_run(run)
+    if read_record(RUN, run.folder) is None:
+        make_folder(run.folder, "output_dir")
+        run.record.write(run.folder)

@@ -1,0 +1,328 @@
+"""The training loop that pretrain.py and finetune.py share.
+
+A run is a function of its configuration: every random draw of micro-batch m of optimizer step s comes from a
+generator seeded with (seed, stream, s, m), whichever process computes it, so neither the number of processes nor an
+interruption changes what is trained on. The loop never waits for the device between two log lines.
+"""
+
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from torch import nn
+from tqdm import tqdm
+
+from deme.config.sections import Training
+from deme.data.draws import Stream
+from deme.data.images import CroppedImages, MicroBatch, MicroBatches
+from deme.errors import RunError
+from deme.job.machine import keep_freed_memory, peak_memory
+from deme.job.processes import Agreement, in_main_process
+from deme.job.signals import Interrupted, noted_signals
+from deme.method.losses import decoupled_loss
+from deme.method.timesteps import choose_interval, sample_timesteps
+from deme.models.encoders import encode
+from deme.models.inference import freeze
+from deme.training.checkpoints import (
+    CheckpointWriter,
+    TrainingState,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest_checkpoint,
+    prepare_checkpoints,
+)
+from deme.training.held_out import HeldOut, has_fallen, held_out_loss
+from deme.training.meter import Meter
+from deme.training.optimizer import (
+    ema_weights,
+    learning_rate_factor,
+    make_ema,
+    make_optimizer,
+    set_learning_rate,
+    update_ema,
+)
+from deme.training.preview import save_preview
+from deme.training.run_log import RunLog
+
+
+class Stop(IntEnum):
+    """Why a run stops before its end. Where processes differ, the greatest counts for all."""
+
+    NO = 0
+    TIME_IS_UP = 1
+    INTERRUPTED = 2
+    TERMINATED = 3
+
+
+SIGNALS = {Stop.INTERRUPTED: signal.SIGINT, Stop.TERMINATED: signal.SIGTERM}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one run trains: which timesteps, and how strongly it is held to the teacher."""
+
+    name: str  # for messages: "timesteps 0000-0250"
+    stream: Stream
+    timestep_range: tuple[int, int]  # [low, high)
+    global_probability: float = 0.0  # p
+    consistency_weight: float = 0.0  # λ
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What is trained, and what it is held to."""
+
+    student: nn.Module  # trained in place; float32
+    teacher: nn.Module | None  # the frozen pretrained network
+    scheduler: DDPMScheduler  # the noise schedule
+
+
+class Trainer:
+    """One training run in `folder`: checkpoints/, previews/, TensorBoard logs/ and log.jsonl.
+
+    Args:
+        held_out: images whose loss is measured, and may end the training.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        networks: Networks,
+        images: CroppedImages,
+        objective: Objective,
+        settings: Training,
+        folder: Path,
+        held_out: HeldOut | None = None,
+    ):
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.scheduler = networks.scheduler
+        self.objective = objective
+        self.settings = settings
+        self.folder = folder
+        self.held_out = held_out
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
+        self.student = networks.student.to(self.device, memory_format=torch.channels_last).train()
+        if settings.gradient_checkpointing:
+            self.student.enable_gradient_checkpointing()
+        self.teacher: nn.Module | None = None
+        if networks.teacher is not None:
+            teacher = freeze(networks.teacher, self.device, settings.mixed_precision)
+            self.teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
+        optimizer = make_optimizer(self.student, settings)
+        self.learning_rate_factor = learning_rate_factor(optimizer, settings)
+        self.state = TrainingState(self.student, make_ema(self.student, settings), optimizer, accelerator.scaler)
+        self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
+
+        self.micro_batch_size = settings.micro_batch_size or settings.batch_size
+        count = settings.batch_size // self.micro_batch_size
+        mine = range(accelerator.process_index, count, accelerator.num_processes)
+        self.batches = MicroBatches(images, objective.stream, settings.batch_size, self.micro_batch_size, mine)
+        self.meter = Meter(accelerator)
+        self.writer = CheckpointWriter(self.checkpoints, settings.checkpoints_kept)
+        self.log: RunLog | None = None  # which the main process has while it runs
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def run(self, deadline: float | None = None) -> bool:
+        """Train to max_steps, or until the held-out loss has stopped falling, resuming from the newest checkpoint.
+
+        Args:
+            deadline: time.monotonic() at which to stop with a checkpoint.
+
+        Returns:
+            True when training is over (`student` then holds the EMA weights), False when stopped by the deadline.
+
+        Raises:
+            RunError: the loss, its gradient or the weights are not finite; the disk is full.
+            Interrupted: by a signal, with a checkpoint.
+        """
+        in_main_process(self.accelerator, lambda: prepare_checkpoints(self.checkpoints))
+        self._resume()
+        with noted_signals() as signals, self.writer.thread:  # which is waited for also where an error ends the run
+            try:
+                stop = self._train(deadline, signals)
+            finally:
+                self.batches.close()
+            in_main_process(self.accelerator, self.writer.wait)
+            in_main_process(self.accelerator, lambda: self.log.close())
+            if stop not in SIGNALS:  # one may have come during the wait
+                stop = max(stop, _wish(signals))
+        if stop in SIGNALS:
+            raise Interrupted(SIGNALS[stop], f"checkpoint of step {self.state.step} saved, the same command resumes")
+        if not self._is_over():
+            return False
+        self.state.ema.copy_to(self.student.parameters())
+        return True
+
+    def _train(self, deadline: float | None, signals: list[int]) -> Stop:
+        """The loop, to its end or to where all processes stop with a checkpoint.
+
+        Args:
+            signals: numbers of those received, appended as they come.
+        """
+        settings = self.settings
+        state = self.state
+        agree = Agreement()
+        stop = Stop.NO
+        silent = not self.accelerator.is_main_process
+        bar = {"total": settings.max_steps, "initial": state.step, "desc": self.objective.name, "mininterval": 1}
+        with tqdm(**bar, disable=silent) as progress:
+            self.meter.start(state.skipped_steps)
+            while not (stop or self._is_over()):
+                self.step()
+                progress.update()
+                time_is_up = deadline is not None and time.monotonic() >= deadline
+                stop = Stop(agree(max(_wish(signals), Stop.TIME_IS_UP if time_is_up else Stop.NO)))
+                measuring = self.held_out is not None and state.step % self.held_out.every == 0
+                saving = stop or state.step % settings.checkpoint_every == 0
+                logging = state.step % settings.log_every == 0
+                if logging or saving or measuring or state.step == settings.max_steps:
+                    self._log(progress, measuring)
+                if saving or self._is_over():
+                    self.save(last=stop is not Stop.NO)
+                elif logging:
+                    in_main_process(self.accelerator, self.writer.check)
+                if settings.preview_every is not None and state.step % settings.preview_every == 0:
+                    in_main_process(self.accelerator, self._preview)
+                if self.meter.steps == 0:
+                    self.meter.restart_clock()
+        return Stop(max(stop, agree(_wish(signals)), agree.close()))  # one may have come in the last step
+
+    def step(self) -> None:
+        """One optimizer step, from the images to the EMA of the weights."""
+        accelerator = self.accelerator
+        share = len(self.batches.numbers)  # this process's micro-batches
+        set_learning_rate(self.optimizer, self.settings.learning_rate * self.learning_rate_factor(self.state.step))
+        losses = torch.zeros(3, device=self.device)
+        for batch in self.batches.of_step(self.state.step):
+            is_last = batch.number == self.batches.numbers[-1]
+            with nullcontext() if is_last else accelerator.no_sync(self.model):  # gradients are exchanged once per step
+                denoising, consistency = self.losses(batch)
+                loss = denoising + self.objective.consistency_weight * consistency
+                accelerator.backward(loss / share)
+            losses += torch.stack([loss, denoising, consistency]).detach() / share
+        gradient_norm = accelerator.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        update_ema(self.state.ema, self.student)
+        self.meter.add(self.state.step, losses, gradient_norm)
+
+    def losses(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both terms of the objective on one micro-batch: denoising and consistency loss, float32 scalars."""
+        objective = self.objective
+        low, high = choose_interval(
+            objective.timestep_range,
+            self.scheduler.config.num_train_timesteps,
+            objective.global_probability,
+            batch.uniform,
+        )
+        clean = encode(batch.pixels, self.device)
+        torch.manual_seed(batch.seed)  # for the draws on the device: dropout takes no generator
+        timesteps = sample_timesteps(len(clean), low, high, self.device)
+        noise = torch.randn_like(clean)
+        return decoupled_loss(self.model, self.teacher, self.scheduler, clean, noise, timesteps)
+
+    def save(self, last: bool = False) -> None:
+        """Have a checkpoint written behind the training; bad weights never replace good ones.
+
+        Args:
+            last: the run stops here.
+
+        Raises:
+            RunError: the weights are not finite (a last step can do that without another's loss to show it); full disk.
+        """
+        weights = [*self.student.parameters(), *self.state.ema.shadow_params]
+        if not torch.isfinite(torch.stack(torch._foreach_norm(weights))).all():
+            self._fail(f"the weights are not finite at step {self.state.step}")
+        in_main_process(self.accelerator, lambda: self.writer.write(self.state, self.log.sync, last))
+
+    def _is_over(self) -> bool:
+        patience = None if self.held_out is None else self.held_out.patience
+        has_converged = patience is not None and self.state.held_out_losses_since >= patience
+        return has_converged or self.state.step >= self.settings.max_steps
+
+    def _resume(self) -> None:
+        """Load the newest checkpoint; cut the logs back to it, so that they neither repeat nor skip a step."""
+        found = in_main_process(self.accelerator, lambda: load_newest_checkpoint(self.checkpoints, self.state))
+        if found is not None and not self.accelerator.is_main_process:
+            load_checkpoint(found, self.state)  # the same one, whatever this process can read
+
+        def open_log() -> None:
+            if found is not None:
+                print(f"{self.objective.name}: resuming from {found}")
+            self.log = RunLog(self.folder, self.state.step)
+
+        in_main_process(self.accelerator, open_log)
+
+    def _log(self, progress: tqdm, measuring: bool) -> None:
+        """Write the means since the last log line; the only place that waits for the device.
+
+        Args:
+            measuring: the held-out loss too.
+
+        Raises:
+            RunError: the loss or its gradient was not finite.
+        """
+        means = self.meter.read()
+        fault = self.meter.fault(self.state.step)
+        if fault is not None:
+            self._fail(fault)
+        self.state.skipped_steps = int(self.meter.skipped_steps)
+        speed = means.pop("steps_per_second") * self.settings.batch_size
+        line = {
+            "step": self.state.step,
+            **means,
+            "skipped_steps": self.state.skipped_steps,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "ema_decay": self.state.ema.cur_decay_value,
+            "images_per_second": speed,
+            "peak_memory_gib": peak_memory(self.device) / 2**30,
+        }
+        if measuring:
+            line["held_out_loss"] = self.measure_held_out()
+        in_main_process(self.accelerator, lambda: self.log.write(line))
+        progress.set_postfix(
+            loss=f"{line['loss']:.4f}",
+            consistency=f"{line['consistency_loss']:.4f}",
+            lr=f"{line['learning_rate']:.1e}",
+            images_s=f"{speed:.0f}",
+        )
+
+    def measure_held_out(self) -> float:
+        """The held-out loss of the EMA weights; the state remembers the lowest, and how long ago it was."""
+        state = self.state
+        with ema_weights(state.ema, self.student) as unet:
+            loss = held_out_loss(unet, self.scheduler, self.held_out.images, self.micro_batch_size, self.accelerator)
+        if has_fallen(loss, state.lowest_held_out_loss):
+            state.lowest_held_out_loss = loss
+            state.held_out_losses_since = 0
+        else:
+            state.held_out_losses_since += 1
+        return loss
+
+    def _preview(self) -> None:
+        with ema_weights(self.state.ema, self.student) as unet:
+            save_preview(unet, self.scheduler, self.device, self.micro_batch_size, self.folder, self.state.step)
+
+    def _fail(self, what: str) -> NoReturn:
+        self.writer.wait()
+        saved = list_checkpoints(self.checkpoints)
+        raise RunError(f"{self.objective.name}: {what}; last good checkpoint: {saved[0] if saved else 'none'}")
+
+
+def _wish(signals: list[int]) -> Stop:
+    """What the first signal asks for, if one came."""
+    return next((stop for stop, number in SIGNALS.items() if signals[:1] == [number]), Stop.NO)

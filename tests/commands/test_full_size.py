@@ -1,0 +1,42 @@
+"""The published networks at full size: one real optimizer step, one image, on the CPU."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+
+from benchmarks.trainers import make_trainer
+from benchmarks.unets import CHURCH, CIFAR10
+from deme.config.sections import Finetune
+from deme.method.sampling import sample_images
+
+CIFAR10_PROJECTIONS = [128, 256, 256, 256, 256, 256, 256, 256, 128]
+CHURCH_PROJECTIONS = [128, 128, 256, 256, 512, 512, 512, 512, 512, 256, 256, 128, 128]
+
+
+@pytest.mark.parametrize(
+    ("settings", "millions", "projected_millions", "channels"),
+    [(CIFAR10, 35.7, 36.2, CIFAR10_PROJECTIONS), (CHURCH, 113.7, 115.3, CHURCH_PROJECTIONS)],
+    ids=["cifar10", "church"],
+)
+def test_one_step_and_one_image(tmp_path, settings, millions, projected_millions, channels):
+    torch.manual_seed(0)
+    pretrained = UNet2DModel(**settings)
+    size = settings["sample_size"]
+    pixels = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8)]
+    finetune = Finetune(max_steps=1, batch_size=1, checkpoint_every=1)
+    trainer = make_trainer(Accelerator(cpu=True), pretrained, pixels, finetune, tmp_path)
+    student = trainer.student
+    blocks = (*student.down_blocks, student.mid_block, *student.up_blocks)
+    assert [block.projection.out_channels for block in blocks] == channels
+    assert pretrained.num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
+    assert student.num_parameters() / 1e6 == pytest.approx(projected_millions, abs=0.05)
+
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
+    assert trainer.run()
+    assert all(
+        not torch.equal(weight, before[name]) for name, weight in student.state_dict().items() if "weight" in name
+    )
+    image = sample_images(lambda _: student.eval(), DDPMScheduler(), [0], (3, size, size), "cpu", num_inference_steps=1)
+    assert image.shape == (1, 3, size, size)
+    assert image.std() > 0

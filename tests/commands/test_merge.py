@@ -1,0 +1,164 @@
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, run
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
+
+import merge
+from deme.config.reading import load_config
+from deme.job.files import sha256
+from deme.measure.scores import Score, save_scores
+from deme.models.networks import ProjectedUNet2DModel
+from deme.models.pipelines import WEIGHTS
+
+
+@pytest.fixture
+def experts(config_file, pretrained):
+    """Two projected finetuned UNets, made without training."""
+    folders = []
+    for index, name in enumerate(["0000-0500", "0500-1000"]):
+        unet = ProjectedUNet2DModel.from_unet(UNet2DModel.from_pretrained(pretrained / "unet"))
+        torch.manual_seed(index + 1)
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        folders.append(config_file.parent / "tiny" / "finetuned" / name / "unet")
+        unet.save_pretrained(folders[-1])
+    return folders
+
+
+def output_of(program: str, folder, **environment: str) -> str:
+    """What a Python program prints that runs in `folder` and sees of this project only what `environment` says."""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin"} | environment,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_the_merged_folder_is_a_pipeline_of_the_formula(config_file, pretrained, experts):
+    run("merge.py", config_file)
+    output = config_file.parent / "tiny" / "merged"
+    base, merged = load_file(pretrained / "unet" / WEIGHTS), load_file(output / "unet" / WEIGHTS)
+    first, second = (load_file(folder / WEIGHTS) for folder in experts)
+    assert merged.keys() == first.keys()
+    for name, weight in merged.items():
+        pretrained_weight = base[name] if name in base else torch.eye(len(weight))[:, :, None, None]
+        expected = (
+            pretrained_weight + 0.5 * (first[name] - pretrained_weight) + 0.25 * (second[name] - pretrained_weight)
+        )
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6, msg=name)
+    scheduler = "scheduler/scheduler_config.json"
+    assert (output / scheduler).read_bytes() == (pretrained / scheduler).read_bytes()
+    record = yaml.safe_load((output / "merge.yaml").read_text())
+    assert record["coefficients"] == {"*": [0.5, 0.25]}
+    assert [entry["timesteps"] for entry in record["finetuned"]] == ["0000-0500", "0500-1000"]
+    assert len(record["pretrained"]["sha256"]) == 64
+
+
+def test_three_lines_load_it(config_file, experts):
+    """As the README shows; a folder elsewhere loads as well, with the pretrained betas."""
+    run("merge.py", config_file, "merge.output=elsewhere")
+    program = """
+import deme.projection
+from diffusers import DDIMPipeline
+pipeline = DDIMPipeline.from_pretrained("elsewhere")
+assert type(pipeline.unet).__name__ == "ProjectedUNet2DModel"
+assert pipeline.scheduler.config.beta_end == 0.03
+print(pipeline(batch_size=2, num_inference_steps=2).images[1].size)
+"""
+    assert output_of(program, config_file.parent, PYTHONPATH=str(REPOSITORY)) == "(8, 8)"
+
+
+def test_without_projections_diffusers_alone_loads_it(config_file):
+    """Finetuned with model.projection=false, merged, and drawn from where this project can't be imported."""
+    for script in ("finetune.py", "merge.py"):
+        run(script, config_file, "model.projection=false", "finetune.max_steps=2")
+    program = """
+import importlib.util
+assert importlib.util.find_spec("deme") is None
+from diffusers import DDIMPipeline
+pipeline = DDIMPipeline.from_pretrained("tiny/merged")
+assert type(pipeline.unet).__name__ == "UNet2DModel"
+assert pipeline.scheduler.config.beta_end == 0.03
+print(pipeline(batch_size=2, num_inference_steps=2).images[1].size)
+"""
+    assert output_of(program, config_file.parent) == "(8, 8)"
+
+
+def test_the_model_card_says_how_it_was_made_and_how_to_load_it(config_file, pretrained, experts):
+    """Its code runs as it stands; scores appear once there are some of this network, and only of this network."""
+    run("merge.py", config_file)
+    output = config_file.parent / "tiny" / "merged"
+    card = (output / "README.md").read_text()
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["library_name"] == "diffusers"
+    assert "| tensors | timesteps 0000-0500 | 0500-1000 |" in card
+    assert "| `*` | 0.5 | 0.25 |" in card
+    assert str(pretrained) in card
+    assert "`digits`" in card
+    assert "## Scores" not in card
+    program = card.split("```python\n")[1].split("```")[0] + "print(len(images))"
+    assert output_of(program, config_file.parent, PYTHONPATH=str(REPOSITORY)) == "16"
+
+    kid = {"kid": 0.001, "kid_standard_error": 0.0001}
+    network = [sha256(output / "unet" / WEIGHTS)]
+    found = Score("a", network, 1000, 3.25, [3.25], 3.25, None, **kid, precision=0.5, recall=0.25)
+    other = replace(found, weights=["other"], pooled=9.75)
+    save_scores(config_file.parent / "tiny" / "results.json", "inception", [found, other], {})
+    assert "is complete" in run("merge.py", config_file).stdout
+    card = (output / "README.md").read_text()
+    assert "- 1,000 images: FID 3.2500, KID 0.001000, precision 0.500, recall 0.250" in card
+    assert "9.75" not in card
+
+
+def test_the_merged_folder_is_uploaded_whole(config_file, experts, monkeypatch):
+    """The Hub's client is replaced by one that records what it is given."""
+    created, uploaded = [], {}
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        uploaded[repo_id] = {str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()}
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, exist_ok: created.append(name))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    merge.main(load_config(config_file, ["merge.push_to_hub=someone/merged"]))
+    assert created == ["someone/merged"]
+    files = {"README.md", "merge.yaml", "model_index.json", "scheduler/scheduler_config.json"}
+    assert uploaded == {"someone/merged": files | {"unet/config.json", f"unet/{WEIGHTS}"}}
+    card = (config_file.parent / "tiny" / "merged" / "README.md").read_text()
+    folder = config_file.parent / "tiny" / "merged"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", {"someone/merged": str(folder)}.__getitem__)
+    names = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    assert len(names["images"]) == 16
+
+
+def test_an_upload_that_fails_loses_nothing(config_file, experts, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    result = run("merge.py", config_file, "merge.push_to_hub=someone/merged", status=2, fresh=True)
+    assert "merge.py: error: merge.push_to_hub=someone/merged: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (config_file.parent / "tiny" / "merged" / "unet" / WEIGHTS).exists()
+    result = run("merge.py", config_file, "merge.push_to_hub=merged", status=2)
+    assert "merge.push_to_hub=merged: must be a Hub id, owner/name" in result.stderr
+
+
+def test_merging_again_is_a_no_op_and_other_coefficients_replace(config_file, experts):
+    weights = config_file.parent / "tiny" / "merged" / "unet" / WEIGHTS
+    run("merge.py", config_file)
+    before = weights.stat().st_mtime_ns
+    assert "is complete" in run("merge.py", config_file).stdout
+    assert weights.stat().st_mtime_ns == before
+    assert "replacing it" in run("merge.py", config_file, "merge.coefficients=[0,0]").stdout
+    assert load_file(weights)["conv_in.weight"].shape == (8, 1, 3, 3)
+    assert weights.stat().st_mtime_ns != before

@@ -1,0 +1,1110 @@
+"""Bad input to every script: one line that names the key or file and its value, status 2, nothing written or lost.
+
+The script files run in this process, as `python SCRIPT` would run them: a hundred starts of Python would take minutes.
+"""
+
+import json
+import re
+import runpy
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import REPOSITORY, tiny_unet
+from PIL import Image
+from pytorch_fid import inception
+from safetensors.torch import load_file, save_file
+
+from deme.job.signals import SIGNALS
+from deme.models.networks import ProjectedUNet2DModel
+from deme.models.pipelines import WEIGHTS
+
+
+@pytest.fixture
+def start(config_file, monkeypatch, capfd):
+    """Runs a script in the configuration's folder: (exit status, standard error)."""
+    monkeypatch.chdir(config_file.parent)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("TORCH_HOME", str(config_file.parent / "torch"))
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def start(script: str, *arguments: str) -> tuple[int, str]:
+        if "--config" not in arguments:
+            arguments = ("--config", str(config_file), *arguments)
+        monkeypatch.setattr(sys, "argv", [str(REPOSITORY / script), *arguments])
+        capfd.readouterr()
+        status = 0
+        try:
+            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+        return status, capfd.readouterr().err
+
+    yield start
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def assert_refused(start, root: Path, script: str, arguments: list[str], message: str) -> None:
+    """The script exits with status 2, and the last line on standard error, the only one of its own, is the message.
+
+    Args:
+        message: the whole line after `SCRIPT: error: `, with {root} for the folder and … for any text.
+    """
+    status, errors = start(script, *arguments)
+    lines = [line for line in errors.splitlines() if line.startswith(script)]
+    assert status == 2, errors
+    assert len(lines) == 1, errors
+    assert errors.splitlines()[-1] == lines[0], errors
+    assert "Traceback" not in errors, errors
+    parts = f"{script}: error: {message}".replace("{root}", str(root)).split("…")
+    pattern = ".+?".join(map(re.escape, parts))
+    assert re.fullmatch(pattern, lines[0]), f"{lines[0]}\nis not\n{message}"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def experts(root: Path, pretrained: Path) -> None:
+    """Two finetuned UNets, made without training."""
+    for index, name in enumerate(["0000-0500", "0500-1000"]):
+        ProjectedUNet2DModel.from_unet(tiny_unet(index)).save_pretrained(root / "tiny" / "finetuned" / name / "unet")
+
+
+def edit_weights(folder: Path, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def damaged_expert(change):
+    """The weights' tensors of the second expert changed."""
+
+    def prepare(root: Path, pretrained: Path) -> None:
+        experts(root, pretrained)
+        edit_weights(root / "tiny" / "finetuned" / "0500-1000" / "unet", change)
+
+    return prepare
+
+
+def replaced_expert(write):
+    """The weights' file of the second expert written anew."""
+
+    def prepare(root: Path, pretrained: Path) -> None:
+        experts(root, pretrained)
+        write(root / "tiny" / "finetuned" / "0500-1000" / "unet" / WEIGHTS)
+
+    return prepare
+
+
+def another_architecture(root: Path, pretrained: Path) -> None:
+    experts(root, pretrained)
+    wider = ProjectedUNet2DModel.from_unet(tiny_unet(block_out_channels=[8, 32]))
+    wider.save_pretrained(root / "tiny" / "finetuned" / "0500-1000" / "unet")
+
+
+def copied_pretrained(change):
+    """A copy of the pretrained pipeline in copy/, changed."""
+
+    def prepare(root: Path, pretrained: Path) -> None:
+        shutil.copytree(pretrained, root / "copy")
+        change(root / "copy")
+
+    return prepare
+
+
+def edit_json(file: str, **values):
+    """The JSON file in the copy's folder with other values."""
+
+    def change(folder: Path) -> None:
+        settings = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(settings | values))
+
+    return change
+
+
+def images(change):
+    """A folder of images in data/, changed."""
+
+    def prepare(root: Path, pretrained: Path) -> None:
+        for name in ("a.png", "b.png", "c.png"):
+            path = root / "data" / "train" / "kind" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((16, 16), 50).save(path)
+        change(root / "data" / "train" / "kind")
+
+    return prepare
+
+
+def samples(*names: str, sizes: tuple[int, ...] = (8, 8, 8)):
+    """A folder of images in tiny/samples/other."""
+
+    def prepare(root: Path, pretrained: Path) -> None:
+        folder = root / "tiny" / "samples" / "other"
+        folder.mkdir(parents=True)
+        for name, size in zip(names, sizes, strict=False):
+            Image.new("L", (size, size)).save(folder / name)
+
+    return prepare
+
+
+def sampled_before(root: Path, pretrained: Path) -> None:
+    samples("000000.png")(root, pretrained)
+    (root / "tiny" / "samples" / "other" / "samples.yaml").write_text("identity: {weights: [abc]}\nnum_images: 6\n")
+
+
+def damaged_record(root: Path, pretrained: Path) -> None:
+    samples("000000.png")(root, pretrained)
+    (root / "tiny" / "samples" / "other" / "samples.yaml").write_text("identity: null\nnum_images: 6\n")
+
+
+def damaged_run(root: Path, pretrained: Path) -> None:
+    file = root / "tiny" / "finetuned" / "0000-0500" / "config.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("trained_from: null\n")
+
+
+def yaml_file(text: str):
+    return lambda root, pretrained: (root / "bad.yaml").write_text(text)
+
+
+def statistics(**arrays):
+    return lambda root, pretrained: np.savez(root / "reference.npz", **arrays)
+
+
+def single_array(root: Path, pretrained: Path) -> None:
+    with (root / "reference.npz").open("wb") as file:
+        np.save(file, np.zeros(2))
+
+
+def two_features(root: Path, pretrained: Path) -> None:
+    samples("0.png", "1.png", "2.png")(root, pretrained)
+    statistics(mu=np.zeros(2), sigma=np.eye(2))(root, pretrained)
+
+
+def damaged_inception(root: Path, pretrained: Path) -> None:
+    """A download that was cut short, where torch keeps it."""
+    samples("0.png", "1.png")(root, pretrained)
+    folder = root / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save({"a": torch.ones(100)}, folder / "whole")
+    content = (folder / "whole").read_bytes()
+    (folder / Path(inception.FID_WEIGHTS_URL).name).write_bytes(content[: len(content) // 2])
+
+
+def nothing(root: Path, pretrained: Path) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """Bad input to a script, and how it is answered.
+
+    Args:
+        name: what is wrong.
+        message: the whole line after `SCRIPT: error: `, as `assert_refused` reads it: … stands for the text of other
+            libraries, for what depends on the machine and for long values.
+        prepare: makes files before the script starts.
+    """
+
+    name: str
+    script: str
+    arguments: list[str]
+    message: str
+    prepare: Callable[[Path, Path], None] = nothing
+
+
+PRETRAINED = "sample.model=pretrained"
+COPY = "model.pretrained=copy"
+BAD_FILE = ["--config", "bad.yaml"]
+OWN_DATA = ["data.name=data", "data.image_column=image", "data.label_column=null"]
+OTHER = "sample.output=tiny/samples/other"
+REFERENCE = "evaluate.reference=reference.npz"
+OBJECTS = np.array([{"a": 1}], dtype=object)
+unreadable_image = images(lambda kind: (kind / "c.png").write_text("text"))
+
+MISTAKES = [
+    # --- the configuration
+    Mistake(
+        "a misspelt section",
+        "finetune.py",
+        ["fintune.max_steps=1"],
+        "fintune={'max_steps': 1}: Key 'fintune' not in 'Config'. Did you mean: 'finetune'?",
+    ),
+    Mistake(
+        "a misspelt key",
+        "finetune.py",
+        ["finetune.lerning_rate=1"],
+        "finetune.lerning_rate=1: Key 'lerning_rate' not in 'Finetune'. Did you mean: 'learning_rate'?",
+    ),
+    Mistake(
+        "an unknown key",
+        "sample_ddp.py",
+        ["sample.colour=red"],
+        "sample.colour=red: Key 'colour' not in 'Sample'",
+    ),
+    Mistake(
+        "a word for a number",
+        "finetune.py",
+        ["finetune.max_steps=many"],
+        "finetune.max_steps=many: Value 'many' of type 'str' could not be converted to Integer",
+    ),
+    Mistake(
+        "a number for a section",
+        "merge.py",
+        ["merge=1"],
+        "merge=1: not a mapping",
+    ),
+    Mistake(
+        "an override without a value",
+        "finetune.py",
+        ["finetune.max_steps"],
+        "finetune.max_steps: overrides are written section.key=value",
+    ),
+    Mistake(
+        "edges that fall",
+        "finetune.py",
+        ["timesteps.edges=[0,600,300,1000]"],
+        "timesteps.edges=[0, 600, 300, 1000]: must rise from 0 to T = 1000",
+    ),
+    Mistake(
+        "edges that end too early",
+        "finetune.py",
+        ["timesteps.edges=[0,500]"],
+        "timesteps.edges=[0, 500]: must rise from 0 to T = 1000",
+    ),
+    Mistake(
+        "a probability above 1",
+        "finetune.py",
+        ["finetune.global_probability=1.5"],
+        "finetune.global_probability=1.5: must lie in [0, 1]",
+    ),
+    Mistake(
+        "a batch that is no multiple of its parts",
+        "finetune.py",
+        ["finetune.batch_size=9"],
+        "finetune.batch_size=9: must be a multiple of finetune.micro_batch_size=4",
+    ),
+    Mistake(
+        "a range that does not exist",
+        "finetune.py",
+        ["finetune.range=2"],
+        "finetune.range=2: must be null, continued, or one of 0 … 1",
+    ),
+    Mistake(
+        "finetuning in fp16 on a CPU",
+        "finetune.py",
+        ["finetune.mixed_precision=fp16"],
+        "finetune.mixed_precision=fp16: needs a GPU; on this CPU use …",
+    ),
+    Mistake(
+        "sampling in fp16 on a CPU",
+        "sample_ddp.py",
+        [PRETRAINED, "sample.mixed_precision=fp16"],
+        "sample.mixed_precision=fp16: needs a GPU; on this CPU use …",
+    ),
+    Mistake(
+        "too many coefficients",
+        "merge.py",
+        ["merge.coefficients=[1,1,1]"],
+        "merge.coefficients=[1, 1, 1]: 3 coefficients for 2 timestep ranges",
+    ),
+    Mistake(
+        "a coefficient that is not a number",
+        "merge.py",
+        ["merge.coefficients=[.nan,1]"],
+        "merge.coefficients=[nan, 1]: must be a list of finite numbers, or a mapping from name patterns to such lists",
+    ),
+    Mistake(
+        "a Hub id without an owner",
+        "merge.py",
+        ["merge.push_to_hub=alone"],
+        "merge.push_to_hub=alone: must be a Hub id, owner/name",
+    ),
+    Mistake(
+        "a name that is a path",
+        "evaluate.py",
+        ["name=a/b"],
+        "name=a/b: must be a plain folder name",
+    ),
+    Mistake(
+        "a name that is too long",
+        "merge.py",
+        [f"name={'a' * 300}"],
+        "{root}/" + "a" * 300 + "/finetuned/0000-0500/unet/diffusion_pytorch_model.safetensors: File name too long",
+    ),
+    Mistake(
+        "a seed that is too large",
+        "merge.py",
+        ["seed=9223372036854775808"],
+        "seed=9223372036854775808: must lie in [0, 2**63)",
+    ),
+    Mistake(
+        "a negative size on disk",
+        "finetune.py",
+        ["data.cache_disk_gb=-1"],
+        "data.cache_disk_gb=-1.0: must be a finite number, 0 or above",
+    ),
+    # --- YAML: files and values
+    Mistake(
+        "a file that does not exist",
+        "merge.py",
+        ["--config", "absent.yaml"],
+        "--config absent.yaml: No such file or directory",
+    ),
+    Mistake(
+        "a file that is not YAML",
+        "merge.py",
+        BAD_FILE,
+        '--config bad.yaml: ParserError: while parsing a flow sequence in "{root}/bad.yaml", line 3, column 5 …',
+        yaml_file("name: a\nmerge:\n  - [1\nb: 2\n"),
+    ),
+    Mistake(
+        "a key that stands twice in a file",
+        "merge.py",
+        BAD_FILE,
+        '--config bad.yaml: ConstructorError: …found duplicate key name in "{root}/bad.yaml", line 2, column 1',
+        yaml_file("name: a\nname: b"),
+    ),
+    Mistake(
+        "a file that holds a list",
+        "merge.py",
+        BAD_FILE,
+        "--config bad.yaml: not a YAML mapping",
+        yaml_file("- 1\n- 2\n"),
+    ),
+    Mistake(
+        "a reference to an unknown key in a file",
+        "merge.py",
+        BAD_FILE,
+        "name=${foo}: Interpolation key 'foo' not found",
+        yaml_file("name: ${foo}"),
+    ),
+    Mistake(
+        "a reference to an unknown key in an override",
+        "merge.py",
+        ["name=${foo}"],
+        "name=${foo}: Interpolation key 'foo' not found",
+    ),
+    Mistake(
+        "a number for a name pattern",
+        "merge.py",
+        BAD_FILE,
+        "merge.coefficients={1: [1, 1]}: must be a list of finite numbers, or a mapping from name patterns to such "
+        "lists",
+        yaml_file("merge: {coefficients: {1: [1, 1]}}"),
+    ),
+    Mistake(
+        "an override without a key",
+        "merge.py",
+        ["=1"],
+        "=1: overrides are written section.key=value",
+    ),
+    Mistake(
+        "a key below a list",
+        "merge.py",
+        ["merge.coefficients.a=1"],
+        "merge.coefficients.a=1: can't be set in merge.coefficients=[0.5, 0.25]",
+    ),
+    Mistake(
+        "a place behind the end of a list",
+        "merge.py",
+        ["merge.coefficients.5=1"],
+        "merge.coefficients.5=1: can't be set in merge.coefficients=[0.5, 0.25]",
+    ),
+    Mistake(
+        "a Python object in a file",
+        "merge.py",
+        BAD_FILE,
+        "--config bad.yaml: ConstructorError: could not determine a constructor for the tag "
+        "'tag:yaml.org,2002:python/object/apply:os.mkdir' in \"{root}/bad.yaml\", line 1, column 7",
+        yaml_file("name: !!python/object/apply:os.mkdir [executed]\n"),
+    ),
+    Mistake(
+        "a Python object in an override",
+        "merge.py",
+        ["name=!!python/object/apply:os.mkdir [executed]"],
+        "name=!!python/object/apply:os.mkdir [executed]: not YAML: could not determine a constructor for the tag "
+        "'tag:yaml.org,2002:python/object/apply:os.mkdir'",
+    ),
+    Mistake(
+        "a list without its end",
+        "merge.py",
+        ["merge.coefficients=[1,"],
+        "merge.coefficients=[1,: not YAML: did not find expected node content",
+    ),
+    Mistake(
+        "a mapping without a space behind its colon",
+        "merge.py",
+        ["merge.coefficients={conv_in.*:[1,1]}"],
+        "merge.coefficients={conv_in.*:[1,1]}: not YAML: found unexpected ':'",
+    ),
+    # --- the pretrained pipeline
+    Mistake(
+        "a pipeline folder that does not exist",
+        "finetune.py",
+        ["model.pretrained=nowhere/at/all"],
+        "model.pretrained=nowhere/at/all: no such folder",
+    ),
+    Mistake(
+        "a pipeline that is not on the Hub",
+        "finetune.py",
+        ["model.pretrained=nobody/nothing"],
+        "model.pretrained=nobody/nothing: neither a pipeline folder nor a reachable Hub id: …Error: …",
+    ),
+    Mistake(
+        "a pipeline that is not pretrained yet",
+        "finetune.py",
+        ["model.pretrained=null"],
+        "model.pretrained=null: {root}/tiny/pretrained is missing; pretrain.py makes it",
+    ),
+    Mistake(
+        "a resolution that the network is not made for",
+        "finetune.py",
+        ["data.resolution=16"],
+        "data.resolution=16: the UNet in …/pretrained/unet has sample_size=8",
+    ),
+    Mistake(
+        "another number of timesteps than the noise schedule's",
+        "finetune.py",
+        ["timesteps.num_train_timesteps=500"],
+        "timesteps.num_train_timesteps=500: the scheduler in …/pretrained/scheduler has 1000",
+    ),
+    Mistake(
+        "a pipeline without a noise schedule",
+        "finetune.py",
+        [COPY],
+        "model.pretrained=copy: not a pipeline folder: copy/scheduler/scheduler_config.json is missing",
+        copied_pretrained(lambda folder: shutil.rmtree(folder / "scheduler")),
+    ),
+    Mistake(
+        "a pretrained weight that is NaN, finetuned",
+        "finetune.py",
+        [COPY],
+        "model.pretrained=copy: copy/unet/diffusion_pytorch_model.safetensors: tensor conv_in.bias holds NaN or "
+        "infinite values",
+        copied_pretrained(lambda folder: edit_weights(folder / "unet", lambda t: t["conv_in.bias"].fill_(torch.nan))),
+    ),
+    Mistake(
+        "a pretrained weight that is infinite, sampled from",
+        "sample_ddp.py",
+        [PRETRAINED, COPY],
+        "sample.model=pretrained: copy/unet/diffusion_pytorch_model.safetensors: tensor conv_in.bias holds NaN or "
+        "infinite values",
+        copied_pretrained(lambda folder: edit_weights(folder / "unet", lambda t: t["conv_in.bias"].fill_(torch.inf))),
+    ),
+    Mistake(
+        "pretrained weights that are cut short",
+        "sample_ddp.py",
+        [PRETRAINED, COPY],
+        "sample.model=pretrained: copy/unet: OSError: Unable to load weights from checkpoint file for "
+        "'copy/unet/diffusion_pytorch_model.safetensors'…",
+        copied_pretrained(lambda folder: (folder / "unet" / WEIGHTS).write_bytes(b"short")),
+    ),
+    Mistake(
+        "a network's configuration that is cut short",
+        "sample_ddp.py",
+        [PRETRAINED, COPY],
+        "copy/unet/config.json: JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 …",
+        copied_pretrained(lambda folder: (folder / "unet" / "config.json").write_text("{")),
+    ),
+    Mistake(
+        "an unknown kind of prediction",
+        "finetune.py",
+        [COPY],
+        "model.pretrained=copy: unknown prediction_type 'foo'",
+        copied_pretrained(edit_json("scheduler/scheduler_config.json", prediction_type="foo")),
+    ),
+    Mistake(
+        "an unknown kind of noise schedule",
+        "sample_ddp.py",
+        [PRETRAINED, COPY],
+        "sample.model=pretrained: copy/scheduler/scheduler_config.json: NotImplementedError: foo is not implemented "
+        "for …DDPMScheduler…",
+        copied_pretrained(edit_json("scheduler/scheduler_config.json", beta_schedule="foo")),
+    ),
+    Mistake(
+        "a number for the pretrained network's activation",
+        "finetune.py",
+        [COPY],
+        "model.pretrained=copy: copy/unet: AttributeError: 'int' object has no attribute 'lower'",
+        copied_pretrained(edit_json("unet/config.json", act_fn=3)),
+    ),
+    Mistake(
+        "a pretrained network of four channels",
+        "finetune.py",
+        [COPY],
+        "model.pretrained=copy: in_channels=4: images have 1 or 3 channels",
+        copied_pretrained(lambda folder: tiny_unet(in_channels=4, out_channels=4).save_pretrained(folder / "unet")),
+    ),
+    Mistake(
+        "a pretrained network that needs classes",
+        "sample_ddp.py",
+        [PRETRAINED, COPY],
+        "sample.model=pretrained: copy/unet: ValueError: class_labels should be provided when doing class conditioning",
+        copied_pretrained(lambda folder: tiny_unet(num_class_embeds=10).save_pretrained(folder / "unet")),
+    ),
+    # --- finetuned networks
+    Mistake(
+        "nothing finetuned yet",
+        "merge.py",
+        [],
+        "{root}/tiny/finetuned/0000-0500/unet/diffusion_pytorch_model.safetensors: missing; train it with finetune.py "
+        "finetune.range=0",
+    ),
+    Mistake(
+        "an expert of another architecture",
+        "merge.py",
+        [],
+        "{root}/tiny/finetuned/0500-1000/unet: tensor down_blocks.1.attentions.0.group_norm.bias has the shape (32,), "
+        "in the pretrained model (16,)",
+        another_architecture,
+    ),
+    Mistake(
+        "an expert without a tensor",
+        "merge.py",
+        [],
+        "{root}/tiny/finetuned/0500-1000/unet: the pretrained model's tensor conv_out.bias is missing",
+        damaged_expert(lambda tensors: tensors.pop("conv_out.bias")),
+    ),
+    Mistake(
+        "an expert with a tensor more",
+        "merge.py",
+        [],
+        "{root}/tiny/finetuned/0500-1000/unet: tensor more is not in the pretrained model",
+        damaged_expert(lambda tensors: tensors.update(more=torch.ones(1))),
+    ),
+    Mistake(
+        "an expert's weight that is NaN",
+        "merge.py",
+        [],
+        "{root}/tiny/finetuned/0500-1000/unet: tensor conv_out.bias holds NaN or infinite values",
+        damaged_expert(lambda tensors: tensors["conv_out.bias"].fill_(torch.nan)),
+    ),
+    Mistake(
+        "an expert's weight that is infinite",
+        "merge.py",
+        [],
+        "{root}/tiny/finetuned/0500-1000/unet: tensor conv_in.bias holds NaN or infinite values",
+        damaged_expert(lambda tensors: tensors["conv_in.bias"].fill_(torch.inf)),
+    ),
+    Mistake(
+        "an expert's weights that are cut short",
+        "merge.py",
+        [],
+        "{root}/tiny/finetuned/0500-1000/unet/diffusion_pytorch_model.safetensors: cannot be read: SafetensorError: "
+        "Error while deserializing header: incomplete metadata, file not fully covered",
+        replaced_expert(lambda file: file.write_bytes(file.read_bytes()[:-9])),
+    ),
+    Mistake(
+        "an expert's weights in another format",
+        "merge.py",
+        [],
+        "{root}/tiny/finetuned/0500-1000/unet/diffusion_pytorch_model.safetensors: cannot be read: SafetensorError: "
+        "Error while deserializing header: header too large",
+        replaced_expert(lambda file: torch.save({"a": torch.ones(1)}, file)),
+    ),
+    Mistake(
+        "coefficients that overflow",
+        "merge.py",
+        ["merge.coefficients=[3e38,3e38]"],
+        "merge.coefficients=[3e+38, 3e+38]: too large for tensor conv_in.bias, which overflows",
+        damaged_expert(lambda tensors: tensors["conv_in.bias"].fill_(9)),
+    ),
+    Mistake(
+        "coefficients that are not for every tensor",
+        "merge.py",
+        ["merge.coefficients={conv_in.*: [1,1]}"],
+        "merge.coefficients={'conv_in.*': [1, 1]}: no pattern fits the tensor conv_norm_out.bias; add one for '*'",
+        experts,
+    ),
+    Mistake(
+        "an output that merge.py did not make",
+        "merge.py",
+        ["merge.output=tiny/finetuned"],
+        "merge.output=tiny/finetuned: exists without a merge.yaml, so it is not replaced",
+        experts,
+    ),
+    # --- networks to pretrain
+    Mistake(
+        "widths for fewer blocks than there are",
+        "pretrain.py",
+        ["pretrain.unet.block_out_channels=[8]"],
+        "pretrain.unet={'block_out_channels': [8], …}, pretrain.scheduler={}, data.resolution=8: ValueError: Must "
+        "provide the same number of `block_out_channels` as `down_block_types`.…",
+    ),
+    Mistake(
+        "a resolution that can't be halved",
+        "pretrain.py",
+        ["data.resolution=7"],
+        "pretrain.unet={…}, pretrain.scheduler={}, data.resolution=7: RuntimeError: Sizes of tensors must match …",
+    ),
+    Mistake(
+        "a network of other channels out than in",
+        "pretrain.py",
+        ["pretrain.unet.out_channels=3"],
+        "pretrain.unet={…'out_channels': 3…}, pretrain.scheduler={}, data.resolution=8: the network maps "
+        "(1, 1, 8, 8) to (1, 3, 8, 8)",
+    ),
+    Mistake(
+        "a network of two channels",
+        "pretrain.py",
+        ["pretrain.unet.in_channels=2"],
+        "pretrain.unet={…'in_channels': 2…}, pretrain.scheduler={}, data.resolution=8: in_channels=2: "
+        "images have 1 or 3 channels",
+    ),
+    Mistake(
+        "an unknown kind of prediction to pretrain for",
+        "pretrain.py",
+        ["pretrain.scheduler.prediction_type=foo"],
+        "pretrain.unet={…}, pretrain.scheduler={'prediction_type': 'foo'}, data.resolution=8: unknown "
+        "prediction_type 'foo'",
+    ),
+    Mistake(
+        "a number for an activation",
+        "pretrain.py",
+        ["pretrain.unet.act_fn=3"],
+        "pretrain.unet={…, 'act_fn': 3}, pretrain.scheduler={}, data.resolution=8: AttributeError: 'int' object has "
+        "no attribute 'lower'",
+    ),
+    # --- data
+    Mistake(
+        "data that does not exist",
+        "finetune.py",
+        ["data.name=nowhere"],
+        "data.name=nowhere (data.split=train): cannot be loaded: …Error: …'nowhere'…on the Hub…",
+    ),
+    Mistake(
+        "a folder without images",
+        "finetune.py",
+        OWN_DATA,
+        "data.name=data (data.split=train): cannot be loaded: EmptyDatasetError: The directory at {root}/data doesn't "
+        "contain any data files",
+        images(lambda kind: shutil.rmtree(kind)),
+    ),
+    Mistake(
+        "an image that is cut short",
+        "finetune.py",
+        OWN_DATA,
+        "data.name=data: row 1 ({root}/data/train/kind/b.png) is not a readable image: OSError: image file is "
+        "truncated; data.skip_unreadable=true leaves such images out",
+        images(lambda kind: (kind / "b.png").write_bytes((kind / "b.png").read_bytes()[:90])),
+    ),
+    Mistake(
+        "text for an image",
+        "finetune.py",
+        OWN_DATA,
+        "data.name=data: row 2 ({root}/data/train/kind/c.png) is not a readable image: UnidentifiedImageError: cannot "
+        "identify image file …; data.skip_unreadable=true leaves such images out",
+        unreadable_image,
+    ),
+    Mistake(
+        "text for an image that is kept in a file",
+        "finetune.py",
+        [*OWN_DATA, "data.cache_gb=0"],
+        "data.name=data: row 2 ({root}/data/train/kind/c.png) is not a readable image: UnidentifiedImageError: cannot "
+        "identify image file …; data.skip_unreadable=true leaves such images out",
+        unreadable_image,
+    ),
+    Mistake(
+        "an unknown column",
+        "finetune.py",
+        [*OWN_DATA, "data.image_column=img"],
+        "data.image_column=img: data has the columns image",
+        images(lambda kind: None),
+    ),
+    Mistake(
+        "an unknown split",
+        "finetune.py",
+        [*OWN_DATA, "data.split=test"],
+        'data.name=data (data.split=test): cannot be loaded: ValueError: Unknown split "test". Should be one of '
+        "['train'].",
+        images(lambda kind: None),
+    ),
+    Mistake(
+        "every image held out",
+        "finetune.py",
+        ["data.held_out_images=1797"],
+        "data.held_out_images=1797: digits has 1797 images",
+    ),
+    # --- what is sampled from
+    Mistake(
+        "an unknown model",
+        "sample_ddp.py",
+        ["sample.model=nothing"],
+        "sample.model=nothing: not pretrained, continued, ensemble, merged, or a folder that holds a UNet",
+    ),
+    Mistake(
+        "nothing merged yet",
+        "sample_ddp.py",
+        [],
+        "sample.model=merged: {root}/tiny/merged/unet is missing; merge.py makes it",
+    ),
+    Mistake(
+        "an ensemble that is not finetuned yet",
+        "sample_ddp.py",
+        ["sample.model=ensemble"],
+        "sample.model=ensemble: {root}/tiny/finetuned/0000-0500/unet is missing; finetune.py makes it",
+    ),
+    Mistake(
+        "a model's folder whose weights are cut short",
+        "sample_ddp.py",
+        ["sample.model=copy"],
+        "sample.model=copy: copy/unet: OSError: Unable to load weights from checkpoint file for "
+        "'copy/unet/diffusion_pytorch_model.safetensors'…",
+        copied_pretrained(lambda folder: (folder / "unet" / WEIGHTS).write_bytes(b"short")),
+    ),
+    Mistake(
+        "a model's folder without weights",
+        "sample_ddp.py",
+        ["sample.model=copy"],
+        "copy/unet/diffusion_pytorch_model.safetensors: missing",
+        copied_pretrained(lambda folder: (folder / "unet" / WEIGHTS).unlink()),
+    ),
+    Mistake(
+        "a model's folder without a tensor",
+        "sample_ddp.py",
+        ["sample.model=copy"],
+        "sample.model=copy: copy/unet: weights and config.json do not fit each other (conv_in.bias …)",
+        copied_pretrained(lambda folder: edit_weights(folder / "unet", lambda t: t.pop("conv_in.bias"))),
+    ),
+    Mistake(
+        "a model's folder without its network's configuration",
+        "sample_ddp.py",
+        ["sample.model=copy"],
+        "sample.model=copy: not a pipeline folder: copy/unet/config.json is missing",
+        copied_pretrained(lambda folder: (folder / "unet" / "config.json").unlink()),
+    ),
+    Mistake(
+        "a model's folder whose noise schedule is cut short",
+        "sample_ddp.py",
+        ["sample.model=copy"],
+        "copy/scheduler/scheduler_config.json: JSONDecodeError: Expecting property name enclosed in double quotes: "
+        "line 1 column 2 …",
+        copied_pretrained(lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text("{")),
+    ),
+    Mistake(
+        "a model's folder whose noise schedule has other timesteps",
+        "sample_ddp.py",
+        ["sample.model=copy"],
+        "timesteps.num_train_timesteps=1000: the scheduler in copy/scheduler has 500",
+        copied_pretrained(edit_json("scheduler/scheduler_config.json", num_train_timesteps=500)),
+    ),
+    Mistake(
+        "a model's folder of an unknown kind of prediction",
+        "sample_ddp.py",
+        ["sample.model=copy"],
+        "sample.model=copy: copy/unet: unknown prediction_type 'foo'",
+        copied_pretrained(edit_json("scheduler/scheduler_config.json", prediction_type="foo")),
+    ),
+    Mistake(
+        "an unknown sampler",
+        "sample_ddp.py",
+        [PRETRAINED, "sample.scheduler=foo"],
+        "sample.scheduler=foo: must be one of ddim, pndm, dpmsolver++, unipc, euler, DDIMScheduler, …",
+    ),
+    Mistake(
+        "a sampler that does not take the noise schedule",
+        "sample_ddp.py",
+        [PRETRAINED, "sample.scheduler=EDMEulerScheduler"],
+        "sample.scheduler=EDMEulerScheduler: must be one of ddim, pndm, dpmsolver++, unipc, euler, DDIMScheduler, …",
+    ),
+    Mistake(
+        "a setting of another sampler",
+        "sample_ddp.py",
+        [PRETRAINED, "sample.scheduler=euler", "sample.eta=0.5"],
+        "sample.eta=0.5: only sample.scheduler=ddim has it",
+    ),
+    # --- what stands in the output folder
+    Mistake(
+        "samples whose record is not whole",
+        "sample_ddp.py",
+        [PRETRAINED, OTHER],
+        "sample.output=tiny/samples/other: holds samples of other settings: eta=0.0 (was not recorded), "
+        "mixed_precision=no (was not recorded), num_inference_steps=3 (was not recorded), resolution=8 (was not "
+        "recorded), scheduler, timesteps=[[0, 1000]] (was not recorded), weights; choose another folder or set "
+        "sample.overwrite=true",
+        sampled_before,
+    ),
+    Mistake(
+        "a folder of other files",
+        "sample_ddp.py",
+        [PRETRAINED, OTHER],
+        "sample.output=tiny/samples/other: holds files but no samples.yaml; choose another folder",
+        samples("a.png"),
+    ),
+    Mistake(
+        "a damaged record of samples",
+        "sample_ddp.py",
+        [PRETRAINED, OTHER],
+        "sample.output=tiny/samples/other: tiny/samples/other/samples.yaml: not the record of samples: identity is "
+        "missing",
+        damaged_record,
+    ),
+    Mistake(
+        "a damaged record of a run",
+        "finetune.py",
+        ["finetune.range=0"],
+        "{root}/tiny/finetuned/0000-0500/config.yaml: not the record of a run: trained_from is missing",
+        damaged_run,
+    ),
+    # --- places that can't be written
+    Mistake(
+        "a file for the folder of samples",
+        "sample_ddp.py",
+        [PRETRAINED, "sample.output=tiny.yaml"],
+        "sample.output=tiny.yaml: is not a folder",
+    ),
+    Mistake(
+        "the root of all folders for an output",
+        "merge.py",
+        ["merge.output=/"],
+        "merge.output=/: must be a file or folder below it",
+        experts,
+    ),
+    Mistake(
+        "a folder for the file of scores",
+        "evaluate.py",
+        ["evaluate.output=tiny"],
+        "evaluate.output=tiny: is a folder; results are a JSON file",
+        samples("0.png"),
+    ),
+    Mistake(
+        "finetuning below a file",
+        "finetune.py",
+        ["output_dir=tiny.yaml/below"],
+        "output_dir: cannot create the folder tiny.yaml/below/tiny/finetuned: Not a directory",
+    ),
+    Mistake(
+        "pretraining below a file",
+        "pretrain.py",
+        ["output_dir=tiny.yaml/below"],
+        "output_dir: cannot create the folder tiny.yaml/below/tiny: Not a directory",
+    ),
+    Mistake(
+        "merging below a file",
+        "merge.py",
+        ["merge.output=tiny.yaml/below/a"],
+        "merge.output: cannot create the folder tiny.yaml/below: Not a directory",
+        experts,
+    ),
+    Mistake(
+        "sampling below a file",
+        "sample_ddp.py",
+        [PRETRAINED, "sample.output=tiny.yaml/a"],
+        "sample.output: cannot create the folder tiny.yaml: File exists",
+    ),
+    Mistake(
+        "scoring below a file",
+        "evaluate.py",
+        ["evaluate.samples=[]", "output_dir=tiny.yaml/below"],
+        "output_dir: cannot create the folder tiny.yaml/below/tiny: Not a directory",
+    ),
+    # --- scores
+    Mistake(
+        "no samples yet",
+        "evaluate.py",
+        [],
+        "evaluate.samples=null: no sample folders in {root}/tiny/samples",
+    ),
+    Mistake(
+        "a folder of samples that does not exist",
+        "evaluate.py",
+        ["evaluate.samples=[nowhere]"],
+        "evaluate.samples=nowhere: no such folder",
+    ),
+    Mistake(
+        "a folder of samples that is not finished",
+        "evaluate.py",
+        [],
+        "evaluate.samples={root}/tiny/samples/other: holds 1 of 6 images; finish sample_ddp.py",
+        sampled_before,
+    ),
+    Mistake(
+        "images that make no equal blocks",
+        "evaluate.py",
+        ["evaluate.blocks=2"],
+        "evaluate.blocks=2: {root}/tiny/samples/other holds 3 image(s), which is not 2 equal block(s) of at least 2",
+        samples("0.png", "1.png", "2.png"),
+    ),
+    Mistake(
+        "a single image to score",
+        "evaluate.py",
+        [],
+        "evaluate.blocks=1: {root}/tiny/samples/other holds 1 image(s), which is not 1 equal block(s) of at least 2",
+        samples("0.png"),
+    ),
+    Mistake(
+        "images of different sizes",
+        "evaluate.py",
+        [],
+        "{root}/tiny/samples/other/1.png: is 9 x 9, 0.png is 8 x 8; all images of a folder must have one size",
+        samples("0.png", "1.png", sizes=(8, 9)),
+    ),
+    Mistake(
+        "a resolution that the classifier can't take",
+        "evaluate.py",
+        ["data.resolution=7"],
+        "data.resolution=7: evaluate.features=classifier needs at least 8 pixels",
+    ),
+    Mistake(
+        "a classifier without labels",
+        "evaluate.py",
+        ["data.label_column=null"],
+        "data.label_column=null: evaluate.features=classifier needs labels",
+        samples("0.png", "1.png"),
+    ),
+    Mistake(
+        "Inception weights that are cut short",
+        "evaluate.py",
+        ["evaluate.features=inception"],
+        "evaluate.features=inception: {root}/torch/hub/checkpoints/pt_inception-2015-12-05-6726825d.pth: not the "
+        "Inception weights (RuntimeError: PytorchStreamReader failed reading zip archive: …); delete it to download "
+        "them again",
+        damaged_inception,
+    ),
+    Mistake(
+        "a reference that does not exist",
+        "evaluate.py",
+        [REFERENCE, "evaluate.samples=[]"],
+        "evaluate.reference=reference.npz: no such file",
+    ),
+    Mistake(
+        "a reference of Python objects",
+        "evaluate.py",
+        [REFERENCE, "evaluate.samples=[]"],
+        "evaluate.reference=reference.npz: not an npz file of mu and sigma (ValueError: Object arrays cannot be loaded "
+        "when allow_pickle=False): `python -m pytorch_fid --save-stats IMAGES FILE.npz` makes such a file",
+        statistics(mu=OBJECTS, sigma=OBJECTS),
+    ),
+    Mistake(
+        "a reference that is a single array",
+        "evaluate.py",
+        [REFERENCE, "evaluate.samples=[]"],
+        "evaluate.reference=reference.npz: a single array; an npz file of mu and sigma is needed: `python -m "
+        "pytorch_fid --save-stats "
+        "IMAGES FILE.npz` makes such a file",
+        single_array,
+    ),
+    Mistake(
+        "a reference of other features",
+        "evaluate.py",
+        [REFERENCE],
+        "evaluate.reference=reference.npz: holds statistics of 2 features, classifier has 128",
+        two_features,
+    ),
+]
+NAMES = [mistake.name for mistake in MISTAKES]
+assert len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=NAMES)
+def test_a_mistake_is_answered_in_one_line_and_loses_nothing(start, config_file, pretrained, mistake):
+    root = config_file.parent
+    mistake.prepare(root, pretrained)
+    before = content(root)
+    assert_refused(start, root, mistake.script, mistake.arguments, mistake.message)
+    made = {name for name in content(root) if not name.startswith("tiny/stats")}  # the reference that all scores share
+    assert made == {name for name in before if not name.startswith("tiny/stats")}
+    assert all(content(root)[name] == data for name, data in before.items())
+    assert not (root / "executed").exists()
+
+
+def test_an_image_that_can_not_be_decoded_on_the_fly_stops_the_run(start, config_file):
+    """It is found after the run has begun: the run's folder stands, but no weights are written and nothing is lost."""
+    root = config_file.parent
+    unreadable_image(root, root)
+    before = content(root)
+    message = (
+        "data.name=data: row 2 ({root}/data/train/kind/c.png) is not a readable image: UnidentifiedImageError: cannot "
+        "identify image file …; data.skip_unreadable=true leaves such images out"
+    )
+    assert_refused(start, root, "finetune.py", [*OWN_DATA, "data.cache_gb=0", "data.cache_disk_gb=0"], message)
+    made = set(content(root)) - set(before)
+    assert all(name.startswith("tiny/finetuned/0000-0500/") and not name.endswith(".safetensors") for name in made)
+    assert all(content(root)[name] == data for name, data in before.items())
+
+
+def test_an_unknown_path_is_answered_with_the_known_ones(start, config_file):
+    message = "argument --path: invalid choice: 'nothing' (choose from …finetuned…results…)"
+    assert_refused(start, config_file.parent, "sample_ddp.py", ["--path", "nothing"], message)
+
+
+def test_damaged_results_are_named(start, config_file, pretrained):
+    """merge.py reads the scores that evaluate.py found."""
+    root = config_file.parent
+    experts(root, pretrained)
+    for text, reason in {
+        "": "JSONDecodeError: Expecting value: line 1 column 1 …",
+        "[]": "not a JSON object",
+        '{"rows": [1]}': "not the results of evaluate.py: TypeError: 'int' object is not iterable",
+    }.items():
+        (root / "tiny" / "results.json").write_text(text)
+        assert_refused(start, root, "merge.py", [], "{root}/tiny/results.json: " + reason)
+
+
+def test_a_resume_under_other_settings_names_them_and_those_that_may_change(start, config_file):
+    """Some of the settings may change in the middle of a run; both kinds are told apart."""
+    root = config_file.parent
+    assert start("finetune.py", "finetune.range=0", "finetune.max_steps=2")[0] == 0
+    before = content(root)
+    options = ["finetune.range=0", "finetune.max_steps=3", "finetune.log_every=7"]
+    message = (
+        "{root}/tiny/finetuned/0000-0500: holds a run of other settings: finetune.max_steps=3 (was 2); set it back, or "
+        "give this run another name; finetune.log_every=7 (was 1) may change"
+    )
+    assert_refused(start, root, "finetune.py", options, message)
+    assert content(root) == before
+    assert start("finetune.py", "finetune.range=0", "finetune.max_steps=2", "finetune.log_every=7")[0] == 0
+
+
+def test_samples_of_another_sampler_are_refused_by_the_names_of_both(start, config_file):
+    """Whichever of them is the default."""
+    root = config_file.parent
+    options = [PRETRAINED, "sample.num_images=1"]
+    for before, now in (("ddim", "euler"), ("euler", "ddim")):
+        assert start("sample_ddp.py", *options, f"sample.scheduler={before}", "sample.overwrite=true")[0] == 0
+        message = (
+            "sample.output={root}/tiny/samples/pretrained: holds samples of other settings: "
+            f"sample.scheduler={now} (was {before}); choose another folder or set sample.overwrite=true"
+        )
+        assert_refused(start, root, "sample_ddp.py", [*options, f"sample.scheduler={now}"], message)
+
+
+def test_a_port_in_use_is_named(start, config_file, monkeypatch):
+    """As a process of a job that meets there; the launcher itself looks for a free one with --main_process_port 0."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in job.items():
+            monkeypatch.setenv(name, value)
+        message = f"MASTER_PORT={port}: the processes can't meet there: DistNetworkError: …EADDRINUSE…"
+        assert_refused(start, config_file.parent, "finetune.py", [], message)
+
+
+def test_paths_with_spaces_and_unicode_work(start, config_file):
+    """The output folder, the data and the sample folder; every script."""
+    root = config_file.parent
+    images(lambda kind: None)(root, root)
+    (root / "data").rename(root / "Bilder für 模型")
+    options = ["output_dir=läufe 1", "name=模型 a", "data.name=Bilder für 模型", "data.image_column=image"]
+    options += ["data.label_column=null"]
+    options += ["finetune.max_steps=1", "evaluate.classifier_epochs=1", "data.cache_gb=0", "sample.output=läufe 1/ö ü"]
+    for script in ("finetune.py", "merge.py", "sample_ddp.py", "pretrain.py"):
+        status, errors = start(script, *options)
+        assert status == 0, errors
+    assert len(list((root / "läufe 1" / "ö ü").glob("*.png"))) == 6
+    assert (root / "läufe 1" / "模型 a" / "pretrained" / "unet" / WEIGHTS).exists()

@@ -1,0 +1,76 @@
+import shutil
+
+import numpy as np
+import pytest
+from conftest import run
+from PIL import Image
+
+MODEL = "sample.model=pretrained"
+
+
+def images(folder) -> dict[str, np.ndarray]:
+    return {path.name: np.array(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
+
+
+@pytest.fixture
+def output(config_file):
+    return config_file.parent / "tiny" / "samples" / "pretrained"
+
+
+def test_exactly_the_images_asked_for_and_only_once(config_file, output):
+    """6 images in batches of 4; run again nothing is drawn; more images keep the first ones."""
+    run("sample_ddp.py", config_file, MODEL)
+    first = images(output)
+    assert list(first) == [f"{seed:06d}.png" for seed in range(6)]
+    assert {image.shape for image in first.values()} == {(8, 8)}
+    assert output.with_name("grid-pretrained.png").exists()
+    assert "0 of 6 images to draw" in run("sample_ddp.py", config_file, MODEL).stdout
+    assert "3 of 9 images to draw" in run("sample_ddp.py", config_file, MODEL, "sample.num_images=9").stdout
+    more = images(output)
+    assert len(more) == 9
+    assert all(np.array_equal(more[name], image) for name, image in first.items())
+
+
+def test_processes_and_batches_do_not_change_the_images(config_file, output):
+    """One process in batches of 4, two in batches of 3: equal to one grey level; also under an offset of the seeds."""
+    run("sample_ddp.py", config_file, MODEL, "sample.num_images=7")
+    expected = images(output)
+    shutil.rmtree(output)
+    result = run("sample_ddp.py", config_file, MODEL, "sample.num_images=7", "sample.batch_size=3", processes=2)
+    assert "2 process(es) on cpu" in result.stdout
+    found = images(output)
+    assert found.keys() == expected.keys()
+    assert all(np.abs(found[name] - image).max() <= 1 for name, image in expected.items())
+    run("sample_ddp.py", config_file, MODEL, "sample.num_images=2", "sample.seed_offset=5", "sample.output=offset")
+    offset = images(config_file.parent / "offset")
+    assert list(offset) == ["000005.png", "000006.png"]
+    assert all(np.abs(offset[name] - expected[name]).max() <= 1 for name in offset)
+
+
+def test_another_model_is_refused_and_nothing_lost(config_file, output):
+    run("sample_ddp.py", config_file, MODEL)
+    refused = run("sample_ddp.py", config_file, MODEL, "sample.num_inference_steps=4", status=2)
+    assert "holds samples of other settings: num_inference_steps=4 (was 3); choose another folder" in refused.stderr
+    assert len(images(output)) == 6
+    run("sample_ddp.py", config_file, MODEL, "sample.num_inference_steps=4", "sample.overwrite=true")
+    assert len(images(output)) == 6
+
+
+def test_every_model_of_a_run_can_be_sampled(config_file):
+    """Unchanged copies, with projections or without: each way of using them draws the pretrained model's images."""
+    unchanged = ["finetune.max_steps=1", "finetune.learning_rate=1e-30"]
+    run("finetune.py", config_file, *unchanged)
+    run("finetune.py", config_file, *unchanged, "finetune.range=continued")
+    run("merge.py", config_file)
+    run("finetune.py", config_file, *unchanged, "name=plain", "model.projection=false")
+    run("merge.py", config_file, "name=plain")
+    samples = config_file.parent / "tiny" / "samples"
+    paths = ("plain/merged", "tiny/finetuned/0000-0500/unet")
+    for model in ("pretrained", "continued", "merged", "ensemble", *paths):
+        run("sample_ddp.py", config_file, f"sample.model={model}")
+    names = {"pretrained", "continued", "merged", "ensemble", *(path.replace("/", "-") for path in paths)}
+    assert {folder.name for folder in samples.iterdir() if folder.is_dir()} == names
+    expected = images(samples / "pretrained")
+    for name in names:
+        found = images(samples / name)
+        assert all(np.abs(found[seed] - image).max() <= 1 for seed, image in expected.items()), name

@@ -1,0 +1,200 @@
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, environment, old_name
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+from psutil import process_iter
+
+BLOCKS = {
+    "cifar10": (["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], (8, 16, 16, 16)),
+    "lsun_church": (["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"], (8, 8, 8, 8, 16, 16)),
+}
+BLOCKS["lsun_bedroom"] = BLOCKS["lsun_church"]
+RESOLUTION = 32
+# instead of pytorch_fid's minute of matrix roots: what it is called with; all else is imported from the real package
+FAKE_PYTORCH_FID = {
+    "__init__.py": "from pkgutil import extend_path\n__path__ = extend_path(__path__, __name__)\n",
+    "__main__.py": "import sys\nprint('pytorch_fid', *sys.argv[1:], sep='|')\n",
+}
+
+
+def script_environment() -> dict[str, str]:
+    return environment() | {"CONDA_DEFAULT_ENV": "deme"}
+
+
+def script_command(script: str, *options: str) -> list:
+    return ["bash", REPOSITORY / "scripts" / script, *options]
+
+
+def run_script(script: str, *options: str, status: int = 0, **variables: str) -> str:
+    """Run a shell script in the environment that runs the tests; its standard output."""
+    settings = script_environment() | variables
+    result = subprocess.run(script_command(script, *options), env=settings, capture_output=True, text=True)
+    assert result.returncode == status, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_complete(tmp_path):
+    """The README's first command, made short by overrides: four rows, the pictures, and nothing done twice."""
+    options = [f"output_dir={tmp_path / 'with space'}", "finetune.max_steps=2", "finetune.preview_every=2"]
+    options += [
+        "sample.num_images=24",
+        "sample.num_inference_steps=2",
+        "evaluate.blocks=2",
+        "evaluate.classifier_epochs=1",
+    ]
+    first, second = run_script("digits.sh", *options), run_script("digits.sh", *options)
+    rows = re.findall(r"^\| (\w+) \| 24 \| \d", first, flags=re.MULTILINE)
+    assert rows == ["pretrained", "continued", "ensemble", "merged"]
+    pictures = first.split("pictures:\n")[1].splitlines()
+    assert len(pictures) == 4 + 4 + 4  # grids; previews of the ranges, and of the control, which trains 4 times as long
+    assert all(Path(picture).exists() for picture in pictures)
+    assert len(re.findall("is complete", second)) == 4 + 1 + 2  # ranges, control, merge twice
+    assert second.count("0 of 24 images to draw") == 4
+    assert first.split("| model |")[1] == second.split("| model |")[1]
+    assert "classifier FD" in (tmp_path / "with space" / "digits" / "merged" / "README.md").read_text()
+
+
+def test_signals_to_a_shell_script_reach_every_process_and_mistakes_are_answered_first(tmp_path):
+    """SIGTERM, then Ctrl-C after the resume: all save checkpoints, the status is the signal's."""
+    options = [f"output_dir={tmp_path}", "finetune.log_every=1"]
+    assert run_script("digits.sh", *options, "finetune.max_steps=many", status=2) == ""
+    folders = [tmp_path / "digits" / "finetuned" / name for name in ("0000-0250", "continued")]
+    last = [0, 0]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        command, settings = script_command("digits.sh", *options), script_environment()
+        with subprocess.Popen(command, env=settings, stdout=-1, preexec_fn=heed_interrupts) as script:
+            end = time.monotonic() + 120
+            while any(newest_step(folder) <= step for folder, step in zip(folders, last, strict=True)):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            script.send_signal(number)
+            output = script.communicate(timeout=60)[0]
+        assert script.returncode in (128 + number, -number), output
+        last = [int(max((folder / "checkpoints").glob("step-*")).name[5:]) for folder in folders]
+        assert last == [newest_step(folder) for folder in folders]
+    time.sleep(0.5)
+    assert not any(str(tmp_path) in " ".join(process.info["cmdline"] or []) for process in process_iter(["cmdline"]))
+
+
+def heed_interrupts() -> None:
+    """Where the tests run in the background, Ctrl-C is ignored by all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def newest_step(folder: Path) -> int:
+    log = folder / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def test_cifar10_from_scratch_goes_from_raw_data_to_the_table_in_pieces(tmp_path):
+    """Made small by overrides; the first piece ends without an error before it has trained the base."""
+    data = tmp_path / "data"
+    make_photographs(data, 40, (40, 36))
+    unet = "pretrain.unet={in_channels: 3, out_channels: 3, layers_per_block: 1, block_out_channels: [8, 8], "
+    unet += "norm_num_groups: 4, down_block_types: [DownBlock2D, DownBlock2D], up_block_types: [UpBlock2D, UpBlock2D]}"
+    options = [f"output_dir={tmp_path}", f"data.name={data}", "data.image_column=image", "data.held_out_images=4", unet]
+    options += ["pretrain.max_steps=40", "pretrain.batch_size=4"]
+    options += ["pretrain.log_every=5", "pretrain.held_out_every=20", "finetune.max_steps=2", "finetune.batch_size=4"]
+    options += [f"{section}.mixed_precision=no" for section in ("pretrain", "finetune", "sample")]
+    options += ["sample.num_images=12", "sample.num_inference_steps=2"]
+    options += ["evaluate.classifier_width=8", "evaluate.classifier_epochs=1"]
+    first = run_script("cifar10_scratch.sh", *options, NUM_PROCESSES="1", MAX_MINUTES="0.02")
+    assert "stopped by its time limit: the same command resumes" in first
+    assert "| model |" not in first
+    table = run_script("cifar10_scratch.sh", *options, NUM_PROCESSES="1")
+    assert "held-out accuracy" in table
+    rows = re.findall(r"^\| (\w+) \| 12 \| [\d.]+ \| [\d.]+ ± [\d.]+ \| .* \| -?[\d.]+ ± ", table, flags=re.MULTILINE)
+    assert rows == ["pretrained", "continued", "ensemble", "merged"]
+
+
+def make_photographs(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """Images in two classes' folders, wider than high."""
+    random = np.random.default_rng(0)
+    for index in range(count):
+        path = folder / "train" / f"class{index % 2}" / f"{index:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+
+
+def make_pretrained(folder: Path, benchmark: str) -> None:
+    """A benchmark's UNet with few channels: CIFAR-10 as the google/ddpm models are, flat; Church so with .bin weights
+    under the old names; Bedroom as a pipeline folder."""
+    down, channels = BLOCKS[benchmark]
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=RESOLUTION,
+        layers_per_block=1,
+        block_out_channels=channels,
+        norm_num_groups=4,
+        down_block_types=down,
+        up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
+        downsample_padding=0,
+        freq_shift=1,
+        flip_sin_to_cos=False,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+    )
+    if benchmark == "lsun_bedroom":
+        DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+        return
+    unet.save_pretrained(folder)
+    DDPMScheduler().save_pretrained(folder)
+    if benchmark == "lsun_church":
+        (folder / "diffusion_pytorch_model.safetensors").unlink()
+        state = {old_name(name): weight for name, weight in unet.state_dict().items()}
+        torch.save(state, folder / "diffusion_pytorch_model.bin")
+
+
+@pytest.mark.parametrize("benchmark", ["cifar10", "lsun_church", "lsun_bedroom"])
+def test_a_benchmark_runs_from_statistics_to_fid(benchmark, tmp_path, torch_home):
+    """Each script with its own configuration, on a tiny pipeline and a local folder: every stage, and again resumed."""
+    make_pretrained(tmp_path / "pretrained", benchmark)
+    make_photographs(tmp_path / "data", 20, (48, 40))
+    for name, content in FAKE_PYTORCH_FID.items():
+        file = tmp_path / "fake" / "pytorch_fid" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    options = [
+        f"output_dir={tmp_path}",
+        f"model.pretrained={tmp_path / 'pretrained'}",
+        f"data.name={tmp_path / 'data'}",
+    ]
+    options += ["data.image_column=image", f"data.resolution={RESOLUTION}", "data.cache_gb=0"]
+    options += ["finetune.max_steps=1", "finetune.batch_size=4", "finetune.micro_batch_size=2"]
+    options += ["finetune.mixed_precision=no", "sample.mixed_precision=no", "sample.num_inference_steps=2"]
+    options += ["sample.num_images=3"]
+    variables = {"TORCH_HOME": str(torch_home), "PYTHONPATH": str(tmp_path / "fake"), "NUM_PROCESSES": "1"}
+    output = run_script(f"{benchmark}.sh", *options, **variables)
+    assert f"{tmp_path / 'data'}: 20 images" in output
+    assert re.search(r"GB  together; [\d,.]+ GB are free", output)
+    assert "GPU hours together" in output
+    folder = tmp_path / benchmark
+    statistics = folder / "stats" / "inception.npz"
+    assert output.splitlines()[-1] == f"pytorch_fid|{folder / 'samples' / 'merged'}|{statistics}"
+    with np.load(statistics) as file:
+        assert file["mu"].shape == (2048,)
+        assert file["sigma"].shape == (2048, 2048)
+    assert len(list((folder / "samples" / "merged").glob("*.png"))) == 3
+    if benchmark == "cifar10":
+        again = run_script(f"{benchmark}.sh", *options, **variables)
+        assert len(re.findall("is complete", again)) == 4 + 1
+        assert "0 of 3 images to draw" in again
+        assert "statistics of" not in again
+
+
+def test_conda_gets_the_pinned_requirements():
+    environment_file = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
+    assert environment_file["name"] == "deme"
+    assert {"pip": ["-r requirements.txt"]} in environment_file["dependencies"]

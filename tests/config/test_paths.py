@@ -1,0 +1,58 @@
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from deme.config.experiment import Config
+from deme.config.paths import Paths
+from deme.config.sections import Evaluate, Merge, Model, Sample
+
+
+def test_everything_of_a_run_lies_below_its_folder():
+    """The layout that README promises; nothing but the cache of images is shared between runs."""
+    paths = Config(name="a", output_dir="out").paths
+    expected = {
+        "run": "out/a",
+        "image_cache": "out/image-cache",
+        "pretraining": "out/a/pretraining",
+        "pretrained_here": "out/a/pretrained",
+        "pretrained": "out/a/pretrained",
+        "continued": "out/a/finetuned/continued/unet",
+        "finetuned": "\n".join(
+            f"out/a/finetuned/{edges}/unet" for edges in ("0000-0250", "0250-0500", "0500-0750", "0750-1000")
+        ),
+        "merged": "out/a/merged",
+        "all_samples": "out/a/samples",
+        "samples": "out/a/samples/merged",
+        "grid": "out/a/samples/grid-merged.png",
+        "stats": "out/a/stats",
+        "classifier": "out/a/stats/classifier.safetensors",
+        "reference": "out/a/stats/inception.npz",
+        "results": "out/a/results.json",
+    }
+    assert {name: paths.lines(name) for name in Paths.names()} == expected
+
+
+def test_settings_move_what_they_name():
+    config = Config(
+        model=Model(pretrained="google/ddpm-cifar10-32"),
+        merge=Merge(finetuned="experts", output="elsewhere/merged"),
+        sample=Sample(model="/data/other/model"),
+        evaluate=Evaluate(reference="a.npz", output="b.json"),
+    )
+    paths = config.paths
+    assert paths.pretrained == "google/ddpm-cifar10-32"
+    assert str(paths.finetuned[0]) == "experts/0000-0250/unet"
+    assert str(paths.merged) == "elsewhere/merged"
+    assert str(paths.samples) == "runs/digits/samples/data-other-model"
+    assert (str(paths.reference), str(paths.results)) == ("a.npz", "b.json")
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "merge.py", "sample_ddp.py", "evaluate.py"])
+def test_every_script_says_where_things_lie(script, tmp_path):
+    options = ["--path", "finetuned", "name=x", "timesteps.num_ranges=2", "merge.coefficients=null"]
+    command = [sys.executable, REPOSITORY / script, *options]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert found.stdout == "runs/x/finetuned/0000-0500/unet\nruns/x/finetuned/0500-1000/unet\n", found.stderr
+    assert not list(tmp_path.iterdir())

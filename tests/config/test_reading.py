@@ -1,0 +1,149 @@
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from deme.config.experiment import Config
+from deme.config.reading import load_config
+from deme.config.sections import Finetune, range_name
+from deme.errors import UserError
+
+SCRIPTS = ["pretrain.py", "finetune.py", "merge.py", "sample_ddp.py", "evaluate.py"]
+
+
+@pytest.fixture
+def empty(tmp_path):
+    file = tmp_path / "empty.yaml"
+    file.write_text("name: empty\n")
+    return file
+
+
+def test_defaults_are_the_published_hyperparameters(empty):
+    """AdamW (0.95, 0.999), 1e-6, 1e-8, clip 1, lr 5e-5 constant, EMA 0.9999 with power 3/4, p = 0.3, λ = 1."""
+    finetune = load_config(empty, []).finetune
+    assert (finetune.adam_beta1, finetune.adam_beta2) == (0.95, 0.999)
+    assert (finetune.adam_weight_decay, finetune.adam_epsilon) == (1e-6, 1e-8)
+    assert (finetune.learning_rate, finetune.lr_scheduler, finetune.lr_warmup_steps) == (5e-5, "constant", 0)
+    assert (finetune.ema_decay, finetune.ema_inv_gamma, finetune.ema_power) == (0.9999, 1.0, 0.75)
+    assert (finetune.max_grad_norm, finetune.global_probability, finetune.consistency_weight) == (1.0, 0.3, 1.0)
+
+
+@pytest.mark.parametrize("benchmark", ["cifar10", "lsun_church", "lsun_bedroom"])
+def test_published_benchmarks_train_as_long_as_the_paper(benchmark):
+    """20,000 optimizer steps for each of four ranges, on all of the data."""
+    config = load_config(REPOSITORY / "configs" / f"{benchmark}.yaml", [])
+    assert config.finetune.max_steps == 20_000
+    assert len(config.timesteps.ranges) == 4
+    assert config.data.split == "train"
+    assert config.sample.num_images == 50_000
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("finetune: {max_steps: 5, learning_rate: 1.0e-3}\ntimesteps: {edges: [0, 100, 1000]}\n")
+    config = load_config(file, ["finetune.max_steps=7", "merge.coefficients=[0, 1]"])
+    assert (config.finetune.max_steps, config.finetune.learning_rate) == (7, 1e-3)
+    assert config.timesteps.ranges == [(0, 100), (100, 1000)]
+    assert config.merge.coefficients == [0, 1]
+
+
+def test_precision_no_may_be_written_without_quotes(tmp_path):
+    """YAML reads `no` as false."""
+    file = tmp_path / "a.yaml"
+    file.write_text("finetune: {mixed_precision: no}\nsample: {mixed_precision: bf16}\n")
+    config = load_config(file, ["sample.mixed_precision=no"])
+    assert (config.finetune.mixed_precision, config.sample.mixed_precision) == ("no", "no")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("finetune.lerning_rate=0.1", "finetune.lerning_rate=0.1: Key 'lerning_rate' not in 'Finetune'"),
+        ("fintune.range=1", "fintune={'range': 1}: Key 'fintune' not in 'Config'. Did you mean: 'finetune'?"),
+        ("finetune.max_steps=many", "finetune.max_steps=many: Value 'many' of type 'str' could not be converted"),
+        ("finetune.max_steps=0", "finetune.max_steps=0: must be a finite number above 0"),
+        ("finetune.global_probability=1.5", "finetune.global_probability=1.5: must lie in [0, 1]"),
+        ("finetune.global_probability=.nan", "finetune.global_probability=nan: must lie in [0, 1]"),
+        ("finetune.learning_rate=.inf", "finetune.learning_rate=inf: must be a finite number above 0"),
+        ("finetune.range=4", "finetune.range=4: must be null, continued, or one of 0 … 3"),
+        ("finetune.range=first", "finetune.range=first: must be null, continued, or one of 0 … 3"),
+        ("finetune.micro_batch_size=7", "finetune.batch_size=64: must be a multiple of finetune.micro_batch_size=7"),
+        ("finetune.mixed_precision=fp8", "finetune.mixed_precision=fp8: must be one of no, fp16, bf16"),
+        ("finetune.lr_scheduler=cosin", "finetune.lr_scheduler=cosin: must be one of constant,"),
+        ("timesteps.edges=[0,500,250,1000]", "timesteps.edges=[0, 500, 250, 1000]: must rise from 0 to T = 1000"),
+        ("timesteps.edges=[0,250,500]", "timesteps.edges=[0, 250, 500]: must rise from 0 to T = 1000"),
+        ("timesteps.edges=[10,1000]", "timesteps.edges=[10, 1000]: must rise from 0 to T = 1000"),
+        ("timesteps.edges=[]", "timesteps.edges=[]: must rise from 0 to T = 1000"),
+        ("timesteps.num_ranges=0", "timesteps.num_ranges=0: must lie in [1, 1000]"),
+        ("merge.coefficients=[1,1]", "merge.coefficients=[1, 1]: 2 coefficients for 4 timestep ranges"),
+        ("merge.coefficients=[.nan,0,0,0]", "merge.coefficients=[nan, 0, 0, 0]: must be a list of finite numbers"),
+        ("merge.coefficients=0.5", "merge.coefficients=0.5: must be a list of finite numbers, or a mapping"),
+        ("merge.coefficients={}", "merge.coefficients={}: must be a list of finite numbers, or a mapping"),
+        ("merge.coefficients={'*': 1}", "merge.coefficients={'*': 1}: must be a list of finite numbers, or a mapping"),
+        ("merge.coefficients={'*': [1, 1]}", "merge.coefficients={'*': [1, 1]}: 2 coefficients for 4 timestep ranges"),
+        ("merge.method=average", "merge.method=average: must be one of task_arithmetic, ties"),
+        ("merge.ties_fraction=0", "merge.ties_fraction=0.0: must lie in (0, 1]"),
+        ("finetune.lr_warmup_steps=5", "finetune.lr_warmup_steps=5: finetune.lr_scheduler=constant has no warm-up"),
+        ("sample.num_inference_steps=2000", "sample.num_inference_steps=2000: must be at most timesteps.num_train"),
+        ("sample.eta=-1", "sample.eta=-1.0: must lie in [0, 1]"),
+        ("finetune.max_grad_norm=.inf", "finetune.max_grad_norm=inf: must be a finite number above 0"),
+        ("finetune.lr_warmup_steps=-1", "finetune.lr_warmup_steps=-1: must be a finite number, 0 or above"),
+        ("timesteps.edges={a: 1}", "timesteps.edges={'a': 1}: Cannot merge incompatible container types"),
+        ("merge.coefficients=[1e300,0,0,0]", "merge.coefficients=[1e+300, 0, 0, 0]: must be a list of finite numbers"),
+        ("evaluate.features=clip", "evaluate.features=clip: must be one of inception, classifier"),
+        ("name=a/b", "name=a/b: must be a plain folder name"),
+        ("seed", "seed: overrides are written section.key=value"),
+    ],
+)
+def test_mistakes_name_key_and_value(empty, override, message):
+    with pytest.raises(UserError) as error:
+        load_config(empty, [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["a: [1", "!!python/object/apply:os.system ['true']", "- 1\n- 2", "\x00"])
+def test_broken_files_are_refused_in_one_line(tmp_path, content):
+    file = tmp_path / "broken.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError) as error:
+        load_config(file, [])
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.yaml"):
+        load_config(tmp_path / "absent.yaml", [])
+
+
+def test_equal_ranges_cover_all_timesteps():
+    assert Config().timesteps.ranges == [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    assert range_name((0, 250)) == "0000-0250"
+
+
+def test_processes_must_share_the_micro_batches():
+    with pytest.raises(UserError, match=r"finetune\.micro_batch_size=4: finetune\.batch_size=8 makes 2 micro-batches"):
+        Finetune(batch_size=8, micro_batch_size=4).check_shares(3)
+    with pytest.raises(UserError, match=r"3 processes can't share equally: set micro_batch_size=4 or a divisor"):
+        Finetune(batch_size=12).check_shares(3)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_answers_a_mistake_with_status_2_and_one_line(script, tmp_path):
+    result = subprocess.run(
+        [sys.executable, REPOSITORY / script, "timesteps.edges=[0,5]"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 2
+    assert result.stderr == f"{script}: error: timesteps.edges=[0, 5]: must rise from 0 to T = 1000\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_dry_run_prints_the_configuration_and_writes_nothing(script, tmp_path):
+    result = subprocess.run(
+        [sys.executable, REPOSITORY / script, "seed=7", "--dry-run"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "seed: 7" in result.stdout
+    assert "runs/digits" in result.stdout
+    assert not list(tmp_path.iterdir())

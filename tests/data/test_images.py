@@ -1,0 +1,88 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deme.data.ahead import ahead
+from deme.data.draws import batch_indices
+from deme.data.images import CroppedImages, MicroBatches, StreamedImages
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (10, 9, 12, 3), dtype=np.uint8)
+
+
+@given(num_images=st.integers(1, 30), batches=st.integers(1, 8), size=st.integers(1, 40))
+def test_every_pass_over_the_data_is_a_permutation(num_images, batches, size):
+    """Consecutive batches read one endless stream; each of its epochs holds every image once."""
+    stream = np.concatenate([batch_indices((0, 1), num_images, size * b, size) for b in range(batches)])
+    assert len(stream) == batches * size
+    for epoch in range(len(stream) // num_images):
+        assert sorted(stream[epoch * num_images : (epoch + 1) * num_images]) == list(range(num_images))
+
+
+def test_batches_do_not_depend_on_how_they_are_cut():
+    whole = batch_indices((3, 2), 7, 0, 24)
+    assert np.array_equal(whole, np.concatenate([batch_indices((3, 2), 7, start, 4) for start in range(0, 24, 4)]))
+    assert not np.array_equal(whole, batch_indices((3, 1), 7, 0, 24))
+    assert not np.array_equal(whole, batch_indices((4, 2), 7, 0, 24))
+
+
+def streamed(threads: int, decode=PIXELS.__getitem__) -> CroppedImages:
+    images = StreamedImages(decode, np.arange(len(PIXELS)))
+    images.threads = threads
+    return CroppedImages(images, 9, center_crop=False, random_flip=True)
+
+
+def decoded() -> CroppedImages:
+    images = [torch.from_numpy(image).permute(2, 0, 1) for image in PIXELS]
+    return CroppedImages(images, 9, center_crop=False, random_flip=True)
+
+
+@settings(max_examples=20)
+@given(threads=st.integers(0, 4), start=st.integers(0, 5), shares=st.sampled_from([1, 2, 4]))
+def test_images_decoded_ahead_are_those_of_the_cache(threads, start, shares):
+    """The same pixels, crops, flips and draws in the same order, from any step on and in any share of the work."""
+    for rank in range(shares):
+        numbers = range(rank, 4, shares)
+        cached, ahead_of_it = (MicroBatches(i, (0, 2), 8, 2, numbers) for i in (decoded(), streamed(threads)))
+        for step in (start, start + 1, start + 2, 0):
+            pairs = list(zip(cached.of_step(step), ahead_of_it.of_step(step), strict=True))
+            assert [(one.step, one.number) for one, _ in pairs] == [(step, number) for number in numbers]
+            for one, other in pairs:
+                assert torch.equal(one.pixels, other.pixels)
+                assert (one.uniform, one.seed) == (other.uniform, other.seed)
+        ahead_of_it.close()
+
+
+def test_images_are_decoded_while_a_step_is_computed():
+    """The batch after next is decoded before it is asked for, and no more than are kept in store."""
+    seen = []
+    batches = MicroBatches(streamed(2, lambda row: seen.append(row) or PIXELS[row]), (0, 2), 2, 2, range(1))
+    list(batches.of_step(0))
+    end = time.monotonic() + 30
+    while len(seen) < 4:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert len(seen) <= 2 * 6
+    batches.close()
+
+
+def test_an_error_of_a_thread_comes_where_its_result_would():
+    def fail_at_3(item: int) -> int:
+        if item == 3:
+            raise ValueError("three")
+        return item
+
+    results = ahead(fail_at_3, range(9), threads=2)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(results)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+
+
+@given(count=st.integers(0, 30), threads=st.integers(0, 4))
+def test_results_keep_the_order_of_their_items(count, threads):
+    assert list(ahead(lambda item: item * item, range(count), threads)) == [i * i for i in range(count)]

@@ -1,0 +1,39 @@
+import re
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from deme.errors import UserError
+from deme.job import processes
+from deme.job.machine import computes_in_bf16, keep_freed_memory, peak_memory, processor
+
+
+def test_the_processor_has_a_name_and_an_instruction_set():
+    """One line, as records and tables show it."""
+    assert re.fullmatch(r"[^\n()]+( \((amx_bf16|avx512_bf16|avx512f|avx2)\))?", processor())
+
+
+def test_memory_grows_with_what_is_allocated():
+    keep_freed_memory()
+    before = peak_memory(torch.device("cpu"))
+    torch.ones(2**26)  # 256 MiB
+    assert peak_memory(torch.device("cpu")) - before > 2**27
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_cpu_says_what_precision_it_has(monkeypatch, capsys, has_bf16):
+    """bf16 without instructions for it is warned of in one line; fp16's message names what works well here."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(processes, "computes_in_bf16", lambda: has_bf16)
+    processes.make_accelerator("bf16", "sample.mixed_precision")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    warning = "sample.mixed_precision=bf16: this CPU has no bf16 instructions and takes many times as long as with no\n"
+    assert capsys.readouterr().out == ("" if has_bf16 else warning)
+    with pytest.raises(UserError, match=f"=fp16: needs a GPU; on this CPU use {'bf16' if has_bf16 else 'no'}$"):
+        processes.make_accelerator("fp16", "sample.mixed_precision")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_what_the_processor_reports_is_a_fact():
+    assert computes_in_bf16() in (True, False)

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+import yaml
+
+from deme.config.experiment import Config
+from deme.errors import UserError
+from deme.job.records import IMAGES, MERGED, PROVENANCE, RUN, SAMPLES, STATISTICS, Record, provenance, read_record
+
+MADE_FROM = {"weights": "a" * 64, "steps": 50}
+OLD_SAMPLES = MADE_FROM | {"sample.scheduler": "ddim"}  # what older records do not say
+BESIDE = {RUN: {"free": {"log_every": 1}}, SAMPLES: {"num_images": 4}, MERGED: {}}
+
+
+@pytest.mark.parametrize("kind", BESIDE, ids=lambda kind: kind.name)
+def test_records_are_read_as_they_were_written(tmp_path, kind):
+    made_from = OLD_SAMPLES if kind is SAMPLES else MADE_FROM
+    written = Record(kind, made_from, BESIDE[kind] | provenance(Config()))
+    written.write(tmp_path)
+    found = read_record(kind, tmp_path)
+    assert found == written
+    assert found.fits(Record(kind, made_from), tmp_path)
+    assert read_record(kind, tmp_path / "absent") is None
+
+
+def test_files_written_before_records_had_one_home_are_read(tmp_path):
+    """Each with the keys that it had: nobody's runs, merges or samples are lost."""
+    old = {
+        RUN: {"trained_from": MADE_FROM, "free": {"log_every": 1}, "git_commit": "abc", "versions": {}, "config": {}},
+        SAMPLES: {"identity": MADE_FROM, "num_images": 4, "seed_offset": 0, "git_commit": None},
+        MERGED: {**MADE_FROM, "git_commit": None, "versions": {"python": "3.11"}, "config": {}},
+    }
+    for kind, content in old.items():
+        (tmp_path / kind.file).write_text(yaml.safe_dump(content))
+        assert read_record(kind, tmp_path).made_from == (OLD_SAMPLES if kind is SAMPLES else MADE_FROM)
+
+
+def test_every_policy_is_followed(tmp_path, capsys):
+    """Refused by name of what differs, with its values where they are short; replaced, saying so; rebuilt."""
+    other = {"weights": "b" * 64, "steps": 20}
+    with pytest.raises(UserError, match=r"^holds samples of other settings: steps=20 \(was 50\), weights; go away$"):
+        Record(SAMPLES, MADE_FROM).fits(Record(SAMPLES, other), tmp_path, "go away")
+    assert not Record(SAMPLES, MADE_FROM).fits(Record(SAMPLES, other), tmp_path, overwrite=True)
+    assert not Record(MERGED, MADE_FROM).fits(Record(MERGED, other), tmp_path)
+    assert capsys.readouterr().out == 2 * f"{tmp_path} was made from something else: replacing it\n"
+    assert not Record(STATISTICS, MADE_FROM).fits(Record(STATISTICS, other), tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_setting_that_only_one_of_two_has_is_a_difference(tmp_path):
+    for before, now in (({"a": 1}, {"a": 1, "b": 2}), ({"a": 1, "b": 2}, {"a": 1})):
+        with pytest.raises(UserError, match="b="):
+            Record(RUN, before).fits(Record(RUN, now), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["identity: null\nnum_images: 4\n", "identity: {}\n", "num_images: 4\n"])
+def test_damaged_records_are_named(tmp_path, content):
+    (tmp_path / SAMPLES.file).write_text(content)
+    with pytest.raises(UserError, match=r"samples\.yaml: not the record of samples: (identity|num_images) is missing"):
+        read_record(SAMPLES, tmp_path)
+
+
+def test_caches_keep_their_names():
+    """Decoded images of 30 GB are found again: the name is that of the values alone, in their order."""
+    values = {"fingerprint": "abc", "image_column": "image", "resolution": 256, "channels": 3, "skip_unreadable": False}
+    assert Record(IMAGES, values).digest == "345348b062a618ab"
+    assert Record(IMAGES, values | {"resolution": 128}).digest != Record(IMAGES, values).digest
+
+
+def test_provenance_is_plain_yaml():
+    record = provenance(Config())
+    assert yaml.safe_load(yaml.safe_dump(record)) == record
+    assert tuple(record) == PROVENANCE
+    assert record["versions"]["numpy"] == np.__version__
+    assert record["processor"]
+    assert record["config"]["finetune"]["range"] is None

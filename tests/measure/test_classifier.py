@@ -1,0 +1,24 @@
+import torch
+
+from deme.config.sections import Data
+from deme.data.sources import load_evaluation_images
+from deme.job.records import CLASSIFIER, Record
+from deme.measure.classifier import load_classifier, save_classifier, train_classifier
+
+
+def test_the_classifier_knows_the_digits(tmp_path):
+    """At least 97 % on digits it was not trained on; saved and loaded it gives the same features."""
+    images, labels = load_evaluation_images(Data(), tmp_path)
+    pixels = images.batch(range(len(images)))
+    device = torch.device("cpu")
+    classifier, accuracy = train_classifier(
+        pixels, labels, width=16, epochs=12, random_flip=False, precision="no", seed=0, device=device
+    )
+    assert accuracy >= 0.97
+    record = Record(CLASSIFIER, {"seed": 0})
+    save_classifier(tmp_path / "c.safetensors", classifier, accuracy, record)
+    assert load_classifier(tmp_path / "c.safetensors", Record(CLASSIFIER, {"seed": 1})) is None
+    loaded, saved_accuracy = load_classifier(tmp_path / "c.safetensors", record)
+    assert saved_accuracy == accuracy
+    with torch.inference_mode():
+        assert torch.equal(loaded.features(pixels[:9]), classifier.features(pixels[:9]))

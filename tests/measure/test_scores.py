@@ -1,0 +1,94 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from deme.errors import UserError
+from deme.measure.metrics import frechet_distance, statistics
+from deme.measure.reference import Reference
+from deme.measure.scores import load_scores, paired, save_scores, score
+from deme.report.tables import score_table
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    features = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
+    return Reference.of([features], len(features))
+
+
+def scored(reference, shift=0.0, blocks=4, count=400, name="merged"):
+    features = np.random.default_rng(1).normal(shift, 1, size=(count, 4)).astype(np.float32)
+    return score(name, ["abc"], features, reference, "classifier", blocks), features
+
+
+def test_blocks_are_scored_in_order_and_together(reference):
+    found, features = scored(reference)
+    assert found.images == 400
+    assert found.pooled == frechet_distance(*statistics(features), reference.mu, reference.sigma)
+    first = frechet_distance(*statistics(features[:100]), reference.mu, reference.sigma)
+    assert found.blocks[0] == first
+    assert found.mean == pytest.approx(np.mean(found.blocks))
+    assert found.standard_deviation == pytest.approx(np.std(found.blocks, ddof=1))
+    assert found.kid_standard_error == pytest.approx(np.std(found.kid_blocks, ddof=1) / 2)
+
+
+def test_differences_are_paired_by_block(reference):
+    found, baseline = scored(reference, 0.2)[0], scored(reference)[0]
+    result = paired(found, baseline)
+    differences = np.subtract(found.blocks, baseline.blocks)
+    assert result.difference == pytest.approx(differences.mean())
+    assert result.difference_standard_error == pytest.approx(differences.std(ddof=1) / 2)
+    assert replace(result, difference=None, difference_standard_error=None) == found
+
+
+def test_a_single_block_has_no_spread(reference):
+    found, _ = scored(reference, blocks=1)
+    assert found.blocks == [found.pooled]
+    assert found.standard_deviation is None
+    assert paired(found, found).difference_standard_error is None
+
+
+def test_a_kid_is_shown_only_where_it_tells_something(reference):
+    """Of the same distribution it is left out, with a line that says so; of another one it is in the table."""
+    same, other = scored(reference)[0], scored(reference, 0.5, name="other")[0]
+    assert not same.has_telling_kid
+    assert other.has_telling_kid
+    table = score_table([same], "classifier")
+    assert table.splitlines()[-1] == (
+        "classifier KID is left out: with so few images it can't be told from 0 for any row."
+    )
+    assert "KID ×" not in table
+    table = score_table([same, other], "classifier")
+    assert "classifier KID × 10³ ± s.e." in table
+    assert f"{1e3 * other.kid:.3f} ± {1e3 * other.kid_standard_error:.3f}" in table
+    assert table.splitlines()[-1].startswith("| other | 400 | ")
+
+
+def test_without_reference_features_there_is_the_distance_alone(reference):
+    """As with a file that pytorch_fid made."""
+    found, _ = scored(replace(reference, features=None))
+    assert (found.kid, found.precision, found.recall) == (None, None, None)
+    assert "left out" not in score_table([found], "inception")
+    assert "| merged | 400 |" in score_table([found], "inception")
+
+
+def test_scores_survive_saving_and_older_files_are_read(tmp_path, reference):
+    """Before, keys without a value were left out, and each row told its own."""
+    rows = [scored(reference)[0], paired(scored(reference, 0.2)[0], scored(reference)[0])]
+    save_scores(tmp_path / "results.json", "classifier", rows, {"held_out_accuracy": 0.9})
+    assert load_scores(tmp_path / "results.json") == ("classifier", rows)
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["held_out_accuracy"] == 0.9
+    content["rows"] = [{key: value for key, value in row.items() if value is not None} for row in content["rows"]]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert load_scores(tmp_path / "results.json") == ("classifier", rows)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"rows": [1]}', '{"features": "inception", "rows": [{"pooled": 1}]}', "{}"]
+)
+def test_damaged_results_are_named(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match=r"results\.json: "):
+        load_scores(tmp_path / "results.json")

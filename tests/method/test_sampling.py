@@ -1,0 +1,131 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_unet
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, LDMPipeline
+
+from deme.errors import UserError
+from deme.method.sampling import SHORT_NAMES, ensemble, initial_noise, make_sampler, sample_images
+from deme.models.encoders import decode
+
+SCHEDULER = DDPMScheduler(beta_end=0.03, clip_sample_range=1.5)
+SHAPE = (1, 8, 8)
+
+
+def sample(network_at, seeds=range(4), steps=5, **settings):
+    return decode(sample_images(network_at, SCHEDULER, seeds, SHAPE, "cpu", steps, **settings))
+
+
+def single(unet):
+    return ensemble([unet], [(0, 1000)])
+
+
+class Recorder(torch.nn.Module):
+    """Predicts no noise and writes down when it is called."""
+
+    def __init__(self, name, calls):
+        super().__init__()
+        self.name, self.calls = name, calls
+
+    def forward(self, noisy, timestep, return_dict):
+        self.calls.append((self.name, int(timestep)))
+        return (torch.zeros_like(noisy),)
+
+
+def test_equals_diffusers_pipeline_from_the_same_noise(monkeypatch):
+    """Same betas, same clipping, same images as DDIMPipeline, up to rounding to grey levels."""
+    unet = tiny_unet()
+    noise = initial_noise([torch.Generator().manual_seed(seed) for seed in range(4)], SHAPE)
+    monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *args, **kwargs: noise)
+    pipeline = DDIMPipeline(unet, SCHEDULER)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(batch_size=4, num_inference_steps=5, output_type="np").images
+    expected = (expected * 255).round().astype(np.int16)
+    drawn = sample(single(unet)).permute(0, 2, 3, 1).numpy().astype(np.int16)
+    assert np.abs(drawn - expected).max() <= 1
+    assert expected.std() > 10
+
+
+class Identity(torch.nn.Module):
+    """Stands for the autoencoder of a latent pipeline: its latents are the images."""
+
+    config = SimpleNamespace(scaling_factor=1.0)
+    device = torch.device("cpu")
+
+    def decode(self, latents):
+        return SimpleNamespace(sample=latents)
+
+
+@pytest.mark.parametrize("name", [*SHORT_NAMES, "HeunDiscreteScheduler", "DEISMultistepScheduler"])
+def test_every_sampler_equals_diffusers_pipeline_with_it(name):
+    """The latent pipeline, as it takes any scheduler; the same seeds, up to rounding to grey levels."""
+    unet = tiny_unet()
+    pipeline = LDMPipeline(Identity(), unet, make_sampler(SCHEDULER, name))
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    expected = pipeline(4, generators, num_inference_steps=5, output_type="np").images
+    drawn = sample(single(unet), sampler=name).permute(0, 2, 3, 1).numpy().astype(np.int16)
+    assert np.abs(drawn - (expected * 255).round().astype(np.int16)).max() <= 1
+    assert expected.std() > 0.1
+
+
+def test_a_stochastic_sampler_equals_diffusers_pipeline_with_it():
+    """DDPM: each image's noise from its own generator."""
+    unet = tiny_unet()
+    pipeline = DDPMPipeline(unet, SCHEDULER)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    expected = pipeline(4, generators, num_inference_steps=5, output_type="np").images
+    drawn = sample(single(unet), sampler="DDPMScheduler").permute(0, 2, 3, 1).numpy().astype(np.int16)
+    assert np.abs(drawn - (expected * 255).round().astype(np.int16)).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["foo", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_samplers_that_can_not_take_the_noise_schedule_are_refused(name):
+    with pytest.raises(UserError, match=r"must be one of ddim, pndm, dpmsolver\+\+, unipc, euler, DDIMScheduler, "):
+        make_sampler(SCHEDULER, name)
+
+
+def test_samplers_keep_the_pretrained_betas():
+    for name in SHORT_NAMES:
+        assert torch.equal(make_sampler(SCHEDULER, name).betas, SCHEDULER.betas)
+
+
+def test_one_network_call_per_step_at_the_leading_timesteps():
+    """3 steps visit t = 666, 333, 0."""
+    calls = []
+    sample(single(Recorder("only", calls)), steps=3)
+    assert calls == [("only", 666), ("only", 333), ("only", 0)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"eta": 1.0}, {"sampler": "DDPMScheduler"}, {"sampler": "EulerAncestralDiscreteScheduler"}],
+    ids=str,
+)
+def test_an_image_depends_on_its_seed_alone(settings):
+    predict = single(tiny_unet())
+    together = sample(predict, seeds=[3, 1, 2], **settings)
+    for image, seed in zip(together, [3, 1, 2], strict=True):
+        alone = sample(predict, seeds=[seed], **settings)[0]
+        assert (image.int() - alone.int()).abs().max() <= 1
+    assert not torch.equal(together[0], together[1])
+
+
+def test_eta_adds_noise():
+    predict = single(tiny_unet())
+    assert not torch.equal(sample(predict, eta=0.0), sample(predict, eta=1.0))
+
+
+def test_the_ensemble_uses_the_expert_of_each_timestep():
+    calls = []
+    experts = [Recorder("low", calls), Recorder("high", calls)]
+    sample(ensemble(experts, [(0, 334), (334, 1000)]), steps=3)
+    assert calls == [("high", 666), ("low", 333), ("low", 0)]
+
+
+def test_an_ensemble_of_one_network_is_that_network():
+    unet = tiny_unet()
+    assert torch.equal(sample(ensemble([unet, unet], [(0, 500), (500, 1000)])), sample(single(unet)))

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deme.errors import UserError
+from deme.method.task_vectors import TaskArithmetic, merge_tensors
+from deme.method.ties import Ties
+
+numbers = st.floats(-10, 10, width=32)
+tensors = st.lists(numbers, min_size=3, max_size=3).map(torch.tensor)
+models = st.lists(st.tuples(tensors, numbers), min_size=1, max_size=5)
+
+
+METHODS = [TaskArithmetic(), Ties(0.5, "mean")]
+merge_tensor = TaskArithmetic().merge_tensor
+
+
+def merge(pretrained, finetuned, coefficients, method=METHODS[0]):
+    named = {f"range {k}": tensors for k, tensors in enumerate(finetuned)}
+    return dict(merge_tensors(pretrained, named, dict.fromkeys(pretrained, coefficients), method))
+
+
+@given(base=tensors, experts=models)
+def test_equals_the_formula_in_float64(base, experts):
+    """pretrained + Σ_k w_k (finetuned_k − pretrained)."""
+    finetuned, coefficients = zip(*experts, strict=True)
+    expected = base.double() + sum(w * (f.double() - base.double()) for f, w in experts)
+    torch.testing.assert_close(merge_tensor(base, finetuned, coefficients).double(), expected, rtol=1e-5, atol=1e-3)
+
+
+@given(base=tensors, experts=models)
+def test_coefficients_of_0_give_the_pretrained_model(base, experts):
+    finetuned = [f for f, _ in experts]
+    assert torch.equal(merge_tensor(base, finetuned, [0.0] * len(finetuned)), base)
+
+
+@given(base=tensors, expert=tensors)
+def test_a_coefficient_of_1_gives_the_finetuned_model(base, expert):
+    torch.testing.assert_close(merge_tensor(base, [expert], [1.0]), expert, rtol=1e-5, atol=1e-5)
+
+
+@given(base=tensors, experts=models)
+def test_the_order_of_the_ranges_does_not_matter(base, experts):
+    forward, backward = (merge_tensor(base, *zip(*order, strict=True)) for order in (experts, experts[::-1]))
+    torch.testing.assert_close(forward, backward, rtol=1e-4, atol=1e-3)
+
+
+@given(base=tensors, expert=tensors, w=numbers)
+def test_splitting_a_coefficient_changes_nothing(base, expert, w):
+    whole, halves = merge_tensor(base, [expert], [w]), merge_tensor(base, [expert] * 2, [w / 2] * 2)
+    torch.testing.assert_close(whole, halves, rtol=1e-4, atol=1e-3)
+
+
+def test_sums_are_float32_and_the_stored_type_is_kept():
+    """In float16, 1 + 8 × 0.0002 would lose every term: each is below half a unit in the last place."""
+    base, finetuned = torch.tensor([1.0], dtype=torch.float16), torch.tensor([1.002], dtype=torch.float16)
+    step = finetuned.float() - 1
+    merged = merge_tensor(base, [finetuned] * 8, [0.2] * 8)
+    assert merged.dtype == torch.float16
+    assert torch.equal(merged, (1 + 1.6 * step).half())
+
+
+def test_inputs_are_left_alone():
+    base, finetuned = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
+    merge(base, [finetuned], [1.0])
+    assert torch.equal(base["w"], torch.ones(2))
+    assert torch.equal(finetuned["w"], torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("finetuned", "message"),
+    [
+        ({}, "range 0: the pretrained model's tensor w is missing"),
+        ({"w": torch.ones(2), "v": torch.ones(1)}, "range 0: tensor v is not in the pretrained model"),
+        ({"w": torch.ones(2, 1)}, r"range 0: tensor w has the shape \(2, 1\), in the pretrained model \(2,\)"),
+        ({"w": torch.tensor([1.0, float("nan")])}, "range 0: tensor w holds NaN or infinite values"),
+        ({"w": torch.tensor([1.0, float("inf")])}, "range 0: tensor w holds NaN or infinite values"),
+    ],
+)
+@pytest.mark.parametrize("method", METHODS, ids=["task arithmetic", "ties"])
+def test_unfit_models_are_refused_by_name(finetuned, message, method):
+    with pytest.raises(UserError, match=message):
+        merge({"w": torch.ones(2)}, [finetuned], [1.0], method)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["task arithmetic", "ties"])
+def test_a_nan_in_the_pretrained_model_is_refused(method):
+    with pytest.raises(UserError, match="the pretrained model: tensor w holds NaN"):
+        merge({"w": torch.tensor([1, float("nan")])}, [{"w": torch.ones(2)}], [0.0], method)
+
+
+def test_coefficients_that_overflow_are_refused():
+    with pytest.raises(OverflowError, match=r"^\[3e\+38, 3e\+38\]: too large for tensor w, which overflows$"):
+        merge({"w": torch.zeros(2)}, [{"w": torch.ones(2)}] * 2, [3e38, 3e38])
+
+
+def test_methods_describe_themselves():
+    """What the record of a merge says of them."""
+    assert METHODS[0].describe() == {"method": "task_arithmetic"}
+    assert METHODS[1].describe() == {"method": "ties", "ties_fraction": 0.5, "ties_combine": "mean"}

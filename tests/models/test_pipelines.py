@@ -1,0 +1,104 @@
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import old_name, run
+from diffusers import DDIMPipeline, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from deme.errors import UserError
+from deme.models.networks import load_scheduler, load_unet
+from deme.models.pipelines import PICKLED_WEIGHTS, WEIGHTS, find_pipeline, load_tensors, unet_folder
+from deme.projection import ProjectedUNet2DModel
+
+
+@pytest.fixture(params=["safetensors", "old names", "pickled", "pickled, old names", "without an index"])
+def flat(request, pretrained, tmp_path):
+    """The pretrained pipeline as the google/ddpm models lie on the Hub: everything at the top."""
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    shutil.copy(pretrained / "scheduler" / "scheduler_config.json", folder)
+    shutil.copy(pretrained / "unet" / "config.json", folder)
+    if request.param != "without an index":
+        shutil.copy(pretrained / "model_index.json", folder)
+    tensors = load_file(pretrained / "unet" / WEIGHTS)
+    if "old names" in request.param:
+        tensors = {old_name(name): tensor for name, tensor in tensors.items()}
+        assert any("proj_attn" in name for name in tensors)
+    if "pickled" in request.param:
+        torch.save(tensors, folder / PICKLED_WEIGHTS)
+    else:
+        save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+def test_every_form_gives_the_same_network_and_schedule(flat, pretrained):
+    pipeline = find_pipeline(str(flat))
+    expected = load_file(pretrained / "unet" / WEIGHTS)
+    found = load_unet(unet_folder(pipeline)).state_dict()
+    for tensors in (found, load_tensors(unet_folder(pipeline))):
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert load_scheduler(pipeline).config.beta_end == 0.03
+
+
+@pytest.mark.parametrize("flat", ["pickled, old names"], indirect=True)
+def test_the_whole_recipe_from_an_old_pickled_flat_folder(config_file, flat):
+    """finetune, merge, sample: the merged pipeline has today's names and the pretrained schedule."""
+    options = [f"model.pretrained={flat}", "finetune.max_steps=2"]
+    run("finetune.py", config_file, *options)
+    run("merge.py", config_file, *options)
+    run("sample_ddp.py", config_file, *options)
+    run("sample_ddp.py", config_file, *options, "sample.model=pretrained")
+    pipeline = DDIMPipeline.from_pretrained(config_file.parent / "tiny" / "merged")
+    assert isinstance(pipeline.unet, ProjectedUNet2DModel)
+    assert pipeline.scheduler.config.beta_end == 0.03
+    assert pipeline.scheduler.config.clip_sample_range == 1.5
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(flat, tmp_path):
+    for name in (WEIGHTS, PICKLED_WEIGHTS):
+        (flat / name).unlink(missing_ok=True)
+    torch.save({"conv_in.weight": Hostile(tmp_path / "executed")}, flat / PICKLED_WEIGHTS)
+    with pytest.raises(UserError, match="flat"):
+        load_unet(flat)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_projections_are_never_dropped(pretrained, tmp_path):
+    """Weights with projections beside a configuration of plain UNet2DModel: refused, not loaded without them."""
+    ProjectedUNet2DModel.from_unet(UNet2DModel.from_pretrained(pretrained / "unet")).save_pretrained(tmp_path)
+    shutil.copy(pretrained / "unet" / "config.json", tmp_path)
+    with pytest.raises(UserError, match=r"holds projections, but its config\.json does not name ProjectedUNet2DModel"):
+        load_unet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "unet" / WEIGHTS).unlink(), r"unet/.*safetensors: missing"),
+        (
+            lambda folder: (folder / "unet" / "config.json").unlink(),
+            r"not a pipeline folder: .*config\.json is missing",
+        ),
+        (lambda folder: shutil.rmtree(folder / "scheduler"), r"scheduler_config\.json is missing"),
+        (lambda folder: (folder / "unet" / "config.json").write_text("{"), r"unet/config\.json: "),
+        (lambda folder: (folder / "unet" / WEIGHTS).write_bytes(b"short"), r"unet: "),
+    ],
+)
+def test_incomplete_folders_are_named(pretrained, tmp_path, change, message):
+    folder = tmp_path / "copy"
+    shutil.copytree(pretrained, folder)
+    change(folder)
+    with pytest.raises(UserError, match=message) as error:
+        load_unet(unet_folder(find_pipeline(str(folder))))
+    assert "\n" not in str(error.value)

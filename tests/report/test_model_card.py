@@ -1,0 +1,17 @@
+import yaml
+
+from deme.config.experiment import Config
+from deme.config.sections import Data, Merge, Model
+from deme.report.model_card import header
+
+
+def test_the_metadata_name_what_the_hub_has():
+    """License, base model and data set as the Hub reads them; a folder on somebody's disk is not among them."""
+    config = Config(
+        model=Model(pretrained="google/ddpm-cifar10-32", license="apache-2.0"), data=Data(name="uoft-cs/cifar10")
+    )
+    expected = {"license": "apache-2.0", "base_model": "google/ddpm-cifar10-32", "datasets": ["uoft-cs/cifar10"]}
+    assert header(config).items() >= expected.items()
+    local = header(Config(model=Model(pretrained="assets/digits"), merge=Merge(push_to_hub="a/b")))
+    assert local.keys() & expected.keys() == set()
+    assert yaml.safe_load(yaml.safe_dump(header(config))) == header(config)
