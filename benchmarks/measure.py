@@ -1,12 +1,16 @@
 """How the benchmarks measure: contenders in turn, medians with their spread, and the machine's ceiling."""
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
+from deme.job.machine import computes_in_bf16
+
+INSTRUCTION_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # both to avx2: as on an older processor
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices of the matrix product
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**32}
 
@@ -22,6 +26,11 @@ def parse(description: str, **options: dict) -> argparse.Namespace:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     return arguments
+
+
+def has_bf16() -> bool:
+    """Whether the CPU computes in bf16, which it does not where its instructions are limited."""
+    return computes_in_bf16() and not any(variable in os.environ for variable in INSTRUCTION_LIMITS)
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -65,7 +74,7 @@ def ceiling(device: str) -> dict[str, float]:
     """The machine's own limits: FLOP/s of matrix products by type, bytes/s of a memory copy (read and written)."""
     size = MATRIX[device]
     found = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if device == "cuda" or has_bf16() else (torch.float32,):
         matrix = torch.randn(size, size, device=device).to(dtype)
         taken = alternate({"": lambda matrix=matrix: matrix @ matrix}, 5, device)[""]
         found[str(dtype).removeprefix("torch.")] = 2 * size**3 / statistics.median(taken)
@@ -76,6 +85,7 @@ def ceiling(device: str) -> dict[str, float]:
 
 
 def ceiling_line(found: dict[str, float]) -> str:
-    products = ", ".join(f"{found[name] / 1e12:.3g} TFLOP/s in {name}" for name in ("float32", "bfloat16"))
+    types = [name for name in ("float32", "bfloat16") if name in found]
+    products = ", ".join(f"{found[name] / 1e12:.3g} TFLOP/s in {name}" for name in types)
     copy = f"memory copy {found['copy'] / 1e9:.3g} GB/s"
     return f"This machine's ceiling in the same run: matrix products {products}; {copy}."

@@ -1,6 +1,7 @@
 """How every benchmark reports: results/NAME.json, and its table in README.md."""
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -37,14 +38,15 @@ def save(name: str, device: str, rows: list[dict], table: str, ceiling: dict[str
     if ceiling:
         table = f"{table}\n\n{measure.ceiling_line(ceiling)}"
     print(table)
-    command = shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    limits = [f"{variable}={os.environ[variable]}" for variable in measure.INSTRUCTION_LIMITS if variable in os.environ]
+    command = shlex.join([*limits, "python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    place = "-".join([name, device, *(["avx2"] if limits else [])])
     content = {"command": command, "machine": machine(device), "ceiling": ceiling, "rows": rows}
     (FOLDER / "results").mkdir(exist_ok=True)
-    (FOLDER / "results" / f"{name}-{device}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (FOLDER / "results" / f"{place}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     readme = FOLDER / "README.md"
-    key = f"{name}-{device}"
-    part = f"<!-- {key} -->\n`{command}` on {content['machine']}:\n\n{table}\n<!-- end of {key} -->"
+    part = f"<!-- {place} -->\n`{command}` on {content['machine']}:\n\n{table}\n<!-- end of {place} -->"
     text = readme.read_text(encoding="utf-8")
-    pattern = re.compile(f"<!-- {key} -->.*<!-- end of {key} -->", re.DOTALL)
+    pattern = re.compile(f"<!-- {place} -->.*<!-- end of {place} -->", re.DOTALL)
     text = pattern.sub(lambda _: part, text) if pattern.search(text) else f"{text.rstrip()}\n\n{part}\n"
     readme.write_text(text, encoding="utf-8")

@@ -33,7 +33,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import ceiling, parse, ratios, seconds, spread
+from benchmarks.measure import ceiling, has_bf16, parse, ratios, seconds, spread
 from benchmarks.report import save
 from benchmarks.trainers import make_trainer
 from benchmarks.unets import CHURCH, CIFAR10
@@ -53,7 +53,7 @@ def main() -> None:
     arguments = parse(__doc__)
     device = arguments.device
     batch_size, micro_batch_size = (32, 4) if device == "cuda" else (4, 4)  # all contenders stay in memory
-    precisions = ["no", "bf16", "fp16"] if device == "cuda" else ["no", "bf16"]
+    precisions = ["no", "bf16", "fp16"] if device == "cuda" else ["no", "bf16"] if has_bf16() else ["no"]
     names = [f"{contender}, {precision}" for precision in precisions for contender in ("plain loop", "finetune.py")]
     settings = {"quick": arguments.quick, "device": device, "batch_size": batch_size}
     settings |= {"micro_batch_size": micro_batch_size}
@@ -253,6 +253,7 @@ def breakdown(trainer: Trainer, device: str, steps: int = 3) -> dict[str, float]
         finally:
             setattr(owner, name, original)
 
+    trainer.batches.close()  # so that the next ones are loaded by what is timed
     with (
         timed("data", trainer.batches, "_load"),
         timed("forward", trainer.model, "forward"),

@@ -2,14 +2,16 @@
 
 import torch
 
+from deme.models.inference import memory_format
+
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for a number of channels
 
 
 def encode(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 images (B, C, H, W) to [−1, 1] on the device, same shape; a GPU is not waited for."""
+    """uint8 images (B, C, H, W) to [−1, 1] on the device, same shape, in its memory format; a GPU is not waited for."""
     if device.type == "cuda":
         pixels = pixels.pin_memory()
-    pixels = pixels.to(device, non_blocking=True)
+    pixels = pixels.to(device, non_blocking=True, memory_format=memory_format(device))
     return pixels.float().div_(127.5).sub_(1)
 
 

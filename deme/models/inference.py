@@ -12,6 +12,15 @@ LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution, below wh
 AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def memory_format(device: torch.device | str) -> torch.memory_format:
+    """How networks and images lie on a device: channels last on a GPU.
+
+    On a CPU oneDNN reorders both anyway; channels_last costs narrow networks a fifth of their time in group
+    normalizations, and wide ones a tenth to a third of a training step in copies of their weights.
+    """
+    return torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last
+
+
 def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str) -> nn.Module:
     """Prepare a network for predicting on a device, in place.
 
@@ -19,9 +28,7 @@ def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str)
         mixed_precision: no, fp16 or bf16: autocast, which then has no weights left to cast.
     """
     on_cpu = torch.device(device).type == "cpu"
-    # on a CPU channels_last gains nothing, and costs narrow networks a fifth of their time in group normalizations
-    layout = torch.contiguous_format if on_cpu else torch.channels_last
-    network = network.eval().requires_grad_(False).to(device, memory_format=layout)
+    network = network.eval().requires_grad_(False).to(device, memory_format=memory_format(device))
     dtype = AUTOCAST_TYPES[mixed_precision]
     if dtype is not None:
         for module in network.modules():

@@ -29,7 +29,7 @@ from deme.job.signals import Interrupted, noted_signals
 from deme.method.losses import decoupled_loss
 from deme.method.timesteps import choose_interval, sample_timesteps
 from deme.models.encoders import encode
-from deme.models.inference import freeze
+from deme.models.inference import freeze, memory_format
 from deme.training.checkpoints import (
     CheckpointWriter,
     TrainingState,
@@ -111,7 +111,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
 
-        self.student = networks.student.to(self.device, memory_format=torch.channels_last).train()
+        self.student = networks.student.to(self.device, memory_format=memory_format(self.device)).train()
         if settings.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
         self.teacher: nn.Module | None = None
