@@ -24,7 +24,7 @@ from benchmarks.measure import parse, ratios, spread
 from benchmarks.report import save
 from benchmarks.unets import CHURCH, CIFAR10
 from deme.config.reading import load_config
-from deme.models.pipelines import ATTENTION_NAMES
+from deme.models.pipelines import ATTENTION_NAMES, todays_name
 from deme.report.tables import markdown_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -76,7 +76,7 @@ def compare(folder: Path, title: str, kind: str, settings: dict, experts: int, r
         for name in CONTENDERS:
             runs[name].append(child(folder, name, experts, cold=False))
         command_seconds.append(whole_command(folder, experts))
-        if kind == "UNet2DModel":
+        if kind == "UNet2DModel" and experts == 4:
             whole_modules.append(whole_modules_command(folder, experts))
     rows = []
     for name in CONTENDERS:
@@ -195,7 +195,9 @@ def merge_state_dicts(inputs: list[Path], output: Path) -> None:
     """All models in memory, a task vector of each, their sum."""
     from safetensors.torch import load_file, save_file
 
-    base, *experts = ({name: tensor.clone() for name, tensor in load_file(path).items()} for path in inputs)
+    base, *experts = (
+        {todays_name(name): tensor.clone() for name, tensor in load_file(path).items()} for path in inputs
+    )
     vectors = [{name: expert[name] - base[name] for name in base} for expert in experts]
     merged = {name: base[name] + sum(0.5 / len(vectors) * vector[name] for vector in vectors) for name in base}
     (output / "unet").mkdir(parents=True)
