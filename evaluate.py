@@ -10,15 +10,20 @@ pytorch_fid's npz format, and the classifier are made once and kept in runs/<nam
 results.json.
 """
 
+import os
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.data.samples import check_sizes, drawn_from, list_images, read_images
 from deme.errors import UserError, naming
 from deme.job.command import run_script
-from deme.job.files import make_folder
+from deme.job.files import make_folder, read_json
 from deme.job.records import provenance
 from deme.models.variants import ORDER
+
+if TYPE_CHECKING:
+    import torch
 
 
 def sample_folders(config: Config) -> list[Path]:
@@ -27,6 +32,29 @@ def sample_folders(config: Config) -> list[Path]:
         return [Path(folder) for folder in config.evaluate.samples]
     folders = [folder for folder in config.paths.all_samples.glob("[!.]*") if folder.is_dir()]
     return sorted(folders, key=lambda f: (ORDER.index(f.name) if f.name in ORDER else len(ORDER), f.name))
+
+
+def check_replaceable(output: Path) -> None:
+    """Make sure that nothing but results of this script is replaced.
+
+    Raises:
+        UserError: something else stands there.
+    """
+    if output.is_dir():
+        raise UserError("is a folder; results are a JSON file")
+    if os.path.lexists(output):
+        if not output.is_file():
+            raise UserError("is not a file")
+        content = read_json(output)
+        if not {"features", "rows"} <= content.keys():
+            raise UserError("is not a file of this script, so it is not replaced")
+
+
+def read_part(paths: list[Path], part: slice) -> "torch.Tensor":
+    """The images of a part of the files: uint8 RGB (B, 3, H, W)."""
+    from deme.data.samples import read_images
+
+    return read_images(paths[part])
 
 
 def plan(config: Config) -> str:
@@ -38,14 +66,16 @@ def plan(config: Config) -> str:
 
 def main(config: Config) -> None:
     """Score all folders."""
+    from deme.data.samples import check_sizes, drawn_from, list_images
+
     settings = config.evaluate
     output = config.paths.results
 
     # --- what is scored
     seen = settings.features != "classifier" or config.data.resolution >= 8  # it halves an image three times
     config.data.check("resolution", seen, "evaluate.features=classifier needs at least 8 pixels")
-    if output.is_dir():
-        raise UserError(f"evaluate.output={output}: is a folder; results are a JSON file")
+    with naming("evaluate.output", output):
+        check_replaceable(output)
     if settings.reference is not None and not config.paths.reference.is_file():
         raise UserError(f"evaluate.reference={settings.reference}: no such file")
     folders = sample_folders(config)
@@ -91,14 +121,9 @@ def main(config: Config) -> None:
         # --- scores of all images together and of each block, in seed order
         scores = []
         for folder, paths in files.items():
-            features = extract(
-                accelerator,
-                network,
-                lambda part, paths=paths: read_images(paths[part]),
-                len(paths),
-                settings.batch_size,
-                available_threads(),
-            )
+            read = partial(read_part, paths)
+            with naming("evaluate.samples", folder):
+                features = extract(accelerator, network, read, len(paths), settings.batch_size, available_threads())
             if features.shape[1] != len(reference.mu):
                 size = f"{len(reference.mu)} features, {settings.features} has {features.shape[1]}"
                 raise UserError(f"evaluate.reference={settings.reference}: holds statistics of {size}")

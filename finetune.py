@@ -16,7 +16,15 @@ from deme.config.sections import CONTINUED, Finetune, range_name
 from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import sha256
-from deme.models.pipelines import num_train_timesteps, sample_size, scheduler_folder, unet_folder, weights_file
+from deme.job.records import ARCHITECTURE, SCHEDULE
+from deme.models.pipelines import (
+    SCHEDULER_CONFIG,
+    num_train_timesteps,
+    sample_size,
+    scheduler_folder,
+    unet_folder,
+    weights_file,
+)
 from deme.models.variants import find_pretrained
 from deme.training.session import Run, Session
 
@@ -43,14 +51,18 @@ def settings_for(config: Config, timestep_range: tuple[int, int] | None) -> Fine
     return replace(config.finetune, max_steps=steps, global_probability=1.0, consistency_weight=0.0)
 
 
-def run_of(session: Session, timestep_range: tuple[int, int] | None, weights_hash: str) -> Run:
-    """The run of one range, and everything that determines its weights."""
+def run_of(session: Session, timestep_range: tuple[int, int] | None, pretrained: dict[str, str]) -> Run:
+    """The run of one range, and everything that determines its weights.
+
+    Args:
+        pretrained: hashes of what it starts from.
+    """
     config = session.config
     folder = config.paths.finetuning(timestep_range)
     others = {
         "finetune.range": range_name(timestep_range),
         "model.projection": config.model.projection and timestep_range is not None,
-        "pretrained weights (SHA-256)": weights_hash,
+        **pretrained,
     }
     return session.run(folder, folder / "unet", settings_for(config, timestep_range), others)
 
@@ -73,8 +85,12 @@ def main(config: Config) -> None:
     pretrained = find_pretrained(config.paths)
     folder = unet_folder(pretrained)
     config.check_fits({folder: sample_size(folder)}, scheduler_folder(pretrained), num_train_timesteps(pretrained))
-    weights_hash = sha256(weights_file(folder))
-    runs = {chosen: run_of(session, chosen, weights_hash) for chosen in chosen_ranges(config)}
+    hashes = {
+        "pretrained weights (SHA-256)": sha256(weights_file(folder)),
+        ARCHITECTURE: sha256(folder / "config.json"),
+        SCHEDULE: sha256(scheduler_folder(pretrained) / SCHEDULER_CONFIG),
+    }
+    runs = {chosen: run_of(session, chosen, hashes) for chosen in chosen_ranges(config)}
     runs = {chosen: run for chosen, run in runs.items() if not session.is_complete(run)}
     if not runs:
         return
@@ -82,7 +98,7 @@ def main(config: Config) -> None:
     # --- torch is imported after what can be answered without it
     import gc
 
-    from deme.data.sources import load_training_images
+    from deme.data.sources import data_fingerprint, load_training_images
     from deme.job.processes import make_accelerator
     from deme.models.networks import load_scheduler, load_unet, try_out
 
@@ -94,6 +110,7 @@ def main(config: Config) -> None:
         scheduler = load_scheduler(pretrained)
         try_out(unet, scheduler)
     images = load_training_images(config.data, unet.config.in_channels, config.paths.image_cache).training
+    fingerprint = data_fingerprint(config.data)
     accelerator.print(
         f"{source}: {unet.num_parameters():,} parameters; {len(images):,} images; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
@@ -101,7 +118,7 @@ def main(config: Config) -> None:
 
     # --- one run per range
     for timestep_range, run in runs.items():
-        if not finetune(session, run, timestep_range, unet, scheduler, images):
+        if not finetune(session, run.reading(fingerprint), timestep_range, unet, scheduler, images):
             return
         gc.collect()  # autocast's wrappers tie this range's networks into cycles, which would keep their memory
 

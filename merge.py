@@ -11,6 +11,7 @@ inputs with their SHA-256, the coefficients) and the model card README.md. An ou
 alone, but its card gets the scores that evaluate.py has found since.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,14 @@ from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
-from deme.job.files import atomic_file, atomic_folder, read_json, sha256
+from deme.job.files import atomic_file, atomic_folder, check_apart, read_json, sha256
 from deme.job.locks import locked
-from deme.job.records import MERGED, Record, provenance, read_record
+from deme.job.records import MERGED, SCHEDULE, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models.pipelines import (
+    SCHEDULER_CONFIG,
     WEIGHTS,
     load_tensors,
+    scheduler_folder,
     unet_folder,
     weights_file,
     write_pipeline_files,
@@ -60,6 +63,8 @@ def main(config: Config) -> None:
         files = [weights_file(unet_folder(pretrained)), *(folder / WEIGHTS for folder in inputs)]
         base_hash, *hashes = pool.map(sha256, files)
 
+    check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
+
     # --- what the result is made from
     from deme.method.task_vectors import TaskArithmetic  # imports torch
     from deme.method.ties import Ties
@@ -73,6 +78,7 @@ def main(config: Config) -> None:
     ]
     base = {"path": config.paths.pretrained, "sha256": base_hash}
     made_from = {"coefficients": config.coefficient_groups, "pretrained": base, "finetuned": experts}
+    made_from[SCHEDULE] = sha256(scheduler_folder(pretrained) / SCHEDULER_CONFIG)
     wanted = Record(MERGED, method.describe() | made_from, provenance(config))
 
     # --- merge, unless the output is complete
@@ -90,7 +96,7 @@ def main(config: Config) -> None:
 
 
 def is_complete(output: Path, wanted: Record) -> bool:
-    """Whether the folder that stands there, if any, was merged so.
+    """Whether the folder that stands there, if any, was merged so, and holds what was merged.
 
     Raises:
         UserError: merge.py did not make it.
@@ -100,7 +106,16 @@ def is_complete(output: Path, wanted: Record) -> bool:
     found = read_record(MERGED, output)
     if found is None:
         raise UserError(f"merge.output={output}: exists without a {MERGED.file}, so it is not replaced")
-    return found.fits(wanted, output)
+    if not found.fits(wanted, output):
+        return False
+    weights = output / "unet" / WEIGHTS
+    scheduler = scheduler_folder(output) / SCHEDULER_CONFIG
+    merged_hash = found.beside.get(WEIGHTS_HASH)  # older records have none
+    whole = weights.is_file() and scheduler.is_file() and sha256(scheduler) == wanted.made_from[SCHEDULE]
+    if whole and merged_hash in (None, sha256(weights)):
+        return True
+    print(f"{output} no longer holds what was merged: replacing it")
+    return False
 
 
 def write_merged(
@@ -139,7 +154,8 @@ def write_merged(
             raise UserError(f"merge.coefficients={error}") from None
         write_unet(temporary / "unet", merged, unet_config)
         write_pipeline_files(temporary, pretrained)
-        record.write(temporary)
+        merged_hash = {WEIGHTS_HASH: sha256(temporary / "unet" / WEIGHTS)}
+        replace(record, beside=record.beside | merged_hash).write(temporary)
 
 
 def write_card(config: Config, record: Record) -> None:

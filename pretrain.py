@@ -36,7 +36,7 @@ def main(config: Config) -> None:
     import diffusers
     import torch
 
-    from deme.data.sources import load_training_images
+    from deme.data.sources import data_fingerprint, load_training_images
     from deme.job.processes import make_accelerator
     from deme.models.networks import try_out
     from deme.training.held_out import HeldOut
@@ -74,7 +74,7 @@ def main(config: Config) -> None:
 
     trainer = session.train(
         accelerator,
-        run,
+        run.reading(data_fingerprint(config.data)),
         lambda: Trainer(accelerator, networks, images, objective, settings, run.folder, held_out),
         write,
     )

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
 from deme.config.sections import Sample
-from deme.data.samples import claim_samples, image_path, missing_seeds, read_images, save_grid, write_image
 from deme.errors import RunError, naming
 from deme.job.command import run_script
-from deme.job.files import sha256
+from deme.job.files import check_apart, sha256
 from deme.job.records import SAMPLES, Record, provenance
 from deme.models.pipelines import SCHEDULER_CONFIG, num_train_timesteps, sample_size, scheduler_folder, weights_file
 from deme.models.variants import find_variant
@@ -45,12 +44,14 @@ def main(config: Config) -> None:
     output = config.paths.samples
     with naming("sample.model", settings.model):
         variant = find_variant(settings.model, config.paths)
+    check_apart("sample.output", output, variant.unets)
     sizes = {folder: sample_size(folder) for folder in variant.unets}
     config.check_fits(sizes, scheduler_folder(variant.pipeline), num_train_timesteps(variant.pipeline))
 
     # --- torch is imported after what can be answered without it
+    from deme.data.samples import claim_samples, image_path, missing_seeds, read_images, save_grid
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
-    from deme.method.sampling import ensemble, make_sampler, sampler_name
+    from deme.method.sampling import ensemble, sampler_name, try_sampler
     from deme.models.inference import freeze
     from deme.models.networks import load_scheduler, load_unet, try_out
 
@@ -62,11 +63,11 @@ def main(config: Config) -> None:
         for folder, unet in zip(variant.unets, unets, strict=True):
             with naming(folder):
                 try_out(unet, scheduler)
+    shape = (unets[0].config.in_channels, config.data.resolution, config.data.resolution)
     with naming("sample.scheduler", settings.scheduler):
-        make_sampler(scheduler, settings.scheduler)
+        try_sampler(scheduler, settings.scheduler, settings.num_inference_steps, shape)
     unets = [freeze(unet, accelerator.device, settings.mixed_precision) for unet in unets]
     ranges = config.timesteps.ranges if len(unets) > 1 else [(0, config.timesteps.num_train_timesteps)]
-    shape = (unets[0].config.in_channels, config.data.resolution, config.data.resolution)
 
     # --- the folder: what it is made from, and which images are missing
     made_from = {
@@ -124,17 +125,17 @@ def draw(
 
     from tqdm import tqdm
 
+    from deme.data.samples import write_image
     from deme.method.sampling import sample_images
     from deme.models.encoders import decode
 
     batches = [seeds[start : start + settings.batch_size] for start in range(0, len(seeds), settings.batch_size)]
     silent = not accelerator.is_main_process or not batches
-    sampler = (settings.num_inference_steps, settings.scheduler, settings.eta)
+    sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, accelerator.autocast)
     writes = []
     with ThreadPoolExecutor(max_workers=4) as pool:
         for batch in tqdm(batches, settings.model, unit="batch", disable=silent):
-            with accelerator.autocast():
-                images = decode(sample_images(network_at, scheduler, batch, shape, accelerator.device, *sampler))
+            images = decode(sample_images(network_at, scheduler, batch, shape, accelerator.device, *sampler))
             for write in writes:
                 write.result()  # a full disk stops the run here
             writes = [pool.submit(write_image, output, *pair) for pair in zip(batch, images, strict=True)]

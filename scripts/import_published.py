@@ -30,8 +30,9 @@ def main(weights: Path, pretrained: str, output: Path) -> None:
         pipeline = find_pipeline(pretrained)
         settings = read_json(unet_folder(pipeline) / "config.json")
     blocks = len(settings["down_block_types"]), len(settings["up_block_types"])
+    tensors = read_published(weights)
     with naming("--weights", weights):
-        tensors = rename_projections(read_published(weights), *blocks)
+        tensors = rename_projections(tensors, *blocks)
     if any(name.endswith(PROJECTION_SUFFIX) for name in tensors):
         settings["_class_name"] = PROJECTED_CLASS
 

@@ -16,6 +16,14 @@ if ! cmp -s requirements.txt "$installed"; then
   cp requirements.txt "$installed"
 fi
 
+# a mistake in the environment: one line
+case "${MAX_MINUTES:-1}" in
+  *[!0-9.]* | *.*.* | . | "" | 0 | 0. | 0.0) echo "MAX_MINUTES=$MAX_MINUTES: must be a number above 0" >&2; exit 2 ;;
+esac
+case "${NUM_PROCESSES:-1}" in
+  *[!0-9]* | 0*) echo "NUM_PROCESSES=$NUM_PROCESSES: must be a whole number above 0" >&2; exit 2 ;;
+esac
+
 # count_processes: sets `gpus`, the number of GPUs that the scripts use, and `processes`, that of processes of `launch`
 gpus= # counted once, and not by scripts that launch nothing: it takes an import of torch
 count_processes() {

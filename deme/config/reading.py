@@ -3,6 +3,7 @@
 OmegaConf checks keys and types; every mistake is a `UserError` of one line that names the key and its value.
 """
 
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deme.config.experiment import Config
 from deme.errors import UserError, one_line, shown
+
+for resolver in ("oc.env", "oc.decode", "oc.deprecated"):  # a secret in the environment must not get into a record
+    OmegaConf.clear_resolver(resolver)
 
 PRECISION_KEYS = ("pretrain.mixed_precision", "finetune.mixed_precision", "sample.mixed_precision")
 PRECISION_KEYS += ("evaluate.classifier_precision",)
@@ -53,7 +57,7 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
         raise UserError(f"{key}={shown(value)}: {message}" if key else message) from None
     except TypeError as error:  # a mapping for a list, or the reverse: OmegaConf does not say where
         raise UserError(f"{_first_misfit(given)}: {error}") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"--config {file}: {one_line(error)}") from None
 
 
@@ -75,8 +79,11 @@ def _value(override: str) -> Any:
 def _raw(given: Any, key: str | None) -> Any:
     """The value of a key as it was written, interpolations left as they are; None where there is none."""
     value = OmegaConf.to_container(given)
-    for part in (key or "").split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+    for part in re.findall(r"[^.\[\]]+", key or ""):
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
     return value
 
 

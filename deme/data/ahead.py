@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+LEAST_RESOLUTION = 64  # pixels
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -26,6 +27,11 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def decoding_threads(resolution: int) -> int:
+    """How many threads decode images of a resolution: none where Python's own work on one outweighs the decoding."""
+    return available_threads() if resolution >= LEAST_RESOLUTION else 0
 
 
 def available_threads() -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from deme.data.ahead import ahead, available_threads
+from deme.data.ahead import ahead
 from deme.data.draws import Stream, batch_indices, micro_batch_generator, torch_seed
 
 
@@ -46,12 +46,13 @@ class StreamedImages(Sequence):
     Args:
         decode: row of the data set → uint8 (H, W, C).
         rows: of the images, shape (N,).
+        threads: that help to load batches.
     """
 
-    def __init__(self, decode: Callable[[int], np.ndarray], rows: np.ndarray):
+    def __init__(self, decode: Callable[[int], np.ndarray], rows: np.ndarray, threads: int):
         self.decode = decode
         self.rows = rows
-        self.threads = available_threads()
+        self.threads = threads
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from deme.errors import UserError, one_line
-from deme.job.files import atomic_file, make_folder, remove_leftovers, write_small_file
+from deme.job.files import TEMPORARY, atomic_file, make_folder, remove_unfinished, write_small_file
 from deme.job.records import SAMPLES, Record, read_record
 
 if TYPE_CHECKING:
@@ -36,9 +36,8 @@ def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool) -
     """
     if folder.exists() and not folder.is_dir():
         raise UserError("is not a folder")
-    remove_leftovers(folder)
     remedy = "choose another folder or set sample.overwrite=true"
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(not path.name.startswith(f"{TEMPORARY}{SAMPLES.file}-") for path in folder.iterdir()):
         found = read_record(SAMPLES, folder)
         if found is None:
             raise UserError(f"holds files but no {SAMPLES.file}; choose another folder")
@@ -46,6 +45,7 @@ def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool) -
             for path in (*folder.glob("*.png"), folder / SAMPLES.file):
                 path.unlink()
     make_folder(folder, "sample.output")
+    remove_unfinished(folder, "*.png")  # now that the folder is ours
     own = {image_path(folder, seed) for seed in seeds}
     surplus = [path for path in folder.glob("*.png") if path not in own]
     if surplus and not overwrite:

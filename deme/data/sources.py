@@ -1,10 +1,13 @@
 """Where images and labels come from: data sets as `datasets` reads them, decoded once into a cache or on the fly."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,15 +16,36 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from deme.config.sections import Data
-from deme.data.ahead import ahead, available_threads
+from deme.data.ahead import ahead, decoding_threads
 from deme.data.draws import held_out_order
 from deme.data.images import CachedImages, CroppedImages, StreamedImages, TrainingImages
-from deme.errors import UserError, one_line
+from deme.errors import UserError, one_line, shown
 from deme.job.files import atomic_folder, make_folder, writing
 from deme.job.records import IMAGES, Record
 from deme.models.encoders import MODES
 
+if TYPE_CHECKING:
+    import datasets
+
+FINGERPRINTED = 1_000  # images
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # as PIL raises them
+
+
+class Rows(Sequence):
+    """One column of a data set, read row by row; datasets' own Column looks through all batches for each row."""
+
+    def __init__(self, dataset: "datasets.Dataset", column: str):
+        self.dataset = dataset.select_columns([column])
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> dict:
+        return self.dataset[row][self.column]
+
+    def __iter__(self) -> Iterator[dict]:
+        return (content[self.column] for content in self.dataset)
 
 
 @dataclass(frozen=True)
@@ -71,8 +95,44 @@ def load_evaluation_images(data: Data, cache: Path) -> tuple[CroppedImages, torc
     images = _load(data, source, 3, cache)
     labels = None
     if source.labels is not None:
-        labels = torch.from_numpy(np.unique(np.asarray(source.labels)[images.rows], return_inverse=True)[1])
+        labels = torch.from_numpy(np.unique(_classes(data, source.labels)[images.rows], return_inverse=True)[1])
     return CroppedImages(images, data.resolution, center_crop=True, random_flip=False), labels
+
+
+def data_fingerprint(data: Data) -> str:
+    """A SHA-256 of what is read: how many images and labels there are, and up to FINGERPRINTED of them, evenly spread.
+
+    Another set behind the same name shows, whatever cache the images come from; a few changed images of a large set
+    may not.
+    """
+    source = _open(data)
+    count = len(source.rows)
+    digest = hashlib.sha256(f"{count} {source.labels is not None}".encode())
+    chosen = [count * i // min(count, FINGERPRINTED) for i in range(min(count, FINGERPRINTED))]
+
+    def read(row: int) -> bytes:
+        try:
+            image = _decode_row(data, source, 3, row)
+        except UserError:  # whether that is a mistake is another's to say
+            return b""
+        label = None if source.labels is None else source.labels[row]
+        return f"{image.shape} {label}".encode() + image.tobytes()
+
+    for content in ahead(read, chosen, decoding_threads(data.resolution)):
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _classes(data: Data, labels: list) -> np.ndarray:
+    """The labels as an array of numbers, texts or truth values, shape (N,).
+
+    Raises:
+        UserError: one that is missing, NaN, or no such value.
+    """
+    for row, label in enumerate(labels):
+        if not isinstance(label, (int, str, float)) or label != label:
+            raise UserError(f"data.label_column={data.label_column}: row {row} has the label {shown(label)}")
+    return np.asarray(labels)
 
 
 def _open(data: Data) -> Source:
@@ -107,7 +167,8 @@ def _open(data: Data) -> Source:
         undecoded = rows.cast_column(data.image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, ArrowException) as error:
         raise UserError(f"data.image_column={data.image_column}: holds no images: {one_line(error)}") from None
-    return Source(undecoded[data.image_column], labels, undecoded._fingerprint)
+    fingerprint = undecoded._fingerprint
+    return Source(Rows(undecoded, data.image_column), labels, fingerprint)
 
 
 def _load(data: Data, source: Source, channels: int, cache: Path) -> CachedImages | StreamedImages:
@@ -125,7 +186,8 @@ def _load(data: Data, source: Source, channels: int, cache: Path) -> CachedImage
         if data.skip_unreadable:
             folder = _cached(cache, made_from | {"content": "readable rows"}, lambda f: _write_rows(f, data, source))
             rows = np.load(folder / "rows.npy", allow_pickle=False)
-        return StreamedImages(lambda row: _decode(data, source, row, channels), rows)
+        decode = partial(_decode_row, data, source, channels)
+        return StreamedImages(decode, rows, decoding_threads(data.resolution))
 
     made_from |= {"resolution": data.resolution, "channels": channels, "skip_unreadable": data.skip_unreadable}
     folder = _cached(cache, made_from, lambda f: _write_pixels(f, data, source, channels))
@@ -179,9 +241,9 @@ def _readable(data: Data, source: Source, channels: int) -> Iterator[tuple[int, 
         UserError: an unreadable image, unless `data.skip_unreadable`; or none that can be read.
     """
 
-    def decode(row: int) -> np.ndarray | None:
+    def decode(item: tuple[int, Any]) -> np.ndarray | None:
         try:
-            return _decode(data, source, row, channels)
+            return _decode(data, *item, channels)
         except UserError:
             if data.skip_unreadable:
                 return None
@@ -189,7 +251,7 @@ def _readable(data: Data, source: Source, channels: int) -> Iterator[tuple[int, 
 
     count = len(source.rows)
     read = 0
-    decoded = ahead(decode, range(count), available_threads())
+    decoded = ahead(decode, enumerate(source.rows), decoding_threads(data.resolution))  # read many at a time
     for row, image in enumerate(tqdm(decoded, "decoding images", count, mininterval=1, delay=2)):
         if image is not None:
             read += 1
@@ -200,13 +262,20 @@ def _readable(data: Data, source: Source, channels: int) -> Iterator[tuple[int, 
         raise UserError(f"data.name={data.name}: none of its {count} images can be read")
 
 
-def _decode(data: Data, source: Source, row: int, channels: int) -> np.ndarray:
+def _decode_row(data: Data, source: Source, channels: int, row: int) -> np.ndarray:
+    """The image of a row, as `_decode` gives it."""
+    return _decode(data, row, source.rows[row], channels)
+
+
+def _decode(data: Data, row: int, content: Any, channels: int) -> np.ndarray:
     """The image of a row, its shorter side resized: uint8, shape (H, W, C).
+
+    Args:
+        content: of the row, as `_open_image` takes it.
 
     Raises:
         UserError: it can't be read; names the row, and its file.
     """
-    content = source.rows[row]
     try:
         return _resize(as_seen(_open_image(content), channels), data.resolution, channels)
     except DECODING_ERRORS as error:

@@ -1,27 +1,136 @@
-"""A script's command line, and how it ends."""
+"""A script's command line, and how it ends: whatever goes wrong, in one line."""
 
 import argparse
+import ctypes
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from deme.config.experiment import Config
 from deme.config.paths import Paths
 from deme.config.reading import load_config
-from deme.errors import RunError, UserError
+from deme.errors import RunError, UserError, one_line
 from deme.job.files import REPOSITORY, to_yaml
 from deme.job.signals import SIGNALS, Interrupted, ignore_signals, raise_interrupted, stopped_by
 
 
-def print_once(line: str) -> None:
-    """Print where all processes of a job have come to the same result, before they know each other."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line)
+def run_script(description: str, plan: Callable[[Config], str], main: Callable[[Config], None]) -> None:
+    """Every script's command line: `--config FILE key=value …`, with `--dry-run` or `--path NAME`.
+
+    Args:
+        description: the script's docstring, shown by --help.
+        plan: says in a few lines what `main` would do; printed by --dry-run under the resolved configuration.
+        main: does it.
+    """
+    for number in SIGNALS:
+        signal.signal(number, raise_interrupted)
+    _prepare_streams()
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=REPOSITORY / "configs/digits.yaml", metavar="FILE", help="YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="print the configuration and the plan, do nothing")
+    parser.add_argument("--path", choices=Paths.names(), help="print where this lies, do nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    folder: Path | None = None  # of the run, once it is known
+    try:
+        arguments = parser.parse_intermixed_args()
+        _end_with_launcher()
+        config = load_config(arguments.config, arguments.overrides)
+        folder = config.paths.run
+        if arguments.path is not None:
+            print(config.paths.lines(arguments.path))
+        elif arguments.dry_run:
+            print(to_yaml(asdict(config)), plan(config), sep="\n")
+        else:
+            main(config)
+            _leave_process_group()
+        sys.stdout.flush()
+        if stopped_by:
+            raise Interrupted(stopped_by[0])
+    except SystemExit:
+        raise
+    except BaseException as error:
+        ignore_signals()
+        if stopped_by and not isinstance(error, Interrupted):
+            error = Interrupted(stopped_by[0])
+        _end(parser.prog, error, folder)
+
+
+def _prepare_streams() -> None:
+    """Fill the place of a closed output, which the next file would take, and print to terminals of every alphabet."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for as long as the process lives
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _end(script: str, error: BaseException, folder: Path | None) -> None:
+    """Leave the script with an error's line and status."""
+    if isinstance(error, (UserError, RunError, Interrupted)):
+        message = str(error) if isinstance(error, Interrupted) else one_line(error)
+        line = f"{script}: {'error: ' * isinstance(error, UserError)}{message}"
+        status = error.status
+    elif isinstance(error, OSError) and error.filename is not None:
+        line = f"{script}: error: {error.filename}: {one_line(error)}"
+        status = UserError.status
+    elif isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and _is_stuck(sys.stdout)):
+        line = f"{script}: standard output: {one_line(error)}"
+        status = RunError.status
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        line = f"{script}: out of memory, a smaller batch_size or micro_batch_size takes less: {one_line(error)}"
+        status = RunError.status
+    else:
+        line = f"{script}: this is a fault of ours: {one_line(error)}; the traceback is in {_write_traceback(folder)}"
+        status = RunError.status
+    if not _tell_launcher(line) or os.environ.get("RANK", "0") == "0":
+        with suppress(OSError, ValueError):  # closed, or full
+            print(line, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if _is_stuck(stream):  # or Python complains at its end, and exits with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
+
+
+def _is_stuck(stream: object) -> bool:
+    """Whether an output stream takes nothing more: it is closed, or its disk is full."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        return True
+    return False
+
+
+def _write_traceback(folder: Path | None) -> Path:
+    """Write the traceback of the error that is handled beside the run, or else among temporary files."""
+    text = traceback.format_exc()
+    name = f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    try:
+        file = folder / name
+        file.write_text(text, encoding="utf-8")
+    except (OSError, TypeError):
+        file = Path(tempfile.gettempdir()) / name
+        with suppress(OSError):
+            file.write_text(text, encoding="utf-8")
+    return file
+
+
+def _end_with_launcher() -> None:
+    """Have Linux send SIGTERM when the launcher is gone: a worker left alone would train on, and hold its lock."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != launcher:  # it went in between
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave_process_group() -> None:
@@ -36,46 +145,6 @@ def _tell_launcher(line: str) -> bool:
     """Let torch's launcher, if it is there, repeat an error in its last lines, in the file that it names for that."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
     return bool(file)
-
-
-def run_script(description: str, plan: Callable[[Config], str], main: Callable[[Config], None]) -> None:
-    """Every script's command line: `--config FILE key=value …`, with `--dry-run` or `--path NAME`.
-
-    Args:
-        description: the script's docstring, shown by --help.
-        plan: says in a few lines what `main` would do; printed by --dry-run under the resolved configuration.
-        main: does it.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=REPOSITORY / "configs/digits.yaml", metavar="FILE", help="YAML file")
-    parser.add_argument("--dry-run", action="store_true", help="print the configuration and the plan, do nothing")
-    parser.add_argument("--path", choices=Paths.names(), help="print where this lies, do nothing")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
-    for number in SIGNALS:
-        signal.signal(number, raise_interrupted)
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.path is not None:
-            print(config.paths.lines(arguments.path))
-        elif arguments.dry_run:
-            print(to_yaml(asdict(config)), plan(config), sep="\n")
-        else:
-            main(config)
-            _leave_process_group()
-        if stopped_by:
-            raise Interrupted(stopped_by[0])
-    except BaseException as error:
-        ignore_signals()
-        if stopped_by and not isinstance(error, Interrupted):
-            error = Interrupted(stopped_by[0])
-        if isinstance(error, OSError) and error.filename is not None:
-            error = UserError(f"{error.filename}: {error.strerror}")
-        if not isinstance(error, (UserError, RunError, Interrupted)):
-            raise
-        line = f"{parser.prog}: {'error: ' * isinstance(error, UserError)}{error}"
-        if not _tell_launcher(line) or os.environ["RANK"] == "0":
-            print(line, file=sys.stderr)
-        sys.exit(error.status)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from deme.errors import RunError, UserError, one_line
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TEMPORARY = ".writing-"  # prefix of unfinished siblings; remove_leftovers deletes those of a killed run
+REPLACED = ".replaced-"  # prefix of a folder that is set aside while another one takes its name
 SUFFIX_LENGTH = 8  # random characters that tempfile appends
 UMASK = os.umask(0o077)  # can be read only by setting it
 os.umask(UMASK)
@@ -43,7 +44,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         RunError: the disk is full, or the like.
     """
     with writing(path):
-        remove_leftovers(path.parent, path.name)
+        remove_leftovers(path)
         descriptor, name = tempfile.mkstemp(**_sibling(path))  # private: readable to its owner alone
         os.close(descriptor)
         temporary = Path(name)
@@ -80,37 +81,73 @@ def write_small_file(path: Path, content: bytes) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary sibling of `path` to fill; it replaces `path` when the block ends without an error.
 
+    A folder that holds something can't be replaced in one step: the old one is set aside first. Whoever is killed
+    between the two leaves that as the only copy, which `remove_leftovers` puts back.
+
     Raises:
         RunError: the disk is full, or the like.
     """
+    path = path.resolve()  # a link to a folder elsewhere stays: what it points to is replaced
     with writing(path):
-        remove_leftovers(path.parent, path.name)
+        remove_leftovers(path)
         temporary = Path(tempfile.mkdtemp(**_sibling(path)))  # private: mode 0700
-        old: Path | None = None
         try:
             yield temporary
             for file in temporary.rglob("*"):
                 sync_to_disk(file)
             temporary.chmod(0o777 & ~UMASK)
             sync_to_disk(temporary)
-            if path.exists():  # os.replace can't replace a folder that holds something
-                old = Path(tempfile.mkdtemp(**_sibling(path)))
-                os.replace(path, old)
+            if path.exists():
+                os.replace(path, _aside(path))
             os.replace(temporary, path)
             sync_to_disk(path.parent)
         finally:
-            if old is not None and not path.exists():
-                os.replace(old, path)
+            settle_replacement(path)
             shutil.rmtree(temporary, ignore_errors=True)
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Delete what a killed run left unfinished directly in `folder`: of the file or folder `name`, or (None) of all."""
-    pattern = f"{TEMPORARY}*" if name is None else f"{TEMPORARY}{glob.escape(name)}-{'?' * SUFFIX_LENGTH}"
-    for leftover in folder.glob(pattern):
+def settle_replacement(path: Path) -> None:
+    """Finish or undo a replacement that was cut short: the old folder goes once there is a new one, else it comes back.
+
+    Only for who holds the lock of `path`.
+    """
+    old = _aside(path)
+    if not old.exists():
+        return
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(old, path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{REPLACED}{path.name}")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Clear up after a run that was killed while it wrote `path`: what was unfinished goes, what was set aside comes
+    back."""
+    settle_replacement(path)
+    remove_unfinished(path.parent, glob.escape(path.name))
+
+
+def remove_unfinished(folder: Path, pattern: str) -> None:
+    """Delete what a killed run left unfinished directly in `folder` of the names that fit a pattern, such as *.png."""
+    for leftover in folder.glob(f"{TEMPORARY}{pattern}-{'?' * SUFFIX_LENGTH}"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def check_apart(key: str, output: Path, inputs: Iterable[Path]) -> None:
+    """Make sure that writing an output can't touch an input, whatever links lead to them.
+
+    Raises:
+        UserError: the output is an input, lies inside of one, or holds one.
+    """
+    place = output.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if place == source or place in source.parents or source in place.parents:
+            raise UserError(f"{key}={output}: is, holds or lies in {path}, which is read")
 
 
 def make_folder(path: Path, key: str) -> None:
@@ -142,7 +179,7 @@ def read_yaml(path: Path) -> dict:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a YAML mapping")
@@ -157,7 +194,7 @@ def read_json(path: Path) -> dict:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object")

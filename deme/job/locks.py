@@ -2,6 +2,8 @@
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,13 +13,19 @@ from filelock import FileLock, Timeout
 from deme.errors import UserError
 from deme.job.files import make_folder, remove_leftovers, writing
 
+RENEWED_EVERY = 60  # seconds between two signs of life of an owner
+LEASE = 10 * RENEWED_EVERY  # seconds without one after which the owner of another host is taken for dead
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
 
 @contextmanager
 def locked(output: Path, key: str) -> Iterator[None]:
     """Hold the file or folder `output` against other jobs while the block lasts; clear up after one that was killed.
 
     The operating system's lock on `.NAME.lock` beside it ends with the process, however that ends. The file names the
-    owner: for the message, and for disks shared by hosts that don't see each other's locks.
+    owner, for the message and for disks shared by hosts that don't see each other's locks: an owner under the same
+    kernel (which containers share) or of the same host is dead where its lock is free; one of another host gives a
+    sign of life every minute, and is dead after ten without.
 
     Args:
         key: the configuration key that `output` comes from.
@@ -29,23 +37,24 @@ def locked(output: Path, key: str) -> Iterator[None]:
     if not output.name:
         raise UserError(f"{key}={output}: must be a file or folder below it")
     make_folder(output.parent, key)
-    host = socket.gethostname()
     file = _lock_file(output)
     lock = FileLock(file)
     with writing(file):
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{key}={output}: in use by {_owner(file) or 'another process'}") from None
+            raise UserError(f"{key}={output}: in use by {_owner(file)[0] or 'another process'}") from None
     try:
-        owner = _owner(file)
-        if owner and not owner.endswith(f" on {host}"):  # one of this host is dead, or its lock would stand
-            raise UserError(f"{key}={output}: in use by {owner}; if that has ended, delete {file}")
+        owner, is_dead = _owner(file)
+        if not is_dead:
+            wait = f"if that has ended, `rm {file}`, or wait {LEASE // 60} minutes"
+            raise UserError(f"{key}={output}: in use by {owner}; {wait}")
         try:
             with writing(file):
-                file.write_text(f"process {os.getpid()} on {host}", encoding="utf-8")
-                remove_leftovers(output.parent, output.name)
-            yield
+                file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n{_boot_id()}", encoding="utf-8")
+                remove_leftovers(output.resolve())
+            with _signs_of_life(file):
+                yield
         finally:
             file.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
     finally:
@@ -58,15 +67,48 @@ def clear_lock(output: Path) -> None:
     with suppress(OSError, Timeout):
         if file.exists():
             with FileLock(file, timeout=0):
-                file.unlink(missing_ok=True)
+                if _owner(file)[1]:
+                    file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _signs_of_life(file: Path) -> Iterator[None]:
+    """Touch the lock's file while the block lasts."""
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(RENEWED_EVERY):
+            with suppress(OSError):
+                os.utime(file)
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _lock_file(output: Path) -> Path:
     return output.with_name(f".{output.name}.lock")
 
 
-def _owner(file: Path) -> str:
+def _owner(file: Path) -> tuple[str, bool]:
+    """The owner that a lock's file names, in one line, and whether it is dead, given that its lock is free."""
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        age = time.time() - file.stat().st_mtime
     except FileNotFoundError:  # it has just ended
+        return "", True
+    owner, boot_id, *_ = [*lines, "", ""]
+    is_here = owner.endswith(f" on {socket.gethostname()}") or (boot_id != "" and boot_id == _boot_id())
+    return owner[:200], not owner or is_here or age > LEASE
+
+
+def _boot_id() -> str:
+    """What tells this running kernel from all others; empty where there is none."""
+    try:
+        return BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
         return ""

@@ -17,19 +17,36 @@ INSTRUCTION_SETS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # the stronge
 def processor() -> str:
     """The processor's name and its strongest instruction set, which rounding and speed depend on."""
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    name = re.search(r"model name\s*:\s*(.+)", text)
-    flags = re.search(r"flags\s*:\s*(.+)", text)
-    strongest = next((s for s in INSTRUCTION_SETS if flags is not None and s in flags[1].split()), None)
+    name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    strongest = next((s for s in INSTRUCTION_SETS if s in (_flags() or ())), None)
     return (name[1] if name else platform.processor() or platform.machine()) + (f" ({strongest})" if strongest else "")
 
 
 def computes_in_bf16() -> bool:
     """Whether the processor's own instructions, through oneDNN, multiply bfloat16; without them it is many times slower
-    than float32."""
+    than float32, as oneDNN emulates it."""
+    flags = _flags()
+    return _onednn_takes_bf16() and (flags is None or not flags.isdisjoint(("amx_bf16", "avx512_bf16", "bf16")))
+
+
+def can_pack(dtype: "torch.dtype | None") -> bool:
+    """Whether oneDNN is there, and takes convolutions of a type; None: float32."""
+    import torch
+
+    return torch.backends.mkldnn.is_available() and (dtype is None or _onednn_takes_bf16())
+
+
+def _onednn_takes_bf16() -> bool:
     import torch
 
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _flags() -> set[str] | None:
+    """The processor's instruction sets as Linux names them; None where it doesn't."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"(?:flags|Features)\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return None if found is None else set(found[1].split())
 
 
 def keep_freed_memory() -> None:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,8 +41,15 @@ def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
         if mixed_precision == "fp16":
             raise UserError(f"{key}=fp16: needs a GPU; on this CPU use {'bf16' if computes_in_bf16() else 'no'}")
         if mixed_precision == "bf16" and not computes_in_bf16():
-            accelerator.print(f"{key}=bf16: this CPU has no bf16 instructions and takes many times as long as with no")
+            _warn_of_bf16(accelerator.is_main_process, key)
     return accelerator
+
+
+@cache
+def _warn_of_bf16(is_main_process: bool, key: str) -> None:
+    """Say so once."""
+    if is_main_process:
+        print(f"{key}=bf16: this CPU has no bf16 instructions and takes many times as long as with no")
 
 
 def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,17 @@ class Kind:
     key: str | None = None  # of that file, below which the record stands; None: at its top, beside the provenance
     beside: dict[str, type] = field(default_factory=dict, hash=False)  # what else the file must hold
     defaults: dict[str, Any] = field(default_factory=dict, hash=False)  # of what older records do not name
+    later: tuple[str, ...] = ()  # what older records do not say, or what is not known yet: compared where both say it
 
 
-RUN = Kind("a run", Policy.REFUSE, "config.yaml", "trained_from", {"free": dict})
-MERGED = Kind("a merged network", Policy.REPLACE, "merge.yaml")
+DATA = "data (SHA-256)"  # of what was read
+SCHEDULE = "noise schedule (SHA-256)"
+ARCHITECTURE = "architecture (SHA-256)"
+RUN = Kind("a run", Policy.REFUSE, "config.yaml", "trained_from", {"free": dict}, later=(DATA, SCHEDULE, ARCHITECTURE))
+MERGED = Kind("a merged network", Policy.REPLACE, "merge.yaml", later=(SCHEDULE,))
 SAMPLES = Kind("samples", Policy.REFUSE, "samples.yaml", "identity", {"num_images": int}, {"sample.scheduler": "ddim"})
-CLASSIFIER = Kind("a classifier", Policy.REBUILD)
-STATISTICS = Kind("statistics", Policy.REBUILD)
+CLASSIFIER = Kind("a classifier", Policy.REBUILD, later=(DATA,))
+STATISTICS = Kind("statistics", Policy.REBUILD, later=(DATA,))
 IMAGES = Kind("decoded images", Policy.REBUILD)
 
 
@@ -75,7 +80,7 @@ class Record:
         Raises:
             UserError: refused; names what differs.
         """
-        changed = changes(self.made_from, wanted.made_from)
+        changed = changes(self.made_from, wanted.made_from, self.kind.later)
         policy = Policy.REPLACE if overwrite else self.kind.policy
         if changed and policy is Policy.REFUSE:
             raise UserError(f"holds {self.kind.name} of other settings: {', '.join(changed)}; {remedy}")
@@ -109,14 +114,21 @@ def read_record(kind: Kind, folder: Path) -> Record | None:
         if not isinstance(content.get(key), expected):
             raise UserError(f"{file}: not the record of {kind.name}: {key} is missing")
     made_from = content.pop(kind.key) if kind.key is not None else content
-    beside = {key: content.pop(key) for key in list(content) if kind.key is not None or key in PROVENANCE}
+    not_compared = [key for key in content if kind.key is not None or key in (*PROVENANCE, WEIGHTS_HASH)]
+    beside = {key: content.pop(key) for key in not_compared}
     return Record(kind, kind.defaults | made_from, beside)
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that differ, each with its values where these are short."""
+def changes(before: dict[str, Any], now: dict[str, Any], later: tuple[str, ...] = ()) -> list[str]:
+    """The settings that differ, each with its values where these are short.
+
+    Args:
+        later: keys that count only where both sides have them.
+    """
     found = []
     for key in sorted({*before, *now}):
+        if key in later and (key not in before or key not in now):
+            continue
         if (key in before) != (key in now) or before.get(key) != now.get(key):
             old, new = (shown(values[key]) if key in values else "not recorded" for values in (before, now))
             change = f"={new} (was {old})"
@@ -125,6 +137,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 PROVENANCE = ("git_commit", "versions", "processor", "config")
+WEIGHTS_HASH = "weights (SHA-256)"  # of a merged network, beside its record
 
 
 def provenance(config: Config) -> dict[str, Any]:
@@ -135,6 +148,7 @@ def provenance(config: Config) -> dict[str, Any]:
     return dict(zip(PROVENANCE, values, strict=True))
 
 
+@cache
 def _git_commit() -> str | None:
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -66,6 +66,9 @@ def extract(
         network: has `features`, uint8 RGB (B, 3, H, W) → float32 (B, D).
         read: slice → uint8 RGB images (B, 3, H, W).
         threads: that read ahead.
+
+    Raises:
+        UserError: features that are not finite.
     """
     edges = [count * rank // accelerator.num_processes for rank in range(accelerator.num_processes + 1)]
     first = edges[accelerator.process_index]
@@ -81,4 +84,7 @@ def extract(
     parts = [network.features(part.to(accelerator.device)) for part in images]
     shares = accelerator.gather(accelerator.pad_across_processes(torch.cat(parts)))
     shares = shares.cpu().chunk(accelerator.num_processes)
-    return torch.cat([share[: edges[i + 1] - edges[i]] for i, share in enumerate(shares)]).numpy()
+    features = torch.cat([share[: edges[i + 1] - edges[i]] for i, share in enumerate(shares)]).numpy()
+    if not np.isfinite(features).all():
+        raise UserError("the feature network gives NaN or infinite values")
+    return features

@@ -13,10 +13,10 @@ from torch import nn
 
 from deme.config.experiment import Config
 from deme.config.sections import Data
-from deme.data.sources import load_evaluation_images
+from deme.data.sources import data_fingerprint, load_evaluation_images
 from deme.errors import UserError, naming, one_line
 from deme.job.files import atomic_file
-from deme.job.records import STATISTICS, Record
+from deme.job.records import DATA, STATISTICS, Record
 from deme.measure.features import extract
 
 KEPT_FEATURES = 10_000  # images whose features are kept for the scores that need more than mean and covariance
@@ -81,6 +81,7 @@ def reference_statistics(
         with naming("evaluate.reference", file):
             return load_reference(file)[0]
     made_from = {"data": evaluated_data(config.data), "features": config.evaluate.features, **made_by}
+    made_from[DATA] = data_fingerprint(config.data)
     wanted = Record(STATISTICS, made_from)
     if file.exists():
         with naming(file):
@@ -141,6 +142,9 @@ def load_reference(path: Path) -> tuple[Reference, Record]:
         raise UserError(f"not an npz file of mu and sigma ({one_line(error)}): {how}") from None
     mu = reference.mu
     sigma = reference.sigma
-    if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+    given = [array for array in (mu, sigma, reference.features) if array is not None]
+    numbers = all(np.issubdtype(array.dtype, np.floating) and np.isfinite(array).all() for array in given)
+    features_fit = reference.features is None or reference.features.shape[1:] == mu.shape
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not numbers or not features_fit:
         raise UserError(f"mu of shape {mu.shape} and sigma of shape {sigma.shape} are no statistics: {how}")
     return reference, Record(STATISTICS, made_from)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,9 @@ from deme.measure.metrics import (
     precision_and_recall,
     statistics,
 )
-from deme.measure.reference import Reference
+
+if TYPE_CHECKING:
+    from deme.measure.reference import Reference
 
 DISTANCES = {"inception": inception_frechet_distance, "classifier": frechet_distance}
 LEAST_KID = 2.0  # standard errors from 0, below which a KID tells nothing
@@ -46,16 +48,17 @@ class Score:
 
     @property
     def has_telling_kid(self) -> bool:
-        """Whether the KID differs from 0 by more than its standard error explains."""
-        known = self.kid is not None and self.kid_standard_error is not None
-        return known and abs(self.kid) > LEAST_KID * self.kid_standard_error
+        """Whether the KID differs from 0 by more than its standard error explains, where that is known."""
+        if self.kid is None or self.kid_standard_error is None:
+            return self.kid is not None
+        return abs(self.kid) > LEAST_KID * self.kid_standard_error
 
 
 def score(
     samples: Path,
     weights: list[str] | None,
     features: np.ndarray,
-    reference: Reference,
+    reference: "Reference",
     features_name: str,
     num_blocks: int,
 ) -> Score:
@@ -76,7 +79,7 @@ def score(
     real = reference.features
     if real is None or min(len(real), len(features)) <= NEIGHBORHOOD:
         return found
-    size = kernel_subset_size(len(parts[0]), len(real))
+    size = kernel_subset_size(len(parts[0]) if num_blocks > 1 else len(features) // 2, len(real))
     per_part = len(parts[0]) // size
     subsets = [kernel_distances(part, real, size, i * per_part) for i, part in enumerate(parts)]
     kid, deviation = mean_and_deviation(np.concatenate(subsets))

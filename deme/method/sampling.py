@@ -2,14 +2,16 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
-from deme.errors import UserError
+from deme.errors import RunError, UserError, one_line
 
 NetworkAt = Callable[[float], nn.Module]  # timestep → the UNet that is used there
+SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 SHORT_NAMES = {
     "ddim": "DDIMScheduler",
     "pndm": "PNDMScheduler",
@@ -47,8 +49,30 @@ def make_sampler(pretrained: SchedulerMixin, name: str) -> SchedulerMixin:
     class_name = SHORT_NAMES.get(name, name)
     if class_name not in fitting:
         raise UserError(f"must be one of {', '.join([*SHORT_NAMES, *sorted(fitting)])}")
+    kind = fitting[class_name]
+    # from_config passes over what is the pretrained class's own default, which may not be this one's
+    schedule = {key: pretrained.config[key] for key in SCHEDULE if key in _parameters(kind.__init__)}
     spacing = {"timestep_spacing": "leading"} if class_name == SHORT_NAMES["ddim"] else {}
-    return fitting[class_name].from_config(pretrained.config, **spacing)
+    try:
+        return kind.from_config(pretrained.config, **schedule, **spacing)
+    except Exception as error:  # diffusers raises whatever a value that it can't use leads to
+        raise UserError(one_line(error)) from None
+
+
+def try_sampler(pretrained: SchedulerMixin, name: str, num_inference_steps: int, shape: tuple[int, int, int]) -> None:
+    """Take one step from an image of zeros, so that what does not work shows before anything is written.
+
+    Raises:
+        UserError: as `make_sampler`, or too few steps.
+    """
+    stepper = make_sampler(pretrained, name)
+    images = torch.zeros(1, *shape)
+    try:
+        stepper.set_timesteps(num_inference_steps)
+        timestep = stepper.timesteps.tolist()[0]
+        stepper.step(stepper.scale_model_input(images, timestep), timestep, images)
+    except Exception as error:  # diffusers raises whatever does not fit
+        raise UserError(f"{num_inference_steps} steps of {type(stepper).__name__}: {one_line(error)}") from None
 
 
 @torch.inference_mode()
@@ -61,6 +85,7 @@ def sample_images(
     num_inference_steps: int,
     sampler: str = "ddim",
     eta: float = 0.0,
+    around_network: Callable[[], AbstractContextManager] = nullcontext,
 ) -> torch.Tensor:
     """One image per seed.
 
@@ -68,10 +93,14 @@ def sample_images(
         scheduler: the pretrained one.
         shape: (C, H, W) of an image.
         sampler: as `make_sampler` takes it.
+        around_network: the context of the network's calls, such as autocast; the sampler computes in float32.
         eta: DDIM's: 0 is deterministic. Samplers that are not draw each image's noise from its own generator.
 
     Returns:
         float32 on the device, shape (len(seeds), C, H, W), as the network sees images.
+
+    Raises:
+        RunError: an image that is not finite: weights or a noise schedule that do not work, or too low a precision.
     """
     stepper = make_sampler(scheduler, sampler)
     stepper.set_timesteps(num_inference_steps)
@@ -79,11 +108,18 @@ def sample_images(
     taken = _parameters(stepper.step)
     randomness = {key: value for key, value in (("eta", eta), ("generator", generators)) if key in taken}
     images = (initial_noise(generators, shape) * stepper.init_noise_sigma).to(device)
+    first_bad = torch.full((len(seeds),), -1, device=device)  # step after which an image is not finite; read once
     timesteps_on_device = stepper.timesteps.to(device)  # a Python number would be copied there, and waited for
-    for timestep, on_device in zip(stepper.timesteps.tolist(), timesteps_on_device, strict=True):
+    for step, (timestep, on_device) in enumerate(zip(stepper.timesteps.tolist(), timesteps_on_device, strict=True)):
         inputs = stepper.scale_model_input(images, timestep)
-        prediction = network_at(timestep)(inputs, on_device, return_dict=False)[0].float()
+        with around_network():
+            prediction = network_at(timestep)(inputs, on_device, return_dict=False)[0].float()
         images = stepper.step(prediction, timestep, images, **randomness).prev_sample
+        bad = ~images.isfinite().flatten(1).all(dim=1)
+        first_bad = torch.where((first_bad < 0) & bad, step, first_bad)
+    for seed, step in zip(seeds, first_bad.tolist(), strict=True):
+        if step >= 0:
+            raise RunError(f"seed {seed}: NaN or infinite after step {step + 1} of {len(stepper.timesteps)}")
     return images
 
 

@@ -8,6 +8,7 @@ import torch
 from deme.errors import UserError
 
 Tensors = Mapping[str, torch.Tensor]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PART = 2**18  # elements merged at a time: what lies between stays in the processor's cache
 
 
@@ -52,15 +53,19 @@ class TaskArithmetic:
 
 
 def check_compatible(pretrained: Tensors, finetuned: Tensors, name: str) -> None:
-    """Compare the tensors of two models by name and shape.
+    """Compare the tensors of two models by name, type and shape.
 
     Args:
         name: of the finetuned model, for the error.
 
     Raises:
-        UserError: a tensor that only one of the two has, or of different shapes.
+        UserError: a tensor that only one of the two has, of different shapes, or of other numbers than floats.
     """
     for key in sorted({*pretrained, *finetuned}):
+        for tensors, owner in ((pretrained, "the pretrained model"), (finetuned, name)):
+            if key in tensors and tensors[key].dtype not in FLOATS:
+                kind = str(tensors[key].dtype).removeprefix("torch.")
+                raise UserError(f"{owner}: tensor {key} is of the type {kind}, which can't be merged")
         if key not in finetuned:
             raise UserError(f"{name}: the pretrained model's tensor {key} is missing")
         if key not in pretrained:

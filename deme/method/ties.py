@@ -14,7 +14,7 @@ class Ties:
 
     fraction: float  # of each task vector, largest magnitudes first, that is kept
     combine: str  # mean, over the task vectors that have the elected sign, or sum
-    thresholds: list[float] = field(default_factory=list)  # one per finetuned model, once prepared
+    thresholds: list[float] = field(default_factory=list, init=False)  # one per finetuned model, once prepared
 
     def prepare(self, pretrained: Mapping[str, torch.Tensor], finetuned: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Find the smallest magnitude that is kept of each model's whole task vector."""

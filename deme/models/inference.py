@@ -6,7 +6,7 @@ The predictions are those of the network as it was loaded, up to float error.
 import torch
 from torch import nn
 
-from deme.job.machine import computes_in_bf16
+from deme.job.machine import can_pack
 
 LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution, below which packing gains nothing
 AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,8 +34,7 @@ def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str)
         for module in network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(dtype)
-    packs = torch.backends.mkldnn.is_available() and (dtype is None or computes_in_bf16())
-    if on_cpu and packs and _width(network) >= LEAST_PACKED_WIDTH:
+    if on_cpu and can_pack(dtype) and _width(network) >= LEAST_PACKED_WIDTH:
         for module in list(network.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Conv2d:

@@ -9,6 +9,7 @@ read, diffusers not at all.
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,9 +108,11 @@ def weights_file(folder: Path) -> Path:
     """The weights in a UNet's folder, safetensors where there are both.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or they are spread over several files.
     """
     for name in (WEIGHTS, PICKLED_WEIGHTS):
+        if (folder / f"{name}.index.json").exists():  # which diffusers would load instead of the single file
+            raise UserError(f"{folder / name}.index.json: weights in several files are not read; save them as one")
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"{folder / WEIGHTS}: missing")
@@ -129,7 +132,7 @@ def load_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
         if path.name == WEIGHTS:
             tensors = load_file(path)
         else:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
         return {todays_name(name): tensor for name, tensor in tensors.items()}
     except Exception as error:  # a damaged file leads to errors of zip, pickle, safetensors and torch
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from None

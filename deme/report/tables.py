@@ -41,4 +41,4 @@ def score_table(scores: Sequence[Score], features_name: str) -> str:
     table = markdown_table(titles, lines)
     if with_kid or all(row.kid is None for row in scores):
         return table
-    return f"{table}\n\n{kernel} is left out: with so few images it can't be told from 0 for any row."
+    return f"{table}\n\n{kernel} is left out: in every row it differs from 0 by less than two standard errors."

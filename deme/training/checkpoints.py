@@ -4,12 +4,14 @@
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -18,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deme.errors import RunError, UserError, one_line
-from deme.job.files import atomic_folder, make_folder, remove_leftovers
+from deme.job.files import REPLACED, atomic_folder, make_folder, remove_unfinished, settle_replacement, sha256
 
+WRONG = (ValueError, TypeError, AttributeError, RuntimeError)  # as damaged content leads to
 STUDENT = "student.safetensors"
 EMA = "ema.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -102,7 +105,8 @@ class CheckpointWriter:
         with atomic_folder(path) as temporary:
             for file, tensors in self.copies.items():
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / file)
-            (temporary / STATE).write_text(json.dumps(scalars, indent=2), encoding="utf-8")
+            hashes = {"sha256": {file: sha256(temporary / file) for file in self.copies}}
+            (temporary / STATE).write_text(json.dumps(scalars | hashes, indent=2), encoding="utf-8")
         checkpoints = list_checkpoints(self.folder)
         position = checkpoints.index(path)  # newer ones could not be read, or the run would have gone on from there
         for other in checkpoints[:position] + checkpoints[position + self.keep :]:
@@ -133,8 +137,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)), reverse=True)
 
 
-def load_newest_checkpoint(folder: Path, state: TrainingState) -> Path | None:
-    """Fill `state` from the newest checkpoint that can be read; unreadable ones are reported and passed over.
+def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -> Path | None:
+    """Fill `state` from the newest checkpoint that is whole and sound; others are reported and passed over.
 
     Raises:
         UserError: there are checkpoints but none can be read.
@@ -143,11 +147,11 @@ def load_newest_checkpoint(folder: Path, state: TrainingState) -> Path | None:
     checkpoints = list_checkpoints(folder)
     for path in checkpoints:
         try:
-            load_checkpoint(path, state)
+            load_checkpoint(path, state, max_steps)
             return path
         except torch.OutOfMemoryError:
             raise
-        except (FileNotFoundError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (FileNotFoundError, SafetensorError, ArithmeticError, LookupError, *WRONG) as error:
             print(f"{path}: unreadable, trying the one before it ({one_line(error)})")
         except OSError as error:
             raise RunError(f"{path}: cannot be read: {one_line(error)}") from error
@@ -158,20 +162,25 @@ def load_newest_checkpoint(folder: Path, state: TrainingState) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, state: TrainingState) -> None:
+def load_checkpoint(path: Path, state: TrainingState, max_steps: int) -> None:
     """Fill `state` from a checkpoint.
 
     Raises:
-        Exception: whatever a damaged one leads to; nothing of a file that is cut short gets into `state`.
+        Exception: whatever a damaged one leads to; nothing of it gets into `state`.
     """
-    # read everything before changing anything: a truncated file must not leave half a state
+    # read and check everything before changing anything: a damaged file must not leave half a state
     scalars = json.loads((path / STATE).read_text(encoding="utf-8"))
+    _check_scalars(scalars, path, max_steps)
+    for file, expected in scalars.get("sha256", {}).items():  # which checkpoints of before did not have
+        if sha256(path / file) != expected:
+            raise ValueError(f"{file} is not what was written")
     student, ema, moments = (load_file(path / file) for file in (STUDENT, EMA, OPTIMIZER))
-    state.student.load_state_dict(student)
-    names = [name for name, _ in state.student.named_parameters()]
-    for name, shadow in zip(names, state.ema.shadow_params, strict=True):
-        shadow.copy_(ema[name])
     parameters = dict(state.student.named_parameters())
+    _check_tensors(parameters, student, ema, moments)
+
+    state.student.load_state_dict(student)
+    for name, shadow in zip(parameters, state.ema.shadow_params, strict=True):
+        shadow.copy_(ema[name])
     for key, value in moments.items():
         name, moment = key.rsplit("/", 1)
         parameter = parameters[name]
@@ -185,7 +194,47 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         state.scaler.load_state_dict(scalars["scaler"])
 
 
+def _check_scalars(scalars: dict[str, Any], path: Path, max_steps: int) -> None:
+    """
+    Raises:
+        Exception: values that no run of so many steps has in a checkpoint of this name.
+    """
+    for name in ("step", "skipped_steps", "held_out_losses_since", "ema_step"):
+        if type(scalars[name]) is not int or scalars[name] < 0:
+            raise ValueError(f"{name}={scalars[name]!r}")
+    if scalars["step"] != int(path.name.removeprefix("step-")) or scalars["step"] > max_steps:
+        raise ValueError(f"step={scalars['step']}")
+    lowest = scalars["lowest_held_out_loss"]
+    if lowest is not None and not (isinstance(lowest, float) and math.isfinite(lowest)):
+        raise ValueError(f"lowest_held_out_loss={lowest!r}")
+
+
+def _check_tensors(
+    parameters: dict[str, nn.Parameter],
+    student: dict[str, torch.Tensor],
+    ema: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+) -> None:
+    """
+    Raises:
+        ValueError: tensors that are missing, of other shapes or not finite.
+    """
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    for file, tensors in ((STUDENT, student), (EMA, ema)):
+        if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
+            raise ValueError(f"{file} is of another network")
+    kinds = {key.rsplit("/", 1)[1] for key in moments}  # none where fp16 has skipped all steps
+    if moments.keys() != {f"{name}/{kind}" for name in parameters for kind in kinds}:
+        raise ValueError(f"{OPTIMIZER} is not whole")
+    for file, tensors in ((STUDENT, student), (EMA, ema), (OPTIMIZER, moments)):
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{file}: tensor {name} holds NaN or infinite values")
+
+
 def prepare_checkpoints(folder: Path) -> None:
     """Create `folder` and delete what a killed run left half-written in it."""
     make_folder(folder, "output_dir")
-    remove_leftovers(folder)
+    for aside in folder.glob(f"{REPLACED}step-*"):
+        settle_replacement(folder / aside.name.removeprefix(REPLACED))
+    remove_unfinished(folder, "step-*")

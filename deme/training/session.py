@@ -4,7 +4,7 @@ lock, train, write. torch is imported after what can be answered without it."""
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from deme.config.sections import Training
 from deme.errors import naming
 from deme.job.files import atomic_folder, make_folder
 from deme.job.locks import clear_lock
-from deme.job.records import RUN, Record, changes, provenance, read_record
+from deme.job.records import DATA, RUN, Record, changes, provenance, read_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,6 +40,11 @@ class Run:
     folder: Path  # checkpoints, logs and previews
     output: Path  # the folder that it makes
     record: Record
+
+    def reading(self, data_fingerprint: str) -> "Run":
+        """The same run, now that it is known which data it reads."""
+        made_from = self.record.made_from | {DATA: data_fingerprint}
+        return replace(self, record=replace(self.record, made_from=made_from))
 
 
 class Session:
@@ -122,19 +127,32 @@ def check_same_run(run: Run) -> None:
         UserError: that is of other settings.
     """
     found = read_record(RUN, run.folder)
-    if found is None:
+    if found is None or not has_trained(run):
         return
-    changed = changes(found.made_from, run.record.made_from)
-    allowed = changes(found.beside["free"], run.record.beside["free"])
+    changed = changes(found.made_from, run.record.made_from, RUN.later)
+    free = found.beside["free"]
+    allowed = changes(free, {key: value for key, value in run.record.beside["free"].items() if key in free})
     remedy = f"set {'it' if len(changed) == 1 else 'them'} back, or give this run another name"
     also = f"; {', '.join(allowed)} may change" if allowed else ""
     with naming(run.folder):
         found.fits(run.record, run.folder, remedy + also)
 
 
+def has_trained(run: Run) -> bool:
+    """Whether a run's folder holds anything that its settings matter to: a checkpoint, or what it makes."""
+    return run.output.exists() or any((run.folder / "checkpoints").glob("step-*"))
+
+
 def claim(run: Run) -> None:
-    """Create a run's folder with its record, or make sure that the run in it is the same."""
+    """Create a run's folder with its record, or make sure that the run in it is the same.
+
+    One that ended before its first checkpoint, as after running out of memory, starts again under other settings.
+    """
     check_same_run(run)
-    if read_record(RUN, run.folder) is None:
+    found = read_record(RUN, run.folder)
+    if found is not None and not has_trained(run) and changes(found.made_from, run.record.made_from, RUN.later):
+        print(f"{run.folder}: a run of other settings ended before its first checkpoint; it starts again under these")
+        found = None
+    if found is None:
         make_folder(run.folder, "output_dir")
         run.record.write(run.folder)

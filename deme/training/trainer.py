@@ -256,9 +256,10 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load the newest checkpoint; cut the logs back to it, so that they neither repeat nor skip a step."""
-        found = in_main_process(self.accelerator, lambda: load_newest_checkpoint(self.checkpoints, self.state))
+        steps = self.settings.max_steps
+        found = in_main_process(self.accelerator, lambda: load_newest_checkpoint(self.checkpoints, self.state, steps))
         if found is not None and not self.accelerator.is_main_process:
-            load_checkpoint(found, self.state)  # the same one, whatever this process can read
+            load_checkpoint(found, self.state, steps)  # the same one, whatever this process can read
 
         def open_log() -> None:
             if found is not None:

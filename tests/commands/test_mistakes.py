@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, tiny_unet
 from PIL import Image
@@ -143,6 +144,16 @@ def images(change):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.effect_noise((16, 16), 50).save(path)
         change(root / "data" / "train" / "kind")
+
+    return prepare
+
+
+def both(*preparations):
+    """One after another."""
+
+    def prepare(root: Path, pretrained: Path) -> None:
+        for preparation in preparations:
+            preparation(root, pretrained)
 
     return prepare
 
@@ -630,11 +641,67 @@ MISTAKES = [
         experts,
     ),
     Mistake(
+        "the pretrained pipeline for an output",
+        "merge.py",
+        ["model.pretrained=copy", "merge.output=copy"],
+        "merge.output=copy: is, holds or lies in copy/unet, which is read",
+        both(experts, copied_pretrained(lambda folder: None)),
+    ),
+    Mistake(
+        "an output inside of an input, by a link",
+        "merge.py",
+        ["merge.output=link/merged"],
+        "merge.output=link/merged: is, holds or lies in {root}/tiny/finetuned/0000-0500/unet, which is read",
+        both(experts, lambda root, _: (root / "link").symlink_to(root / "tiny" / "finetuned" / "0000-0500" / "unet")),
+    ),
+    Mistake(
+        "samples inside of the network that draws them",
+        "sample_ddp.py",
+        ["sample.model=copy", "sample.output=copy/unet/samples"],
+        "sample.output=copy/unet/samples: is, holds or lies in copy/unet, which is read",
+        copied_pretrained(lambda folder: None),
+    ),
+    Mistake(
+        "weights in several files",
+        "sample_ddp.py",
+        ["sample.model=copy"],
+        f"copy/unet/{WEIGHTS}.index.json: weights in several files are not read; save them as one",
+        copied_pretrained(lambda folder: (folder / "unet" / f"{WEIGHTS}.index.json").write_text("{}")),
+    ),
+    Mistake(
+        "results in the place of a configuration",
+        "evaluate.py",
+        ["evaluate.output=tiny.yaml"],
+        "evaluate.output=tiny.yaml: …",
+        samples("0.png", "1.png"),
+    ),
+    Mistake(
+        "results in the place of another JSON file",
+        "evaluate.py",
+        ["evaluate.output=copy/unet/config.json"],
+        "evaluate.output=copy/unet/config.json: is not a file of this script, so it is not replaced",
+        both(samples("0.png", "1.png"), copied_pretrained(lambda folder: None)),
+    ),
+    Mistake(
+        "results in the place of a device",
+        "evaluate.py",
+        ["evaluate.output=/dev/null"],
+        "evaluate.output=/dev/null: is not a file",
+        samples("0.png", "1.png"),
+    ),
+    Mistake(
+        "nested JSON without an end",
+        "finetune.py",
+        ["model.pretrained=copy"],
+        "copy/unet/config.json: RecursionError: …",
+        copied_pretrained(lambda folder: (folder / "unet" / "config.json").write_text("[" * 100_000)),
+    ),
+    Mistake(
         "an output that merge.py did not make",
         "merge.py",
-        ["merge.output=tiny/finetuned"],
-        "merge.output=tiny/finetuned: exists without a merge.yaml, so it is not replaced",
-        experts,
+        ["merge.output=data"],
+        "merge.output=data: exists without a merge.yaml, so it is not replaced",
+        both(experts, images(lambda kind: None)),
     ),
     # --- networks to pretrain
     Mistake(
@@ -870,7 +937,7 @@ MISTAKES = [
         "the root of all folders for an output",
         "merge.py",
         ["merge.output=/"],
-        "merge.output=/: must be a file or folder below it",
+        "merge.output=/: is, holds or lies in …/unet, which is read",
         experts,
     ),
     Mistake(
@@ -1080,6 +1147,56 @@ def test_samples_of_another_sampler_are_refused_by_the_names_of_both(start, conf
             f"sample.scheduler={now} (was {before}); choose another folder or set sample.overwrite=true"
         )
         assert_refused(start, root, "sample_ddp.py", [*options, f"sample.scheduler={now}"], message)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again_under_other_settings(start, config_file, capfd):
+    """After a learning rate that gives NaN, or too little memory, the remedy is not refused."""
+    root = config_file.parent
+    wild = ["finetune.range=0", "finetune.learning_rate=1e30", "finetune.max_grad_norm=1e30"]
+    assert start("finetune.py", *wild)[0] == 1
+    assert start("finetune.py", "finetune.range=0", "finetune.max_steps=2")[0] == 0
+    record = yaml.safe_load((root / "tiny" / "finetuned" / "0000-0500" / "config.yaml").read_text())
+    assert record["trained_from"]["finetune.learning_rate"] == 1e-3
+    lines = (root / "tiny" / "finetuned" / "0000-0500" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+CHANGES = {
+    "noise schedule": lambda root: edit_json("scheduler/scheduler_config.json", beta_end=0.04)(root / "copy"),
+    "architecture": lambda root: edit_json("unet/config.json", dropout=0.5)(root / "copy"),
+    "data": lambda root: Image.effect_noise((16, 16), 90).save(root / "data" / "train" / "kind" / "b.png"),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_a_run_does_not_go_on_from_other_inputs_behind_the_same_path(start, config_file, pretrained, changed):
+    """What determines the weights is what is read."""
+    root = config_file.parent
+    copied_pretrained(lambda folder: None)(root, pretrained)
+    images(lambda kind: None)(root, pretrained)
+    options = ["model.pretrained=copy", *OWN_DATA, "finetune.range=0", "finetune.checkpoint_every=1"]
+    assert start("finetune.py", *options, "finetune.max_minutes=0.0001")[0] == 0
+    CHANGES[changed](root)
+    status, errors = start("finetune.py", *options)
+    assert status == 2
+    assert f"0000-0500: holds a run of other settings: {changed} (SHA-256); set it back" in errors
+
+
+def test_merged_weights_that_are_no_longer_those_are_merged_again(start, config_file, pretrained):
+    """Complete means that the weights and the noise schedule are there and are those that were merged."""
+    experts(config_file.parent, pretrained)
+    output = config_file.parent / "tiny" / "merged"
+    assert start("merge.py")[0] == 0
+    whole = content(output)
+    damages = [
+        lambda: (output / "unet" / WEIGHTS).unlink(),
+        lambda: edit_weights(output / "unet", lambda tensors: tensors["conv_in.bias"].fill_(7)),
+        lambda: edit_json("scheduler/scheduler_config.json", beta_end=0.5)(output),
+    ]
+    for damage in damages:
+        damage()
+        assert start("merge.py")[0] == 0
+        assert content(output) == whole
 
 
 def test_a_port_in_use_is_named(start, config_file, monkeypatch):

@@ -86,6 +86,25 @@ def test_signals_to_a_shell_script_reach_every_process_and_mistakes_are_answered
     assert not any(str(tmp_path) in " ".join(process.info["cmdline"] or []) for process in process_iter(["cmdline"]))
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "rule"),
+    [
+        ("MAX_MINUTES", "abc", "a number above 0"),
+        ("MAX_MINUTES", "-5", "a number above 0"),
+        ("MAX_MINUTES", "0", "a number above 0"),
+        ("NUM_PROCESSES", "0", "a whole number above 0"),
+        ("NUM_PROCESSES", "abc", "a whole number above 0"),
+        ("NUM_PROCESSES", "1.5", "a whole number above 0"),
+    ],
+)
+def test_mistakes_in_the_environment_are_answered_in_one_line(variable, value, rule, tmp_path):
+    settings = script_environment() | {variable: value}
+    command = script_command("digits.sh", f"output_dir={tmp_path}")
+    result = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"{variable}={value}: must be {rule}\n"
+
+
 def heed_interrupts() -> None:
     """Where the tests run in the background, Ctrl-C is ignored by all that they start."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -31,8 +31,7 @@ def test_batches_do_not_depend_on_how_they_are_cut():
 
 
 def streamed(threads: int, decode=PIXELS.__getitem__) -> CroppedImages:
-    images = StreamedImages(decode, np.arange(len(PIXELS)))
-    images.threads = threads
+    images = StreamedImages(decode, np.arange(len(PIXELS)), threads)
     return CroppedImages(images, 9, center_crop=False, random_flip=True)
 
 

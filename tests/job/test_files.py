@@ -1,3 +1,9 @@
+import importlib
+import multiprocessing
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 
 from deme.errors import RunError, UserError
@@ -5,12 +11,15 @@ from deme.job.files import (
     TEMPORARY,
     atomic_file,
     atomic_folder,
+    check_apart,
     make_folder,
     read_yaml,
     remove_leftovers,
+    remove_unfinished,
     sha256,
     write_small_file,
 )
+from deme.job.locks import locked
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path):
@@ -71,16 +80,88 @@ def test_unfinished_files_are_no_images_to_pytorch_fid(tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
-    (tmp_path / f"{TEMPORARY}a-123").mkdir()
-    (tmp_path / f"{TEMPORARY}b-123").touch()
+    """Of the file or folder that is asked for, and of nobody else's."""
+    for name in ("a-0123abcd", "a-b-0123abcd", "b.png-0123abcd", "b.txt-0123abcd", "[a]-0123abcd"):
+        (tmp_path / f"{TEMPORARY}{name}").mkdir()
     (tmp_path / "kept").touch()
-    (tmp_path / f"{TEMPORARY}a-0123abcd").mkdir()
-    (tmp_path / f"{TEMPORARY}a-b-0123abcd").mkdir()
-    remove_leftovers(tmp_path, "a")
-    assert not (tmp_path / f"{TEMPORARY}a-0123abcd").exists()
-    assert (tmp_path / f"{TEMPORARY}a-b-0123abcd").exists()
-    remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    remove_leftovers(tmp_path / "a")
+    remove_leftovers(tmp_path / "[a]")
+    remove_unfinished(tmp_path, "*.png")
+    left = [path.name.removeprefix(TEMPORARY) for path in sorted(tmp_path.iterdir())]
+    assert left == ["a-b-0123abcd", "b.txt-0123abcd", "kept"]
+
+
+SYSTEM_CALLS = ("os.replace", "os.open", "os.fsync", "os.close", "shutil.rmtree", "tempfile.mkdtemp")
+
+
+def replace_folder(path: Path) -> None:
+    with atomic_folder(path) as temporary:
+        (temporary / "new").write_text("new")
+
+
+@pytest.mark.parametrize("call", SYSTEM_CALLS)
+def test_a_kill_between_any_two_calls_of_a_replacement_loses_nothing(tmp_path, call):
+    """Before and after the nth of them: the next lock finds the old folder or the new one, whole, and nothing else."""
+    for number in range(1, 9):
+        for killed_before in (True, False):
+            folder = tmp_path / f"{number}{killed_before}"
+            (folder / "a").mkdir(parents=True)
+            (folder / "a" / "old").write_text("old")
+            ended = multiprocessing.get_context("fork").Process(
+                target=kill_at, args=(call, number, killed_before, folder / "a")
+            )
+            ended.start()
+            ended.join()
+            with locked(folder / "a", "key"):
+                assert [path.name for path in folder.iterdir() if path.name != ".a.lock"] == ["a"]
+                [file] = (folder / "a").iterdir()
+                assert file.name == file.read_text() in ("old", "new")
+
+
+def kill_at(call: str, number: int, killed_before: bool, path: Path) -> None:
+    """Replace a folder in this process, which dies at the nth call of a function."""
+    module = importlib.import_module(call.split(".")[0])
+    original = getattr(module, call.split(".")[1])
+    count = 0
+
+    def counted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == number and killed_before:
+            os._exit(9)
+        result = original(*args, **kwargs)
+        if count == number:
+            os._exit(9)
+        return result
+
+    setattr(module, call.split(".")[1], counted)
+    replace_folder(path)
+    os._exit(0)
+
+
+def test_a_link_to_a_folder_elsewhere_is_kept_and_what_it_points_to_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "disk" / "a")
+    for _ in range(2):
+        replace_folder(tmp_path / "a")
+    assert (tmp_path / "a").is_symlink()
+    assert (tmp_path / "disk" / "a" / "new").exists()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("output", "apart"), [("in", False), ("in/side", False), ("", False), ("link/x", False), ("out", True)]
+)
+def test_an_output_must_lie_apart_from_its_inputs(tmp_path, output, apart):
+    """Equal, inside, above, by a link; a folder beside it is fine."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    with (
+        nullcontext()
+        if apart
+        else pytest.raises(UserError, match=r"^merge\.output=.*: is, holds or lies in .*in, which")
+    ):
+        check_apart("merge.output", tmp_path / output, [tmp_path / "in"])
 
 
 def test_a_folder_below_a_file_is_refused_with_the_key(tmp_path):

@@ -25,6 +25,7 @@ def test_memory_grows_with_what_is_allocated():
 def test_a_cpu_says_what_precision_it_has(monkeypatch, capsys, has_bf16):
     """bf16 without instructions for it is warned of in one line; fp16's message names what works well here."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    processes._warn_of_bf16.cache_clear()
     monkeypatch.setattr(processes, "computes_in_bf16", lambda: has_bf16)
     processes.make_accelerator("bf16", "sample.mixed_precision")
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -46,6 +46,7 @@ def test_a_single_block_has_no_spread(reference):
     found, _ = scored(reference, blocks=1)
     assert found.blocks == [found.pooled]
     assert found.standard_deviation is None
+    assert found.kid_standard_error > 0  # of two halves
     assert paired(found, found).difference_standard_error is None
 
 
@@ -56,7 +57,7 @@ def test_a_kid_is_shown_only_where_it_tells_something(reference):
     assert other.has_telling_kid
     table = score_table([same], "classifier")
     assert table.splitlines()[-1] == (
-        "classifier KID is left out: with so few images it can't be told from 0 for any row."
+        "classifier KID is left out: in every row it differs from 0 by less than two standard errors."
     )
     assert "KID ×" not in table
     table = score_table([same, other], "classifier")

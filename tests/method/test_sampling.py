@@ -6,8 +6,8 @@ import torch
 from conftest import tiny_unet
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, LDMPipeline
 
-from deme.errors import UserError
-from deme.method.sampling import SHORT_NAMES, ensemble, initial_noise, make_sampler, sample_images
+from deme.errors import RunError, UserError
+from deme.method.sampling import SHORT_NAMES, ensemble, initial_noise, make_sampler, sample_images, try_sampler
 from deme.models.encoders import decode
 
 SCHEDULER = DDPMScheduler(beta_end=0.03, clip_sample_range=1.5)
@@ -88,9 +88,33 @@ def test_samplers_that_can_not_take_the_noise_schedule_are_refused(name):
         make_sampler(SCHEDULER, name)
 
 
-def test_samplers_keep_the_pretrained_betas():
-    for name in SHORT_NAMES:
-        assert torch.equal(make_sampler(SCHEDULER, name).betas, SCHEDULER.betas)
+@pytest.mark.parametrize("name", [*SHORT_NAMES, "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_samplers_keep_the_pretrained_betas(name):
+    """Also those that are diffusers' defaults for DDPM, but not for the sampler."""
+    for scheduler in (SCHEDULER, DDPMScheduler()):
+        assert torch.equal(make_sampler(scheduler, name).betas, scheduler.betas)
+
+
+def test_what_a_sampler_can_not_do_is_found_by_trying():
+    try_sampler(SCHEDULER, "pndm", 4, SHAPE)
+    with pytest.raises(UserError, match=r"^3 steps of PNDMScheduler: ValueError: "):
+        try_sampler(SCHEDULER, "pndm", 3, SHAPE)
+    with pytest.raises(UserError, match="sigmoid"):
+        try_sampler(DDPMScheduler(beta_schedule="sigmoid"), "euler", 4, SHAPE)
+
+
+def test_autocast_is_for_the_network_alone():
+    """UniPC's own products stay in float32."""
+    unet = tiny_unet()
+
+    class Upcast(torch.nn.Module):
+        def forward(self, *args, **kwargs):
+            assert torch.is_autocast_enabled("cpu")
+            with torch.autocast("cpu", enabled=False):
+                return unet(*args, **kwargs)
+
+    settings = {"sampler": "unipc", "around_network": lambda: torch.autocast("cpu", torch.bfloat16)}
+    assert torch.equal(sample(single(Upcast()), **settings), sample(single(unet), sampler="unipc"))
 
 
 def test_one_network_call_per_step_at_the_leading_timesteps():
@@ -117,6 +141,23 @@ def test_an_image_depends_on_its_seed_alone(settings):
 def test_eta_adds_noise():
     predict = single(tiny_unet())
     assert not torch.equal(sample(predict, eta=0.0), sample(predict, eta=1.0))
+
+
+def test_images_that_are_not_finite_stop_by_seed_and_step():
+    """One image of a batch, from the second of three steps on; the others do not matter."""
+
+    class Poison(torch.nn.Module):
+        calls = 0
+
+        def forward(self, noisy, timestep, return_dict):
+            self.calls += 1
+            prediction = torch.zeros_like(noisy)
+            if self.calls == 2:
+                prediction[1] = torch.nan
+            return (prediction,)
+
+    with pytest.raises(RunError, match=r"^seed 8: NaN or infinite after step 2 of 3$"):
+        sample(single(Poison()), seeds=[7, 8], steps=3)
 
 
 def test_the_ensemble_uses_the_expert_of_each_timestep():

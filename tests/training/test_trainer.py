@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import tiny_unet
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.trainers import make_trainer
 from deme.config.sections import Finetune, Pretrain
@@ -147,13 +147,52 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("damage", [("ema.safetensors", b"short"), ("state.json", b"{}"), ("state.json", b"\xff\xfe")])
+def edited(**values):
+    """state.json with other values."""
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def changed_tensors(change):
+    """A file of tensors, changed, its checksum left out of state.json as checkpoints of before had none."""
+
+    def damage(path) -> None:
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+        state = path.with_name("state.json")
+        scalars = json.loads(state.read_text())
+        state.write_text(json.dumps({key: value for key, value in scalars.items() if key != "sha256"}))
+
+    return damage
+
+
+def flip_a_bit(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut short": ("ema.safetensors", lambda path: path.write_bytes(b"short")),
+    "no values": ("state.json", lambda path: path.write_text("{}")),
+    "no text": ("state.json", lambda path: path.write_bytes(b"\xff\xfe")),
+    "nested": ("state.json", lambda path: path.write_text("[" * 100_000)),
+    "a list": ("state.json", lambda path: path.write_text("[1]")),
+    **{f"step {step!r}": ("state.json", edited(step=step)) for step in (7, 5, -6, 6.0, "6", None, 10**400)},
+    "a flipped bit": ("student.safetensors", flip_a_bit),
+    "NaN": ("student.safetensors", changed_tensors(lambda t: t["conv_in.weight"].fill_(torch.nan))),
+    "a moment less": ("optimizer.safetensors", changed_tensors(lambda t: t.pop("conv_in.weight/exp_avg"))),
+    "another shape": ("ema.safetensors", changed_tensors(lambda t: t.update({"conv_in.bias": torch.ones(3)}))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
     trainer(tmp_path / "whole").run()
     trainer(tmp_path / "broken", max_steps=6, checkpoint_every=2).run()
     newest = list_checkpoints(tmp_path / "broken" / "checkpoints")[0]
-    name, content = damage
-    (newest / name).write_bytes(content)
+    name, change = damage
+    change(newest / name)
     assert trainer(tmp_path / "broken", max_steps=6, checkpoint_every=2).run()
     assert f"{newest}: unreadable" in capsys.readouterr().out
     whole, mended = newest_tensors(tmp_path / "whole"), newest_tensors(tmp_path / "broken")
@@ -180,7 +219,8 @@ def test_rotation_never_leaves_only_unreadable_checkpoints(tmp_path):
 def test_optimizer_states_are_loaded_to_the_device_and_format_of_their_parameters(tmp_path):
     trainer(tmp_path).run()
     run = trainer(tmp_path)
-    load_newest_checkpoint(tmp_path / "checkpoints", run.state)
+    run.student.to(memory_format=torch.channels_last)  # as on a GPU
+    load_newest_checkpoint(tmp_path / "checkpoints", run.state, 6)
     strides = set()
     for parameter in run.student.parameters():
         moments = run.state.optimizer.state[parameter]
