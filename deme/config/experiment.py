@@ -53,6 +53,7 @@ class Config(Section):
 
     @property
     def paths(self) -> Paths:
+        """Where everything of it lies."""
         return Paths(self)
 
     @property

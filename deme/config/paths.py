@@ -20,6 +20,7 @@ class Paths:
 
     @property
     def run(self) -> Path:
+        """The folder of everything that belongs to this experiment alone."""
         return Path(self._config.output_dir) / self._config.name
 
     @property
@@ -91,6 +92,7 @@ class Paths:
 
     @property
     def classifier(self) -> Path:
+        """The feature network of the classifier FD."""
         return self.stats / "classifier.safetensors"
 
     @property
@@ -107,6 +109,7 @@ class Paths:
 
     @classmethod
     def names(cls) -> list[str]:
+        """What `--path` takes."""
         return [name for name, member in vars(cls).items() if isinstance(member, property)]
 
     def lines(self, name: str) -> str:

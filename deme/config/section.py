@@ -12,6 +12,7 @@ class Section:
     section: ClassVar[str] = ""
 
     def check(self, key: str, holds: bool, rule: str) -> None:
+        """Name the section, the key and its value where a rule does not hold."""
         if not holds:
             name = f"{self.section}.{key}" if self.section else key
             raise UserError(f"{name}={shown(getattr(self, key))}: {rule}")
@@ -29,11 +30,14 @@ class Section:
             self.check(key, value is None or 0 <= value < math.inf, "must be a finite number, 0 or above")
 
     def check_seed(self, key: str) -> None:
+        """The key is a seed that numpy and torch take."""
         self.check(key, 0 <= getattr(self, key) < 2**63, "must lie in [0, 2**63)")
 
     def check_fraction(self, *keys: str) -> None:
+        """Each key lies in [0, 1]."""
         for key in keys:
             self.check(key, 0 <= getattr(self, key) <= 1, "must lie in [0, 1]")
 
     def check_choice(self, key: str, choices: tuple[str, ...]) -> None:
+        """The key is one of a few words."""
         self.check(key, getattr(self, key) in choices, f"must be one of {', '.join(choices)}")

@@ -21,6 +21,8 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 
 @dataclass(frozen=True)
 class Model(Section):
+    """What is finetuned."""
+
     section: ClassVar[str] = "model"
     pretrained: Optional[str] = None  # pipeline folder or Hub id; null: what pretrain.py made in this run
     license: Optional[str] = None  # of the pretrained weights, for the merged network's card; null: not stated
@@ -29,6 +31,8 @@ class Model(Section):
 
 @dataclass(frozen=True)
 class Data(Section):
+    """Which images, and how they become squares."""
+
     section: ClassVar[str] = "data"
     name: str = "digits"  # digits (embedded), a Hub id, or a local folder that datasets.load_dataset reads
     split: str = "train"
@@ -49,6 +53,8 @@ class Data(Section):
 
 @dataclass(frozen=True)
 class Timesteps(Section):
+    """The ranges that are decoupled."""
+
     section: ClassVar[str] = "timesteps"
     num_train_timesteps: int = 1000  # T; must equal the pretrained scheduler's
     num_ranges: int = 4  # N equal ranges, unless edges are given
@@ -137,6 +143,8 @@ class Training(Section):
 
 @dataclass(frozen=True)
 class Pretrain(Training):
+    """Training a network from nothing."""
+
     section: ClassVar[str] = "pretrain"
     held_out_every: int = 1000  # optimizer steps between two measurements of the held-out loss
     patience: Optional[int] = None  # stop once so many of them in a row did not fall by 0.1 %; null: max_steps
@@ -150,6 +158,8 @@ class Pretrain(Training):
 
 @dataclass(frozen=True)
 class Finetune(Training):
+    """Training the copy of a range, or the control."""
+
     section: ClassVar[str] = "finetune"
     range: Union[int, str, None] = None  # null: every range in turn; 0, 1, …: that one; continued: the control
     global_probability: float = 0.3  # p: chance that a micro-batch draws its timesteps from all of [0, T)
@@ -163,6 +173,8 @@ class Finetune(Training):
 
 @dataclass(frozen=True)
 class Merge(Section):
+    """What is merged, how, and into what."""
+
     section: ClassVar[str] = "merge"
     method: str = "task_arithmetic"  # or ties
     # w, one per range, lowest range first; null: 1/N each; or name pattern -> such a list, the first pattern that fits
@@ -191,6 +203,8 @@ class Merge(Section):
 
 @dataclass(frozen=True)
 class Sample(Section):
+    """Which images are drawn from what."""
+
     section: ClassVar[str] = "sample"
     model: str = "merged"  # merged, pretrained, continued, ensemble, or a folder
     num_images: int = 1000
@@ -216,6 +230,8 @@ class Sample(Section):
 
 @dataclass(frozen=True)
 class Evaluate(Section):
+    """What is scored against what."""
+
     section: ClassVar[str] = "evaluate"
     features: str = "inception"  # inception (FID) or classifier (classifier FD; the data needs labels)
     samples: Optional[list[str]] = None  # folders of images; null: every folder in samples/ of this run

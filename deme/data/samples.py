@@ -21,6 +21,7 @@ IMAGE_SUFFIXES = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "web
 
 
 def image_path(folder: Path, seed: int) -> Path:
+    """Where the image of a seed lies."""
     return folder / f"{seed:06d}.png"
 
 

@@ -163,10 +163,12 @@ def make_folder(path: Path, key: str) -> None:
 
 
 def to_yaml(values: dict) -> str:
+    """A mapping as YAML, its keys in their order."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def write_yaml(path: Path, values: dict) -> None:
+    """Write a mapping as a YAML file, whole or not at all."""
     with atomic_file(path) as temporary:
         temporary.write_text(to_yaml(values), encoding="utf-8")
 
@@ -202,11 +204,13 @@ def read_json(path: Path) -> dict:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_to_disk(path: Path) -> None:
+    """Return once a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -32,6 +32,7 @@ def raise_interrupted(number: int, frame: FrameType | None) -> None:
 
 
 def ignore_signals() -> None:
+    """Let nothing interrupt what follows."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -58,6 +58,7 @@ class Classifier(nn.Module):
         return self.layers(images).mean((2, 3))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 RGB (B, 3, H, W) → logits (B, classes)."""
         return self.head(self.features(pixels))
 
 

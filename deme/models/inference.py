@@ -16,7 +16,7 @@ def memory_format(device: torch.device | str) -> torch.memory_format:
     """How networks and images lie on a device: channels last on a GPU.
 
     On a CPU oneDNN reorders both anyway; channels_last costs narrow networks a fifth of their time in group
-    normalizations, and wide ones a tenth to a third of a training step in copies of their weights.
+    normalizations, and in training wide ones copies of their weights.
     """
     return torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last
 

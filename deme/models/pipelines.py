@@ -57,10 +57,12 @@ def find_pipeline(source: str) -> Path:
 
 
 def unet_folder(pipeline: Path) -> Path:
+    """Where a pipeline's network lies: in unet/, or flat beside all else."""
     return pipeline / "unet" if (pipeline / "unet").is_dir() else pipeline
 
 
 def scheduler_folder(pipeline: Path) -> Path:
+    """Where a pipeline's noise schedule lies: in scheduler/, or flat beside all else."""
     has_parts = any((pipeline / part).is_dir() for part in ("unet", "scheduler"))
     return pipeline / "scheduler" if has_parts else pipeline
 

@@ -44,12 +44,15 @@ class Inert:
         pass
 
     def append(self, item: Any) -> None:
+        """As a list would be filled."""
         pass
 
     def extend(self, items: Any) -> None:
+        """As a list would be filled."""
         pass
 
     def add(self, item: Any) -> None:
+        """As a set would be filled."""
         pass
 
 
@@ -93,6 +96,7 @@ class TensorUnpickler(pickle.Unpickler):
         self.prefix = prefix
 
     def find_class(self, module: str, name: str) -> Any:
+        """A class or function that the pickle names: ours, or an inert stand-in."""
         if (module, name) == ("collections", "OrderedDict"):
             return type("PlainDict", (dict,), {})
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -104,6 +108,7 @@ class TensorUnpickler(pickle.Unpickler):
         return type(name, (Inert,), {})
 
     def persistent_load(self, reference: Any) -> torch.Tensor:
+        """The content of a storage that the pickle refers to, as a flat tensor."""
         kind, storage_class, key, _device, length = reference
         dtype = getattr(storage_class, "dtype", None)
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):

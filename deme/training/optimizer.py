@@ -12,6 +12,7 @@ from deme.config.sections import Training
 
 
 def make_optimizer(network: nn.Module, settings: Training) -> torch.optim.AdamW:
+    """AdamW over all weights, fused into one pass over the memory."""
     return torch.optim.AdamW(
         network.parameters(),
         lr=settings.learning_rate,
@@ -37,6 +38,7 @@ def learning_rate_factor(optimizer: torch.optim.Optimizer, settings: Training) -
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set it for all weights."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 

@@ -46,6 +46,7 @@ class RunLog:
             sync_to_disk(self.file)
 
     def close(self) -> None:
+        """Write what TensorBoard has not written yet."""
         with writing(self.file):
             self.writer.close()
 

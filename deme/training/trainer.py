@@ -133,6 +133,7 @@ class Trainer:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of step-00005000/ and so on."""
         return self.folder / "checkpoints"
 
     def run(self, deadline: float | None = None) -> bool:
