@@ -155,6 +155,23 @@ def test_a_worker_that_dies_takes_the_job_down(config_file):
     assert re.search(r"holds \d+ of 3000 images; finish sample_ddp\.py", scored.stderr)
 
 
+def test_workers_whose_launcher_is_killed_save_a_checkpoint_and_end(config_file):
+    """They would train on unseen, and the same command would be refused."""
+    root = config_file.parent
+    steps = ["finetune.range=0", "finetune.max_steps=2000"]
+    launched = command("finetune.py", config_file, *steps, processes=2)
+    with subprocess.Popen(launched, env=environment(), cwd=root, stdout=-1, stderr=-1) as job:
+        wait_for(has_logged(root / "tiny" / FOLDERS["finetune.py"], 10))
+        workers = psutil.Process(job.pid).children(recursive=True)
+        assert len(workers) >= 2
+        job.kill()
+        psutil.wait_procs(workers, timeout=60)
+    assert not any(worker.is_running() for worker in workers)
+    [saved] = (root / "tiny" / FOLDERS["finetune.py"] / "checkpoints").glob("step-*")
+    resumed = run("finetune.py", config_file, *steps, "finetune.max_minutes=0.0001")
+    assert f"resuming from {saved}" in resumed.stdout
+
+
 def test_an_error_of_the_main_process_ends_all(config_file):
     """Only the first of two processes sees the folder that stands there: its line, and no hang."""
     folder = config_file.parent / "tiny" / "samples" / "pretrained"
