@@ -1,6 +1,7 @@
 """merge.py against merging state dicts or whole modules: time, peak anonymous memory, bytes read and written.
 
-python benchmarks/merging.py             # 2, 4, 8 experts of 114 M parameters, 2 of 860 M: 14 GB of disk
+python benchmarks/merging.py             # 2, 4, 8 experts of 114 M parameters
+python benchmarks/merging.py --largest   # also 2 of 860 M
 python benchmarks/merging.py --quick
 """
 
@@ -33,14 +34,18 @@ CONTENDERS = ("merge.py", "state dicts")
 
 
 def main() -> None:
-    arguments = parse(__doc__, measure={"help": "JSON: do one merge and print what it took"})
+    arguments = parse(
+        __doc__,
+        largest={"action": "store_true", "help": "also 2 experts of 860 M parameters: 14 GB of disk, 21 GB of memory"},
+        measure={"help": "JSON: do one merge and print what it took"},
+    )
     if arguments.measure:
         print(json.dumps(measure(**json.loads(arguments.measure))))
         return
     church = ("Church", "UNet2DModel", CHURCH)
     renamed = ("Church, old attention names", "UNet2DModel", CHURCH)
     stable_diffusion = ("Stable Diffusion v1", "UNet2DConditionModel", {})
-    cases = [(church, 2), (church, 4), (church, 8), (renamed, 4), (stable_diffusion, 2)]
+    cases = [(church, 2), (church, 4), (church, 8), (renamed, 4), *([(stable_diffusion, 2)] * arguments.largest)]
     if arguments.quick:
         cases = [(("CIFAR-10", "UNet2DModel", CIFAR10), 2)]
     rows = []
