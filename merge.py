@@ -59,16 +59,17 @@ def main(config: Config) -> None:
     for k, folder in enumerate(inputs):
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={k}")
+    check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
     with ThreadPoolExecutor() as pool:
         files = [weights_file(unet_folder(pretrained)), *(folder / WEIGHTS for folder in inputs)]
-        base_hash, *hashes = pool.map(sha256, files)
+        hashing = pool.map(sha256, files)  # takes about as long as importing torch
 
-    check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
+        from deme.method.task_vectors import TaskArithmetic
+        from deme.method.ties import Ties
+
+        base_hash, *hashes = hashing
 
     # --- what the result is made from
-    from deme.method.task_vectors import TaskArithmetic  # imports torch
-    from deme.method.ties import Ties
-
     settings = config.merge
     method = TaskArithmetic() if settings.method != "ties" else Ties(settings.ties_fraction, settings.ties_combine)
     names = map(range_name, config.timesteps.ranges)
