@@ -12,9 +12,14 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
 Canvas = ImageDraw.ImageDraw
-LEFT, RIGHT, MIDDLE, GAP = 492, 2320, 1406, 52  # where the drawings begin and end; between the boxes of two ranges
+LEFT = 492  # where the drawings begin
+RIGHT = 2320
+MIDDLE = 1406
+GAP = 52  # between the boxes of two ranges
 STEP = (RIGHT - LEFT + GAP) / 4  # from one range to the next
-COLOURS, INK, GREY = ("#1f7a8c", "#3f5fa8", "#7d4a9e", "#c2456d"), "#1c2636", "#5b6675"  # COLOURS: of the ranges
+COLOURS = ("#1f7a8c", "#3f5fa8", "#7d4a9e", "#c2456d")  # of the ranges
+INK = "#1c2636"
+GREY = "#5b6675"
 WORDS = {  # heading → where it stands, the lines below it
     "Noise": (132, "one digit from", "t = 0 to t = 999"),
     "Decouple": (424, "one finetuned", "copy per range"),
@@ -63,7 +68,8 @@ def main(samples: Path) -> None:
         write(draw, 80, y, heading, 60, INK, bold=1)
         for number, line in enumerate(lines):
             write(draw, 80, y + 64 + 54 * number, line, 46, GREY)
-    digit, timesteps = load_digits().images[0] / 8 - 1, np.linspace(0, 999, 12).round().astype(int)
+    digit = load_digits().images[0] / 8 - 1
+    timesteps = np.linspace(0, 999, 12).round().astype(int)
     for k, colour in enumerate(COLOURS):
         left, centre, right = (LEFT + k * STEP + part * (STEP - GAP) for part in (0, 0.5, 1))
         for i, timestep in enumerate(timesteps[3 * k : 3 * k + 3]):
