@@ -1,5 +1,6 @@
 import re
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -14,11 +15,10 @@ def test_the_processor_has_a_name_and_an_instruction_set():
     assert re.fullmatch(r"[^\n()]+( \((amx_bf16|avx512_bf16|avx512f|avx2)\))?", processor())
 
 
-def test_memory_grows_with_what_is_allocated():
+def test_the_peak_is_no_less_than_what_is_held_now():
     keep_freed_memory()
-    before = peak_memory(torch.device("cpu"))
-    torch.ones(2**26)  # 256 MiB
-    assert peak_memory(torch.device("cpu")) - before > 2**27
+    held = torch.ones(2**26)  # 256 MiB
+    assert peak_memory(torch.device("cpu")) >= 0.99 * psutil.Process().memory_info().rss > held.nbytes
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
