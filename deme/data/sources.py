@@ -99,15 +99,20 @@ def load_evaluation_images(data: Data, cache: Path) -> tuple[CroppedImages, torc
     return CroppedImages(images, data.resolution, center_crop=True, random_flip=False), labels
 
 
-def data_fingerprint(data: Data) -> str:
-    """A SHA-256 of what is read: how many images and labels there are, and up to FINGERPRINTED of them, evenly spread.
+def data_fingerprint(data: Data, with_labels: bool = False) -> str:
+    """A SHA-256 of what is read: how many images there are, up to FINGERPRINTED of them, evenly spread, and all labels.
 
     Another set behind the same name shows, whatever cache the images come from; a few changed images of a large set
     may not.
+
+    Args:
+        with_labels: not for a training run, which may change its label_column.
     """
     source = _open(data)
     count = len(source.rows)
-    digest = hashlib.sha256(f"{count} {source.labels is not None}".encode())
+    digest = hashlib.sha256(f"{count} images".encode())
+    if with_labels and source.labels is not None:
+        digest.update(repr(list(source.labels)).encode())
     chosen = [count * i // min(count, FINGERPRINTED) for i in range(min(count, FINGERPRINTED))]
 
     def read(row: int) -> bytes:
@@ -115,8 +120,7 @@ def data_fingerprint(data: Data) -> str:
             image = _decode_row(data, source, 3, row)
         except UserError:  # whether that is a mistake is another's to say
             return b""
-        label = None if source.labels is None else source.labels[row]
-        return f"{image.shape} {label}".encode() + image.tobytes()
+        return str(image.shape).encode() + image.tobytes()
 
     for content in ahead(read, chosen, decoding_threads(data.resolution)):
         digest.update(content)

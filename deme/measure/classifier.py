@@ -151,7 +151,7 @@ def trained_classifier(config: Config, accelerator: Accelerator) -> tuple[Classi
         "precision": config.evaluate.classifier_precision,
         "seed": config.seed,
     }
-    data = {"data": evaluated_data(config.data), DATA: data_fingerprint(config.data)}
+    data = {"data": evaluated_data(config.data), DATA: data_fingerprint(config.data, with_labels=True)}
     wanted = Record(CLASSIFIER, data | training)
 
     def train() -> None:

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from deme.config.sections import Data
 from deme.data.images import CroppedImages, StreamedImages
-from deme.data.sources import as_seen, load_evaluation_images, load_training_images
+from deme.data.sources import as_seen, data_fingerprint, load_evaluation_images, load_training_images
 from deme.errors import UserError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -188,6 +188,16 @@ def test_held_out_images_are_the_same_for_all_and_never_trained_on(tmp_path):
     assert found(load_training_images(Data(held_out_images=100), 1, tmp_path)[1]) == found(held_out)
     with pytest.raises(UserError, match=r"data\.held_out_images=1797: digits has 1797 images"):
         load_training_images(Data(held_out_images=1797), 1, tmp_path)
+
+
+def test_the_fingerprint_tells_other_images_and_where_asked_for_other_labels(folder, tmp_path):
+    """A training run may change its label_column; a classifier is made of it."""
+    data = {label: Data(name=folder, label_column=label) for label in ("label", None)}
+    assert data_fingerprint(data["label"]) == data_fingerprint(data[None])
+    assert data_fingerprint(data["label"], with_labels=True) != data_fingerprint(data["label"])
+    before = data_fingerprint(data[None])
+    Image.effect_noise((12, 9), 90).save(tmp_path / "images" / "train" / "cat" / "0.png")
+    assert data_fingerprint(data[None]) != before
 
 
 def test_data_larger_than_the_caches_are_decoded_on_the_fly(folder, tmp_path):
