@@ -10,6 +10,8 @@ pytorch_fid's npz format, and the classifier are made once and kept in runs/<nam
 results.json.
 """
 
+import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
+
 import os
 from functools import partial
 from pathlib import Path
@@ -18,12 +20,14 @@ from typing import TYPE_CHECKING
 from deme.config.experiment import Config
 from deme.errors import UserError, naming
 from deme.job.command import run_script
-from deme.job.files import make_folder, read_json
-from deme.job.records import provenance
+from deme.job.files import Watched, make_folder, read_json
+from deme.job.records import SAMPLES, provenance
 from deme.models.variants import ORDER
 
 if TYPE_CHECKING:
     import torch
+
+LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 
 
 def sample_folders(config: Config) -> list[Path]:
@@ -72,8 +76,9 @@ def main(config: Config) -> None:
     output = config.paths.results
 
     # --- what is scored
-    seen = settings.features != "classifier" or config.data.resolution >= 8  # it halves an image three times
-    config.data.check("resolution", seen, "evaluate.features=classifier needs at least 8 pixels")
+    seen = settings.features != "classifier" or config.data.resolution >= LEAST_CLASSIFIED
+    least_pixels = f"evaluate.features=classifier needs at least {LEAST_CLASSIFIED} pixels"
+    config.data.check("resolution", seen, least_pixels)
     with naming("evaluate.output", output):
         check_replaceable(output)
     if settings.reference is not None and not config.paths.reference.is_file():
@@ -85,11 +90,14 @@ def main(config: Config) -> None:
     for folder in folders:
         with naming("evaluate.samples", folder):
             files[folder] = list_images(folder)
-        size, rest = divmod(len(files[folder]), settings.blocks)
-        if rest or size < 2:
+        block, rest = divmod(len(files[folder]), settings.blocks)
+        if rest or block < 2:
             least = f"which is not {settings.blocks} equal block(s) of at least 2"
             raise UserError(f"evaluate.blocks={settings.blocks}: {folder} holds {len(files[folder])} image(s), {least}")
-        check_sizes(files[folder])
+        size = check_sizes(files[folder])
+        if settings.features == "classifier" and min(size) < LEAST_CLASSIFIED:
+            raise UserError(f"evaluate.samples={folder}: images of {size[0]} x {size[1]} pixels, {least_pixels}")
+    watched = Watched(path for folder, paths in files.items() for path in (folder / SAMPLES.file, *paths))
 
     # --- torch is imported after what can be answered without it
     from deme.data.ahead import available_threads
@@ -134,6 +142,7 @@ def main(config: Config) -> None:
 
         # --- differences to the pretrained model, where the seeds agree; table and results.json
         def finish() -> None:
+            watched.check()
             names = {str(folder): [path.name for path in paths] for folder, paths in files.items()}
             baseline = next((row for row in scores if Path(row.samples).name == "pretrained"), None)
             rows = [

@@ -8,6 +8,8 @@ Writes runs/<name>/finetuned/0000-0250/unet/ and so on (EMA weights); checkpoint
 The same command again resumes, or does nothing when all is done.
 """
 
+import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
+
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ from deme.config.experiment import Config
 from deme.config.sections import CONTINUED, Finetune, range_name
 from deme.errors import naming
 from deme.job.command import run_script
-from deme.job.files import sha256
+from deme.job.files import Watched, sha256
 from deme.job.records import ARCHITECTURE, SCHEDULE
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
@@ -85,11 +87,13 @@ def main(config: Config) -> None:
     pretrained = find_pretrained(config.paths)
     folder = unet_folder(pretrained)
     config.check_fits({folder: sample_size(folder)}, scheduler_folder(pretrained), num_train_timesteps(pretrained))
-    hashes = {
-        "pretrained weights (SHA-256)": sha256(weights_file(folder)),
-        ARCHITECTURE: sha256(folder / "config.json"),
-        SCHEDULE: sha256(scheduler_folder(pretrained) / SCHEDULER_CONFIG),
+    files = {
+        "pretrained weights (SHA-256)": weights_file(folder),
+        ARCHITECTURE: folder / "config.json",
+        SCHEDULE: scheduler_folder(pretrained) / SCHEDULER_CONFIG,
     }
+    watched = Watched(files.values())
+    hashes = {key: sha256(file) for key, file in files.items()}
     runs = {chosen: run_of(session, chosen, hashes) for chosen in chosen_ranges(config)}
     runs = {chosen: run for chosen, run in runs.items() if not session.is_complete(run)}
     if not runs:
@@ -109,6 +113,8 @@ def main(config: Config) -> None:
         unet = load_unet(folder)
         scheduler = load_scheduler(pretrained)
         try_out(unet, scheduler)
+    accelerator.wait_for_everyone()
+    watched.check()  # all processes have read the same
     images = load_training_images(config.data, unet.config.in_channels, config.paths.image_cache).training
     fingerprint = data_fingerprint(config.data)
     accelerator.print(

@@ -11,6 +11,8 @@ inputs with their SHA-256, the coefficients) and the model card README.md. An ou
 alone, but its card gets the scores that evaluate.py has found since.
 """
 
+import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
+
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
-from deme.job.files import atomic_file, atomic_folder, check_apart, read_json, sha256
+from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, sha256
 from deme.job.locks import locked
 from deme.job.records import MERGED, SCHEDULE, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models.pipelines import (
@@ -60,8 +62,10 @@ def main(config: Config) -> None:
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={k}")
     check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
+    files = [weights_file(unet_folder(pretrained)), *(folder / WEIGHTS for folder in inputs)]
+    schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
+    watched = Watched([*files, schedule])
     with ThreadPoolExecutor() as pool:
-        files = [weights_file(unet_folder(pretrained)), *(folder / WEIGHTS for folder in inputs)]
         hashing = pool.map(sha256, files)  # takes about as long as importing torch
 
         from deme.method.task_vectors import TaskArithmetic
@@ -79,7 +83,7 @@ def main(config: Config) -> None:
     ]
     base = {"path": config.paths.pretrained, "sha256": base_hash}
     made_from = {"coefficients": config.coefficient_groups, "pretrained": base, "finetuned": experts}
-    made_from[SCHEDULE] = sha256(scheduler_folder(pretrained) / SCHEDULER_CONFIG)
+    made_from[SCHEDULE] = sha256(schedule)
     wanted = Record(MERGED, method.describe() | made_from, provenance(config))
 
     # --- merge, unless the output is complete
@@ -87,7 +91,7 @@ def main(config: Config) -> None:
         if is_complete(output, wanted):
             print(f"{output} is complete")
         else:
-            write_merged(output, pretrained, inputs, config.coefficient_groups, method, wanted)
+            write_merged(output, pretrained, inputs, config.coefficient_groups, method, wanted, watched)
             print(f"wrote {output}")
         write_card(config, wanted)
 
@@ -126,6 +130,7 @@ def write_merged(
     groups: dict[str, list[float]],
     method: "MergeMethod",
     record: Record,
+    watched: Watched,
 ) -> None:
     """Merge UNet folders into a pipeline folder: the weights are read by memory map, only the sum is held in memory.
 
@@ -133,6 +138,7 @@ def write_merged(
         pretrained: pipeline folder.
         inputs: the finetuned UNets' folders, in the order of the coefficients.
         groups: name pattern → coefficients.
+        watched: what the record names by its hash.
     """
     from deme.method.coefficients import coefficients_of
     from deme.method.projection import with_identity_projections
@@ -155,6 +161,7 @@ def write_merged(
             raise UserError(f"merge.coefficients={error}") from None
         write_unet(temporary / "unet", merged, unet_config)
         write_pipeline_files(temporary, pretrained)
+        watched.check()
         merged_hash = {WEIGHTS_HASH: sha256(temporary / "unet" / WEIGHTS)}
         replace(record, beside=record.beside | merged_hash).write(temporary)
 

@@ -8,6 +8,8 @@ checkpoints, logs and previews lie in runs/<name>/pretraining/.
 The same command again resumes, or does nothing when all is done.
 """
 
+import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
+
 from pathlib import Path
 
 from deme.config.experiment import Config

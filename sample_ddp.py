@@ -9,6 +9,8 @@ its seed alone, not on the batch or the number of processes. A second run writes
 another model or other settings filled is refused unless sample.overwrite=true.
 """
 
+import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
+
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from deme.config.experiment import Config
 from deme.config.sections import Sample
 from deme.errors import RunError, naming
 from deme.job.command import run_script
-from deme.job.files import check_apart, sha256
+from deme.job.files import Watched, check_apart, sha256
 from deme.job.records import SAMPLES, Record, provenance
 from deme.models.pipelines import SCHEDULER_CONFIG, num_train_timesteps, sample_size, scheduler_folder, weights_file
 from deme.models.variants import find_variant
@@ -45,6 +47,9 @@ def main(config: Config) -> None:
     with naming("sample.model", settings.model):
         variant = find_variant(settings.model, config.paths)
     check_apart("sample.output", output, variant.unets)
+    weights = [weights_file(folder) for folder in variant.unets]
+    schedule = scheduler_folder(variant.pipeline) / SCHEDULER_CONFIG
+    watched = Watched([*weights, schedule])
     sizes = {folder: sample_size(folder) for folder in variant.unets}
     config.check_fits(sizes, scheduler_folder(variant.pipeline), num_train_timesteps(variant.pipeline))
 
@@ -71,9 +76,9 @@ def main(config: Config) -> None:
 
     # --- the folder: what it is made from, and which images are missing
     made_from = {
-        "weights": [sha256(weights_file(folder)) for folder in variant.unets],
+        "weights": list(map(sha256, weights)),
         "timesteps": [list(edges) for edges in ranges],
-        "scheduler": sha256(scheduler_folder(variant.pipeline) / SCHEDULER_CONFIG),
+        "scheduler": sha256(schedule),
         "num_inference_steps": settings.num_inference_steps,
         "sample.scheduler": sampler_name(settings.scheduler),
         "eta": settings.eta,
@@ -83,6 +88,8 @@ def main(config: Config) -> None:
     seeds = range(settings.seed_offset, settings.seed_offset + settings.num_images)
     beside = {"num_images": len(seeds), "seed_offset": seeds.start, **provenance(config)}
     wanted = Record(SAMPLES, made_from, beside)
+    accelerator.wait_for_everyone()
+    watched.check()  # all processes have read the same
 
     def claim() -> list[int]:
         with naming("sample.output", output):

@@ -8,13 +8,14 @@ networks can be merged when they are called merge.finetuned/0000-0250 and so on.
 """
 
 import argparse
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deme.errors import RunError, UserError, naming
+from deme.errors import UserError, naming
+from deme.job.command import ended_in_one_line
 from deme.job.files import atomic_folder, make_folder, read_json
 from deme.models.pipelines import PROJECTED_CLASS, find_pipeline, unet_folder, write_pipeline_files, write_unet
 
@@ -29,27 +30,27 @@ def main(weights: Path, pretrained: str, output: Path) -> None:
     with naming("--pretrained", pretrained):
         pipeline = find_pipeline(pretrained)
         settings = read_json(unet_folder(pipeline) / "config.json")
-    blocks = len(settings["down_block_types"]), len(settings["up_block_types"])
+    blocks = [settings.get(key) for key in ("down_block_types", "up_block_types")]
+    if not all(isinstance(types, list) for types in blocks):
+        raise UserError(f"--pretrained={pretrained}: its config.json names no down_block_types or up_block_types")
     tensors = read_published(weights)
     with naming("--weights", weights):
-        tensors = rename_projections(tensors, *blocks)
+        tensors = rename_projections(tensors, *map(len, blocks))
     if any(name.endswith(PROJECTION_SUFFIX) for name in tensors):
         settings["_class_name"] = PROJECTED_CLASS
 
-    # --- diffusers maps the old names and checks that nothing is missing
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "unet"
-        write_unet(folder, {name: tensor.float().contiguous() for name, tensor in tensors.items()}, settings)
-        try:
-            unet = load_unet(folder)
-        except UserError as error:
-            raise UserError(f"--weights={weights}: {str(error).replace(temporary, '')}") from None
-
-    # --- the pipeline folder
+    # --- the pipeline folder; diffusers maps the old names and checks that nothing is missing
     if output.exists():
         raise UserError(f"--output={output}: exists already")
     make_folder(output.parent, "--output")
     with atomic_folder(output) as temporary:
+        folder = temporary / "published"
+        write_unet(folder, {name: tensor.float().contiguous() for name, tensor in tensors.items()}, settings)
+        try:
+            unet = load_unet(folder)
+        except UserError as error:
+            raise UserError(f"--weights={weights}: {str(error).replace(str(temporary), '')}") from None
+        shutil.rmtree(folder)
         unet.save_pretrained(temporary / "unet")
         write_pipeline_files(temporary, pipeline)
     print(f"wrote {output}: {unet.num_parameters():,} parameters")
@@ -61,8 +62,5 @@ if __name__ == "__main__":
     parser.add_argument("--pretrained", required=True, metavar="FOLDER", help="its pretrained pipeline, or a Hub id")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the pipeline folder to write")
     arguments = parser.parse_args()
-    try:
+    with ended_in_one_line(parser.prog):
         main(arguments.weights, arguments.pretrained, arguments.output)
-    except (UserError, RunError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        sys.exit(error.status)

@@ -4,7 +4,7 @@ OmegaConf checks keys and types; every mistake is a `UserError` of one line that
 """
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
         for key in PRECISION_KEYS:
             if OmegaConf.select(given, key) is False:
                 OmegaConf.update(given, key, "no")  # which YAML reads as false
-        return OmegaConf.to_object(OmegaConf.merge(_writable(Config()), given))
+        config = OmegaConf.to_object(OmegaConf.merge(_writable(Config()), given))
+        _check_texts("", asdict(config))
+        return config
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {file}: {one_line(error)}") from None
     except OmegaConfBaseException as error:
@@ -59,6 +61,22 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
         raise UserError(f"{_first_misfit(given)}: {error}") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"--config {file}: {one_line(error)}") from None
+
+
+def _check_texts(key: str, value: Any) -> None:
+    """Look through all values.
+
+    Raises:
+        UserError: a text that no file can be named by; names its key.
+    """
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _check_texts(f"{key}.{name}" if key else str(name), part)
+    elif isinstance(value, list):
+        for part in value:
+            _check_texts(key, part)
+    elif isinstance(value, str) and "\0" in value:
+        raise UserError(f"{key}={value!a}: holds a character that no file can be named by")
 
 
 def _value(override: str) -> Any:

@@ -5,6 +5,8 @@ from typing import ClassVar
 
 from deme.errors import UserError, shown
 
+LARGEST_COUNT = 10**9
+
 
 class Section:
     """Base of the sections below: `check` names the section, the key and the value in its error."""
@@ -22,12 +24,19 @@ class Section:
         for key in keys:
             value = getattr(self, key)
             self.check(key, value is None or 0 < value < math.inf, "must be a finite number above 0")
+            self.check_count(key)
 
     def check_not_negative(self, *keys: str) -> None:
         """Each key is None or a finite number of at least 0."""
         for key in keys:
             value = getattr(self, key)
             self.check(key, value is None or 0 <= value < math.inf, "must be a finite number, 0 or above")
+            self.check_count(key)
+
+    def check_count(self, key: str) -> None:
+        """A whole number is one that something can be counted to."""
+        value = getattr(self, key)
+        self.check(key, not isinstance(value, int) or value <= LARGEST_COUNT, f"must be at most {LARGEST_COUNT:,}")
 
     def check_seed(self, key: str) -> None:
         """The key is a seed that numpy and torch take."""

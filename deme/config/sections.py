@@ -48,6 +48,7 @@ class Data(Section):
 
     def __post_init__(self):
         self.check_positive("resolution")
+        self.check("resolution", self.resolution <= 2**16, f"must be at most {2**16:,}")
         self.check_not_negative("held_out_images", "cache_gb", "cache_disk_gb")
 
 
@@ -247,6 +248,7 @@ class Evaluate(Section):
         self.check_choice("features", ("inception", "classifier"))
         self.check_choice("classifier_precision", ("no", "bf16"))
         self.check_positive("blocks", "batch_size", "classifier_width", "classifier_epochs")
+        self.check("classifier_width", self.classifier_width <= 1024, "must be at most 1024")
 
 
 def _is_finite_number(value: object) -> bool:

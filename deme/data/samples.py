@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from deme.errors import UserError, one_line
+from deme.data.decoding import decoding
+from deme.errors import UserError
 from deme.job.files import TEMPORARY, atomic_file, make_folder, remove_unfinished, write_small_file
 from deme.job.records import SAMPLES, Record, read_record
 
@@ -61,10 +62,10 @@ def missing_seeds(folder: Path, seeds: range) -> list[int]:
 
     def is_whole(seed: int) -> bool:
         try:
-            with Image.open(image_path(folder, seed)) as image:
+            with decoding(str(seed)), Image.open(image_path(folder, seed)) as image:
                 image.load()
             return True
-        except (OSError, SyntaxError):  # PIL raises SyntaxError on broken PNG chunks
+        except UserError:
             return False
 
     with ThreadPoolExecutor() as pool:
@@ -103,19 +104,16 @@ def drawn_from(folder: Path) -> list[str] | None:
     return None if record is None else record.made_from.get("weights")
 
 
-def check_sizes(paths: Sequence[Path]) -> None:
-    """Open every image for its size alone.
+def check_sizes(paths: Sequence[Path]) -> tuple[int, int]:
+    """Open every image for its size alone, in pixels: (width, height), the same for all.
 
     Raises:
         UserError: an unreadable file, or images of different sizes.
     """
 
     def size_of(path: Path) -> tuple[int, int]:
-        try:
-            with Image.open(path) as image:
-                return image.size
-        except (OSError, SyntaxError) as error:
-            raise UserError(f"{path}: not a readable image: {one_line(error)}") from None
+        with decoding(str(path)), Image.open(path) as image:
+            return image.size
 
     with ThreadPoolExecutor() as pool:
         sizes = list(pool.map(size_of, paths))
@@ -123,6 +121,7 @@ def check_sizes(paths: Sequence[Path]) -> None:
         if (width, height) != sizes[0]:
             first = f"{paths[0].name} is {sizes[0][0]} x {sizes[0][1]}"
             raise UserError(f"{path}: is {width} x {height}, {first}; all images of a folder must have one size")
+    return sizes[0]
 
 
 def read_images(paths: Sequence[Path]) -> "torch.Tensor":
@@ -135,11 +134,8 @@ def read_images(paths: Sequence[Path]) -> "torch.Tensor":
 
     images = []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(np.array(image.convert("RGB")))
-        except (OSError, SyntaxError) as error:
-            raise UserError(f"{path}: not a readable image: {one_line(error)}") from None
+        with decoding(str(path)), Image.open(path) as image:
+            images.append(np.array(image.convert("RGB")))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 

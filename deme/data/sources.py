@@ -5,30 +5,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from deme.config.sections import Data
 from deme.data.ahead import ahead, decoding_threads
+from deme.data.decoding import decode_image, decoding
 from deme.data.draws import held_out_order
 from deme.data.images import CachedImages, CroppedImages, StreamedImages, TrainingImages
 from deme.errors import UserError, one_line, shown
 from deme.job.files import atomic_folder, make_folder, writing
 from deme.job.records import IMAGES, Record
-from deme.models.encoders import MODES
 
 if TYPE_CHECKING:
     import datasets
 
 FINGERPRINTED = 1_000  # images
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # as PIL raises them
 
 
 class Rows(Sequence):
@@ -275,46 +273,15 @@ def _decode(data: Data, row: int, content: Any, channels: int) -> np.ndarray:
     """The image of a row, its shorter side resized: uint8, shape (H, W, C).
 
     Args:
-        content: of the row, as `_open_image` takes it.
+        content: of the row, as `decode_image` takes it.
 
     Raises:
         UserError: it can't be read; names the row, and its file.
     """
+    path = content.get("path") if isinstance(content, dict) else None
+    name = f"data.name={data.name}: row {row}" + (f" ({path})" if path else "")
     try:
-        return _resize(as_seen(_open_image(content), channels), data.resolution, channels)
-    except DECODING_ERRORS as error:
-        path = content.get("path") if isinstance(content, dict) else None
-        name = f"row {row}" + (f" ({path})" if path else "")
-        raise UserError(
-            f"data.name={data.name}: {name} is not a readable image: {one_line(error)}; "
-            "data.skip_unreadable=true leaves such images out"
-        ) from None
-
-
-def _open_image(row: Image.Image | dict | None) -> Image.Image:
-    """An image, or a row of datasets' undecoded images: a dictionary of `bytes` or `path`."""
-    if isinstance(row, Image.Image):
-        return row
-    if row is None:
-        raise ValueError("no image in this row")
-    return Image.open(BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"])
-
-
-def as_seen(image: Image.Image, channels: int) -> Image.Image:
-    """What a viewer shows: upright by EXIF, transparent pixels over white, 16 bits scaled to 8, grayscale or RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grayscale; PIL's own conversion would clip it
-        image = Image.fromarray((np.asarray(image, dtype=np.uint32) // 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(MODES[channels])
-
-
-def _resize(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
-    """Shorter side to `resolution`, bilinear: uint8, shape (H, W, C)."""
-    if min(image.size) != resolution:
-        scale = resolution / min(image.size)
-        image = image.resize([max(resolution, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
-    pixels = np.asarray(image)
-    return pixels.reshape(*pixels.shape[:2], channels)
+        with decoding(name):
+            return decode_image(content, data.resolution, channels)
+    except UserError as error:
+        raise UserError(f"{error}; data.skip_unreadable=true leaves such images out") from None

@@ -9,8 +9,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,20 +30,16 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
         plan: says in a few lines what `main` would do; printed by --dry-run under the resolved configuration.
         main: does it.
     """
-    for number in SIGNALS:
-        signal.signal(number, raise_interrupted)
-    _prepare_streams()
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=REPOSITORY / "configs/digits.yaml", metavar="FILE", help="YAML file")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and the plan, do nothing")
     parser.add_argument("--path", choices=Paths.names(), help="print where this lies, do nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    folder: Path | None = None  # of the run, once it is known
-    try:
+    with ended_in_one_line(parser.prog) as run_folder:
         arguments = parser.parse_intermixed_args()
         _end_with_launcher()
         config = load_config(arguments.config, arguments.overrides)
-        folder = config.paths.run
+        run_folder.append(config.paths.run)
         if arguments.path is not None:
             print(config.paths.lines(arguments.path))
         elif arguments.dry_run:
@@ -51,6 +47,21 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
         else:
             main(config)
             _leave_process_group()
+
+
+@contextmanager
+def ended_in_one_line(script: str) -> Iterator[list[Path]]:
+    """Whatever goes wrong in the block, end this process with one line on standard error and the error's status.
+
+    Yields:
+        a list for the folder, once it is known, beside whose files a traceback belongs.
+    """
+    for number in SIGNALS:
+        signal.signal(number, raise_interrupted)
+    _prepare_streams()
+    folder: list[Path] = []
+    try:
+        yield folder
         sys.stdout.flush()
         if stopped_by:
             raise Interrupted(stopped_by[0])
@@ -60,7 +71,7 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
         ignore_signals()
         if stopped_by and not isinstance(error, Interrupted):
             error = Interrupted(stopped_by[0])
-        _end(parser.prog, error, folder)
+        _end(script, error, folder[0] if folder else None)
 
 
 def _prepare_streams() -> None:

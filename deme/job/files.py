@@ -150,6 +150,35 @@ def check_apart(key: str, output: Path, inputs: Iterable[Path]) -> None:
             raise UserError(f"{key}={output}: is, holds or lies in {path}, which is read")
 
 
+class Watched:
+    """Files that are read more than once, for their hash and for their content: were they the same each time?
+
+    Args:
+        files: as they are before the first reading.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        self.before = {path: _stamp(path) for path in files}
+
+    def check(self) -> None:
+        """
+        Raises:
+            RunError: another program has written or deleted one since; names it.
+        """
+        for path, stamp in self.before.items():
+            if _stamp(path) != stamp:
+                raise RunError(f"{path}: was written while it was read; start the same command again")
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from any that takes its place; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def make_folder(path: Path, key: str) -> None:
     """Create a folder and its parents.
 

@@ -114,6 +114,8 @@ def read_record(kind: Kind, folder: Path) -> Record | None:
         if not isinstance(content.get(key), expected):
             raise UserError(f"{file}: not the record of {kind.name}: {key} is missing")
     made_from = content.pop(kind.key) if kind.key is not None else content
+    if not all(isinstance(key, str) for key in (*content, *made_from)):
+        raise UserError(f"{file}: not the record of {kind.name}: a key is not a text")
     not_compared = [key for key in content if kind.key is not None or key in (*PROVENANCE, WEIGHTS_HASH)]
     beside = {key: content.pop(key) for key in not_compared}
     return Record(kind, kind.defaults | made_from, beside)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock
@@ -187,9 +187,9 @@ def load_classifier(path: Path, wanted: Record) -> tuple[Classifier, float] | No
         if not record.fits(wanted, path):
             return None
         weights = load_file(path)
-    except SafetensorError as error:
+        classifier = Classifier(len(weights["layers.1.bias"]), len(weights["head.bias"]))
+        classifier.load_state_dict(weights)
+        return classifier.eval(), float(metadata["held_out_accuracy"])
+    except Exception as error:  # a damaged header or tensor leads to errors of safetensors, json and torch
         print(f"{path}: unreadable, training it again ({one_line(error)})")
         return None
-    classifier = Classifier(len(weights["layers.1.bias"]), len(weights["head.bias"]))
-    classifier.load_state_dict(weights)
-    return classifier.eval(), float(metadata["held_out_accuracy"])

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from accelerate import Accelerator
@@ -138,13 +137,15 @@ def load_reference(path: Path) -> tuple[Reference, Record]:
         with content as file:
             made_from = json.loads(str(file["made_from"])) if "made_from" in file else {}
             reference = Reference(file["mu"], file["sigma"], file.get("features"))
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
+        mu = reference.mu
+        sigma = reference.sigma
+        given = [array for array in (mu, sigma, reference.features) if array is not None]
+        numbers = all(np.issubdtype(array.dtype, np.floating) and np.isfinite(array).all() for array in given)
+        features_fit = reference.features is None or reference.features.shape[1:] == mu.shape
+        if mu.ndim != 1 or mu.size == 0 or sigma.shape != 2 * mu.shape or not numbers or not features_fit:
+            raise UserError(f"mu of shape {mu.shape} and sigma of shape {sigma.shape} are no statistics: {how}")
+        return reference, Record(STATISTICS, dict(made_from))
+    except UserError:
+        raise
+    except Exception as error:  # numpy, zipfile and their decompressors raise whatever a damaged file leads to
         raise UserError(f"not an npz file of mu and sigma ({one_line(error)}): {how}") from None
-    mu = reference.mu
-    sigma = reference.sigma
-    given = [array for array in (mu, sigma, reference.features) if array is not None]
-    numbers = all(np.issubdtype(array.dtype, np.floating) and np.isfinite(array).all() for array in given)
-    features_fit = reference.features is None or reference.features.shape[1:] == mu.shape
-    if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not numbers or not features_fit:
-        raise UserError(f"mu of shape {mu.shape} and sigma of shape {sigma.shape} are no statistics: {how}")
-    return reference, Record(STATISTICS, made_from)

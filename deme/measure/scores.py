@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file, read_json
@@ -129,9 +131,12 @@ def load_scores(path: Path) -> tuple[str, list[Score]]:
     """
     content = read_json(path)
     known = {field.name for field in fields(Score)}
-    derived = {"mean": None, "standard_deviation": None}  # older files may lack them
+    derived = {"mean": float("nan"), "standard_deviation": None}  # older files may lack them
     try:
-        rows = [Score(**derived | {key: row[key] for key in row if key in known}) for row in content["rows"]]
-        return content["features"], rows
-    except (KeyError, TypeError, AttributeError) as error:
+        rows = [derived | {key: row[key] for key in row if key in known} for row in content["rows"]]
+        scores = [OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Score), row)) for row in rows]
+        if content["features"] not in DISTANCES or not scores:
+            raise ValueError(f"{len(scores)} rows of {content['features']} features")
+        return content["features"], scores
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not the results of evaluate.py: {one_line(error)}") from None

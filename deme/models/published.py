@@ -136,6 +136,9 @@ def read_published(path: Path) -> dict[str, torch.Tensor]:
     named = all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items())
     if not tensors or not named:
         raise UserError(f"{path}: holds something else than tensors by name")
+    for name in tensors:
+        if not name.isprintable():  # such as half of a surrogate pair, which no file can hold
+            raise UserError(f"{path}: holds a tensor named {name!a}")
     return tensors
 
 

@@ -3,18 +3,23 @@
 The script files run in this process, as `python SCRIPT` would run them: a hundred starts of Python would take minutes.
 """
 
+import importlib
 import json
 import re
 import runpy
 import shutil
 import signal
 import socket
+import struct
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -204,6 +209,38 @@ def two_features(root: Path, pretrained: Path) -> None:
     statistics(mu=np.zeros(2), sigma=np.eye(2))(root, pretrained)
 
 
+def text_bomb(root: Path, pretrained: Path) -> None:
+    """A chunk of 100 MB of text, compressed, behind the header of a PNG."""
+    path = root / "tiny" / "samples" / "other" / "0.png"
+    image = path.read_bytes()
+    body = b"zTXtkey\0\0" + zlib.compress(bytes(10**8))
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    path.write_bytes(image[:33] + chunk + image[33:])
+
+
+def encrypted(root: Path, pretrained: Path) -> None:
+    """The flag of encryption set on every array."""
+    path = root / "reference.npz"
+    archive = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
+        place = archive.find(signature)
+        while place >= 0:
+            archive[place + flags] |= 1
+            place = archive.find(signature, place + 4)
+    path.write_bytes(archive)
+
+
+def parquet_images(rows: list, label: list | None = None):
+    """A data set of these rows in data/."""
+
+    def prepare(root: Path) -> None:
+        (root / "data").mkdir()
+        table = pa.table({"image": rows} | ({} if label is None else {"label": label}))
+        pq.write_table(table, root / "data" / "train.parquet")
+
+    return prepare
+
+
 def damaged_inception(root: Path, pretrained: Path) -> None:
     """A download that was cut short, where torch keeps it."""
     samples("0.png", "1.png")(root, pretrained)
@@ -242,6 +279,7 @@ BAD_FILE = ["--config", "bad.yaml"]
 OWN_DATA = ["data.name=data", "data.image_column=image", "data.label_column=null"]
 OTHER = "sample.output=tiny/samples/other"
 REFERENCE = "evaluate.reference=reference.npz"
+PNG = (REPOSITORY / "docs" / "overview.png").read_bytes()
 OBJECTS = np.array([{"a": 1}], dtype=object)
 unreadable_image = images(lambda kind: (kind / "c.png").write_text("text"))
 
@@ -367,7 +405,44 @@ MISTAKES = [
         ["data.cache_disk_gb=-1"],
         "data.cache_disk_gb=-1.0: must be a finite number, 0 or above",
     ),
+    Mistake(
+        "a number that nothing can be counted to",
+        "finetune.py",
+        ["finetune.batch_size=10000000000000"],
+        "finetune.batch_size=10000000000000: must be at most 1,000,000,000",
+    ),
+    Mistake(
+        "a number of 400 digits",
+        "finetune.py",
+        [f"finetune.max_steps={'1' * 400}"],
+        "finetune.max_steps=11…: must be at most 1,000,000,000",
+    ),
+    Mistake(
+        "a classifier that is too wide",
+        "evaluate.py",
+        ["evaluate.classifier_width=10000000"],
+        "evaluate.classifier_width=10000000: must be at most 1024",
+    ),
+    Mistake(
+        "a resolution that no image has",
+        "finetune.py",
+        ["data.resolution=100000"],
+        "data.resolution=100000: must be at most 65,536",
+    ),
     # --- YAML: files and values
+    Mistake(
+        "NUL in a path",
+        "merge.py",
+        BAD_FILE,
+        "merge.output='a\\x00b': holds a character that no file can be named by",
+        yaml_file('merge: {output: "a\\0b"}'),
+    ),
+    Mistake(
+        "bytes that are no text",
+        "evaluate.py",
+        ["evaluate.samples=[\udcff]"],
+        "evaluate.samples=[\\udcff]: not YAML: UnicodeEncodeError: 'utf-8' codec can't encode character …",
+    ),
     Mistake(
         "a file that does not exist",
         "merge.py",
@@ -764,7 +839,7 @@ MISTAKES = [
         "an image that is cut short",
         "finetune.py",
         OWN_DATA,
-        "data.name=data: row 1 ({root}/data/train/kind/b.png) is not a readable image: OSError: image file is "
+        "data.name=data: row 1 ({root}/data/train/kind/b.png): not a readable image: OSError: image file is "
         "truncated; data.skip_unreadable=true leaves such images out",
         images(lambda kind: (kind / "b.png").write_bytes((kind / "b.png").read_bytes()[:90])),
     ),
@@ -772,7 +847,7 @@ MISTAKES = [
         "text for an image",
         "finetune.py",
         OWN_DATA,
-        "data.name=data: row 2 ({root}/data/train/kind/c.png) is not a readable image: UnidentifiedImageError: cannot "
+        "data.name=data: row 2 ({root}/data/train/kind/c.png): not a readable image: UnidentifiedImageError: cannot "
         "identify image file …; data.skip_unreadable=true leaves such images out",
         unreadable_image,
     ),
@@ -780,7 +855,7 @@ MISTAKES = [
         "text for an image that is kept in a file",
         "finetune.py",
         [*OWN_DATA, "data.cache_gb=0"],
-        "data.name=data: row 2 ({root}/data/train/kind/c.png) is not a readable image: UnidentifiedImageError: cannot "
+        "data.name=data: row 2 ({root}/data/train/kind/c.png): not a readable image: UnidentifiedImageError: cannot "
         "identify image file …; data.skip_unreadable=true leaves such images out",
         unreadable_image,
     ),
@@ -805,7 +880,36 @@ MISTAKES = [
         ["data.held_out_images=1797"],
         "data.held_out_images=1797: digits has 1797 images",
     ),
+    Mistake(
+        "rows with neither bytes nor a path",
+        "finetune.py",
+        OWN_DATA,
+        "data.name=data: row 1: not a readable image: ValueError: no image in this row; data.skip_unreadable=true "
+        "leaves such images out",
+        lambda root, pretrained: parquet_images([{"bytes": PNG, "path": None}, {"bytes": None, "path": None}])(root),
+    ),
+    Mistake(
+        "rows of other fields",
+        "finetune.py",
+        [*OWN_DATA, "data.skip_unreadable=true"],
+        "data.name=data: none of its 1 images can be read",
+        lambda root, pretrained: parquet_images([{"data": PNG}])(root),
+    ),
+    Mistake(
+        "a label that is a list",
+        "evaluate.py",
+        ["data.name=data", "evaluate.samples=[]"],
+        "data.label_column=label: row 0 has the label [0]",
+        lambda root, pretrained: parquet_images([{"bytes": PNG, "path": None}], label=[[0]])(root),
+    ),
     # --- what is sampled from
+    Mistake(
+        "a sampler that begins behind the last timestep",
+        "sample_ddp.py",
+        [COPY, PRETRAINED, "sample.num_inference_steps=1000"],
+        "sample.scheduler=ddim: 1000 steps of DDIMScheduler: IndexError: …",
+        copied_pretrained(edit_json("scheduler/scheduler_config.json", steps_offset=1)),
+    ),
     Mistake(
         "an unknown model",
         "sample_ddp.py",
@@ -1065,6 +1169,35 @@ MISTAKES = [
         single_array,
     ),
     Mistake(
+        "samples that are too small for the classifier",
+        "evaluate.py",
+        [],
+        "evaluate.samples={root}/tiny/samples/other: images of 4 x 4 pixels, evaluate.features=classifier needs at "
+        "least 8 pixels",
+        samples("0.png", "1.png", sizes=(4, 4)),
+    ),
+    Mistake(
+        "a sample with a text that fills the memory",
+        "evaluate.py",
+        [],
+        "{root}/tiny/samples/other/0.png: not a readable image: ValueError: Decompressed data too large for …",
+        both(samples("0.png", "1.png"), text_bomb),
+    ),
+    Mistake(
+        "an encrypted reference",
+        "evaluate.py",
+        [REFERENCE, "evaluate.samples=[]"],
+        "evaluate.reference=reference.npz: not an npz file of mu and sigma (RuntimeError: File 'mu.npy' is encrypted…",
+        both(statistics(mu=np.zeros(2), sigma=np.eye(2)), encrypted),
+    ),
+    Mistake(
+        "a reference of texts",
+        "evaluate.py",
+        [REFERENCE, "evaluate.samples=[]"],
+        "evaluate.reference=reference.npz: mu of shape (2,) and sigma of shape (2, 2) are no statistics: …",
+        statistics(mu=np.array(["a", "b"]), sigma=np.eye(2)),
+    ),
+    Mistake(
         "a reference of other features",
         "evaluate.py",
         [REFERENCE],
@@ -1094,7 +1227,7 @@ def test_an_image_that_can_not_be_decoded_on_the_fly_stops_the_run(start, config
     unreadable_image(root, root)
     before = content(root)
     message = (
-        "data.name=data: row 2 ({root}/data/train/kind/c.png) is not a readable image: UnidentifiedImageError: cannot "
+        "data.name=data: row 2 ({root}/data/train/kind/c.png): not a readable image: UnidentifiedImageError: cannot "
         "identify image file …; data.skip_unreadable=true leaves such images out"
     )
     assert_refused(start, root, "finetune.py", [*OWN_DATA, "data.cache_gb=0", "data.cache_disk_gb=0"], message)
@@ -1197,6 +1330,40 @@ def test_merged_weights_that_are_no_longer_those_are_merged_again(start, config_
         damage()
         assert start("merge.py")[0] == 0
         assert content(output) == whole
+
+
+RACES = {  # what reads the file that another program writes meanwhile
+    "merge.py": ("deme.models.pipelines.load_tensors", WEIGHTS),
+    "finetune.py": ("deme.models.networks.load_unet", WEIGHTS),
+    "sample_ddp.py": ("deme.models.networks.load_unet", WEIGHTS),
+    "evaluate.py": ("deme.data.samples.read_images", "000001.png"),
+}
+
+
+@pytest.mark.parametrize("script", RACES)
+def test_what_is_written_while_it_is_read_gets_into_no_record(start, config_file, pretrained, monkeypatch, script):
+    """Hash and content come from two readings: where another program writes in between, there is no output."""
+    root = config_file.parent
+    experts(root, pretrained)
+    copied_pretrained(lambda folder: None)(root, pretrained)
+    assert start("sample_ddp.py", PRETRAINED, "sample.output=drawn")[0] == 0
+    before = content(root)
+    reader, name = RACES[script]
+    module, function = reader.rsplit(".", 1)
+    original = getattr(importlib.import_module(module), function)
+
+    def read_and_replace(first, *others):
+        found = original(first, *others)
+        for path in root.rglob(name):
+            shutil.copy(path, path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
+        return found
+
+    monkeypatch.setattr(reader, read_and_replace)
+    status, errors = start(script, COPY, PRETRAINED, "finetune.range=continued", "evaluate.samples=[drawn]")
+    assert status == 1, errors
+    assert re.search(rf"{script}: \S*{name}: was written while it was read; start the same command again\n$", errors)
+    assert {path for path in content(root) if "stats" not in path} == set(before)
 
 
 def test_a_port_in_use_is_named(start, config_file, monkeypatch):

@@ -8,8 +8,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from deme.config.sections import Data
+from deme.data.decoding import as_seen
 from deme.data.images import CroppedImages, StreamedImages
-from deme.data.sources import as_seen, data_fingerprint, load_evaluation_images, load_training_images
+from deme.data.sources import data_fingerprint, load_evaluation_images, load_training_images
 from deme.errors import UserError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -133,7 +134,7 @@ def test_unreadable_images_stop_the_run_or_are_skipped(folder, tmp_path, capsys,
     bad = tmp_path / "images" / "train" / "cat" / "1.png"
     bad.write_bytes((bad.with_name("0.png")).read_bytes()[:150] if content == "truncated" else content)
     data = {"name": folder, "resolution": 8}
-    with pytest.raises(UserError, match=r"row 1 \(.*cat/1\.png\) is not a readable image"):
+    with pytest.raises(UserError, match=r"row 1 \(.*cat/1\.png\): not a readable image"):
         load_training_images(Data(**data), 3, tmp_path)
     images, labels = load_evaluation_images(Data(**data, skip_unreadable=True), tmp_path)
     assert len(images) == 2
@@ -165,7 +166,7 @@ def test_the_file_cache_holds_the_same_images_and_is_built_once(folder, tmp_path
     mapped, _ = load_training_images(Data(name=folder, cache_gb=0), 3, tmp_path / "cache")
     for one, other in zip(in_memory.images, mapped.images, strict=True):
         assert torch.equal(one, other)
-    monkeypatch.setattr("deme.data.sources._open_image", lambda row: pytest.fail("decoded again"))
+    monkeypatch.setattr("deme.data.sources.decode_image", lambda *_: pytest.fail("decoded again"))
     again, _ = load_training_images(Data(name=folder, cache_gb=0), 3, tmp_path / "cache")
     assert torch.equal(again.batch([0, 1], random_state()), in_memory.batch([0, 1], random_state()))
     monkeypatch.undo()
@@ -219,7 +220,7 @@ def test_unreadable_images_are_skipped_on_the_fly_after_one_pass(folder, tmp_pat
     (tmp_path / "images" / "train" / "cat" / "1.png").write_text("text")
     settings = {"name": folder, "cache_gb": 0, "cache_disk_gb": 0}
     images = load_training_images(Data(**settings), 3, tmp_path / "cache").training
-    with pytest.raises(UserError, match=r"row 1 \(.*cat/1\.png\) is not a readable image"):
+    with pytest.raises(UserError, match=r"row 1 \(.*cat/1\.png\): not a readable image"):
         images.batch([0, 1, 2], random_state())
     skipping = Data(**settings, skip_unreadable=True)
     for _ in range(2):

@@ -1,11 +1,14 @@
 """How every script ends, whatever goes wrong: one line, a status, and no noise of Python's own."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, environment
+
+from deme.job.signals import SIGNALS
 
 FAULTY = """
 import sys
@@ -85,3 +88,22 @@ def test_the_environment_gets_into_no_record(tmp_path):
     (tmp_path / "a.yaml").write_text("name: x\noutput_dir: ${name}s\n")
     result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert "output_dir: xs" in result.stdout
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_the_libraries_are_imported_ends_the_script_in_one_line(tmp_path, number):
+    """Before its command line is read."""
+    (tmp_path / "yaml.py").write_text("import os\nos.write(1, b'importing')\nimport time\ntime.sleep(60)\n")
+    import_path = {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, REPOSITORY / "merge.py"],
+        env=environment() | import_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
+    )
+    assert process.stdout.read(9) == "importing"
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == f"merge.py: stopped by {number.name}\n"
+    assert process.returncode == 128 + number

@@ -1,5 +1,7 @@
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -99,6 +101,22 @@ def test_both_kinds_become_a_pipeline_of_the_same_network(kind, projected, pretr
     assert (output / scheduler).read_bytes() == (pretrained / scheduler).read_bytes()
     again = import_published(weights, pretrained, output, status=2)
     assert f"--output={output}: exists already" in again.stderr
+
+
+def test_what_can_not_be_imported_is_refused_in_one_line(state_dict_file, pretrained, tmp_path):
+    """A pretrained pipeline without block types, a tensor that no file can name; no file is left behind."""
+    shutil.copytree(pretrained, tmp_path / "copy")
+    config = tmp_path / "copy" / "unet" / "config.json"
+    settings = json.loads(config.read_text())
+    for types in (None, 1, "DownBlock2D"):
+        config.write_text(json.dumps(settings | {"down_block_types": types}))
+        result = import_published(state_dict_file, tmp_path / "copy", tmp_path / "out", status=2)
+        assert result.stderr.endswith("copy: its config.json names no down_block_types or up_block_types\n")
+        assert result.stderr.count("\n") == 1
+    torch.save({"a\ud800": torch.ones(1)}, tmp_path / "surrogate.bin")
+    result = import_published(tmp_path / "surrogate.bin", pretrained, tmp_path / "out", status=2)
+    assert result.stderr.endswith("surrogate.bin: holds a tensor named 'a\\ud800'\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_type_and_stride_is_read_as_torch_reads_it(tmp_path):
