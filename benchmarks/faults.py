@@ -1,19 +1,22 @@
-"""Kill the scripts at random moments, fill their disk, truncate their checkpoints: nothing may be lost.
+"""Kill the scripts, fill their disk, damage their checkpoints, change their inputs: nothing may be lost.
 
-    python benchmarks/faults.py                # 50 kills of each script
-    python benchmarks/faults.py --kills 3
+    python benchmarks/faults.py                # over a thousand kills: an hour
+    python benchmarks/faults.py --kills 3 --calls 3 --flips 1 --full-disks 1
 
-After every kill: no unreadable file under a final name. After the restart that completes the work: the same files with
-the same content as those of a run that was left alone, so that nothing is left to delete by hand.
+They are killed at random moments, and between two calls that change files. After every kill: no unreadable file under
+a final name. After the restart that completes the work: the same files with the same content as those of a run that
+was left alone, so that nothing is left to delete by hand.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.forked import REPOSITORY, Run
 from benchmarks.report import save
 from deme.job.files import TEMPORARY
+from deme.job.locks import LEASE
 from deme.report.tables import markdown_table
 
 TIMED = ("images_per_second", "peak_memory_gib")  # of log.jsonl
@@ -70,8 +74,11 @@ TARGETS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="of each script")
+    parser.add_argument("--kills", type=int, default=100, help="of each script, at random moments")
+    parser.add_argument("--calls", type=int, default=80, help="of each script, before which it is killed")
+    parser.add_argument("--flips", type=int, default=10, help="of a bit in the newest checkpoint")
     parser.add_argument("--full-disks", type=int, default=10, help="of each script")
+    parser.add_argument("--quick", action="store_true", help="only print the table")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     rows = []
@@ -80,20 +87,31 @@ def main() -> None:
         complete(Run("finetune.py", ["--dry-run"], Path(folder)))  # the first one waits for the libraries
         for target in TARGETS:
             moments = random.Random(f"{arguments.seed} {target.name}")
-            rows.append(disturb(target, Path(folder), arguments.kills, arguments.full_disks, moments))
+            counts = (arguments.kills, arguments.calls, arguments.full_disks, arguments.flips)
+            rows.append(disturb(target, Path(folder), *counts, moments))
             print(rows[-1], flush=True)
-    titles = ["", "kills", "runs to the end", "undisturbed run, s", "full disks", "truncated checkpoints"]
-    lines = [[row["name"], *(f"{value:.3g}" for value in list(row.values())[1:])] for row in rows]
+        check_inputs(Path(folder))
+        check_hosts(Path(folder))
+        rows.append(check_launcher(Path(folder), arguments.kills // 10 + 1, random.Random(arguments.seed)))
+    titles = ["", "kills at random moments", "undisturbed run, s", "kills before calls", "calls", "full disks"]
+    titles += ["damaged checkpoints"]
+    shown = {int: "{:,}".format, float: "{:.3g}".format, str: str}
+    lines = [[shown[type(value)](value) for value in row.values()] for row in rows]
+    lines = [line + [""] * (len(titles) - len(line)) for line in lines]
     save("faults", "cpu", rows, markdown_table(titles, lines), ceiling={})
 
 
-def disturb(target: Target, folder: Path, kills: int, full_disks: int, moments: random.Random) -> dict:
+def disturb(
+    target: Target, folder: Path, kills: int, calls: int, full_disks: int, flips: int, moments: random.Random
+) -> dict:
     """All faults of one script.
 
     Args:
         folder: to work in.
-        kills: how many at least.
+        kills: at random moments, how many at least.
+        calls: before which it is killed, evenly spread over those that it makes.
         full_disks: sizes of a disk that are tried.
+        flips: of a bit in the newest checkpoint, beside one that is cut short.
         moments: draws the moments and the sizes.
     """
     prepared = folder / "prepared"
@@ -105,15 +123,14 @@ def disturb(target: Target, folder: Path, kills: int, full_disks: int, moments: 
     shutil.copytree(work, prepared)
 
     started = time.monotonic()
-    complete(begin(target, work))
+    undisturbed = begin(target, work)
+    complete(undisturbed)
     seconds = time.monotonic() - started
     expected = fingerprint(work)
 
     killed = 0
-    rounds = 0
     while killed < kills:
         start_over(prepared, work)
-        rounds = rounds + 1
         longest = seconds
         while True:
             run = begin(target, work)
@@ -127,35 +144,130 @@ def disturb(target: Target, folder: Path, kills: int, full_disks: int, moments: 
             check_readable(work)
         check_same(work, expected)
 
-    sizes = [path.stat().st_size for path in files(work)]
-    for _ in range(full_disks):
+    total = undisturbed.calls.value
+    chosen = sorted({1 + total * i // calls for i in range(calls)})
+    for call in chosen:
         start_over(prepared, work)
-        check_full_disk(begin(target, work, int(max(sizes) * moments.random())), work)
+        run = begin(target, work, killed_at=call)
+        if run.wait() == 0:  # threads make their calls sooner or later
+            continue
+        assert run.wait() == -signal.SIGKILL, run.stdout + run.stderr
+        check_readable(work)
         complete(begin(target, work))
         check_same(work, expected)
 
-    truncated = 0
-    while target.name in ("finetune.py", "pretrain.py") and not truncated:
+    sizes = [path.stat().st_size for path in files(work)]
+    for _ in range(full_disks):
+        start_over(prepared, work)
+        check_full_disk(begin(target, work, file_size_limit=int(max(sizes) * moments.random())), work)
+        complete(begin(target, work))
+        check_same(work, expected)
+
+    damaged = 0
+    while target.name in ("finetune.py", "pretrain.py") and damaged <= flips:
         start_over(prepared, work)
         run = begin(target, work)
         while run.wait(0.01) is None and len(list(work.rglob("checkpoints/step-*"))) < 2:
             pass
         run.send(signal.SIGKILL)
         run.wait()
-        checkpoints = sorted(work.rglob("checkpoints/step-*"))
-        weights = checkpoints[-1] / "student.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-100])
+        newest = max(work.rglob("checkpoints/step-*"))
+        if damaged == 0:
+            weights = newest / "student.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-100])
+        else:
+            flip_bit(moments.choice(sorted(newest.glob("*.safetensors"))), moments)
         run = begin(target, work)
         complete(run)
-        truncated += f"{checkpoints[-1].name}: unreadable, trying the one before it" in run.stdout
-        if truncated:  # else the run was complete already
+        if f"{newest.name}: unreadable, trying the one before it" in run.stdout:  # else the run was complete already
             check_same(work, expected)
-    row = {"name": target.name, "kills": killed, "rounds": rounds, "seconds": seconds}
-    return row | {"full_disks": full_disks, "truncated": truncated}
+            damaged += 1
+    row = {"name": target.name, "kills": killed, "seconds": seconds, "calls": len(chosen), "total": total}
+    return row | {"full_disks": full_disks, "damaged": damaged}
 
 
-def begin(target: Target, work: Path, file_size_limit: int | None = None) -> Run:
-    return Run(target.script, [*SMALL, *target.arguments], work, file_size_limit)
+def flip_bit(path: Path, moments: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[moments.randrange(len(content))] ^= 1 << moments.randrange(8)
+    path.write_bytes(content)
+
+
+def check_inputs(folder: Path) -> None:
+    """A run that was stopped does not go on from another network, noise schedule or data behind the same path."""
+    work = folder / "inputs"
+    start_over(work, work)
+    options = [*SMALL, "data.name=data", "data.resolution=8", "data.label_column=null", "model.pretrained=null"]
+    complete(Run("pretrain.py", [*options, "pretrain.max_steps=1", "pretrain.batch_size=8"], work))
+    options += ["finetune.range=0", "finetune.checkpoint_every=1"]
+    complete(Run("finetune.py", [*options, "finetune.max_minutes=0.0001"], work))
+    pipeline = work / "runs" / "digits" / "pretrained"
+    image = work / "data" / "train" / "0" / "0000.png"
+    for changed in (*pipeline.rglob("*config.json"), *pipeline.rglob("*.safetensors"), image):
+        before = changed.read_bytes()
+        if changed == image:
+            Image.new("L", (24, 24)).save(changed)
+        elif changed.suffix == ".json":
+            changed.write_text(json.dumps(json.loads(before) | {"_diffusers_version": "0"}))
+        else:
+            changed.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        run = Run("finetune.py", [*options, "finetune.max_minutes=0.0001"], work)
+        assert run.wait() == 2, f"{changed}: {run.stdout}{run.stderr}"
+        assert "holds a run of other settings" in run.stderr, run.stderr
+        changed.write_bytes(before)
+    complete(Run("finetune.py", [*options, "finetune.max_minutes=0.0001"], work))
+
+
+def check_hosts(folder: Path) -> None:
+    """What a process of another host is writing is refused; one without a sign of life for ten minutes is dead."""
+    work = folder / "hosts"
+    start_over(work, work)
+    options = [*SMALL, *RANGE, "model.pretrained=null"]
+    complete(Run("pretrain.py", [*SMALL, "pretrain.max_steps=1", "pretrain.batch_size=8"], work))
+    lock = work / "runs" / "digits" / "finetuned" / ".0000-0250.lock"
+    lock.parent.mkdir()
+    lock.write_text("process 1 on elsewhere\nanother boot")
+    run = Run("finetune.py", options, work)
+    assert run.wait() == 2, run.stderr
+    assert "in use by process 1 on elsewhere" in run.stderr, run.stderr
+    os.utime(lock, (time.time() - LEASE - 1,) * 2)
+    complete(Run("finetune.py", options, work))
+    assert not lock.exists()
+
+
+def check_launcher(folder: Path, kills: int, moments: random.Random) -> dict:
+    """The launcher of two processes is killed: they end, and the same command goes on to what it would have made."""
+    work = folder / "launcher"
+    start_over(work, work)
+    complete(Run("pretrain.py", [*SMALL, "pretrain.max_steps=1", "pretrain.batch_size=8"], work))
+    prepared = folder / "prepared"
+    shutil.rmtree(prepared, ignore_errors=True)
+    shutil.copytree(work, prepared)
+    command = ["bash", str(REPOSITORY / "scripts" / "launch.sh"), "2", str(REPOSITORY / "finetune.py"), *SMALL, *RANGE]
+    command += ["finetune.micro_batch_size=4", "finetune.max_steps=200", "model.pretrained=null"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(command, cwd=work, env=environment, stdout=-3, stderr=-3, start_new_session=True)
+
+    started = time.monotonic()
+    assert start().wait() == 0
+    seconds = time.monotonic() - started
+    expected = fingerprint(work)
+    for _ in range(kills):
+        start_over(prepared, work)
+        job = start()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(moments.uniform(0, seconds))
+        job.kill()
+        job.wait()
+        while (again := start()).wait() != 0:  # refused while the workers save what they have
+            assert time.monotonic() - started < 600 * kills, again
+        check_same(work, expected, but_for="log.jsonl")  # which has a line where the workers stopped
+    return {"name": "launcher of finetune.py", "kills": kills, "seconds": seconds}
+
+
+def begin(target: Target, work: Path, **limits: int) -> Run:
+    return Run(target.script, [*SMALL, *target.arguments], work, **limits)
 
 
 def complete(run: Run) -> None:
@@ -222,9 +334,10 @@ def fingerprint(work: Path) -> dict[str, str | list]:
     return found
 
 
-def check_same(work: Path, expected: dict) -> None:
+def check_same(work: Path, expected: dict, but_for: str = "") -> None:
     found = fingerprint(work)
-    different = [name for name in {*found, *expected} if found.get(name) != expected.get(name)]
+    names = {name for name in (*found, *expected) if Path(name).name != but_for}
+    different = [name for name in names if found.get(name) != expected.get(name)]
     assert not different, f"unlike the undisturbed run: {different}"
 
 

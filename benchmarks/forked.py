@@ -7,10 +7,14 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIBRARIES = [
@@ -25,20 +29,33 @@ LIBRARIES = [
 ]
 
 
+CALLS = ("replace", "rename", "unlink", "mkdir", "rmdir", "open", "close", "fsync")  # of os, around changes of files
+
+
 class Run:
     """`python SCRIPT ARGUMENTS` in `folder`, on one thread of the CPU, with this process's environment variables.
 
     Args:
         file_size_limit: bytes; a longer file can't be written, as on a full disk.
+        killed_at: the process kills itself before so many of CALLS; 0: never.
     """
 
-    def __init__(self, script: str, arguments: list[str], folder: Path, file_size_limit: int | None = None):
+    def __init__(
+        self,
+        script: str,
+        arguments: list[str],
+        folder: Path,
+        file_size_limit: int | None = None,
+        killed_at: int = 0,
+    ):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES)
         pipes = [context.Pipe(duplex=False) for _ in range(2)]
         self.output: dict[Connection, bytes] = {reader: b"" for reader, _ in pipes}
         writers = [writer for _, writer in pipes]
-        arguments = (script, arguments, str(folder), dict(os.environ), writers, file_size_limit)
+        self.calls = context.Value("q", 0)  # of CALLS, so far
+        limits = (file_size_limit, killed_at, self.calls)
+        arguments = (script, arguments, str(folder), dict(os.environ), writers, limits)
         self.process = context.Process(target=_run, args=arguments)
         self.process.start()
         for writer in writers:
@@ -86,7 +103,7 @@ def _run(
     folder: str,
     environment: dict[str, str],
     writers: list[Connection],
-    file_size_limit: int | None,
+    limits: tuple[int | None, int, Synchronized],
 ) -> None:
     os.setpgid(0, 0)
     for number, writer in enumerate(writers, start=1):
@@ -101,6 +118,25 @@ def _run(
     os.chdir(folder)
     sys.path.insert(0, str(REPOSITORY))
     sys.argv = [script, *arguments]
+    file_size_limit, killed_at, calls = limits
+    count_calls(calls, killed_at)
     if file_size_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
     runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+
+
+def count_calls(calls: Synchronized, killed_at: int) -> None:
+    """Wrap CALLS so that this process counts them, and is killed before one of them."""
+
+    def counted(call: Callable) -> Callable:
+        def wrapper(*arguments: Any, **keywords: Any) -> Any:
+            with calls.get_lock():
+                calls.value += 1
+                if calls.value == killed_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **keywords)
+
+        return wrapper
+
+    for name in CALLS:
+        setattr(os, name, counted(getattr(os, name)))

@@ -242,8 +242,8 @@ def test_a_living_owner_gives_signs_of_life(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("target", faults.TARGETS, ids=[target.name for target in faults.TARGETS])
 def test_faults_lose_nothing(target, tmp_path):
-    """Two kills at random moments, a full disk, a truncated checkpoint; benchmarks/faults.py does many more."""
-    found = faults.disturb(target, tmp_path, 2, 1, random.Random(target.name))
+    """Two kills at random moments, one before a call, a full disk, damaged checkpoints: as benchmarks/faults.py."""
+    found = faults.disturb(target, tmp_path, 2, 1, 1, 1, random.Random(target.name))
     assert found["kills"] >= 2
 
 
