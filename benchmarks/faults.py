@@ -1,6 +1,6 @@
 """Kill the scripts, fill their disk, damage their checkpoints, change their inputs: nothing may be lost.
 
-    python benchmarks/faults.py                # over a thousand kills: an hour
+    python benchmarks/faults.py                # over a thousand kills: most of an hour
     python benchmarks/faults.py --kills 3 --calls 3 --flips 1 --full-disks 1
 
 They are killed at random moments, and between two calls that change files. After every kill: no unreadable file under
@@ -74,8 +74,8 @@ TARGETS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="of each script, at random moments")
-    parser.add_argument("--calls", type=int, default=80, help="of each script, before which it is killed")
+    parser.add_argument("--kills", type=int, default=150, help="of each script, at random moments")
+    parser.add_argument("--calls", type=int, default=20, help="of each script, before which it is killed")
     parser.add_argument("--flips", type=int, default=10, help="of a bit in the newest checkpoint")
     parser.add_argument("--full-disks", type=int, default=10, help="of each script")
     parser.add_argument("--quick", action="store_true", help="only print the table")

@@ -5,7 +5,7 @@
     python benchmarks/fuzz.py png --only 12345      # one example again, with its traceback
 
 A damaged file is read, or refused in one line as a user's mistake or a run that can't go on. Every other end is a
-fault: another error, a crash, ten seconds, 4 GiB. Example i of a format is a function of i alone.
+fault: another error, a crash, ten seconds of a processor, 4 GiB. Example i of a format is a function of i alone.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from deme.config.reading import load_config
 from deme.config.sections import Data
 from deme.errors import RunError, UserError
 
-SECONDS = 10  # that an example may take
+SECONDS = 10  # of a processor that an example may take
 MEMORY = 4 * 2**30  # bytes that it may take
 VALUES = [None, True, False, -1, 0, 1, 2, 2**31, 2**63, 10**13, 10**400, 1.5, 1e308, float("nan"), float("-inf")]
 VALUES += [
@@ -492,7 +492,7 @@ def fault(name: str, number: int) -> str | None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         for read in FORMATS[name](choose, Path(folder)):
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                     read()
@@ -506,27 +506,27 @@ def fault(name: str, number: int) -> str | None:
                     raise
                 return traceback.format_exc()
             finally:
-                signal.alarm(0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
     return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "formats", nargs="*", choices=[[], *FORMATS], default=list(FORMATS), help="all, if none is named"
-    )
+    parser.add_argument("formats", nargs="*", help=f"of {', '.join(FORMATS)}; all, if none is named")
     parser.add_argument("--seconds", type=float, default=600, help="for each format")
     parser.add_argument("--start", type=int, default=0, help="the first example's number")
     parser.add_argument("--only", type=int, help="one example's number")
     arguments = parser.parse_args()
+    if unknown := set(arguments.formats) - FORMATS.keys():
+        parser.error(f"no format: {', '.join(unknown)}")
     faulthandler.enable()
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, out_of_time)
+    signal.signal(signal.SIGPROF, out_of_time)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HOME": tempfile.mkdtemp()}
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
     faults = 0
-    for name in arguments.formats:
+    for name in arguments.formats or FORMATS:
         end = time.monotonic() + arguments.seconds
         number = arguments.start if arguments.only is None else arguments.only
         found = set()

@@ -8,13 +8,13 @@ from conftest import REPOSITORY, environment
 
 from benchmarks.fuzz import FORMATS
 
-SECONDS = 60
+SECONDS = 20
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_minute_of_damaged_files_leads_to_no_fault(name):
+def test_damaged_files_lead_to_no_fault(name):
     """`python benchmarks/fuzz.py` tries them longer."""
     command = [sys.executable, REPOSITORY / "benchmarks" / "fuzz.py", name, "--seconds", str(SECONDS)]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=REPOSITORY)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert int(result.stdout.split()[-4].replace(",", "")) > 50, result.stdout
+    assert int(result.stdout.split()[-4].replace(",", "")) > 20, result.stdout

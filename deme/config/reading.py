@@ -59,7 +59,7 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
         raise UserError(f"{key}={shown(value)}: {message}" if key else message) from None
     except TypeError as error:  # a mapping for a list, or the reverse: OmegaConf does not say where
         raise UserError(f"{_first_misfit(given)}: {error}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, AssertionError) as error:
         raise UserError(f"--config {file}: {one_line(error)}") from None
 
 

@@ -107,9 +107,15 @@ class CheckpointWriter:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / file)
             hashes = {"sha256": {file: sha256(temporary / file) for file in self.copies}}
             (temporary / STATE).write_text(json.dumps(scalars | hashes, indent=2), encoding="utf-8")
-        checkpoints = list_checkpoints(self.folder)
-        position = checkpoints.index(path)  # newer ones could not be read, or the run would have gone on from there
-        for other in checkpoints[:position] + checkpoints[position + self.keep :]:
+        for newer in list_checkpoints(self.folder):  # could not be read, or the run would have gone on from there
+            if newer > path:
+                shutil.rmtree(newer, ignore_errors=True)
+        self.delete_older(path)
+
+    def delete_older(self, path: Path) -> None:
+        """Delete all checkpoints before `path` but for the `keep` − 1 newest of them."""
+        older = [other for other in list_checkpoints(self.folder) if other < path]
+        for other in older[self.keep - 1 :]:
             shutil.rmtree(other, ignore_errors=True)  # what is left of it goes the next time
 
 

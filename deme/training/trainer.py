@@ -265,6 +265,7 @@ class Trainer:
         def open_log() -> None:
             if found is not None:
                 print(f"{self.objective.name}: resuming from {found}")
+                self.writer.delete_older(found)  # where a kill came between the last one and that
             self.log = RunLog(self.folder, self.state.step)
 
         in_main_process(self.accelerator, open_log)

@@ -250,6 +250,13 @@ def test_old_checkpoints_are_deleted(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000006", "step-00000005"]
 
 
+def test_what_a_kill_left_beyond_them_goes_with_the_next_start(tmp_path):
+    """Between the last checkpoint and the deletion of the one before: the run that goes on has nothing left to save."""
+    trainer(tmp_path, checkpoint_every=1, checkpoints_kept=4).run()
+    trainer(tmp_path, checkpoint_every=1, checkpoints_kept=2).run()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000006", "step-00000005"]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
     """The bad step is named though it is read only later, and the checkpoint before it stays the newest."""
     trainer(tmp_path, max_steps=6, checkpoint_every=2).run(deadline=time.monotonic() - 1)
