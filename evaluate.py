@@ -6,8 +6,8 @@
 
 evaluate.features=inception gives FID, as `python -m pytorch_fid SAMPLES STATISTICS` does; classifier gives the
 classifier FD, in the features of a small network trained on the data's labels. The reference statistics, in
-pytorch_fid's npz format, and the classifier are made once and kept in runs/<name>/stats/. Prints a table, writes
-results.json.
+pytorch_fid's npz format, and the classifier are made once and kept in runs/<name>/stats/. Folders of text-to-image
+samples, which hold prompts.jsonl, also get a CLIP score. Prints a table, writes results.json.
 """
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
@@ -26,6 +26,8 @@ from deme.models.variants import ORDER
 
 if TYPE_CHECKING:
     import torch
+
+    from deme.measure.scores import Score
 
 LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 
@@ -61,6 +63,28 @@ def read_part(paths: list[Path], part: slice) -> "torch.Tensor":
     return read_images(paths[part])
 
 
+def with_differences(
+    scores: list["Score"], files: dict[Path, list[Path]], prompts: dict[Path, list[str] | None]
+) -> list["Score"]:
+    """The scores, each with its differences to those of the folder `pretrained`.
+
+    That of the distance is had where the seeds agree, that of the CLIP score where the prompts do, too.
+    """
+    from deme.measure.scores import paired, paired_clip
+
+    baseline = next((row for row in scores if Path(row.samples).name == "pretrained"), None)
+    rows = []
+    for row in scores:
+        if baseline not in (None, row):
+            folder, other = Path(row.samples), Path(baseline.samples)
+            if [path.name for path in files[folder]] == [path.name for path in files[other]]:
+                row = paired(row, baseline)
+                if prompts[folder] is not None and prompts[folder] == prompts[other]:
+                    row = paired_clip(row, baseline)
+        rows.append(row)
+    return rows
+
+
 def plan(config: Config) -> str:
     """What this command would do."""
     nothing = "no sample folders yet" if config.evaluate.samples is None else "nothing: make the statistics alone"
@@ -70,6 +94,7 @@ def plan(config: Config) -> str:
 
 def main(config: Config) -> None:
     """Score all folders."""
+    from deme.data.prompts import PROMPTS, read_prompts
     from deme.data.samples import check_sizes, drawn_from, list_images
 
     settings = config.evaluate
@@ -97,7 +122,13 @@ def main(config: Config) -> None:
         size = check_sizes(files[folder])
         if settings.features == "classifier" and min(size) < LEAST_CLASSIFIED:
             raise UserError(f"evaluate.samples={folder}: images of {size[0]} x {size[1]} pixels, {least_pixels}")
-    watched = Watched(path for folder, paths in files.items() for path in (folder / SAMPLES.file, *paths))
+    beside_images = [folder / name for folder in files for name in (SAMPLES.file, PROMPTS)]
+    watched = Watched([*beside_images, *(path for paths in files.values() for path in paths)])
+    prompts: dict[Path, list[str] | None] = dict.fromkeys(files)
+    if settings.clip_model is not None:
+        for folder, paths in files.items():
+            with naming("evaluate.samples", folder):
+                prompts[folder] = read_prompts(folder, paths)
 
     # --- torch is imported after what can be answered without it
     from deme.data.ahead import available_threads
@@ -105,11 +136,19 @@ def main(config: Config) -> None:
     from deme.measure.classifier import trained_classifier
     from deme.measure.features import extract, load_inception
     from deme.measure.reference import reference_statistics
-    from deme.measure.scores import paired, save_scores, score
+    from deme.measure.scores import save_scores, score, with_clip
     from deme.report.tables import score_table
 
     accelerator = make_accelerator("no", "evaluate")
     with locked_by_all(accelerator, output, "output_dir" if settings.output is None else "evaluate.output"):
+        # --- the CLIP model, where there are prompts: transformers is imported for it alone
+        clip = None
+        if any(of_folder is not None for of_folder in prompts.values()):
+            with accelerator.main_process_first(), naming("evaluate.clip_model", settings.clip_model):
+                from deme.measure.clip import load_clip
+
+                clip = load_clip(settings.clip_model).to(accelerator.device)  # one process downloads the weights
+
         # --- the feature network and the data's statistics
         beside = {}
         made_by = {}
@@ -135,22 +174,19 @@ def main(config: Config) -> None:
             if features.shape[1] != len(reference.mu):
                 size = f"{len(reference.mu)} features, {settings.features} has {features.shape[1]}"
                 raise UserError(f"evaluate.reference={settings.reference}: holds statistics of {size}")
+            fit = None  # of each image to its prompt
+            if prompts[folder] is not None:
+                read = partial(clip.read, paths, prompts[folder])
+                with naming("evaluate.clip_model", settings.clip_model):
+                    fit = extract(accelerator, clip, read, len(paths), settings.batch_size, available_threads())[:, 0]
             if accelerator.is_main_process:
-                scores.append(
-                    score(folder, drawn_from(folder), features, reference, settings.features, settings.blocks)
-                )
+                found = score(folder, drawn_from(folder), features, reference, settings.features, settings.blocks)
+                scores.append(found if fit is None else with_clip(found, fit))
 
         # --- differences to the pretrained model, where the seeds agree; table and results.json
         def finish() -> None:
             watched.check()
-            names = {str(folder): [path.name for path in paths] for folder, paths in files.items()}
-            baseline = next((row for row in scores if Path(row.samples).name == "pretrained"), None)
-            rows = [
-                paired(row, baseline)
-                if baseline not in (None, row) and names[row.samples] == names[baseline.samples]
-                else row
-                for row in scores
-            ]
+            rows = with_differences(scores, files, prompts)
             made_with = provenance(config)
             save_scores(output, settings.features, rows, beside | made_with)
             print(score_table(rows, settings.features), f"on {made_with['processor']}", output, sep="\n")

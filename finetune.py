@@ -18,22 +18,26 @@ from deme.config.sections import CONTINUED, Finetune, range_name
 from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import Watched, sha256
-from deme.job.records import ARCHITECTURE, SCHEDULE
+from deme.job.records import ARCHITECTURE, ENCODER, SCHEDULE
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
+    encoder_files,
+    encoders_hash,
     num_train_timesteps,
     sample_size,
     scheduler_folder,
+    takes_text,
     unet_folder,
-    weights_file,
 )
 from deme.models.variants import find_pretrained
+from deme.models.weights import weights_files, weights_hash
 from deme.training.session import Run, Session
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import DDPMScheduler, ModelMixin
 
-    from deme.data.images import CroppedImages
+    from deme.data.images import Examples
+    from deme.models.encoders import Encoder
 
 
 def chosen_ranges(config: Config) -> list[tuple[int, int] | None]:
@@ -86,14 +90,18 @@ def main(config: Config) -> None:
     source = config.paths.pretrained
     pretrained = find_pretrained(config.paths)
     folder = unet_folder(pretrained)
-    config.check_fits({folder: sample_size(folder)}, scheduler_folder(pretrained), num_train_timesteps(pretrained))
-    files = {
-        "pretrained weights (SHA-256)": weights_file(folder),
-        ARCHITECTURE: folder / "config.json",
-        SCHEDULE: scheduler_folder(pretrained) / SCHEDULER_CONFIG,
+    schedule = scheduler_folder(pretrained)
+    sizes = {folder: sample_size(folder, pretrained)}
+    config.check_fits(sizes, schedule, num_train_timesteps(pretrained))
+    files = (*weights_files(folder), *encoder_files(pretrained))
+    watched = Watched([*files, folder / "config.json", schedule / SCHEDULER_CONFIG])
+    hashes = {
+        "pretrained weights (SHA-256)": weights_hash(folder),
+        ARCHITECTURE: sha256(folder / "config.json"),
+        SCHEDULE: sha256(schedule / SCHEDULER_CONFIG),
     }
-    watched = Watched(files.values())
-    hashes = {key: sha256(file) for key, file in files.items()}
+    if takes_text(pretrained):
+        hashes[ENCODER] = encoders_hash(pretrained)
     runs = {chosen: run_of(session, chosen, hashes) for chosen in chosen_ranges(config)}
     runs = {chosen: run for chosen, run in runs.items() if not session.is_complete(run)}
     if not runs:
@@ -102,9 +110,11 @@ def main(config: Config) -> None:
     # --- torch is imported after what can be answered without it
     import gc
 
-    from deme.data.sources import data_fingerprint, load_training_images
+    from deme.data.sources import data_fingerprint
     from deme.job.processes import make_accelerator
+    from deme.models.encoders import load_encoder
     from deme.models.networks import load_scheduler, load_unet, try_out
+    from deme.training.examples import load_examples
 
     # --- the pretrained network and the images
     accelerator = make_accelerator(config.finetune.mixed_precision, "finetune.mixed_precision")
@@ -112,10 +122,11 @@ def main(config: Config) -> None:
     with naming("model.pretrained", source):
         unet = load_unet(folder)
         scheduler = load_scheduler(pretrained)
-        try_out(unet, scheduler)
+        encoder = load_encoder(pretrained, unet)
+        try_out(unet, scheduler, encoder)
     accelerator.wait_for_everyone()
     watched.check()  # all processes have read the same
-    images = load_training_images(config.data, unet.config.in_channels, config.paths.image_cache).training
+    images = load_examples(config, config.finetune, encoder, pretrained, accelerator).training
     fingerprint = data_fingerprint(config.data)
     accelerator.print(
         f"{source}: {unet.num_parameters():,} parameters; {len(images):,} images; "
@@ -124,7 +135,7 @@ def main(config: Config) -> None:
 
     # --- one run per range
     for timestep_range, run in runs.items():
-        if not finetune(session, run.reading(fingerprint), timestep_range, unet, scheduler, images):
+        if not finetune(session, run.reading(fingerprint), timestep_range, unet, scheduler, encoder, images):
             return
         gc.collect()  # autocast's wrappers tie this range's networks into cycles, which would keep their memory
 
@@ -133,16 +144,17 @@ def finetune(
     session: Session,
     run: Run,
     timestep_range: tuple[int, int] | None,
-    pretrained: "UNet2DModel",
+    pretrained: "ModelMixin",
     scheduler: "DDPMScheduler",
-    images: "CroppedImages",
+    encoder: "Encoder",
+    images: "Examples",
 ) -> bool:
     """Train one copy of the pretrained UNet and write it; False when time was up before."""
     import copy
     from functools import partial
 
     from deme.job.processes import make_accelerator
-    from deme.models.networks import ProjectedUNet2DModel
+    from deme.models.networks import with_projections
     from deme.training.trainer import Networks, Objective, Trainer
 
     config = session.config
@@ -150,9 +162,9 @@ def finetune(
 
     # --- student and teacher start from the same weights
     projected = run.record.made_from["model.projection"]
-    student = ProjectedUNet2DModel.from_unet(pretrained) if projected else copy.deepcopy(pretrained)
+    student = with_projections(pretrained) if projected else copy.deepcopy(pretrained)
     teacher = copy.deepcopy(pretrained) if settings.consistency_weight > 0 else None
-    networks = Networks(student, teacher, scheduler)
+    networks = Networks(student, teacher, scheduler, encoder)
 
     # --- which timesteps it sees, and what it is held to
     is_control = timestep_range is None

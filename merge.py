@@ -23,18 +23,17 @@ from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, sha256
 from deme.job.locks import locked
-from deme.job.records import MERGED, SCHEDULE, WEIGHTS_HASH, Record, provenance, read_record
+from deme.job.records import ENCODER, MERGED, SCHEDULE, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
-    WEIGHTS,
-    load_tensors,
+    encoders_hash,
     scheduler_folder,
+    takes_text,
     unet_folder,
-    weights_file,
     write_pipeline_files,
-    write_unet,
 )
 from deme.models.variants import find_pretrained
+from deme.models.weights import WEIGHTS, load_tensors, weights_files, weights_hash, write_unet
 
 if TYPE_CHECKING:
     from deme.method.task_vectors import MergeMethod
@@ -62,11 +61,11 @@ def main(config: Config) -> None:
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={k}")
     check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
-    files = [weights_file(unet_folder(pretrained)), *(folder / WEIGHTS for folder in inputs)]
+    networks = [unet_folder(pretrained), *inputs]
     schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
-    watched = Watched([*files, schedule])
+    watched = Watched([*(file for folder in networks for file in weights_files(folder)), schedule])
     with ThreadPoolExecutor() as pool:
-        hashing = pool.map(sha256, files)  # takes about as long as importing torch
+        hashing = pool.map(weights_hash, networks)  # takes about as long as importing torch
 
         from deme.method.task_vectors import TaskArithmetic
         from deme.method.ties import Ties
@@ -84,6 +83,8 @@ def main(config: Config) -> None:
     base = {"path": config.paths.pretrained, "sha256": base_hash}
     made_from = {"coefficients": config.coefficient_groups, "pretrained": base, "finetuned": experts}
     made_from[SCHEDULE] = sha256(schedule)
+    if takes_text(pretrained):
+        made_from[ENCODER] = encoders_hash(pretrained)
     wanted = Record(MERGED, method.describe() | made_from, provenance(config))
 
     # --- merge, unless the output is complete
@@ -117,6 +118,7 @@ def is_complete(output: Path, wanted: Record) -> bool:
     scheduler = scheduler_folder(output) / SCHEDULER_CONFIG
     merged_hash = found.beside.get(WEIGHTS_HASH)  # older records have none
     whole = weights.is_file() and scheduler.is_file() and sha256(scheduler) == wanted.made_from[SCHEDULE]
+    whole = whole and takes_text(output) == (ENCODER in wanted.made_from)
     if whole and merged_hash in (None, sha256(weights)):
         return True
     print(f"{output} no longer holds what was merged: replacing it")

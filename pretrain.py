@@ -16,8 +16,31 @@ from deme.config.experiment import Config
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import write_yaml
-from deme.job.records import provenance
+from deme.job.records import ENCODER, provenance
+from deme.models.pipelines import (
+    encoders_hash,
+    latent_factor,
+    num_train_timesteps,
+    scheduler_folder,
+    takes_text,
+    write_pipeline_files,
+)
 from deme.training.session import Session
+
+
+def checked_encoders(config: Config, pipeline: Path) -> str:
+    """The hash of a pipeline's encoders, which fit what is configured.
+
+    Raises:
+        UserError: they don't, or are missing; a noise schedule or number of timesteps beside theirs.
+    """
+    if not takes_text(pipeline):
+        raise UserError(f"{pipeline / 'text_encoder'}: missing")
+    factor = latent_factor(pipeline)
+    config.data.check("resolution", config.data.resolution % factor == 0, f"must be a multiple of {factor}, as latents")
+    config.check_fits({}, scheduler_folder(pipeline), num_train_timesteps(pipeline))
+    config.pretrain.check("scheduler", not config.pretrain.scheduler, "pretrain.encoders brings its own")
+    return encoders_hash(pipeline)
 
 
 def plan(config: Config) -> str:
@@ -30,7 +53,13 @@ def main(config: Config) -> None:
     # --- what is left to do
     settings = config.pretrain
     session = Session(config, settings)
-    run = session.run(config.paths.pretraining, config.paths.pretrained_here, settings, others={})
+    encoders = None
+    others = {}
+    if settings.encoders is not None:
+        encoders = Path(settings.encoders)
+        with naming("pretrain.encoders", encoders):
+            others = {ENCODER: checked_encoders(config, encoders)}
+    run = session.run(config.paths.pretraining, config.paths.pretrained_here, settings, others)
     if session.is_complete(run):
         return
 
@@ -38,9 +67,11 @@ def main(config: Config) -> None:
     import diffusers
     import torch
 
-    from deme.data.sources import data_fingerprint, load_training_images
+    from deme.data.sources import data_fingerprint
     from deme.job.processes import make_accelerator
-    from deme.models.networks import try_out
+    from deme.models.encoders import Pixels, load_encoder
+    from deme.models.networks import load_scheduler, try_out
+    from deme.training.examples import load_examples
     from deme.training.held_out import HeldOut
     from deme.training.trainer import Networks, Objective, Trainer
 
@@ -51,15 +82,21 @@ def main(config: Config) -> None:
     given = f"pretrain.unet={settings.unet}, pretrain.scheduler={settings.scheduler}, data.resolution"
     with naming(given, config.data.resolution):
         try:
-            unet = diffusers.UNet2DModel(sample_size=config.data.resolution, **settings.unet)
-            scheduler = diffusers.DDPMScheduler(
-                num_train_timesteps=config.timesteps.num_train_timesteps,  # by name, or diffusers drops it later
-                **settings.scheduler,
-            )
+            if encoders is None:
+                unet = diffusers.UNet2DModel(sample_size=config.data.resolution, **settings.unet)
+                scheduler = diffusers.DDPMScheduler(
+                    num_train_timesteps=config.timesteps.num_train_timesteps,  # by name, or diffusers drops it later
+                    **settings.scheduler,
+                )
+            else:
+                size = config.data.resolution // latent_factor(encoders)
+                unet = diffusers.UNet2DConditionModel(sample_size=size, **settings.unet)
+                scheduler = load_scheduler(encoders)
         except Exception as error:  # diffusers and torch raise whatever a wrong value leads to
             raise UserError(one_line(error)) from None
-        try_out(unet, scheduler)
-    images, held_out_images = load_training_images(config.data, unet.config.in_channels, config.paths.image_cache)
+        encoder = Pixels(unet.config.in_channels) if encoders is None else load_encoder(encoders, unet)
+        try_out(unet, scheduler, encoder)
+    images, held_out_images = load_examples(config, settings, encoder, encoders, accelerator)
     counts = f"{unet.num_parameters():,} parameters, {len(images):,} images, {len(held_out_images):,} held out"
     accelerator.print(counts)
 
@@ -68,10 +105,14 @@ def main(config: Config) -> None:
         "pretraining", stream=(config.seed, 0), timestep_range=(0, config.timesteps.num_train_timesteps)
     )
     held_out = HeldOut(held_out_images, settings.held_out_every, settings.patience) if held_out_images else None
-    networks = Networks(unet, None, scheduler)
+    networks = Networks(unet, None, scheduler, encoder)
 
     def write(folder: Path) -> None:
-        diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
+        if encoders is None:
+            diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
+        else:
+            unet.save_pretrained(folder / "unet")
+            write_pipeline_files(folder, encoders)
         write_yaml(folder / "pretrain.yaml", provenance(config))
 
     trainer = session.train(

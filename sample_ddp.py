@@ -3,6 +3,8 @@
     accelerate launch sample_ddp.py                              # from the merged model, by DDIM
     accelerate launch sample_ddp.py sample.model=pretrained      # or continued, ensemble, or a folder
     accelerate launch sample_ddp.py sample.scheduler=dpmsolver++ sample.num_inference_steps=20
+    accelerate launch sample_ddp.py --config configs/stable_diffusion_v1_4.yaml "sample.prompts=[a cat, a dog]" \
+        sample.num_images=2
 
 Writes runs/<name>/samples/<model>/000000.png … and the contact sheet samples/grid-<model>.png. An image depends on
 its seed alone, not on the batch or the number of processes. A second run writes only what is missing; a folder that
@@ -16,18 +18,29 @@ from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
 from deme.config.sections import Sample
-from deme.errors import RunError, naming
+from deme.data.prompts import load_prompts, prompts_hash, write_prompts
+from deme.errors import RunError, UserError, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, check_apart, sha256
-from deme.job.records import SAMPLES, Record, provenance
-from deme.models.pipelines import SCHEDULER_CONFIG, num_train_timesteps, sample_size, scheduler_folder, weights_file
+from deme.job.records import ENCODER, SAMPLES, Record, provenance
+from deme.models.pipelines import (
+    SCHEDULER_CONFIG,
+    encoder_files,
+    encoders_hash,
+    num_train_timesteps,
+    sample_size,
+    scheduler_folder,
+    takes_text,
+)
 from deme.models.variants import find_variant
+from deme.models.weights import weights_files, weights_hash
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import DDPMScheduler
 
     from deme.method.sampling import NetworkAt
+    from deme.models.encoders import Encoder
 
 GRID_IMAGES = 100
 
@@ -47,16 +60,21 @@ def main(config: Config) -> None:
     with naming("sample.model", settings.model):
         variant = find_variant(settings.model, config.paths)
     check_apart("sample.output", output, variant.unets)
-    weights = [weights_file(folder) for folder in variant.unets]
+    weights = [file for folder in variant.unets for file in weights_files(folder)]
     schedule = scheduler_folder(variant.pipeline) / SCHEDULER_CONFIG
-    watched = Watched([*weights, schedule])
-    sizes = {folder: sample_size(folder) for folder in variant.unets}
+    watched = Watched([*weights, schedule, *encoder_files(variant.pipeline)])
+    sizes = {folder: sample_size(folder, variant.pipeline) for folder in variant.unets}
     config.check_fits(sizes, scheduler_folder(variant.pipeline), num_train_timesteps(variant.pipeline))
+
+    # --- what is drawn: image i from seed i and, where the model takes text, prompt i
+    seeds = range(settings.seed_offset, settings.seed_offset + settings.num_images)
+    texts = prompts_of(settings, takes_text(variant.pipeline), seeds)
 
     # --- torch is imported after what can be answered without it
     from deme.data.samples import claim_samples, image_path, missing_seeds, read_images, save_grid
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.method.sampling import ensemble, sampler_name, try_sampler
+    from deme.models.encoders import load_encoder
     from deme.models.inference import freeze
     from deme.models.networks import load_scheduler, load_unet, try_out
 
@@ -65,18 +83,21 @@ def main(config: Config) -> None:
     with naming("sample.model", settings.model):
         scheduler = load_scheduler(variant.pipeline)
         unets = [load_unet(folder) for folder in variant.unets]
+        encoder = load_encoder(variant.pipeline, unets[0])
         for folder, unet in zip(variant.unets, unets, strict=True):
             with naming(folder):
-                try_out(unet, scheduler)
-    shape = (unets[0].config.in_channels, config.data.resolution, config.data.resolution)
+                try_out(unet, scheduler, encoder)
+    size = unets[0].config.sample_size
+    shape = (unets[0].config.in_channels, size, size)
     with naming("sample.scheduler", settings.scheduler):
         try_sampler(scheduler, settings.scheduler, settings.num_inference_steps, shape)
     unets = [freeze(unet, accelerator.device, settings.mixed_precision) for unet in unets]
+    encoder.prepare(accelerator.device, settings.mixed_precision)
     ranges = config.timesteps.ranges if len(unets) > 1 else [(0, config.timesteps.num_train_timesteps)]
 
     # --- the folder: what it is made from, and which images are missing
     made_from = {
-        "weights": list(map(sha256, weights)),
+        "weights": list(map(weights_hash, variant.unets)),
         "timesteps": [list(edges) for edges in ranges],
         "scheduler": sha256(schedule),
         "num_inference_steps": settings.num_inference_steps,
@@ -85,7 +106,12 @@ def main(config: Config) -> None:
         "mixed_precision": settings.mixed_precision,
         "resolution": config.data.resolution,
     }
-    seeds = range(settings.seed_offset, settings.seed_offset + settings.num_images)
+    if texts:
+        made_from |= {
+            ENCODER: encoders_hash(variant.pipeline),
+            "prompts (SHA-256)": prompts_hash([texts[seed] for seed in seeds]),
+            **{key: getattr(settings, key) for key in ("negative_prompt", "guidance_scale", "size_on_disk")},
+        }
     beside = {"num_images": len(seeds), "seed_offset": seeds.start, **provenance(config)}
     wanted = Record(SAMPLES, made_from, beside)
     accelerator.wait_for_everyone()
@@ -94,6 +120,8 @@ def main(config: Config) -> None:
     def claim() -> list[int]:
         with naming("sample.output", output):
             claim_samples(output, wanted, seeds, settings.overwrite)
+        if texts:
+            write_prompts(output, [image_path(output, seed) for seed in seeds], list(texts.values()))
         return missing_seeds(output, seeds)
 
     def finish() -> None:
@@ -109,9 +137,27 @@ def main(config: Config) -> None:
         processes = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
         accelerator.print(f"{output}: {len(missing):,} of {len(seeds):,} images to draw; {processes}")
         mine = missing[accelerator.process_index :: accelerator.num_processes]
-        draw(accelerator, settings, ensemble(unets, ranges), scheduler, shape, mine, output)
+        draw(accelerator, settings, ensemble(unets, ranges), scheduler, encoder, shape, mine, texts, output)
         accelerator.wait_for_everyone()
         in_main_process(accelerator, finish)
+
+
+def prompts_of(settings: Sample, takes_text: bool, seeds: range) -> dict[int, str]:
+    """The prompt of each seed; none where the model takes none.
+
+    Raises:
+        UserError: prompts that are missing, too few, unreadable, or not wanted.
+    """
+    has_prompts = settings.prompts is not None
+    settings.check("prompts", takes_text or not has_prompts, f"sample.model={settings.model} takes none")
+    settings.check("prompts", has_prompts or not takes_text, f"sample.model={settings.model} needs prompts")
+    if not takes_text:
+        return {}
+    with naming("sample.prompts", settings.prompts):
+        prompts = load_prompts(settings.prompts, settings.prompt_column)
+        if len(prompts) < seeds.stop:
+            raise UserError(f"{len(prompts):,} prompts for the seeds {seeds.start} … {seeds.stop - 1}")
+    return {seed: prompts[seed] for seed in seeds}
 
 
 def draw(
@@ -119,22 +165,24 @@ def draw(
     settings: Sample,
     network_at: "NetworkAt",
     scheduler: "DDPMScheduler",
+    encoder: "Encoder",
     shape: tuple[int, int, int],
     seeds: list[int],
+    texts: dict[int, str],
     output: Path,
 ) -> None:
     """Draw the images of these seeds; threads write one batch while the next is drawn.
 
     Args:
-        shape: (C, H, W) of an image.
+        shape: (C, H, W) of an image or a latent.
+        texts: seed → prompt; empty where the model takes none.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     from tqdm import tqdm
 
     from deme.data.samples import write_image
-    from deme.method.sampling import sample_images
-    from deme.models.encoders import decode
+    from deme.method.sampling import guided, sample_images
 
     batches = [seeds[start : start + settings.batch_size] for start in range(0, len(seeds), settings.batch_size)]
     silent = not accelerator.is_main_process or not batches
@@ -142,10 +190,14 @@ def draw(
     writes = []
     with ThreadPoolExecutor(max_workers=4) as pool:
         for batch in tqdm(batches, settings.model, unit="batch", disable=silent):
-            images = decode(sample_images(network_at, scheduler, batch, shape, accelerator.device, *sampler))
+            prompts = [texts[seed] for seed in batch if texts]
+            negative = encoder.condition([settings.negative_prompt] * len(prompts))
+            network = guided(network_at, encoder.condition(prompts), negative, settings.guidance_scale)
+            images = encoder.decode(sample_images(network, scheduler, batch, shape, accelerator.device, *sampler))
             for write in writes:
                 write.result()  # a full disk stops the run here
-            writes = [pool.submit(write_image, output, *pair) for pair in zip(batch, images, strict=True)]
+            pairs = zip(batch, images, strict=True)
+            writes = [pool.submit(write_image, output, *pair, settings.size_on_disk) for pair in pairs]
         for write in writes:
             write.result()
 

@@ -188,6 +188,7 @@ def record(choose: random.Random, folder: Path) -> Readers:
 def pipeline(choose: random.Random, folder: Path) -> Readers:
     """The JSON files of a pipeline folder."""
     from deme.method.sampling import try_sampler
+    from deme.models.encoders import load_encoder
     from deme.models.networks import load_scheduler, load_unet, try_out
     from deme.models.pipelines import find_pipeline, num_train_timesteps, sample_size, write_pipeline_files
 
@@ -197,11 +198,11 @@ def pipeline(choose: random.Random, folder: Path) -> Readers:
 
     def read() -> None:
         found = find_pipeline(str(folder))
-        sizes = {folder: sample_size(found / "unet")}
+        sizes = {folder: sample_size(found / "unet", found)}
         load_config("configs/digits.yaml", []).check_fits(sizes, folder, num_train_timesteps(found))
         unet = load_unet(found / "unet")
         scheduler = load_scheduler(found)
-        try_out(unet, scheduler)
+        try_out(unet, scheduler, load_encoder(found, unet))
         try_sampler(scheduler, choose.choice(["ddim", "pndm", "dpmsolver++", "unipc", "euler"]), 10, (1, 8, 8))
         (folder / "copy").mkdir()
         write_pipeline_files(folder / "copy", found)
@@ -215,7 +216,7 @@ def safetensors(choose: random.Random, folder: Path) -> Readers:
     from deme.measure.classifier import Classifier, load_classifier, save_classifier
     from deme.method.task_vectors import TaskArithmetic, merge_tensors
     from deme.models.networks import load_unet
-    from deme.models.pipelines import WEIGHTS, load_tensors
+    from deme.models.weights import WEIGHTS, load_tensors
 
     make_pipeline(folder)
     classifier = folder / "classifier.safetensors"
@@ -443,8 +444,8 @@ def with_other_chunks(choose: random.Random, content: bytes) -> bytes:
 
 def pickles(choose: random.Random, folder: Path) -> Readers:
     """A published file, and pretrained weights that torch.save wrote."""
-    from deme.models.pipelines import PICKLED_WEIGHTS, load_tensors
     from deme.models.published import read_published, rename_projections
+    from deme.models.weights import PICKLED_WEIGHTS, load_tensors
 
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
     state = network.state_dict() | {"adapter_list.0.weight": torch.ones(1)}

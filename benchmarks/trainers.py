@@ -10,7 +10,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from deme.config.sections import Training
 from deme.data.images import CroppedImages
-from deme.models.networks import ProjectedUNet2DModel
+from deme.models.encoders import Pixels
+from deme.models.networks import with_projections
 from deme.training.held_out import HeldOut
 from deme.training.trainer import Networks, Objective, Trainer
 
@@ -35,7 +36,7 @@ def make_trainer(
         projected: train with channel-wise projections.
     """
     images = CroppedImages(pixels, pretrained.config.sample_size, center_crop=False, random_flip=random_flip)
-    student = ProjectedUNet2DModel.from_unet(pretrained) if projected else copy.deepcopy(pretrained)
+    student = with_projections(pretrained) if projected else copy.deepcopy(pretrained)
     teacher = copy.deepcopy(pretrained) if objective.consistency_weight > 0 else None
-    networks = Networks(student, teacher, DDPMScheduler())
+    networks = Networks(student, teacher, DDPMScheduler(), Pixels(pretrained.config.in_channels))
     return Trainer(accelerator, networks, images, objective, settings, folder, held_out)

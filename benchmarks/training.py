@@ -39,7 +39,7 @@ from benchmarks.trainers import make_trainer
 from benchmarks.unets import CHURCH, CIFAR10
 from deme.config.sections import Finetune
 from deme.job.machine import peak_memory
-from deme.models.networks import ProjectedUNet2DModel
+from deme.models.networks import with_projections
 from deme.report.tables import markdown_table
 from deme.training import trainer as training_loop
 from deme.training.trainer import Trainer
@@ -188,7 +188,7 @@ def plain_step(
         return torch.stack([augment(Image.open(io.BytesIO(files[row])).convert("RGB")) for row in rows])
 
     data = DataLoader(range(len(files)), batch_size=micro_batch_size, shuffle=True, collate_fn=collate)
-    student = ProjectedUNet2DModel.from_unet(teacher).train()
+    student = with_projections(teacher).train()
     teacher.requires_grad_(False)
     teacher.to(accelerator.device, torch.bfloat16 if precision == "bf16" else torch.float32)
     ema = EMAModel(student.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)

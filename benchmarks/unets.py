@@ -1,4 +1,4 @@
-"""The published UNets: arguments of diffusers' UNet2DModel."""
+"""The published UNets: arguments of diffusers' UNet2DModel, but for the last."""
 
 SHARED = {
     "downsample_padding": 0,
@@ -18,4 +18,12 @@ CHURCH = SHARED | {  # google/ddpm-ema-church-256 and google/ddpm-ema-bedroom-25
     "block_out_channels": [128, 128, 256, 256, 512, 512],
     "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+}
+STABLE_DIFFUSION = {  # CompVis/stable-diffusion-v1-4: arguments of UNet2DConditionModel, most of which are its defaults
+    "sample_size": 64,
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }

@@ -1,11 +1,11 @@
 """Importing this module is all that `DDIMPipeline.from_pretrained` needs to load a UNet with projections.
 
-Merged folders' model_index.json name it, and diffusers looks for its own base class beside the one that is named: both
+Merged folders' model_index.json name it, and diffusers looks for its own base class beside the one that is named: all
 names must stay here.
 """
 
 from diffusers import ModelMixin
 
-from deme.models.networks import ProjectedUNet2DModel
+from deme.models.networks import ProjectedUNet2DConditionModel, ProjectedUNet2DModel
 
-__all__ = ["ModelMixin", "ProjectedUNet2DModel"]
+__all__ = ["ModelMixin", "ProjectedUNet2DConditionModel", "ProjectedUNet2DModel"]

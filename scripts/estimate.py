@@ -4,7 +4,8 @@
 
 Opens the pretrained pipeline and the data (a Hub id is downloaded first) to count parameters, operations and images.
 In the environment GPU_TFLOPS is the rate that one GPU reaches on these networks in 10¹² operations per second, and
-NUM_PROCESSES the number of processes, which must be able to share a step.
+NUM_PROCESSES the number of processes, which must be able to share a step; MODELS how many models are drawn from (1;
+with more, the control is trained, too).
 """
 
 import os
@@ -18,12 +19,14 @@ from deme.config.experiment import Config
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
-from deme.models.pipelines import unet_folder
+from deme.models.pipelines import takes_text, unet_folder
 from deme.models.variants import find_pretrained
 
 GPU_TFLOPS = 50.0  # a guess for an A100 in half precision
 INCEPTION_FLOPS = 11.4e9  # per image
 FLOAT = 4  # bytes
+HALF = 2  # bytes, of latents that a GPU encodes
+TOKENS = 77  # of a caption
 PNG_SHARE = 0.75  # of the raw pixels
 DISK_BLOCK = 4096  # bytes: the least that a file takes
 ASPECT_RATIO = 4 / 3  # of photographs
@@ -42,21 +45,26 @@ def main(config: Config) -> None:
     config.finetune.check_shares(int(from_environment("NUM_PROCESSES", 1)))
     pretrained = find_pretrained(config.paths)
     images = count_images(config.data)
-    parameters, flops, channels = unet_cost(read_json(unet_folder(pretrained) / "config.json"))
+    parameters, flops = unet_cost(read_json(unet_folder(pretrained) / "config.json"))
+    channels, coding, encoded = encoder_cost(pretrained, config.data.resolution)
     print(f"{config.paths.pretrained}: {parameters:,} parameters; {config.data.name}: {images:,} images")
 
     # --- disk
+    models = int(from_environment("MODELS", 1))
+    has_control = models > 1
     ranges = len(config.timesteps.ranges)
     raw = channels * config.data.resolution**2
     is_cached = config.data.cache_gb < images * raw / 2**30 <= config.data.cache_disk_gb
     decoded = images * raw * ASPECT_RATIO if is_cached else 0
     checkpoint = 4 * FLOAT * parameters  # student, EMA, two moments
+    drawn = channels * (config.sample.size_on_disk or config.data.resolution) ** 2
     disk = {
         "decoded images": decoded,
-        "finetuned networks": ranges * FLOAT * parameters,
-        "their checkpoints": (ranges * config.finetune.checkpoints_kept + 1) * checkpoint,
+        "encoded images and captions": images * encoded * config.data.cached_views if config.data.cache_latents else 0,
+        "finetuned networks": (ranges + has_control) * FLOAT * parameters,
+        "their checkpoints": ((ranges + has_control) * config.finetune.checkpoints_kept + 1) * checkpoint,
         "merged network": FLOAT * parameters,
-        "samples": config.sample.num_images * max(DISK_BLOCK, raw * PNG_SHARE),
+        "samples": models * config.sample.num_images * max(DISK_BLOCK, drawn * PNG_SHARE),
     }
     for name, size in disk.items():
         print(f"{size / 1e9:9.1f} GB  {name}")
@@ -67,15 +75,18 @@ def main(config: Config) -> None:
     # --- GPU hours: a backward pass costs two forward passes, the teacher and gradient checkpointing one each
     passes = 3 + (config.finetune.consistency_weight > 0) + config.finetune.gradient_checkpointing
     steps = ranges * config.finetune.max_steps
+    seen = steps * config.finetune.batch_size
+    calls = config.sample.num_inference_steps * (1 + (takes_text(pretrained) and config.sample.guidance_scale != 1))
+    count = models * config.sample.num_images
+    encoding = (images * config.data.cached_views if config.data.cache_latents else seen) * coding
     work = {
-        f"finetuning, {steps:,} steps of {config.finetune.batch_size} images": (
-            steps * config.finetune.batch_size * passes * flops
-        ),
-        f"drawing {config.sample.num_images:,} images": (
-            config.sample.num_images * config.sample.num_inference_steps * flops
-        ),
-        "statistics and FID": (images + config.sample.num_images) * INCEPTION_FLOPS,
+        f"finetuning, {steps:,} steps of {config.finetune.batch_size} images": seen * passes * flops,
+        "the control, as many": seen * (3 + config.finetune.gradient_checkpointing) * flops * has_control,
+        "encoding images": encoding * (1 if config.data.cache_latents else 1 + has_control),
+        f"drawing {count:,} images": count * (calls * flops + coding),
+        "statistics and FID": (images + count) * INCEPTION_FLOPS,
     }
+    work = {name: operations for name, operations in work.items() if operations > 0}
     for name, operations in work.items():
         print(f"{operations / rate / 3600:9.2f} GPU hours  {name}")
     total = sum(work.values()) / rate / 3600
@@ -97,19 +108,40 @@ def from_environment(name: str, default: float) -> float:
     return value
 
 
-def unet_cost(config: dict) -> tuple[int, int, int]:
-    """Parameters, operations per image and forward pass, and channels of a UNet of this configuration."""
+def unet_cost(config: dict) -> tuple[int, int]:
+    """Parameters and operations per image and forward pass of a UNet of this configuration."""
     import torch
-    from diffusers import UNet2DModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from deme.models.networks import PROJECTED_UNETS, UNETS
+
+    with torch.device("meta"):
+        unet = (UNETS | PROJECTED_UNETS)[config.get("_class_name", "UNet2DModel")].from_config(config)
+        size = unet.config.sample_size
+        width = unet.config.get("cross_attention_dim")
+        condition = {} if width is None else {"encoder_hidden_states": torch.empty(1, TOKENS, width)}
+        with FlopCounterMode(display=False) as counter:
+            unet(torch.empty(1, unet.config.in_channels, size, size), torch.zeros(1, dtype=torch.int64), **condition)
+    return unet.num_parameters(), counter.get_total_flops()
+
+
+def encoder_cost(pipeline: Path, resolution: int) -> tuple[int, float, int]:
+    """Channels of an image, operations to encode or decode it, and bytes of it encoded, with a caption."""
+    unet = read_json(unet_folder(pipeline) / "config.json")
+    if not takes_text(pipeline):
+        return unet["in_channels"], 0.0, 0
+    import torch
+    from diffusers import AutoencoderKL
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        unet = UNet2DModel.from_config(config)
-        size = unet.config.sample_size
-        channels = unet.config.in_channels
+        vae = AutoencoderKL.from_config(read_json(pipeline / "vae" / "config.json"))
+        channels = vae.config.in_channels
         with FlopCounterMode(display=False) as counter:
-            unet(torch.empty(1, channels, size, size), torch.zeros(1, dtype=torch.int64))
-    return unet.num_parameters(), counter.get_total_flops(), channels
+            latents = vae.encode(torch.empty(1, channels, resolution, resolution)).latent_dist.parameters
+            vae.decode(latents[:, : vae.config.latent_channels])
+    size = HALF * (latents.numel() + TOKENS * unet["cross_attention_dim"])
+    return channels, counter.get_total_flops() / 2, size
 
 
 if __name__ == "__main__":

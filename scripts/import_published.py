@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from deme.errors import UserError, naming
 from deme.job.command import ended_in_one_line
 from deme.job.files import atomic_folder, make_folder, read_json
-from deme.models.pipelines import PROJECTED_CLASS, find_pipeline, unet_folder, write_pipeline_files, write_unet
+from deme.models.pipelines import PROJECTED, find_pipeline, unet_folder, write_pipeline_files
+from deme.models.weights import write_unet
 
 
 def main(weights: Path, pretrained: str, output: Path) -> None:
@@ -37,7 +38,7 @@ def main(weights: Path, pretrained: str, output: Path) -> None:
     with naming("--weights", weights):
         tensors = rename_projections(tensors, *map(len, blocks))
     if any(name.endswith(PROJECTION_SUFFIX) for name in tensors):
-        settings["_class_name"] = PROJECTED_CLASS
+        settings["_class_name"] = f"{PROJECTED}UNet2DModel"
 
     # --- the pipeline folder; diffusers maps the old names and checks that nothing is missing
     if output.exists():

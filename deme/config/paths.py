@@ -29,6 +29,11 @@ class Paths:
         return Path(self._config.output_dir) / "image-cache"
 
     @property
+    def latent_cache(self) -> Path:
+        """Encoded images and captions, shared by all runs of an output_dir."""
+        return Path(self._config.output_dir) / "latent-cache"
+
+    @property
     def pretraining(self) -> Path:
         """Checkpoints, logs and previews of pretrain.py."""
         return self.run / "pretraining"

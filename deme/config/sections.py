@@ -12,9 +12,16 @@ from typing import Any, ClassVar, Optional, Union
 from deme.config.section import Section
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
+CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # that of the paper's text-to-image scores
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 CONTINUED = "continued"  # the control of `finetune.range`: plain training on all timesteps at the ranges' total cost
 PRECISIONS = ("no", "fp16", "bf16")
+PREVIEW_PROMPTS = (  # for text-to-image models, of the things that they find hard
+    "a photograph of an astronaut riding a horse",
+    "a red cube on top of a blue sphere",
+    "an oil painting of a lighthouse in a storm",
+    "four cups of coffee on a wooden table",
+)
 POLYNOMIAL_END = 1e-7  # the learning rate that diffusers' polynomial schedule ends at
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -38,6 +45,7 @@ class Data(Section):
     split: str = "train"
     image_column: str = "image"
     label_column: Optional[str] = "label"  # null: no labels
+    caption_column: Optional[str] = None  # of texts, or lists of texts of which each step draws one; null: no captions
     resolution: int = 8  # pixels; the shorter side is resized to it, then a square is cropped
     center_crop: bool = False  # in training; evaluation always crops the centre
     random_flip: bool = False  # horizontal, in training; evaluation never flips
@@ -45,8 +53,14 @@ class Data(Section):
     skip_unreadable: bool = False  # leave images that can't be decoded out instead of stopping
     cache_gb: float = 4.0  # GiB of decoded images that each process holds in memory; more are mapped from a file
     cache_disk_gb: float = 100.0  # GiB of that file; more are decoded on the fly, each time they are needed
+    cache_latents: bool = False  # text-to-image: encode images and captions once, into a folder all runs share
+    cached_views: int = 1  # crops and flips of each image that are encoded
 
     def __post_init__(self):
+        self.check_positive("cached_views")
+        one_view = not self.cache_latents or self.cached_views > 1 or (self.center_crop and not self.random_flip)
+        rule = "one view needs data.center_crop=true and data.random_flip=false; data.cached_views sets another number"
+        self.check("cache_latents", one_view, rule)
         self.check_positive("resolution")
         self.check("resolution", self.resolution <= 2**16, f"must be at most {2**16:,}")
         self.check_not_negative("held_out_images", "cache_gb", "cache_disk_gb")
@@ -99,18 +113,20 @@ class Training(Section):
     ema_inv_gamma: float = 1.0
     ema_power: float = 0.75
     mixed_precision: str = "no"  # no, fp16 or bf16
+    caption_dropout: float = 0.1  # probability that an image's caption is empty, for classifier-free guidance
     gradient_checkpointing: bool = False  # less memory for up to a third more time; the weights are the same
     log_every: int = 50  # optimizer steps
     checkpoint_every: int = 5000  # optimizer steps
     checkpoints_kept: int = 2
     preview_every: Optional[int] = None  # optimizer steps; null: no previews
+    preview_prompts: list[str] = field(default_factory=lambda: list(PREVIEW_PROMPTS))  # text-to-image: an image each
 
     def __post_init__(self):
         self.check_positive("max_steps", "max_minutes", "batch_size", "micro_batch_size", "learning_rate")
         self.check_positive("adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power")
         self.check_positive("log_every", "checkpoint_every", "checkpoints_kept", "preview_every")
         self.check_not_negative("lr_warmup_steps", "adam_weight_decay")
-        self.check_fraction("ema_decay", "adam_beta1", "adam_beta2")
+        self.check_fraction("ema_decay", "adam_beta1", "adam_beta2", "caption_dropout")
         self.check("adam_beta1", self.adam_beta1 < 1, "must be below 1")
         self.check("adam_beta2", self.adam_beta2 < 1, "must be below 1")
         self.check_choice("mixed_precision", PRECISIONS)
@@ -149,7 +165,8 @@ class Pretrain(Training):
     section: ClassVar[str] = "pretrain"
     held_out_every: int = 1000  # optimizer steps between two measurements of the held-out loss
     patience: Optional[int] = None  # stop once so many of them in a row did not fall by 0.1 %; null: max_steps
-    unet: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' UNet2DModel
+    encoders: Optional[str] = None  # pipeline folder whose VAE and text encoder a text-to-image model works with
+    unet: dict[str, Any] = field(default_factory=dict)  # arguments of UNet2DModel, with encoders UNet2DConditionModel
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDPMScheduler
 
     def __post_init__(self):
@@ -215,11 +232,20 @@ class Sample(Section):
     scheduler: str = "ddim"  # ddim, pndm, dpmsolver++, unipc, euler, or a class of diffusers' that fits the schedule
     eta: float = 0.0  # of ddim: 0 is deterministic, 1 has DDPM's variance
     mixed_precision: str = "no"  # no, fp16 or bf16: on a CPU that has it 1.6 times as fast for large networks
+    prompts: Any = None  # text-to-image: a list, or a file: text, csv, jsonl or parquet. Seed i is drawn from the i-th
+    prompt_column: str = "prompt"  # of a csv, jsonl or parquet file
+    negative_prompt: str = ""  # what guidance leads away from
+    guidance_scale: float = 7.5  # of classifier-free guidance; 1: none, in half the time
+    size_on_disk: Optional[int] = None  # pixels that the images are shrunk to; null: as drawn
     output: Optional[str] = None  # null: samples/<model>/ of this run
     overwrite: bool = False  # replace a folder that another model or other settings made
 
     def __post_init__(self):
-        self.check_positive("num_images", "batch_size", "num_inference_steps")
+        self.check_positive("num_images", "batch_size", "num_inference_steps", "size_on_disk")
+        self.check_not_negative("guidance_scale")
+        texts = self.prompts if isinstance(self.prompts, list) else [self.prompts]
+        are_texts = self.prompts is None or all(isinstance(text, str) for text in texts)
+        self.check("prompts", are_texts, "must be a file or a list of texts")
         self.check_seed("seed_offset")
         self.check_fraction("eta")
         self.check(
@@ -242,6 +268,7 @@ class Evaluate(Section):
     classifier_width: int = 16  # channels before its first stage; its features are 8 times as many
     classifier_epochs: int = 40
     classifier_precision: str = "no"  # no or bf16, in its training
+    clip_model: Optional[str] = CLIP_MODEL  # folder or Hub id, for the CLIP score of samples with prompts; null: none
     output: Optional[str] = None  # null: results.json of this run
 
     def __post_init__(self):
@@ -249,6 +276,7 @@ class Evaluate(Section):
         self.check_choice("classifier_precision", ("no", "bf16"))
         self.check_positive("blocks", "batch_size", "classifier_width", "classifier_epochs")
         self.check("classifier_width", self.classifier_width <= 1024, "must be at most 1024")
+        self.check("clip_model", self.clip_model != "", "must name a CLIP model, or be null")
 
 
 def _is_finite_number(value: object) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -92,6 +92,10 @@ class CroppedImages:
         """How many help to load batches ahead."""
         return getattr(self.images, "threads", 0)
 
+    def row(self, index: int) -> int:
+        """The data set's row of an image."""
+        return int(self.images.rows[self.chosen[index]])
+
     def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> torch.Tensor:
         """The images at `indices`: uint8, shape (B, C, R, R), in the channels-last format, as they lie in the cache.
 
@@ -114,11 +118,23 @@ class CroppedImages:
         return image.flip(-1) if self.random_flip and random.random() < 0.5 else image
 
 
+class Examples(Protocol):
+    """What a run is trained on, in the form that the network's encoder takes."""
+
+    threads: int  # that help to load batches ahead
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> Any:
+        """Those at `indices`; `random` draws what is random about them."""
+
+
 class TrainingImages(NamedTuple):
     """What training sees, and what it does not."""
 
-    training: CroppedImages
-    held_out: CroppedImages
+    training: Examples
+    held_out: Examples
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ class MicroBatch:
 
     step: int
     number: int  # within the step, over all processes
-    pixels: torch.Tensor  # uint8, shape (B, C, R, R)
+    examples: Any  # as the encoder takes them: uint8 images (B, C, R, R), or with captions, or encoded before
     uniform: float  # in [0, 1): decides between the run's range and all timesteps
     seed: int  # of torch's generator: timesteps, noise, dropout
 
@@ -140,7 +156,7 @@ class MicroBatches:
         numbers: of this process's micro-batches within each step.
     """
 
-    def __init__(self, images: CroppedImages, stream: Stream, batch_size: int, micro_batch_size: int, numbers: range):
+    def __init__(self, images: Examples, stream: Stream, batch_size: int, micro_batch_size: int, numbers: range):
         self.images = images
         self.stream = stream
         self.batch_size = batch_size
@@ -175,5 +191,5 @@ class MicroBatches:
         start = step * self.batch_size + number * self.micro_batch_size
         indices = batch_indices(self.stream, len(self.images), start, self.micro_batch_size)
         uniform = random.random()
-        pixels = self.images.batch(indices, random)
-        return MicroBatch(step, number, pixels, uniform, torch_seed(random))
+        examples = self.images.batch(indices, random)
+        return MicroBatch(step, number, examples, uniform, torch_seed(random))

@@ -1,4 +1,7 @@
-"""Folders of samples: one PNG per seed, named by it, and samples.yaml, which says what they were drawn from."""
+"""Folders of samples: one PNG per seed, named by it, and samples.yaml, which says what they were drawn from.
+
+Those of a text-to-image model also hold prompts.jsonl: a line for each image, in seed order.
+"""
 
 import io
 import math
@@ -11,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from deme.data.decoding import decoding
+from deme.data.prompts import PROMPTS
 from deme.errors import UserError
 from deme.job.files import TEMPORARY, atomic_file, make_folder, remove_unfinished, write_small_file
 from deme.job.records import SAMPLES, Record, read_record
@@ -44,8 +48,8 @@ def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool) -
         if found is None:
             raise UserError(f"holds files but no {SAMPLES.file}; choose another folder")
         if not found.fits(wanted, folder, remedy, overwrite):
-            for path in (*folder.glob("*.png"), folder / SAMPLES.file):
-                path.unlink()
+            for path in (*folder.glob("*.png"), folder / SAMPLES.file, folder / PROMPTS):
+                path.unlink(missing_ok=True)
     make_folder(folder, "sample.output")
     remove_unfinished(folder, "*.png")  # now that the folder is ours
     own = {image_path(folder, seed) for seed in seeds}
@@ -72,11 +76,18 @@ def missing_seeds(folder: Path, seeds: range) -> list[int]:
         return [seed for seed, whole in zip(seeds, pool.map(is_whole, seeds), strict=True) if not whole]
 
 
-def write_image(folder: Path, seed: int, image: "torch.Tensor") -> None:
-    """Save one uint8 image (C, H, W), C = 1 (grayscale) or 3 (RGB)."""
+def write_image(folder: Path, seed: int, image: "torch.Tensor", size: int | None = None) -> None:
+    """Save one uint8 image (C, H, W), C = 1 (grayscale) or 3 (RGB).
+
+    Args:
+        size: pixels of its sides on disk, by PIL's best filter; None: as it is.
+    """
     pixels = image.permute(1, 2, 0).numpy()
     file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, format="PNG")
+    picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    if size is not None and size != picture.width:
+        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+    picture.save(file, format="PNG")
     write_small_file(image_path(folder, seed), file.getvalue())
 
 

@@ -1,7 +1,7 @@
 """Where images and labels come from: data sets as `datasets` reads them, decoded once into a cache or on the fly."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from deme.config.sections import Data
 from deme.data.ahead import ahead, decoding_threads
+from deme.data.captions import CaptionedImages
 from deme.data.decoding import decode_image, decoding
 from deme.data.draws import held_out_order
 from deme.data.images import CachedImages, CroppedImages, StreamedImages, TrainingImages
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import datasets
 
 FINGERPRINTED = 1_000  # images
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # in captions
 
 
 class Rows(Sequence):
@@ -52,6 +54,7 @@ class Source:
 
     rows: Sequence  # of undecoded images
     labels: list | None  # one per row
+    captions: list[list[str]] | None  # one or more per row
     fingerprint: str
 
 
@@ -60,7 +63,7 @@ def count_images(data: Data) -> int:
     return len(_open(data).rows)
 
 
-def load_training_images(data: Data, channels: int, cache: Path) -> TrainingImages:
+def load_training_images(data: Data, channels: int, cache: Path, caption_dropout: float = 0.0) -> TrainingImages:
     """The images to train on, and the `data.held_out_images` others (centre-cropped, not flipped).
 
     Which ones are held out depends on the data alone: they are the same for every seed and script.
@@ -68,19 +71,22 @@ def load_training_images(data: Data, channels: int, cache: Path) -> TrainingImag
     Args:
         channels: 1 (grayscale) or 3 (RGB), as the UNet expects.
         cache: folder for images that don't fit into `data.cache_gb` of memory.
+        caption_dropout: the probability of an empty caption, where the data has any.
 
     Raises:
         UserError: data that can't be read; names the key, and the file or row.
     """
-    images = _load(data, _open(data), channels, cache)
+    source = _open(data)
+    images = _load(data, source, channels, cache)
     count = data.held_out_images
     if count >= len(images):
         raise UserError(f"data.held_out_images={count}: {data.name} has {len(images)} images")
     order = held_out_order(len(images))
-    return TrainingImages(
-        CroppedImages(images, data.resolution, data.center_crop, data.random_flip, np.sort(order[count:])),
-        CroppedImages(images, data.resolution, center_crop=True, random_flip=False, chosen=order[:count]),
-    )
+    training = CroppedImages(images, data.resolution, data.center_crop, data.random_flip, np.sort(order[count:]))
+    held_out = CroppedImages(images, data.resolution, center_crop=True, random_flip=False, chosen=order[:count])
+    if source.captions is None:
+        return TrainingImages(training, held_out)
+    return TrainingImages(*(CaptionedImages(part, source.captions, caption_dropout) for part in (training, held_out)))
 
 
 def load_evaluation_images(data: Data, cache: Path) -> tuple[CroppedImages, torch.Tensor | None]:
@@ -111,6 +117,8 @@ def data_fingerprint(data: Data, with_labels: bool = False) -> str:
     digest = hashlib.sha256(f"{count} images".encode())
     if with_labels and source.labels is not None:
         digest.update(repr(list(source.labels)).encode())
+    if source.captions is not None:
+        digest.update(repr(source.captions).encode())
     chosen = [count * i // min(count, FINGERPRINTED) for i in range(min(count, FINGERPRINTED))]
 
     def read(row: int) -> bytes:
@@ -145,7 +153,8 @@ def _open(data: Data) -> Source:
         digits = load_digits()
         images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
         labels = None if data.label_column is None else digits.target.tolist()
-        return Source([Image.fromarray(image) for image in images], labels, "digits")
+        captions = None if data.caption_column is None else [[f"a handwritten {DIGITS[i]}"] for i in digits.target]
+        return Source([Image.fromarray(image) for image in images], labels, captions, "digits")
 
     import datasets
     from pyarrow import ArrowException
@@ -158,19 +167,33 @@ def _open(data: Data) -> Source:
             causes.append(causes[-1].__cause__)
         reason = ": ".join(map(one_line, causes))
         raise UserError(f"data.name={data.name} (data.split={data.split}): cannot be loaded: {reason}") from error
-    for key in ("image_column", "label_column"):
+    for key in ("image_column", "label_column", "caption_column"):
         column = getattr(data, key)
         if column is not None and column not in rows.column_names:
             raise UserError(f"data.{key}={column}: {data.name} has the columns {', '.join(rows.column_names)}")
     if len(rows) == 0:
         raise UserError(f"data.name={data.name} (data.split={data.split}): holds no images")
     labels = None if data.label_column is None else rows[data.label_column]
+    captions = None if data.caption_column is None else _captions(data, rows[data.caption_column])
     try:
         undecoded = rows.cast_column(data.image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, ArrowException) as error:
         raise UserError(f"data.image_column={data.image_column}: holds no images: {one_line(error)}") from None
     fingerprint = undecoded._fingerprint
-    return Source(Rows(undecoded, data.image_column), labels, fingerprint)
+    return Source(Rows(undecoded, data.image_column), labels, captions, fingerprint)
+
+
+def _captions(data: Data, column: Iterable) -> list[list[str]]:
+    """The captions of each row: a text, or a list of them.
+
+    Raises:
+        UserError: a row without, or with something else.
+    """
+    found = [[row] if isinstance(row, str) else row for row in column]
+    for row, captions in enumerate(found):
+        if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
+            raise UserError(f"data.caption_column={data.caption_column}: row {row} has the caption {shown(captions)}")
+    return found
 
 
 def _load(data: Data, source: Source, channels: int, cache: Path) -> CachedImages | StreamedImages:

@@ -46,12 +46,14 @@ class Kind:
 DATA = "data (SHA-256)"  # of what was read
 SCHEDULE = "noise schedule (SHA-256)"
 ARCHITECTURE = "architecture (SHA-256)"
+ENCODER = "encoders (SHA-256)"  # of a text-to-image pipeline
 RUN = Kind("a run", Policy.REFUSE, "config.yaml", "trained_from", {"free": dict}, later=(DATA, SCHEDULE, ARCHITECTURE))
 MERGED = Kind("a merged network", Policy.REPLACE, "merge.yaml", later=(SCHEDULE,))
 SAMPLES = Kind("samples", Policy.REFUSE, "samples.yaml", "identity", {"num_images": int}, {"sample.scheduler": "ddim"})
 CLASSIFIER = Kind("a classifier", Policy.REBUILD, later=(DATA,))
 STATISTICS = Kind("statistics", Policy.REBUILD, later=(DATA,))
 IMAGES = Kind("decoded images", Policy.REBUILD)
+LATENTS = Kind("encoded images", Policy.REBUILD)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def load_inception() -> InceptionFeatures:
 def extract(
     accelerator: Accelerator,
     network: nn.Module,
-    read: Callable[[slice], torch.Tensor],
+    read: Callable[[slice], Any],
     count: int,
     batch_size: int,
     threads: int = 0,
@@ -64,7 +65,7 @@ def extract(
 
     Args:
         network: has `features`, uint8 RGB (B, 3, H, W) → float32 (B, D).
-        read: slice → uint8 RGB images (B, 3, H, W).
+        read: slice → uint8 RGB images (B, 3, H, W), or what else the network's `features` takes and `to` moves.
         threads: that read ahead.
 
     Raises:

@@ -47,6 +47,11 @@ class Score:
     recall: float | None = None
     difference: float | None = None  # mean over the blocks of what the distance exceeds the pretrained model's by
     difference_standard_error: float | None = None
+    clip: float | None = None  # CLIP score, mean over the images and so over the blocks
+    clip_blocks: list[float] | None = None
+    clip_standard_deviation: float | None = None
+    clip_difference: float | None = None  # mean over the blocks of what it exceeds the pretrained model's by
+    clip_difference_standard_error: float | None = None
 
     @property
     def has_telling_kid(self) -> bool:
@@ -101,10 +106,32 @@ def paired(found: Score, baseline: Score) -> Score:
 
     The standard error is that of the mean of the blocks' differences: the same seeds cancel much of the spread.
     """
-    differences = np.subtract(found.blocks, baseline.blocks)
-    mean, deviation = mean_and_deviation(differences)
-    error = None if deviation is None else deviation / len(differences) ** 0.5
+    mean, error = _paired_difference(found.blocks, baseline.blocks)
     return replace(found, difference=mean, difference_standard_error=error)
+
+
+def with_clip(found: Score, of_images: np.ndarray) -> Score:
+    """A score with the CLIP score of the same images, in the same blocks.
+
+    Args:
+        of_images: the CLIP score of each image, shape (N,), in seed order.
+    """
+    blocks = [float(part.mean()) for part in np.split(of_images.astype(np.float64), len(found.blocks))]
+    mean, deviation = mean_and_deviation(blocks)
+    return replace(found, clip=mean, clip_blocks=blocks, clip_standard_deviation=deviation)
+
+
+def paired_clip(found: Score, baseline: Score) -> Score:
+    """`paired` of the CLIP scores, for a baseline of the same seeds and prompts."""
+    mean, error = _paired_difference(found.clip_blocks, baseline.clip_blocks)
+    return replace(found, clip_difference=mean, clip_difference_standard_error=error)
+
+
+def _paired_difference(blocks: Sequence[float], baseline: Sequence[float]) -> tuple[float, float | None]:
+    """The mean of the blocks' differences, and its standard error."""
+    differences = np.subtract(blocks, baseline)
+    mean, deviation = mean_and_deviation(differences)
+    return mean, None if deviation is None else deviation / len(differences) ** 0.5
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:

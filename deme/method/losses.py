@@ -1,5 +1,7 @@
 """The training objective: the denoising loss plus the paper's consistency loss against the pretrained teacher."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
@@ -38,6 +40,7 @@ def decoupled_loss(
     clean: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
+    condition: Mapping[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two terms of the objective, each a float32 scalar: denoising loss, consistency loss.
 
@@ -45,15 +48,16 @@ def decoupled_loss(
 
     Args:
         student, teacher: UNets.
-        clean: images in [−1, 1], shape (B, C, H, W).
+        clean: images in [−1, 1] or latents, shape (B, C, H, W).
         noise: standard normal, same shape.
         timesteps: int64, shape (B,).
+        condition: what both networks are told beside, by the name of their argument.
     """
     noisy = scheduler.add_noise(clean, noise, timesteps)
-    prediction = student(noisy, timesteps, return_dict=False)[0].float()
+    prediction = student(noisy, timesteps, **condition, return_dict=False)[0].float()
     denoising = F.mse_loss(prediction, prediction_target(scheduler, clean, noise, timesteps))
     if teacher is None:
         return denoising, torch.zeros_like(denoising)
     with torch.no_grad():
-        reference = teacher(noisy, timesteps, return_dict=False)[0].float()
+        reference = teacher(noisy, timesteps, **condition, return_dict=False)[0].float()
     return denoising, F.mse_loss(prediction, reference)

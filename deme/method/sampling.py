@@ -1,7 +1,8 @@
 """Sampling, one network call per step and one seed per image: DDIM (Song et al. 2021, eq. 12) or others."""
 
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from deme.errors import RunError, UserError, one_line
 
-NetworkAt = Callable[[float], nn.Module]  # timestep → the UNet that is used there
+NetworkAt = Callable[[float], Callable]  # timestep → the UNet that is used there, or what calls it
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 SHORT_NAMES = {
     "ddim": "DDIMScheduler",
@@ -121,6 +122,38 @@ def sample_images(
         if step >= 0:
             raise RunError(f"seed {seed}: NaN or infinite after step {step + 1} of {len(stepper.timesteps)}")
     return images
+
+
+def guided(
+    network_at: NetworkAt,
+    condition: Mapping[str, torch.Tensor],
+    unconditional: Mapping[str, torch.Tensor],
+    guidance_scale: float,
+) -> NetworkAt:
+    """Classifier-free guidance (Ho and Salimans 2022): unconditional + scale · (conditional − unconditional).
+
+    Both come from one call of the network on twice the batch; at scale 1 the unconditional one is not needed. Without a
+    condition the network is called as it is.
+
+    Args:
+        condition: what the network is told, by the name of its argument, shape (B, …) each.
+        unconditional: the same for no text, or for what the images must not show.
+    """
+    if guidance_scale == 1 or not condition:
+        return lambda timestep: functools.partial(network_at(timestep), **condition)
+    both = {name: torch.cat([unconditional[name], value]) for name, value in condition.items()}
+
+    def guided_at(timestep: float) -> Callable:
+        network = network_at(timestep)
+
+        def predict(images: torch.Tensor, timesteps: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+            prediction = network(torch.cat([images, images]), timesteps, **both, return_dict=return_dict)[0]
+            without, with_text = prediction.float().chunk(2)
+            return (without + guidance_scale * (with_text - without),)
+
+        return predict
+
+    return guided_at
 
 
 def ensemble(unets: Sequence[nn.Module], ranges: Sequence[tuple[int, int]]) -> NetworkAt:

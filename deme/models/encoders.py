@@ -1,13 +1,233 @@
-"""What a network works on: images as it sees them, and back to pixels."""
+"""What a network works on, and back: images as they are, or latents with a text. Nothing else knows the difference."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from deme.models.inference import memory_format
+from deme.errors import UserError, naming, one_line
+from deme.models.inference import AUTOCAST_TYPES, memory_format
+from deme.models.pipelines import ENCODERS, has_full_precision, takes_text
 
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for a number of channels
+DECODED_AT_ONCE = 4  # latents: a VAE takes many times a UNet's memory per image
+Condition = dict[str, torch.Tensor]  # what a network is told beside its noisy input, by the name of its argument
 
 
-def encode(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+@dataclass(frozen=True)
+class Captioned:
+    """Images with a caption each."""
+
+    pixels: torch.Tensor  # uint8, shape (B, C, H, W)
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The same, encoded before."""
+
+    moments: torch.Tensor  # mean and log variance of the VAE's posterior, shape (B, 2 · latent channels, h, w)
+    embeddings: torch.Tensor  # of the captions, shape (B, tokens, D)
+
+
+class Encoder(Protocol):
+    """Between what people see and what a network works on."""
+
+    image_channels: int
+    takes_text: bool
+
+    def check_fits(self, channels: int) -> None:
+        """Make sure that a network of so many input channels works on what this gives; UserError where not."""
+
+    def prepare(self, device: torch.device, mixed_precision: str) -> None:
+        """Where, and how precisely, to work."""
+
+    def encode(self, examples: Any) -> tuple[torch.Tensor, Condition]:
+        """What a network is trained on: clean float32 tensors (B, C, H, W) on the device, and their condition.
+
+        What is random in it comes from torch's generator of the device.
+        """
+
+    def condition(self, texts: Sequence[str]) -> Condition:
+        """The condition that these texts make, on the device."""
+
+    def blank_condition(self) -> Condition:
+        """The condition of one image that no text describes."""
+
+    def decode(self, tensors: torch.Tensor) -> torch.Tensor:
+        """Float32 tensors (B, C, H, W), as the network sees them, to uint8 images (B, C', H', W') on the CPU."""
+
+
+class Pixels:
+    """Images in [−1, 1], without a condition.
+
+    Args:
+        channels: 1 (grayscale) or 3 (RGB).
+    """
+
+    takes_text = False
+
+    def __init__(self, channels: int):
+        self.image_channels = channels
+        self.device = torch.device("cpu")
+
+    def check_fits(self, channels: int) -> None:
+        """UserError where images have another number of channels."""
+        if channels not in MODES:
+            raise UserError(f"in_channels={channels}: images have {' or '.join(map(str, MODES))} channels")
+
+    def prepare(self, device: torch.device, mixed_precision: str) -> None:
+        """Where to work."""
+        self.device = device
+
+    def encode(self, examples: torch.Tensor) -> tuple[torch.Tensor, Condition]:
+        """uint8 images (B, C, H, W) to [−1, 1], same shape."""
+        return to_unit_range(examples, self.device), {}
+
+    def condition(self, texts: Sequence[str]) -> Condition:
+        """There is none."""
+        return {}
+
+    def blank_condition(self) -> Condition:
+        """There is none."""
+        return {}
+
+    def decode(self, tensors: torch.Tensor) -> torch.Tensor:
+        """Images in [−1, 1] to uint8 on the CPU, what lies outside clipped."""
+        return to_bytes(tensors)
+
+
+class LatentsAndText:
+    """Latents of a VAE, which stand for images, and embeddings of captions (Rombach et al. 2022).
+
+    Args:
+        vae: diffusers' AutoencoderKL.
+        text_encoder: transformers' CLIPTextModel.
+        tokenizer: its CLIPTokenizer.
+    """
+
+    takes_text = True
+
+    def __init__(self, vae: nn.Module, text_encoder: nn.Module, tokenizer: Any):
+        self.vae = vae.eval().requires_grad_(False)
+        self.text_encoder = text_encoder.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.image_channels = vae.config.in_channels
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.has_warned = os.environ.get("RANK", "0") != "0"  # one process does
+
+    def check_fits(self, channels: int) -> None:
+        """UserError where latents have another number of channels, or images one that PIL does not know."""
+        latents = self.vae.config.latent_channels
+        if channels != latents:
+            raise UserError(f"in_channels={channels}: the VAE's latents have {latents} channels")
+        if self.image_channels not in MODES:
+            raise UserError(f"vae: in_channels={self.image_channels}: images have 1 or 3 channels")
+
+    def prepare(self, device: torch.device, mixed_precision: str) -> None:
+        """Where to work; on a GPU in half precision where the networks are. A part moves when it is first used."""
+        self.device = device
+        self.dtype = torch.float32 if device.type == "cpu" else AUTOCAST_TYPES[mixed_precision] or torch.float32
+
+    def _ready(self, part: nn.Module) -> nn.Module:
+        """A part where and how it is to work."""
+        return nn.Module.to(part, self.device, self.dtype)  # diffusers' own warns of every change of the type
+
+    @torch.no_grad()
+    def encode(self, examples: Captioned | Encoded) -> tuple[torch.Tensor, Condition]:
+        """Images with captions, encoded before or not, to scaled samples of the posterior, and the embeddings."""
+        if isinstance(examples, Captioned):
+            examples = Encoded(self.moments(examples.pixels), self.embed(examples.captions))
+        moments = examples.moments.to(self.device, non_blocking=True)
+        embeddings = examples.embeddings.to(self.device, non_blocking=True)
+        return self.sample(moments), {"encoder_hidden_states": embeddings}
+
+    @torch.no_grad()
+    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, C, H, W) to the posterior's mean and log variance, (B, 2 · latent channels, h, w)."""
+        vae = self._ready(self.vae)
+        return vae.encode(to_unit_range(pixels, self.device).to(self.dtype)).latent_dist.parameters
+
+    def sample(self, moments: torch.Tensor) -> torch.Tensor:
+        """A sample of the posterior, as the network sees latents: float32, (B, latent channels, h, w)."""
+        mean, log_variance = moments.float().contiguous().chunk(2, dim=1)
+        deviation = torch.exp(log_variance.clamp(-30, 20) / 2)
+        shift = self.vae.config.get("shift_factor") or 0.0
+        noise = torch.randn(mean.shape, device=mean.device)  # randn_like fills in the order in which a tensor lies
+        latents = (mean + deviation * noise - shift) * self.vae.config.scaling_factor
+        return latents.to(memory_format=memory_format(self.device))
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """Texts to the text encoder's last hidden states, (B, tokens, D); too long ones are cut, which is said once."""
+        length = self.tokenizer.model_max_length
+        if not self.has_warned:
+            for text in texts:
+                if len(text) > length and len(self.tokenizer(text).input_ids) > length:
+                    print(f"cut to {length} tokens, as all such texts: {text[:200]}")
+                    self.has_warned = True
+                    break
+        filled = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizer(list(texts), **filled).input_ids
+        return self._ready(self.text_encoder)(tokens.to(self.device))[0]
+
+    def condition(self, texts: Sequence[str]) -> Condition:
+        """The embeddings of these texts."""
+        return {"encoder_hidden_states": self.embed(texts)}
+
+    def blank_condition(self) -> Condition:
+        """The embedding of no text, on the CPU."""
+        return {"encoder_hidden_states": self.embed([""])}
+
+    @torch.no_grad()
+    def decode(self, tensors: torch.Tensor) -> torch.Tensor:
+        """Latents to uint8 images on the CPU, a few at a time."""
+        vae = self._ready(self.vae)
+        shift = self.vae.config.get("shift_factor") or 0.0
+        latents = (tensors / self.vae.config.scaling_factor + shift).to(self.dtype)
+        return torch.cat([to_bytes(vae.decode(part).sample.float()) for part in latents.split(DECODED_AT_ONCE)])
+
+
+def load_encoder(pipeline: Path, unet: nn.Module) -> Encoder:
+    """What stands between images and a pipeline's network.
+
+    Raises:
+        UserError: a part of a text-to-image pipeline that is missing or damaged, or a class that is not known.
+    """
+    asks_for_text = hasattr(unet.config, "cross_attention_dim")
+    if asks_for_text != takes_text(pipeline):
+        wants = "needs a text encoder, which the folder lacks" if asks_for_text else "takes no text"
+        raise UserError(f"{pipeline}: its network, a {type(unet).__name__}, {wants}")
+    if not asks_for_text:
+        return Pixels(unet.config.in_channels)
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    float32 = {AutoencoderKL: {"torch_dtype": torch.float32}, CLIPTextModel: {"dtype": torch.float32}}
+    parts = []
+    for name, kind in zip(ENCODERS, (AutoencoderKL, CLIPTextModel, CLIPTokenizer), strict=True):
+        folder = pipeline / name
+        with naming(folder):
+            if not folder.is_dir():
+                raise UserError("missing")
+            variant = {} if has_full_precision(folder) else {"variant": "fp16"}
+            options = {"use_safetensors": True, **variant, **float32[kind]} if kind in float32 else {}
+            try:
+                parts.append(kind.from_pretrained(str(folder), local_files_only=True, **options))
+            except Exception as error:  # diffusers and transformers raise whatever a damaged file leads to
+                raise UserError(one_line(error)) from None
+    vae, text_encoder, tokenizer = parts
+    return LatentsAndText(vae, text_encoder, tokenizer)
+
+
+def to_unit_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 images (B, C, H, W) to [−1, 1] on the device, same shape, in its memory format; a GPU is not waited for."""
     if device.type == "cuda":
         pixels = pixels.pin_memory()
@@ -15,6 +235,6 @@ def encode(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pixels.float().div_(127.5).sub_(1)
 
 
-def decode(images: torch.Tensor) -> torch.Tensor:
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
     """Images in [−1, 1] (B, C, H, W) to uint8 on the CPU, what lies outside clipped."""
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()

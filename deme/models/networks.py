@@ -4,72 +4,90 @@ import functools
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
+from torch import nn
 
 from deme.errors import UserError, one_line
+from deme.job.files import read_json
 from deme.method.losses import prediction_target
 from deme.method.projection import PROJECTION_SUFFIX, add_projections
-from deme.models.encoders import MODES
-from deme.models.pipelines import (
-    PROJECTED_CLASS,
-    SCHEDULER_CONFIG,
-    WEIGHTS,
-    is_projected,
-    scheduler_folder,
-    weights_file,
-)
+from deme.models.encoders import Encoder
+from deme.models.pipelines import PROJECTED, SCHEDULER_CONFIG, is_projected, scheduler_folder
+from deme.models.weights import load_tensors, weights_files
 
 
-class ProjectedUNet2DModel(UNet2DModel):
-    """`UNet2DModel` with a channel-wise projection behind every block; saved and loaded like any diffusers model.
+def projected_class(unet_class: type[ModelMixin]) -> type[ModelMixin]:
+    """A UNet class with a channel-wise projection behind every block; saved and loaded like any diffusers model.
 
-    Its configuration names this class, so that the projections are not lost on loading.
+    The configuration of its models names it, so that the projections are not lost on loading.
     """
 
-    # diffusers reads a model's settings from the signature of __init__; wraps() gives this one UNet2DModel's
-    @functools.wraps(UNet2DModel.__init__)
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    # diffusers reads a model's settings from the signature of __init__; wraps() gives this one the UNet's
+    @functools.wraps(unet_class.__init__)
+    def __init__(self: ModelMixin, *args: object, **kwargs: object) -> None:
+        unet_class.__init__(self, *args, **kwargs)
         add_projections(self)
 
-    @classmethod
-    def from_unet(cls, unet: UNet2DModel) -> "ProjectedUNet2DModel":
-        """A projected copy of `unet`, its projections identities."""
-        projected = cls.from_config(unet.config)
-        identities = {
-            name: weight for name, weight in projected.state_dict().items() if name.endswith(PROJECTION_SUFFIX)
-        }
-        projected.load_state_dict({**identities, **unet.state_dict()})
-        return projected
+    # the module is what diffusers writes into a pipeline's model_index.json
+    members = {"__init__": __init__, "__module__": "deme.projection", "__doc__": f"{unet_class.__name__}, projected."}
+    return type(f"{PROJECTED}{unet_class.__name__}", (unet_class,), members)
 
 
-ProjectedUNet2DModel.__module__ = "deme.projection"  # what diffusers writes into a pipeline's model_index.json
+ProjectedUNet2DModel = projected_class(UNet2DModel)
+ProjectedUNet2DConditionModel = projected_class(UNet2DConditionModel)
+UNETS = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
+PROJECTED_UNETS = {kind.__name__: kind for kind in (ProjectedUNet2DModel, ProjectedUNet2DConditionModel)}
 
 
-def load_unet(folder: Path) -> UNet2DModel:
+def with_projections(unet: nn.Module) -> nn.Module:
+    """A projected copy of a UNet, its projections identities."""
+    name = f"{PROJECTED}{type(unet).__name__}"
+    projected = PROJECTED_UNETS[name].from_config(dict(unet.config) | {"_class_name": name})
+    identities = {key: weight for key, weight in projected.state_dict().items() if key.endswith(PROJECTION_SUFFIX)}
+    projected.load_state_dict({**identities, **unet.state_dict()})
+    return projected.train(unet.training)
+
+
+def load_unet(folder: Path) -> nn.Module:
     """The UNet in a folder, float32, in eval mode; with projections where its configuration says so.
 
     Raises:
         UserError: missing or damaged files, projections that the configuration does not name, NaN or infinite weights.
     """
-    weights = weights_file(folder)
-    unet_class = ProjectedUNet2DModel if is_projected(folder) else UNet2DModel
+    file = folder / "config.json"
+    settings = read_json(file)
+    name = settings.get("_class_name", UNet2DModel.__name__)  # as in files of long ago
+    if name not in UNETS | PROJECTED_UNETS:
+        raise UserError(f"{file}: _class_name={name}: not one of {', '.join(UNETS)}")
+    tensors = load_tensors(folder)
+    if not is_projected(folder) and any(key.endswith(PROJECTION_SUFFIX) for key in tensors):
+        raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED}{name}")
     try:
-        unet, report = unet_class.from_pretrained(
-            folder, use_safetensors=weights.name == WEIGHTS, output_loading_info=True, low_cpu_mem_usage=False
-        )
-    except Exception as error:  # diffusers and torch raise whatever a wrong value or a damaged file leads to
+        unet = (UNETS | PROJECTED_UNETS)[name].from_config(settings)
+    except Exception as error:  # diffusers and torch raise whatever a wrong value leads to
         raise UserError(f"{folder}: {one_line(error)}") from None
-    unknown = report["unexpected_keys"]
-    if any(name.endswith(PROJECTION_SUFFIX) for name in unknown):
-        raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED_CLASS}")
-    if report["missing_keys"] or unknown:
-        names = ", ".join([*report["missing_keys"], *unknown][:3])
-        raise UserError(f"{folder}: weights and config.json do not fit each other ({names} …)")
-    for name, tensor in unet.state_dict().items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{weights}: tensor {name} holds NaN or infinite values")
-    return unet
+    _fill(unet, tensors, folder)
+    return unet.eval()
+
+
+def _fill(unet: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Copy a folder's tensors into a network.
+
+    Raises:
+        UserError: they don't fit, or are not finite.
+    """
+    expected = unet.state_dict()
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        raise UserError(f"{folder}: weights and config.json do not fit each other ({', '.join(odd[:3])} …)")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            raise UserError(f"{folder}: weights and config.json do not fit each other ({name} has the shape {shapes})")
+        if not tensor.is_floating_point() and expected[name].is_floating_point():
+            raise UserError(f"{weights_files(folder)[0]}: tensor {name} is of type {tensor.dtype}")
+        expected[name].copy_(tensor)
+        if not expected[name].isfinite().all():
+            raise UserError(f"{weights_files(folder)[0]}: tensor {name} holds NaN or infinite values")
 
 
 def load_scheduler(pipeline: Path) -> DDPMScheduler:
@@ -85,7 +103,7 @@ def load_scheduler(pipeline: Path) -> DDPMScheduler:
         raise UserError(f"{folder / SCHEDULER_CONFIG}: {one_line(error)}") from None
 
 
-def try_out(unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
+def try_out(unet: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None:
     """Predict once and take one step, so that what does not work together shows before anything is written.
 
     Raises:
@@ -93,13 +111,12 @@ def try_out(unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
     """
     channels = unet.config.in_channels
     size = unet.config.sample_size
-    if channels not in MODES:
-        raise UserError(f"in_channels={channels}: images have {' or '.join(map(str, MODES))} channels")
+    encoder.check_fits(channels)
     try:
         images = torch.zeros(1, channels, size, size)
         last = torch.tensor([scheduler.config.num_train_timesteps - 1])
         with torch.no_grad():
-            prediction = unet(images, last).sample
+            prediction = unet(images, last, **encoder.blank_condition()).sample
         target = prediction_target(scheduler, images, images, last)
         if prediction.shape != target.shape:
             raise UserError(f"the network maps {tuple(target.shape)} to {tuple(prediction.shape)}")

@@ -1,31 +1,27 @@
-"""Reading diffusers pipelines in every form that the Hub has them.
+"""diffusers pipelines as folders: where their parts lie, and what makes a folder a pipeline.
 
 A pipeline is a folder with `unet/` and `scheduler/`, or a flat one with `config.json`, `scheduler_config.json` and the
-weights side by side (google/ddpm-*). Weights are safetensors or `.bin`, which is read without unpickling code, under
-today's names or those of diffusers up to 0.15. Only its files are looked at here: torch is imported where tensors are
-read, diffusers not at all.
+weights side by side (google/ddpm-*); text-to-image pipelines have `vae/`, `text_encoder/` and `tokenizer/` too. Only
+files are looked at here: neither torch nor diffusers is imported.
 """
 
+import hashlib
 import json
+import os
 import re
 import shutil
-import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from deme.config.sections import HUB_ID
 from deme.errors import UserError, one_line
-from deme.job.files import REPOSITORY, read_json
+from deme.job.files import REPOSITORY, read_json, sha256
+from deme.models.weights import PICKLED_WEIGHTS, weights_files
 
-if TYPE_CHECKING:
-    import torch
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 SCHEDULER_CONFIG = "scheduler_config.json"
-PROJECTED_CLASS = "ProjectedUNet2DModel"
-ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # up to diffusers 0.15
-OLD_ATTENTION_NAME = re.compile(rf"(?<=\.)({'|'.join(ATTENTION_NAMES)})(?=\.(weight|bias)$)")
+PROJECTED = "Projected"  # how the names of the UNet classes with projections begin
+HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
+NOT_NEEDED = ["safety_checker/*", "feature_extractor/*", "*.fp16.*", "*.non_ema*"]  # of those on the Hub
+ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
 
 
 def find_pipeline(source: str) -> Path:
@@ -48,8 +44,8 @@ def find_pipeline(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-        if not (unet_folder(folder) / WEIGHTS).is_file():
+        folder = Path(snapshot_download(source, allow_patterns=HUB_FILES, ignore_patterns=NOT_NEEDED))
+        if not any(unet_folder(folder).glob("*.safetensors")):
             folder = Path(snapshot_download(source, allow_patterns=["*.json", f"*{PICKLED_WEIGHTS}"]))
         return folder
     except Exception as error:  # network, name and permission errors have no common class
@@ -73,21 +69,11 @@ def is_hub_id(source: str) -> bool:
     return not is_folder and re.fullmatch(HUB_ID, source) is not None
 
 
-def write_unet(folder: Path, tensors: dict[str, "torch.Tensor"], config: dict) -> None:
-    """Write a UNet's folder.
-
-    Args:
-        config: the content of its config.json.
-    """
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
 def write_pipeline_files(folder: Path, pretrained: Path) -> None:
-    """Write what makes `folder` a pipeline beside its unet/: the pretrained scheduler's configuration and the index.
+    """Write what makes `folder` a pipeline beside its unet/: the index, the noise schedule, all other parts.
+
+    Other parts are linked to where that is possible (their files are never written in place), else copied. Parts that
+    the index names but `pretrained` lacks, such as a safety checker that was not downloaded, are none.
 
     Args:
         pretrained: pipeline folder; where it has no index of its own, DDPMPipeline's is written.
@@ -99,50 +85,43 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
     }
     if (pretrained / "model_index.json").is_file():
         index = read_json(pretrained / "model_index.json")
+    for name, part in index.items():
+        if isinstance(part, list) and name not in ("unet", "scheduler"):
+            if (pretrained / name).is_dir():
+                _link_part(pretrained / name, folder / name)
+            else:
+                index[name] = [None, None]
+                index |= {"requires_safety_checker": False} if name == "safety_checker" else {}
     if is_projected(folder / "unet"):
-        index["unet"] = ["deme.projection", PROJECTED_CLASS]
+        index["unet"] = ["deme.projection", read_json(folder / "unet" / "config.json")["_class_name"]]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     (folder / "scheduler").mkdir()
     shutil.copy(scheduler_folder(pretrained) / SCHEDULER_CONFIG, folder / "scheduler")
 
 
-def weights_file(folder: Path) -> Path:
-    """The weights in a UNet's folder, safetensors where there are both.
+def has_full_precision(part: Path) -> bool:
+    """Whether a pipeline's part has other weights than those of the variant fp16, if it has any."""
+    names = [path.name for path in part.glob("*.safetensors")]
+    return not names or any(".fp16" not in name for name in names)
 
-    Raises:
-        UserError: there are none, or they are spread over several files.
+
+def _link_part(source: Path, target: Path) -> None:
+    """Give a part's files other names, or copy them where the file system has no such names; no pickles among them.
+
+    Where there are only weights of the variant fp16, they become the weights: the merged pipeline has one kind.
     """
-    for name in (WEIGHTS, PICKLED_WEIGHTS):
-        if (folder / f"{name}.index.json").exists():  # which diffusers would load instead of the single file
-            raise UserError(f"{folder / name}.index.json: weights in several files are not read; save them as one")
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder / WEIGHTS}: missing")
-
-
-def load_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
-    """The tensors of a UNet's folder under today's names, mapped from the file: memory is used for what is touched.
-
-    Raises:
-        UserError: the weights are missing or damaged.
-    """
-    import torch
-    from safetensors.torch import load_file
-
-    path = weights_file(folder)
-    try:
-        if path.name == WEIGHTS:
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-        return {todays_name(name): tensor for name, tensor in tensors.items()}
-    except Exception as error:  # a damaged file leads to errors of zip, pickle, safetensors and torch
-        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
-
-
-def todays_name(name: str) -> str:
-    """A tensor's name in a UNet of today's diffusers, from that or from the name up to 0.15 (attention layers)."""
-    return OLD_ATTENTION_NAME.sub(lambda found: ATTENTION_NAMES[found[1]], name)
+    target.mkdir()
+    full = has_full_precision(source)
+    for path in source.iterdir():
+        is_kept = path.suffix in (".json", ".txt", ".safetensors", ".model") and not (full and ".fp16" in path.name)
+        if not path.is_file() or not is_kept:
+            continue
+        is_shard = "-of-" in path.name  # whose name stands in an index
+        name = path.name if is_shard else path.name.replace(".fp16", "")
+        try:
+            os.link(path.resolve(), target / name)
+        except OSError:
+            shutil.copy(path, target / name)
 
 
 def is_projected(folder: Path) -> bool:
@@ -151,17 +130,53 @@ def is_projected(folder: Path) -> bool:
     Raises:
         UserError: config.json is missing or damaged.
     """
-    return read_json(folder / "config.json").get("_class_name") == PROJECTED_CLASS
+    return str(read_json(folder / "config.json").get("_class_name")).startswith(PROJECTED)
 
 
-def sample_size(folder: Path) -> int | None:
+def takes_text(pipeline: Path) -> bool:
+    """Whether a pipeline's images follow a text: it has encoders for both."""
+    return (pipeline / "text_encoder").is_dir()
+
+
+def sample_size(folder: Path, pipeline: Path) -> int | None:
     """The resolution, in pixels, that the UNet in a folder is made for.
+
+    Args:
+        pipeline: whose encoders, if any, it works with.
 
     Raises:
         UserError: missing or damaged files.
     """
-    weights_file(folder)
-    return read_json(folder / "config.json").get("sample_size")
+    weights_files(folder)
+    size = read_json(folder / "config.json").get("sample_size")
+    return size * latent_factor(pipeline) if isinstance(size, int) else size
+
+
+def latent_factor(pipeline: Path) -> int:
+    """Pixels for each entry of a latent, along each side; 1 where the network works on pixels.
+
+    Raises:
+        UserError: vae/config.json is missing or damaged.
+    """
+    if not takes_text(pipeline):
+        return 1
+    file = pipeline / "vae" / "config.json"
+    blocks = read_json(file).get("block_out_channels")
+    if not isinstance(blocks, list) or not 1 <= len(blocks) <= 16:
+        raise UserError(f"{file}: block_out_channels={blocks}")
+    return 2 ** (len(blocks) - 1)
+
+
+def encoder_files(pipeline: Path) -> list[Path]:
+    """All files of a text-to-image pipeline's encoders; none where the network works on pixels."""
+    parts = ENCODERS if takes_text(pipeline) else ()
+    return [path for part in parts for path in sorted((pipeline / part).rglob("*")) if path.is_file()]
+
+
+def encoders_hash(pipeline: Path) -> str:
+    """What tells a pipeline's encoders from all others: a SHA-256 of those of their files."""
+    hashes = [f"{path.relative_to(pipeline)} {sha256(path)}" for path in encoder_files(pipeline)]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def num_train_timesteps(pipeline: Path) -> int:

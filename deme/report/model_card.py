@@ -8,7 +8,7 @@ from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import Score, load_scores
-from deme.models.pipelines import is_hub_id, is_projected
+from deme.models.pipelines import is_hub_id, is_projected, takes_text
 from deme.report.tables import NAMES, markdown_table
 
 PAPER = "[Decouple-then-Merge](https://arxiv.org/abs/2410.06664)"
@@ -27,10 +27,13 @@ def model_card(config: Config, made_from: dict[str, Any], scores: Sequence[tuple
     folder = f'"{name}"'
     if projected and from_hub:  # diffusers would look for the class in the Hub's repository
         folder = f'snapshot_download("{name}")'
+    of_text = takes_text(config.paths.merged)
+    pipeline = "StableDiffusionPipeline" if of_text else "DDIMPipeline"
+    asked_for = '"a prompt"' if of_text else "batch_size=16"
     loading = [
-        "from diffusers import DDIMPipeline",
-        f"pipeline = DDIMPipeline.from_pretrained({folder})",
-        f"images = pipeline(batch_size=16, num_inference_steps={config.sample.num_inference_steps}).images",
+        f"from diffusers import {pipeline}",
+        f"pipeline = {pipeline}.from_pretrained({folder})",
+        f"images = pipeline({asked_for}, num_inference_steps={config.sample.num_inference_steps}).images",
     ]
     if projected:
         loading.insert(0, "import deme.projection  # of the project that made it: adds the projections to diffusers")
@@ -44,8 +47,8 @@ def model_card(config: Config, made_from: dict[str, Any], scores: Sequence[tuple
     sections = [
         f"---\n{to_yaml(header(config))}---",
         f"# {config.name}",
-        f"A DDPM made by {PAPER}: copies of one pretrained network, each finetuned on one range of timesteps, merged "
-        "into a network that costs as much to sample from as the pretrained one.",
+        f"A {'text-to-image model' if of_text else 'DDPM'} made by {PAPER}: copies of one pretrained network, each "
+        "finetuned on one range of timesteps, merged into one that costs as much to sample from as the pretrained one.",
         f"- pretrained: `{pretrained['path']}` (SHA-256 of its weights `{pretrained['sha256']}`)\n"
         f"- data: `{config.data.name}`, split `{config.data.split}`, {size}×{size}\n"
         f"- merged by {', '.join([made_from['method'], *settings])}\n"
@@ -68,19 +71,21 @@ def header(config: Config) -> dict[str, Any]:
     }
     return {
         "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
+        "pipeline_tag": "text-to-image" if takes_text(config.paths.merged) else "unconditional-image-generation",
         "tags": ["decouple-then-merge", "model-merging"],
     } | {key: value for key, value in known.items() if value is not None}
 
 
 def score_line(features_name: str, row: Score) -> str:
-    """A network's scores in one line; the KID where it tells anything."""
+    """A network's scores in one line; the KID where it tells anything, the CLIP score where there are prompts."""
     distance, kernel = NAMES[features_name]
     line = f"{row.images:,} images: {distance} {row.pooled:.4f}"
     if row.has_telling_kid:
         line += f", {kernel} {row.kid:.6f}"
     if row.precision is not None:
         line += f", precision {row.precision:.3f}, recall {row.recall:.3f}"
+    if row.clip is not None:
+        line += f", CLIP score {row.clip:.3f}"
     return line
 
 

@@ -22,13 +22,18 @@ def number(value: float | None, error: float | None = None, form: str = ".4f") -
 
 
 def score_table(scores: Sequence[Score], features_name: str) -> str:
-    """The scores, a row each; the KID only where it tells at least one row from 0, else a line that says so."""
+    """The scores, a row each; the KID only where it tells at least one row from 0, else a line that says so.
+
+    The CLIP score is there where at least one row has one.
+    """
     distance, kernel = NAMES[features_name]
     with_kid = any(row.has_telling_kid for row in scores)
+    with_clip = any(row.clip is not None for row in scores)
     titles = ["model", "images", f"{distance}, all images", f"mean ± s.d. of {len(scores[0].blocks)} blocks"]
     titles += ["paired difference to pretrained ± s.e."]
     titles += [f"{kernel} × 10³ ± s.e."] if with_kid else []
     titles += ["precision", "recall"]
+    titles += ["CLIP score ± s.d.", "its paired difference ± s.e."] if with_clip else []
     lines = []
     for row in scores:
         line = [Path(row.samples).name, f"{row.images:,}", number(row.pooled)]
@@ -37,7 +42,11 @@ def score_table(scores: Sequence[Score], features_name: str) -> str:
         if with_kid:
             kid, error = (None if value is None else 1e3 * value for value in (row.kid, row.kid_standard_error))
             line += [number(kid, error, ".3f")]
-        lines.append([*line, number(row.precision, form=".3f"), number(row.recall, form=".3f")])
+        line += [number(row.precision, form=".3f"), number(row.recall, form=".3f")]
+        if with_clip:
+            line += [number(row.clip, row.clip_standard_deviation, ".3f")]
+            line += [number(row.clip_difference, row.clip_difference_standard_error, "+.3f")]
+        lines.append(line)
     table = markdown_table(titles, lines)
     if with_kid or all(row.kid is None for row in scores):
         return table

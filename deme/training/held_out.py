@@ -9,9 +9,9 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from deme.data.draws import torch_seed
-from deme.data.images import CroppedImages
+from deme.data.images import Examples
 from deme.method.losses import decoupled_loss
-from deme.models.encoders import encode
+from deme.models.encoders import Encoder
 
 NOISE = 2  # what the generators are for
 LEAST_FALL = 1e-3  # a loss that is lower by a smaller fraction has not fallen
@@ -21,14 +21,19 @@ LEAST_FALL = 1e-3  # a loss that is lower by a smaller fraction has not fallen
 class HeldOut:
     """The images, and when their loss is measured."""
 
-    images: CroppedImages
+    images: Examples
     every: int  # optimizer steps
     patience: int | None  # training stops once so many measurements in a row did not fall; None: it goes on
 
 
 @torch.no_grad()
 def held_out_loss(
-    unet: nn.Module, scheduler: DDPMScheduler, images: CroppedImages, batch_size: int, accelerator: Accelerator
+    unet: nn.Module,
+    scheduler: DDPMScheduler,
+    encoder: Encoder,
+    images: Examples,
+    batch_size: int,
+    accelerator: Accelerator,
 ) -> float:
     """The denoising loss on all images, over all processes, always with the same timesteps and noise.
 
@@ -43,12 +48,14 @@ def held_out_loss(
     with accelerator.autocast():
         for start in starts:
             batch = range(start, min(start + batch_size, len(images)))
-            clean = encode(images.batch(batch), device)
-            generator.manual_seed(torch_seed(np.random.default_rng((NOISE, start))))
+            seed = torch_seed(np.random.default_rng((NOISE, start)))
+            torch.manual_seed(seed)  # for the encoder's draws
+            clean, condition = encoder.encode(images.batch(batch))
+            generator.manual_seed(seed)
             # evenly spread over [0, T), so that few images give a steady mean
             timesteps = torch.arange(start, batch.stop) * scheduler.config.num_train_timesteps // len(images)
             noise = torch.randn(clean.shape, generator=generator).to(device)
-            loss, _ = decoupled_loss(unet, None, scheduler, clean, noise, timesteps.to(device))
+            loss, _ = decoupled_loss(unet, None, scheduler, clean, noise, timesteps.to(device), condition)
             total += loss * len(batch)
     return float(accelerator.reduce(total, "sum")) / len(images)
 

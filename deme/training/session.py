@@ -30,7 +30,9 @@ FREE_KEYS = (  # of the sections data, pretrain and finetune: may change in the 
     "checkpoint_every",
     "checkpoints_kept",
     "preview_every",
+    "preview_prompts",
 )
+OF_TEXT = ("caption_column", "cache_latents", "cached_views", "caption_dropout", "preview_prompts", "encoders")  # alone
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,13 @@ class Session:
             others: what else determines its weights.
         """
         parts = {part.section: asdict(part) for part in (self.config.data, settings)}
-        values = {f"{section}.{key}": value for section, part in parts.items() for key, value in part.items()}
+        left_out = OF_TEXT if self.config.data.caption_column is None else ()
+        values = {
+            f"{section}.{key}": value
+            for section, part in parts.items()
+            for key, value in part.items()
+            if key not in left_out
+        }
         free = {name: value for name, value in values.items() if name.split(".")[1] in FREE_KEYS}
         made_from = {
             "seed": self.config.seed,

@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from deme.config.sections import Training
 from deme.data.draws import Stream
-from deme.data.images import CroppedImages, MicroBatch, MicroBatches
+from deme.data.images import Examples, MicroBatch, MicroBatches
 from deme.errors import RunError
 from deme.job.machine import keep_freed_memory, peak_memory
 from deme.job.processes import Agreement, in_main_process
 from deme.job.signals import Interrupted, noted_signals
 from deme.method.losses import decoupled_loss
 from deme.method.timesteps import choose_interval, sample_timesteps
-from deme.models.encoders import encode
+from deme.models.encoders import Encoder
 from deme.models.inference import freeze, memory_format
 from deme.training.checkpoints import (
     CheckpointWriter,
@@ -82,6 +82,7 @@ class Networks:
     student: nn.Module  # trained in place; float32
     teacher: nn.Module | None  # the frozen pretrained network
     scheduler: DDPMScheduler  # the noise schedule
+    encoder: Encoder  # what they work on
 
 
 class Trainer:
@@ -95,7 +96,7 @@ class Trainer:
         self,
         accelerator: Accelerator,
         networks: Networks,
-        images: CroppedImages,
+        images: Examples,
         objective: Objective,
         settings: Training,
         folder: Path,
@@ -104,6 +105,8 @@ class Trainer:
         self.accelerator = accelerator
         self.device = accelerator.device
         self.scheduler = networks.scheduler
+        self.encoder = networks.encoder
+        self.encoder.prepare(self.device, settings.mixed_precision)
         self.objective = objective
         self.settings = settings
         self.folder = folder
@@ -230,11 +233,11 @@ class Trainer:
             objective.global_probability,
             batch.uniform,
         )
-        clean = encode(batch.pixels, self.device)
         torch.manual_seed(batch.seed)  # for the draws on the device: dropout takes no generator
+        clean, condition = self.encoder.encode(batch.examples)
         timesteps = sample_timesteps(len(clean), low, high, self.device)
         noise = torch.randn_like(clean)
-        return decoupled_loss(self.model, self.teacher, self.scheduler, clean, noise, timesteps)
+        return decoupled_loss(self.model, self.teacher, self.scheduler, clean, noise, timesteps, condition)
 
     def save(self, last: bool = False) -> None:
         """Have a checkpoint written behind the training; bad weights never replace good ones.
@@ -308,7 +311,8 @@ class Trainer:
         """The held-out loss of the EMA weights; the state remembers the lowest, and how long ago it was."""
         state = self.state
         with ema_weights(state.ema, self.student) as unet:
-            loss = held_out_loss(unet, self.scheduler, self.held_out.images, self.micro_batch_size, self.accelerator)
+            measured = (self.held_out.images, self.micro_batch_size, self.accelerator)
+            loss = held_out_loss(unet, self.scheduler, self.encoder, *measured)
         if has_fallen(loss, state.lowest_held_out_loss):
             state.lowest_held_out_loss = loss
             state.held_out_losses_since = 0
@@ -318,7 +322,8 @@ class Trainer:
 
     def _preview(self) -> None:
         with ema_weights(self.state.ema, self.student) as unet:
-            save_preview(unet, self.scheduler, self.device, self.micro_batch_size, self.folder, self.state.step)
+            drawn = (self.settings.preview_prompts, self.device, self.micro_batch_size)
+            save_preview(unet, self.scheduler, self.encoder, *drawn, self.folder, self.state.step)
 
     def _fail(self, what: str) -> NoReturn:
         self.writer.wait()

@@ -18,7 +18,7 @@ from benchmarks import faults
 from benchmarks.forked import Run
 from deme.errors import UserError
 from deme.job.locks import _boot_id, locked
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 
 MODEL = "sample.model=pretrained"
 FOLDERS = {"finetune.py": "finetuned/0000-0500", "pretrain.py": "pretraining"}

@@ -6,7 +6,7 @@ import torch
 from conftest import run
 from safetensors.torch import load_file
 
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 
 PROJECTIONS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
 

@@ -13,8 +13,8 @@ import merge
 from deme.config.reading import load_config
 from deme.job.files import sha256
 from deme.measure.scores import Score, save_scores
-from deme.models.networks import ProjectedUNet2DModel
-from deme.models.pipelines import WEIGHTS
+from deme.models.networks import with_projections
+from deme.models.weights import WEIGHTS
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def experts(config_file, pretrained):
     """Two projected finetuned UNets, made without training."""
     folders = []
     for index, name in enumerate(["0000-0500", "0500-1000"]):
-        unet = ProjectedUNet2DModel.from_unet(UNet2DModel.from_pretrained(pretrained / "unet"))
+        unet = with_projections(UNet2DModel.from_pretrained(pretrained / "unet"))
         torch.manual_seed(index + 1)
         with torch.no_grad():
             for parameter in unet.parameters():

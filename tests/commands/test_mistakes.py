@@ -30,8 +30,8 @@ from pytorch_fid import inception
 from safetensors.torch import load_file, save_file
 
 from deme.job.signals import SIGNALS
-from deme.models.networks import ProjectedUNet2DModel
-from deme.models.pipelines import WEIGHTS
+from deme.models.networks import with_projections
+from deme.models.weights import WEIGHTS
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def experts(root: Path, pretrained: Path) -> None:
     """Two finetuned UNets, made without training."""
     for index, name in enumerate(["0000-0500", "0500-1000"]):
-        ProjectedUNet2DModel.from_unet(tiny_unet(index)).save_pretrained(root / "tiny" / "finetuned" / name / "unet")
+        with_projections(tiny_unet(index)).save_pretrained(root / "tiny" / "finetuned" / name / "unet")
 
 
 def edit_weights(folder: Path, change) -> None:
@@ -116,7 +116,7 @@ def replaced_expert(write):
 
 def another_architecture(root: Path, pretrained: Path) -> None:
     experts(root, pretrained)
-    wider = ProjectedUNet2DModel.from_unet(tiny_unet(block_out_channels=[8, 32]))
+    wider = with_projections(tiny_unet(block_out_channels=[8, 32]))
     wider.save_pretrained(root / "tiny" / "finetuned" / "0500-1000" / "unet")
 
 

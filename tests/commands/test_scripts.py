@@ -13,6 +13,7 @@ from conftest import REPOSITORY, environment, old_name
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from psutil import process_iter
+from text_to_image import tiny_clip, tiny_pipeline
 
 BLOCKS = {
     "cifar10": (["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], (8, 16, 16, 16)),
@@ -211,6 +212,39 @@ def test_a_benchmark_runs_from_statistics_to_fid(benchmark, tmp_path, torch_home
         assert len(re.findall("is complete", again)) == 4 + 1
         assert "0 of 3 images to draw" in again
         assert "statistics of" not in again
+
+
+def test_stable_diffusion_runs_from_its_folders_to_the_table(tmp_path):
+    """The script with its own configuration on a tiny pipeline, captioned images and a file of prompts."""
+    tiny_pipeline().save_pretrained(tmp_path / "pretrained")
+    tiny_clip(tmp_path / "clip")
+    data = tmp_path / "data" / "train"
+    data.mkdir(parents=True)
+    lines = ["file_name,text"]
+    for number in range(20):
+        Image.effect_noise((9, 8), 50).save(data / f"{number}.png")
+        lines.append(f"{number}.png,number {number}")
+    (data / "metadata.csv").write_text("\n".join(lines))
+    (tmp_path / "prompts.csv").write_text("text\n" + "a cat\n" * 12)
+    options = [
+        f"output_dir={tmp_path}",
+        f"model.pretrained={tmp_path / 'pretrained'}",
+        f"data.name={tmp_path / 'data'}",
+    ]
+    options += ["data.resolution=8", "finetune.max_steps=1", "finetune.batch_size=4", "finetune.micro_batch_size=2"]
+    options += ["finetune.mixed_precision=no", "sample.mixed_precision=no", "sample.num_inference_steps=2"]
+    options += [f"sample.prompts={tmp_path / 'prompts.csv'}", "sample.num_images=12", "sample.size_on_disk=8"]
+    options += [f"evaluate.clip_model={tmp_path / 'clip'}", "evaluate.features=classifier", "data.label_column=text"]
+    options += ["evaluate.reference=null", "evaluate.classifier_epochs=1", "evaluate.classifier_width=2"]
+    variables = {"NUM_PROCESSES": "1", "REFERENCE": "none"}
+    output = run_script("stable_diffusion_v1_4.sh", *options, **variables)
+    assert re.search(r"GB  encoded images and captions", output)
+    assert re.search(r"GPU hours  drawing 48 images", output)
+    rows = re.findall(r"^\| (\w+) \| 12 \|.*\|$", output, flags=re.MULTILINE)
+    assert rows == ["pretrained", "continued", "ensemble", "merged"]
+    assert "CLIP score" in (tmp_path / "stable_diffusion_v1_4" / "merged" / "README.md").read_text()
+    again = run_script("stable_diffusion_v1_4.sh", *options, **variables)
+    assert again.count("0 of 12 images to draw") == 4
 
 
 def test_conda_gets_the_pinned_requirements():

@@ -15,6 +15,7 @@ def test_everything_of_a_run_lies_below_its_folder():
     expected = {
         "run": "out/a",
         "image_cache": "out/image-cache",
+        "latent_cache": "out/latent-cache",
         "pretraining": "out/a/pretraining",
         "pretrained_here": "out/a/pretrained",
         "pretrained": "out/a/pretrained",

@@ -51,7 +51,7 @@ def test_images_decoded_ahead_are_those_of_the_cache(threads, start, shares):
             pairs = list(zip(cached.of_step(step), ahead_of_it.of_step(step), strict=True))
             assert [(one.step, one.number) for one, _ in pairs] == [(step, number) for number in numbers]
             for one, other in pairs:
-                assert torch.equal(one.pixels, other.pixels)
+                assert torch.equal(one.examples, other.examples)
                 assert (one.uniform, one.seed) == (other.uniform, other.seed)
         ahead_of_it.close()
 

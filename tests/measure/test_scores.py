@@ -7,7 +7,8 @@ import pytest
 from deme.errors import UserError
 from deme.measure.metrics import frechet_distance, statistics
 from deme.measure.reference import Reference
-from deme.measure.scores import load_scores, paired, save_scores, score
+from deme.measure.scores import load_scores, paired, paired_clip, save_scores, score, with_clip
+from deme.report.model_card import score_line
 from deme.report.tables import score_table
 
 
@@ -66,6 +67,36 @@ def test_a_kid_is_shown_only_where_it_tells_something(reference):
     assert table.splitlines()[-1].startswith("| other | 400 | ")
 
 
+def test_clip_scores_are_means_of_blocks_and_paired_by_block(reference):
+    """In closed form: blocks of 1, 2, 3, 4 and of 1.5, 2, 3, 4.5; the other scores stay as they are."""
+    merged, pretrained = (scored(reference, name=name)[0] for name in ("merged", "pretrained"))
+    found = with_clip(merged, np.repeat([1.5, 2, 3, 4.5], 100) + np.tile([-0.25, 0.25], 200))
+    baseline = with_clip(pretrained, np.repeat([1.0, 2, 3, 4], 100))
+    assert found.clip_blocks == [1.5, 2, 3, 4.5]
+    assert found.clip == 2.75
+    assert found.clip_standard_deviation == pytest.approx((5.25 / 3) ** 0.5)
+    result = paired_clip(found, baseline)
+    assert result.clip_difference == 0.25
+    assert result.clip_difference_standard_error == pytest.approx((0.25 / 3) ** 0.5 / 2)
+    assert replace(result, clip_difference=None, clip_difference_standard_error=None) == found
+    assert replace(found, clip=None, clip_blocks=None, clip_standard_deviation=None) == merged
+    single = with_clip(scored(reference, blocks=1)[0], np.arange(400))
+    assert (single.clip, single.clip_blocks, single.clip_standard_deviation) == (199.5, [199.5], None)
+
+
+def test_the_clip_score_is_shown_where_a_row_has_one(reference):
+    """In the table and in the model card's line; a row without prompts has a dash."""
+    plain = scored(reference)[0]
+    found = paired_clip(with_clip(plain, np.repeat([1, 2, 3, 4], 100)), with_clip(plain, np.ones(400)))
+    assert "CLIP" not in score_table([plain], "inception")
+    assert "CLIP" not in score_line("inception", plain)
+    lines = [line.strip("| ").split(" | ") for line in score_table([found, plain], "inception").splitlines()[:4]]
+    assert lines[0][-2:] == ["CLIP score ± s.d.", "its paired difference ± s.e."]
+    assert lines[2][-2:] == ["2.500 ± 1.291", "+1.500 ± 0.645"]
+    assert lines[3][-2:] == ["-", "-"]
+    assert score_line("inception", found).endswith(", CLIP score 2.500")
+
+
 def test_without_reference_features_there_is_the_distance_alone(reference):
     """As with a file that pytorch_fid made."""
     found, _ = scored(replace(reference, features=None))
@@ -77,6 +108,7 @@ def test_without_reference_features_there_is_the_distance_alone(reference):
 def test_scores_survive_saving_and_older_files_are_read(tmp_path, reference):
     """Before, keys without a value were left out, and each row told its own."""
     rows = [scored(reference)[0], paired(scored(reference, 0.2)[0], scored(reference)[0])]
+    rows.append(with_clip(rows[1], np.arange(400)))
     save_scores(tmp_path / "results.json", "classifier", rows, {"held_out_accuracy": 0.9})
     assert load_scores(tmp_path / "results.json") == ("classifier", rows)
     content = json.loads((tmp_path / "results.json").read_text())

@@ -6,8 +6,10 @@ import torch
 from conftest import tiny_unet
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.models import ModelMixin
+from text_to_image import tiny_conditional_unet
 
 from deme.method.projection import PROJECTION_SUFFIX, with_identity_projections
+from deme.models.networks import ProjectedUNet2DConditionModel, load_unet, with_projections
 from deme.projection import ProjectedUNet2DModel
 
 INPUT = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -31,7 +33,7 @@ def output(unet: torch.nn.Module) -> torch.Tensor:
 
 def test_identity_projections_change_no_bit():
     unet = tiny_unet()
-    assert torch.equal(output(ProjectedUNet2DModel.from_unet(unet).eval()), output(unet))
+    assert torch.equal(output(with_projections(unet).eval()), output(unet))
 
 
 def test_channel_counts_are_those_of_the_blocks_outputs():
@@ -41,7 +43,7 @@ def test_channel_counts_are_those_of_the_blocks_outputs():
         down_block_types=["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
         up_block_types=["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
     )
-    shapes = {name: tuple(w.shape) for name, w in projections(ProjectedUNet2DModel.from_unet(unet)).items()}
+    shapes = {name: tuple(w.shape) for name, w in projections(with_projections(unet)).items()}
     blocks = [
         "down_blocks.0",
         "down_blocks.1",
@@ -77,14 +79,14 @@ def test_any_architecture(settings):
         unet, x = tiny_unet(**settings), INPUT.expand(3, 3, 8, 8)
     else:
         unet, x = tiny_unet(**settings), INPUT
-    projected = ProjectedUNet2DModel.from_unet(unet).eval()
+    projected = with_projections(unet).eval()
     with torch.no_grad():
         assert torch.equal(projected(x, TIMESTEPS).sample, unet(x, TIMESTEPS).sample)
 
 
 def test_skip_connections_are_taken_before_the_projection():
     """A zero projection after the last down block leaves its skip connections, so the output still depends on them."""
-    projected = ProjectedUNet2DModel.from_unet(tiny_unet()).eval()
+    projected = with_projections(tiny_unet()).eval()
     seen = []
     projected.up_blocks[0].register_forward_pre_hook(lambda _block, inputs: seen.append(inputs[1]))
     output(projected)
@@ -97,14 +99,14 @@ def test_skip_connections_are_taken_before_the_projection():
 
 
 def test_every_projection_gets_a_gradient():
-    projected = ProjectedUNet2DModel.from_unet(tiny_unet())
+    projected = with_projections(tiny_unet())
     projected(INPUT, TIMESTEPS).sample.square().mean().backward()
     for name, weight in projections(projected).items():
         assert weight.grad.abs().sum() > 0, name
 
 
 def test_save_and_load(tmp_path):
-    projected = ProjectedUNet2DModel.from_unet(tiny_unet()).eval()
+    projected = with_projections(tiny_unet()).eval()
     randomize(projected)
     projected.save_pretrained(tmp_path)
     loaded = ProjectedUNet2DModel.from_pretrained(tmp_path)
@@ -116,7 +118,7 @@ def test_save_and_load(tmp_path):
 
 
 def test_deep_copies_do_not_share_projections():
-    projected = ProjectedUNet2DModel.from_unet(tiny_unet()).eval()
+    projected = with_projections(tiny_unet()).eval()
     before, twin = output(projected), copy.deepcopy(projected)
     randomize(twin)
     assert torch.equal(output(projected), before)
@@ -133,7 +135,7 @@ def test_missing_projections_are_identities():
 
 def test_a_folder_made_when_all_modules_lay_side_by_side_loads(tmp_path):
     """Its model_index.json names deme.projection and the class, as merge.py has always written them."""
-    projected = ProjectedUNet2DModel.from_unet(tiny_unet()).eval()
+    projected = with_projections(tiny_unet()).eval()
     randomize(projected)
     projected.save_pretrained(tmp_path / "unet")
     DDPMScheduler(beta_end=0.03).save_pretrained(tmp_path / "scheduler")
@@ -145,3 +147,23 @@ def test_a_folder_made_when_all_modules_lay_side_by_side_loads(tmp_path):
     pipeline.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "model_index.json").read_text())["unet"] == index["unet"]
     assert torch.equal(output(DDIMPipeline.from_pretrained(tmp_path / "again").unet), output(projected))
+
+
+@pytest.mark.parametrize("settings", [{}, {"mid_block_type": None}])
+def test_projections_fit_text_to_image_networks_too(tmp_path, settings):
+    """Identities change no bit; random ones are saved and loaded, and merged into a network that has none."""
+    unet = tiny_conditional_unet(**settings)
+    inputs = (torch.randn(2, 4, 4, 4), torch.tensor([1, 500]), torch.randn(2, 77, 16))
+    projected = with_projections(unet).eval()
+    with torch.no_grad():
+        assert torch.equal(projected(*inputs).sample, unet(*inputs).sample)
+        randomize(projected)
+        expected = projected(*inputs).sample
+        assert not torch.allclose(expected, unet(*inputs).sample)
+        projected.save_pretrained(tmp_path)
+        found = load_unet(tmp_path)
+        assert type(found) is ProjectedUNet2DConditionModel
+        assert torch.equal(found(*inputs).sample, expected)
+    names = [name for name in found.state_dict() if name.endswith(PROJECTION_SUFFIX)]
+    assert len(names) == 5 - bool(settings)
+    assert with_identity_projections(unet.state_dict(), found.state_dict()).keys() == found.state_dict().keys()

@@ -7,15 +7,23 @@ from conftest import tiny_unet
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, LDMPipeline
 
 from deme.errors import RunError, UserError
-from deme.method.sampling import SHORT_NAMES, ensemble, initial_noise, make_sampler, sample_images, try_sampler
-from deme.models.encoders import decode
+from deme.method.sampling import (
+    SHORT_NAMES,
+    ensemble,
+    guided,
+    initial_noise,
+    make_sampler,
+    sample_images,
+    try_sampler,
+)
+from deme.models.encoders import to_bytes
 
 SCHEDULER = DDPMScheduler(beta_end=0.03, clip_sample_range=1.5)
 SHAPE = (1, 8, 8)
 
 
 def sample(network_at, seeds=range(4), steps=5, **settings):
-    return decode(sample_images(network_at, SCHEDULER, seeds, SHAPE, "cpu", steps, **settings))
+    return to_bytes(sample_images(network_at, SCHEDULER, seeds, SHAPE, "cpu", steps, **settings))
 
 
 def single(unet):
@@ -56,6 +64,39 @@ class Identity(torch.nn.Module):
 
     def decode(self, latents):
         return SimpleNamespace(sample=latents)
+
+
+class Conditional(torch.nn.Module):
+    """Predicts a multiple of its input, which the condition says; counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, images, timestep, encoder_hidden_states, return_dict=False):
+        self.calls += 1
+        return (images * encoder_hidden_states[:, :, None, None],)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 7.5])
+def test_guidance_equals_two_separate_calls(scale):
+    """unconditional + scale · (conditional − unconditional), from one call; at scale 1 half as large a one."""
+    network = Conditional()
+    images = torch.randn(3, 1, 2, 2)
+    condition = {"encoder_hidden_states": torch.tensor([[1.0], [2.0], [3.0]])}
+    unconditional = {"encoder_hidden_states": torch.tensor([[0.1], [0.2], [0.3]])}
+    [found] = guided(lambda _: network, condition, unconditional, scale)(500)(images, 500, return_dict=False)
+    assert network.calls == 1
+    [with_text] = network(images, 500, **condition)
+    [without] = network(images, 500, **unconditional)
+    torch.testing.assert_close(found, without + scale * (with_text - without))
+
+
+def test_without_a_condition_the_network_is_called_as_it_is():
+    unet = tiny_unet()
+    [found] = guided(lambda _: unet, {}, {}, 7.5)(5)(torch.zeros(1, *SHAPE), 5, return_dict=False)
+    [expected] = unet(torch.zeros(1, *SHAPE), 5, return_dict=False)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", [*SHORT_NAMES, "HeunDiscreteScheduler", "DEISMultistepScheduler"])

@@ -8,8 +8,9 @@ from diffusers import DDIMPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from deme.errors import UserError
-from deme.models.networks import load_scheduler, load_unet
-from deme.models.pipelines import PICKLED_WEIGHTS, WEIGHTS, find_pipeline, load_tensors, unet_folder
+from deme.models.networks import load_scheduler, load_unet, with_projections
+from deme.models.pipelines import find_pipeline, unet_folder
+from deme.models.weights import PICKLED_WEIGHTS, WEIGHTS, load_tensors
 from deme.projection import ProjectedUNet2DModel
 
 
@@ -76,7 +77,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(flat, tmp_path):
 
 def test_projections_are_never_dropped(pretrained, tmp_path):
     """Weights with projections beside a configuration of plain UNet2DModel: refused, not loaded without them."""
-    ProjectedUNet2DModel.from_unet(UNet2DModel.from_pretrained(pretrained / "unet")).save_pretrained(tmp_path)
+    with_projections(UNet2DModel.from_pretrained(pretrained / "unet")).save_pretrained(tmp_path)
     shutil.copy(pretrained / "unet" / "config.json", tmp_path)
     with pytest.raises(UserError, match=r"holds projections, but its config\.json does not name ProjectedUNet2DModel"):
         load_unet(tmp_path)
@@ -92,7 +93,7 @@ def test_projections_are_never_dropped(pretrained, tmp_path):
         ),
         (lambda folder: shutil.rmtree(folder / "scheduler"), r"scheduler_config\.json is missing"),
         (lambda folder: (folder / "unet" / "config.json").write_text("{"), r"unet/config\.json: "),
-        (lambda folder: (folder / "unet" / WEIGHTS).write_bytes(b"short"), r"unet: "),
+        (lambda folder: (folder / "unet" / WEIGHTS).write_bytes(b"short"), r"safetensors: cannot be read: "),
     ],
 )
 def test_incomplete_folders_are_named(pretrained, tmp_path, change, message):

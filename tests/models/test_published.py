@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention
 
 from deme.errors import UserError
 from deme.method.projection import PROJECTION_SUFFIX
-from deme.models.networks import ProjectedUNet2DModel, load_unet
+from deme.models.networks import ProjectedUNet2DModel, load_unet, with_projections
 from deme.models.published import read_published, rename_projections
 
 FORK = """
@@ -37,7 +37,7 @@ class ForkedUNet(UNet2DModel):
 @pytest.fixture
 def projected(pretrained):
     """A finetuned UNet whose projections are all different."""
-    unet = ProjectedUNet2DModel.from_unet(UNet2DModel.from_pretrained(pretrained / "unet")).eval()
+    unet = with_projections(UNet2DModel.from_pretrained(pretrained / "unet")).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in unet.parameters():

@@ -1,0 +1,98 @@
+"""What a run is trained on: images, with captions where the network takes them, encoded once or in each step."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from filelock import FileLock
+from tqdm import tqdm
+
+from deme.config.experiment import Config
+from deme.config.sections import Data, Training
+from deme.data.captions import CaptionedImages
+from deme.data.draws import held_out_order
+from deme.data.images import CroppedImages, TrainingImages
+from deme.data.latents import INDEX, CachedLatents, count_images, num_parts, write_index, write_part
+from deme.data.sources import data_fingerprint, load_training_images
+from deme.errors import UserError
+from deme.job.files import make_folder, writing
+from deme.job.processes import in_main_process
+from deme.job.records import DATA, ENCODER, LATENTS, Record
+from deme.models.encoders import Encoder
+from deme.models.pipelines import encoders_hash
+
+
+def load_examples(
+    config: Config, settings: Training, encoder: Encoder, pipeline: Path | None, accelerator: Accelerator
+) -> TrainingImages:
+    """The configured data as the encoder takes it.
+
+    Args:
+        settings: the run's own.
+        pipeline: whose encoder it is; None: images are not encoded.
+
+    Raises:
+        UserError: data that can't be read, or captions for a network that takes none, or the reverse.
+    """
+    data = config.data
+    check_captions(data, encoder)
+    if not data.cache_latents:
+        return load_training_images(data, encoder.image_channels, config.paths.image_cache, settings.caption_dropout)
+    encoder.prepare(accelerator.device, settings.mixed_precision)
+    folder = cached_latents(config, encoder, pipeline, accelerator)
+    count = count_images(folder)
+    if data.held_out_images >= count:
+        raise UserError(f"data.held_out_images={data.held_out_images}: {data.name} has {count} images")
+    order = held_out_order(count)
+    return TrainingImages(
+        CachedLatents(folder, np.sort(order[data.held_out_images :]), settings.caption_dropout),
+        CachedLatents(folder, order[: data.held_out_images], settings.caption_dropout),
+    )
+
+
+def check_captions(data: Data, encoder: Encoder) -> None:
+    """
+    Raises:
+        UserError: captions for a network that takes none, or the reverse.
+    """
+    has_captions = data.caption_column is not None
+    data.check("caption_column", has_captions or not encoder.takes_text, "a text-to-image model needs captions")
+    data.check("caption_column", encoder.takes_text or not has_captions, "the model takes no captions")
+    data.check("cache_latents", encoder.takes_text or not data.cache_latents, "the model works on pixels")
+
+
+def cached_latents(config: Config, encoder: Encoder, pipeline: Path, accelerator: Accelerator) -> Path:
+    """The folder of the data's latents and embeddings, made once by all processes; what a killed job made is kept.
+
+    Another job that wants the same waits for this one.
+    """
+    data = config.data
+    made_from = {
+        DATA: data_fingerprint(data),
+        ENCODER: encoders_hash(pipeline),
+        "type": str(encoder.dtype),
+        **{key: getattr(data, key) for key in ("resolution", "center_crop", "random_flip", "cached_views")},
+    }
+    folder = config.paths.latent_cache / Record(LATENTS, made_from).digest
+    with ExitStack() as held:
+
+        def claim() -> bool:
+            make_folder(folder, "output_dir")
+            lock = folder.with_suffix(".lock")
+            with writing(lock):
+                held.enter_context(FileLock(lock))
+            return (folder / INDEX).exists()
+
+        if in_main_process(accelerator, claim):
+            return folder
+        images = load_training_images(data, encoder.image_channels, config.paths.image_cache).training
+        pixels = images.images.images  # of all, also those that are held out
+        crops = CroppedImages(pixels, data.resolution, data.center_crop, data.random_flip)
+        images = CaptionedImages(crops, images.captions, dropout=0.0)
+        mine = range(accelerator.process_index, num_parts(len(images)), accelerator.num_processes)
+        for part in tqdm(mine, "encoding images", disable=not accelerator.is_main_process, mininterval=1):
+            write_part(folder, part, images, data.cached_views, encoder)
+        accelerator.wait_for_everyone()
+        in_main_process(accelerator, lambda: write_index(folder, len(images), encoder))
+    return folder

@@ -1,0 +1,88 @@
+"""Which caption an image has, and prompts as people keep them."""
+
+import numpy as np
+import pytest
+import torch
+
+from deme.config.sections import Data
+from deme.data.captions import CaptionedImages, choose_caption
+from deme.data.images import CachedImages, CroppedImages
+from deme.data.prompts import load_prompts, read_prompts, write_prompts
+from deme.data.sources import data_fingerprint, load_training_images
+from deme.errors import UserError
+
+COUNT = 20_000
+
+
+def captioned(captions: list[list[str]], dropout: float) -> CaptionedImages:
+    """As many gray 2×2 images as captions."""
+    sizes = np.full((len(captions), 2), 2)
+    images = CachedImages(np.zeros(4 * len(captions), dtype=np.uint8), sizes, np.arange(len(captions)), 1)
+    return CaptionedImages(CroppedImages(images, 2, center_crop=True, random_flip=False), captions, dropout)
+
+
+def test_captions_are_dropped_with_their_probability():
+    """Bernoulli(p) for each image: the share lies within four standard errors, and other captions are drawn equally."""
+    images = captioned([["a", "b", "c"]] * COUNT, dropout=0.1)
+    texts = np.array(images.batch(range(COUNT), np.random.default_rng(0)).captions)
+    error = np.sqrt(0.1 * 0.9 / COUNT)
+    assert abs((texts == "").mean() - 0.1) < 4 * error
+    for text in "abc":
+        assert abs((texts == text).mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / COUNT)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_nothing_or_everything_is_dropped(dropout):
+    images = captioned([["a"], ["b"]], dropout)
+    assert images.batch([1, 0], np.random.default_rng(0)).captions == (["b", "a"] if dropout == 0 else ["", ""])
+
+
+def test_without_a_generator_the_first_caption_is_taken_and_none_dropped():
+    """As held-out images are measured."""
+    assert captioned([["a", "b"]] * 50, dropout=0.9).batch(range(50)).captions == ["a"] * 50
+    assert choose_caption(3, 0.9, None) == 0
+
+
+def test_images_without_captions_draw_what_they_have_always_drawn():
+    """A single caption and no dropout draw nothing, so crops and what follows them stay as they are."""
+    random = np.random.default_rng(0)
+    captioned([["a"]] * 5, dropout=0.0).batch(range(5), random)
+    assert random.random() == np.random.default_rng(0).random()
+
+
+def test_digits_have_captions(tmp_path):
+    images = load_training_images(Data(caption_column="caption"), 1, tmp_path).training
+    assert images.batch([3, 0]).captions == ["a handwritten three", "a handwritten zero"]
+    assert torch.equal(images.batch([3]).pixels, load_training_images(Data(), 1, tmp_path).training.batch([3]))
+
+
+def test_captions_are_part_of_what_is_read():
+    assert data_fingerprint(Data(caption_column="caption")) != data_fingerprint(Data())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", "a,b\n1,2\n", "has no column prompt"),
+        ("a.jsonl", '{"prompt": 1}\n', "row 0 holds the prompt 1"),
+        ("a.jsonl", '{"prompt": "\\ud800"}\n', "row 0 holds the prompt"),
+        ("a.jsonl", "{", "cannot be read: JSONDecodeError"),
+        ("a.txt", "a\n\nb\n", "row 1 holds the prompt"),
+        ("a.txt", "", "holds no prompts"),
+        ("a.parquet", "PAR1", "cannot be read"),
+    ],
+)
+def test_prompts_that_are_none_are_named(tmp_path, name, content, reason):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=reason):
+        load_prompts(str(tmp_path / name), "prompt")
+
+
+def test_prompts_are_read_as_they_were_written(tmp_path):
+    """Quotes, line separators that are none to files, other alphabets."""
+    prompts = ['a "quoted" one', "one\u2028two", "模型"]
+    images = [tmp_path / f"{i:06d}.png" for i in range(3)]
+    write_prompts(tmp_path, images, prompts)
+    assert read_prompts(tmp_path, images) == prompts
+    (tmp_path / "prompts.txt").write_text("\r\n".join(prompts) + "\n")
+    assert load_prompts(str(tmp_path / "prompts.txt"), "") == prompts

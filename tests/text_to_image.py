@@ -1,0 +1,92 @@
+"""Tiny real text-to-image parts that the tests make: random weights, a vocabulary of single bytes, no download."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+CONTEXT = 77  # tokens, the start's and the end's among them
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def byte_symbols() -> list[str]:
+    """The character that stands for each of the 256 bytes in GPT-2's vocabulary: itself where it can be seen."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    symbols = [chr(byte) for byte in seen]
+    return symbols + [chr(256 + i) for i in range(256 - len(seen))]
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer without merges: a token for every byte, another one where it ends a word."""
+    symbols = byte_symbols()
+    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), START, END]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=CONTEXT)
+
+
+def tiny_clip(folder: Path) -> None:
+    """Save a CLIP model of 16×16 images with random weights, its tokenizer and its image processor."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = layers | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT}
+    config = CLIPConfig(
+        text_config=text | {"pad_token_id": tokenizer.pad_token_id},
+        vision_config=layers | {"image_size": 16, "patch_size": 8},
+        projection_dim=8,
+        initializer_factor=10.0,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessor(**sizes).save_pretrained(folder)
+
+
+def tiny_conditional_unet(seed: int = 0, **settings) -> UNet2DConditionModel:
+    """A UNet of 4×4 latents with cross-attention."""
+    torch.manual_seed(seed)
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "layers_per_block": 1}
+    blocks |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "block_out_channels": [8, 16]}
+    blocks |= {"attention_head_dim": 4, "cross_attention_dim": 16, "norm_num_groups": 4, "sample_size": 4}
+    return UNet2DConditionModel(**(blocks | settings)).eval()  # 4 channels is diffusers' default
+
+
+def tiny_pipeline(**unet_settings) -> StableDiffusionPipeline:
+    """A pipeline of 8×8 grayscale images with random weights and Stable Diffusion v1-4's noise schedule."""
+    unet = tiny_conditional_unet(**unet_settings)
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(1)
+    vae = AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        latent_channels=4,
+        sample_size=8,
+        block_out_channels=[8, 8],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    )
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=CONTEXT,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_factor=10.0,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(vae, CLIPTextModel(text), tokenizer, unet, scheduler, **parts)
