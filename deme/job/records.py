@@ -146,7 +146,7 @@ WEIGHTS_HASH = "weights (SHA-256)"  # of a merged network, beside its record
 
 def provenance(config: Config) -> dict[str, Any]:
     """What is written beside every output: git commit, package versions, processor, the resolved configuration."""
-    packages = ("torch", "diffusers", "accelerate", "datasets", "safetensors", "numpy")
+    packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy")
     versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}
     values = (_git_commit(), versions, processor(), asdict(config))
     return dict(zip(PROVENANCE, values, strict=True))
