@@ -46,6 +46,9 @@ class Encoder(Protocol):
     def prepare(self, device: torch.device, mixed_precision: str) -> None:
         """Where, and how precisely, to work."""
 
+    def rest(self) -> None:
+        """Leave the device's memory to others until the next use."""
+
     def encode(self, examples: Any) -> tuple[torch.Tensor, Condition]:
         """What a network is trained on: clean float32 tensors (B, C, H, W) on the device, and their condition.
 
@@ -83,6 +86,9 @@ class Pixels:
     def prepare(self, device: torch.device, mixed_precision: str) -> None:
         """Where to work."""
         self.device = device
+
+    def rest(self) -> None:
+        """Nothing is held."""
 
     def encode(self, examples: torch.Tensor) -> tuple[torch.Tensor, Condition]:
         """uint8 images (B, C, H, W) to [−1, 1], same shape."""
@@ -133,6 +139,11 @@ class LatentsAndText:
         """Where to work; on a GPU in half precision where the networks are. A part moves when it is first used."""
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else AUTOCAST_TYPES[mixed_precision] or torch.float32
+
+    def rest(self) -> None:
+        """VAE and text encoder go back to main memory."""
+        for part in (self.vae, self.text_encoder):
+            nn.Module.to(part, "cpu")
 
     def _ready(self, part: nn.Module) -> nn.Module:
         """A part where and how it is to work."""

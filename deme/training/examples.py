@@ -22,6 +22,9 @@ from deme.job.records import DATA, ENCODER, LATENTS, Record
 from deme.models.encoders import Encoder
 from deme.models.pipelines import encoders_hash
 
+# of the data, beside what its fingerprint tells
+KEYS = ("image_column", "resolution", "center_crop", "random_flip", "skip_unreadable", "cached_views")
+
 
 def load_examples(
     config: Config, settings: Training, encoder: Encoder, pipeline: Path | None, accelerator: Accelerator
@@ -72,7 +75,7 @@ def cached_latents(config: Config, encoder: Encoder, pipeline: Path, accelerator
         DATA: data_fingerprint(data),
         ENCODER: encoders_hash(pipeline),
         "type": str(encoder.dtype),
-        **{key: getattr(data, key) for key in ("resolution", "center_crop", "random_flip", "cached_views")},
+        **{key: getattr(data, key) for key in KEYS},
     }
     folder = config.paths.latent_cache / Record(LATENTS, made_from).digest
     with ExitStack() as held:
@@ -95,4 +98,5 @@ def cached_latents(config: Config, encoder: Encoder, pipeline: Path, accelerator
             write_part(folder, part, images, data.cached_views, encoder)
         accelerator.wait_for_everyone()
         in_main_process(accelerator, lambda: write_index(folder, len(images), encoder))
+        encoder.rest()
     return folder

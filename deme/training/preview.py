@@ -42,6 +42,7 @@ def save_preview(
         texts = [prompts[seed] for seed in seeds] if encoder.takes_text else []
         network_at = guided(lambda _: unet, encoder.condition(texts), encoder.condition([""] * len(texts)), GUIDANCE)
         parts.append(encoder.decode(sample_images(network_at, scheduler, seeds, shape, device, steps)))
+    encoder.rest()
     path = folder / "previews" / f"step-{step:08d}.png"
     make_folder(path.parent, "output_dir")
     save_grid(torch.cat(parts), path)
