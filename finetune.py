@@ -93,7 +93,7 @@ def main(config: Config) -> None:
     schedule = scheduler_folder(pretrained)
     sizes = {folder: sample_size(folder, pretrained)}
     config.check_fits(sizes, schedule, num_train_timesteps(pretrained))
-    files = (*weights_files(folder), *encoder_files(pretrained))
+    files = (*weights_files(folder), *encoder_files(pretrained).values())
     watched = Watched([*files, folder / "config.json", schedule / SCHEDULER_CONFIG])
     hashes = {
         "pretrained weights (SHA-256)": weights_hash(folder),
@@ -127,7 +127,7 @@ def main(config: Config) -> None:
     accelerator.wait_for_everyone()
     watched.check()  # all processes have read the same
     images = load_examples(config, config.finetune, encoder, pretrained, accelerator).training
-    fingerprint = data_fingerprint(config.data)
+    fingerprint = data_fingerprint(config.data, with_captions=True)
     accelerator.print(
         f"{source}: {unet.num_parameters():,} parameters; {len(images):,} images; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"

@@ -26,6 +26,7 @@ from deme.job.locks import locked
 from deme.job.records import ENCODER, MERGED, SCHEDULE, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
+    encoder_files,
     encoders_hash,
     scheduler_folder,
     takes_text,
@@ -63,7 +64,8 @@ def main(config: Config) -> None:
     check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
     networks = [unet_folder(pretrained), *inputs]
     schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
-    watched = Watched([*(file for folder in networks for file in weights_files(folder)), schedule])
+    files = [file for folder in networks for file in weights_files(folder)]
+    watched = Watched([*files, schedule, *encoder_files(pretrained).values()])
     with ThreadPoolExecutor() as pool:
         hashing = pool.map(weights_hash, networks)  # takes about as long as importing torch
 
@@ -118,11 +120,19 @@ def is_complete(output: Path, wanted: Record) -> bool:
     scheduler = scheduler_folder(output) / SCHEDULER_CONFIG
     merged_hash = found.beside.get(WEIGHTS_HASH)  # older records have none
     whole = weights.is_file() and scheduler.is_file() and sha256(scheduler) == wanted.made_from[SCHEDULE]
-    whole = whole and takes_text(output) == (ENCODER in wanted.made_from)
+    whole = whole and (ENCODER not in wanted.made_from or holds_encoders(output, wanted.made_from[ENCODER]))
     if whole and merged_hash in (None, sha256(weights)):
         return True
     print(f"{output} no longer holds what was merged: replacing it")
     return False
+
+
+def holds_encoders(output: Path, expected: str) -> bool:
+    """Whether a merged folder has the encoders of this hash."""
+    try:
+        return encoders_hash(output) == expected
+    except UserError:  # one is missing
+        return False
 
 
 def write_merged(

@@ -15,10 +15,13 @@ from pathlib import Path
 from deme.config.experiment import Config
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
-from deme.job.files import write_yaml
-from deme.job.records import ENCODER, provenance
+from deme.job.files import Watched, sha256, write_yaml
+from deme.job.records import ENCODER, SCHEDULE, provenance
 from deme.models.pipelines import (
+    SCHEDULER_CONFIG,
+    encoder_files,
     encoders_hash,
+    find_folder,
     latent_factor,
     num_train_timesteps,
     scheduler_folder,
@@ -28,19 +31,22 @@ from deme.models.pipelines import (
 from deme.training.session import Session
 
 
-def checked_encoders(config: Config, pipeline: Path) -> str:
-    """The hash of a pipeline's encoders, which fit what is configured.
+def find_encoders(config: Config) -> Path:
+    """The pipeline folder whose encoders and noise schedule are taken.
 
     Raises:
-        UserError: they don't, or are missing; a noise schedule or number of timesteps beside theirs.
+        UserError: there is none, or they don't fit what is configured.
     """
+    pipeline = find_folder(config.pretrain.encoders)
+    if pipeline is None:
+        raise UserError("no such folder")
     if not takes_text(pipeline):
         raise UserError(f"{pipeline / 'text_encoder'}: missing")
     factor = latent_factor(pipeline)
     config.data.check("resolution", config.data.resolution % factor == 0, f"must be a multiple of {factor}, as latents")
     config.check_fits({}, scheduler_folder(pipeline), num_train_timesteps(pipeline))
     config.pretrain.check("scheduler", not config.pretrain.scheduler, "pretrain.encoders brings its own")
-    return encoders_hash(pipeline)
+    return pipeline
 
 
 def plan(config: Config) -> str:
@@ -55,10 +61,13 @@ def main(config: Config) -> None:
     session = Session(config, settings)
     encoders = None
     others = {}
+    watched = Watched([])
     if settings.encoders is not None:
-        encoders = Path(settings.encoders)
-        with naming("pretrain.encoders", encoders):
-            others = {ENCODER: checked_encoders(config, encoders)}
+        with naming("pretrain.encoders", settings.encoders):
+            encoders = find_encoders(config)
+        schedule = scheduler_folder(encoders) / SCHEDULER_CONFIG
+        watched = Watched([*encoder_files(encoders).values(), schedule])
+        others = {ENCODER: encoders_hash(encoders), SCHEDULE: sha256(schedule)}
     run = session.run(config.paths.pretraining, config.paths.pretrained_here, settings, others)
     if session.is_complete(run):
         return
@@ -96,6 +105,8 @@ def main(config: Config) -> None:
             raise UserError(one_line(error)) from None
         encoder = Pixels(unet.config.in_channels) if encoders is None else load_encoder(encoders, unet)
         try_out(unet, scheduler, encoder)
+    accelerator.wait_for_everyone()
+    watched.check()  # all processes have read the same
     images, held_out_images = load_examples(config, settings, encoder, encoders, accelerator)
     counts = f"{unet.num_parameters():,} parameters, {len(images):,} images, {len(held_out_images):,} held out"
     accelerator.print(counts)
@@ -117,7 +128,7 @@ def main(config: Config) -> None:
 
     trainer = session.train(
         accelerator,
-        run.reading(data_fingerprint(config.data)),
+        run.reading(data_fingerprint(config.data, with_captions=True)),
         lambda: Trainer(accelerator, networks, images, objective, settings, run.folder, held_out),
         write,
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
 from deme.config.sections import Sample
-from deme.data.prompts import load_prompts, prompts_hash, write_prompts
+from deme.data.prompts import claim_prompts, load_prompts
 from deme.errors import RunError, UserError, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, check_apart, sha256
@@ -62,7 +62,7 @@ def main(config: Config) -> None:
     check_apart("sample.output", output, variant.unets)
     weights = [file for folder in variant.unets for file in weights_files(folder)]
     schedule = scheduler_folder(variant.pipeline) / SCHEDULER_CONFIG
-    watched = Watched([*weights, schedule, *encoder_files(variant.pipeline)])
+    watched = Watched([*weights, schedule, *encoder_files(variant.pipeline).values()])
     sizes = {folder: sample_size(folder, variant.pipeline) for folder in variant.unets}
     config.check_fits(sizes, scheduler_folder(variant.pipeline), num_train_timesteps(variant.pipeline))
 
@@ -105,12 +105,13 @@ def main(config: Config) -> None:
         "eta": settings.eta,
         "mixed_precision": settings.mixed_precision,
         "resolution": config.data.resolution,
+        "size_on_disk": settings.size_on_disk,
     }
     if texts:
         made_from |= {
             ENCODER: encoders_hash(variant.pipeline),
-            "prompts (SHA-256)": prompts_hash([texts[seed] for seed in seeds]),
-            **{key: getattr(settings, key) for key in ("negative_prompt", "guidance_scale", "size_on_disk")},
+            "negative_prompt": settings.negative_prompt,
+            "guidance_scale": settings.guidance_scale,
         }
     beside = {"num_images": len(seeds), "seed_offset": seeds.start, **provenance(config)}
     wanted = Record(SAMPLES, made_from, beside)
@@ -120,8 +121,8 @@ def main(config: Config) -> None:
     def claim() -> list[int]:
         with naming("sample.output", output):
             claim_samples(output, wanted, seeds, settings.overwrite)
-        if texts:
-            write_prompts(output, [image_path(output, seed) for seed in seeds], list(texts.values()))
+            if texts:
+                claim_prompts(output, [image_path(output, seed) for seed in seeds], texts.values(), settings.overwrite)
         return missing_seeds(output, seeds)
 
     def finish() -> None:
@@ -184,6 +185,7 @@ def draw(
     from deme.data.samples import write_image
     from deme.method.sampling import guided, sample_images
 
+    negative = encoder.condition([settings.negative_prompt])
     batches = [seeds[start : start + settings.batch_size] for start in range(0, len(seeds), settings.batch_size)]
     silent = not accelerator.is_main_process or not batches
     sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, accelerator.autocast)
@@ -191,7 +193,6 @@ def draw(
     with ThreadPoolExecutor(max_workers=4) as pool:
         for batch in tqdm(batches, settings.model, unit="batch", disable=silent):
             prompts = [texts[seed] for seed in batch if texts]
-            negative = encoder.condition([settings.negative_prompt] * len(prompts))
             network = guided(network_at, encoder.condition(prompts), negative, settings.guidance_scale)
             images = encoder.decode(sample_images(network, scheduler, batch, shape, accelerator.device, *sampler))
             for write in writes:

@@ -61,6 +61,10 @@ class Data(Section):
         one_view = not self.cache_latents or self.cached_views > 1 or (self.center_crop and not self.random_flip)
         rule = "one view needs data.center_crop=true and data.random_flip=false; data.cached_views sets another number"
         self.check("cache_latents", one_view, rule)
+        differ = self.cached_views == 1 or not self.center_crop or self.random_flip
+        self.check("cached_views", differ, "data.center_crop=true and data.random_flip=false make them all the same")
+        whole = self.held_out_images == 0 or not self.cache_latents or self.cached_views == 1
+        self.check("held_out_images", whole, "are centre crops, which data.cached_views above 1 does not keep")
         self.check_positive("resolution")
         self.check("resolution", self.resolution <= 2**16, f"must be at most {2**16:,}")
         self.check_not_negative("held_out_images", "cache_gb", "cache_disk_gb")
@@ -129,6 +133,7 @@ class Training(Section):
         self.check_fraction("ema_decay", "adam_beta1", "adam_beta2", "caption_dropout")
         self.check("adam_beta1", self.adam_beta1 < 1, "must be below 1")
         self.check("adam_beta2", self.adam_beta2 < 1, "must be below 1")
+        self.check("preview_prompts", len(self.preview_prompts) > 0, "must not be empty")
         self.check_choice("mixed_precision", PRECISIONS)
         self.check_choice("lr_scheduler", LR_SCHEDULERS)
         warms_up = self.lr_scheduler != "constant" or self.lr_warmup_steps == 0

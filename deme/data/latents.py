@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from deme.data.ahead import ahead
 from deme.data.captions import CaptionedImages, choose_caption
-from deme.errors import UserError
+from deme.errors import RunError, UserError, one_line
 from deme.job.files import atomic_file, read_json
 from deme.models.encoders import Encoded, LatentsAndText
 
@@ -45,19 +47,22 @@ def write_part(folder: Path, part: int, images: CaptionedImages, views: int, enc
     if file.exists():
         return
     numbers = range(part * PART, min(len(images), (part + 1) * PART))
-    crops = [
-        images.images.batch([number], np.random.default_rng((number, view)))
-        for number in numbers
-        for view in range(views)
-    ]
     captions = [images.captions_of(number) for number in numbers]
     texts = [text for own in captions for text in own]
-    moments = torch.cat([encoder.moments(torch.cat(part)).cpu() for part in _groups(crops)])
+    places = [(number, view) for number in numbers for view in range(views)]
+
+    def crops(places: list[tuple[int, int]]) -> torch.Tensor:
+        return torch.cat([images.images.batch([number], np.random.default_rng((number, v))) for number, v in places])
+
+    decoded = ahead(crops, _groups(places), images.threads)
     tensors = {
-        "moments": moments.unflatten(0, (len(numbers), views)),
-        "embeddings": torch.cat([encoder.embed(part).cpu() for part in _groups(texts)]),
+        "moments": torch.cat([encoder.moments(pixels).cpu() for pixels in decoded]).unflatten(0, (-1, views)),
+        "embeddings": torch.cat([encoder.embed(group).cpu() for group in _groups(texts)]),
         "first": torch.tensor(np.cumsum([0, *map(len, captions)])),
     }
+    for name in ("moments", "embeddings"):
+        if not tensors[name].isfinite().all():
+            raise RunError(f"{file}: the encoders, in {encoder.dtype}, give {name} that are NaN or infinite")
     with atomic_file(file) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
@@ -86,8 +91,8 @@ class CachedLatents:
     threads = 0  # that help to load a batch: it only has to be copied
 
     def __init__(self, folder: Path, chosen: np.ndarray, dropout: float):
-        self.parts = [load_file(part_file(folder, part)) for part in range(num_parts(count_images(folder)))]
-        self.empty = load_file(folder / EMPTY)["embedding"][0]
+        self.parts = [_read(part_file(folder, part)) for part in range(num_parts(count_images(folder)))]
+        self.empty = _read(folder / EMPTY)["embedding"][0]
         self.chosen = chosen
         self.dropout = dropout
 
@@ -112,6 +117,13 @@ class CachedLatents:
         first, end = self.parts[part]["first"][i : i + 2].tolist()
         number = choose_caption(end - first, self.dropout, random)
         return self.empty if number is None else self.parts[part]["embeddings"][first + number]
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: {one_line(error)}; delete the folder, it is made again") from None
 
 
 def count_images(folder: Path) -> int:

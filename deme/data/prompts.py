@@ -1,9 +1,8 @@
 """Prompts: read from the formats that people keep them in, and written beside the images that were drawn from them."""
 
 import csv
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def _read(file: Path, column: str) -> list[Any]:
     try:
         match file.suffix:
             case ".csv":
-                with file.open(encoding="utf-8", newline="") as lines:
+                with file.open(encoding="utf-8-sig", newline="") as lines:
                     return [row[column] for row in csv.DictReader(lines)]
             case ".jsonl":
                 return [json.loads(line)[column] for line in _lines(file)]
@@ -53,7 +52,7 @@ def _read(file: Path, column: str) -> list[Any]:
 
 def _lines(file: Path) -> list[str]:
     """A text file's lines: str.splitlines would also split at what a prompt may hold, such as U+2028."""
-    text = file.read_text(encoding="utf-8").removesuffix("\n")
+    text = file.read_text(encoding="utf-8-sig").removesuffix("\n")  # with or without a byte-order mark
     return [line.removesuffix("\r") for line in text.split("\n")] if text else []
 
 
@@ -66,14 +65,33 @@ def is_encodable(text: str) -> bool:
         return False
 
 
-def prompts_hash(prompts: Sequence[str]) -> str:
-    """What tells prompts from others: a SHA-256."""
-    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+def claim_prompts(folder: Path, images: Sequence[Path], prompts: Iterable[str], overwrite: bool) -> None:
+    """Write which image of a sample folder belongs to which prompt; those of other prompts go, or are refused.
+
+    Raises:
+        UserError: the folder holds images of other prompts.
+    """
+    named = dict(zip((image.name for image in images), prompts, strict=True))
+    before = {}
+    if (folder / PROMPTS).exists():
+        before = dict(_parse_prompt(line) for line in _lines(folder / PROMPTS))
+    changed = [image for image in images if before.get(image.name, named[image.name]) != named[image.name]]
+    changed = [image for image in changed if image.exists()]
+    if changed and not overwrite:
+        remedy = "choose another folder or set sample.overwrite=true"
+        raise UserError(f"holds {len(changed)} images of other prompts, such as {changed[0].name}; {remedy}")
+    for image in changed:
+        image.unlink()
+    write_prompts(folder, named)
 
 
-def write_prompts(folder: Path, images: Sequence[Path], prompts: Sequence[str]) -> None:
-    """Write which image of a sample folder was drawn from which prompt: a JSON object a line."""
-    lines = [json.dumps({"file": image.name, "prompt": prompt}) for image, prompt in zip(images, prompts, strict=True)]
+def write_prompts(folder: Path, prompts: Mapping[str, str]) -> None:
+    """Write prompts.jsonl, a JSON object a line.
+
+    Args:
+        prompts: image's file name → prompt.
+    """
+    lines = [json.dumps({"file": name, "prompt": prompt}) for name, prompt in prompts.items()]
     with atomic_file(folder / PROMPTS) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 

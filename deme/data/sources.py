@@ -103,21 +103,22 @@ def load_evaluation_images(data: Data, cache: Path) -> tuple[CroppedImages, torc
     return CroppedImages(images, data.resolution, center_crop=True, random_flip=False), labels
 
 
-def data_fingerprint(data: Data, with_labels: bool = False) -> str:
-    """A SHA-256 of what is read: how many images there are, up to FINGERPRINTED of them, evenly spread, and all labels.
+def data_fingerprint(data: Data, with_labels: bool = False, with_captions: bool = False) -> str:
+    """A SHA-256 of what is read: how many images there are, up to FINGERPRINTED of them, evenly spread.
 
     Another set behind the same name shows, whatever cache the images come from; a few changed images of a large set
     may not.
 
     Args:
-        with_labels: not for a training run, which may change its label_column.
+        with_labels: all of them too; not for a training run, which may change its label_column.
+        with_captions: all of them too.
     """
     source = _open(data)
     count = len(source.rows)
     digest = hashlib.sha256(f"{count} images".encode())
     if with_labels and source.labels is not None:
         digest.update(repr(list(source.labels)).encode())
-    if source.captions is not None:
+    if with_captions and source.captions is not None:
         digest.update(repr(source.captions).encode())
     chosen = [count * i // min(count, FINGERPRINTED) for i in range(min(count, FINGERPRINTED))]
 

@@ -47,9 +47,10 @@ DATA = "data (SHA-256)"  # of what was read
 SCHEDULE = "noise schedule (SHA-256)"
 ARCHITECTURE = "architecture (SHA-256)"
 ENCODER = "encoders (SHA-256)"  # of a text-to-image pipeline
+SAMPLED_BEFORE = {"sample.scheduler": "ddim", "size_on_disk": None}  # of samples whose records do not name it
 RUN = Kind("a run", Policy.REFUSE, "config.yaml", "trained_from", {"free": dict}, later=(DATA, SCHEDULE, ARCHITECTURE))
 MERGED = Kind("a merged network", Policy.REPLACE, "merge.yaml", later=(SCHEDULE,))
-SAMPLES = Kind("samples", Policy.REFUSE, "samples.yaml", "identity", {"num_images": int}, {"sample.scheduler": "ddim"})
+SAMPLES = Kind("samples", Policy.REFUSE, "samples.yaml", "identity", {"num_images": int}, SAMPLED_BEFORE)
 CLASSIFIER = Kind("a classifier", Policy.REBUILD, later=(DATA,))
 STATISTICS = Kind("statistics", Policy.REBUILD, later=(DATA,))
 IMAGES = Kind("decoded images", Policy.REBUILD)

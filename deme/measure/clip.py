@@ -12,9 +12,8 @@ from transformers.utils import logging
 from deme.data.samples import read_images
 from deme.errors import UserError, one_line
 from deme.job.files import REPOSITORY
+from deme.models.encoders import LEAST_VOCABULARY
 from deme.models.pipelines import is_hub_id
-
-LEAST_VOCABULARY = 2 * 256 + 2  # tokens of CLIP's tokenizer: each byte, within and at the end of a word; start and end
 
 
 @dataclass(frozen=True)

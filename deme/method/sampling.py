@@ -137,11 +137,11 @@ def guided(
 
     Args:
         condition: what the network is told, by the name of its argument, shape (B, …) each.
-        unconditional: the same for no text, or for what the images must not show.
+        unconditional: the same for no text, or for what the images must not show; shape (1, …) or (B, …).
     """
     if guidance_scale == 1 or not condition:
         return lambda timestep: functools.partial(network_at(timestep), **condition)
-    both = {name: torch.cat([unconditional[name], value]) for name, value in condition.items()}
+    both = {name: torch.cat([unconditional[name].expand_as(value), value]) for name, value in condition.items()}
 
     def guided_at(timestep: float) -> Callable:
         network = network_at(timestep)

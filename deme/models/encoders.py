@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from deme.errors import UserError, naming, one_line
+from deme.errors import RunError, UserError, naming, one_line
 from deme.models.inference import AUTOCAST_TYPES, memory_format
 from deme.models.pipelines import ENCODERS, has_full_precision, takes_text
 
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for a number of channels
-DECODED_AT_ONCE = 4  # latents: a VAE takes many times a UNet's memory per image
+CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
+LEAST_VOCABULARY = 256  # tokens: one for each byte
 Condition = dict[str, torch.Tensor]  # what a network is told beside its noisy input, by the name of its argument
 
 
@@ -58,9 +59,6 @@ class Encoder(Protocol):
     def condition(self, texts: Sequence[str]) -> Condition:
         """The condition that these texts make, on the device."""
 
-    def blank_condition(self) -> Condition:
-        """The condition of one image that no text describes."""
-
     def decode(self, tensors: torch.Tensor) -> torch.Tensor:
         """Float32 tensors (B, C, H, W), as the network sees them, to uint8 images (B, C', H', W') on the CPU."""
 
@@ -95,10 +93,6 @@ class Pixels:
         return to_unit_range(examples, self.device), {}
 
     def condition(self, texts: Sequence[str]) -> Condition:
-        """There is none."""
-        return {}
-
-    def blank_condition(self) -> Condition:
         """There is none."""
         return {}
 
@@ -162,7 +156,8 @@ class LatentsAndText:
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 images (B, C, H, W) to the posterior's mean and log variance, (B, 2 · latent channels, h, w)."""
         vae = self._ready(self.vae)
-        return vae.encode(to_unit_range(pixels, self.device).to(self.dtype)).latent_dist.parameters
+        parts = to_unit_range(pixels, self.device).to(self.dtype).split(CODED_AT_ONCE)
+        return torch.cat([vae.encode(part).latent_dist.parameters for part in parts])
 
     def sample(self, moments: torch.Tensor) -> torch.Tensor:
         """A sample of the posterior, as the network sees latents: float32, (B, latent channels, h, w)."""
@@ -191,17 +186,23 @@ class LatentsAndText:
         """The embeddings of these texts."""
         return {"encoder_hidden_states": self.embed(texts)}
 
-    def blank_condition(self) -> Condition:
-        """The embedding of no text, on the CPU."""
-        return {"encoder_hidden_states": self.embed([""])}
-
     @torch.no_grad()
     def decode(self, tensors: torch.Tensor) -> torch.Tensor:
-        """Latents to uint8 images on the CPU, a few at a time."""
+        """Latents to uint8 images on the CPU, a few at a time.
+
+        Raises:
+            RunError: the VAE gives NaN or infinite values, as some do in half precision.
+        """
         vae = self._ready(self.vae)
         shift = self.vae.config.get("shift_factor") or 0.0
         latents = (tensors / self.vae.config.scaling_factor + shift).to(self.dtype)
-        return torch.cat([to_bytes(vae.decode(part).sample.float()) for part in latents.split(DECODED_AT_ONCE)])
+        images = []
+        for part in latents.split(CODED_AT_ONCE):
+            decoded = vae.decode(part).sample.float()
+            if not decoded.isfinite().all():
+                raise RunError(f"the VAE, in {self.dtype}, decodes to NaN or infinite values")
+            images.append(to_bytes(decoded))
+        return torch.cat(images)
 
 
 def load_encoder(pipeline: Path, unet: nn.Module) -> Encoder:
@@ -218,9 +219,10 @@ def load_encoder(pipeline: Path, unet: nn.Module) -> Encoder:
         return Pixels(unet.config.in_channels)
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging
 
-    disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what does not fit is told below, in one line
     float32 = {AutoencoderKL: {"torch_dtype": torch.float32}, CLIPTextModel: {"dtype": torch.float32}}
     parts = []
     for name, kind in zip(ENCODERS, (AutoencoderKL, CLIPTextModel, CLIPTokenizer), strict=True):
@@ -229,13 +231,36 @@ def load_encoder(pipeline: Path, unet: nn.Module) -> Encoder:
             if not folder.is_dir():
                 raise UserError("missing")
             variant = {} if has_full_precision(folder) else {"variant": "fp16"}
-            options = {"use_safetensors": True, **variant, **float32[kind]} if kind in float32 else {}
+            options = {"use_safetensors": True, "output_loading_info": True, **variant}
             try:
-                parts.append(kind.from_pretrained(str(folder), local_files_only=True, **options))
+                if kind is CLIPTokenizer:
+                    part = kind.from_pretrained(str(folder), local_files_only=True)
+                else:
+                    part, report = kind.from_pretrained(str(folder), local_files_only=True, **options, **float32[kind])
+                    _check_loaded(part, report)
+            except UserError:
+                raise
             except Exception as error:  # diffusers and transformers raise whatever a damaged file leads to
                 raise UserError(one_line(error)) from None
+            parts.append(part)
     vae, text_encoder, tokenizer = parts
+    vocabulary = text_encoder.config.vocab_size
+    if not LEAST_VOCABULARY <= len(tokenizer) <= vocabulary:  # transformers makes an empty one where it is missing
+        raise UserError(f"{pipeline / 'tokenizer'}: {len(tokenizer)} tokens, the text encoder has {vocabulary}")
     return LatentsAndText(vae, text_encoder, tokenizer)
+
+
+def _check_loaded(network: nn.Module, report: dict) -> None:
+    """
+    Raises:
+        UserError: weights that are missing, which the libraries would draw at random, or not finite.
+    """
+    missing = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
+    if missing:
+        raise UserError(f"weights and config.json do not fit each other ({', '.join(sorted(missing)[:3])} …)")
+    for name, tensor in network.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"tensor {name} holds NaN or infinite values")
 
 
 def to_unit_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -12,7 +12,7 @@ from deme.job.files import read_json
 from deme.method.losses import prediction_target
 from deme.method.projection import PROJECTION_SUFFIX, add_projections
 from deme.models.encoders import Encoder
-from deme.models.pipelines import PROJECTED, SCHEDULER_CONFIG, is_projected, scheduler_folder
+from deme.models.pipelines import PROJECTED, SCHEDULER_CONFIG, is_projected, scheduler_folder, takes_text
 from deme.models.weights import load_tensors, weights_files
 
 
@@ -35,13 +35,14 @@ def projected_class(unet_class: type[ModelMixin]) -> type[ModelMixin]:
 
 ProjectedUNet2DModel = projected_class(UNet2DModel)
 ProjectedUNet2DConditionModel = projected_class(UNet2DConditionModel)
+LATENT_SCHEDULE = {"clip_sample": False, "steps_offset": 1}
 UNETS = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
 PROJECTED_UNETS = {kind.__name__: kind for kind in (ProjectedUNet2DModel, ProjectedUNet2DConditionModel)}
 
 
 def with_projections(unet: nn.Module) -> nn.Module:
     """A projected copy of a UNet, its projections identities."""
-    name = f"{PROJECTED}{type(unet).__name__}"
+    name = f"{PROJECTED}{type(unet).__name__.removeprefix(PROJECTED)}"
     projected = PROJECTED_UNETS[name].from_config(dict(unet.config) | {"_class_name": name})
     identities = {key: weight for key, weight in projected.state_dict().items() if key.endswith(PROJECTION_SUFFIX)}
     projected.load_state_dict({**identities, **unet.state_dict()})
@@ -93,11 +94,16 @@ def _fill(unet: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> No
 def load_scheduler(pipeline: Path) -> DDPMScheduler:
     """The pretrained noise schedule: betas, clipping, prediction and variance type as the pipeline folder says.
 
+    Latents are never clipped and steps begin one later, whatever the folder says or leaves out, as
+    StableDiffusionPipeline sees to.
+
     Raises:
         UserError: values that diffusers can't use.
     """
     folder = scheduler_folder(pipeline)
     try:
+        if takes_text(pipeline):  # values that are given count for other samplers, too
+            return DDPMScheduler.from_config(read_json(folder / SCHEDULER_CONFIG) | LATENT_SCHEDULE)
         return DDPMScheduler.from_pretrained(folder)
     except Exception as error:  # diffusers raises whatever a wrong value leads to
         raise UserError(f"{folder / SCHEDULER_CONFIG}: {one_line(error)}") from None
@@ -116,7 +122,7 @@ def try_out(unet: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None
         images = torch.zeros(1, channels, size, size)
         last = torch.tensor([scheduler.config.num_train_timesteps - 1])
         with torch.no_grad():
-            prediction = unet(images, last, **encoder.blank_condition()).sample
+            prediction = unet(images, last, **encoder.condition([""])).sample
         target = prediction_target(scheduler, images, images, last)
         if prediction.shape != target.shape:
             raise UserError(f"the network maps {tuple(target.shape)} to {tuple(prediction.shape)}")

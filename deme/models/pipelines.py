@@ -19,8 +19,12 @@ from deme.models.weights import PICKLED_WEIGHTS, weights_files
 
 SCHEDULER_CONFIG = "scheduler_config.json"
 PROJECTED = "Projected"  # how the names of the UNet classes with projections begin
-HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
-NOT_NEEDED = ["safety_checker/*", "feature_extractor/*", "*.fp16.*", "*.non_ema*"]  # of those on the Hub
+WEIGHTS_OF_HUB = ["*diffusion_pytorch_model*.safetensors", "text_encoder/*.safetensors"]
+DOWNLOADS = (  # of the Hub, one after another until there are weights: patterns of what is, and what is not wanted
+    (["*.json", "*.txt", *WEIGHTS_OF_HUB], ["safety_checker/*", "*.fp16.*", "*.fp16-*", "*.non_ema*"]),
+    (["*.json", "*.txt", *WEIGHTS_OF_HUB], ["safety_checker/*", "*.non_ema*"]),
+    (["*.json", f"*{PICKLED_WEIGHTS}"], []),
+)
 ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
 
 
@@ -33,23 +37,29 @@ def find_pipeline(source: str) -> Path:
     Raises:
         UserError: neither, or a folder that holds no UNet and scheduler.
     """
-    for folder in (Path(source), REPOSITORY / source):
-        if folder.is_dir():
-            for part in (unet_folder(folder) / "config.json", scheduler_folder(folder) / SCHEDULER_CONFIG):
-                if not part.is_file():
-                    raise UserError(f"not a pipeline folder: {part} is missing")
-            return folder
+    folder = find_folder(source)
+    if folder is not None:
+        for part in (unet_folder(folder) / "config.json", scheduler_folder(folder) / SCHEDULER_CONFIG):
+            if not part.is_file():
+                raise UserError(f"not a pipeline folder: {part} is missing")
+        return folder
     if not is_hub_id(source):
         raise UserError("no such folder")
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(source, allow_patterns=HUB_FILES, ignore_patterns=NOT_NEEDED))
-        if not any(unet_folder(folder).glob("*.safetensors")):
-            folder = Path(snapshot_download(source, allow_patterns=["*.json", f"*{PICKLED_WEIGHTS}"]))
+        for patterns, others in DOWNLOADS:
+            folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=others))
+            if any(unet_folder(folder).glob("diffusion_pytorch_model*")):
+                break
         return folder
     except Exception as error:  # network, name and permission errors have no common class
         raise UserError(f"neither a pipeline folder nor a reachable Hub id: {one_line(error)}") from None
+
+
+def find_folder(source: str) -> Path | None:
+    """A folder relative to the working directory, or else to the repository; None where there is none."""
+    return next((folder for folder in (Path(source), REPOSITORY / source) if folder.is_dir()), None)
 
 
 def unet_folder(pipeline: Path) -> Path:
@@ -65,35 +75,30 @@ def scheduler_folder(pipeline: Path) -> Path:
 
 def is_hub_id(source: str) -> bool:
     """Whether a pipeline or data set is one of the Hub's, and not a folder."""
-    is_folder = any(folder.is_dir() for folder in (Path(source), REPOSITORY / source))
-    return not is_folder and re.fullmatch(HUB_ID, source) is not None
+    return find_folder(source) is None and re.fullmatch(HUB_ID, source) is not None
 
 
 def write_pipeline_files(folder: Path, pretrained: Path) -> None:
     """Write what makes `folder` a pipeline beside its unet/: the index, the noise schedule, all other parts.
 
-    Other parts are linked to where that is possible (their files are never written in place), else copied. Parts that
-    the index names but `pretrained` lacks, such as a safety checker that was not downloaded, are none.
+    The encoders of a text-to-image pipeline come along; all other parts that the index names, as the safety checker,
+    are none.
 
     Args:
         pretrained: pipeline folder; where it has no index of its own, DDPMPipeline's is written.
     """
-    index = {
-        "_class_name": "DDPMPipeline",
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
+    index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
     if (pretrained / "model_index.json").is_file():
         index = read_json(pretrained / "model_index.json")
-    for name, part in index.items():
-        if isinstance(part, list) and name not in ("unet", "scheduler"):
-            if (pretrained / name).is_dir():
-                _link_part(pretrained / name, folder / name)
-            else:
-                index[name] = [None, None]
-                index |= {"requires_safety_checker": False} if name == "safety_checker" else {}
-    if is_projected(folder / "unet"):
-        index["unet"] = ["deme.projection", read_json(folder / "unet" / "config.json")["_class_name"]]
+    for name in [name for name, part in index.items() if isinstance(part, list) and name not in ("unet", "scheduler")]:
+        if name in ENCODERS:
+            _link_part(pretrained / name, folder / name)
+        else:
+            index[name] = [None, None]
+    if takes_text(pretrained):
+        index["requires_safety_checker"] = False
+    unet_class = read_json(folder / "unet" / "config.json").get("_class_name", "UNet2DModel")
+    index["unet"] = ["deme.projection" if is_projected(folder / "unet") else "diffusers", unet_class]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     (folder / "scheduler").mkdir()
     shutil.copy(scheduler_folder(pretrained) / SCHEDULER_CONFIG, folder / "scheduler")
@@ -105,20 +110,29 @@ def has_full_precision(part: Path) -> bool:
     return not names or any(".fp16" not in name for name in names)
 
 
-def _link_part(source: Path, target: Path) -> None:
-    """Give a part's files other names, or copy them where the file system has no such names; no pickles among them.
+def part_files(part: Path) -> dict[str, Path]:
+    """What is read of a pipeline's part, by name: settings, and one form of the weights, which are no pickles.
 
-    Where there are only weights of the variant fp16, they become the weights: the merged pipeline has one kind.
+    Where there are only weights of the variant fp16, their names are without it, but for shards, which an index names.
+    """
+    full = has_full_precision(part)
+    found = {}
+    for path in sorted(part.iterdir()):
+        if path.suffix in (".json", ".txt", ".safetensors", ".model") and not (full and ".fp16" in path.name):
+            found[path.name if "-of-" in path.name else path.name.replace(".fp16", "")] = path
+    return found
+
+
+def _link_part(source: Path, target: Path) -> None:
+    """Copy a part, its weights by giving their files another name where the file system has such.
+
+    Settings are copies: other programs write them in place.
     """
     target.mkdir()
-    full = has_full_precision(source)
-    for path in source.iterdir():
-        is_kept = path.suffix in (".json", ".txt", ".safetensors", ".model") and not (full and ".fp16" in path.name)
-        if not path.is_file() or not is_kept:
-            continue
-        is_shard = "-of-" in path.name  # whose name stands in an index
-        name = path.name if is_shard else path.name.replace(".fp16", "")
+    for name, path in part_files(source).items():
         try:
+            if path.suffix != ".safetensors":
+                raise OSError
             os.link(path.resolve(), target / name)
         except OSError:
             shutil.copy(path, target / name)
@@ -134,8 +148,10 @@ def is_projected(folder: Path) -> bool:
 
 
 def takes_text(pipeline: Path) -> bool:
-    """Whether a pipeline's images follow a text: it has encoders for both."""
-    return (pipeline / "text_encoder").is_dir()
+    """Whether a pipeline's images follow a text: it has a text encoder, or a network that needs one."""
+    config = unet_folder(pipeline) / "config.json"
+    needs_text = config.is_file() and "Condition" in str(read_json(config).get("_class_name"))
+    return (pipeline / "text_encoder").is_dir() or needs_text
 
 
 def sample_size(folder: Path, pipeline: Path) -> int | None:
@@ -167,15 +183,23 @@ def latent_factor(pipeline: Path) -> int:
     return 2 ** (len(blocks) - 1)
 
 
-def encoder_files(pipeline: Path) -> list[Path]:
-    """All files of a text-to-image pipeline's encoders; none where the network works on pixels."""
-    parts = ENCODERS if takes_text(pipeline) else ()
-    return [path for part in parts for path in sorted((pipeline / part).rglob("*")) if path.is_file()]
+def encoder_files(pipeline: Path) -> dict[str, Path]:
+    """What is read of a text-to-image pipeline's encoders, by name; nothing where the network works on pixels.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    found = {}
+    for part in ENCODERS if takes_text(pipeline) else ():
+        if not (pipeline / part).is_dir():
+            raise UserError(f"{pipeline / part}: missing")
+        found |= {f"{part}/{name}": path for name, path in part_files(pipeline / part).items()}
+    return found
 
 
 def encoders_hash(pipeline: Path) -> str:
     """What tells a pipeline's encoders from all others: a SHA-256 of those of their files."""
-    hashes = [f"{path.relative_to(pipeline)} {sha256(path)}" for path in encoder_files(pipeline)]
+    hashes = [f"{name} {sha256(path)}" for name, path in encoder_files(pipeline).items()]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 

@@ -1,11 +1,10 @@
 """What a run is trained on: images, with captions where the network takes them, encoded once or in each step."""
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from deme.config.experiment import Config
@@ -72,31 +71,43 @@ def cached_latents(config: Config, encoder: Encoder, pipeline: Path, accelerator
     """
     data = config.data
     made_from = {
-        DATA: data_fingerprint(data),
+        DATA: data_fingerprint(data, with_captions=True),
         ENCODER: encoders_hash(pipeline),
         "type": str(encoder.dtype),
         **{key: getattr(data, key) for key in KEYS},
     }
     folder = config.paths.latent_cache / Record(LATENTS, made_from).digest
-    with ExitStack() as held:
-
-        def claim() -> bool:
-            make_folder(folder, "output_dir")
-            lock = folder.with_suffix(".lock")
-            with writing(lock):
-                held.enter_context(FileLock(lock))
-            return (folder / INDEX).exists()
-
-        if in_main_process(accelerator, claim):
-            return folder
-        images = load_training_images(data, encoder.image_channels, config.paths.image_cache).training
-        pixels = images.images.images  # of all, also those that are held out
-        crops = CroppedImages(pixels, data.resolution, data.center_crop, data.random_flip)
-        images = CaptionedImages(crops, images.captions, dropout=0.0)
-        mine = range(accelerator.process_index, num_parts(len(images)), accelerator.num_processes)
-        for part in tqdm(mine, "encoding images", disable=not accelerator.is_main_process, mininterval=1):
-            write_part(folder, part, images, data.cached_views, encoder)
-        accelerator.wait_for_everyone()
-        in_main_process(accelerator, lambda: write_index(folder, len(images), encoder))
-        encoder.rest()
+    lock = FileLock(folder.with_suffix(".lock"))
+    while not in_main_process(accelerator, lambda: _claim(folder, lock)):  # all wait, or a broadcast's time is up
+        accelerator.print(f"{folder}: another job encodes these images; waiting")
+    try:
+        if not (folder / INDEX).exists():
+            images = load_training_images(data, encoder.image_channels, config.paths.image_cache).training
+            pixels = images.images.images  # of all, also those that are held out
+            crops = CroppedImages(pixels, data.resolution, data.center_crop, data.random_flip)
+            images = CaptionedImages(crops, images.captions, dropout=0.0)
+            mine = range(accelerator.process_index, num_parts(len(images)), accelerator.num_processes)
+            for part in tqdm(mine, "encoding images", disable=not accelerator.is_main_process, mininterval=1):
+                write_part(folder, part, images, data.cached_views, encoder)
+            accelerator.wait_for_everyone()
+            in_main_process(accelerator, lambda: write_index(folder, len(images), encoder))
+            encoder.rest()
+    finally:
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+            lock.release()
+    accelerator.wait_for_everyone()
     return folder
+
+
+def _claim(folder: Path, lock: FileLock) -> bool:
+    """Whether the folder is this job's to fill, or complete, within a minute."""
+    make_folder(folder, "output_dir")
+    if (folder / INDEX).exists():
+        return True
+    with writing(Path(lock.lock_file)):
+        try:
+            lock.acquire(timeout=60)
+        except Timeout:
+            return False
+    return True

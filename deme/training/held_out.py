@@ -48,10 +48,10 @@ def held_out_loss(
     with accelerator.autocast():
         for start in starts:
             batch = range(start, min(start + batch_size, len(images)))
-            seed = torch_seed(np.random.default_rng((NOISE, start)))
-            torch.manual_seed(seed)  # for the encoder's draws
+            random = np.random.default_rng((NOISE, start))
+            generator.manual_seed(torch_seed(random))
+            torch.manual_seed(torch_seed(random))  # for the encoder's draws
             clean, condition = encoder.encode(images.batch(batch))
-            generator.manual_seed(seed)
             # evenly spread over [0, T), so that few images give a steady mean
             timesteps = torch.arange(start, batch.stop) * scheduler.config.num_train_timesteps // len(images)
             noise = torch.randn(clean.shape, generator=generator).to(device)

@@ -40,7 +40,7 @@ def save_preview(
     for seeds in torch.arange(len(prompts) if encoder.takes_text else IMAGES).split(batch_size):
         seeds = seeds.tolist()
         texts = [prompts[seed] for seed in seeds] if encoder.takes_text else []
-        network_at = guided(lambda _: unet, encoder.condition(texts), encoder.condition([""] * len(texts)), GUIDANCE)
+        network_at = guided(lambda _: unet, encoder.condition(texts), encoder.condition([""]), GUIDANCE)
         parts.append(encoder.decode(sample_images(network_at, scheduler, seeds, shape, device, steps)))
     encoder.rest()
     path = folder / "previews" / f"step-{step:08d}.png"

@@ -12,7 +12,7 @@ import yaml
 from conftest import run
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from text_to_image import tiny_clip, tiny_conditional_unet, tiny_pipeline
 
@@ -101,11 +101,48 @@ def test_without_projections_diffusers_needs_nothing_of_ours(text_config, tmp_pa
 
 
 def test_merged_folders_share_the_encoders_files(text_config, text_to_image, tmp_path):
-    """Other names for the same files: gigabytes are not copied for each merge."""
+    """Other names for the same weights: gigabytes are not copied for each merge. Settings, which others write in place,
+    are copies; a merged folder that lacks an encoder is not complete; a safety checker is not taken along."""
+
+    def change(folder: Path) -> None:
+        index = json.loads((folder / "model_index.json").read_text())
+        del index["requires_safety_checker"]  # as in Stable Diffusion v1-4's
+        index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        (folder / "safety_checker").mkdir()
+
+    options = [*copied(text_to_image, tmp_path, change), "finetune.max_steps=1"]
+    run("finetune.py", text_config, *options)
+    run("merge.py", text_config, *options)
+    merged = tmp_path / "tiny" / "merged"
+    for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert (merged / part).samefile(tmp_path / "copy" / part)
+    assert not (merged / "vae" / "config.json").samefile(tmp_path / "copy" / "vae" / "config.json")
+    index = json.loads((merged / "model_index.json").read_text())
+    assert (index["safety_checker"], index["requires_safety_checker"]) == ([None, None], False)
+    (merged / VAE).unlink()
+    (tmp_path / "copy" / "vae" / "diffusion_pytorch_model.fp16.safetensors").touch()  # another form, which is not read
+    assert "no longer holds what was merged" in run("merge.py", text_config, *options).stdout
+    assert (merged / VAE).exists()
+    assert "is complete" in run("finetune.py", text_config, *options).stdout
+
+
+def test_a_run_may_start_from_a_merged_network(text_config, text_to_image, tmp_path):
+    """Whose projections are trained on; a UNet without projections beside the encoders of one with them is its own."""
     run("finetune.py", text_config, "finetune.max_steps=1")
     run("merge.py", text_config)
-    for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-        assert (tmp_path / "tiny" / "merged" / part).samefile(text_to_image / part)
+    again = [f"model.pretrained={tmp_path / 'tiny' / 'merged'}", "name=again", "finetune.max_steps=1"]
+    run("finetune.py", text_config, *again)
+    run("merge.py", text_config, *again)
+    names = [set(load_file(tmp_path / name / "merged" / "unet" / WEIGHTS)) for name in ("tiny", "again")]
+    assert names[0] == names[1]
+    unet = dict(tiny_conditional_unet().config)
+    keys = ("down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "norm_num_groups")
+    unet = {key: unet[key] for key in (*keys, "attention_head_dim", "cross_attention_dim")}
+    options = [f"pretrain.encoders={tmp_path / 'tiny' / 'merged'}", f"pretrain.unet={json.dumps(unet)}"]
+    run("pretrain.py", text_config, *options, "pretrain.max_steps=1")
+    index = json.loads((tmp_path / "tiny" / "pretrained" / "model_index.json").read_text())
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
 
 
 @pytest.mark.parametrize("scale", [7.5, 1.0])
@@ -114,8 +151,8 @@ def test_images_are_those_of_diffusers_pipeline(text_config, text_to_image, tmp_
     """StableDiffusionPipeline with DDIMScheduler from the same latents, prompts and schedule: to one grey level."""
     settings = [f"sample.guidance_scale={scale}", f"sample.negative_prompt='{negative}'", "sample.model=pretrained"]
     run("sample_ddp.py", text_config, *settings)
-    pipeline = StableDiffusionPipeline.from_pretrained(text_to_image, safety_checker=None)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler = DDIMScheduler.from_pretrained(text_to_image / "scheduler")  # which names no clip_sample
+    pipeline = StableDiffusionPipeline.from_pretrained(text_to_image, safety_checker=None, scheduler=scheduler)
     expected = pipeline(
         PROMPTS,
         height=8,
@@ -165,7 +202,12 @@ def test_prompts_come_from_files_too(text_config, tmp_path, suffix):
     run("sample_ddp.py", text_config, *model)
     assert "0 of 6 images to draw" in run("sample_ddp.py", text_config, *model, f"sample.prompts={file}").stdout
     other = run("sample_ddp.py", text_config, *model, "sample.prompts=[a,b,c,d,e,f]", status=2)
-    assert "holds samples of other settings: prompts (SHA-256)" in other.stderr
+    assert "holds 6 images of other prompts, such as 000000.png; choose another folder or set" in other.stderr
+    more = run("sample_ddp.py", text_config, *model, f"sample.prompts={file}", "sample.num_images=7")
+    assert "1 of 7 images to draw" in more.stdout
+    replaced = [f"sample.prompts={[*PROMPTS[:2], 'new', *PROMPTS[3:], prompts[-1]]}", "sample.overwrite=true"]
+    result = run("sample_ddp.py", text_config, *model, *replaced, "sample.num_images=7")
+    assert "1 of 7 images to draw" in result.stdout
 
 
 def test_images_are_shrunk_on_the_disk(text_config, tmp_path):
@@ -226,6 +268,7 @@ def test_cached_latents_train_as_uncached_ones(text_config, tmp_path):
 def test_a_cache_goes_on_where_it_was_stopped(text_config, tmp_path):
     """A part that is missing is made again, and is what it was; the others are left alone."""
     options = ["finetune.range=0", "finetune.max_steps=1", "data.cache_latents=true", "data.cached_views=2"]
+    options.append("data.random_flip=true")
     run("finetune.py", text_config, *options)
     [cache] = [path for path in (tmp_path / "latent-cache").iterdir() if path.is_dir()]
     before = {path.name: path.read_bytes() for path in cache.iterdir()}
@@ -295,7 +338,53 @@ def empty_file(root: Path, pipeline: Path) -> list[str]:
     return [f"sample.prompts={root / 'prompts.txt'}"]
 
 
+def damaged(file: str, change):
+    """The tensors of a part's file changed."""
+
+    def prepare(root: Path, pipeline: Path) -> list[str]:
+        def edit(folder: Path) -> None:
+            tensors = load_file(folder / file)
+            change(tensors)
+            save_file(tensors, folder / file, {"format": "pt"})
+
+        return copied(pipeline, root, edit)
+
+    return prepare
+
+
+def without_vocabulary(root: Path, pipeline: Path) -> list[str]:
+    return copied(pipeline, root, lambda folder: (folder / "tokenizer" / "tokenizer.json").unlink())
+
+
+VAE = "vae/diffusion_pytorch_model.safetensors"
 MISTAKES = {
+    "a VAE that lacks a tensor": (
+        "sample_ddp.py",
+        damaged(VAE, lambda tensors: tensors.pop("decoder.conv_in.weight")),
+        "copy/vae: weights and config.json do not fit each other (decoder.conv_in.weight …)",
+    ),
+    "NaN in the VAE": (
+        "sample_ddp.py",
+        damaged(VAE, lambda tensors: tensors["decoder.conv_in.weight"].fill_(float("nan"))),
+        "copy/vae: tensor decoder.conv_in.weight holds NaN or infinite values",
+    ),
+    "a text encoder that lacks a tensor": (
+        "finetune.py",
+        damaged("text_encoder/model.safetensors", lambda tensors: tensors.pop(next(iter(tensors)))),
+        "copy/text_encoder: weights and config.json do not fit each other",
+    ),
+    "a tokenizer without a vocabulary": ("sample_ddp.py", without_vocabulary, "copy/tokenizer: "),
+    "a pipeline without a text encoder": ("finetune.py", without("text_encoder"), "copy/text_encoder: missing"),
+    "no prompts for previews": (
+        "finetune.py",
+        lambda root, _: ["finetune.preview_prompts=[]"],
+        "finetune.preview_prompts=[]: must not be empty",
+    ),
+    "views that are all the same": (
+        "finetune.py",
+        lambda root, _: ["data.cache_latents=true", "data.cached_views=2"],
+        "data.cached_views=2: data.center_crop=true and data.random_flip=false make them all the same",
+    ),
     "no caption column": (
         "finetune.py",
         lambda root, _: ["data.caption_column=null"],
@@ -320,7 +409,7 @@ MISTAKES = {
         "prompts=a.txt: no such file",
     ),
     "a missing tokenizer": ("sample_ddp.py", without("tokenizer"), "copy/tokenizer: missing"),
-    "a missing VAE": ("sample_ddp.py", without("vae"), "copy/vae/config.json: No such file or directory"),
+    "a missing VAE": ("sample_ddp.py", without("vae"), "copy/vae"),
     "a VAE that does not fit": ("sample_ddp.py", other_channels, "in_channels=5: the VAE's latents have 4 channels"),
 }
 
