@@ -594,8 +594,7 @@ MISTAKES = [
         "pretrained weights that are cut short",
         "sample_ddp.py",
         [PRETRAINED, COPY],
-        "sample.model=pretrained: copy/unet: OSError: Unable to load weights from checkpoint file for "
-        "'copy/unet/diffusion_pytorch_model.safetensors'…",
+        "sample.model=pretrained: copy/unet/diffusion_pytorch_model.safetensors: cannot be read: SafetensorError: …",
         copied_pretrained(lambda folder: (folder / "unet" / WEIGHTS).write_bytes(b"short")),
     ),
     Mistake(
@@ -740,7 +739,7 @@ MISTAKES = [
         "weights in several files",
         "sample_ddp.py",
         ["sample.model=copy"],
-        f"copy/unet/{WEIGHTS}.index.json: weights in several files are not read; save them as one",
+        f"copy/unet/{WEIGHTS}.index.json: stands beside {WEIGHTS}; delete the one that does not count",
         copied_pretrained(lambda folder: (folder / "unet" / f"{WEIGHTS}.index.json").write_text("{}")),
     ),
     Mistake(
@@ -932,8 +931,7 @@ MISTAKES = [
         "a model's folder whose weights are cut short",
         "sample_ddp.py",
         ["sample.model=copy"],
-        "sample.model=copy: copy/unet: OSError: Unable to load weights from checkpoint file for "
-        "'copy/unet/diffusion_pytorch_model.safetensors'…",
+        "sample.model=copy: copy/unet/diffusion_pytorch_model.safetensors: cannot be read: SafetensorError: …",
         copied_pretrained(lambda folder: (folder / "unet" / WEIGHTS).write_bytes(b"short")),
     ),
     Mistake(
@@ -1333,7 +1331,7 @@ def test_merged_weights_that_are_no_longer_those_are_merged_again(start, config_
 
 
 RACES = {  # what reads the file that another program writes meanwhile
-    "merge.py": ("deme.models.pipelines.load_tensors", WEIGHTS),
+    "merge.py": ("deme.models.weights.load_tensors", WEIGHTS),
     "finetune.py": ("deme.models.networks.load_unet", WEIGHTS),
     "sample_ddp.py": ("deme.models.networks.load_unet", WEIGHTS),
     "evaluate.py": ("deme.data.samples.read_images", "000001.png"),
