@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -77,8 +78,9 @@ class Run:
         if self.process.is_alive():
             try:
                 os.killpg(self.process.pid, number)
-            except ProcessLookupError:  # it has no group of its own yet
-                os.kill(self.process.pid, number)
+            except ProcessLookupError:  # it has no group of its own yet, or has just ended
+                with suppress(ProcessLookupError):
+                    os.kill(self.process.pid, number)
 
     def wait(self, seconds: float = 600) -> int | None:
         """The exit status, or −N after signal N; None where it still runs after so many seconds."""
