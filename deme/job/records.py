@@ -155,8 +155,13 @@ def provenance(config: Config) -> dict[str, Any]:
 
 @cache
 def _git_commit() -> str | None:
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
+    """The commit, with -dirty where tracked files differ; nothing is locked, as a kill would leave the lock behind."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return None  # a copy of the repository without git

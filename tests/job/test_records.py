@@ -1,13 +1,17 @@
+import os
+import subprocess
+
 import numpy as np
 import pytest
 import yaml
 
 from deme.config.experiment import Config
 from deme.errors import UserError
+from deme.job import records
 from deme.job.records import IMAGES, MERGED, PROVENANCE, RUN, SAMPLES, STATISTICS, Record, provenance, read_record
 
 MADE_FROM = {"weights": "a" * 64, "steps": 50}
-OLD_SAMPLES = MADE_FROM | {"sample.scheduler": "ddim"}  # what older records do not say
+OLD_SAMPLES = MADE_FROM | {"sample.scheduler": "ddim", "size_on_disk": None}  # what older records do not say
 BESIDE = {RUN: {"free": {"log_every": 1}}, SAMPLES: {"num_images": 4}, MERGED: {}}
 
 
@@ -73,3 +77,26 @@ def test_provenance_is_plain_yaml():
     assert record["versions"]["numpy"] == np.__version__
     assert record["processor"]
     assert record["config"]["finetune"]["range"] is None
+
+
+def test_the_commit_is_read_without_writing_into_the_repository(tmp_path, monkeypatch):
+    """`git describe --dirty` would rewrite the index, and a kill in between leaves its lock behind for good."""
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a"]
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    git("init", "--quiet")
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("commit", "--quiet", "--message=a")
+    monkeypatch.setattr(records, "REPOSITORY", tmp_path)
+    commit = git("rev-parse", "HEAD").strip()
+    index = tmp_path / ".git" / "index"
+    os.utime(tmp_path / "file")
+    os.utime(index, (1, 1))
+    assert records._git_commit.__wrapped__() == commit
+    assert index.stat().st_mtime == 1
+    (tmp_path / "file").write_text("b")
+    assert records._git_commit.__wrapped__() == f"{commit}-dirty"
