@@ -65,7 +65,7 @@ def main() -> None:
 
 def cores_of_a_gpu(rows: list[dict]) -> str:
     """How many cores decode for one GPU that finetunes Church's network, in a line."""
-    _, flops, _ = unet_cost(CHURCH)
+    _, flops = unet_cost(CHURCH)
     passes = 4  # a backward pass costs two forward passes, the teacher one
     needed = GPU_TFLOPS * 1e12 / (passes * flops)
     [alone] = [row for row in rows if row.get("threads") == 1 and "256×256" in row["data"]]

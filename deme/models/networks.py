@@ -57,7 +57,7 @@ def load_unet(folder: Path) -> nn.Module:
     """
     file = folder / "config.json"
     settings = read_json(file)
-    name = settings.get("_class_name", UNet2DModel.__name__)  # as in files of long ago
+    name = str(settings.get("_class_name", UNet2DModel.__name__))  # not named in files of long ago
     if name not in UNETS | PROJECTED_UNETS:
         raise UserError(f"{file}: _class_name={name}: not one of {', '.join(UNETS)}")
     tensors = load_tensors(folder)

@@ -17,7 +17,7 @@ from deme.errors import UserError
 from deme.job.files import TEMPORARY
 from deme.job.records import SAMPLES, Record
 
-IDENTITY = {"weights": ["abc"], "num_inference_steps": 50, "sample.scheduler": "ddim"}
+IDENTITY = {"weights": ["abc"], "num_inference_steps": 50, "sample.scheduler": "ddim", "size_on_disk": None}
 
 
 def claim(folder, identity=IDENTITY, seeds=range(4), overwrite=False):

@@ -202,7 +202,7 @@ DAMAGED_PROMPTS = {
     "a line short": (f"{FIRST}\n", "line 2: missing, the one of 000001.png"),
     "a line too many": (f"{FIRST}\n{SECOND}\n{line('000002.png')}\n", "line 3: there are only 2 images"),
     "another order": (f"{SECOND}\n{FIRST}\n", "line 1: is of 000001.png instead of 000000.png"),
-    "empty": ("", f"line 1: {TEXTS_NEEDED}"),
+    "empty": ("", "line 1: missing, the one of 000000.png"),
     "an empty line": (f"{FIRST}\n\n{SECOND}\n", f"line 2: {TEXTS_NEEDED}"),
     "a line cut short": (f"{FIRST}\n{SECOND[:-5]}", f"line 2: {TEXTS_NEEDED}"),
     "a list": (f"{FIRST}\n[1, 2]\n", f"line 2: {TEXTS_NEEDED}"),
