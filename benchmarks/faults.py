@@ -1,6 +1,6 @@
 """Kill the scripts, fill their disk, damage their checkpoints, change their inputs: nothing may be lost.
 
-    python benchmarks/faults.py                # over a thousand kills: most of an hour
+    python benchmarks/faults.py                # over a thousand kills: more than an hour
     python benchmarks/faults.py --kills 3 --calls 3 --flips 1 --full-disks 1
 
 They are killed at random moments, and between two calls that change files. After every kill: no unreadable file under
