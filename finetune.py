@@ -18,7 +18,7 @@ from deme.config.sections import CONTINUED, Finetune, range_name
 from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import Watched, sha256
-from deme.job.records import ARCHITECTURE, ENCODER, SCHEDULE
+from deme.job.records import ARCHITECTURE, DATA, ENCODER, SCHEDULE
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
     encoder_files,
@@ -126,8 +126,8 @@ def main(config: Config) -> None:
         try_out(unet, scheduler, encoder)
     accelerator.wait_for_everyone()
     watched.check()  # all processes have read the same
-    images = load_examples(config, config.finetune, encoder, pretrained, accelerator).training
     fingerprint = data_fingerprint(config.data, with_captions=True)
+    images = load_examples(config, config.finetune, encoder, {DATA: fingerprint, **hashes}, accelerator).training
     accelerator.print(
         f"{source}: {unet.num_parameters():,} parameters; {len(images):,} images; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"

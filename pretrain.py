@@ -16,7 +16,7 @@ from deme.config.experiment import Config
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, sha256, write_yaml
-from deme.job.records import ENCODER, SCHEDULE, provenance
+from deme.job.records import DATA, ENCODER, SCHEDULE, provenance
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
     encoder_files,
@@ -107,7 +107,8 @@ def main(config: Config) -> None:
         try_out(unet, scheduler, encoder)
     accelerator.wait_for_everyone()
     watched.check()  # all processes have read the same
-    images, held_out_images = load_examples(config, settings, encoder, encoders, accelerator)
+    fingerprint = data_fingerprint(config.data, with_captions=True)
+    images, held_out_images = load_examples(config, settings, encoder, {DATA: fingerprint, **others}, accelerator)
     counts = f"{unet.num_parameters():,} parameters, {len(images):,} images, {len(held_out_images):,} held out"
     accelerator.print(counts)
 
@@ -128,7 +129,7 @@ def main(config: Config) -> None:
 
     trainer = session.train(
         accelerator,
-        run.reading(data_fingerprint(config.data, with_captions=True)),
+        run.reading(fingerprint),
         lambda: Trainer(accelerator, networks, images, objective, settings, run.folder, held_out),
         write,
     )

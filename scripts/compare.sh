@@ -30,13 +30,7 @@ trap 'rm -f "$control_log"' EXIT
 complete "$(python finetune.py --path continued --config "$config" "$@")"
 complete_ranges "$config" "$@"
 
-pass_signals python merge.py --config "$config" "$@"
-for model in pretrained continued ensemble merged; do
-  launch sample_ddp.py --config "$config" "$@" sample.model=$model
-done
-launch evaluate.py --config "$config" "$@"
-
-pass_signals python merge.py --config "$config" "$@" # again, for the model card: it has scores now
+compare_models "$config" "$@"
 
 echo "pictures:"
 find "$run/samples" "$run/finetuned" -name 'grid-*.png' -o -path '*/previews/*.png' | sort

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from deme.data.prompts import DIGIT_CAPTIONS as CAPTIONS
 from deme.errors import UserError
 from deme.job.command import ended_in_one_line
 from deme.job.files import atomic_folder, make_folder
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 SEED = 0
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-CAPTIONS = tuple(f"a handwritten {name}" for name in NAMES)
 
 HELD_OUT = 359  # images, a fifth, that the autoencoder is measured on
 STEPS = 3000

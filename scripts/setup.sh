@@ -100,6 +100,18 @@ complete_ranges() {
   done <<<"$unets"
 }
 
+# compare_models CONFIG OVERRIDES…: merge, draw from the four models that a table compares, score them
+compare_models() {
+  local config=$1 model
+  shift
+  pass_signals python merge.py --config "$config" "$@"
+  for model in pretrained continued ensemble merged; do
+    launch sample_ddp.py --config "$config" "$@" sample.model=$model
+  done
+  launch evaluate.py --config "$config" "$@"
+  pass_signals python merge.py --config "$config" "$@" # again, for the model card: it has scores now
+}
+
 resume_later() {
   echo "stopped by its time limit: the same command resumes"
   exit 0

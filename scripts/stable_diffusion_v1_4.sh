@@ -23,9 +23,4 @@ complete_ranges "$config" "$@"
 launch finetune.py --config "$config" "$@" finetune.range=continued $(max_minutes finetune)
 complete "$(python finetune.py --path continued --config "$config" "$@")"
 
-pass_signals python merge.py --config "$config" "$@"
-for model in pretrained continued ensemble merged; do
-  launch sample_ddp.py --config "$config" "$@" sample.model=$model
-done
-launch evaluate.py --config "$config" "$@"
-pass_signals python merge.py --config "$config" "$@" # again, for the model card: it has scores now
+compare_models "$config" "$@"

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import REPOSITORY, environment
 
-from benchmarks.fuzz import FORMATS
+from benchmarks.damaged_formats import FORMATS
 
 SECONDS = 20
 

@@ -5,21 +5,15 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CONTEXT = 77  # tokens, the start's and the end's among them
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def byte_symbols() -> list[str]:
-    """The character that stands for each of the 256 bytes in GPT-2's vocabulary: itself where it can be seen."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    symbols = [chr(byte) for byte in seen]
-    return symbols + [chr(256 + i) for i in range(256 - len(seen))]
-
-
 def tiny_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer without merges: a token for every byte, another one where it ends a word."""
-    symbols = byte_symbols()
+    symbols = list(bytes_to_unicode().values())
     tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), START, END]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=CONTEXT)
 

@@ -9,6 +9,8 @@ from typing import Any
 from deme.errors import UserError, naming, one_line, shown
 from deme.job.files import atomic_file
 
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_CAPTIONS = tuple(f"a handwritten {name}" for name in DIGITS)  # of the embedded digits
 PROMPTS = "prompts.jsonl"  # in a sample folder: which image was drawn from which prompt
 
 

@@ -20,6 +20,7 @@ from deme.data.captions import CaptionedImages
 from deme.data.decoding import decode_image, decoding
 from deme.data.draws import held_out_order
 from deme.data.images import CachedImages, CroppedImages, StreamedImages, TrainingImages
+from deme.data.prompts import DIGIT_CAPTIONS
 from deme.errors import UserError, one_line, shown
 from deme.job.files import atomic_folder, make_folder, writing
 from deme.job.records import IMAGES, Record
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     import datasets
 
 FINGERPRINTED = 1_000  # images
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # in captions
 
 
 class Rows(Sequence):
@@ -78,15 +78,25 @@ def load_training_images(data: Data, channels: int, cache: Path, caption_dropout
     """
     source = _open(data)
     images = _load(data, source, channels, cache)
-    count = data.held_out_images
-    if count >= len(images):
-        raise UserError(f"data.held_out_images={count}: {data.name} has {len(images)} images")
-    order = held_out_order(len(images))
-    training = CroppedImages(images, data.resolution, data.center_crop, data.random_flip, np.sort(order[count:]))
-    held_out = CroppedImages(images, data.resolution, center_crop=True, random_flip=False, chosen=order[:count])
+    kept, others = split_held_out(data, len(images))
+    training = CroppedImages(images, data.resolution, data.center_crop, data.random_flip, kept)
+    held_out = CroppedImages(images, data.resolution, center_crop=True, random_flip=False, chosen=others)
     if source.captions is None:
         return TrainingImages(training, held_out)
     return TrainingImages(*(CaptionedImages(part, source.captions, caption_dropout) for part in (training, held_out)))
+
+
+def split_held_out(data: Data, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` images are trained on, in rising order, and which `data.held_out_images` are not.
+
+    Raises:
+        UserError: there would be none to train on.
+    """
+    held_out = data.held_out_images
+    if held_out >= count:
+        raise UserError(f"data.held_out_images={held_out}: {data.name} has {count} images")
+    order = held_out_order(count)
+    return np.sort(order[held_out:]), order[:held_out]
 
 
 def load_evaluation_images(data: Data, cache: Path) -> tuple[CroppedImages, torch.Tensor | None]:
@@ -154,7 +164,7 @@ def _open(data: Data) -> Source:
         digits = load_digits()
         images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
         labels = None if data.label_column is None else digits.target.tolist()
-        captions = None if data.caption_column is None else [[f"a handwritten {DIGITS[i]}"] for i in digits.target]
+        captions = None if data.caption_column is None else [[DIGIT_CAPTIONS[i]] for i in digits.target]
         return Source([Image.fromarray(image) for image in images], labels, captions, "digits")
 
     import datasets

@@ -8,6 +8,8 @@ import signal
 import sys
 from types import FrameType
 
+from deme.job.signals import SIGNALS
+
 
 def end_at_once(number: int, _frame: FrameType | None) -> None:
     """The handler: nothing has begun yet."""
@@ -15,5 +17,5 @@ def end_at_once(number: int, _frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in SIGNALS:
     signal.signal(number, end_at_once)

@@ -11,9 +11,8 @@ from transformers.utils import logging
 
 from deme.data.samples import read_images
 from deme.errors import UserError, one_line
-from deme.job.files import REPOSITORY
-from deme.models.encoders import LEAST_VOCABULARY
-from deme.models.pipelines import is_hub_id
+from deme.models.encoders import LEAST_VOCABULARY, check_filled
+from deme.models.pipelines import find_folder, is_hub_id
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def load_clip(source: str) -> ClipScores:
     """
     place: str | Path = source
     if not is_hub_id(source):
-        place = next((folder for folder in (Path(source), REPOSITORY / source) if folder.is_dir()), None)
+        place = find_folder(source)
         if place is None:
             raise UserError("no such folder")
         if not (place / "config.json").is_file():  # transformers would take the settings of OpenAI's model
@@ -98,9 +97,7 @@ def load_clip(source: str) -> ClipScores:
         image_processor = CLIPImageProcessor.from_pretrained(place)
     except Exception as error:  # network, name, permission and format errors have no common class
         raise UserError(f"no CLIP model can be loaded from it: {one_line(error)}") from None
-    wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
-    if wrong:
-        raise UserError(f"the weights and config.json do not fit each other ({', '.join(sorted(wrong)[:3])} …)")
+    check_filled(report)
     vocabulary = model.config.text_config.vocab_size
     if not LEAST_VOCABULARY <= len(tokenizer) <= vocabulary:  # transformers makes an empty one where it is missing
         raise UserError(f"its tokenizer is missing or another model's: {len(tokenizer)} tokens, not {vocabulary}")

@@ -139,6 +139,11 @@ class LatentsAndText:
         for part in (self.vae, self.text_encoder):
             nn.Module.to(part, "cpu")
 
+    @property
+    def _shift(self) -> float:
+        """What the VAE's latents are shifted by before they are scaled; most are not."""
+        return self.vae.config.get("shift_factor") or 0.0
+
     def _ready(self, part: nn.Module) -> nn.Module:
         """A part where and how it is to work."""
         return nn.Module.to(part, self.device, self.dtype)  # diffusers' own warns of every change of the type
@@ -163,9 +168,8 @@ class LatentsAndText:
         """A sample of the posterior, as the network sees latents: float32, (B, latent channels, h, w)."""
         mean, log_variance = moments.float().contiguous().chunk(2, dim=1)
         deviation = torch.exp(log_variance.clamp(-30, 20) / 2)
-        shift = self.vae.config.get("shift_factor") or 0.0
         noise = torch.randn(mean.shape, device=mean.device)  # randn_like fills in the order in which a tensor lies
-        latents = (mean + deviation * noise - shift) * self.vae.config.scaling_factor
+        latents = (mean + deviation * noise - self._shift) * self.vae.config.scaling_factor
         return latents.to(memory_format=memory_format(self.device))
 
     @torch.no_grad()
@@ -194,8 +198,7 @@ class LatentsAndText:
             RunError: the VAE gives NaN or infinite values, as some do in half precision.
         """
         vae = self._ready(self.vae)
-        shift = self.vae.config.get("shift_factor") or 0.0
-        latents = (tensors / self.vae.config.scaling_factor + shift).to(self.dtype)
+        latents = (tensors / self.vae.config.scaling_factor + self._shift).to(self.dtype)
         images = []
         for part in latents.split(CODED_AT_ONCE):
             decoded = vae.decode(part).sample.float()
@@ -237,7 +240,8 @@ def load_encoder(pipeline: Path, unet: nn.Module) -> Encoder:
                     part = kind.from_pretrained(str(folder), local_files_only=True)
                 else:
                     part, report = kind.from_pretrained(str(folder), local_files_only=True, **options, **float32[kind])
-                    _check_loaded(part, report)
+                    check_filled(report)
+                    _check_finite(part)
             except UserError:
                 raise
             except Exception as error:  # diffusers and transformers raise whatever a damaged file leads to
@@ -250,14 +254,22 @@ def load_encoder(pipeline: Path, unet: nn.Module) -> Encoder:
     return LatentsAndText(vae, text_encoder, tokenizer)
 
 
-def _check_loaded(network: nn.Module, report: dict) -> None:
-    """
+def check_filled(report: dict) -> None:
+    """Look at what diffusers or transformers report of a network that they loaded.
+
     Raises:
-        UserError: weights that are missing, which the libraries would draw at random, or not finite.
+        UserError: weights that are missing, or of another size, which the libraries would draw at random.
     """
-    missing = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
+    missing = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
     if missing:
         raise UserError(f"weights and config.json do not fit each other ({', '.join(sorted(missing)[:3])} …)")
+
+
+def _check_finite(network: nn.Module) -> None:
+    """
+    Raises:
+        UserError: NaN or infinite weights.
+    """
     for name, tensor in network.state_dict().items():
         if not tensor.isfinite().all():
             raise UserError(f"tensor {name} holds NaN or infinite values")

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -10,29 +9,26 @@ from tqdm import tqdm
 from deme.config.experiment import Config
 from deme.config.sections import Data, Training
 from deme.data.captions import CaptionedImages
-from deme.data.draws import held_out_order
 from deme.data.images import CroppedImages, TrainingImages
 from deme.data.latents import INDEX, CachedLatents, count_images, num_parts, write_index, write_part
-from deme.data.sources import data_fingerprint, load_training_images
-from deme.errors import UserError
+from deme.data.sources import load_training_images, split_held_out
 from deme.job.files import make_folder, writing
 from deme.job.processes import in_main_process
 from deme.job.records import DATA, ENCODER, LATENTS, Record
 from deme.models.encoders import Encoder
-from deme.models.pipelines import encoders_hash
 
 # of the data, beside what its fingerprint tells
 KEYS = ("image_column", "resolution", "center_crop", "random_flip", "skip_unreadable", "cached_views")
 
 
 def load_examples(
-    config: Config, settings: Training, encoder: Encoder, pipeline: Path | None, accelerator: Accelerator
+    config: Config, settings: Training, encoder: Encoder, made_of: dict[str, str], accelerator: Accelerator
 ) -> TrainingImages:
     """The configured data as the encoder takes it.
 
     Args:
         settings: the run's own.
-        pipeline: whose encoder it is; None: images are not encoded.
+        made_of: what tells the data, and the encoders if there are any, from others, as in the run's record.
 
     Raises:
         UserError: data that can't be read, or captions for a network that takes none, or the reverse.
@@ -42,15 +38,9 @@ def load_examples(
     if not data.cache_latents:
         return load_training_images(data, encoder.image_channels, config.paths.image_cache, settings.caption_dropout)
     encoder.prepare(accelerator.device, settings.mixed_precision)
-    folder = cached_latents(config, encoder, pipeline, accelerator)
-    count = count_images(folder)
-    if data.held_out_images >= count:
-        raise UserError(f"data.held_out_images={data.held_out_images}: {data.name} has {count} images")
-    order = held_out_order(count)
-    return TrainingImages(
-        CachedLatents(folder, np.sort(order[data.held_out_images :]), settings.caption_dropout),
-        CachedLatents(folder, order[: data.held_out_images], settings.caption_dropout),
-    )
+    folder = cached_latents(config, encoder, made_of, accelerator)
+    parts = split_held_out(data, count_images(folder))
+    return TrainingImages(*(CachedLatents(folder, chosen, settings.caption_dropout) for chosen in parts))
 
 
 def check_captions(data: Data, encoder: Encoder) -> None:
@@ -64,15 +54,14 @@ def check_captions(data: Data, encoder: Encoder) -> None:
     data.check("cache_latents", encoder.takes_text or not data.cache_latents, "the model works on pixels")
 
 
-def cached_latents(config: Config, encoder: Encoder, pipeline: Path, accelerator: Accelerator) -> Path:
+def cached_latents(config: Config, encoder: Encoder, made_of: dict[str, str], accelerator: Accelerator) -> Path:
     """The folder of the data's latents and embeddings, made once by all processes; what a killed job made is kept.
 
     Another job that wants the same waits for this one.
     """
     data = config.data
     made_from = {
-        DATA: data_fingerprint(data, with_captions=True),
-        ENCODER: encoders_hash(pipeline),
+        **{key: made_of[key] for key in (DATA, ENCODER)},
         "type": str(encoder.dtype),
         **{key: getattr(data, key) for key in KEYS},
     }

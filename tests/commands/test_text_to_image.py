@@ -33,22 +33,16 @@ def text_to_image(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def text_config(tmp_path, text_to_image) -> Path:
-    """A configuration that runs every script in seconds, into tmp_path/tiny."""
-    config = {
-        "name": "tiny",
-        "output_dir": str(tmp_path),
-        "model": {"pretrained": str(text_to_image)},
-        "data": {"caption_column": "caption", "center_crop": True},
-        "timesteps": {"num_ranges": 2},
-        "finetune": {"max_steps": 4, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "log_every": 1},
-        "merge": {"coefficients": [0.5, 0.25]},
-        "sample": {"num_images": 6, "batch_size": 4, "num_inference_steps": 3, "prompts": PROMPTS},
-        "evaluate": {"features": "classifier", "classifier_epochs": 1, "clip_model": None},
-    }
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(config))
-    return file
+def text_config(config_file, text_to_image) -> Path:
+    """The same configuration, with captions and prompts."""
+    config = yaml.safe_load(config_file.read_text())
+    config["model"]["pretrained"] = str(text_to_image)
+    config["data"] = {"caption_column": "caption", "center_crop": True}
+    config["finetune"]["max_steps"] = 4
+    config["sample"]["prompts"] = PROMPTS
+    config["evaluate"]["clip_model"] = None
+    config_file.write_text(yaml.safe_dump(config))
+    return config_file
 
 
 def images(folder: Path) -> dict[str, np.ndarray]:
