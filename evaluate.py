@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
+from deme.config.sections import LEAST_CLASSIFIED
 from deme.errors import UserError, naming
 from deme.job.command import run_script
-from deme.job.files import Watched, make_folder, read_json
+from deme.job.files import Watched, read_json
 from deme.job.records import SAMPLES, provenance
 from deme.models.variants import ORDER
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     import torch
 
     from deme.measure.scores import Score
-
-LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 
 
 def sample_folders(config: Config) -> list[Path]:
@@ -101,9 +100,7 @@ def main(config: Config) -> None:
     output = config.paths.results
 
     # --- what is scored
-    seen = settings.features != "classifier" or config.data.resolution >= LEAST_CLASSIFIED
-    least_pixels = f"evaluate.features=classifier needs at least {LEAST_CLASSIFIED} pixels"
-    config.data.check("resolution", seen, least_pixels)
+    config.check_classified()
     with naming("evaluate.output", output):
         check_replaceable(output)
     if settings.reference is not None and not config.paths.reference.is_file():
@@ -121,7 +118,8 @@ def main(config: Config) -> None:
             raise UserError(f"evaluate.blocks={settings.blocks}: {folder} holds {len(files[folder])} image(s), {least}")
         size = check_sizes(files[folder])
         if settings.features == "classifier" and min(size) < LEAST_CLASSIFIED:
-            raise UserError(f"evaluate.samples={folder}: images of {size[0]} x {size[1]} pixels, {least_pixels}")
+            rule = f"evaluate.features=classifier needs at least {LEAST_CLASSIFIED} pixels"
+            raise UserError(f"evaluate.samples={folder}: images of {size[0]} x {size[1]} pixels, {rule}")
     beside_images = [folder / name for folder in files for name in (SAMPLES.file, PROMPTS)]
     watched = Watched([*beside_images, *(path for paths in files.values() for path in paths)])
     prompts: dict[Path, list[str] | None] = dict.fromkeys(files)
@@ -133,9 +131,8 @@ def main(config: Config) -> None:
     # --- torch is imported after what can be answered without it
     from deme.data.ahead import available_threads
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
-    from deme.measure.classifier import trained_classifier
-    from deme.measure.features import extract, load_inception
-    from deme.measure.reference import reference_statistics
+    from deme.measure.feature_space import load_feature_space
+    from deme.measure.features import extract
     from deme.measure.scores import save_scores, score, with_clip
     from deme.report.tables import score_table
 
@@ -150,18 +147,9 @@ def main(config: Config) -> None:
                 clip = load_clip(settings.clip_model).to(accelerator.device)  # one process downloads the weights
 
         # --- the feature network and the data's statistics
-        beside = {}
-        made_by = {}
-        with locked_by_all(accelerator, config.paths.stats, "output_dir"):
-            make_folder(config.paths.stats, "output_dir")
-            if settings.features == "inception":
-                with accelerator.main_process_first(), naming("evaluate.features", settings.features):
-                    network = load_inception().to(accelerator.device)  # one process downloads the weights
-            else:
-                network, accuracy, made_by = trained_classifier(config, accelerator)
-                accelerator.print(f"classifier: held-out accuracy {accuracy:.1%}")
-                beside["held_out_accuracy"] = accuracy
-            reference = reference_statistics(config, accelerator, network, made_by)
+        space = load_feature_space(config, accelerator)
+        reference = space.reference
+        beside = {} if space.accuracy is None else {"held_out_accuracy": space.accuracy}
         if not folders:
             return
 
@@ -170,7 +158,9 @@ def main(config: Config) -> None:
         for folder, paths in files.items():
             read = partial(read_part, paths)
             with naming("evaluate.samples", folder):
-                features = extract(accelerator, network, read, len(paths), settings.batch_size, available_threads())
+                features = extract(
+                    accelerator, space.network, read, len(paths), settings.batch_size, available_threads()
+                )
             if features.shape[1] != len(reference.mu):
                 size = f"{len(reference.mu)} features, {settings.features} has {features.shape[1]}"
                 raise UserError(f"evaluate.reference={settings.reference}: holds statistics of {size}")

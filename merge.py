@@ -3,6 +3,7 @@
     python merge.py
     python merge.py "merge.coefficients=[0.1,0.1,0.2,0.5]" merge.output=runs/digits/merged-by-hand
     python merge.py merge.method=ties merge.output=runs/digits/merged-ties
+    python merge.py merge.coefficients=search           # what search.py found
     python merge.py "merge.coefficients={up_blocks.*: [0.5,0.5,0.5,0.5], '*': [0.1,0.1,0.1,0.1]}"
     python merge.py merge.push_to_hub=owner/name        # upload it
 
@@ -21,7 +22,7 @@ from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
-from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, sha256
+from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, read_yaml, sha256
 from deme.job.locks import locked
 from deme.job.records import ENCODER, MERGED, SCHEDULE, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models.pipelines import (
@@ -33,7 +34,7 @@ from deme.models.pipelines import (
     unet_folder,
     write_pipeline_files,
 )
-from deme.models.variants import find_pretrained
+from deme.models.variants import find_finetuned, find_pretrained
 from deme.models.weights import WEIGHTS, load_tensors, weights_files, weights_hash, write_unet
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
 
 def plan(config: Config) -> str:
     """What this command would do."""
-    groups = config.coefficient_groups.items()
-    coefficients = [f"  {pattern}: {coefficients}" for pattern, coefficients in groups]
+    file = searched_file(config)
+    groups = config.coefficient_groups if file is None else {"those in": file}
+    coefficients = [f"  {pattern}: {coefficients}" for pattern, coefficients in groups.items()]
     inputs = [f"  {folder}" for folder in config.paths.finetuned]
     title = f"merge {config.paths.pretrained} and the following by {config.merge.method} -> {config.paths.merged}"
     upload = [] if config.merge.push_to_hub is None else [f"upload it to {config.merge.push_to_hub}"]
@@ -56,11 +58,9 @@ def main(config: Config) -> None:
 
     # --- inputs
     output = config.paths.merged
-    inputs = config.paths.finetuned
     pretrained = find_pretrained(config.paths)
-    for k, folder in enumerate(inputs):
-        if not (folder / WEIGHTS).is_file():
-            raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={k}")
+    inputs = find_finetuned(config.paths)
+    groups = coefficient_groups(config)
     check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
     networks = [unet_folder(pretrained), *inputs]
     schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
@@ -83,7 +83,8 @@ def main(config: Config) -> None:
         for name, folder, weights_hash in zip(names, inputs, hashes, strict=True)
     ]
     base = {"path": config.paths.pretrained, "sha256": base_hash}
-    made_from = {"coefficients": config.coefficient_groups, "pretrained": base, "finetuned": experts}
+    made_from = {"coefficients": groups, "pretrained": base, "finetuned": experts}
+    check_searched(config, base_hash, hashes)
     made_from[SCHEDULE] = sha256(schedule)
     if takes_text(pretrained):
         made_from[ENCODER] = encoders_hash(pretrained)
@@ -94,13 +95,55 @@ def main(config: Config) -> None:
         if is_complete(output, wanted):
             print(f"{output} is complete")
         else:
-            write_merged(output, pretrained, inputs, config.coefficient_groups, method, wanted, watched)
+            write_merged(output, pretrained, inputs, groups, method, wanted, watched)
             print(f"wrote {output}")
         write_card(config, wanted)
 
     # --- share
     if settings.push_to_hub is not None:
         push_to_hub(output, settings.push_to_hub)
+
+
+def searched_file(config: Config) -> Path | None:
+    """The file of search.py that merge.coefficients names, if any."""
+    given = config.merge.coefficients
+    if not isinstance(given, str):
+        return None
+    return config.paths.best_coefficients if given == "search" else Path(given)
+
+
+def coefficient_groups(config: Config) -> dict[str, list[float]]:
+    """Name pattern → merging coefficients, from the configuration or from the file that it names.
+
+    Raises:
+        UserError: no such file, or none of search.py's.
+    """
+    file = searched_file(config)
+    if file is None:
+        return config.coefficient_groups
+    with naming("merge.coefficients", config.merge.coefficients):
+        if not file.is_file():
+            raise UserError(f"{file} is missing; search.py makes it")
+        found = read_yaml(file).get("coefficients")
+        if not isinstance(found, dict):
+            raise UserError(f"{file}: not the coefficients of search.py")
+    with naming(file):
+        return replace(config, merge=replace(config.merge, coefficients=found)).coefficient_groups
+
+
+def check_searched(config: Config, pretrained: str, finetuned: list[str]) -> None:
+    """Make sure that coefficients from a file were found for the networks that are merged.
+
+    Raises:
+        UserError: they were found for others.
+    """
+    file = searched_file(config)
+    if file is None:
+        return
+    found = read_yaml(file)
+    if (found.get("pretrained"), found.get("finetuned")) != (pretrained, finetuned):
+        remedy = "search again, or write its coefficients into the configuration"
+        raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
 
 
 def is_complete(output: Path, wanted: Record) -> bool:

@@ -183,18 +183,15 @@ def draw(
     from tqdm import tqdm
 
     from deme.data.samples import write_image
-    from deme.method.sampling import guided, sample_images
+    from deme.models.drawing import Drawing
 
-    negative = encoder.condition([settings.negative_prompt])
+    drawing = Drawing(scheduler, encoder, settings, shape, accelerator.device, accelerator.autocast)
     batches = [seeds[start : start + settings.batch_size] for start in range(0, len(seeds), settings.batch_size)]
     silent = not accelerator.is_main_process or not batches
-    sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, accelerator.autocast)
     writes = []
     with ThreadPoolExecutor(max_workers=4) as pool:
         for batch in tqdm(batches, settings.model, unit="batch", disable=silent):
-            prompts = [texts[seed] for seed in batch if texts]
-            network = guided(network_at, encoder.condition(prompts), negative, settings.guidance_scale)
-            images = encoder.decode(sample_images(network, scheduler, batch, shape, accelerator.device, *sampler))
+            images = drawing.images(network_at, batch, [texts[seed] for seed in batch if texts])
             for write in writes:
                 write.result()  # a full disk stops the run here
             pairs = zip(batch, images, strict=True)

@@ -7,13 +7,17 @@ from deme.config.paths import Paths
 from deme.config.section import Section
 from deme.config.sections import (
     CONTINUED,
+    DISTILLED,
+    LEAST_CLASSIFIED,
     Data,
+    Distill,
     Evaluate,
     Finetune,
     Merge,
     Model,
     Pretrain,
     Sample,
+    Search,
     Timesteps,
 )
 
@@ -30,7 +34,9 @@ class Config(Section):
     timesteps: Timesteps = field(default_factory=Timesteps)
     pretrain: Pretrain = field(default_factory=Pretrain)
     finetune: Finetune = field(default_factory=Finetune)
+    search: Search = field(default_factory=Search)
     merge: Merge = field(default_factory=Merge)
+    distill: Distill = field(default_factory=Distill)
     sample: Sample = field(default_factory=Sample)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
@@ -40,14 +46,20 @@ class Config(Section):
         count = len(self.timesteps.ranges)
         chosen = self.finetune.range
         is_range = isinstance(chosen, int) and 0 <= chosen < count
-        self.finetune.check(
-            "range", chosen in (None, CONTINUED) or is_range, f"must be null, {CONTINUED}, or one of 0 … {count - 1}"
-        )
+        named = chosen in (None, CONTINUED, DISTILLED)
+        rule = f"must be null, {CONTINUED}, {DISTILLED}, or one of 0 … {count - 1}"
+        self.finetune.check("range", named or is_range, rule)
         measured = self.pretrain.patience is None or self.data.held_out_images > 0
         self.pretrain.check("patience", measured, "needs data.held_out_images above 0")
         total = self.timesteps.num_train_timesteps
         few = self.sample.num_inference_steps <= total
         self.sample.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
+        few = self.search.num_inference_steps <= total
+        self.search.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
+        first, last = self.search.seed_offset, self.search.seed_offset + self.search.drawn_seeds
+        drawn = range(self.sample.seed_offset, self.sample.seed_offset + self.sample.num_images)
+        apart = last + self.search.report_images <= drawn.start or first >= drawn.stop
+        self.search.check("seed_offset", apart, f"sample_ddp.py draws the seeds {drawn.start} … {drawn.stop - 1}")
         for given in map(len, self.coefficient_groups.values()):
             self.merge.check("coefficients", given == count, f"{given} coefficients for {count} timestep ranges")
 
@@ -58,12 +70,22 @@ class Config(Section):
 
     @property
     def coefficient_groups(self) -> dict[str, list[float]]:
-        """Name pattern → merging coefficients, one per range; a plain list holds for all tensors."""
+        """Name pattern → merging coefficients, one per range; a plain list holds for all tensors.
+
+        Empty where they are in a file: `merge.py` reads it.
+        """
         coefficients = self.merge.coefficients
+        if isinstance(coefficients, str):
+            return {}
         count = len(self.timesteps.ranges)
         if isinstance(coefficients, dict):
             return coefficients
         return {"*": coefficients if coefficients is not None else [1 / count] * count}
+
+    def check_classified(self) -> None:
+        """Make sure that the data's images are large enough for the features that are configured."""
+        seen = self.evaluate.features != "classifier" or self.data.resolution >= LEAST_CLASSIFIED
+        self.data.check("resolution", seen, f"evaluate.features=classifier needs at least {LEAST_CLASSIFIED} pixels")
 
     def check_fits(
         self, sample_sizes: dict[Path, int | None], scheduler_folder: Path, num_train_timesteps: int

@@ -66,6 +66,22 @@ class Paths:
         return [root / range_name(timestep_range) / "unet" for timestep_range in self._config.timesteps.ranges]
 
     @property
+    def search(self) -> Path:
+        """What search.py makes."""
+        given = self._config.search.output
+        return Path(given) if given is not None else self.run / "search"
+
+    @property
+    def best_coefficients(self) -> Path:
+        """The merging coefficients that it finds."""
+        return self.search / "best.yaml"
+
+    @property
+    def plots(self) -> Path:
+        """Pictures of it."""
+        return self.run / "plots"
+
+    @property
     def merged(self) -> Path:
         """The pipeline folder that merge.py makes."""
         given = self._config.merge.output

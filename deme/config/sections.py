@@ -15,6 +15,8 @@ HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
 CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # that of the paper's text-to-image scores
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 CONTINUED = "continued"  # the control of `finetune.range`: plain training on all timesteps at the ranges' total cost
+DISTILLED = "distilled"  # one more: the merged network, trained to match each range's expert in its range
+LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 PRECISIONS = ("no", "fp16", "bf16")
 PREVIEW_PROMPTS = (  # for text-to-image models, of the things that they find hard
     "a photograph of an astronaut riding a horse",
@@ -184,7 +186,7 @@ class Finetune(Training):
     """Training the copy of a range, or the control."""
 
     section: ClassVar[str] = "finetune"
-    range: Union[int, str, None] = None  # null: every range in turn; 0, 1, …: that one; continued: the control
+    range: Union[int, str, None] = None  # null: every range in turn; 0, 1, …: that one; continued; distilled
     global_probability: float = 0.3  # p: chance that a micro-batch draws its timesteps from all of [0, T)
     consistency_weight: float = 1.0  # λ
 
@@ -195,13 +197,25 @@ class Finetune(Training):
 
 
 @dataclass(frozen=True)
+class Distill(Section):
+    """Training the merged network to match the experts; all else is as in `finetune`."""
+
+    section: ClassVar[str] = "distill"
+    max_steps: int = 1000  # optimizer steps
+
+    def __post_init__(self):
+        self.check_positive("max_steps")
+
+
+@dataclass(frozen=True)
 class Merge(Section):
     """What is merged, how, and into what."""
 
     section: ClassVar[str] = "merge"
     method: str = "task_arithmetic"  # or ties
     # w, one per range, lowest range first; null: 1/N each; or name pattern -> such a list, the first pattern that fits
-    # a tensor counts: {"down_blocks.*": [...], "mid_block.*": [...], "up_blocks.*": [...], "*": [...]}
+    # a tensor counts: {"down_blocks.*": [...], "mid_block.*": [...], "up_blocks.*": [...], "*": [...]}; or a file that
+    # search.py wrote; search: that of this run
     coefficients: Any = None
     ties_fraction: float = 0.2  # ties: the share of each task vector, largest magnitudes first, that is kept
     ties_combine: str = "mean"  # ties: mean or sum of the task vectors that agree with the elected sign
@@ -215,13 +229,83 @@ class Merge(Section):
         named = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub) is not None
         self.check("push_to_hub", named, "must be a Hub id, owner/name")
         self.check("ties_fraction", 0 < self.ties_fraction <= 1, "must lie in (0, 1]")
-        rule = "must be a list of finite numbers, or a mapping from name patterns to such lists"
+        rule = "must be a list of finite numbers, a mapping from name patterns to such lists, or a file of search.py"
+        if isinstance(self.coefficients, str):
+            self.check("coefficients", self.coefficients != "", rule)
+            return
         lists = self.coefficients.values() if isinstance(self.coefficients, dict) else [self.coefficients]
         for coefficients in lists if self.coefficients is not None else ():
             fits = isinstance(coefficients, list) and all(_is_finite_number(w) for w in coefficients)
             self.check("coefficients", fits, rule)
         named = not isinstance(self.coefficients, dict) or all(isinstance(key, str) for key in self.coefficients)
         self.check("coefficients", self.coefficients != {} and named, rule)
+
+
+@dataclass(frozen=True)
+class Search(Section):
+    """How the merging coefficients are found."""
+
+    section: ClassVar[str] = "search"
+    method: str = "multi_fidelity"  # or closed_form, gradient, optuna
+    objective: str = (
+        "match"  # match, loss, or for optuna alone fd; multi_fidelity starts from this one and ends with fd
+    )
+    # which tensors share a coefficient: range (all), block, tensor, or a list of name patterns as in merge.coefficients
+    groups: Any = "range"
+    bounds: Optional[list[float]] = None  # least and greatest coefficient; null: [0, 1.5], for groups=tensor [-1, 2]
+    images: int = 512  # of match and loss, from those that training sees
+    batch_size: int = 64  # images per forward pass of these
+    ridge: float = 1e-3  # closed_form: pull to 0, relative to the mean curvature
+    gauss_newton: int = 2  # closed_form: how often it is repeated around its solution
+    gradient_steps: int = 400  # Adam's
+    gradient_learning_rate: float = 0.05
+    gradient_patience: int = 5  # stop once so many measurements on held-out images in a row found nothing better
+    pull: float = 1e-3  # gradient: weight of the mean squared distance to where it starts, the closed form
+    sampler: str = "tpe"  # optuna: tpe, gp, cmaes, random or grid
+    trials: int = 32  # optuna, multi_fidelity: candidates that are tried
+    num_images: int = 1000  # fd: drawn from each candidate
+    num_inference_steps: int = 20  # fd: a short schedule
+    seed_offset: int = 10_000_000  # fd: the first of its seeds, which no other images may have
+    finalists: int = 4  # multi_fidelity: the best few, which are scored on finalist_images
+    finalist_images: int = 4000
+    report_images: int = 5000  # of each model in the final report, on seeds that no candidate saw; 0: no report
+    storage: Optional[str] = None  # URL of an Optuna storage; null: study.db of this search
+    output: Optional[str] = None  # null: search/ of this run
+
+    def __post_init__(self):
+        self.check_choice("method", ("closed_form", "gradient", "optuna", "multi_fidelity"))
+        self.check_choice("objective", ("match", "loss", "fd"))
+        self.check_choice("sampler", ("tpe", "gp", "cmaes", "random", "grid"))
+        cheap = self.objective != "fd" or self.method == "optuna"
+        self.check("objective", cheap, f"search.method={self.method} needs match or loss")
+        lists = isinstance(self.groups, list) and len(self.groups) > 0 and all(isinstance(g, str) for g in self.groups)
+        named = self.groups in ("range", "block", "tensor") or lists
+        self.check("groups", named, "must be range, block, tensor, or a list of name patterns")
+        rule = "must be two finite numbers, the least and the greatest"
+        pair = self.bounds is None or (len(self.bounds) == 2 and all(map(_is_finite_number, self.bounds)))
+        self.check("bounds", pair and (self.bounds is None or self.bounds[0] < self.bounds[1]), rule)
+        low, high = self.interval
+        self.check("bounds", low <= 0 <= high, "must hold 0, the pretrained network, where the search starts")
+        self.check_positive("images", "batch_size", "gradient_steps", "gradient_learning_rate", "gradient_patience")
+        self.check_positive("trials", "num_images", "num_inference_steps", "finalists", "finalist_images")
+        self.check_not_negative("ridge", "gauss_newton", "pull", "report_images")
+        self.check("num_images", self.num_images > 1, "a covariance needs at least 2")
+        self.check("finalist_images", self.finalist_images >= self.num_images, "must be at least search.num_images")
+        self.check("finalists", self.finalists <= self.trials, f"must be at most search.trials={self.trials}")
+        self.check_seed("seed_offset")
+        self.check("storage", self.storage != "", "must be an URL, or null")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The least and the greatest coefficient."""
+        if self.bounds is not None:
+            return self.bounds[0], self.bounds[1]
+        return (-1.0, 2.0) if self.groups == "tensor" else (0.0, 1.5)
+
+    @property
+    def drawn_seeds(self) -> int:
+        """How many seeds from seed_offset on candidates may be drawn from."""
+        return max(self.num_images, self.finalist_images)
 
 
 @dataclass(frozen=True)

@@ -82,13 +82,28 @@ def write_image(folder: Path, seed: int, image: "torch.Tensor", size: int | None
     Args:
         size: pixels of its sides on disk, by PIL's best filter; None: as it is.
     """
-    pixels = image.permute(1, 2, 0).numpy()
     file = io.BytesIO()
+    as_picture(image, size).save(file, format="PNG")
+    write_small_file(image_path(folder, seed), file.getvalue())
+
+
+def as_picture(image: "torch.Tensor", size: int | None = None) -> Image.Image:
+    """One uint8 image (C, H, W) as PIL's, shrunk to `size` as on disk."""
+    pixels = image.permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     if size is not None and size != picture.width:
         picture = picture.resize((size, size), Image.Resampling.LANCZOS)
-    picture.save(file, format="PNG")
-    write_small_file(image_path(folder, seed), file.getvalue())
+    return picture
+
+
+def as_read(images: "torch.Tensor", size: int | None = None) -> "torch.Tensor":
+    """uint8 images (N, C, H, W) as `read_images` would read them from their PNGs: uint8 RGB (N, 3, size, size)."""
+    import torch
+
+    if size is None or size == images.shape[-1]:
+        return images.expand(-1, 3, -1, -1)
+    pictures = [np.array(as_picture(image, size).convert("RGB")) for image in images]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 def list_images(folder: Path) -> list[Path]:

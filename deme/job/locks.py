@@ -18,6 +18,10 @@ LEASE = 10 * RENEWED_EVERY  # seconds without one after which the owner of anoth
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
+class InUse(UserError):
+    """Another job holds an output."""
+
+
 @contextmanager
 def locked(output: Path, key: str) -> Iterator[None]:
     """Hold the file or folder `output` against other jobs while the block lasts; clear up after one that was killed.
@@ -31,7 +35,7 @@ def locked(output: Path, key: str) -> Iterator[None]:
         key: the configuration key that `output` comes from.
 
     Raises:
-        UserError: another job holds it; names its host and process.
+        InUse: another job holds it; names its host and process.
     """
     output = output if output.name else output.absolute()
     if not output.name:
@@ -43,12 +47,12 @@ def locked(output: Path, key: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{key}={output}: in use by {_owner(file)[0] or 'another process'}") from None
+            raise InUse(f"{key}={output}: in use by {_owner(file)[0] or 'another process'}") from None
     try:
         owner, is_dead = _owner(file)
         if not is_dead:
             wait = f"if that has ended, `rm {file}`, or wait {LEASE // 60} minutes"
-            raise UserError(f"{key}={output}: in use by {owner}; {wait}")
+            raise InUse(f"{key}={output}: in use by {owner}; {wait}")
         try:
             with writing(file):
                 file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n{_boot_id()}", encoding="utf-8")

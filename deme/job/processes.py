@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -14,10 +15,11 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch import distributed
 
 from deme.errors import RunError, UserError, one_line
-from deme.job.locks import locked
+from deme.job.locks import InUse, locked
 from deme.job.machine import computes_in_bf16
 
 Result = TypeVar("Result")
+POLLED_EVERY = 2.0  # seconds between two looks at another job's lock
 
 
 def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
@@ -70,10 +72,30 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Res
 
 
 @contextmanager
-def locked_by_all(accelerator: Accelerator, output: Path, key: str) -> Iterator[None]:
-    """`locks.locked` for all processes of a job: the main process holds it."""
+def locked_by_all(accelerator: Accelerator, output: Path, key: str, wait: bool = False) -> Iterator[None]:
+    """`locks.locked` for all processes of a job: the main process holds it.
+
+    Args:
+        wait: until another job lets go of it, instead of being refused.
+    """
+
+    def hold() -> bool:
+        try:
+            held.enter_context(locked(output, key))
+            return True
+        except InUse as error:
+            if not wait:
+                raise
+            told.append(str(error))
+            if len(told) == 1:
+                print(f"{error}; waiting for it")
+            time.sleep(POLLED_EVERY)
+            return False
+
+    told: list[str] = []
     with ExitStack() as held:
-        in_main_process(accelerator, lambda: held.enter_context(locked(output, key)))
+        while not in_main_process(accelerator, hold):  # all wait, or a broadcast's time is up
+            pass
         yield
 
 

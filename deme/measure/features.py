@@ -81,6 +81,7 @@ def extract(
         len(batches),
         disable=not accelerator.is_main_process,
         leave=False,
+        delay=5,
     )
     parts = [network.features(part.to(accelerator.device)) for part in images]
     shares = accelerator.gather(accelerator.pad_across_processes(torch.cat(parts)))

@@ -1,9 +1,12 @@
-"""Merging coefficients: which of them hold for a tensor."""
+"""Merging coefficients: which of them hold for a tensor, and which tensors share them."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from deme.errors import UserError
+
+BLOCK = re.compile(r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")  # how the names of a block's tensors begin
 
 
 def coefficients_of(name: str, groups: Mapping[str, Sequence[float]]) -> Sequence[float]:
@@ -15,7 +18,43 @@ def coefficients_of(name: str, groups: Mapping[str, Sequence[float]]) -> Sequenc
     Raises:
         UserError: none fits.
     """
-    for pattern, coefficients in groups.items():
+    return groups[pattern_of(name, groups)]
+
+
+def pattern_of(name: str, patterns: Iterable[str]) -> str:
+    """The first name pattern that fits a tensor's name.
+
+    Raises:
+        UserError: none fits.
+    """
+    for pattern in patterns:
         if fnmatchcase(name, pattern):
-            return coefficients
+            return pattern
     raise UserError(f"no pattern fits the tensor {name}; add one for '*'")
+
+
+def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
+    """The name patterns of groups of tensors, one per group, of which the first that fits a tensor counts.
+
+    Args:
+        groups: range (one group of all), block (of the UNet; what is outside is one more), tensor, or the patterns.
+        names: of all tensors.
+
+    Raises:
+        UserError: a tensor that no pattern fits, or a pattern that no tensor is left for.
+    """
+    match groups:
+        case "range":
+            patterns = ["*"]
+        case "block":
+            blocks = [found[0] for found in map(BLOCK.match, names) if found]
+            patterns = [*(f"{block}*" for block in dict.fromkeys(blocks)), "*"]
+        case "tensor":
+            patterns = list(names)
+        case _:
+            patterns = list(groups)
+    used = {pattern_of(name, patterns) for name in names}
+    for pattern in patterns:
+        if pattern not in used or patterns.count(pattern) > 1:
+            raise UserError(f"no tensor is left for the pattern {pattern}")
+    return patterns

@@ -38,18 +38,31 @@ class TaskArithmetic:
     ) -> torch.Tensor:
         """The sum, taken in float32, in the pretrained tensor's type and shape."""
         merged = torch.empty_like(pretrained, memory_format=torch.contiguous_format)
-        parts = [tensor.reshape(-1).split(PART) for tensor in (merged, pretrained, *finetuned)]
-        for target, base, *experts in zip(*parts, strict=True):
-            total = base.float().clone()
-            base = base.float()
-            for expert, coefficient in zip(experts, coefficients, strict=True):
-                total.add_(expert.float() - base, alpha=float(coefficient))
-            target.copy_(total)
+        add_task_vectors(merged, pretrained, finetuned, coefficients)
         return merged
 
     def describe(self) -> dict[str, str | float]:
         """The method's name, for the record of a merge."""
         return {"method": "task_arithmetic"}
+
+
+def add_task_vectors(
+    target: torch.Tensor, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
+) -> None:
+    """Write pretrained + Σ_k w_k (finetuned_k − pretrained) into a contiguous tensor, summed in float32.
+
+    Args:
+        target: of any floating-point type, on the device of the others.
+    """
+    parts = [tensor.reshape(-1).split(PART) for tensor in (target.view(-1), pretrained, *finetuned)]
+    for place, base, *experts in zip(*parts, strict=True):
+        base = base.float()
+        total = place.copy_(base) if place.dtype == torch.float32 else base.clone()
+        for expert, coefficient in zip(experts, coefficients, strict=True):
+            if coefficient != 0:
+                total.add_(expert.float() - base, alpha=float(coefficient))
+        if total is not place:
+            place.copy_(total)
 
 
 def check_compatible(pretrained: Tensors, finetuned: Tensors, name: str) -> None:

@@ -21,11 +21,12 @@ def memory_format(device: torch.device | str) -> torch.memory_format:
     return torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last
 
 
-def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str) -> nn.Module:
+def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str, may_pack: bool = True) -> nn.Module:
     """Prepare a network for predicting on a device, in place.
 
     Args:
         mixed_precision: no, fp16 or bf16: autocast, which then has no weights left to cast.
+        may_pack: False where its weights will be written to later.
     """
     on_cpu = torch.device(device).type == "cpu"
     network = network.eval().requires_grad_(False).to(device, memory_format=memory_format(device))
@@ -34,7 +35,7 @@ def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str)
         for module in network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(dtype)
-    if on_cpu and can_pack(dtype) and _width(network) >= LEAST_PACKED_WIDTH:
+    if may_pack and on_cpu and can_pack(dtype) and _width(network) >= LEAST_PACKED_WIDTH:
         for module in list(network.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Conv2d:

@@ -7,6 +7,7 @@ from deme.config.paths import Paths
 from deme.config.sections import CONTINUED
 from deme.errors import UserError, naming
 from deme.models.pipelines import find_pipeline, unet_folder
+from deme.models.weights import WEIGHTS
 
 ORDER = ("pretrained", CONTINUED, "ensemble", "merged")  # of the rows of a table; others follow by name
 
@@ -46,6 +47,18 @@ def find_variant(model: str, paths: Paths) -> Variant:
     if (folder / "config.json").is_file():
         return Variant([folder], find_pretrained(paths))
     raise UserError(f"not {', '.join(ORDER)}, or a folder that holds a UNet")
+
+
+def find_finetuned(paths: Paths) -> list[Path]:
+    """The folders of the finetuned UNets, lowest range first.
+
+    Raises:
+        UserError: one is not trained yet.
+    """
+    for k, folder in enumerate(paths.finetuned):
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={k}")
+    return paths.finetuned
 
 
 def find_pretrained(paths: Paths) -> Path:

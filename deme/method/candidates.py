@@ -1,0 +1,97 @@
+"""Candidates of a search: merged networks, formed in place again and again from weights that are read once."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from deme.method.task_vectors import Tensors, add_task_vectors, check_compatible
+
+
+class Candidates:
+    """All networks pretrained + Σ_k w_gk (finetuned_k − pretrained), g the group of a tensor.
+
+    Args:
+        pretrained: state dict; mapped tensors stay mapped, so that the processes of a host share them.
+        finetuned: model name → state dict, in the order of the ranges.
+        group_of: tensor name → number of its group.
+        device: where networks are formed; on a GPU the weights are copied there, once.
+
+    Raises:
+        UserError: models of different tensors or shapes; names the model and the tensor.
+    """
+
+    def __init__(
+        self,
+        pretrained: Tensors,
+        finetuned: Mapping[str, Tensors],
+        group_of: Mapping[str, int],
+        device: torch.device | str,
+    ):
+        for name, tensors in finetuned.items():
+            check_compatible(pretrained, tensors, name)
+        self.pretrained = {name: tensor.to(device) for name, tensor in pretrained.items()}
+        self.finetuned = [{name: tensors[name].to(device) for name in pretrained} for tensors in finetuned.values()]
+        self.group_of = group_of
+        self.shape = (max(group_of.values()) + 1, len(self.finetuned))
+
+    def ungrouped(self) -> "Candidates":
+        """The same weights with one coefficient per range for all tensors."""
+        whole = copy.copy(self)
+        whole.group_of = dict.fromkeys(self.group_of, 0)
+        whole.shape = (1, self.shape[1])
+        return whole
+
+    @torch.no_grad()
+    def form(self, network: nn.Module, coefficients: Sequence[Sequence[float]] | np.ndarray | torch.Tensor) -> None:
+        """Make a network the candidate of these coefficients, in place.
+
+        In float32 its weights are, bit for bit, those that merge.py writes.
+
+        Args:
+            network: of the finetuned models' architecture, on the device, of any floating-point type.
+            coefficients: shape (groups, ranges).
+        """
+        rows = np.asarray(coefficients, dtype=np.float64).reshape(self.shape).tolist()
+        for name, target in network.state_dict().items():
+            experts = [tensors[name] for tensors in self.finetuned]
+            row = rows[self.group_of[name]]
+            if target.is_contiguous():
+                add_task_vectors(target, self.pretrained[name], experts, row)
+            else:  # channels last, on a GPU
+                merged = torch.empty_like(target, memory_format=torch.contiguous_format, dtype=torch.float32)
+                add_task_vectors(merged, self.pretrained[name], experts, row)
+                target.copy_(merged)
+
+    def form_expert(self, network: nn.Module, number: int) -> None:
+        """Make a network the copy that was finetuned on a range, up to rounding."""
+        one_hot = torch.zeros(self.shape)
+        one_hot[:, number] = 1
+        self.form(network, one_hot)
+
+    def task_vector(self, group: int, number: int) -> dict[str, torch.Tensor]:
+        """finetuned − pretrained of one range, and 0 for the tensors of other groups: float32, by name."""
+        return {
+            name: self.finetuned[number][name].float() - base.float()
+            if self.group_of[name] == group
+            else torch.zeros_like(base, dtype=torch.float32)
+            for name, base in self.pretrained.items()
+        }
+
+    def gradient(self, network: nn.Module) -> torch.Tensor:
+        """The gradient by the coefficients, from that by the weights: float64, shape (groups, ranges).
+
+        ∂L/∂w_gk = Σ over the tensors θ of group g of ⟨∂L/∂θ, finetuned_k − pretrained⟩.
+
+        Args:
+            network: whose parameters hold their gradients.
+        """
+        found = torch.zeros(self.shape, dtype=torch.float64, device=next(network.parameters()).device)
+        for name, parameter in network.named_parameters():
+            base = self.pretrained[name].float()
+            for k, tensors in enumerate(self.finetuned):
+                product = (parameter.grad.float() * (tensors[name].float() - base)).sum()
+                found[self.group_of[name], k] += product
+        return found

@@ -1,0 +1,52 @@
+"""Drawing images: one batch of seeds, from noise to pixels, with whatever the model is told."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from diffusers import DDPMScheduler
+
+from deme.config.sections import Sample
+from deme.method.sampling import NetworkAt, guided, sample_images
+from deme.models.encoders import Condition, Encoder
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn.
+
+    Args:
+        settings: sampler, steps, eta, and for text-to-image guidance.
+        shape: (C, H, W) of what the network works on.
+        around_network: the context of its calls, such as autocast.
+    """
+
+    scheduler: DDPMScheduler
+    encoder: Encoder
+    settings: Sample
+    shape: tuple[int, int, int]
+    device: torch.device
+    around_network: Callable[[], AbstractContextManager]
+
+    @cached_property
+    def _negative(self) -> Condition:
+        return self.encoder.condition([self.settings.negative_prompt])
+
+    @property
+    def passes(self) -> int:
+        """Passes through the network for each image."""
+        is_guided = self.encoder.takes_text and self.settings.guidance_scale != 1
+        return self.settings.num_inference_steps * (1 + is_guided)
+
+    def images(self, network_at: NetworkAt, seeds: Sequence[int], prompts: Sequence[str]) -> torch.Tensor:
+        """The images of these seeds: uint8, shape (B, C', H', W'), on the CPU.
+
+        Args:
+            prompts: of each seed; empty where the model takes none.
+        """
+        settings = self.settings
+        network = guided(network_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
+        sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, self.around_network)
+        return self.encoder.decode(sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler))

@@ -1,0 +1,1 @@
+"""The search for merging coefficients: objectives, and ways to find their least."""

@@ -1,0 +1,121 @@
+"""What a search is worth: its result and what it has to beat, scored on seeds that no candidate was drawn from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deme.errors import UserError
+from deme.job.files import read_json
+from deme.job.processes import in_main_process
+from deme.measure.scores import Score, load_scores, paired, save_scores, score
+from deme.method.sampling import NetworkAt
+from deme.models.inference import freeze
+from deme.models.networks import load_unet
+from deme.search.problem import Problem
+from deme.search.ways import PUBLISHED, Found
+
+BLOCKS = 5  # of the seeds, where evaluate.blocks=1 gives no standard error
+CLEARLY = 2.0  # standard errors
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Scores on fresh seeds, and on fresh images where the objective is match or loss."""
+
+    scores: list[Score]  # the pretrained network first, the search's result last; empty without search.report_images
+    objective: float | None  # of the result, on images that were not searched on; None: fd
+
+
+def score_fresh(problem: Problem, found: Found, file: Path, made_from: str, beside: dict) -> Fresh:
+    """Score the models on fresh seeds, with the schedule of sample_ddp.py; what is scored stands in the file at once.
+
+    Args:
+        file: report.json; rows of the same `made_from` are not scored again.
+    """
+    accelerator = problem.accelerator
+    objective = None
+    if found.objective != "fd":
+        squares = problem.squares(found.objective, "fresh")
+        problem.candidates.form(problem.network, found.coefficients)
+        objective = squares.value(problem.network)
+    seeds = problem.fresh_seeds
+    if len(seeds) == 0:
+        return Fresh([], objective)
+    given = problem.config.evaluate.blocks
+    blocks = given if given > 1 else BLOCKS
+    seeds = seeds[: len(seeds) // blocks * blocks]
+    distance = problem.distance.with_steps(problem.config.sample.num_inference_steps)
+    known = in_main_process(accelerator, lambda: _known(file, made_from))
+    scores: list[Score] = []
+    for name, network_at in contenders(problem, found).items():
+        row = known.get(name)
+        if row is None:
+            features = distance.features(network_at(), seeds)
+            row = score(Path(name), None, features, distance.space.reference, distance.space.name, blocks)
+        scores.append(row if not scores else paired(row, scores[0]))
+        content = {"made_from": made_from, "seeds": [seeds.start, seeds.stop], **beside}
+        in_main_process(accelerator, lambda c=content: save_scores(file, distance.space.name, scores, c))
+    return Fresh(scores, objective)
+
+
+def contenders(problem: Problem, found: Found) -> dict[str, Callable[[], NetworkAt]]:
+    """Name → what makes the network of a model; only one of them exists at a time."""
+    ranges = problem.shape[1]
+
+    def merged(row: np.ndarray) -> Callable[[], NetworkAt]:
+        return lambda: problem.merged(np.broadcast_to(row, problem.shape))
+
+    def continued() -> NetworkAt:
+        unet = load_unet(problem.config.paths.continued)
+        unet = freeze(unet, problem.accelerator.device, problem.config.sample.mixed_precision)
+        return lambda _: unet
+
+    found_at = {"pretrained": merged(np.zeros(ranges))}
+    if problem.config.paths.continued.is_dir():
+        found_at["continued"] = continued
+    found_at["ensemble"] = problem.experts
+    found_at[f"uniform {1 / ranges:g}"] = merged(np.full(ranges, 1 / ranges))
+    if len(PUBLISHED) == ranges:
+        found_at["published coefficients"] = merged(np.array(PUBLISHED))
+    found_at["best"] = merged(found.coefficients)
+    return found_at
+
+
+def _known(file: Path, made_from: str) -> dict[str, Score]:
+    """The rows that stand in the file."""
+    try:
+        if not file.exists() or read_json(file).get("made_from") != made_from:
+            return {}
+        return {row.samples: row for row in load_scores(file)[1]}
+    except UserError:  # damaged
+        return {}
+
+
+def verdict(found: Found, fresh: Fresh) -> list[str]:
+    """What the fresh scores say of the search, in words."""
+    gain = found.value - found.pretrained
+    lines = []
+    if fresh.objective is not None:
+        optimism = found.value - fresh.objective
+        lines.append(
+            f"{found.objective}: {found.value:.4f} where it was searched (pretrained: 1), {fresh.objective:.4f} on "
+            f"fresh images: optimism {-optimism:+.4f}"
+        )
+    if not fresh.scores:
+        return lines
+    best = fresh.scores[-1]
+    error = best.difference_standard_error
+    if found.objective == "fd":
+        lines.append(
+            f"difference to the pretrained model: {gain:+.4f} where it was searched, {best.difference:+.4f} ± "
+            f"{error:.4f} on fresh seeds: optimism {best.difference - gain:+.4f}"
+        )
+    if best.difference < -CLEARLY * error:
+        lines.append(f"the best is better than the pretrained model by {-best.difference / error:.1f} standard errors")
+    elif best.difference > CLEARLY * error:
+        lines.append(f"the best is WORSE than the pretrained model by {best.difference / error:.1f} standard errors")
+    else:
+        lines.append("the best is NOT better than the pretrained model by more than two standard errors")
+    return lines

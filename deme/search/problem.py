@@ -1,0 +1,180 @@
+"""What is searched: the candidates of a run, and the objectives that tell them apart."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from torch import nn
+
+from deme.config.experiment import Config
+from deme.config.sections import range_name
+from deme.data.prompts import load_prompts
+from deme.errors import naming
+from deme.measure.feature_space import load_feature_space
+from deme.method.candidates import Candidates
+from deme.method.coefficients import pattern_of, patterns_of
+from deme.method.projection import with_identity_projections
+from deme.method.sampling import NetworkAt, ensemble
+from deme.models.drawing import Drawing
+from deme.models.encoders import load_encoder
+from deme.models.inference import freeze
+from deme.models.networks import load_scheduler, load_unet, try_out
+from deme.models.pipelines import unet_folder
+from deme.models.weights import load_tensors
+from deme.search.distance import FrechetDistance
+from deme.search.probes import PROBES, Batch, Squares, draw_probes, make_squares
+from deme.training.examples import load_examples
+
+HELD_OUT_SHARE = 0.25  # of search.images, more of them, which tell the gradient's way when to stop
+ROLES = ("fit", "held-out", "fresh")  # what the images of match and loss are for
+Coefficients = np.ndarray  # float64, shape (groups, ranges)
+
+
+class Problem:
+    """A run's candidates and objectives; what an objective needs is loaded when it is first asked for.
+
+    Args:
+        pretrained: pipeline folder.
+        made_of: what tells data and encoders from others, for the cache of latents.
+
+    Raises:
+        UserError: networks that do not fit, or groups that their tensors do not have.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, pretrained: Path, made_of: dict[str, str]):
+        self.config = config
+        self.settings = config.search
+        self.accelerator = accelerator
+        self.made_of = made_of
+        finetuned = {str(folder): load_tensors(folder) for folder in config.paths.finetuned}
+        base = load_tensors(unet_folder(pretrained))
+        for tensors in finetuned.values():
+            base = with_identity_projections(base, tensors)
+        with naming("search.groups", config.search.groups):
+            self.patterns = patterns_of(config.search.groups, list(base))
+        group_of = {name: self.patterns.index(pattern_of(name, self.patterns)) for name in base}
+        self.candidates = Candidates(base, finetuned, group_of, accelerator.device)
+        self.scheduler = load_scheduler(pretrained)
+        network = load_unet(config.paths.finetuned[0])
+        self.encoder = load_encoder(pretrained, network)
+        try_out(network, self.scheduler, self.encoder)
+        self.encoder.prepare(accelerator.device, config.sample.mixed_precision)
+        self.network = freeze(network, accelerator.device, "no", may_pack=False)
+        self._squares: dict[tuple[str, str], Squares] = {}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(groups, ranges) of the coefficients."""
+        return self.candidates.shape
+
+    @property
+    def names(self) -> list[str]:
+        """Of the coefficients, in row-major order."""
+        ranges = list(map(range_name, self.config.timesteps.ranges))
+        if len(self.patterns) == 1:
+            return ranges
+        return [f"{pattern} {name}" for pattern in self.patterns for name in ranges]
+
+    def seeds(self, count: int) -> range:
+        """The first of those that candidates are drawn from."""
+        return range(self.settings.seed_offset, self.settings.seed_offset + count)
+
+    @property
+    def fresh_seeds(self) -> range:
+        """Those that no candidate is drawn from."""
+        first = self.settings.seed_offset + self.settings.drawn_seeds
+        return range(first, first + self.settings.report_images)
+
+    # --- match and loss
+
+    @cached_property
+    def _images(self):
+        config = self.config
+        return load_examples(config, config.finetune, self.encoder, self.made_of, self.accelerator).training
+
+    def _probes(self, role: str) -> list[Batch]:
+        """The noisy images of a role; those of different roles are different images, where the data has so many."""
+        count = self.settings.images
+        held_out = max(len(self.config.timesteps.ranges), int(HELD_OUT_SHARE * count))
+        places = {
+            "fit": range(count),
+            "held-out": range(count, count + held_out),
+            "fresh": range(count + held_out, 2 * count + held_out),
+        }[role]
+        stream = (self.config.seed, PROBES)
+        drawn = (self.config.timesteps.ranges, stream, places, self.settings.batch_size, self.accelerator)
+        return draw_probes(self._images, self.encoder, self.scheduler, *drawn)
+
+    def squares(self, name: str, role: str = "fit") -> Squares:
+        """The objective match or loss, on the images of a role."""
+        key = (name, role)
+        if key not in self._squares:
+            steps = self.config.timesteps.num_train_timesteps
+            made = make_squares(name, self._probes(role), self.candidates, self.network, steps, self.accelerator)
+            self._squares[key] = made
+        return self._squares[key]
+
+    # --- fd
+
+    @cached_property
+    def distance(self) -> FrechetDistance:
+        """The objective fd, with the candidates' short schedule."""
+        config = self.config
+        sample = replace(config.sample, num_inference_steps=self.settings.num_inference_steps)
+        space = load_feature_space(config, self.accelerator, wait=True)
+        prompts = []
+        if self.encoder.takes_text:
+            with naming("sample.prompts", sample.prompts):
+                prompts = load_prompts(sample.prompts, sample.prompt_column)
+        size = self.network.config.sample_size
+        shape = (self.network.config.in_channels, size, size)
+        autocast = nullcontext if sample.mixed_precision == "no" else self.accelerator.autocast
+        drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.accelerator.device, autocast)
+        resolution = sample.size_on_disk or config.data.resolution
+        return FrechetDistance(self.accelerator, drawing, space, prompts, resolution)
+
+    @cached_property
+    def sampled_network(self) -> nn.Module:
+        """The network that images are drawn from, in sample.mixed_precision."""
+        precision = self.config.sample.mixed_precision
+        if precision == "no":
+            return self.network
+        network = load_unet(self.config.paths.finetuned[0])
+        return freeze(network, self.accelerator.device, precision, may_pack=False)
+
+    def merged(self, coefficients: Coefficients) -> NetworkAt:
+        """The candidate of these coefficients, for drawing; until another one is formed."""
+        self.candidates.form(self.sampled_network, coefficients)
+        return lambda _: self.sampled_network
+
+    def experts(self) -> NetworkAt:
+        """The ensemble before merging: at each timestep the expert of its range, formed when it comes to it."""
+        numbers = ensemble(range(self.shape[1]), self.config.timesteps.ranges)
+        formed = None
+
+        def network_at(timestep: float) -> nn.Module:
+            nonlocal formed
+            if numbers(timestep) != formed:
+                formed = numbers(timestep)
+                self.candidates.form_expert(self.sampled_network, formed)
+            return self.sampled_network
+
+        return network_at
+
+    # --- any of them
+
+    def value(self, objective: str, coefficients: Coefficients, seeds: Sequence[int] | None = None) -> float:
+        """An objective's value: the lower the better.
+
+        Args:
+            seeds: of fd.
+        """
+        if objective == "fd":
+            return self.distance.value(self.merged(coefficients), seeds)
+        squares = self.squares(objective)
+        self.candidates.form(self.network, coefficients)
+        return squares.value(self.network)

@@ -1,0 +1,320 @@
+"""Trying candidates one after another: an Optuna study in a storage that outlives the process and that jobs share."""
+
+import math
+import os
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import cmaes
+import numpy as np
+import optuna
+from accelerate import Accelerator
+from optuna.distributions import FloatDistribution
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from deme.errors import RunError, UserError, one_line
+from deme.job.processes import in_main_process
+from deme.search.state import Evaluated
+
+HEARTBEAT = 30  # seconds between two signs of life of a running trial
+GRACE = 300  # seconds without one after which it is taken for dead
+POLLED_EVERY = 2.0  # seconds between two looks at what other jobs are still trying
+SIGMA = 0.25  # of the bounds' distance: CMA-ES's first step size
+PLACE = "place"  # of a trial: which of the candidates it is, in the order of the search
+OWNER = "owner"  # of a trial: the process that tries it
+PASSES = "passes"
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=ExperimentalWarning)
+
+
+def open_storage(url: str) -> RDBStorage:
+    """An Optuna storage by its URL.
+
+    Raises:
+        UserError: it can't be reached.
+    """
+    try:
+        return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+    except Exception as error:  # SQLAlchemy and the databases' drivers raise their own
+        raise UserError(f"no Optuna storage can be opened there: {one_line(error)}") from None
+
+
+class Study:
+    """The candidates that were tried with one objective, and those that are to come.
+
+    Which candidate is the n-th depends on the seed, n and the values of those before alone: an interrupted search goes
+    on as if nothing had happened. Jobs that share the storage share the candidates.
+
+    Args:
+        names: of the coefficients, in row-major order.
+        shape: (groups, ranges).
+        interval: the bounds of each.
+        first: candidates that are tried before the sampler's. Those of an earlier, shorter search keep their places.
+        sampler: tpe, gp, cmaes, random or grid.
+        count: how many candidates are tried.
+    """
+
+    def __init__(
+        self,
+        storage: RDBStorage,
+        name: str,
+        names: Sequence[str],
+        shape: tuple[int, int],
+        interval: tuple[float, float],
+        first: Sequence[np.ndarray] = (),
+        sampler: str = "random",
+        seed: int = 0,
+        count: int = 0,
+    ):
+        self.storage = storage
+        self.names = list(names)
+        self.shape = shape
+        self.interval = interval
+        self.first = list(first)
+        self.sampler = sampler
+        self.seed = seed
+        self.count = count
+        self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        self.space = {name: FloatDistribution(*interval) for name in self.names}
+
+    # --- what is there
+
+    def trials(self) -> list[FrozenTrial]:
+        """The tried candidates, by their place."""
+        complete = {}
+        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+            complete.setdefault(trial.user_attrs[PLACE], trial)  # two jobs may have tried the same one
+        return [complete[place] for place in sorted(complete)]
+
+    def coefficients(self, trial: FrozenTrial) -> np.ndarray:
+        """Of a trial: shape (groups, ranges)."""
+        return np.array([trial.params[name] for name in self.names]).reshape(self.shape)
+
+    def table(self) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """The coefficients' names, the tried candidates (n, P) and their values (n,)."""
+        trials = self.trials()
+        rows = [self.coefficients(trial).ravel() for trial in trials]
+        return self.names, np.array(rows), np.array([trial.value for trial in trials])
+
+    def importance(self) -> dict[str, float]:
+        """Each coefficient's share of the values' variance, the most important first; none where all are alike."""
+        tried = [trial for trial in self.trials() if math.isfinite(trial.value)]
+        if len({trial.value for trial in tried}) < 2:
+            return {}
+        finite = optuna.create_study()
+        finite.add_trials(tried)
+        return optuna.importance.get_param_importances(
+            finite, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
+        )
+
+    def evaluated(self, way: str, objective: str, before: int) -> list[Evaluated]:
+        """The tried candidates under the name of a way.
+
+        Args:
+            before: passes spent before the first of them.
+        """
+        found = []
+        for trial in self.trials():
+            before += trial.user_attrs[PASSES]
+            found.append(Evaluated(way, objective, before, trial.value, self.coefficients(trial)))
+        return found
+
+    def best(self, count: int) -> list[np.ndarray]:
+        """The candidates of the least values, the best first, no two the same."""
+        ranked = sorted(self.trials(), key=lambda trial: trial.value)
+        unique = {tuple(trial.params[name] for name in self.names): self.coefficients(trial) for trial in ranked}
+        return list(unique.values())[:count]
+
+    # --- trying
+
+    def extend(self, candidates: Sequence[np.ndarray]) -> None:
+        """Try these too, without the sampler; those that were tried before keep their places."""
+        known = {tuple(row.ravel()): row for row in (*map(self.coefficients, self.trials()), *candidates)}
+        self.first = list(known.values())
+        self.count = len(self.first)
+
+    def run(self, accelerator: Accelerator, value: Callable[[np.ndarray], float], passes: int, said: str) -> None:
+        """Try candidates until all are tried, together with the other jobs that share the storage.
+
+        Args:
+            value: of a candidate; called in every process.
+            passes: UNet passes of one value.
+            said: what the lines that are printed begin with.
+        """
+        while True:
+            found = in_main_process(accelerator, lambda: self._next(passes))
+            if found is None:
+                break
+            place, coefficients = found
+            if place is None:  # only other jobs have some to try
+                time.sleep(POLLED_EVERY)
+                continue
+            scored = value(coefficients)
+            in_main_process(accelerator, partial(self._tell, place, coefficients, scored, said))
+
+    def _next(self, passes: int) -> tuple[int | None, np.ndarray | None] | None:
+        """The next candidate's place and coefficients; no place while others try the last, None when all are tried."""
+        with _reaching():
+            return self._start(passes)
+
+    def _start(self, passes: int) -> tuple[int | None, np.ndarray | None] | None:
+        self._fail_the_dead()
+        trials = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.RUNNING])
+        taken = {trial.user_attrs.get(PLACE) for trial in trials}
+        free = [place for place in range(self.count) if place not in taken]
+        if not free:
+            return None if all(trial.state is TrialState.COMPLETE for trial in trials) else (None, None)
+        place = free[0]
+        self.study.sampler = self._sampler(place)
+        self.trial = self.study.ask(self.space)
+        for key, found in ((OWNER, _owner()), (PASSES, passes), (PLACE, place)):
+            self.trial.set_user_attr(key, found)
+        self._alive = _signs_of_life(self.storage, self.trial)
+        self._alive.__enter__()
+        return place, np.array([self.trial.params[name] for name in self.names]).reshape(self.shape)
+
+    def _tell(self, place: int, coefficients: np.ndarray, value: float, said: str) -> None:
+        self._alive.__exit__(None, None, None)
+        with _reaching():
+            self.study.tell(self.trial, value)
+        best = min(trial.value for trial in self.trials())
+        shown = np.round(coefficients, 3).tolist()[0] if len(coefficients) == 1 else f"{coefficients.size} coefficients"
+        print(f"{said} {place + 1} of {self.count}: {value:.4f} at {shown}; the best: {best:.4f}", flush=True)
+
+    def _fail_the_dead(self) -> None:
+        """Give up the trials of jobs that were killed: at once where they were on this machine."""
+        optuna.storages.fail_stale_trials(self.study)
+        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if _has_ended(trial.user_attrs.get(OWNER, "")):
+                with suppress(Exception):  # another job did it
+                    self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+    # --- which candidate is the n-th
+
+    def _sampler(self, place: int) -> optuna.samplers.BaseSampler:
+        """What draws the candidate of this place."""
+        seed = int(np.random.default_rng((self.seed, place)).integers(2**31))
+        if place < len(self.first):
+            return self._fixed(self.first[place].ravel())
+        match self.sampler:
+            case "tpe":
+                return optuna.samplers.TPESampler(
+                    seed=seed, n_startup_trials=len(self.first), multivariate=True, constant_liar=True
+                )
+            case "gp":
+                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=len(self.first))
+            case "cmaes":
+                return self._fixed(self._cmaes(place - len(self.first)))
+            case "grid":
+                values = grid_values(self.count, len(self.names))
+                if place < values ** len(self.names):
+                    return self._fixed(grid_point(place, values, len(self.names), self.interval))
+        return optuna.samplers.RandomSampler(seed)
+
+    def _fixed(self, coefficients: np.ndarray) -> optuna.samplers.BaseSampler:
+        """A sampler of one candidate."""
+        low, high = self.interval
+        fixed = {name: float(np.clip(w, low, high)) for name, w in zip(self.names, coefficients, strict=True)}
+        return optuna.samplers.PartialFixedSampler(fixed, optuna.samplers.RandomSampler(self.seed))
+
+    def _cmaes(self, number: int) -> np.ndarray:
+        """The candidate of this number by CMA-ES (Hansen 2016), about the best of the first ones: shape (P,).
+
+        Its state follows from the seed and the values so far; Optuna's own sampler would pickle it into the storage.
+        """
+        tried = {trial.user_attrs[PLACE] - len(self.first): trial for trial in self.trials()}
+        started = [trial for place, trial in tried.items() if place < 0]
+        low, high = self.interval
+        mean = np.full(len(self.names), (low + high) / 2)
+        if started:
+            mean = self.coefficients(min(started, key=lambda trial: trial.value)).ravel()
+        bounds = np.tile([low, high], (len(self.names), 1))
+        optimizer = cmaes.CMA(np.clip(mean, low, high), SIGMA * (high - low), bounds, seed=self.seed % 2**32)
+        size = optimizer.population_size
+        generation = 0
+        while True:
+            numbers = range(generation * size, (generation + 1) * size)
+            asked = [optimizer.ask() for _ in numbers]
+            if number in numbers or not all(n in tried for n in numbers):
+                return asked[number % size]  # of a generation that other jobs have not finished: what is known so far
+            optimizer.tell([(self.coefficients(tried[n]).ravel(), min(tried[n].value, 1e30)) for n in numbers])
+            generation += 1
+
+
+def grid_point(number: int, values: int, dimensions: int, interval: tuple[float, float]) -> np.ndarray:
+    """The n-th of the values ** dimensions points of a grid over the bounds, their ends included: (dimensions,)."""
+    digits = [number // values**place % values for place in reversed(range(dimensions))]
+    return np.linspace(*interval, values)[digits]
+
+
+def grid_values(count: int, dimensions: int) -> int:
+    """How many values per coefficient a grid of at most `count` points has.
+
+    Raises:
+        UserError: fewer than two.
+    """
+    values = int(count ** (1 / dimensions) + 1e-9)
+    if values < 2:
+        raise UserError(f"a grid of {dimensions} coefficients has at least 2 ** {dimensions} candidates")
+    return values
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """
+    Raises:
+        RunError: the storage is gone, locked for long or full.
+    """
+    try:
+        yield
+    except StorageInternalError as error:
+        raise RunError(f"search.storage: {one_line(error)}; the same command goes on") from error
+
+
+def _owner() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _has_ended(owner: str) -> bool:
+    """Whether the process that tried a candidate is gone, as far as can be seen from this machine."""
+    number, _, host = owner.removeprefix("process ").partition(" on ")
+    if host != socket.gethostname() or not number.isdigit():
+        return False
+    if int(number) == os.getpid():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+@contextmanager
+def _signs_of_life(storage: RDBStorage, trial: Trial) -> Iterator[None]:
+    """Tell the storage now and then that a trial is being tried."""
+    done = threading.Event()
+
+    def renew() -> None:
+        while True:
+            with suppress(Exception):  # a storage that is not there for a while
+                storage.record_heartbeat(trial._trial_id)
+            if done.wait(HEARTBEAT):
+                return
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,178 @@
+"""Find the merging coefficients: candidates are formed in memory, scored, and the best is checked on fresh seeds.
+
+    accelerate launch search.py                                  # by the distance itself, from few images to many
+    accelerate launch search.py search.method=closed_form        # match the experts, in seconds
+    accelerate launch search.py search.method=gradient search.groups=tensor search.output=runs/digits/search-tensor
+    accelerate launch search.py search.method=optuna search.objective=fd search.sampler=cmaes search.trials=100 \
+        search.output=runs/digits/search-cmaes
+    python merge.py merge.coefficients=search
+
+Writes runs/<name>/search/best.yaml, which merge.coefficients takes, report.json, curves for TensorBoard, and
+runs/<name>/plots/search-*.png. The same command again resumes; started on several machines, they share the candidates.
+"""
+
+import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deme.config.experiment import Config
+from deme.config.sections import range_name
+from deme.errors import naming
+from deme.job.command import run_script
+from deme.job.files import Watched, make_folder, sha256, write_yaml
+from deme.job.records import DATA, ENCODER, SCHEDULE, SEARCH, Record, provenance, read_record
+from deme.models.pipelines import (
+    SCHEDULER_CONFIG,
+    encoder_files,
+    encoders_hash,
+    num_train_timesteps,
+    sample_size,
+    scheduler_folder,
+    takes_text,
+    unet_folder,
+)
+from deme.models.variants import find_finetuned, find_pretrained
+from deme.models.weights import weights_files, weights_hash
+
+if TYPE_CHECKING:
+    from deme.search.fresh import Fresh
+    from deme.search.problem import Problem
+    from deme.search.ways import Found
+
+FREE_KEYS = ("trials", "finalists", "report_images", "storage", "output")  # may change when a search goes on
+SAMPLED_WITH = ("scheduler", "eta", "mixed_precision", "prompts", "negative_prompt", "guidance_scale", "size_on_disk")
+
+
+def plan(config: Config) -> str:
+    """What this command would do."""
+    settings = config.search
+    objective = "fd" if settings.method == "multi_fidelity" else settings.objective
+    found = f"search {settings.groups} coefficients of {', '.join(map(str, config.paths.finetuned))}"
+    return f"{found}\nby {settings.method}, objective {objective} -> {config.paths.best_coefficients}"
+
+
+def main(config: Config) -> None:
+    """Search, write the best, check it on fresh seeds."""
+    # --- inputs
+    settings = config.search
+    output = config.paths.search
+    pretrained = find_pretrained(config.paths)
+    finetuned = find_finetuned(config.paths)
+    networks = [unet_folder(pretrained), *finetuned]
+    sizes = {folder: sample_size(folder, pretrained) for folder in networks}
+    config.check_fits(sizes, scheduler_folder(pretrained), num_train_timesteps(pretrained))
+    config.check_classified()
+    draws = settings.method == "multi_fidelity" or settings.objective == "fd" or settings.report_images > 0
+    if takes_text(pretrained) and draws:
+        config.sample.check("prompts", config.sample.prompts is not None, "images are drawn for the search: needs some")
+    schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
+    files = [file for folder in networks for file in weights_files(folder)]
+    watched = Watched([*files, schedule, *encoder_files(pretrained).values()])
+
+    # --- torch is imported after what can be answered without it
+    from deme.data.sources import data_fingerprint
+    from deme.job.processes import in_main_process, locked_by_all, make_accelerator
+    from deme.report.tables import score_table
+    from deme.search.fresh import score_fresh, verdict
+    from deme.search.problem import Problem
+    from deme.search.study import open_storage
+    from deme.search.ways import find
+
+    # --- what is searched
+    made_of = {DATA: data_fingerprint(config.data, with_captions=True), SCHEDULE: sha256(schedule)}
+    if takes_text(pretrained):
+        made_of[ENCODER] = encoders_hash(pretrained)
+    weights = {"pretrained": weights_hash(networks[0]), "finetuned": list(map(weights_hash, finetuned))}
+    wanted = Record(SEARCH, searched(config) | weights | made_of, provenance(config))
+    accelerator = make_accelerator(config.sample.mixed_precision, "sample.mixed_precision")
+    with locked_by_all(accelerator, output / "claim", "search.output", wait=True):
+        in_main_process(accelerator, lambda: claim(output, wanted))
+    problem = Problem(config, accelerator, pretrained, made_of)
+    watched.check()  # what was hashed was read
+
+    # --- search
+    def storage():
+        with naming("search.storage", settings.storage or output / "study.db"):
+            return open_storage(settings.storage or f"sqlite:///{output / 'study.db'}")
+
+    found = find(problem, output, storage, wanted.digest)
+    answer = best_yaml(problem, found, weights)
+    with locked_by_all(accelerator, output / "best", "search.output", wait=True):
+        in_main_process(accelerator, lambda: write_yaml(config.paths.best_coefficients, answer))
+        accelerator.print(f"wrote {config.paths.best_coefficients}")
+
+        # --- is it any good?
+        beside = {"coefficients": answer["coefficients"], "passes": found.evaluated[-1].passes} | provenance(config)
+        identity = Record(SEARCH, {**wanted.made_from, **answer, "images": settings.report_images}).digest
+        fresh = score_fresh(problem, found, output / "report.json", identity, beside)
+        if accelerator.is_main_process:
+            if fresh.scores:
+                print(score_table(fresh.scores, config.evaluate.features))
+            print(*verdict(found, fresh), sep="\n")
+            draw_plots(config, problem, found, fresh)
+
+
+def searched(config: Config) -> dict[str, Any]:
+    """The settings that determine what is found."""
+    settings = asdict(config.search)
+    free = [key for key in FREE_KEYS if not (key == "trials" and config.search.sampler == "grid")]
+    parts = {"search": {key: value for key, value in settings.items() if key not in free}}
+    parts["sample"] = {key: getattr(config.sample, key) for key in SAMPLED_WITH}
+    evaluated = asdict(config.evaluate)
+    parts["evaluate"] = {k: v for k, v in evaluated.items() if k in ("features", "reference") or "classifier" in k}
+    parts["data"] = {key: getattr(config.data, key) for key in ("resolution", "center_crop", "random_flip")}
+    values = {f"{section}.{key}": value for section, part in parts.items() for key, value in part.items()}
+    return {"seed": config.seed, "timesteps": [list(edges) for edges in config.timesteps.ranges], **values}
+
+
+def claim(output: Path, wanted: Record) -> None:
+    """Create the search's folder, or make sure that what stands there is the same search.
+
+    Raises:
+        UserError: it is another one; names what differs.
+    """
+    make_folder(output, "search.output")
+    found = read_record(SEARCH, output)
+    if found is None:
+        wanted.write(output)
+        return
+    with naming("search.output", output):
+        found.fits(wanted, output, "set them back, name another folder, or delete this one")
+
+
+def best_yaml(problem: "Problem", found: "Found", weights: dict[str, Any]) -> dict[str, Any]:
+    """The content of best.yaml: the coefficients by name pattern, and what they are of."""
+    rows = zip(problem.patterns, found.coefficients.tolist(), strict=True)
+    return {
+        "coefficients": dict(rows),
+        "objective": found.objective,
+        "value": found.value,
+        "value of the pretrained network": found.pretrained,
+        **weights,
+    }
+
+
+def draw_plots(config: Config, problem: "Problem", found: "Found", fresh: "Fresh") -> None:
+    """Pictures in plots/, and the same for TensorBoard."""
+    from deme.report.search_plots import Curve, save_search_plots
+
+    make_folder(config.paths.plots, "output_dir")
+    ranges = list(map(range_name, config.timesteps.ranges))
+    files = save_search_plots(
+        config.paths.plots,
+        config.paths.search / "logs",
+        [Curve(*curve) for curve in found.curves()],
+        found.coefficients,
+        problem.patterns,
+        ranges,
+        None if found.study is None else found.study.table(),
+        {} if found.study is None else found.study.importance(),
+        fresh.scores,
+    )
+    print("pictures:", *files, sep="\n")
+
+
+if __name__ == "__main__":
+    run_script(__doc__, plan, main)
