@@ -89,7 +89,7 @@ def main(config: Config) -> None:
     accelerator = make_accelerator(config.sample.mixed_precision, "sample.mixed_precision")
     with locked_by_all(accelerator, output / "claim", "search.output", wait=True):
         in_main_process(accelerator, lambda: claim(output, wanted))
-    problem = Problem(config, accelerator, pretrained, made_of)
+    problem = Problem(config, accelerator, pretrained, made_of, output)
     watched.check()  # what was hashed was read
 
     # --- search

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A published benchmark: reference statistics, finetuned ranges, merged network, its images, their FID.
+# A published benchmark: reference statistics, finetuned ranges, coefficients, merged network, its images, their FID.
 # Called by cifar10.sh, lsun_church.sh and lsun_bedroom.sh:   bash scripts/benchmark.sh CONFIG [overrides]
 # Environment: NUM_PROCESSES, MAX_MINUTES (scripts/setup.sh). Run again after an interruption, it resumes.
 set -euo pipefail
@@ -13,6 +13,7 @@ NUM_PROCESSES=$processes python scripts/estimate.py --config "$config" "$@"
 launch evaluate.py --config "$config" "$@" "evaluate.samples=[]" # the reference statistics alone
 launch finetune.py --config "$config" "$@" $(max_minutes finetune)
 complete_ranges "$config" "$@"
+find_coefficients "$config" "$@"
 pass_signals python merge.py --config "$config" "$@"
 launch sample_ddp.py --config "$config" "$@"
 

@@ -100,10 +100,18 @@ complete_ranges() {
   done <<<"$unets"
 }
 
-# compare_models CONFIG OVERRIDES…: merge, draw from the four models that a table compares, score them
+# find_coefficients CONFIG OVERRIDES…: search for the merging coefficients where merge.coefficients=search
+find_coefficients() {
+  local config=$1
+  shift
+  [ -z "$(python merge.py --path searched --config "$config" "$@")" ] || launch search.py --config "$config" "$@"
+}
+
+# compare_models CONFIG OVERRIDES…: search, merge, draw from the four models that a table compares, score them
 compare_models() {
   local config=$1 model
   shift
+  find_coefficients "$config" "$@"
   pass_signals python merge.py --config "$config" "$@"
   for model in pretrained continued ensemble merged; do
     launch sample_ddp.py --config "$config" "$@" sample.model=$model

@@ -77,6 +77,11 @@ class Paths:
         return self.search / "best.yaml"
 
     @property
+    def searched(self) -> list[Path]:
+        """The same where merge.coefficients asks for them; none where it does not."""
+        return [self.best_coefficients] if self._config.merge.coefficients == "search" else []
+
+    @property
     def plots(self) -> Path:
         """Pictures of it."""
         return self.run / "plots"

@@ -261,9 +261,12 @@ class Search(Section):
     gradient_learning_rate: float = 0.05
     gradient_patience: int = 5  # stop once so many measurements on held-out images in a row found nothing better
     pull: float = 1e-3  # gradient: weight of the mean squared distance to where it starts, the closed form
-    sampler: str = "tpe"  # optuna: tpe, gp, cmaes, random or grid
+    sampler: str = "gp"  # optuna: tpe, gp, cmaes, random or grid
     trials: int = 32  # optuna, multi_fidelity: candidates that are tried
     num_images: int = 1000  # fd: drawn from each candidate
+    control_images: int = (
+        10_000  # fd: drawn from the pretrained network once, so that fewer of a candidate tell as much
+    )
     num_inference_steps: int = 20  # fd: a short schedule
     seed_offset: int = 10_000_000  # fd: the first of its seeds, which no other images may have
     finalists: int = 4  # multi_fidelity: the best few, which are scored on finalist_images
@@ -288,9 +291,12 @@ class Search(Section):
         self.check("bounds", low <= 0 <= high, "must hold 0, the pretrained network, where the search starts")
         self.check_positive("images", "batch_size", "gradient_steps", "gradient_learning_rate", "gradient_patience")
         self.check_positive("trials", "num_images", "num_inference_steps", "finalists", "finalist_images")
+        self.check_positive("control_images")
         self.check_not_negative("ridge", "gauss_newton", "pull", "report_images")
         self.check("num_images", self.num_images > 1, "a covariance needs at least 2")
-        self.check("finalist_images", self.finalist_images >= self.num_images, "must be at least search.num_images")
+        ordered = self.num_images <= self.finalist_images <= self.control_images
+        rule = f"must lie between num_images={self.num_images} and control_images={self.control_images}"
+        self.check("finalist_images", ordered, rule)
         self.check("finalists", self.finalists <= self.trials, f"must be at most search.trials={self.trials}")
         self.check_seed("seed_offset")
         self.check("storage", self.storage != "", "must be an URL, or null")
@@ -305,7 +311,7 @@ class Search(Section):
     @property
     def drawn_seeds(self) -> int:
         """How many seeds from seed_offset on candidates may be drawn from."""
-        return max(self.num_images, self.finalist_images)
+        return self.control_images
 
 
 @dataclass(frozen=True)

@@ -72,12 +72,11 @@ class Candidates:
         self.form(network, one_hot)
 
     def task_vector(self, group: int, number: int) -> dict[str, torch.Tensor]:
-        """finetuned − pretrained of one range, and 0 for the tensors of other groups: float32, by name."""
+        """finetuned − pretrained of one range, for the tensors of one group: float32, by name."""
         return {
             name: self.finetuned[number][name].float() - base.float()
-            if self.group_of[name] == group
-            else torch.zeros_like(base, dtype=torch.float32)
             for name, base in self.pretrained.items()
+            if self.group_of[name] == group
         }
 
     def gradient(self, network: nn.Module) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """The closed form: a network is nearly linear in the coefficients, so that least squares gives them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +16,6 @@ from deme.search.state import Trace, load_state, save_state
 JVP_PASSES = 2  # a Jacobian-vector product also computes what it is the derivative of
 
 
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention by matrix products: torch's faster kernels have no forward derivatives."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
 @torch.no_grad()
 def linearized(batch: Batch, candidates: Candidates, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """What a batch adds to the normal equations about the network's weights.
@@ -34,18 +25,19 @@ def linearized(batch: Batch, candidates: Candidates, network: nn.Module) -> tupl
     """
     parameters = dict(network.named_parameters())
 
-    def predict(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    def predict(some: dict[str, torch.Tensor]) -> torch.Tensor:
         inputs = (batch.noisy, batch.timesteps)
-        return functional_call(network, weights, inputs, {**batch.condition, "return_dict": False})[0].float()
+        keywords = {**batch.condition, "return_dict": False}
+        return functional_call(network, parameters | some, inputs, keywords)[0].float()
 
     groups, ranges = candidates.shape
-    prediction = None
     columns = []
-    with plain_attention():
+    with sdpa_kernel(SDPBackend.MATH):  # torch's faster kernels of attention have no forward derivatives
         for group in range(groups):
             for number in range(ranges):
-                tangent = candidates.task_vector(group, number)
-                prediction, column = jvp(predict, (parameters,), ({name: tangent[name] for name in parameters},))
+                tangent = candidates.task_vector(group, number)  # of these alone: what lies before them is constant
+                moved = {name: parameters[name] for name in tangent}
+                prediction, column = jvp(predict, (moved,), (tangent,))
                 columns.append(column.flatten())
     scale = batch.weights.sqrt()[:, None].expand(-1, prediction[0].numel()).flatten()
     jacobian = (torch.stack(columns) * scale).double()

@@ -12,8 +12,7 @@ from deme.data.samples import as_read
 from deme.errors import RunError
 from deme.measure.feature_space import FeatureSpace
 from deme.measure.features import extract
-from deme.measure.metrics import statistics
-from deme.measure.scores import DISTANCES
+from deme.measure.metrics import frechet_distance, statistics
 from deme.method.sampling import NetworkAt
 from deme.models.drawing import Drawing
 
@@ -21,14 +20,18 @@ from deme.models.drawing import Drawing
 class FrechetDistance:
     """The Fréchet distance of images drawn from given seeds, the same for every candidate; nothing is written.
 
+    With a control it is an estimate of the distance of as many images as that has, from fewer of them: mean and
+    covariance of a candidate's features are corrected by what the same seeds' differ from those of all for the
+    pretrained network (control variates). The seeds' own luck, such as too many images of a class, would not cancel
+    between candidates, as the distance is not linear in it.
+
     Args:
         drawing: how they are drawn; its settings' batch_size is that of the network.
         space: which features, and those of the data.
         prompts: of seed i the i-th, in turn; empty where the model takes none.
         resolution: pixels of the images' sides, as they would be on disk.
+        control: features of the pretrained network's images, of the first seeds in order, shape (M, D).
     """
-
-    name = "fd"
 
     def __init__(
         self,
@@ -37,22 +40,29 @@ class FrechetDistance:
         space: FeatureSpace,
         prompts: Sequence[str],
         resolution: int,
+        control: np.ndarray | None = None,
     ):
         self.accelerator = accelerator
         self.drawing = drawing
         self.space = space
         self.prompts = prompts
         self.resolution = resolution
+        self.control = control
+        self.of_control = None if control is None else statistics(control)
 
     def with_steps(self, num_inference_steps: int) -> "FrechetDistance":
-        """The same with another number of sampling steps."""
+        """The same with another number of sampling steps, and without a control."""
         settings = replace(self.drawing.settings, num_inference_steps=num_inference_steps)
         drawing = replace(self.drawing, settings=settings)
         return FrechetDistance(self.accelerator, drawing, self.space, self.prompts, self.resolution)
 
-    def passes(self, seeds: range) -> int:
-        """UNet passes of the images of these seeds."""
-        return len(seeds) * self.drawing.passes
+    def with_control(self, features: np.ndarray) -> "FrechetDistance":
+        """The same with a control."""
+        return FrechetDistance(self.accelerator, self.drawing, self.space, self.prompts, self.resolution, features)
+
+    def passes(self, images: int) -> int:
+        """UNet passes of so many images."""
+        return images * self.drawing.passes
 
     def features(self, network_at: NetworkAt, seeds: range) -> np.ndarray:
         """The features of the images of these seeds: float32, shape (N, D), the same in every process.
@@ -80,9 +90,22 @@ class FrechetDistance:
         return features
 
     def value(self, network_at: NetworkAt, seeds: range) -> float:
-        """The distance of the images of these seeds; infinite where one of them is not finite."""
+        """The distance of the images of these seeds; infinite where one of them is not finite.
+
+        Args:
+            seeds: with a control, the first of its.
+        """
         try:
             features = self.features(network_at, seeds)
         except RunError:
             return math.inf
-        return DISTANCES[self.space.name](*statistics(features), self.space.reference.mu, self.space.reference.sigma)
+        return self.of_features(features)
+
+    def of_features(self, features: np.ndarray) -> float:
+        """The distance of images with these features, shape (N, D); with a control, of the first N of its seeds."""
+        mu, sigma = statistics(features)
+        if self.control is not None:
+            luck = statistics(self.control[: len(features)])
+            mu, sigma = (own - few + all_ for own, few, all_ in zip((mu, sigma), luck, self.of_control, strict=True))
+        # not pytorch_fid's: a corrected covariance may have negative eigenvalues
+        return frechet_distance(mu, sigma, self.space.reference.mu, self.space.reference.sigma)

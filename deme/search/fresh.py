@@ -46,7 +46,7 @@ def score_fresh(problem: Problem, found: Found, file: Path, made_from: str, besi
     given = problem.config.evaluate.blocks
     blocks = given if given > 1 else BLOCKS
     seeds = seeds[: len(seeds) // blocks * blocks]
-    distance = problem.distance.with_steps(problem.config.sample.num_inference_steps)
+    distance = problem.plain_distance.with_steps(problem.config.sample.num_inference_steps)
     known = in_main_process(accelerator, lambda: _known(file, made_from))
     scores: list[Score] = []
     for name, network_at in contenders(problem, found).items():

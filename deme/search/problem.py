@@ -7,13 +7,16 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from torch import nn
 
 from deme.config.experiment import Config
 from deme.config.sections import range_name
+from deme.data.draws import Stream
 from deme.data.prompts import load_prompts
 from deme.errors import naming
+from deme.job.processes import locked_by_all
 from deme.measure.feature_space import load_feature_space
 from deme.method.candidates import Candidates
 from deme.method.coefficients import pattern_of, patterns_of
@@ -27,6 +30,7 @@ from deme.models.pipelines import unet_folder
 from deme.models.weights import load_tensors
 from deme.search.distance import FrechetDistance
 from deme.search.probes import PROBES, Batch, Squares, draw_probes, make_squares
+from deme.search.state import load_state, save_state
 from deme.training.examples import load_examples
 
 HELD_OUT_SHARE = 0.25  # of search.images, more of them, which tell the gradient's way when to stop
@@ -40,12 +44,16 @@ class Problem:
     Args:
         pretrained: pipeline folder.
         made_of: what tells data and encoders from others, for the cache of latents.
+        folder: the search's, which keeps what was drawn once.
 
     Raises:
         UserError: networks that do not fit, or groups that their tensors do not have.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, pretrained: Path, made_of: dict[str, str]):
+    def __init__(
+        self, config: Config, accelerator: Accelerator, pretrained: Path, made_of: dict[str, str], folder: Path
+    ):
+        self.folder = folder
         self.config = config
         self.settings = config.search
         self.accelerator = accelerator
@@ -79,6 +87,11 @@ class Problem:
             return ranges
         return [f"{pattern} {name}" for pattern in self.patterns for name in ranges]
 
+    @property
+    def stream(self) -> Stream:
+        """What all random draws of the search follow from; another seed_offset is another search."""
+        return (self.config.seed, PROBES, self.settings.seed_offset)
+
     def seeds(self, count: int) -> range:
         """The first of those that candidates are drawn from."""
         return range(self.settings.seed_offset, self.settings.seed_offset + count)
@@ -105,8 +118,7 @@ class Problem:
             "held-out": range(count, count + held_out),
             "fresh": range(count + held_out, 2 * count + held_out),
         }[role]
-        stream = (self.config.seed, PROBES)
-        drawn = (self.config.timesteps.ranges, stream, places, self.settings.batch_size, self.accelerator)
+        drawn = (self.config.timesteps.ranges, self.stream, places, self.settings.batch_size, self.accelerator)
         return draw_probes(self._images, self.encoder, self.scheduler, *drawn)
 
     def squares(self, name: str, role: str = "fit") -> Squares:
@@ -122,7 +134,22 @@ class Problem:
 
     @cached_property
     def distance(self) -> FrechetDistance:
-        """The objective fd, with the candidates' short schedule."""
+        """The objective fd, with the candidates' short schedule; its control is drawn once and kept."""
+        plain = self.plain_distance
+        seeds = self.seeds(self.settings.control_images)
+        file = self.folder / "control.safetensors"
+        like = {"features": torch.empty(len(seeds), len(plain.space.reference.mu))}
+        with locked_by_all(self.accelerator, file, "search.output", wait=True):
+            found = load_state(self.accelerator, file, like)
+            if found is None:
+                drawn = plain.features(self.merged(np.zeros(self.shape)), seeds)
+                found = {"features": torch.from_numpy(drawn)}
+                save_state(self.accelerator, file, found)
+        return plain.with_control(found["features"].numpy())
+
+    @cached_property
+    def plain_distance(self) -> FrechetDistance:
+        """The distance without a control."""
         config = self.config
         sample = replace(config.sample, num_inference_steps=self.settings.num_inference_steps)
         space = load_feature_space(config, self.accelerator, wait=True)

@@ -13,6 +13,7 @@ from deme.job.files import atomic_file
 from deme.job.processes import in_main_process
 
 Tensors = dict[str, torch.Tensor]
+TRACED = "trace.values"
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ def load_state(accelerator: Accelerator, file: Path, like: Tensors) -> Tensors |
             return None
         try:
             found = load_file(file)
-            Trace.of(found)
             for name, tensor in like.items():
                 if found[name].shape != tensor.shape or not found[name].isfinite().all():
                     raise ValueError(f"tensor {name} does not fit")
+            if TRACED in found:
+                Trace.of(found)
             return found
         except Exception as error:  # a damaged file leads to errors of safetensors and torch
             print(f"{file}: unreadable, starting anew ({one_line(error)})")

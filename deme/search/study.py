@@ -19,6 +19,7 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from deme.data.draws import Stream
 from deme.errors import RunError, UserError, one_line
 from deme.job.processes import in_main_process
 from deme.search.state import Evaluated
@@ -50,8 +51,8 @@ def open_storage(url: str) -> RDBStorage:
 class Study:
     """The candidates that were tried with one objective, and those that are to come.
 
-    Which candidate is the n-th depends on the seed, n and the values of those before alone: an interrupted search goes
-    on as if nothing had happened. Jobs that share the storage share the candidates.
+    Which candidate is the n-th depends on the stream, n and the values of those before alone: an interrupted search
+    goes on as if nothing had happened. Jobs that share the storage share the candidates.
 
     Args:
         names: of the coefficients, in row-major order.
@@ -59,6 +60,7 @@ class Study:
         interval: the bounds of each.
         first: candidates that are tried before the sampler's. Those of an earlier, shorter search keep their places.
         sampler: tpe, gp, cmaes, random or grid.
+        stream: of all random draws.
         count: how many candidates are tried.
     """
 
@@ -71,7 +73,7 @@ class Study:
         interval: tuple[float, float],
         first: Sequence[np.ndarray] = (),
         sampler: str = "random",
-        seed: int = 0,
+        stream: Stream = (0,),
         count: int = 0,
     ):
         self.storage = storage
@@ -80,7 +82,7 @@ class Study:
         self.interval = interval
         self.first = list(first)
         self.sampler = sampler
-        self.seed = seed
+        self.stream = stream
         self.count = count
         self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         self.space = {name: FloatDistribution(*interval) for name in self.names}
@@ -201,7 +203,7 @@ class Study:
 
     def _sampler(self, place: int) -> optuna.samplers.BaseSampler:
         """What draws the candidate of this place."""
-        seed = int(np.random.default_rng((self.seed, place)).integers(2**31))
+        seed = int(np.random.default_rng((*self.stream, place)).integers(2**31))
         if place < len(self.first):
             return self._fixed(self.first[place].ravel())
         match self.sampler:
@@ -223,12 +225,12 @@ class Study:
         """A sampler of one candidate."""
         low, high = self.interval
         fixed = {name: float(np.clip(w, low, high)) for name, w in zip(self.names, coefficients, strict=True)}
-        return optuna.samplers.PartialFixedSampler(fixed, optuna.samplers.RandomSampler(self.seed))
+        return optuna.samplers.PartialFixedSampler(fixed, optuna.samplers.RandomSampler(0))
 
     def _cmaes(self, number: int) -> np.ndarray:
         """The candidate of this number by CMA-ES (Hansen 2016), about the best of the first ones: shape (P,).
 
-        Its state follows from the seed and the values so far; Optuna's own sampler would pickle it into the storage.
+        Its state follows from the stream and the values so far; Optuna's own sampler would pickle it into the storage.
         """
         tried = {trial.user_attrs[PLACE] - len(self.first): trial for trial in self.trials()}
         started = [trial for place, trial in tried.items() if place < 0]
@@ -237,7 +239,8 @@ class Study:
         if started:
             mean = self.coefficients(min(started, key=lambda trial: trial.value)).ravel()
         bounds = np.tile([low, high], (len(self.names), 1))
-        optimizer = cmaes.CMA(np.clip(mean, low, high), SIGMA * (high - low), bounds, seed=self.seed % 2**32)
+        seed = int(np.random.default_rng(self.stream).integers(2**31))
+        optimizer = cmaes.CMA(np.clip(mean, low, high), SIGMA * (high - low), bounds, seed=seed)
         size = optimizer.population_size
         generation = 0
         while True:

@@ -16,7 +16,7 @@ from deme.search.state import Evaluated
 from deme.search.study import Study
 
 PUBLISHED = (0.1, 0.1, 0.2, 0.5)  # of LSUN-Church
-UNIFORM = (0.25, 0.5, 0.75, 1.0)
+UNIFORM = (0.5, 1.0)  # beside 1 / the number of ranges
 LONGER = 2.0  # the closed form, times this: it matches the experts, whose directions may be worth more
 MOST_COLUMNS = 64  # coefficients up to which their closed form is cheap; with more the gradient is
 CONTROLS = ("grid", "random")  # samplers that start from nothing
@@ -101,11 +101,14 @@ def one_after_another(problem: Problem, folder: Path, storage: RDBStorage, diges
     seeds = problem.seeds(settings.num_images)
     name = f"{digest}-{objective}-{len(seeds)}"
     bounded = (problem.names, problem.shape, settings.interval)
-    study = Study(storage, name, *bounded, first, settings.sampler, problem.config.seed, settings.trials)
-    passes = problem.distance.passes(seeds) if objective == "fd" else problem.squares(objective).passes
+    study = Study(storage, name, *bounded, first, settings.sampler, problem.stream, settings.trials)
+    spent = evaluated[-1].passes if evaluated else 0
+    passes = problem.squares(objective).passes if objective != "fd" else problem.distance.passes(len(seeds))
+    if objective == "fd":
+        spent += problem.distance.passes(settings.control_images)
     study.run(problem.accelerator, lambda w: problem.value(objective, w, seeds), passes, f"{objective}, candidate")
     named = f"fd of {len(seeds):,} images" if objective == "fd" else objective
-    tried = study.evaluated(settings.sampler, named, evaluated[-1].passes if evaluated else 0)
+    tried = study.evaluated(settings.sampler, named, spent)
     best = min(tried, key=lambda row: row.value)
     zeros = np.zeros(problem.shape)
     known = [row.value for row in tried if not row.coefficients.any()]
@@ -120,7 +123,7 @@ def multi_fidelity(problem: Problem, folder: Path, storage: RDBStorage, digest: 
     seeds = problem.seeds(settings.finalist_images)
     finals = Study(storage, f"{digest}-finalists-{len(seeds)}", problem.names, problem.shape, settings.interval)
     finals.extend([np.zeros(problem.shape), *few.study.best(settings.finalists)])
-    passes = problem.distance.passes(seeds)
+    passes = problem.distance.passes(len(seeds))
     finals.run(problem.accelerator, lambda w: problem.value("fd", w, seeds), passes, "fd, finalist")
     tried = finals.evaluated("finalists", f"fd of {len(seeds):,} images", few.evaluated[-1].passes)
     best = min(tried, key=lambda row: row.value)
