@@ -113,7 +113,7 @@ def draw_probes(
     for start in range(0, count, batch_size):
         part = slice(start, min(start + batch_size, count))
         torch.manual_seed(torch_seed(random))  # for the encoder's draws
-        clean, condition = encoder.encode(images.batch(indices[part]))
+        clean, condition = encoder.encode(images.batch(indices[part], random))
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(torch_seed(random)))
         noise = noise.to(clean.device)
         share = slice(accelerator.process_index, None, accelerator.num_processes)
