@@ -8,6 +8,8 @@ from deme.config.experiment import Config
 from deme.config.paths import Paths
 from deme.config.sections import Evaluate, Merge, Model, Sample, Search
 
+SCRIPTS = ["pretrain.py", "finetune.py", "search.py", "merge.py", "sample_ddp.py", "evaluate.py"]
+
 
 def test_everything_of_a_run_lies_below_its_folder():
     """The layout that README promises; nothing but the cache of images is shared between runs."""
@@ -55,7 +57,7 @@ def test_settings_move_what_they_name():
     assert (str(paths.reference), str(paths.results)) == ("a.npz", "b.json")
 
 
-@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "search.py", "merge.py", "sample_ddp.py", "evaluate.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_says_where_things_lie(script, tmp_path):
     options = ["--path", "finetuned", "name=x", "timesteps.num_ranges=2", "merge.coefficients=null"]
     command = [sys.executable, REPOSITORY / script, *options]
