@@ -114,7 +114,9 @@ class Problem:
         key = (name, role)
         if key not in self._squares:
             steps = self.config.timesteps.num_train_timesteps
-            made = make_squares(name, self._probes(role), self.candidates, self.network, steps, self.accelerator)
+            blamed = ("search.images", self.settings.images) if name == "loss" else ("search.objective", name)
+            with naming(*blamed):
+                made = make_squares(name, self._probes(role), self.candidates, self.network, steps, self.accelerator)
             self._squares[key] = made
         return self._squares[key]
 

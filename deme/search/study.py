@@ -174,12 +174,20 @@ class Study:
             return None if all(trial.state is TrialState.COMPLETE for trial in trials) else (None, None)
         place = free[0]
         self.study.sampler = self._sampler(place)
-        self.trial = self.study.ask(self.space)
-        for key, found in ((OWNER, _owner()), (PASSES, passes), (PLACE, place)):
-            self.trial.set_user_attr(key, found)
+        self.trial = self._begin({OWNER: _owner(), PASSES: passes, PLACE: place})
         self._alive = _signs_of_life(self.storage, self.trial)
         self._alive.__enter__()
         return place, np.array([self.trial.params[name] for name in self.names]).reshape(self.shape)
+
+    def _begin(self, notes: dict[str, object]) -> Trial:
+        """A running trial that has its notes from the first moment on: killed now, it would be nobody's for ever."""
+        running = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=notes)
+        number = self.study._storage.create_new_trial(self.study._study_id, running)
+        self.storage.record_heartbeat(number)
+        trial = Trial(self.study, number)  # as `Study.ask`, which takes no notes
+        for name, distribution in self.space.items():
+            trial._suggest(name, distribution)
+        return trial
 
     def _tell(self, place: int, coefficients: np.ndarray, value: float, said: str) -> None:
         self._alive.__exit__(None, None, None)
