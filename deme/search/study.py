@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import cmaes
 import numpy as np
@@ -174,16 +175,28 @@ class Study:
             return None if all(trial.state is TrialState.COMPLETE for trial in trials) else (None, None)
         place = free[0]
         self.study.sampler = self._sampler(place)
-        self.trial = self._begin({OWNER: _owner(), PASSES: passes, PLACE: place})
+        trial = self._begin({OWNER: _owner(), PASSES: passes, PLACE: place})
+        if trial is None:
+            return self._start(passes)
+        self.trial = trial
         self._alive = _signs_of_life(self.storage, self.trial)
         self._alive.__enter__()
         return place, np.array([self.trial.params[name] for name in self.names]).reshape(self.shape)
 
-    def _begin(self, notes: dict[str, object]) -> Trial:
-        """A running trial that has its notes from the first moment on: killed now, it would be nobody's for ever."""
+    def _begin(self, notes: dict[str, Any]) -> Trial | None:
+        """A running trial, or None where another job was faster to take its place.
+
+        It has its notes from the first moment on: without an owner it would be nobody's for ever if it were killed now,
+        and of two trials of a place each job sees which one came first.
+        """
+        storage = self.study._storage  # with a cache, which has to know the trial
         running = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=notes)
-        number = self.study._storage.create_new_trial(self.study._study_id, running)
+        number = storage.create_new_trial(self.study._study_id, running)
         self.storage.record_heartbeat(number)
+        for other in self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.RUNNING]):
+            if other.user_attrs.get(PLACE) == notes[PLACE] and other._trial_id < number:
+                storage.set_trial_state_values(number, TrialState.FAIL)
+                return None
         trial = Trial(self.study, number)  # as `Study.ask`, which takes no notes
         for name, distribution in self.space.items():
             trial._suggest(name, distribution)

@@ -153,6 +153,22 @@ def test_jobs_share_candidates_without_trying_one_twice(tmp_path, monkeypatch):
     assert rows(jobs[0]) == search(make(tmp_path, name="alone"))
 
 
+def test_of_two_jobs_that_take_the_same_place_at_once_the_first_keeps_it(tmp_path, monkeypatch):
+    """The second one looks while the first has not taken it yet; it takes the next."""
+    jobs = [make(tmp_path), make(tmp_path)]
+    begin = Study._begin
+
+    def overtaken(self, notes):
+        monkeypatch.setattr(Study, "_begin", begin)
+        monkeypatch.setattr(module, "_owner", lambda: f"process {os.getppid()} on {os.uname().nodename}")
+        assert jobs[0]._next(1)[0] == 0
+        monkeypatch.undo()
+        return begin(self, notes)
+
+    monkeypatch.setattr(Study, "_begin", overtaken)
+    assert jobs[1]._next(1)[0] == 1
+
+
 def test_more_candidates_keep_the_places_of_those_that_were_tried(tmp_path):
     a, b, c = (np.full((1, 2), value) for value in (0.1, 0.2, 0.3))
     study = make(tmp_path, count=0)
