@@ -87,15 +87,22 @@ def main(config: Config) -> None:
     weights = {"pretrained": weights_hash(networks[0]), "finetuned": list(map(weights_hash, finetuned))}
     wanted = Record(SEARCH, searched(config) | weights | made_of, provenance(config))
     accelerator = make_accelerator(config.sample.mixed_precision, "sample.mixed_precision")
-    with locked_by_all(accelerator, output / "claim", "search.output", wait=True):
-        in_main_process(accelerator, lambda: claim(output, wanted))
     problem = Problem(config, accelerator, pretrained, made_of, output)
     watched.check()  # what was hashed was read
+    with locked_by_all(accelerator, output / "claim", "search.output", wait=True):
+        in_main_process(accelerator, lambda: claim(output, wanted))
 
     # --- search
     def storage():
-        with naming("search.storage", settings.storage or output / "study.db"):
-            return open_storage(settings.storage or f"sqlite:///{output / 'study.db'}")
+        url = settings.storage or f"sqlite:///{output / 'study.db'}"
+
+        def make_tables() -> None:
+            with naming("search.storage", settings.storage or output / "study.db"):
+                open_storage(url)
+
+        with locked_by_all(accelerator, output / "storage", "search.output", wait=True):  # two at once would fail
+            in_main_process(accelerator, make_tables)
+        return open_storage(url)
 
     found = find(problem, output, storage, wanted.digest)
     answer = best_yaml(problem, found, weights)

@@ -27,6 +27,8 @@ LIBRARIES = [
     "deme.training.trainer",
     "deme.data.sources",
     "deme.models.networks",
+    "deme.search.ways",
+    "deme.report.search_plots",
 ]
 
 

@@ -185,7 +185,7 @@ class Bench:
         settings = self.problem.settings
         many = 2**4 if self.arguments.quick else GRID_VALUES ** self.problem.shape[1]
         trials = 10 if self.arguments.quick else settings.trials
-        images = trials * settings.num_images + (settings.finalists + 1) * settings.finalist_images
+        images = trials * settings.num_images + settings.finalists * settings.finalist_images
         images += settings.control_images
         equal = max(2**4, images // settings.num_images)  # candidates that cost as much as the default way
         fd = {"method": "optuna", "objective": "fd", "trials": trials}

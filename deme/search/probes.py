@@ -1,5 +1,6 @@
 """The cheap objectives: weighted squares of a network's predictions on the same noisy images for every candidate."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from deme.method.losses import prediction_target
 from deme.models.encoders import Condition, Encoder
 
 LOSS_BINS = 16  # of timesteps, within which the denoising loss is compared with the pretrained network's
+NO_DISTANCE = 1e-10  # of squares, relative to those of the predictions themselves: rounding
 PROBES = 3  # what the stream is for, beside those of pretraining and finetuning
 
 
@@ -67,12 +69,13 @@ class Squares:
 
     @torch.no_grad()
     def value(self, network: nn.Module) -> float:
-        """The objective of a network, on the device, in eval mode."""
+        """The objective of a network, on the device, in eval mode; infinite where a prediction is not finite."""
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for batch in self.batches:
             if len(batch.weights) > 0:
                 total += weighted_squares(batch, batch.predict(network)).double()
-        return float(self.accelerator.reduce(total, "sum"))
+        value = float(self.accelerator.reduce(total, "sum"))
+        return value if math.isfinite(value) else math.inf  # NaN would be the least of all for numpy
 
 
 def weighted_squares(batch: Batch, prediction: torch.Tensor) -> torch.Tensor:
@@ -166,16 +169,17 @@ def make_squares(
         bins = [batch.timesteps * LOSS_BINS // num_train_timesteps for batch in probes]
         count = LOSS_BINS
     candidates.form(network, torch.zeros(candidates.shape))
-    totals = torch.zeros(count, dtype=torch.float64, device=accelerator.device)
+    totals, sizes = (torch.zeros(count, dtype=torch.float64, device=accelerator.device) for _ in range(2))
     images = 0
     for batch, target, places in zip(probes, targets, bins, strict=True):
         if len(places) > 0:
             distances = (batch.predict(network) - target).square().flatten(1).sum(1)
             totals.index_add_(0, places, distances.double())
+            sizes.index_add_(0, places, target.square().flatten(1).sum(1).double())
         images += len(places)
-    totals = accelerator.reduce(totals, "sum")
+    totals, sizes = (accelerator.reduce(part, "sum") for part in (totals, sizes))
     images = int(accelerator.reduce(torch.tensor(images, device=accelerator.device), "sum"))
-    empty = (totals <= 0).nonzero().flatten().tolist()
+    empty = (totals <= NO_DISTANCE * sizes).nonzero().flatten().tolist()
     if empty and name == "match":
         raise UserError(f"the expert of range {empty[0]} predicts what the pretrained network does")
     if empty:

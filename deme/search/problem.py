@@ -126,7 +126,9 @@ class Problem:
         key = (name, role)
         if key not in self._squares:
             steps = self.config.timesteps.num_train_timesteps
-            made = make_squares(name, self._probes(role), self.candidates, self.network, steps, self.accelerator)
+            blamed = ("search.images", self.settings.images) if name == "loss" else ("search.objective", name)
+            with naming(*blamed):
+                made = make_squares(name, self._probes(role), self.candidates, self.network, steps, self.accelerator)
             self._squares[key] = made
         return self._squares[key]
 
@@ -194,6 +196,16 @@ class Problem:
 
     # --- any of them
 
+    def passes(self, objective: str, coefficients: Coefficients, images: int) -> int:
+        """UNet passes of an objective's value.
+
+        Args:
+            images: of fd.
+        """
+        if objective == "fd":
+            return self.plain_distance.passes(images) if np.any(coefficients) else 0
+        return self.squares(objective).passes
+
     def value(self, objective: str, coefficients: Coefficients, seeds: Sequence[int] | None = None) -> float:
         """An objective's value: the lower the better.
 
@@ -201,6 +213,8 @@ class Problem:
             seeds: of fd.
         """
         if objective == "fd":
+            if not np.any(coefficients):  # the control itself
+                return self.distance.of_features(self.distance.control)
             return self.distance.value(self.merged(coefficients), seeds)
         squares = self.squares(objective)
         self.candidates.form(self.network, coefficients)

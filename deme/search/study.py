@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import cmaes
 import numpy as np
@@ -143,16 +144,22 @@ class Study:
         self.first = list(known.values())
         self.count = len(self.first)
 
-    def run(self, accelerator: Accelerator, value: Callable[[np.ndarray], float], passes: int, said: str) -> None:
+    def run(
+        self,
+        accelerator: Accelerator,
+        value: Callable[[np.ndarray], float],
+        passes: Callable[[np.ndarray], int],
+        said: str,
+    ) -> None:
         """Try candidates until all are tried, together with the other jobs that share the storage.
 
         Args:
             value: of a candidate; called in every process.
-            passes: UNet passes of one value.
+            passes: of a candidate: UNet passes that its value takes.
             said: what the lines that are printed begin with.
         """
         while True:
-            found = in_main_process(accelerator, lambda: self._next(passes))
+            found = in_main_process(accelerator, self._next)
             if found is None:
                 break
             place, coefficients = found
@@ -160,14 +167,14 @@ class Study:
                 time.sleep(POLLED_EVERY)
                 continue
             scored = value(coefficients)
-            in_main_process(accelerator, partial(self._tell, place, coefficients, scored, said))
+            in_main_process(accelerator, partial(self._tell, place, coefficients, scored, passes(coefficients), said))
 
-    def _next(self, passes: int) -> tuple[int | None, np.ndarray | None] | None:
+    def _next(self) -> tuple[int | None, np.ndarray | None] | None:
         """The next candidate's place and coefficients; no place while others try the last, None when all are tried."""
         with _reaching():
-            return self._start(passes)
+            return self._start()
 
-    def _start(self, passes: int) -> tuple[int | None, np.ndarray | None] | None:
+    def _start(self) -> tuple[int | None, np.ndarray | None] | None:
         self._fail_the_dead()
         trials = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.RUNNING])
         taken = {trial.user_attrs.get(PLACE) for trial in trials}
@@ -176,16 +183,37 @@ class Study:
             return None if all(trial.state is TrialState.COMPLETE for trial in trials) else (None, None)
         place = free[0]
         self.study.sampler = self._sampler(place)
-        self.trial = self.study.ask(self.space)
-        for key, found in ((OWNER, _owner()), (PASSES, passes), (PLACE, place)):
-            self.trial.set_user_attr(key, found)
+        trial = self._begin({OWNER: _owner(), PLACE: place})
+        if trial is None:
+            return self._start()
+        self.trial = trial
         self._alive = _signs_of_life(self.storage, self.trial)
         self._alive.__enter__()
         return place, np.array([self.trial.params[name] for name in self.names]).reshape(self.shape)
 
-    def _tell(self, place: int, coefficients: np.ndarray, value: float, said: str) -> None:
+    def _begin(self, notes: dict[str, Any]) -> Trial | None:
+        """A running trial, or None where another job was faster to take its place.
+
+        It has its notes from the first moment on: without an owner it would be nobody's for ever if it were killed now,
+        and of two trials of a place each job sees which one came first.
+        """
+        storage = self.study._storage  # with a cache, which has to know the trial
+        running = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=notes)
+        number = storage.create_new_trial(self.study._study_id, running)
+        self.storage.record_heartbeat(number)
+        for other in self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.RUNNING]):
+            if other.user_attrs.get(PLACE) == notes[PLACE] and other._trial_id < number:
+                storage.set_trial_state_values(number, TrialState.FAIL)
+                return None
+        trial = Trial(self.study, number)  # as `Study.ask`, which takes no notes
+        for name, distribution in self.space.items():
+            trial._suggest(name, distribution)
+        return trial
+
+    def _tell(self, place: int, coefficients: np.ndarray, value: float, passes: int, said: str) -> None:
         self._alive.__exit__(None, None, None)
         with _reaching():
+            self.trial.set_user_attr(PASSES, passes)
             self.study.tell(self.trial, value)
         best = min(trial.value for trial in self.trials())
         shown = np.round(coefficients, 3).tolist()[0] if len(coefficients) == 1 else f"{coefficients.size} coefficients"

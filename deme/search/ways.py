@@ -103,9 +103,12 @@ def one_after_another(problem: Problem, folder: Path, storage: RDBStorage, diges
     bounded = (problem.names, problem.shape, settings.interval)
     study = Study(storage, name, *bounded, first, settings.sampler, problem.stream, settings.trials)
     spent = evaluated[-1].passes if evaluated else 0
-    passes = problem.squares(objective).passes if objective != "fd" else problem.distance.passes(len(seeds))
     if objective == "fd":
         spent += problem.distance.passes(settings.control_images)
+
+    def passes(coefficients: Coefficients) -> int:
+        return problem.passes(objective, coefficients, len(seeds))
+
     study.run(problem.accelerator, lambda w: problem.value(objective, w, seeds), passes, f"{objective}, candidate")
     named = f"fd of {len(seeds):,} images" if objective == "fd" else objective
     tried = study.evaluated(settings.sampler, named, spent)
@@ -123,7 +126,10 @@ def multi_fidelity(problem: Problem, folder: Path, storage: RDBStorage, digest: 
     seeds = problem.seeds(settings.finalist_images)
     finals = Study(storage, f"{digest}-finalists-{len(seeds)}", problem.names, problem.shape, settings.interval)
     finals.extend([np.zeros(problem.shape), *few.study.best(settings.finalists)])
-    passes = problem.distance.passes(len(seeds))
+
+    def passes(coefficients: Coefficients) -> int:
+        return problem.passes("fd", coefficients, len(seeds))
+
     finals.run(problem.accelerator, lambda w: problem.value("fd", w, seeds), passes, "fd, finalist")
     tried = finals.evaluated("finalists", f"fd of {len(seeds):,} images", few.evaluated[-1].passes)
     best = min(tried, key=lambda row: row.value)

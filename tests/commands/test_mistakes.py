@@ -349,7 +349,7 @@ MISTAKES = [
         "a range that does not exist",
         "finetune.py",
         ["finetune.range=2"],
-        "finetune.range=2: must be null, continued, or one of 0 … 1",
+        "finetune.range=2: must be null, continued, distilled, or one of 0 … 1",
     ),
     Mistake(
         "finetuning in fp16 on a CPU",
@@ -373,7 +373,8 @@ MISTAKES = [
         "a coefficient that is not a number",
         "merge.py",
         ["merge.coefficients=[.nan,1]"],
-        "merge.coefficients=[nan, 1]: must be a list of finite numbers, or a mapping from name patterns to such lists",
+        "merge.coefficients=[nan, 1]: must be a list of finite numbers, a mapping from name patterns to such lists, or "
+        "a file of search.py",
     ),
     Mistake(
         "a Hub id without an owner",
@@ -487,8 +488,8 @@ MISTAKES = [
         "a number for a name pattern",
         "merge.py",
         BAD_FILE,
-        "merge.coefficients={1: [1, 1]}: must be a list of finite numbers, or a mapping from name patterns to such "
-        "lists",
+        "merge.coefficients={1: [1, 1]}: must be a list of finite numbers, a mapping from name patterns to such lists, "
+        "or a file of search.py",
         yaml_file("merge: {coefficients: {1: [1, 1]}}"),
     ),
     Mistake(

@@ -6,7 +6,9 @@ from conftest import REPOSITORY
 
 from deme.config.experiment import Config
 from deme.config.paths import Paths
-from deme.config.sections import Evaluate, Merge, Model, Sample
+from deme.config.sections import Evaluate, Merge, Model, Sample, Search
+
+SCRIPTS = ["pretrain.py", "finetune.py", "search.py", "merge.py", "sample_ddp.py", "evaluate.py"]
 
 
 def test_everything_of_a_run_lies_below_its_folder():
@@ -23,6 +25,9 @@ def test_everything_of_a_run_lies_below_its_folder():
         "finetuned": "\n".join(
             f"out/a/finetuned/{edges}/unet" for edges in ("0000-0250", "0250-0500", "0500-0750", "0750-1000")
         ),
+        "search": "out/a/search",
+        "best_coefficients": "out/a/search/best.yaml",
+        "plots": "out/a/plots",
         "merged": "out/a/merged",
         "all_samples": "out/a/samples",
         "samples": "out/a/samples/merged",
@@ -39,18 +44,20 @@ def test_settings_move_what_they_name():
     config = Config(
         model=Model(pretrained="google/ddpm-cifar10-32"),
         merge=Merge(finetuned="experts", output="elsewhere/merged"),
+        search=Search(output="elsewhere/search"),
         sample=Sample(model="/data/other/model"),
         evaluate=Evaluate(reference="a.npz", output="b.json"),
     )
     paths = config.paths
     assert paths.pretrained == "google/ddpm-cifar10-32"
     assert str(paths.finetuned[0]) == "experts/0000-0250/unet"
+    assert str(paths.best_coefficients) == "elsewhere/search/best.yaml"
     assert str(paths.merged) == "elsewhere/merged"
     assert str(paths.samples) == "runs/digits/samples/data-other-model"
     assert (str(paths.reference), str(paths.results)) == ("a.npz", "b.json")
 
 
-@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "merge.py", "sample_ddp.py", "evaluate.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_says_where_things_lie(script, tmp_path):
     options = ["--path", "finetuned", "name=x", "timesteps.num_ranges=2", "merge.coefficients=null"]
     command = [sys.executable, REPOSITORY / script, *options]

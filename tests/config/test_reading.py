@@ -9,7 +9,7 @@ from deme.config.reading import load_config
 from deme.config.sections import Finetune, range_name
 from deme.errors import UserError
 
-SCRIPTS = ["pretrain.py", "finetune.py", "merge.py", "sample_ddp.py", "evaluate.py"]
+SCRIPTS = ["pretrain.py", "finetune.py", "search.py", "merge.py", "sample_ddp.py", "evaluate.py"]
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("finetune.global_probability=1.5", "finetune.global_probability=1.5: must lie in [0, 1]"),
         ("finetune.global_probability=.nan", "finetune.global_probability=nan: must lie in [0, 1]"),
         ("finetune.learning_rate=.inf", "finetune.learning_rate=inf: must be a finite number above 0"),
-        ("finetune.range=4", "finetune.range=4: must be null, continued, or one of 0 … 3"),
-        ("finetune.range=first", "finetune.range=first: must be null, continued, or one of 0 … 3"),
+        ("finetune.range=4", "finetune.range=4: must be null, continued, distilled, or one of 0 … 3"),
+        ("finetune.range=first", "finetune.range=first: must be null, continued, distilled, or one of 0 … 3"),
         ("finetune.micro_batch_size=7", "finetune.batch_size=64: must be a multiple of finetune.micro_batch_size=7"),
         ("finetune.mixed_precision=fp8", "finetune.mixed_precision=fp8: must be one of no, fp16, bf16"),
         ("finetune.lr_scheduler=cosin", "finetune.lr_scheduler=cosin: must be one of constant,"),
@@ -78,9 +78,9 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("timesteps.num_ranges=0", "timesteps.num_ranges=0: must lie in [1, 1000]"),
         ("merge.coefficients=[1,1]", "merge.coefficients=[1, 1]: 2 coefficients for 4 timestep ranges"),
         ("merge.coefficients=[.nan,0,0,0]", "merge.coefficients=[nan, 0, 0, 0]: must be a list of finite numbers"),
-        ("merge.coefficients=0.5", "merge.coefficients=0.5: must be a list of finite numbers, or a mapping"),
-        ("merge.coefficients={}", "merge.coefficients={}: must be a list of finite numbers, or a mapping"),
-        ("merge.coefficients={'*': 1}", "merge.coefficients={'*': 1}: must be a list of finite numbers, or a mapping"),
+        ("merge.coefficients=0.5", "merge.coefficients=0.5: must be a list of finite numbers, a mapping"),
+        ("merge.coefficients={}", "merge.coefficients={}: must be a list of finite numbers, a mapping"),
+        ("merge.coefficients={'*': 1}", "merge.coefficients={'*': 1}: must be a list of finite numbers, a mapping"),
         ("merge.coefficients={'*': [1, 1]}", "merge.coefficients={'*': [1, 1]}: 2 coefficients for 4 timestep ranges"),
         ("merge.method=average", "merge.method=average: must be one of task_arithmetic, ties"),
         ("merge.ties_fraction=0", "merge.ties_fraction=0.0: must lie in (0, 1]"),

@@ -1,7 +1,10 @@
 import pytest
+from conftest import tiny_unet
 
 from deme.errors import UserError
-from deme.method.coefficients import coefficients_of
+from deme.method.coefficients import coefficients_of, pattern_of, patterns_of
+
+NAMES = list(tiny_unet().state_dict())
 
 
 def test_the_first_pattern_that_fits_a_tensor_counts():
@@ -10,3 +13,39 @@ def test_the_first_pattern_that_fits_a_tensor_counts():
     assert [coefficients_of(name, groups) for name in names] == [[0.5], [0.25], [0.25]]
     with pytest.raises(UserError, match=r"no pattern fits the tensor mid_block\.w"):
         coefficients_of("mid_block.w", {"down_blocks.*": [0.5]})
+
+
+def test_groups_are_all_tensors_the_blocks_of_the_network_each_tensor_or_given_patterns():
+    blocks = [f"{block}.*" for block in ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", "mid_block")]
+    assert patterns_of("range", NAMES) == ["*"]
+    assert sorted(patterns_of("block", NAMES)) == sorted([*blocks, "*"])
+    assert patterns_of("block", NAMES)[-1] == "*"
+    assert patterns_of("tensor", NAMES) == NAMES
+    assert patterns_of(["conv_*", "*"], NAMES) == ["conv_*", "*"]
+
+
+@pytest.mark.parametrize("groups", ["range", "block", "tensor", ["*.bias", "*"]], ids=str)
+def test_every_tensor_lies_in_a_group_and_none_is_empty(groups):
+    patterns = patterns_of(groups, NAMES)
+    assert {pattern_of(name, patterns) for name in NAMES} == set(patterns)
+
+
+def test_the_tenth_block_is_not_the_first():
+    """`up_blocks.1.*` does not take what is in `up_blocks.10`."""
+    names = ["up_blocks.1.w", "up_blocks.10.w", "conv_in.w"]
+    patterns = patterns_of("block", names)
+    assert [pattern_of(name, patterns) for name in names] == ["up_blocks.1.*", "up_blocks.10.*", "*"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (["conv_in.*"], r"no pattern fits the tensor \S+; add one for '\*'"),
+        (["*", "conv_in.*"], r"no tensor is left for the pattern conv_in\.\*"),
+        (["conv_inn.*", "*"], r"no tensor is left for the pattern conv_inn\.\*"),
+        (["conv_in.*", "conv_in.*", "*"], r"no tensor is left for the pattern conv_in\.\*"),
+    ],
+)
+def test_patterns_that_fit_no_tensor_or_leave_some_are_refused(groups, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        patterns_of(groups, NAMES)

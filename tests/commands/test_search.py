@@ -1,0 +1,201 @@
+"""The search for merging coefficients, on the tiny pipeline and experts that were made without training."""
+
+import json
+import random
+import shutil
+import signal
+
+import numpy as np
+import optuna
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from conftest import run, tiny_unet
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from test_text_to_image import text_config, text_to_image  # noqa: F401  fixtures
+
+from benchmarks.forked import Run
+from deme.config.reading import load_config
+from deme.models.networks import with_projections
+from deme.models.variants import find_pretrained
+from deme.models.weights import WEIGHTS
+from deme.search.problem import Problem
+
+SMALL = ["search.images=32", "search.batch_size=16", "search.num_images=8", "search.num_inference_steps=2"]
+SMALL += ["search.finalists=2", "search.finalist_images=10", "search.report_images=10", "search.trials=4"]
+METHODS = {
+    "closed_form": [],
+    "gradient": ["search.groups=block", "search.gradient_steps=20"],
+    "optuna": ["search.objective=match", "search.sampler=cmaes"],
+    "multi_fidelity": [],
+}
+
+
+def disturbed(network, seed: int):
+    """The network with other weights."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return network
+
+
+@pytest.fixture
+def root(config_file):
+    """Two experts near the pretrained network."""
+    for index, name in enumerate(["0000-0500", "0500-1000"]):
+        folder = config_file.parent / "tiny" / "finetuned" / name / "unet"
+        disturbed(with_projections(tiny_unet()), index + 1).save_pretrained(folder)
+    return config_file.parent
+
+
+def best(folder) -> dict:
+    return yaml.safe_load((folder / "best.yaml").read_text())
+
+
+def report(folder) -> list[dict]:
+    return json.loads((folder / "report.json").read_text())["rows"]
+
+
+def trials(folder) -> dict[tuple[str, int], tuple]:
+    """(study, place) → coefficients and value of the candidates in a folder's storage."""
+    found = {}
+    url = f"sqlite:///{folder / 'study.db'}"
+    for name in optuna.get_all_study_names(url):
+        for trial in optuna.load_study(study_name=name, storage=url).get_trials(states=[optuna.trial.TrialState(1)]):
+            key = (name.partition("-")[2], trial.user_attrs["place"])
+            assert key not in found, "tried twice"
+            found[key] = (trial.params, trial.value)
+    return found
+
+
+def given_up(folder) -> int:
+    url = f"sqlite:///{folder / 'study.db'}"
+    studies = [optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)]
+    return sum(len(study.get_trials(states=[optuna.trial.TrialState.FAIL])) for study in studies)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_found_is_what_merge_py_merges(method, config_file, root):
+    """By its name and by its file, bit for bit; the same command searches nothing again."""
+    options = [f"search.method={method}", *METHODS[method], *SMALL]
+    folder = root / "tiny" / "search"
+    run("search.py", config_file, *options)
+    found = best(folder)
+    rows = report(folder)
+    names = ["pretrained", "ensemble", "uniform 0.5", "best"]
+    assert [row["samples"] for row in rows] == names
+    assert all(np.isfinite(row["pooled"]) and row["images"] == 10 for row in rows)
+    assert found["value"] <= found["value of the pretrained network"]
+    for file in (root / "tiny" / "plots").glob("search-*.png"):
+        with Image.open(file) as picture:
+            assert picture.format == "PNG"
+            picture.load()
+    pictures = {file.stem for file in (root / "tiny" / "plots").glob("*.png")}
+    assert pictures >= {"search-cost", "search-coefficients", "search-fresh"}
+    assert ({"search-pairs", "search-importance"} <= pictures) == (folder / "study.db").exists()
+
+    before = {file: file.read_bytes() for file in folder.glob("*.safetensors")}
+    again = run("search.py", config_file, *options)
+    assert "candidate" not in again.stdout
+    assert best(folder) == found
+    assert report(folder) == rows
+    assert {file: file.read_bytes() for file in folder.glob("*.safetensors")} == before
+
+    run("merge.py", config_file, "merge.coefficients=search")
+    merged = load_file(root / "tiny" / "merged" / "unet" / WEIGHTS)
+    config = load_config(config_file, options)
+    problem = Problem(config, Accelerator(cpu=True), find_pretrained(config.paths), {}, root)
+    problem.candidates.form(problem.network, list(found["coefficients"].values()))
+    expected = problem.network.state_dict()
+    assert merged.keys() == expected.keys()
+    assert [name for name in merged if not torch.equal(merged[name], expected[name])] == []
+    moved = root / "moved.yaml"
+    shutil.copy(folder / "best.yaml", moved)
+    assert "is complete" in run("merge.py", config_file, f"merge.coefficients={moved}").stdout
+
+
+def test_the_objective_is_the_distance_that_evaluate_py_measures(config_file, root):
+    """Of the same seeds, drawn by sample_ddp.py into PNGs from the network that merge.py writes."""
+    options = ["search.method=optuna", "search.objective=fd", "search.sampler=random", "search.trials=2", *SMALL[:5]]
+    options += ["search.finalists=1", "search.report_images=0", "search.num_inference_steps=3", "sample.batch_size=3"]
+    run("search.py", config_file, *options)
+    run("merge.py", config_file, "merge.coefficients=search")
+    drawn = ["sample.num_images=8", "sample.seed_offset=10000000", "search.seed_offset=0"]
+    run("sample_ddp.py", config_file, *drawn)
+    run("evaluate.py", config_file)
+    [row] = json.loads((root / "tiny" / "results.json").read_text())["rows"]
+    assert best(root / "tiny" / "search")["value"] == pytest.approx(row["pooled"], rel=1e-6)
+
+
+def test_two_processes_find_what_one_finds(config_file, root):
+    """Up to float error."""
+    options = ["search.method=multi_fidelity", *SMALL, "search.trials=3"]
+    run("search.py", config_file, *options)
+    run("search.py", config_file, *options, "search.output=both", processes=2)
+    one, both = best(root / "tiny" / "search"), best(root / "both")
+    assert both["value"] == pytest.approx(one["value"], rel=1e-3)
+    for pattern, row in one["coefficients"].items():
+        assert both["coefficients"][pattern] == pytest.approx(row, abs=1e-3)
+    assert trials(root / "both").keys() == trials(root / "tiny" / "search").keys()
+    for alone, together in zip(report(root / "tiny" / "search"), report(root / "both"), strict=True):
+        assert together["pooled"] == pytest.approx(alone["pooled"], rel=1e-2)
+
+
+def test_two_jobs_at_once_share_the_candidates(config_file, root):
+    """None is tried twice, and they are those of a single job."""
+    options = ["search.method=optuna", "search.objective=match", "search.sampler=random", *SMALL, "search.trials=12"]
+    jobs = [Run("search.py", ["--config", str(config_file), *options], root) for _ in range(2)]
+    for job in jobs:
+        assert job.wait() == 0, job.stderr
+    run("search.py", config_file, *options, "search.output=alone")
+    found = trials(root / "tiny" / "search")
+    assert found == trials(root / "alone")
+    assert len(found) == 12
+    assert (root / "alone" / "best.yaml").read_bytes() == (root / "tiny" / "search" / "best.yaml").read_bytes()
+
+
+def test_ten_kills_lose_at_most_a_candidate_each(config_file, root):
+    """While it starts, and after a random part of what it has to do: the same in the end as without them."""
+    options = ["search.method=multi_fidelity", *SMALL, "search.trials=12"]
+    arguments = ["--config", str(config_file), *options]
+    run("search.py", config_file, *options, "search.output=whole")
+    rng = random.Random(0)
+    kills = 0
+    for number in range(10):
+        job = Run("search.py", arguments, root)
+        until = rng.uniform(0, 1.5)
+        while number % 2 and job.wait(0.02) is None and "candidate" not in job.stdout:
+            pass  # it goes on with the search
+        if job.wait(until if number % 2 == 0 else until / 3) is None:
+            job.send(signal.SIGKILL)
+            assert job.wait() == -signal.SIGKILL
+            kills += 1
+    run("search.py", config_file, *options)
+    assert kills >= 5
+    folder = root / "tiny" / "search"
+    assert given_up(folder) <= kills
+    assert trials(folder) == trials(root / "whole")
+    assert (folder / "best.yaml").read_bytes() == (root / "whole" / "best.yaml").read_bytes()
+    assert report(folder) == report(root / "whole")
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("method", ["closed_form", "multi_fidelity"])
+def test_text_to_image(method, text_config, text_to_image, tmp_path):  # noqa: F811
+    """Noise and latents instead of pixels, with captions and prompts; merge.py takes what is found."""
+    for index, name in enumerate(["0000-0500", "0500-1000"]):
+        unet = with_projections(UNet2DConditionModel.from_pretrained(text_to_image / "unet"))
+        disturbed(unet, index + 1).save_pretrained(tmp_path / "tiny" / "finetuned" / name / "unet")
+    run("search.py", text_config, f"search.method={method}", *SMALL)
+    assert len(report(tmp_path / "tiny" / "search")) == 4
+    found = best(tmp_path / "tiny" / "search")
+    assert found["value"] <= found["value of the pretrained network"]
+    if method == "closed_form":
+        assert found["value"] < 0.9
+    else:  # candidates differ in their images
+        assert len({value for _, value in trials(tmp_path / "tiny" / "search").values()}) >= 4
+    run("merge.py", text_config, "merge.coefficients=search")

@@ -1,0 +1,153 @@
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_unet
+from hypothesis import given
+from hypothesis import strategies as st
+from noisy_images import Linear, linear_candidates, squares
+from scipy.optimize import minimize
+
+from deme.method.candidates import Candidates
+from deme.search import closed_form as module
+from deme.search.closed_form import closed_form, linearized, ridge_step
+
+WIDE = (-100.0, 100.0)
+
+
+def least_squares(objective, candidates) -> np.ndarray:
+    """By numpy, from the network's definition."""
+    networks = [Linear(seed) for seed in (0, 1, 2)]
+    rows, values = [], []
+    with torch.no_grad():
+        for batch in objective.batches:
+            scale = batch.weights.sqrt()[:, None, None, None]
+            columns = []
+            for part in ("near", "far"):
+                for expert in networks[1:]:
+                    change = Linear(0)
+                    change.near.weight.zero_()
+                    change.far.weight.zero_()
+                    getattr(change, part).weight += getattr(expert, part).weight - getattr(networks[0], part).weight
+                    columns.append((scale * batch.predict(change)).flatten())
+            rows.append(torch.stack(columns, 1))
+            values.append((scale * (batch.target - batch.predict(networks[0]))).flatten())
+    matrix, right = (torch.cat(parts).double().numpy() for parts in (rows, values))
+    return np.linalg.lstsq(matrix, right, rcond=None)[0].reshape(candidates.shape)
+
+
+@pytest.mark.parametrize("name", ["match", "loss"])
+def test_a_linear_network_is_solved_exactly_in_one_step(name, tmp_path):
+    """As least squares by numpy; a second step changes nothing. Its value is what was predicted: the least."""
+    made, network = linear_candidates(), Linear(7)
+    objective = squares(name, made, network, range(120))
+    trace = closed_form(objective, made, network, 0.0, 1, WIDE, tmp_path / "state")
+    expected = least_squares(objective, made)
+    np.testing.assert_allclose(trace.coefficients[1], expected, rtol=2e-3, atol=2e-4)
+    if len(trace.values) > 2:
+        np.testing.assert_allclose(trace.coefficients[2], expected, rtol=2e-3, atol=2e-4)
+    assert trace.values[0] == 1
+    made.form(network, expected)
+    assert trace.values[trace.best] == pytest.approx(objective.value(network), rel=1e-4)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        made.form(network, expected + 0.05 * rng.standard_normal(made.shape))
+        assert objective.value(network) > trace.values[trace.best]
+
+
+def test_the_normal_equations_are_those_of_finite_differences():
+    """Of a network that is not linear, about coefficients that are not 0."""
+    base, experts = tiny_unet(), {f"range {k}": tiny_unet(k + 1).state_dict() for k in range(2)}
+    made = Candidates(base.state_dict(), experts, dict.fromkeys(base.state_dict(), 0), "cpu")
+    network, about, step = tiny_unet(7), np.array([[0.3, 0.1]]), 1e-2
+    batch = squares("match", made, network).batches[0]
+
+    def prediction(w: np.ndarray) -> torch.Tensor:
+        made.form(network, w)
+        with torch.no_grad():
+            return (batch.weights.sqrt()[:, None, None, None] * batch.predict(network)).double().flatten()
+
+    changes = [np.array([[step, 0.0]]), np.array([[0.0, step]])]
+    columns = torch.stack([(prediction(about + d) - prediction(about - d)) / (2 * step) for d in changes])
+    target = (batch.weights.sqrt()[:, None, None, None] * batch.target).double().flatten()
+    residual = target - prediction(about)
+    made.form(network, about)
+    curvature, slope = linearized(batch, made, network)
+    torch.testing.assert_close(curvature, columns @ columns.T, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(slope, columns @ residual, rtol=1e-2, atol=1e-4)
+
+
+@given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 5), pull=st.sampled_from([1e-3, 1.0]))
+def test_without_active_bounds_a_step_solves_the_ridge_equations(seed, size, pull):
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((2 * size, size))
+    curvature, slope, about = rows.T @ rows, rng.standard_normal(size), rng.standard_normal(size)
+    expected = np.linalg.solve(curvature + pull * np.eye(size), curvature @ about + slope)
+    found = ridge_step(curvature, slope, about, pull, (-1e6, 1e6))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_within_bounds_a_step_is_the_least_of_the_quadratic(seed):
+    """Compared with scipy's L-BFGS-B; clipping the free solution is worse where coefficients depend on each other."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((4, 3))
+    curvature, slope, about, pull = rows.T @ rows, 3 * rng.standard_normal(3), rng.uniform(0, 1, 3), 0.1
+
+    def cost(w: np.ndarray) -> float:
+        return (w - about) @ curvature @ (w - about) - 2 * slope @ (w - about) + pull * w @ w
+
+    found = ridge_step(curvature, slope, about, pull, (0.0, 1.0))
+    assert ((found >= 0) & (found <= 1)).all()
+    expected = minimize(cost, about, bounds=[(0, 1)] * 3, method="L-BFGS-B", options={"ftol": 1e-14})
+    assert cost(found) <= expected.fun + 1e-6 * (1 + abs(expected.fun))
+
+
+def test_coefficients_that_change_nothing_stay_at_0():
+    """Two groups, one of which the experts share with the pretrained network, without a pull."""
+    found = ridge_step(np.diag([1.0, 0.0]), np.array([0.5, 0.0]), np.zeros(2), 0.0, (-1.0, 1.0))
+    np.testing.assert_allclose(found, [0.5, 0], atol=1e-9)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 10])
+def test_an_interruption_changes_no_number(tmp_path, monkeypatch, stop):
+    """Before the given write of the state, within a step or between two."""
+    base, experts = tiny_unet(), {f"range {k}": tiny_unet(k + 1).state_dict() for k in range(2)}
+    made = Candidates(base.state_dict(), experts, dict.fromkeys(base.state_dict(), 0), "cpu")
+    network = tiny_unet(7)
+    objective = squares("match", made, network)
+    solving = (objective, made, network, 1e-3, 2, (0.0, 1.5))
+    whole = closed_form(*solving, tmp_path / "whole")
+    save, writes = module.save_state, []
+
+    def interrupted(*arguments) -> None:
+        writes.append(1)
+        if len(writes) == stop:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(module, "save_state", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        closed_form(*solving, tmp_path / "parts")
+    monkeypatch.setattr(module, "save_state", save)
+    counted = []
+    monkeypatch.setattr(module, "linearized", lambda *a: counted.append(1) or linearized(*a))
+    parts = closed_form(*solving, tmp_path / "parts")
+    assert (parts.passes, parts.values) == (whole.passes, whole.values)
+    np.testing.assert_array_equal(parts.coefficients, whole.coefficients)
+    steps = len(whole.values) - 1
+    done = (stop - 1) // 5 * 4 + min((stop - 1) % 5, 4)  # batches, each step's 4 and its end
+    assert len(counted) == 4 * steps - done
+    counted.clear()
+    again = closed_form(*solving, tmp_path / "parts")
+    assert (again.values, counted) == (whole.values, [])
+
+
+def test_a_damaged_state_is_said_and_made_anew(tmp_path, capsys):
+    made, network = linear_candidates(), Linear(7)
+    solving = (squares("match", made, network), made, network, 1e-3, 1, WIDE, tmp_path / "state")
+    whole = closed_form(*solving)
+    content = (tmp_path / "state").read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"text"):
+        (tmp_path / "state").write_bytes(damaged)
+        assert closed_form(*solving).values == whole.values
+        assert f"{tmp_path / 'state'}: unreadable, starting anew (" in capsys.readouterr().out
