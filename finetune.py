@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
 from deme.config.sections import CONTINUED, DISTILLED, Finetune, range_name
-from deme.errors import naming
+from deme.errors import UserError, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, sha256
 from deme.job.records import ARCHITECTURE, DATA, ENCODER, SCHEDULE
@@ -175,6 +175,9 @@ def main(config: Config) -> None:
     for path, teacher in zip(experts.values(), teachers, strict=True):
         with naming(path):
             try_out(teacher, scheduler, encoder)
+            channels = teacher.config.in_channels
+            if channels != unet.config.in_channels:
+                raise UserError(f"in_channels={channels}: {folder} has {unet.config.in_channels}")
     loaded = Networks(unet, Experts(teachers) if teachers else None, scheduler, encoder)
     accelerator.wait_for_everyone()
     watched.check()  # all processes have read the same

@@ -100,16 +100,15 @@ complete_ranges() {
   done <<<"$unets"
 }
 
-# compare_models CONFIG OVERRIDES…: merge, draw from the four models that a table compares, score them
+# compare_models MODELS CONFIG OVERRIDES…: draw from the models that a table compares, a row each, and score them
 compare_models() {
-  local config=$1 model
-  shift
-  pass_signals python merge.py --config "$config" "$@"
-  for model in pretrained continued ensemble merged; do
+  local models=$1 config=$2 model
+  shift 2
+  for model in $models; do
     launch sample_ddp.py --config "$config" "$@" sample.model=$model
   done
   launch evaluate.py --config "$config" "$@"
-  pass_signals python merge.py --config "$config" "$@" # again, for the model card: it has scores now
+  pass_signals python merge.py --config "$config" "$@" # once more, for the model card: it has scores now
 }
 
 resume_later() {
