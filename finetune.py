@@ -3,19 +3,20 @@
     accelerate launch finetune.py                            # every range in turn
     accelerate launch finetune.py finetune.range=2           # one, counted from 0: a cluster runs them in parallel
     accelerate launch finetune.py finetune.range=continued   # the control: plain training on all timesteps, equal cost
+    accelerate launch finetune.py finetune.range=distilled   # after merge.py: the merged network, held to all experts
 
 Writes runs/<name>/finetuned/0000-0250/unet/ and so on (EMA weights); checkpoints, logs and previews lie beside it.
-The same command again resumes, or does nothing when all is done.
+The same command again resumes, or does nothing when all is done. The last one is ours, not the paper's.
 """
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.config.sections import CONTINUED, Finetune, range_name
-from deme.errors import naming
+from deme.config.sections import CONTINUED, DISTILLED, Finetune, range_name
+from deme.errors import UserError, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, sha256
 from deme.job.records import ARCHITECTURE, DATA, ENCODER, SCHEDULE
@@ -27,59 +28,97 @@ from deme.models.pipelines import (
     sample_size,
     scheduler_folder,
     takes_text,
-    unet_folder,
 )
-from deme.models.variants import find_pretrained
+from deme.models.variants import find_finetuned, find_variant
 from deme.models.weights import weights_files, weights_hash
 from deme.training.session import Run, Session
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, ModelMixin
-
     from deme.data.images import Examples
-    from deme.models.encoders import Encoder
+    from deme.training.trainer import Networks
+
+PRETRAINED, MERGED = "pretrained", "merged"  # models to start from, as sample.model names them
 
 
-def chosen_ranges(config: Config) -> list[tuple[int, int] | None]:
-    """What this command trains: timestep ranges, or None for the control."""
+@dataclass(frozen=True)
+class Task:
+    """One network that this command trains."""
+
+    name: str  # of its folder below finetuned/
+    stream: tuple[int, ...]  # of its random draws; (seed, 0) is that of pretrain.py, (seed, 3) that of search.py
+    settings: Finetune
+    ranges: list[tuple[int, int]]  # of timesteps; each micro-batch is spread evenly over them
+    is_projected: bool
+    start: str = PRETRAINED  # the model that it starts from
+    is_held_to_experts: bool = False  # each part of a micro-batch to that of its range, and to nothing else
+    names: dict[str, str] = field(default_factory=dict)  # of settings that do not come from `finetune`
+
+
+def expert(config: Config, timestep_range: tuple[int, int]) -> Task:
+    """The copy of one timestep range, held to the pretrained network."""
+    stream = (config.seed, 2, *timestep_range)
+    return Task(range_name(timestep_range), stream, config.finetune, [timestep_range], config.model.projection)
+
+
+def control(config: Config) -> Task:
+    """Plain training on all timesteps with the plain loss, for as many steps as all ranges together."""
+    steps = len(config.timesteps.ranges) * config.finetune.max_steps
+    settings = replace(config.finetune, max_steps=steps, global_probability=1.0, consistency_weight=0.0)
+    all_timesteps = (0, config.timesteps.num_train_timesteps)
+    return Task(CONTINUED, (config.seed, 1), settings, [all_timesteps], is_projected=False)
+
+
+def distillation(config: Config) -> Task:
+    """The merged network, held to each range's expert in its range: ours, a step beyond the paper."""
+    steps = config.distill.max_steps
+    return Task(
+        DISTILLED,
+        (config.seed, 4),
+        replace(config.finetune, max_steps=steps, global_probability=0.0, consistency_weight=1.0),
+        config.timesteps.ranges,
+        config.model.projection,
+        start=MERGED,
+        is_held_to_experts=True,
+        names={"finetune.max_steps": "distill.max_steps"},
+    )
+
+
+def chosen_tasks(config: Config) -> list[Task]:
+    """What this command trains; all of them start from the same network."""
     chosen = config.finetune.range
     ranges = config.timesteps.ranges
     if chosen == CONTINUED:
-        return [None]
-    return ranges if chosen is None else [ranges[chosen]]
+        return [control(config)]
+    if chosen == DISTILLED:
+        return [distillation(config)]
+    return [expert(config, timestep_range) for timestep_range in (ranges if chosen is None else [ranges[chosen]])]
 
 
-def settings_for(config: Config, timestep_range: tuple[int, int] | None) -> Finetune:
-    """The control trains on all timesteps with the plain loss, for as many steps as all ranges together."""
-    if timestep_range is not None:
-        return config.finetune
-    steps = len(config.timesteps.ranges) * config.finetune.max_steps
-    return replace(config.finetune, max_steps=steps, global_probability=1.0, consistency_weight=0.0)
+def source_of(task: Task, config: Config) -> tuple[str, str]:
+    """The pipeline that a task starts from, behind the key that names it."""
+    if task.start == MERGED:
+        return "merge.output", str(config.paths.merged)
+    return "model.pretrained", config.paths.pretrained
 
 
-def run_of(session: Session, timestep_range: tuple[int, int] | None, pretrained: dict[str, str]) -> Run:
-    """The run of one range, and everything that determines its weights.
+def run_of(session: Session, task: Task, hashes: dict[str, str]) -> Run:
+    """The run of a task, and everything that determines its weights.
 
     Args:
-        pretrained: hashes of what it starts from.
+        hashes: of what it starts from and is held to.
     """
-    config = session.config
-    folder = config.paths.finetuning(timestep_range)
-    others = {
-        "finetune.range": range_name(timestep_range),
-        "model.projection": config.model.projection and timestep_range is not None,
-        **pretrained,
-    }
-    return session.run(folder, folder / "unet", settings_for(config, timestep_range), others)
+    folder = session.config.paths.finetuning(task.name)
+    others = {"finetune.range": task.name, "model.projection": task.is_projected, **hashes}
+    return session.run(folder, folder / "unet", task.settings, others, task.names)
 
 
 def plan(config: Config) -> str:
     """What this command would do."""
     lines = []
-    for timestep_range in chosen_ranges(config):
-        unet = config.paths.finetuning(timestep_range) / "unet"
-        state = "complete" if unet.exists() else f"{settings_for(config, timestep_range).max_steps} steps"
-        lines.append(f"finetune {config.paths.pretrained} on {range_name(timestep_range)} -> {unet}: {state}")
+    for task in chosen_tasks(config):
+        unet = config.paths.finetuning(task.name) / "unet"
+        state = "complete" if unet.exists() else f"{task.settings.max_steps} steps"
+        lines.append(f"finetune {source_of(task, config)[1]}: {task.name} -> {unet}: {state}")
     return "\n".join(lines)
 
 
@@ -87,23 +126,28 @@ def main(config: Config) -> None:
     """Finetune what is not finetuned yet."""
     # --- what is left to do
     session = Session(config, config.finetune)
-    source = config.paths.pretrained
-    pretrained = find_pretrained(config.paths)
-    folder = unet_folder(pretrained)
-    schedule = scheduler_folder(pretrained)
-    sizes = {folder: sample_size(folder, pretrained)}
-    config.check_fits(sizes, schedule, num_train_timesteps(pretrained))
-    files = (*weights_files(folder), *encoder_files(pretrained).values())
-    watched = Watched([*files, folder / "config.json", schedule / SCHEDULER_CONFIG])
+    tasks = chosen_tasks(config)
+    first = tasks[0]
+    start = find_variant(first.start, config.paths)
+    pipeline, folder = start.pipeline, start.unets[0]
+    experts = {}
+    if first.is_held_to_experts:
+        experts = dict(zip(map(range_name, first.ranges), find_finetuned(config.paths), strict=True))
+    unets = {first.start: folder, **experts}
+    schedule = scheduler_folder(pipeline)
+    sizes = {unet: sample_size(unet, pipeline) for unet in unets.values()}
+    config.check_fits(sizes, schedule, num_train_timesteps(pipeline))
+    files = [file for unet in unets.values() for file in (*weights_files(unet), unet / "config.json")]
+    watched = Watched([*files, schedule / SCHEDULER_CONFIG, *encoder_files(pipeline).values()])
     hashes = {
-        "pretrained weights (SHA-256)": weights_hash(folder),
+        **{f"{name} weights (SHA-256)": weights_hash(unet) for name, unet in unets.items()},
         ARCHITECTURE: sha256(folder / "config.json"),
         SCHEDULE: sha256(schedule / SCHEDULER_CONFIG),
     }
-    if takes_text(pretrained):
-        hashes[ENCODER] = encoders_hash(pretrained)
-    runs = {chosen: run_of(session, chosen, hashes) for chosen in chosen_ranges(config)}
-    runs = {chosen: run for chosen, run in runs.items() if not session.is_complete(run)}
+    if takes_text(pipeline):
+        hashes[ENCODER] = encoders_hash(pipeline)
+    runs = [(task, run_of(session, task, hashes)) for task in tasks]
+    runs = [(task, run) for task, run in runs if not session.is_complete(run)]
     if not runs:
         return
 
@@ -112,18 +156,29 @@ def main(config: Config) -> None:
 
     from deme.data.sources import data_fingerprint
     from deme.job.processes import make_accelerator
+    from deme.method.distillation import Experts
     from deme.models.encoders import load_encoder
     from deme.models.networks import load_scheduler, load_unet, try_out
     from deme.training.examples import load_examples
+    from deme.training.trainer import Networks
 
-    # --- the pretrained network and the images
+    # --- the networks and the images
     accelerator = make_accelerator(config.finetune.mixed_precision, "finetune.mixed_precision")
     config.finetune.check_shares(accelerator.num_processes)
-    with naming("model.pretrained", source):
+    key, source = source_of(first, config)
+    with naming(key, source):
         unet = load_unet(folder)
-        scheduler = load_scheduler(pretrained)
-        encoder = load_encoder(pretrained, unet)
+        scheduler = load_scheduler(pipeline)
+        encoder = load_encoder(pipeline, unet)
         try_out(unet, scheduler, encoder)
+    teachers = [load_unet(path) for path in experts.values()]
+    for path, teacher in zip(experts.values(), teachers, strict=True):
+        with naming(path):
+            try_out(teacher, scheduler, encoder)
+            channels = teacher.config.in_channels
+            if channels != unet.config.in_channels:
+                raise UserError(f"in_channels={channels}: {folder} has {unet.config.in_channels}")
+    loaded = Networks(unet, Experts(teachers) if teachers else None, scheduler, encoder)
     accelerator.wait_for_everyone()
     watched.check()  # all processes have read the same
     fingerprint = data_fingerprint(config.data, with_captions=True)
@@ -133,46 +188,42 @@ def main(config: Config) -> None:
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
 
-    # --- one run per range
-    for timestep_range, run in runs.items():
-        if not finetune(session, run.reading(fingerprint), timestep_range, unet, scheduler, encoder, images):
+    # --- one run per task
+    for task, run in runs:
+        if not finetune(session, task, run.reading(fingerprint), loaded, images):
             return
-        gc.collect()  # autocast's wrappers tie this range's networks into cycles, which would keep their memory
+        gc.collect()  # autocast's wrappers tie this run's networks into cycles, which would keep their memory
 
 
-def finetune(
-    session: Session,
-    run: Run,
-    timestep_range: tuple[int, int] | None,
-    pretrained: "ModelMixin",
-    scheduler: "DDPMScheduler",
-    encoder: "Encoder",
-    images: "Examples",
-) -> bool:
-    """Train one copy of the pretrained UNet and write it; False when time was up before."""
+def finetune(session: Session, task: Task, run: Run, loaded: "Networks", images: "Examples") -> bool:
+    """Train one copy of the network that a task starts from and write it; False when time was up before.
+
+    Args:
+        loaded: as `student`, the network that it starts from; as `teacher`, the experts where it has any.
+    """
     import copy
     from functools import partial
 
     from deme.job.processes import make_accelerator
     from deme.models.networks import with_projections
-    from deme.training.trainer import Networks, Objective, Trainer
+    from deme.training.trainer import Objective, Trainer
 
-    config = session.config
-    settings = settings_for(config, timestep_range)
+    settings = task.settings
 
-    # --- student and teacher start from the same weights
-    projected = run.record.made_from["model.projection"]
-    student = with_projections(pretrained) if projected else copy.deepcopy(pretrained)
-    teacher = copy.deepcopy(pretrained) if settings.consistency_weight > 0 else None
-    networks = Networks(student, teacher, scheduler, encoder)
+    # --- the teacher is the network that the student starts from, or else the experts
+    student = with_projections(loaded.student) if task.is_projected else copy.deepcopy(loaded.student)
+    teacher = loaded.teacher
+    if teacher is None and settings.consistency_weight > 0:
+        teacher = copy.deepcopy(loaded.student)
+    networks = replace(loaded, student=student, teacher=teacher)
 
     # --- which timesteps it sees, and what it is held to
-    is_control = timestep_range is None
     objective = Objective(
-        name=range_name(timestep_range),
-        stream=(config.seed, 1) if is_control else (config.seed, 2, *timestep_range),
-        timestep_range=(0, config.timesteps.num_train_timesteps) if is_control else timestep_range,
+        name=task.name,
+        stream=task.stream,
+        ranges=task.ranges,
         global_probability=settings.global_probability,
+        denoising_weight=0.0 if task.is_held_to_experts else 1.0,
         consistency_weight=settings.consistency_weight,
     )
 

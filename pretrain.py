@@ -113,9 +113,7 @@ def main(config: Config) -> None:
     accelerator.print(counts)
 
     # --- train on all timesteps, without a teacher
-    objective = Objective(
-        "pretraining", stream=(config.seed, 0), timestep_range=(0, config.timesteps.num_train_timesteps)
-    )
+    objective = Objective("pretraining", stream=(config.seed, 0), ranges=[(0, config.timesteps.num_train_timesteps)])
     held_out = HeldOut(held_out_images, settings.held_out_every, settings.patience) if held_out_images else None
     networks = Networks(unet, None, scheduler, encoder)
 

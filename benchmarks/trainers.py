@@ -15,7 +15,7 @@ from deme.models.networks import with_projections
 from deme.training.held_out import HeldOut
 from deme.training.trainer import Networks, Objective, Trainer
 
-OBJECTIVE = Objective("benchmark", (0, 2, 0, 250), (0, 250), global_probability=0.3, consistency_weight=1.0)
+OBJECTIVE = Objective("benchmark", (0, 2, 0, 250), [(0, 250)], global_probability=0.3, consistency_weight=1.0)
 
 
 def make_trainer(

@@ -6,6 +6,7 @@ range        half-open interval [low, high) of timesteps that one copy of the ne
 expert       that finetuned copy; its weights are the EMA of those that were trained
 teacher      the frozen pretrained network that an expert is held to (consistency loss)
 control      `continued`: plain training on all timesteps for as many steps as all ranges together
+distilled    the merged network, trained to match each range's expert in its range; ours, not the paper's
 projection   bias-free 1×1 convolution behind every block of the UNet, at first the identity
 task vector  finetuned − pretrained weights; coefficient: what it is multiplied with in the merge
 ensemble     sampling with the expert of each timestep's range, before merging

@@ -13,8 +13,7 @@ NUM_PROCESSES=$processes python scripts/estimate.py --config "$config" "$@"
 launch evaluate.py --config "$config" "$@" "evaluate.samples=[]" # the reference statistics alone
 launch finetune.py --config "$config" "$@" $(max_minutes finetune)
 complete_ranges "$config" "$@"
-find_coefficients "$config" "$@"
-pass_signals python merge.py --config "$config" "$@"
+merge_ranges "$config" "$@"
 launch sample_ddp.py --config "$config" "$@"
 
 pass_signals python -m pytorch_fid "$(python sample_ddp.py --path samples --config "$config" "$@")" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CIFAR-10 without any download: pretrain a DDPM of 9 M parameters, decouple, merge, sample, evaluate.
+# CIFAR-10 without any download: pretrain a DDPM of 9 M parameters, decouple, merge, distil, sample, evaluate.
 #
 #   bash scripts/cifar10_scratch.sh data.name=FOLDER                     # uoft-cs/cifar10's parquet files
 #   MAX_MINUTES=9 bash scripts/cifar10_scratch.sh data.name=FOLDER       # in pieces: run it until the table appears

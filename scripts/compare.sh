@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Decouple-then-Merge against its alternatives, from a pretrained pipeline to the table: pretrained, continued (plain
-# training at equal cost), ensemble, merged.   bash scripts/compare.sh CONFIG [overrides]
+# training at equal cost), ensemble, merged, and distilled from the experts (ours).
+#
+#   bash scripts/compare.sh CONFIG [overrides]
+#
 # Called by digits.sh and cifar10_scratch.sh. Run again, it resumes and skips what is complete.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 config=$1
 shift
-run=$(python finetune.py --path run --config "$config" "$@")
+# what distilling can't do with these settings is said now, not after the training before it
+run=$(python finetune.py --path run --config "$config" "$@" finetune.range=distilled)
 
 # decouple, the control beside the ranges: networks this small leave a GPU or a second core idle; for training over more
 # GPUs set NUM_PROCESSES and finetune.micro_batch_size
@@ -30,7 +34,12 @@ trap 'rm -f "$control_log"' EXIT
 complete "$(python finetune.py --path continued --config "$config" "$@")"
 complete_ranges "$config" "$@"
 
-compare_models "$config" "$@"
+# merge; the merged network, held to the experts
+merge_ranges "$config" "$@"
+train "$@" finetune.range=distilled $(max_minutes finetune)
+complete "$(python finetune.py --path distilled --config "$config" "$@")"
+
+compare_models "pretrained continued ensemble merged distilled" "$config" "$@"
 
 echo "pictures:"
 find "$run/samples" "$run/finetuned" -name 'grid-*.png' -o -path '*/previews/*.png' | sort

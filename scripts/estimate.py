@@ -5,7 +5,7 @@
 Opens the pretrained pipeline and the data (a Hub id is downloaded first) to count parameters, operations and images.
 In the environment GPU_TFLOPS is the rate that one GPU reaches on these networks in 10¹² operations per second, and
 NUM_PROCESSES the number of processes, which must be able to share a step; MODELS how many models are drawn from (1;
-with more, the control is trained, too).
+with more, the control is trained, too; with 5, so is the network that is distilled from the experts).
 """
 
 import os
@@ -52,7 +52,9 @@ def main(config: Config) -> None:
     # --- disk
     models = int(from_environment("MODELS", 1))
     has_control = models > 1
+    has_distilled = models > 4
     ranges = len(config.timesteps.ranges)
+    trained = ranges + has_control + has_distilled
     raw = channels * config.data.resolution**2
     is_cached = config.data.cache_gb < images * raw / 2**30 <= config.data.cache_disk_gb
     decoded = images * raw * ASPECT_RATIO if is_cached else 0
@@ -61,8 +63,8 @@ def main(config: Config) -> None:
     disk = {
         "decoded images": decoded,
         "encoded images and captions": images * encoded * config.data.cached_views if config.data.cache_latents else 0,
-        "finetuned networks": (ranges + has_control) * FLOAT * parameters,
-        "their checkpoints": ((ranges + has_control) * config.finetune.checkpoints_kept + 1) * checkpoint,
+        "finetuned networks": trained * FLOAT * parameters,
+        "their checkpoints": (trained * config.finetune.checkpoints_kept + 1) * checkpoint,
         "merged network": FLOAT * parameters,
         "samples": models * config.sample.num_images * max(DISK_BLOCK, drawn * PNG_SHARE),
     }
@@ -78,11 +80,13 @@ def main(config: Config) -> None:
     seen = steps * config.finetune.batch_size
     calls = config.sample.num_inference_steps * (1 + (takes_text(pretrained) and config.sample.guidance_scale != 1))
     count = models * config.sample.num_images
-    encoding = (images * config.data.cached_views if config.data.cache_latents else seen) * coding
+    distilled = has_distilled * config.distill.max_steps * config.finetune.batch_size
+    coded = images * config.data.cached_views if config.data.cache_latents else seen * (1 + has_control) + distilled
     work = {
         f"finetuning, {steps:,} steps of {config.finetune.batch_size} images": seen * passes * flops,
         "the control, as many": seen * (3 + config.finetune.gradient_checkpointing) * flops * has_control,
-        "encoding images": encoding * (1 if config.data.cache_latents else 1 + has_control),
+        "distilling, each image through its expert": distilled * (4 + config.finetune.gradient_checkpointing) * flops,
+        "encoding images": coded * coding,
         f"drawing {count:,} images": count * (calls * flops + coding),
         "statistics and FID": (images + count) * INCEPTION_FLOPS,
     }

@@ -100,24 +100,23 @@ complete_ranges() {
   done <<<"$unets"
 }
 
-# find_coefficients CONFIG OVERRIDES…: search for the merging coefficients where merge.coefficients=search
-find_coefficients() {
+# merge_ranges CONFIG OVERRIDES…: search for the coefficients where merge.coefficients=search, and merge
+merge_ranges() {
   local config=$1
   shift
   [ -z "$(python merge.py --path searched --config "$config" "$@")" ] || launch search.py --config "$config" "$@"
+  pass_signals python merge.py --config "$config" "$@"
 }
 
-# compare_models CONFIG OVERRIDES…: search, merge, draw from the four models that a table compares, score them
+# compare_models MODELS CONFIG OVERRIDES…: draw from the models that a table compares, a row each, and score them
 compare_models() {
-  local config=$1 model
-  shift
-  find_coefficients "$config" "$@"
-  pass_signals python merge.py --config "$config" "$@"
-  for model in pretrained continued ensemble merged; do
+  local models=$1 config=$2 model
+  shift 2
+  for model in $models; do
     launch sample_ddp.py --config "$config" "$@" sample.model=$model
   done
   launch evaluate.py --config "$config" "$@"
-  pass_signals python merge.py --config "$config" "$@" # again, for the model card: it has scores now
+  pass_signals python merge.py --config "$config" "$@" # once more, for the model card: it has scores now
 }
 
 resume_later() {

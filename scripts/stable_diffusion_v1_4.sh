@@ -23,4 +23,5 @@ complete_ranges "$config" "$@"
 launch finetune.py --config "$config" "$@" finetune.range=continued $(max_minutes finetune)
 complete "$(python finetune.py --path continued --config "$config" "$@")"
 
-compare_models "$config" "$@"
+merge_ranges "$config" "$@"
+compare_models "pretrained continued ensemble merged" "$config" "$@"

@@ -49,6 +49,9 @@ class Config(Section):
         named = chosen in (None, CONTINUED, DISTILLED)
         rule = f"must be null, {CONTINUED}, {DISTILLED}, or one of 0 … {count - 1}"
         self.finetune.check("range", named or is_range, rule)
+        part = "batch_size" if self.finetune.micro_batch_size is None else "micro_batch_size"
+        enough = chosen != DISTILLED or getattr(self.finetune, part) >= count
+        self.finetune.check(part, enough, f"finetune.range={DISTILLED} spreads it over {count} timestep ranges")
         measured = self.pretrain.patience is None or self.data.held_out_images > 0
         self.pretrain.check("patience", measured, "needs data.held_out_images above 0")
         total = self.timesteps.num_train_timesteps

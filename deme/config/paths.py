@@ -6,7 +6,7 @@ python finetune.py --path merged        # prints one, for shell scripts
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deme.config.sections import range_name
+from deme.config.sections import CONTINUED, DISTILLED, range_name
 
 if TYPE_CHECKING:
     from deme.config.experiment import Config
@@ -49,14 +49,19 @@ class Paths:
         given = self._config.model.pretrained
         return given if given is not None else str(self.pretrained_here)
 
-    def finetuning(self, timestep_range: tuple[int, int] | None) -> Path:
-        """Checkpoints, logs, previews and unet/ of a timestep range's copy, or of the control (None)."""
-        return self.run / "finetuned" / range_name(timestep_range)
+    def finetuning(self, name: str) -> Path:
+        """Checkpoints, logs, previews and unet/ of what finetune.py trains under this name: a range's, or another."""
+        return self.run / "finetuned" / name
 
     @property
     def continued(self) -> Path:
         """The control's UNet folder."""
-        return self.finetuning(None) / "unet"
+        return self.finetuning(CONTINUED) / "unet"
+
+    @property
+    def distilled(self) -> Path:
+        """The UNet folder of the network that is distilled from the experts."""
+        return self.finetuning(DISTILLED) / "unet"
 
     @property
     def finetuned(self) -> list[Path]:

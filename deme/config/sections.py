@@ -198,7 +198,7 @@ class Finetune(Training):
 
 @dataclass(frozen=True)
 class Distill(Section):
-    """Training the merged network to match the experts; all else is as in `finetune`."""
+    """Training the merged network to match the experts (ours, not the paper's); all else is as in `finetune`."""
 
     section: ClassVar[str] = "distill"
     max_steps: int = 1000  # optimizer steps
@@ -319,7 +319,7 @@ class Sample(Section):
     """Which images are drawn from what."""
 
     section: ClassVar[str] = "sample"
-    model: str = "merged"  # merged, pretrained, continued, ensemble, or a folder
+    model: str = "merged"  # merged, pretrained, continued, ensemble, distilled, or a folder
     num_images: int = 1000
     seed_offset: int = 0  # the images' seeds, and names, are seed_offset … seed_offset + num_images - 1
     batch_size: int = 256  # images per UNet call; does not change the images. On a CPU 16 to 32 for large networks
@@ -379,6 +379,6 @@ def _is_finite_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
 
 
-def range_name(timestep_range: tuple[int, int] | None) -> str:
-    """A range's folder name: (0, 250) gives 0000-0250; None, the control, gives continued."""
-    return CONTINUED if timestep_range is None else "{:04d}-{:04d}".format(*timestep_range)
+def range_name(timestep_range: tuple[int, int]) -> str:
+    """A range's folder name: (0, 250) gives 0000-0250."""
+    return "{:04d}-{:04d}".format(*timestep_range)

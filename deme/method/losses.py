@@ -1,4 +1,4 @@
-"""The training objective: the denoising loss plus the paper's consistency loss against the pretrained teacher."""
+"""The training objective: the denoising loss plus the paper's consistency loss against the teacher."""
 
 from collections.abc import Mapping
 

@@ -1,6 +1,13 @@
-"""Drawing timesteps for one micro-batch: the paper's probabilistic sampling strategy, and antithetic pairs."""
+"""Drawing timesteps for one micro-batch: the paper's probabilistic sampling strategy, and antithetic pairs.
+
+A micro-batch spread over several ranges at once is ours: `finetune.range=distilled` needs it.
+"""
+
+from collections.abc import Sequence
 
 import torch
+
+Range = tuple[int, int]  # [low, high)
 
 
 def sample_timesteps(
@@ -15,12 +22,31 @@ def sample_timesteps(
     return torch.cat([uniform, low + high - 1 - uniform[: batch_size // 2]])
 
 
-def choose_interval(
-    timestep_range: tuple[int, int], num_train_timesteps: int, global_probability: float, uniform: float
-) -> tuple[int, int]:
-    """The interval of one micro-batch: all of [0, T) with probability p, else the range.
+def choose_ranges(
+    ranges: Sequence[Range], num_train_timesteps: int, global_probability: float, uniform: float
+) -> Sequence[Range]:
+    """The ranges of one micro-batch: all of [0, T) with probability p, else those of the run.
 
     Args:
         uniform: one draw from [0, 1), which decides for the whole micro-batch.
     """
-    return (0, num_train_timesteps) if uniform < global_probability else timestep_range
+    return [(0, num_train_timesteps)] if uniform < global_probability else ranges
+
+
+def even_sizes(total: int, parts: int) -> list[int]:
+    """The sizes of consecutive parts that differ by at most 1, larger ones first, as torch.tensor_split has them."""
+    return [(total + parts - 1 - part) // parts for part in range(parts)]
+
+
+def spread_timesteps(
+    batch_size: int, ranges: Sequence[Range], device: torch.device | str, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Timesteps of a batch whose consecutive parts, of even sizes, each have their own range: int64, (batch_size,).
+
+    They are antithetic within each part; with one range they are those of `sample_timesteps`.
+    """
+    sizes = even_sizes(batch_size, len(ranges))
+    parts = [
+        sample_timesteps(size, low, high, device, generator) for size, (low, high) in zip(sizes, ranges, strict=True)
+    ]
+    return torch.cat(parts)

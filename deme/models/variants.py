@@ -1,15 +1,16 @@
-"""The models of a run that can be sampled: pretrained, continued (the control), ensemble, merged, or any folder."""
+"""The models of a run that can be sampled: pretrained, continued (the control), ensemble, merged,
+distilled, or any folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from deme.config.paths import Paths
-from deme.config.sections import CONTINUED
+from deme.config.sections import CONTINUED, DISTILLED
 from deme.errors import UserError, naming
 from deme.models.pipelines import find_pipeline, unet_folder
 from deme.models.weights import WEIGHTS
 
-ORDER = ("pretrained", CONTINUED, "ensemble", "merged")  # of the rows of a table; others follow by name
+ORDER = ("pretrained", CONTINUED, "ensemble", "merged", DISTILLED)  # of the rows of a table; others follow by name
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ def find_variant(model: str, paths: Paths) -> Variant:
         "merged": ([paths.merged / "unet"], "merge.py"),
         "ensemble": (paths.finetuned, "finetune.py"),
         CONTINUED: ([paths.continued], f"finetune.py finetune.range={CONTINUED}"),
+        DISTILLED: ([paths.distilled], f"finetune.py finetune.range={DISTILLED}"),
     }
     if model == "pretrained":
         pipeline = find_pretrained(paths)

@@ -3,9 +3,10 @@ lock, train, write. torch is imported after what can be answered without it."""
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from deme.config.experiment import Config
@@ -61,17 +62,25 @@ class Session:
         self.settings = settings
         self.deadline = None if settings.max_minutes is None else time.monotonic() + 60 * settings.max_minutes
 
-    def run(self, folder: Path, output: Path, settings: Training, others: dict[str, Any]) -> Run:
+    def run(
+        self,
+        folder: Path,
+        output: Path,
+        settings: Training,
+        others: dict[str, Any],
+        names: Mapping[str, str] = MappingProxyType({}),
+    ) -> Run:
         """A run of this command.
 
         Args:
             settings: the run's own.
             others: what else determines its weights.
+            names: of settings whose values come from elsewhere: section.key → what the configuration calls it.
         """
         parts = {part.section: asdict(part) for part in (self.config.data, settings)}
         left_out = OF_TEXT if self.config.data.caption_column is None else ()
         values = {
-            f"{section}.{key}": value
+            names.get(f"{section}.{key}", f"{section}.{key}"): value
             for section, part in parts.items()
             for key, value in part.items()
             if key not in left_out

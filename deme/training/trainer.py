@@ -7,6 +7,7 @@ interruption changes what is trained on. The loop never waits for the device bet
 
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
@@ -27,7 +28,7 @@ from deme.job.machine import keep_freed_memory, peak_memory
 from deme.job.processes import Agreement, in_main_process
 from deme.job.signals import Interrupted, noted_signals
 from deme.method.losses import decoupled_loss
-from deme.method.timesteps import choose_interval, sample_timesteps
+from deme.method.timesteps import Range, choose_ranges, spread_timesteps
 from deme.models.encoders import Encoder
 from deme.models.inference import freeze, memory_format
 from deme.training.checkpoints import (
@@ -70,8 +71,9 @@ class Objective:
 
     name: str  # for messages: "timesteps 0000-0250"
     stream: Stream
-    timestep_range: tuple[int, int]  # [low, high)
+    ranges: Sequence[Range]  # of timesteps; a micro-batch is spread evenly over them
     global_probability: float = 0.0  # p
+    denoising_weight: float = 1.0
     consistency_weight: float = 0.0  # λ
 
 
@@ -80,7 +82,7 @@ class Networks:
     """What is trained, and what it is held to."""
 
     student: nn.Module  # trained in place; float32
-    teacher: nn.Module | None  # the frozen pretrained network
+    teacher: nn.Module | None  # frozen: the pretrained network, or all experts
     scheduler: DDPMScheduler  # the noise schedule
     encoder: Encoder  # what they work on
 
@@ -207,6 +209,7 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step, from the images to the EMA of the weights."""
         accelerator = self.accelerator
+        objective = self.objective
         share = len(self.batches.numbers)  # this process's micro-batches
         set_learning_rate(self.optimizer, self.settings.learning_rate * self.learning_rate_factor(self.state.step))
         losses = torch.zeros(3, device=self.device)
@@ -214,7 +217,7 @@ class Trainer:
             is_last = batch.number == self.batches.numbers[-1]
             with nullcontext() if is_last else accelerator.no_sync(self.model):  # gradients are exchanged once per step
                 denoising, consistency = self.losses(batch)
-                loss = denoising + self.objective.consistency_weight * consistency
+                loss = objective.denoising_weight * denoising + objective.consistency_weight * consistency
                 accelerator.backward(loss / share)
             losses += torch.stack([loss, denoising, consistency]).detach() / share
         gradient_norm = accelerator.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
@@ -227,15 +230,15 @@ class Trainer:
     def losses(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Both terms of the objective on one micro-batch: denoising and consistency loss, float32 scalars."""
         objective = self.objective
-        low, high = choose_interval(
-            objective.timestep_range,
+        ranges = choose_ranges(
+            objective.ranges,
             self.scheduler.config.num_train_timesteps,
             objective.global_probability,
             batch.uniform,
         )
         torch.manual_seed(batch.seed)  # for the draws on the device: dropout takes no generator
         clean, condition = self.encoder.encode(batch.examples)
-        timesteps = sample_timesteps(len(clean), low, high, self.device)
+        timesteps = spread_timesteps(len(clean), ranges, self.device)
         noise = torch.randn_like(clean)
         return decoupled_loss(self.model, self.teacher, self.scheduler, clean, noise, timesteps, condition)
 

@@ -3,11 +3,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import run
+import yaml
+from conftest import run, tiny_unet
 from safetensors.torch import load_file
 
+from deme.models.networks import with_projections
 from deme.models.weights import WEIGHTS
 
+DISTILLED = ["finetune.range=distilled", "distill.max_steps=6"]
 PROJECTIONS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
 
 
@@ -57,6 +60,75 @@ def test_two_processes_train_on_what_one_does(config_file):
     assert len(expected) == 20
     assert losses(root, "0500-1000") == pytest.approx(expected, rel=1e-5)
     for name, weight in weights(root, "0500-1000").items():
+        torch.testing.assert_close(weight, reference[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def merge_experts(config_file, *overrides) -> None:
+    """Two experts, made without training, and their merge."""
+    for index, name in enumerate(["0000-0500", "0500-1000"]):
+        folder = config_file.parent / "tiny" / "finetuned" / name / "unet"
+        with_projections(tiny_unet(index)).save_pretrained(folder)
+    run("merge.py", config_file, *overrides)
+
+
+def test_distillation_holds_the_merged_network_to_the_experts_alone(config_file):
+    """Its own number of steps; the loss is the distance to the experts; what it is made from is recorded by hash."""
+    merge_experts(config_file)
+    root = config_file.parent
+    run("finetune.py", config_file, *DISTILLED)
+    folder = root / "tiny" / "finetuned" / "distilled"
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line["loss"] == line["consistency_loss"] > 0 for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert weights(root, "distilled").keys() == load_file(root / "tiny" / "merged" / "unet" / WEIGHTS).keys()
+    record = yaml.safe_load((folder / "config.yaml").read_text())["trained_from"]
+    assert {f"{name} weights (SHA-256)" for name in ("merged", "0000-0500", "0500-1000")} <= record.keys()
+    assert record["distill.max_steps"] == 6
+    assert not {"finetune.max_steps", "pretrained weights (SHA-256)"} & record.keys()
+    assert "is complete" in run("finetune.py", config_file, *DISTILLED).stdout
+
+    refused = run("finetune.py", config_file, *DISTILLED[:1], "distill.max_steps=7", status=2).stderr
+    assert "distilled: holds a run of other settings: distill.max_steps=7 (was 6); set it back" in refused
+    run("merge.py", config_file, "merge.coefficients=[0.5,0.5]")
+    refused = run("finetune.py", config_file, *DISTILLED, status=2).stderr
+    assert "distilled: holds a run of other settings: merged weights (SHA-256); set it back" in refused
+
+
+def test_a_merged_network_that_is_the_only_expert_has_nothing_to_learn(config_file):
+    folder = config_file.parent / "tiny" / "finetuned" / "0000-1000" / "unet"
+    with_projections(tiny_unet(1)).save_pretrained(folder)
+    options = ["timesteps.num_ranges=1", "merge.coefficients=[1.0]"]
+    run("merge.py", config_file, *options)
+    shutil.copy(folder / WEIGHTS, config_file.parent / "tiny" / "merged" / "unet")  # a merge has float error
+    run("finetune.py", config_file, *options, *DISTILLED)
+    assert losses(config_file.parent, "distilled")[0] == 0.0
+
+
+def test_a_stopped_distillation_resumes_bit_for_bit(config_file):
+    merge_experts(config_file)
+    root = config_file.parent
+    run("finetune.py", config_file, *DISTILLED)
+    expected, whole = losses(root, "distilled"), weights(root, "distilled")
+    shutil.rmtree(root / "tiny" / "finetuned" / "distilled")
+    for _ in range(2):
+        stopped = run("finetune.py", config_file, *DISTILLED, "finetune.max_minutes=0.0001")
+        assert "stopped after finetune.max_minutes=0.0001" in stopped.stdout
+    run("finetune.py", config_file, *DISTILLED)
+    assert losses(root, "distilled") == expected
+    assert [name for name, weight in weights(root, "distilled").items() if not torch.equal(weight, whole[name])] == []
+
+
+def test_two_processes_distil_what_one_does(config_file):
+    merge_experts(config_file)
+    root = config_file.parent
+    run("finetune.py", config_file, *DISTILLED)
+    expected, reference = losses(root, "distilled"), weights(root, "distilled")
+    shutil.rmtree(root / "tiny" / "finetuned" / "distilled")
+    two = run("finetune.py", config_file, *DISTILLED, processes=2)
+    assert "2 process(es) on cpu" in two.stdout
+    assert losses(root, "distilled") == pytest.approx(expected, rel=1e-5)
+    for name, weight in weights(root, "distilled").items():
         torch.testing.assert_close(weight, reference[name], rtol=1e-3, atol=1e-4, msg=name)
 
 

@@ -114,6 +114,17 @@ def replaced_expert(write):
     return prepare
 
 
+def merged_experts(change=lambda folder: None):
+    """Two experts and a merged pipeline, made without merging; then the second expert's folder changed."""
+
+    def prepare(root: Path, pretrained: Path) -> None:
+        experts(root, pretrained)
+        shutil.copytree(pretrained, root / "tiny" / "merged")
+        change(root / "tiny" / "finetuned" / "0500-1000" / "unet")
+
+    return prepare
+
+
 def another_architecture(root: Path, pretrained: Path) -> None:
     experts(root, pretrained)
     wider = with_projections(tiny_unet(block_out_channels=[8, 32]))
@@ -275,6 +286,7 @@ class Mistake:
 
 PRETRAINED = "sample.model=pretrained"
 COPY = "model.pretrained=copy"
+DISTILLED = ["finetune.range=distilled"]
 BAD_FILE = ["--config", "bad.yaml"]
 OWN_DATA = ["data.name=data", "data.image_column=image", "data.label_column=null"]
 OTHER = "sample.output=tiny/samples/other"
@@ -350,6 +362,20 @@ MISTAKES = [
         "finetune.py",
         ["finetune.range=2"],
         "finetune.range=2: must be null, continued, distilled, or one of 0 … 1",
+    ),
+    Mistake(
+        "a micro-batch with fewer images than distilling has experts",
+        "finetune.py",
+        [*DISTILLED, "finetune.micro_batch_size=1"],
+        "finetune.micro_batch_size=1: finetune.range=distilled spreads it over 2 timestep ranges",
+        merged_experts(),
+    ),
+    Mistake(
+        "a whole batch with fewer",
+        "finetune.py",
+        [*DISTILLED, "finetune.batch_size=3", "finetune.micro_batch_size=null", "timesteps.num_ranges=4"],
+        "finetune.batch_size=3: finetune.range=distilled spreads it over 4 timestep ranges",
+        merged_experts(),
     ),
     Mistake(
         "finetuning in fp16 on a CPU",
@@ -650,6 +676,47 @@ MISTAKES = [
         "finetune.range=0",
     ),
     Mistake(
+        "nothing merged yet that could be distilled",
+        "finetune.py",
+        DISTILLED,
+        "{root}/tiny/merged/unet is missing; merge.py makes it",
+        experts,
+    ),
+    Mistake(
+        "an expert to distil that is missing",
+        "finetune.py",
+        DISTILLED,
+        "{root}/tiny/finetuned/0500-1000/unet/diffusion_pytorch_model.safetensors: missing; train it with finetune.py "
+        "finetune.range=1",
+        merged_experts(shutil.rmtree),
+    ),
+    Mistake(
+        "an expert to distil whose weights are damaged",
+        "finetune.py",
+        DISTILLED,
+        "{root}/tiny/finetuned/0500-1000/unet/diffusion_pytorch_model.safetensors: tensor conv_in.bias holds NaN or "
+        "infinite values",
+        merged_experts(lambda folder: edit_weights(folder, lambda t: t["conv_in.bias"].fill_(torch.nan))),
+    ),
+    Mistake(
+        "an expert to distil of other channels",
+        "finetune.py",
+        DISTILLED,
+        "{root}/tiny/finetuned/0500-1000/unet: in_channels=3: {root}/tiny/merged/unet has 1",
+        merged_experts(lambda folder: tiny_unet(in_channels=3, out_channels=3).save_pretrained(folder)),
+    ),
+    Mistake(
+        "a merged network to distil that is damaged",
+        "finetune.py",
+        DISTILLED,
+        "merge.output={root}/tiny/merged: {root}/tiny/merged/unet/diffusion_pytorch_model.safetensors: cannot be read: "
+        "SafetensorError: …",
+        both(
+            merged_experts(),
+            lambda root, pretrained: (root / "tiny" / "merged" / "unet" / WEIGHTS).write_bytes(b"short"),
+        ),
+    ),
+    Mistake(
         "an expert of another architecture",
         "merge.py",
         [],
@@ -914,7 +981,7 @@ MISTAKES = [
         "an unknown model",
         "sample_ddp.py",
         ["sample.model=nothing"],
-        "sample.model=nothing: not pretrained, continued, ensemble, merged, or a folder that holds a UNet",
+        "sample.model=nothing: not pretrained, continued, ensemble, merged, distilled, or a folder that holds a UNet",
     ),
     Mistake(
         "nothing merged yet",
@@ -927,6 +994,13 @@ MISTAKES = [
         "sample_ddp.py",
         ["sample.model=ensemble"],
         "sample.model=ensemble: {root}/tiny/finetuned/0000-0500/unet is missing; finetune.py makes it",
+    ),
+    Mistake(
+        "nothing distilled yet",
+        "sample_ddp.py",
+        ["sample.model=distilled"],
+        "sample.model=distilled: {root}/tiny/finetuned/distilled/unet is missing; finetune.py finetune.range=distilled "
+        "makes it",
     ),
     Mistake(
         "a model's folder whose weights are cut short",

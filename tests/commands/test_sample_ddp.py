@@ -62,13 +62,14 @@ def test_every_model_of_a_run_can_be_sampled(config_file):
     run("finetune.py", config_file, *unchanged)
     run("finetune.py", config_file, *unchanged, "finetune.range=continued")
     run("merge.py", config_file)
+    run("finetune.py", config_file, "finetune.range=distilled", "distill.max_steps=1", *unchanged[1:])
     run("finetune.py", config_file, *unchanged, "name=plain", "model.projection=false")
     run("merge.py", config_file, "name=plain")
     samples = config_file.parent / "tiny" / "samples"
     paths = ("plain/merged", "tiny/finetuned/0000-0500/unet")
-    for model in ("pretrained", "continued", "merged", "ensemble", *paths):
+    for model in ("pretrained", "continued", "merged", "distilled", "ensemble", *paths):
         run("sample_ddp.py", config_file, f"sample.model={model}")
-    names = {"pretrained", "continued", "merged", "ensemble", *(path.replace("/", "-") for path in paths)}
+    names = {"pretrained", "continued", "merged", "distilled", "ensemble", *(path.replace("/", "-") for path in paths)}
     assert {folder.name for folder in samples.iterdir() if folder.is_dir()} == names
     expected = images(samples / "pretrained")
     for name in names:

@@ -45,9 +45,10 @@ def run_script(script: str, *options: str, status: int = 0, **variables: str) ->
 
 
 def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_complete(tmp_path):
-    """The README's first command, made short by overrides: four rows, the pictures, and nothing done twice."""
-    options = [f"output_dir={tmp_path / 'with space'}", "finetune.max_steps=2", "finetune.preview_every=2"]
+    """The README's first command, made short by overrides: five rows, the pictures, and nothing done twice."""
+    options = [f"output_dir={tmp_path / 'with space'}", "finetune.max_steps=2", "distill.max_steps=2"]
     options += [
+        "finetune.preview_every=2",
         "sample.num_images=24",
         "sample.num_inference_steps=2",
         "evaluate.blocks=2",
@@ -55,12 +56,12 @@ def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_co
     ]
     first, second = run_script("digits.sh", *options), run_script("digits.sh", *options)
     rows = re.findall(r"^\| (\w+) \| 24 \| \d", first, flags=re.MULTILINE)
-    assert rows == ["pretrained", "continued", "ensemble", "merged"]
+    assert rows == ["pretrained", "continued", "ensemble", "merged", "distilled"]
     pictures = first.split("pictures:\n")[1].splitlines()
-    assert len(pictures) == 4 + 4 + 4  # grids; previews of the ranges, and of the control, which trains 4 times as long
+    assert len(pictures) == 5 + 4 + 4 + 1  # grids; previews: ranges, the control (4 times as long), distilled
     assert all(Path(picture).exists() for picture in pictures)
-    assert len(re.findall("is complete", second)) == 4 + 1 + 2  # ranges, control, merge twice
-    assert second.count("0 of 24 images to draw") == 4
+    assert len(re.findall("is complete", second)) == 4 + 1 + 2 + 1  # ranges, control, merge twice, distilled
+    assert second.count("0 of 24 images to draw") == 5
     assert first.split("| model |")[1] == second.split("| model |")[1]
     assert "classifier FD" in (tmp_path / "with space" / "digits" / "merged" / "README.md").read_text()
 
@@ -126,6 +127,7 @@ def test_cifar10_from_scratch_goes_from_raw_data_to_the_table_in_pieces(tmp_path
     options = [f"output_dir={tmp_path}", f"data.name={data}", "data.image_column=image", "data.held_out_images=4", unet]
     options += ["pretrain.max_steps=40", "pretrain.batch_size=4"]
     options += ["pretrain.log_every=5", "pretrain.held_out_every=20", "finetune.max_steps=2", "finetune.batch_size=4"]
+    options += ["distill.max_steps=2"]
     options += [f"{section}.mixed_precision=no" for section in ("pretrain", "finetune", "sample")]
     options += ["sample.num_images=12", "sample.num_inference_steps=2"]
     options += ["evaluate.classifier_width=8", "evaluate.classifier_epochs=1"]
@@ -135,7 +137,7 @@ def test_cifar10_from_scratch_goes_from_raw_data_to_the_table_in_pieces(tmp_path
     table = run_script("cifar10_scratch.sh", *options, NUM_PROCESSES="1")
     assert "held-out accuracy" in table
     rows = re.findall(r"^\| (\w+) \| 12 \| [\d.]+ \| [\d.]+ ± [\d.]+ \| .* \| -?[\d.]+ ± ", table, flags=re.MULTILINE)
-    assert rows == ["pretrained", "continued", "ensemble", "merged"]
+    assert rows == ["pretrained", "continued", "ensemble", "merged", "distilled"]
 
 
 def make_photographs(folder: Path, count: int, size: tuple[int, int]) -> None:

@@ -59,17 +59,19 @@ def losses(root: Path, name: str = "0000-0500") -> list[float]:
 
 
 def test_the_whole_recipe(text_config, tmp_path):
-    """finetune, merge, sample by prompts over two processes, evaluate with CLIP; diffusers loads what is merged."""
+    """finetune, merge, distil, sample by prompts over two processes, score with CLIP; diffusers loads the result."""
     run("finetune.py", text_config, "finetune.preview_every=4", "finetune.preview_prompts=[a,b,c]")
     assert (tmp_path / "tiny" / "finetuned" / "0000-0500" / "previews" / "step-00000004.png").exists()
     run("finetune.py", text_config, "finetune.range=continued")
     run("merge.py", text_config)
     assert "complete" in run("merge.py", text_config).stdout
+    run("finetune.py", text_config, "finetune.range=distilled", "distill.max_steps=2")
+    assert all(loss > 0 for loss in losses(tmp_path, "distilled"))
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "tiny" / "merged", safety_checker=None)
     assert isinstance(pipeline.unet, ProjectedUNet2DConditionModel)
     assert pipeline("a cat", num_inference_steps=1, output_type="np", height=8, width=8).images.shape == (1, 8, 8, 1)
 
-    for model in ("pretrained", "continued", "ensemble", "merged"):
+    for model in ("pretrained", "continued", "ensemble", "merged", "distilled"):
         run("sample_ddp.py", text_config, f"sample.model={model}", processes=2 if model == "merged" else 1)
         assert len(images(tmp_path / "tiny" / "samples" / model)) == 6
     lines = (tmp_path / "tiny" / "samples" / "merged" / "prompts.jsonl").read_text().splitlines()

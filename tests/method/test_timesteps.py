@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deme.method.timesteps import choose_interval, sample_timesteps
+from deme.method.timesteps import choose_ranges, even_sizes, sample_timesteps, spread_timesteps
 
 
 @given(batch=st.integers(1, 50), low=st.integers(0, 900), width=st.integers(1, 300), seed=st.integers(0, 99))
@@ -28,10 +28,40 @@ def test_draws_are_uniform():
 
 @pytest.mark.parametrize("uniform", [0.0, 0.3, 0.999999])
 def test_probability_0_never_leaves_the_range_and_1_always_does(uniform):
-    assert choose_interval((250, 500), 1000, 0.0, uniform) == (250, 500)
-    assert choose_interval((250, 500), 1000, 1.0, uniform) == (0, 1000)
+    assert choose_ranges([(250, 500)], 1000, 0.0, uniform) == [(250, 500)]
+    assert choose_ranges([(250, 500)], 1000, 1.0, uniform) == [(0, 1000)]
 
 
 def test_probability_is_the_share_of_global_micro_batches():
-    assert choose_interval((250, 500), 1000, 0.3, 0.2999) == (0, 1000)
-    assert choose_interval((250, 500), 1000, 0.3, 0.3) == (250, 500)
+    assert choose_ranges([(250, 500)], 1000, 0.3, 0.2999) == [(0, 1000)]
+    assert choose_ranges([(250, 500)], 1000, 0.3, 0.3) == [(250, 500)]
+
+
+@given(total=st.integers(0, 60), parts=st.integers(1, 12))
+def test_even_sizes_are_those_of_tensor_split(total, parts):
+    assert even_sizes(total, parts) == [len(part) for part in torch.arange(total).tensor_split(parts)]
+
+
+def test_the_larger_parts_come_first():
+    assert even_sizes(10, 4) == [3, 3, 2, 2]
+
+
+@given(batch=st.integers(3, 40), seed=st.integers(0, 99))
+def test_each_part_of_a_batch_is_antithetic_in_its_own_range(batch, seed):
+    """Mirrored pairs, ranges of different widths: every part of even size stays in its range, pairs mean its middle."""
+    ranges = [(0, 100), (100, 700), (700, 1000)]
+    timesteps = spread_timesteps(batch, ranges, "cpu", torch.Generator().manual_seed(seed))
+    assert timesteps.dtype == torch.int64
+    parts = timesteps.tensor_split(3)
+    assert sum(map(len, parts)) == batch
+    for part, (low, high) in zip(parts, ranges, strict=True):
+        assert low <= part.min()
+        assert part.max() < high
+        half = len(part) // 2
+        assert torch.equal(part[len(part) - half :], low + high - 1 - part[:half])
+
+
+def test_one_range_draws_what_it_always_drew():
+    """So that the runs of a range are the same as before batches could be spread."""
+    spread = spread_timesteps(7, [(250, 500)], "cpu", torch.Generator().manual_seed(5))
+    assert torch.equal(spread, sample_timesteps(7, 250, 500, "cpu", torch.Generator().manual_seed(5)))

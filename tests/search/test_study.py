@@ -104,7 +104,7 @@ def test_candidates_of_jobs_that_ended_are_tried_again(tmp_path, monkeypatch):
     for place in range(2, 6):
         found, coefficients = other._next()
         assert found == place
-        other._tell(found, coefficients, distance(coefficients), "candidate")
+        other._tell(found, coefficients, distance(coefficients), 10, "candidate")
     assert other._next() == (None, None)
     assert rows(other) == whole[2:]
     assert [trial.state for trial in other.study.trials[:3]] == [
@@ -146,7 +146,7 @@ def test_jobs_share_candidates_without_trying_one_twice(tmp_path, monkeypatch):
             monkeypatch.setattr(module, "_owner", lambda owner=owner: owner)
             taken.append(job._next())
         for job, (place, coefficients) in zip(jobs, taken, strict=True):
-            job._tell(place, coefficients, distance(coefficients), "candidate")
+            job._tell(place, coefficients, distance(coefficients), 10, "candidate")
     monkeypatch.undo()
     assert len(jobs[0].study.trials) == 6
     assert jobs[1]._next() is None

@@ -24,7 +24,7 @@ from deme.training.meter import MAX_SKIPPED_STEPS
 from deme.training.trainer import Objective, Trainer
 
 OBJECTIVE = Objective(
-    "test", stream=(0, 2, 250, 500), timestep_range=(250, 500), global_probability=0.3, consistency_weight=1.0
+    "test", stream=(0, 2, 250, 500), ranges=[(250, 500)], global_probability=0.3, consistency_weight=1.0
 )
 SETTINGS = {"max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "log_every": 1}
 
@@ -55,7 +55,7 @@ def trainer(
 
 def pretrainer(folder, every=1000, patience=None, **settings) -> Trainer:
     """Plain training that measures its loss on seven held-out images."""
-    objective = Objective("plain", stream=(0, 0), timestep_range=(0, 1000))
+    objective = Objective("plain", stream=(0, 0), ranges=[(0, 1000)])
     pixels = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     images = CroppedImages(list(pixels), 8, center_crop=True, random_flip=False)
     held_out = HeldOut(images, every, patience)
@@ -322,7 +322,7 @@ def test_bf16_trains(tmp_path):
 
 def test_training_lowers_the_loss(tmp_path):
     """Plain training on ten images: the mean loss of the last quarter is well below that of the first."""
-    objective = Objective("plain", stream=(0, 0), timestep_range=(0, 1000))
+    objective = Objective("plain", stream=(0, 0), ranges=[(0, 1000)])
     trainer(tmp_path, objective, unet=tiny_unet(), max_steps=80, lr_warmup_steps=0, learning_rate=3e-3).run()
     losses = [line["loss"] for line in log(tmp_path)]
     assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
@@ -379,7 +379,7 @@ def test_gradient_checkpointing_does_not_change_the_weights(tmp_path, precision)
 
 
 def test_the_loss_is_the_sum_of_its_terms(tmp_path):
-    objective = Objective("weighted", stream=(0, 2, 250, 500), timestep_range=(0, 500), consistency_weight=0.5)
+    objective = Objective("weighted", stream=(0, 2, 250, 500), ranges=[(0, 500)], consistency_weight=0.5)
     trainer(tmp_path, objective).run()
     for line in log(tmp_path):
         assert line["loss"] == pytest.approx(line["denoising_loss"] + 0.5 * line["consistency_loss"], rel=1e-5)
