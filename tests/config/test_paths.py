@@ -22,11 +22,13 @@ def test_everything_of_a_run_lies_below_its_folder():
         "pretrained_here": "out/a/pretrained",
         "pretrained": "out/a/pretrained",
         "continued": "out/a/finetuned/continued/unet",
+        "distilled": "out/a/finetuned/distilled/unet",
         "finetuned": "\n".join(
             f"out/a/finetuned/{edges}/unet" for edges in ("0000-0250", "0250-0500", "0500-0750", "0750-1000")
         ),
         "search": "out/a/search",
         "best_coefficients": "out/a/search/best.yaml",
+        "searched": "",
         "plots": "out/a/plots",
         "merged": "out/a/merged",
         "all_samples": "out/a/samples",
