@@ -184,6 +184,37 @@ def test_ten_kills_lose_at_most_a_candidate_each(config_file, root):
     assert not list(folder.glob(".*"))
 
 
+def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(config_file, root):
+    options = ["search.method=optuna", "search.objective=match", "search.sampler=random", *SMALL, "search.trials=30"]
+    job = Run("search.py", ["--config", str(config_file), *options], root)
+    while "candidate 3" not in job.stdout:
+        assert job.wait(0.02) is None
+    job.send(signal.SIGTERM)
+    assert job.wait() == 143
+    assert job.stderr.splitlines()[-1] == "search.py: stopped by SIGTERM"
+    assert "Traceback" not in job.stderr
+    again = run("search.py", config_file, *options)
+    assert "candidate 1 of" not in again.stdout
+    assert "candidate 30 of 30" in again.stdout
+
+
+def test_a_full_disk_stops_it_in_one_line_and_the_same_command_goes_on(config_file, root):
+    """While the storage's tables are made, and while candidates are tried."""
+    options = ["search.method=optuna", "search.objective=match", *SMALL, "search.report_images=0"]
+    arguments = ["--config", str(config_file), *options]
+    folder = root / "tiny" / "search"
+    job = Run("search.py", arguments, root, file_size_limit=60_000)
+    assert job.wait() == 2
+    assert "search.py: error: search.storage=" in job.stderr.splitlines()[-1]
+    run("search.py", config_file, *options)
+    full = (folder / "study.db").stat().st_size
+    job = Run("search.py", [*arguments, "search.trials=99"], root, file_size_limit=full)
+    assert job.wait() == 1
+    assert job.stderr.splitlines()[-1].startswith("search.py: search.storage: ")
+    assert len(trials(folder)) < 99
+    run("search.py", config_file, *options, f"search.trials={len(trials(folder)) + 2}")
+
+
 @pytest.mark.parametrize("method", ["closed_form", "multi_fidelity"])
 def test_text_to_image(method, text_config, text_to_image, tmp_path):  # noqa: F811
     """Noise and latents instead of pixels, with captions and prompts; merge.py takes what is found."""
@@ -196,6 +227,8 @@ def test_text_to_image(method, text_config, text_to_image, tmp_path):  # noqa: F
     assert found["value"] <= found["value of the pretrained network"]
     if method == "closed_form":
         assert found["value"] < 0.9
-    else:  # candidates differ in their images
+    else:  # candidates differ in their images, which need prompts
+        refused = run("search.py", text_config, "sample.prompts=null", *SMALL, status=2)
+        assert "sample.prompts=null: images are drawn for the search: needs some" in refused.stderr
         assert len({value for _, value in trials(tmp_path / "tiny" / "search").values()}) >= 4
     run("merge.py", text_config, "merge.coefficients=search")
