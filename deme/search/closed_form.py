@@ -1,5 +1,6 @@
 """The closed form: a network is nearly linear in the coefficients, so that least squares gives them."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from deme.method.candidates import Candidates
 from deme.search.probes import Batch, Squares
 from deme.search.state import Trace, load_state, save_state
+
+# torch makes forward derivatives by it, and warns of that itself
+warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
 
 JVP_PASSES = 2  # a Jacobian-vector product also computes what it is the derivative of
 

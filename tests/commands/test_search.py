@@ -83,7 +83,7 @@ def test_what_is_found_is_what_merge_py_merges(method, config_file, root):
     """By its name and by its file, bit for bit; the same command searches nothing again."""
     options = [f"search.method={method}", *METHODS[method], *SMALL]
     folder = root / "tiny" / "search"
-    run("search.py", config_file, *options)
+    assert "Warning" not in run("search.py", config_file, *options).stderr
     found = best(folder)
     rows = report(folder)
     names = ["pretrained", "ensemble", "uniform 0.5", "best"]
@@ -129,6 +129,31 @@ def test_the_objective_is_the_distance_that_evaluate_py_measures(config_file, ro
     run("evaluate.py", config_file)
     [row] = json.loads((root / "tiny" / "results.json").read_text())["rows"]
     assert best(root / "tiny" / "search")["value"] == pytest.approx(row["pooled"], rel=1e-6)
+
+
+def test_the_report_follows_what_it_is_drawn_with(config_file, root):
+    """Other steps, other blocks, another control: scored again; the search is not repeated."""
+    options = ["search.method=closed_form", "search.images=32", "search.report_images=12"]
+    continued = root / "tiny" / "finetuned" / "continued" / "unet"
+    reports = []
+
+    def search(*more: str) -> None:
+        run("search.py", config_file, *options, *more)
+        reports.append(report(root / "tiny" / "search"))
+
+    search()
+    solved = (root / "tiny" / "search" / "best.yaml").read_bytes()
+    search("sample.num_inference_steps=5")
+    assert all(one["pooled"] != other["pooled"] for one, other in zip(*reports, strict=True))
+    search("evaluate.blocks=2")
+    assert [len(row["blocks"]) for row in reports[-1]] == [2] * 4
+    for seed in (1, 2):
+        disturbed(with_projections(tiny_unet()), 10 + seed).save_pretrained(continued)
+        search()
+        assert [row["samples"] for row in reports[-1]][:3] == ["pretrained", "continued", "ensemble"]
+    assert reports[-1][1]["pooled"] != reports[-2][1]["pooled"]
+    assert reports[-1][2] == reports[0][1]
+    assert (root / "tiny" / "search" / "best.yaml").read_bytes() == solved
 
 
 def test_two_processes_find_what_one_finds(config_file, root):
