@@ -112,7 +112,10 @@ def main(config: Config) -> None:
 
         # --- is it any good?
         beside = {"coefficients": answer["coefficients"], "passes": found.evaluated[-1].passes} | provenance(config)
-        identity = Record(SEARCH, {**wanted.made_from, **answer, "images": settings.report_images}).digest
+        scored = {"images": settings.report_images, "blocks": config.report_blocks}
+        scored["steps"] = config.sample.num_inference_steps
+        scored["continued"] = weights_hash(config.paths.continued) if config.paths.continued.is_dir() else None
+        identity = Record(SEARCH, {**wanted.made_from, **answer, **scored}).digest
         fresh = score_fresh(problem, found, output / "report.json", identity, beside)
         if accelerator.is_main_process:
             if fresh.scores:

@@ -60,6 +60,11 @@ def config_file(tmp_path, pretrained) -> Path:
     return file
 
 
+SMALL_SEARCH = ["search.trials=2", "search.num_images=8", "search.control_images=16", "search.finalists=1"]
+SMALL_SEARCH += ["search.finalist_images=8", "search.num_inference_steps=2", "search.images=16"]
+SMALL_SEARCH += ["search.report_images=12"]
+
+
 def command(script: str, config_file: Path, *overrides: str, processes: int = 1) -> list[str]:
     """The command line that starts a script."""
     launcher = ["bash", str(REPOSITORY / "scripts" / "launch.sh"), str(processes)]

@@ -9,6 +9,7 @@ from deme.config.sections import (
     CONTINUED,
     DISTILLED,
     LEAST_CLASSIFIED,
+    REPORT_BLOCKS,
     Data,
     Distill,
     Evaluate,
@@ -63,6 +64,9 @@ class Config(Section):
         drawn = range(self.sample.seed_offset, self.sample.seed_offset + self.sample.num_images)
         apart = last + self.search.report_images <= drawn.start or first >= drawn.stop
         self.search.check("seed_offset", apart, f"sample_ddp.py draws the seeds {drawn.start} … {drawn.stop - 1}")
+        few = 0 < self.search.report_images < 2 * self.report_blocks
+        rule = f"must be 0, or at least 2 for each of {self.report_blocks} blocks"
+        self.search.check("report_images", not few, rule)
         for given in map(len, self.coefficient_groups.values()):
             self.merge.check("coefficients", given == count, f"{given} coefficients for {count} timestep ranges")
 
@@ -84,6 +88,11 @@ class Config(Section):
         if isinstance(coefficients, dict):
             return coefficients
         return {"*": coefficients if coefficients is not None else [1 / count] * count}
+
+    @property
+    def report_blocks(self) -> int:
+        """Into how many blocks of seeds the final report of a search is split."""
+        return self.evaluate.blocks if self.evaluate.blocks > 1 else REPORT_BLOCKS
 
     def check_classified(self) -> None:
         """Make sure that the data's images are large enough for the features that are configured."""

@@ -16,6 +16,7 @@ CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # that of the paper's text
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 CONTINUED = "continued"  # the control of `finetune.range`: plain training on all timesteps at the ranges' total cost
 DISTILLED = "distilled"  # one more: the merged network, trained to match each range's expert in its range
+REPORT_BLOCKS = 5  # of the images of a search's report, where evaluate.blocks=1 gives no standard error
 LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 PRECISIONS = ("no", "fp16", "bf16")
 PREVIEW_PROMPTS = (  # for text-to-image models, of the things that they find hard

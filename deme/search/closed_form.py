@@ -1,5 +1,6 @@
 """The closed form: a network is nearly linear in the coefficients, so that least squares gives them."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from deme.method.candidates import Candidates
 from deme.search.probes import Batch, Squares
 from deme.search.state import Trace, load_state, save_state
+
+# torch makes forward derivatives by it, and warns of that itself
+warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
 
 JVP_PASSES = 2  # a Jacobian-vector product also computes what it is the derivative of
 
@@ -59,10 +63,9 @@ def ridge_step(
     values, vectors = np.linalg.eigh(curvature + pull * np.eye(len(slope)))
     kept = values > values.max() * len(values) * np.finfo(np.float64).eps
     roots = np.sqrt(np.where(kept, values, 0))
-    target = vectors.T @ (
-        curvature @ about + slope
-    )  # the same least squares as rows: ‖√Λ Vᵀ w − Λ^(−½) Vᵀ (A w₀ + b)‖²
+    # the same least squares as rows: ‖√Λ Vᵀ w − Λ^(−½) Vᵀ (A w₀ + b)‖²
     rows = roots[:, None] * vectors.T
+    target = vectors.T @ (curvature @ about + slope)
     return lsq_linear(rows, np.where(kept, target / np.where(kept, roots, 1), 0), interval).x
 
 

@@ -16,7 +16,6 @@ from deme.models.networks import load_unet
 from deme.search.problem import Problem
 from deme.search.ways import PUBLISHED, Found
 
-BLOCKS = 5  # of the seeds, where evaluate.blocks=1 gives no standard error
 CLEARLY = 2.0  # standard errors
 
 
@@ -43,8 +42,7 @@ def score_fresh(problem: Problem, found: Found, file: Path, made_from: str, besi
     seeds = problem.fresh_seeds
     if len(seeds) == 0:
         return Fresh([], objective)
-    given = problem.config.evaluate.blocks
-    blocks = given if given > 1 else BLOCKS
+    blocks = problem.config.report_blocks
     seeds = seeds[: len(seeds) // blocks * blocks]
     distance = problem.plain_distance.with_steps(problem.config.sample.num_inference_steps)
     known = in_main_process(accelerator, lambda: _known(file, made_from))

@@ -41,7 +41,7 @@ def gradient_descent(
         the measurements: the objective on the held-out images.
     """
     accelerator = squares.accelerator
-    origin = torch.from_numpy(np.asarray(start, dtype=np.float64))
+    origin = torch.from_numpy(np.array(start, dtype=np.float64))  # a copy: the array may be read-only
     state = {
         "step": torch.zeros((), dtype=torch.int64),
         "spent": torch.zeros((), dtype=torch.int64),  # passes

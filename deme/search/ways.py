@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 from optuna.storages import RDBStorage
 
+from deme.errors import naming
 from deme.job.processes import locked_by_all
 from deme.method.candidates import Candidates
 from deme.search.closed_form import closed_form
 from deme.search.gradient import gradient_descent
 from deme.search.problem import Coefficients, Problem
 from deme.search.state import Evaluated
-from deme.search.study import Study
+from deme.search.study import Study, grid_values
 
 PUBLISHED = (0.1, 0.1, 0.2, 0.5)  # of LSUN-Church
 UNIFORM = (0.5, 1.0)  # beside 1 / the number of ranges
@@ -98,6 +99,9 @@ def one_after_another(problem: Problem, folder: Path, storage: RDBStorage, diges
         answer = cheap_answer(problem, folder, by_gradient=np.prod(problem.shape) > MOST_COLUMNS)
         evaluated = answer.evaluated
         first = first_candidates(answer.coefficients, settings.interval)
+    if settings.sampler == "grid":
+        with naming("search.trials", settings.trials):
+            grid_values(settings.trials, len(problem.names))
     seeds = problem.seeds(settings.num_images)
     name = f"{digest}-{objective}-{len(seeds)}"
     bounded = (problem.names, problem.shape, settings.interval)

@@ -88,6 +88,12 @@ def experts(root: Path, pretrained: Path) -> None:
         with_projections(tiny_unet(index)).save_pretrained(root / "tiny" / "finetuned" / name / "unet")
 
 
+def different_experts(root: Path, pretrained: Path) -> None:
+    """The same, but neither is the pretrained one."""
+    experts(root, pretrained)
+    edit_weights(root / "tiny" / "finetuned" / "0000-0500" / "unet", lambda tensors: tensors["conv_in.bias"].add_(0.1))
+
+
 def edit_weights(folder: Path, change) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
@@ -129,6 +135,14 @@ def another_architecture(root: Path, pretrained: Path) -> None:
     experts(root, pretrained)
     wider = with_projections(tiny_unet(block_out_channels=[8, 32]))
     wider.save_pretrained(root / "tiny" / "finetuned" / "0500-1000" / "unet")
+
+
+def small_networks(root: Path, pretrained: Path) -> None:
+    """All of 4×4 pixels."""
+    experts(root, pretrained)
+    copied_pretrained(edit_json("unet/config.json", sample_size=4))(root, pretrained)
+    for file in (root / "tiny").rglob("config.json"):
+        edit_json(file.name, sample_size=4)(file.parent)
 
 
 def copied_pretrained(change):
@@ -845,6 +859,171 @@ MISTAKES = [
         "merge.output=data: exists without a merge.yaml, so it is not replaced",
         both(experts, images(lambda kind: None)),
     ),
+    # --- the search for coefficients
+    Mistake(
+        "bounds without 0",
+        "search.py",
+        ["search.bounds=[0.1,1]"],
+        "search.bounds=[0.1, 1.0]: must hold 0, the pretrained network, where the search starts",
+    ),
+    Mistake(
+        "bounds that fall",
+        "search.py",
+        ["search.bounds=[1,0]"],
+        "search.bounds=[1.0, 0.0]: must be two finite numbers, the least and the greatest",
+    ),
+    Mistake(
+        "a single bound",
+        "search.py",
+        ["search.bounds=[1]"],
+        "search.bounds=[1.0]: must be two finite numbers, the least and the greatest",
+    ),
+    Mistake(
+        "an unknown way to search",
+        "search.py",
+        ["search.method=guess"],
+        "search.method=guess: must be one of closed_form, gradient, optuna, multi_fidelity",
+    ),
+    Mistake(
+        "an unknown objective",
+        "search.py",
+        ["search.objective=fid"],
+        "search.objective=fid: must be one of match, loss, fd",
+    ),
+    Mistake(
+        "an unknown sampler of candidates",
+        "search.py",
+        ["search.sampler=nelder"],
+        "search.sampler=nelder: must be one of tpe, gp, cmaes, random, grid",
+    ),
+    Mistake(
+        "unknown groups",
+        "search.py",
+        ["search.groups=layer"],
+        "search.groups=layer: must be range, block, tensor, or a list of name patterns",
+    ),
+    Mistake(
+        "groups that are numbers",
+        "search.py",
+        ["search.groups=[1]"],
+        "search.groups=[1]: must be range, block, tensor, or a list of name patterns",
+    ),
+    Mistake(
+        "a distance in closed form",
+        "search.py",
+        ["search.method=closed_form", "search.objective=fd"],
+        "search.objective=fd: search.method=closed_form needs match or loss",
+    ),
+    Mistake(
+        "more finalists than candidates",
+        "search.py",
+        ["search.finalists=5", "search.trials=4"],
+        "search.finalists=5: must be at most search.trials=4",
+    ),
+    Mistake(
+        "seeds that sample_ddp.py draws",
+        "search.py",
+        ["search.seed_offset=5"],
+        "search.seed_offset=5: sample_ddp.py draws the seeds 0 … 5",
+    ),
+    Mistake(
+        "a report of images that make no blocks",
+        "search.py",
+        ["search.report_images=9"],
+        "search.report_images=9: must be 0, or at least 2 for each of 5 blocks",
+    ),
+    Mistake(
+        "a storage without a name",
+        "search.py",
+        ["search.storage=''"],
+        "search.storage=: must be an URL, or null",
+    ),
+    Mistake(
+        "searching before there are experts",
+        "search.py",
+        [],
+        "{root}/tiny/finetuned/0000-0500/unet/diffusion_pytorch_model.safetensors: missing; train it with finetune.py "
+        "finetune.range=0",
+    ),
+    Mistake(
+        "searching for experts of another architecture",
+        "search.py",
+        ["search.method=closed_form"],
+        "{root}/tiny/finetuned/0500-1000/unet: tensor down_blocks.1.attentions.0.group_norm.bias has the shape (32,), "
+        "in the pretrained model (16,)",
+        another_architecture,
+    ),
+    Mistake(
+        "a group that no tensor is left for",
+        "search.py",
+        ["search.groups=['*',conv_in.*]"],
+        "search.groups=['*', 'conv_in.*']: no tensor is left for the pattern conv_in.*",
+        experts,
+    ),
+    Mistake(
+        "groups that leave a tensor",
+        "search.py",
+        ["search.groups=[conv_in.*]"],
+        "search.groups=['conv_in.*']: no pattern fits the tensor conv_norm_out.bias; add one for '*'",
+        experts,
+    ),
+    Mistake(
+        "a resolution that the classifier of a search can't take",
+        "search.py",
+        ["data.resolution=4", "model.pretrained=copy"],
+        "data.resolution=4: evaluate.features=classifier needs at least 8 pixels",
+        small_networks,
+    ),
+    Mistake(
+        "coefficients of a search that was not run",
+        "merge.py",
+        ["merge.coefficients=search"],
+        "merge.coefficients=search: {root}/tiny/search/best.yaml is missing; search.py makes it",
+        experts,
+    ),
+    Mistake(
+        "coefficients from a file that does not exist",
+        "merge.py",
+        ["merge.coefficients=absent.yaml"],
+        "merge.coefficients=absent.yaml: absent.yaml is missing; search.py makes it",
+        experts,
+    ),
+    Mistake(
+        "coefficients from a file that is not YAML",
+        "merge.py",
+        ["merge.coefficients=bad.yaml"],
+        "merge.coefficients=bad.yaml: bad.yaml: ParserError: …",
+        both(experts, yaml_file("coefficients: [1")),
+    ),
+    Mistake(
+        "coefficients from a file of another kind",
+        "merge.py",
+        ["merge.coefficients=tiny.yaml"],
+        "merge.coefficients=tiny.yaml: tiny.yaml: not the coefficients of search.py",
+        experts,
+    ),
+    Mistake(
+        "coefficients in a file that are no numbers",
+        "merge.py",
+        ["merge.coefficients=bad.yaml"],
+        "bad.yaml: merge.coefficients={'*': ['a', 'b']}: must be a list of finite numbers, a mapping from …",
+        both(experts, yaml_file("coefficients: {'*': [a, b]}")),
+    ),
+    Mistake(
+        "coefficients that were found for another number of ranges",
+        "merge.py",
+        ["merge.coefficients=bad.yaml"],
+        "bad.yaml: merge.coefficients={'*': [0.1, 0.2, 0.3]}: 3 coefficients for 2 timestep ranges",
+        both(experts, yaml_file("coefficients: {'*': [0.1, 0.2, 0.3]}")),
+    ),
+    Mistake(
+        "coefficients that were found for other networks",
+        "merge.py",
+        ["merge.coefficients=bad.yaml"],
+        "merge.coefficients=bad.yaml: found for other networks; search again, or write its coefficients into the "
+        "configuration",
+        both(experts, yaml_file("{coefficients: {'*': [0.1, 0.2]}, pretrained: a, finetuned: [b, c]}")),
+    ),
     # --- networks to pretrain
     Mistake(
         "widths for fewer blocks than there are",
@@ -1292,6 +1471,79 @@ def test_a_mistake_is_answered_in_one_line_and_loses_nothing(start, config_file,
     assert made == {name for name in before if not name.startswith("tiny/stats")}
     assert all(content(root)[name] == data for name, data in before.items())
     assert not (root / "executed").exists()
+
+
+# in the middle of a search, whose folder stands: the same command goes on once it is mended
+SEARCH_MISTAKES = {
+    "an unknown database": (
+        ["search.method=optuna", "search.storage=nosuch://x"],
+        "search.storage=nosuch://x: no Optuna storage can be opened there: …",
+    ),
+    "a database in a folder that does not exist": (
+        ["search.method=optuna", "search.storage=sqlite:///absent/study.db"],
+        "search.storage=sqlite:///absent/study.db: no Optuna storage can be opened there: …unable to open database …",
+    ),
+    "a grid of fewer than two values": (
+        ["search.method=optuna", "search.sampler=grid", "search.trials=3"],
+        "search.trials=3: a grid of 2 coefficients has at least 2 ** 2 candidates",
+    ),
+    "a classifier without labels": (
+        ["search.method=optuna", "search.objective=fd", "data.label_column=null"],
+        "data.label_column=null: evaluate.features=classifier needs labels",
+    ),
+    "images that leave bins of the loss empty": (
+        ["search.method=closed_form", "search.objective=loss", "search.images=8"],
+        "search.images=8: no image falls into bin … of 16 bins of timesteps",
+    ),
+    "a file for the folder of the search": (
+        ["search.output=tiny.yaml"],
+        "search.output: cannot create the folder tiny.yaml: File exists",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEARCH_MISTAKES)
+def test_a_mistake_in_the_middle_of_a_search_is_answered_in_one_line(start, config_file, pretrained, name):
+    root = config_file.parent
+    different_experts(root, pretrained)
+    before = content(root)
+    arguments, message = SEARCH_MISTAKES[name]
+    small = ["search.images=32", "search.num_images=2", "search.finalists=1", "search.report_images=0"]
+    assert_refused(start, root, "search.py", [*small, *arguments], message)
+    assert all(content(root)[name] == data for name, data in before.items())
+    assert not [name for name in content(root) if name.endswith("best.yaml")]
+
+
+def test_a_search_is_not_mixed_with_another_one(start, config_file, pretrained):
+    """In the folder of one: what differs is named, also networks behind the same paths; more trials go on."""
+    root = config_file.parent
+    different_experts(root, pretrained)
+    closed = ["search.method=closed_form", "search.images=32", "search.report_images=0"]
+    assert start("search.py", *closed)[0] == 0
+    before = content(root / "tiny")
+    message = (
+        "search.output={root}/tiny/search: holds a search of other settings: search.ridge=0.5 (was 0.001), seed=1 (was "
+        "0); set them back, name another folder, or delete this one"
+    )
+    assert_refused(start, root, "search.py", [*closed, "search.ridge=0.5", "seed=1"], message)
+    assert content(root / "tiny") == before
+    assert start("search.py", *closed, "search.trials=99")[0] == 0
+    edit_weights(root / "tiny" / "finetuned" / "0500-1000" / "unet", lambda tensors: tensors["conv_in.bias"].add_(1))
+    status, errors = start("search.py", *closed)
+    assert status == 2
+    assert "holds a search of other settings: finetuned; set them back" in errors
+    status, errors = start("merge.py", "merge.coefficients=search")
+    assert status == 2
+    assert "merge.coefficients=search: found for other networks; search again" in errors
+
+
+def test_two_experts_that_are_one_are_told(start, config_file, pretrained):
+    """A copy that was not trained has nothing to match."""
+    root = config_file.parent
+    experts(root, pretrained)
+    same = ["search.method=closed_form", "search.images=32"]
+    message = "search.objective=match: the expert of range 0 predicts what the pretrained network does"
+    assert_refused(start, root, "search.py", same, message)
 
 
 def test_an_image_that_can_not_be_decoded_on_the_fly_stops_the_run(start, config_file):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, environment, old_name
+from conftest import REPOSITORY, SMALL_SEARCH, environment, old_name
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from psutil import process_iter
@@ -53,6 +53,7 @@ def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_co
         "sample.num_inference_steps=2",
         "evaluate.blocks=2",
         "evaluate.classifier_epochs=1",
+        *SMALL_SEARCH,
     ]
     first, second = run_script("digits.sh", *options), run_script("digits.sh", *options)
     rows = re.findall(r"^\| (\w+) \| 24 \| \d", first, flags=re.MULTILINE)
@@ -130,7 +131,7 @@ def test_cifar10_from_scratch_goes_from_raw_data_to_the_table_in_pieces(tmp_path
     options += ["distill.max_steps=2"]
     options += [f"{section}.mixed_precision=no" for section in ("pretrain", "finetune", "sample")]
     options += ["sample.num_images=12", "sample.num_inference_steps=2"]
-    options += ["evaluate.classifier_width=8", "evaluate.classifier_epochs=1"]
+    options += ["evaluate.classifier_width=8", "evaluate.classifier_epochs=1", *SMALL_SEARCH]
     first = run_script("cifar10_scratch.sh", *options, NUM_PROCESSES="1", MAX_MINUTES="0.02")
     assert "stopped by its time limit: the same command resumes" in first
     assert "| model |" not in first

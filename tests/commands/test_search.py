@@ -26,6 +26,7 @@ from deme.search.problem import Problem
 
 SMALL = ["search.images=32", "search.batch_size=16", "search.num_images=8", "search.num_inference_steps=2"]
 SMALL += ["search.finalists=2", "search.finalist_images=10", "search.report_images=10", "search.trials=4"]
+SMALL += ["search.control_images=12"]
 METHODS = {
     "closed_form": [],
     "gradient": ["search.groups=block", "search.gradient_steps=20"],
@@ -83,7 +84,7 @@ def test_what_is_found_is_what_merge_py_merges(method, config_file, root):
     """By its name and by its file, bit for bit; the same command searches nothing again."""
     options = [f"search.method={method}", *METHODS[method], *SMALL]
     folder = root / "tiny" / "search"
-    run("search.py", config_file, *options)
+    assert "Warning" not in run("search.py", config_file, *options).stderr
     found = best(folder)
     rows = report(folder)
     names = ["pretrained", "ensemble", "uniform 0.5", "best"]
@@ -122,6 +123,7 @@ def test_the_objective_is_the_distance_that_evaluate_py_measures(config_file, ro
     """Of the same seeds, drawn by sample_ddp.py into PNGs from the network that merge.py writes."""
     options = ["search.method=optuna", "search.objective=fd", "search.sampler=random", "search.trials=2", *SMALL[:5]]
     options += ["search.finalists=1", "search.report_images=0", "search.num_inference_steps=3", "sample.batch_size=3"]
+    options += ["search.finalist_images=8", "search.control_images=8"]  # all of the control: nothing is corrected
     run("search.py", config_file, *options)
     run("merge.py", config_file, "merge.coefficients=search")
     drawn = ["sample.num_images=8", "sample.seed_offset=10000000", "search.seed_offset=0"]
@@ -129,6 +131,31 @@ def test_the_objective_is_the_distance_that_evaluate_py_measures(config_file, ro
     run("evaluate.py", config_file)
     [row] = json.loads((root / "tiny" / "results.json").read_text())["rows"]
     assert best(root / "tiny" / "search")["value"] == pytest.approx(row["pooled"], rel=1e-6)
+
+
+def test_the_report_follows_what_it_is_drawn_with(config_file, root):
+    """Other steps, other blocks, another control: scored again; the search is not repeated."""
+    options = ["search.method=closed_form", "search.images=32", "search.report_images=12"]
+    continued = root / "tiny" / "finetuned" / "continued" / "unet"
+    reports = []
+
+    def search(*more: str) -> None:
+        run("search.py", config_file, *options, *more)
+        reports.append(report(root / "tiny" / "search"))
+
+    search()
+    solved = (root / "tiny" / "search" / "best.yaml").read_bytes()
+    search("sample.num_inference_steps=5")
+    assert all(one["pooled"] != other["pooled"] for one, other in zip(*reports, strict=True))
+    search("evaluate.blocks=2")
+    assert [len(row["blocks"]) for row in reports[-1]] == [2] * 4
+    for seed in (1, 2):
+        disturbed(with_projections(tiny_unet()), 10 + seed).save_pretrained(continued)
+        search()
+        assert [row["samples"] for row in reports[-1]][:3] == ["pretrained", "continued", "ensemble"]
+    assert reports[-1][1]["pooled"] != reports[-2][1]["pooled"]
+    assert reports[-1][2] == reports[0][1]
+    assert (root / "tiny" / "search" / "best.yaml").read_bytes() == solved
 
 
 def test_two_processes_find_what_one_finds(config_file, root):
@@ -184,6 +211,37 @@ def test_ten_kills_lose_at_most_a_candidate_each(config_file, root):
     assert not list(folder.glob(".*"))
 
 
+def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(config_file, root):
+    options = ["search.method=optuna", "search.objective=match", "search.sampler=random", *SMALL, "search.trials=30"]
+    job = Run("search.py", ["--config", str(config_file), *options], root)
+    while "candidate 3" not in job.stdout:
+        assert job.wait(0.02) is None
+    job.send(signal.SIGTERM)
+    assert job.wait() == 143
+    assert job.stderr.splitlines()[-1] == "search.py: stopped by SIGTERM"
+    assert "Traceback" not in job.stderr
+    again = run("search.py", config_file, *options)
+    assert "candidate 1 of" not in again.stdout
+    assert "candidate 30 of 30" in again.stdout
+
+
+def test_a_full_disk_stops_it_in_one_line_and_the_same_command_goes_on(config_file, root):
+    """While the storage's tables are made, and while candidates are tried."""
+    options = ["search.method=optuna", "search.objective=match", *SMALL, "search.report_images=0"]
+    arguments = ["--config", str(config_file), *options]
+    folder = root / "tiny" / "search"
+    job = Run("search.py", arguments, root, file_size_limit=60_000)
+    assert job.wait() == 2
+    assert "search.py: error: search.storage=" in job.stderr.splitlines()[-1]
+    run("search.py", config_file, *options)
+    full = (folder / "study.db").stat().st_size
+    job = Run("search.py", [*arguments, "search.trials=99"], root, file_size_limit=full)
+    assert job.wait() == 1
+    assert job.stderr.splitlines()[-1].startswith("search.py: search.storage: ")
+    assert len(trials(folder)) < 99
+    run("search.py", config_file, *options, f"search.trials={len(trials(folder)) + 2}")
+
+
 @pytest.mark.parametrize("method", ["closed_form", "multi_fidelity"])
 def test_text_to_image(method, text_config, text_to_image, tmp_path):  # noqa: F811
     """Noise and latents instead of pixels, with captions and prompts; merge.py takes what is found."""
@@ -196,6 +254,8 @@ def test_text_to_image(method, text_config, text_to_image, tmp_path):  # noqa: F
     assert found["value"] <= found["value of the pretrained network"]
     if method == "closed_form":
         assert found["value"] < 0.9
-    else:  # candidates differ in their images
+    else:  # candidates differ in their images, which need prompts
+        refused = run("search.py", text_config, "sample.prompts=null", *SMALL, status=2)
+        assert "sample.prompts=null: images are drawn for the search: needs some" in refused.stderr
         assert len({value for _, value in trials(tmp_path / "tiny" / "search").values()}) >= 4
     run("merge.py", text_config, "merge.coefficients=search")
