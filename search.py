@@ -67,6 +67,8 @@ def main(config: Config) -> None:
     draws = settings.method == "multi_fidelity" or settings.objective == "fd" or settings.report_images > 0
     if takes_text(pretrained) and draws:
         config.sample.check("prompts", config.sample.prompts is not None, "images are drawn for the search: needs some")
+    labelled = config.data.label_column is not None or config.evaluate.features != "classifier" or not draws
+    config.data.check("label_column", labelled, "evaluate.features=classifier needs labels")
     schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
     files = [file for folder in networks for file in weights_files(folder)]
     watched = Watched([*files, schedule, *encoder_files(pretrained).values()])

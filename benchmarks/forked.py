@@ -29,6 +29,12 @@ LIBRARIES = [
     "deme.models.networks",
     "deme.search.ways",
     "deme.report.search_plots",
+    "alembic.command",  # these are imported when they are first used
+    "optuna.storages._rdb.models",
+    "sklearn.datasets",
+    "sklearn.ensemble",
+    "torch._decomp.decompositions_for_jvp",
+    "torch_fidelity",
 ]
 
 

@@ -295,10 +295,13 @@ class Search(Section):
         self.check_positive("control_images")
         self.check_not_negative("ridge", "gauss_newton", "pull", "report_images")
         self.check("num_images", self.num_images > 1, "a covariance needs at least 2")
-        ordered = self.num_images <= self.finalist_images <= self.control_images
-        rule = f"must lie between num_images={self.num_images} and control_images={self.control_images}"
-        self.check("finalist_images", ordered, rule)
-        self.check("finalists", self.finalists <= self.trials, f"must be at most search.trials={self.trials}")
+        rule = f"must be at most search.control_images={self.control_images}"
+        self.check("num_images", self.num_images <= self.control_images, rule)
+        if self.method == "multi_fidelity":
+            ordered = self.num_images <= self.finalist_images <= self.control_images
+            rule = f"must lie between search.num_images={self.num_images} and control_images={self.control_images}"
+            self.check("finalist_images", ordered, rule)
+            self.check("finalists", self.finalists <= self.trials, f"must be at most search.trials={self.trials}")
         self.check_seed("seed_offset")
         self.check("storage", self.storage != "", "must be an URL, or null")
 

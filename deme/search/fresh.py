@@ -96,10 +96,9 @@ def verdict(found: Found, fresh: Fresh) -> list[str]:
     gain = found.value - found.pretrained
     lines = []
     if fresh.objective is not None:
-        optimism = found.value - fresh.objective
         lines.append(
             f"{found.objective}: {found.value:.4f} where it was searched (pretrained: 1), {fresh.objective:.4f} on "
-            f"fresh images: optimism {-optimism:+.4f}"
+            f"fresh images: optimism {fresh.objective - found.value:+.4f}"
         )
     if not fresh.scores:
         return lines
