@@ -143,10 +143,14 @@ class Bench:
                 temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
         return known[key]
 
-    def difference(self, blocks: list[float]) -> tuple[float, float]:
-        """To the pretrained network, with its standard error."""
-        mean, deviation = mean_and_deviation(np.subtract(blocks, self.baseline))
+    def difference(self, blocks: list[float], others: list[float] | None = None) -> tuple[float, float]:
+        """To the pretrained network, or to another's blocks, with its standard error."""
+        mean, deviation = mean_and_deviation(np.subtract(blocks, self.baseline if others is None else others))
         return mean, deviation / FRESH_BLOCKS**0.5
+
+    def mean_blocks(self, row: dict) -> list[float]:
+        """Of the searches of a row, block by block."""
+        return np.mean([found["blocks"] for found in row["seeds"]], axis=0).tolist()
 
     # --- do the cheap objectives rank candidates as the distance does?
 
@@ -207,7 +211,7 @@ class Bench:
         for name, changed in ways.items():
             found = [self.search(name, changed, seed) for seed in range(1 if name == "grid of all" else SEEDS)]
             rows.append({"way": name, "seeds": found})
-            print(self.line(rows[-1]), flush=True)
+            print(self.line(rows[-1], []), flush=True)
         shape = self.problem.shape
         for value in (1 / shape[1], 0.5, 1.0):
             rows.append(self.fixed(f"uniform {value:g}", np.full(shape, value)))
@@ -216,9 +220,13 @@ class Bench:
         rows.append(self.row("ensemble", self.blocks("ensemble", self.problem.experts)))
         if self.config.paths.continued.is_dir():
             rows.append(self.row("continued", self.blocks("continued", self.continued)))
-        titles = [self.config.name, "UNet passes", "fresh seeds: difference to pretrained ± s.e., of each search"]
-        titles += ["mean of the searches", "where it was searched"]
-        table = markdown_table(titles, [self.line(row) for row in rows])
+        fixed = {row["way"]: self.mean_blocks(row) for row in rows if "passes" not in row["seeds"][0]}
+        uniform = min((name for name in fixed if name.startswith("uniform")), key=lambda name: np.mean(fixed[name]))
+        rivals = [name for name in (uniform, "published coefficients", "ensemble", "continued") if name in fixed]
+        titles = [self.config.name, "UNet passes", "fresh seeds: difference to pretrained, of each search"]
+        titles += ["their mean ± s.e.", *(f"to {name}" for name in rivals), "where it was searched"]
+        lines = [self.line(row, [fixed[name] for name in rivals]) for row in rows]
+        table = markdown_table(titles, lines)
         save(f"search-ways-{self.config.name}", self.arguments.device, rows, table)
 
     def search(self, name: str, changed: dict, seed: int) -> dict:
@@ -252,16 +260,21 @@ class Bench:
         unet = freeze(load_unet(self.config.paths.continued), self.accelerator.device, "no")
         return lambda _: unet
 
-    def line(self, row: dict) -> list[str]:
-        """A row of the table."""
+    def line(self, row: dict, rivals: list[list[float]]) -> list[str]:
+        """A row of the table.
+
+        Args:
+            rivals: blocks of models that a search has to beat.
+        """
         seeds = row["seeds"]
         passes = [found["passes"] for found in seeds if "passes" in found]
-        each = ", ".join(number(found["difference"], found["standard_error"], "+.3f") for found in seeds)
+        each = ", ".join(number(found["difference"], form="+.3f") for found in seeds)
+        blocks = self.mean_blocks(row)
+        differences = [number(*self.difference(blocks, other), "+.3f") for other in (None, *rivals)]
         searched = [found["searched_difference"] for found in seeds if "searched_difference" in found]
-        mean = statistics.mean(found["difference"] for found in seeds)
         cost = f"{round(statistics.mean(passes)):,}" if passes else "-"
         where = f"{statistics.mean(searched):+.3f}" if searched else "-"
-        return [row["way"], cost, each, f"{mean:+.3f}", where]
+        return [row["way"], cost, each if passes else "-", *differences, where]
 
 
 if __name__ == "__main__":
