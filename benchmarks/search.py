@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
     parser.add_argument("--fresh-images", type=int, default=5_400, help="that each answer is scored on")
+    parser.add_argument("--other-seeds", type=int, default=SEEDS, help="searches by samplers that are not the default")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     if arguments.part == "forming":
@@ -200,7 +201,6 @@ class Bench:
             "loss, closed form, per range": {"method": "closed_form", "objective": "loss"},
             "multi_fidelity, per range": {"method": "multi_fidelity", "trials": trials},
             "multi_fidelity, per block": {"method": "multi_fidelity", "trials": trials, "groups": "block"},
-            "fd, gp, per range": {**fd, "sampler": "gp"},
             "fd, tpe, per range": {**fd, "sampler": "tpe"},
             "fd, cmaes, per range": {**fd, "sampler": "cmaes"},
             "random search of equal cost": {**fd, "sampler": "random", "trials": equal},
@@ -209,7 +209,8 @@ class Bench:
         }
         rows = []
         for name, changed in ways.items():
-            found = [self.search(name, changed, seed) for seed in range(1 if name == "grid of all" else SEEDS)]
+            count = 1 if name == "grid of all" else self.arguments.other_seeds if "sampler" in changed else SEEDS
+            found = [self.search(name, changed, seed) for seed in range(count)]
             rows.append({"way": name, "seeds": found})
             print(self.line(rows[-1], []), flush=True)
         shape = self.problem.shape

@@ -17,13 +17,17 @@ from deme.method.sampling import NetworkAt
 from deme.models.drawing import Drawing
 
 
+JACKKNIFE = 8  # parts of the images (Quenouille 1956)
+
+
 class FrechetDistance:
     """The Fréchet distance of images drawn from given seeds, the same for every candidate; nothing is written.
 
-    With a control it is an estimate of the distance of as many images as that has, from fewer of them: mean and
-    covariance of a candidate's features are corrected by what the same seeds' differ from those of all for the
-    pretrained network (control variates). The seeds' own luck, such as too many images of a class, would not cancel
-    between candidates, as the distance is not linear in it.
+    With a control it is an estimate of the distance of as many images as that has, from fewer of them. The seeds' own
+    luck, such as too many images of a class, does not cancel between candidates, as the distance is not linear in it:
+    so mean and covariance of a candidate's features are corrected by what those of the same seeds differ from those of
+    all for the pretrained network (control variates). What candidate and control do not share would still add to the
+    distance, the more the further they are apart; as that is proportional to 1 / images, the jackknife removes it.
 
     Args:
         drawing: how they are drawn; its settings' batch_size is that of the network.
@@ -102,10 +106,31 @@ class FrechetDistance:
         return self.of_features(features)
 
     def of_features(self, features: np.ndarray) -> float:
-        """The distance of images with these features, shape (N, D); with a control, of the first N of its seeds."""
-        mu, sigma = statistics(features)
-        if self.control is not None:
-            luck = statistics(self.control[: len(features)])
-            mu, sigma = (own - few + all_ for own, few, all_ in zip((mu, sigma), luck, self.of_control, strict=True))
-        # not pytorch_fid's: a corrected covariance may have negative eigenvalues
+        """The distance of images with these features, shape (N, D); with a control, of the first N of its seeds.
+
+        A covariance of few images can't be corrected; N ≤ 2 D give the plain difference to the pretrained network on
+        the same seeds instead, on top of that one's distance.
+        """
+        if self.control is None or len(features) == len(self.control):
+            return self._at(*statistics(features))
+        few = self.control[: len(features)]
+        if len(features) <= 2 * features.shape[1]:
+            return self._at(*statistics(features)) - self._at(*statistics(few)) + self._at(*self.of_control)
+        left_out = [
+            self._corrected(*(np.delete(part, np.s_[i::JACKKNIFE], axis=0) for part in (features, few)))
+            for i in range(JACKKNIFE)
+        ]
+        return JACKKNIFE * self._corrected(features, few) - (JACKKNIFE - 1) * float(np.mean(left_out))
+
+    def _corrected(self, features: np.ndarray, few: np.ndarray) -> float:
+        """The distance with the control's correction.
+
+        Args:
+            few: the control's features of the same seeds.
+        """
+        parts = zip(statistics(features), statistics(few), self.of_control, strict=True)
+        return self._at(*(own - luck + whole for own, luck, whole in parts))
+
+    def _at(self, mu: np.ndarray, sigma: np.ndarray) -> float:
+        """The distance of features of this mean and covariance, which may have negative eigenvalues."""
         return frechet_distance(mu, sigma, self.space.reference.mu, self.space.reference.sigma)

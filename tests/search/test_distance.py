@@ -23,7 +23,7 @@ def plain(features: np.ndarray) -> float:
     return frechet_distance(*statistics(features), REAL.mu, REAL.sigma)
 
 
-@pytest.mark.parametrize("count", [50, 500, COUNT])
+@pytest.mark.parametrize("count", [10, 50, 500, COUNT])
 def test_the_pretrained_network_has_the_distance_of_all_images_of_the_control(count):
     found = distance(PRETRAINED).of_features(PRETRAINED[:count])
     assert found == pytest.approx(plain(PRETRAINED), rel=1e-9)
@@ -32,6 +32,17 @@ def test_the_pretrained_network_has_the_distance_of_all_images_of_the_control(co
 def test_as_many_images_as_the_control_need_no_correction():
     assert distance(PRETRAINED).of_features(CANDIDATE) == pytest.approx(plain(CANDIDATE), rel=1e-9)
     assert distance(None).of_features(CANDIDATE) == plain(CANDIDATE)
+
+
+def test_a_candidate_that_shares_little_with_the_control_is_not_punished_for_it():
+    """Images that are as good as the pretrained network's but have nothing to do with them: no bias."""
+    other = RANDOM.normal(size=(COUNT, SIZE)) + 0.3
+    found = []
+    for start in range(0, COUNT, 100):
+        order = np.r_[start:COUNT, 0:start]
+        found.append(distance(PRETRAINED[order]).of_features(other[order][:100]))
+    error = np.std(found) / len(found) ** 0.5
+    assert np.mean(found) == pytest.approx(plain(other), abs=3 * error + 0.02)
 
 
 def test_a_control_lets_few_images_tell_as_much_as_many():
