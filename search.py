@@ -1,14 +1,15 @@
 """Find the merging coefficients: candidates are formed in memory, scored, and the best is checked on fresh seeds.
 
     accelerate launch search.py                                  # by the distance itself, from few images to many
-    accelerate launch search.py search.method=closed_form        # match the experts, in seconds
+    accelerate launch search.py search.method=closed_form search.output=runs/digits/search-match    # in seconds
     accelerate launch search.py search.method=gradient search.groups=tensor search.output=runs/digits/search-tensor
     accelerate launch search.py search.method=optuna search.objective=fd search.sampler=cmaes search.trials=100 \
         search.output=runs/digits/search-cmaes
     python merge.py merge.coefficients=search
 
-Writes runs/<name>/search/best.yaml, which merge.coefficients takes, report.json, curves for TensorBoard, and
-runs/<name>/plots/search-*.png. The same command again resumes; started on several machines, they share the candidates.
+Writes runs/<name>/search/best.yaml, which merge.coefficients takes, report.json, curves for TensorBoard, and pictures
+in runs/<name>/plots/, called as the search's folder. The same command again resumes; started on several machines, they
+share the candidates.
 """
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
@@ -42,11 +43,14 @@ if TYPE_CHECKING:
     from deme.search.ways import Found
 
 FREE_KEYS = ("trials", "finalists", "report_images", "storage", "output")  # may change when a search goes on
-SAMPLED_WITH = ("scheduler", "eta", "mixed_precision", "prompts", "negative_prompt", "guidance_scale", "size_on_disk")
+SAMPLED_WITH = ("scheduler", "eta", "mixed_precision", "prompts", "prompt_column")
+SAMPLED_WITH += ("negative_prompt", "guidance_scale", "size_on_disk")
+SEEN = ("image_column", "resolution", "center_crop", "random_flip", "held_out_images", "cache_latents", "cached_views")
 
 
 def plan(config: Config) -> str:
     """What this command would do."""
+    config.check_search()
     settings = config.search
     objective = "fd" if settings.method == "multi_fidelity" else settings.objective
     found = f"search {settings.groups} coefficients of {', '.join(map(str, config.paths.finetuned))}"
@@ -64,6 +68,7 @@ def main(config: Config) -> None:
     sizes = {folder: sample_size(folder, pretrained) for folder in networks}
     config.check_fits(sizes, scheduler_folder(pretrained), num_train_timesteps(pretrained))
     config.check_classified()
+    config.check_search()
     draws = settings.method == "multi_fidelity" or settings.objective == "fd" or settings.report_images > 0
     if takes_text(pretrained) and draws:
         config.sample.check("prompts", config.sample.prompts is not None, "images are drawn for the search: needs some")
@@ -106,6 +111,8 @@ def main(config: Config) -> None:
             in_main_process(accelerator, make_tables)
         return open_storage(url)
 
+    if draws:
+        _ = problem.plain_distance  # weights or labels that can't be had are told now
     found = find(problem, output, storage, wanted.digest)
     answer = best_yaml(problem, found, weights)
     with locked_by_all(accelerator, output / "best", "search.output", wait=True):
@@ -134,7 +141,12 @@ def searched(config: Config) -> dict[str, Any]:
     parts["sample"] = {key: getattr(config.sample, key) for key in SAMPLED_WITH}
     evaluated = asdict(config.evaluate)
     parts["evaluate"] = {k: v for k, v in evaluated.items() if k in ("features", "reference") or "classifier" in k}
-    parts["data"] = {key: getattr(config.data, key) for key in ("resolution", "center_crop", "random_flip")}
+    parts["data"] = {key: getattr(config.data, key) for key in SEEN}
+    parts["finetune"] = {"caption_dropout": config.finetune.caption_dropout}
+    for section, key in (("sample", "prompts"), ("evaluate", "reference")):  # files: what they hold counts
+        given = parts[section][key]
+        if isinstance(given, str) and Path(given).is_file():
+            parts[section][key] = f"SHA-256 {sha256(Path(given))}"
     values = {f"{section}.{key}": value for section, part in parts.items() for key, value in part.items()}
     return {"seed": config.seed, "timesteps": [list(edges) for edges in config.timesteps.ranges], **values}
 
@@ -147,7 +159,8 @@ def claim(output: Path, wanted: Record) -> None:
     """
     make_folder(output, "search.output")
     found = read_record(SEARCH, output)
-    if found is None:
+    has_begun = any(output.glob("*.safetensors")) or (output / "study.db").exists()
+    if found is None or not has_begun:  # such as after running out of memory
         wanted.write(output)
         return
     with naming("search.output", output):

@@ -58,15 +58,6 @@ class Config(Section):
         total = self.timesteps.num_train_timesteps
         few = self.sample.num_inference_steps <= total
         self.sample.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
-        few = self.search.num_inference_steps <= total
-        self.search.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
-        first, last = self.search.seed_offset, self.search.seed_offset + self.search.drawn_seeds
-        drawn = range(self.sample.seed_offset, self.sample.seed_offset + self.sample.num_images)
-        apart = last + self.search.report_images <= drawn.start or first >= drawn.stop
-        self.search.check("seed_offset", apart, f"sample_ddp.py draws the seeds {drawn.start} … {drawn.stop - 1}")
-        few = 0 < self.search.report_images < 2 * self.report_blocks
-        rule = f"must be 0, or at least 2 for each of {self.report_blocks} blocks"
-        self.search.check("report_images", not few, rule)
         for given in map(len, self.coefficient_groups.values()):
             self.merge.check("coefficients", given == count, f"{given} coefficients for {count} timestep ranges")
 
@@ -93,6 +84,19 @@ class Config(Section):
     def report_blocks(self) -> int:
         """Into how many blocks of seeds the final report of a search is split."""
         return self.evaluate.blocks if self.evaluate.blocks > 1 else REPORT_BLOCKS
+
+    def check_search(self) -> None:
+        """What has to hold between the sections where a search is made."""
+        total = self.timesteps.num_train_timesteps
+        few = self.search.num_inference_steps <= total
+        self.search.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
+        first, last = self.search.seed_offset, self.search.seed_offset + self.search.control_images
+        drawn = range(self.sample.seed_offset, self.sample.seed_offset + self.sample.num_images)
+        apart = last + self.search.report_images <= drawn.start or first >= drawn.stop
+        self.search.check("seed_offset", apart, f"sample_ddp.py draws the seeds {drawn.start} … {drawn.stop - 1}")
+        few = 0 < self.search.report_images < 2 * self.report_blocks
+        rule = f"must be 0, or at least 2 for each of {self.report_blocks} blocks"
+        self.search.check("report_images", not few, rule)
 
     def check_classified(self) -> None:
         """Make sure that the data's images are large enough for the features that are configured."""

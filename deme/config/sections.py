@@ -248,9 +248,7 @@ class Search(Section):
 
     section: ClassVar[str] = "search"
     method: str = "multi_fidelity"  # or closed_form, gradient, optuna
-    objective: str = (
-        "match"  # match, loss, or for optuna alone fd; multi_fidelity starts from this one and ends with fd
-    )
+    objective: str = "match"  # or loss, or for optuna alone fd; multi_fidelity starts from it and ends with fd
     # which tensors share a coefficient: range (all), block, tensor, or a list of name patterns as in merge.coefficients
     groups: Any = "range"
     bounds: Optional[list[float]] = None  # least and greatest coefficient; null: [0, 1.5], for groups=tensor [-1, 2]
@@ -262,12 +260,10 @@ class Search(Section):
     gradient_learning_rate: float = 0.05
     gradient_patience: int = 5  # stop once so many measurements on held-out images in a row found nothing better
     pull: float = 1e-3  # gradient: weight of the mean squared distance to where it starts, the closed form
-    sampler: str = "gp"  # optuna: tpe, gp, cmaes, random or grid
+    sampler: str = "gp"  # optuna, multi_fidelity: tpe, gp, cmaes, random or grid
     trials: int = 32  # optuna, multi_fidelity: candidates that are tried
     num_images: int = 1000  # fd: drawn from each candidate
-    control_images: int = (
-        10_000  # fd: drawn from the pretrained network once, so that fewer of a candidate tell as much
-    )
+    control_images: int = 10_000  # fd: of the pretrained network, with which fewer of a candidate tell as much
     num_inference_steps: int = 20  # fd: a short schedule
     seed_offset: int = 10_000_000  # fd: the first of its seeds, which no other images may have
     finalists: int = 4  # multi_fidelity: the best few, which are scored on finalist_images
@@ -311,11 +307,6 @@ class Search(Section):
         if self.bounds is not None:
             return self.bounds[0], self.bounds[1]
         return (-1.0, 2.0) if self.groups == "tensor" else (0.0, 1.5)
-
-    @property
-    def drawn_seeds(self) -> int:
-        """How many seeds from seed_offset on candidates may be drawn from."""
-        return self.control_images
 
 
 @dataclass(frozen=True)

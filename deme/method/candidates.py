@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from deme.method.task_vectors import Tensors, add_task_vectors, check_compatible
+from deme.method.task_vectors import Tensors, add_task_vectors, check_compatible, check_finite
 
 
 class Candidates:
@@ -20,7 +20,7 @@ class Candidates:
         device: where networks are formed; on a GPU the weights are copied there, once.
 
     Raises:
-        UserError: models of different tensors or shapes; names the model and the tensor.
+        UserError: models of different tensors or shapes, NaN or infinite values; names the model and the tensor.
     """
 
     def __init__(
@@ -32,6 +32,9 @@ class Candidates:
     ):
         for name, tensors in finetuned.items():
             check_compatible(pretrained, tensors, name)
+        for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
+            for key, tensor in tensors.items():
+                check_finite(name, key, tensor)
         self.pretrained = {name: tensor.to(device) for name, tensor in pretrained.items()}
         self.finetuned = [{name: tensors[name].to(device) for name in pretrained} for tensors in finetuned.values()]
         self.group_of = group_of
@@ -48,7 +51,7 @@ class Candidates:
     def form(self, network: nn.Module, coefficients: Sequence[Sequence[float]] | np.ndarray | torch.Tensor) -> None:
         """Make a network the candidate of these coefficients, in place.
 
-        In float32 its weights are, bit for bit, those that merge.py writes.
+        In float32 on a CPU its weights are, bit for bit, those that merge.py writes.
 
         Args:
             network: of the finetuned models' architecture, on the device, of any floating-point type.

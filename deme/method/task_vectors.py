@@ -54,7 +54,8 @@ def add_task_vectors(
     Args:
         target: of any floating-point type, on the device of the others.
     """
-    parts = [tensor.reshape(-1).split(PART) for tensor in (target.view(-1), pretrained, *finetuned)]
+    size = PART if target.device.type == "cpu" else max(1, target.numel())  # a GPU is called once for all
+    parts = [tensor.reshape(-1).split(size) for tensor in (target.view(-1), pretrained, *finetuned)]
     for place, base, *experts in zip(*parts, strict=True):
         base = base.float()
         total = place.copy_(base) if place.dtype == torch.float32 else base.clone()
@@ -88,6 +89,15 @@ def check_compatible(pretrained: Tensors, finetuned: Tensors, name: str) -> None
             raise UserError(f"{name}: tensor {key} has the shape {shapes}")
 
 
+def check_finite(name: str, key: str, tensor: torch.Tensor) -> None:
+    """
+    Raises:
+        UserError: a model's tensor holds NaN or infinite values; names both.
+    """
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{name}: tensor {key} holds NaN or infinite values")
+
+
 def merge_tensors(
     pretrained: Tensors,
     finetuned: Mapping[str, Tensors],
@@ -115,8 +125,7 @@ def merge_tensors(
         merged = method.merge_tensor(base, experts, coefficients[key])
         if not torch.isfinite(merged.sum()):  # what is wrong with an input shows here, in one pass over the result
             for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
-                if not torch.isfinite(tensors[key]).all():
-                    raise UserError(f"{name}: tensor {key} holds NaN or infinite values")
+                check_finite(name, key, tensors[key])
             if not torch.isfinite(merged).all():
                 raise OverflowError(f"{list(coefficients[key])}: too large for tensor {key}, which overflows")
         yield key, merged

@@ -44,7 +44,7 @@ def save_search_plots(
     importance: dict[str, float],
     scores: Sequence[Score],
 ) -> list[Path]:
-    """Write plots/search-*.png, and the same for TensorBoard.
+    """Write plots/search-cost.png and others, called as the search's folder, and the same for TensorBoard.
 
     Args:
         logs: TensorBoard's folder, which is written anew.
@@ -62,7 +62,7 @@ def save_search_plots(
             figures["fresh"] = fresh_differences(scores)
         files = []
         for name, figure in figures.items():
-            files.append(folder / f"search-{name}.png")
+            files.append(folder / f"{logs.parent.name}-{name}.png")
             with atomic_file(files[-1]) as temporary:
                 figure.savefig(temporary, format="png", dpi=DPI)
         shutil.rmtree(logs, ignore_errors=True)

@@ -103,7 +103,8 @@ def closed_form(
     found = load_state(accelerator, file, state)
     trace = Trace()
     if found is None:
-        trace.add(0, 1.0, np.zeros(candidates.shape))
+        state["spent"] += squares.spent
+        trace.add(squares.spent, 1.0, np.zeros(candidates.shape))
     else:
         trace = Trace.of(found)
         state = {name: found[name] for name in state}

@@ -16,7 +16,6 @@ from deme.measure.metrics import frechet_distance, statistics
 from deme.method.sampling import NetworkAt
 from deme.models.drawing import Drawing
 
-
 JACKKNIFE = 8  # parts of the images (Quenouille 1956)
 
 

@@ -101,7 +101,7 @@ def verdict(found: Found, fresh: Fresh) -> list[str]:
             f"fresh images: optimism {fresh.objective - found.value:+.4f}"
         )
     if not fresh.scores:
-        return lines
+        return [*lines, "search.report_images=0: the best is not compared with the pretrained model on fresh seeds"]
     best = fresh.scores[-1]
     error = best.difference_standard_error
     if found.objective == "fd":

@@ -63,6 +63,7 @@ def gradient_descent(
         save_state(accelerator, file, state | trace.tensors())
 
     if found is None:
+        state["spent"] += held_out.spent
         measure()
     network.requires_grad_(True)
     try:

@@ -58,6 +58,7 @@ class Squares:
 
     def __init__(self, name: str, batches: Sequence[Batch], images: int, accelerator: Accelerator):
         self.name = name
+        self.spent = images * (2 if name == "match" else 1)  # UNet passes that making it took
         self.batches = batches
         self.images = images
         self.accelerator = accelerator
@@ -126,7 +127,7 @@ def draw_probes(
             Batch(
                 noisy=scheduler.add_noise(clean, noise, at),
                 timesteps=at,
-                condition={name: value[share] for name, value in condition.items()},
+                condition={name: value[share].float() for name, value in condition.items()},  # half on a GPU
                 ranges=number,
                 target=prediction_target(scheduler, clean, noise, at),
                 weights=torch.ones(len(clean), device=clean.device),

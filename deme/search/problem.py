@@ -99,7 +99,7 @@ class Problem:
     @property
     def fresh_seeds(self) -> range:
         """Those that no candidate is drawn from."""
-        first = self.settings.seed_offset + self.settings.drawn_seeds
+        first = self.settings.seed_offset + self.settings.control_images
         return range(first, first + self.settings.report_images)
 
     # --- match and loss
@@ -107,7 +107,9 @@ class Problem:
     @cached_property
     def _images(self):
         config = self.config
-        return load_examples(config, config.finetune, self.encoder, self.made_of, self.accelerator).training
+        images = load_examples(config, config.finetune, self.encoder, self.made_of, self.accelerator).training
+        self.encoder.prepare(self.accelerator.device, config.sample.mixed_precision)  # the cache is in finetune's
+        return images
 
     def _probes(self, role: str) -> list[Batch]:
         """The noisy images of a role; those of different roles are different images, where the data has so many."""
@@ -182,6 +184,7 @@ class Problem:
 
     def experts(self) -> NetworkAt:
         """The ensemble before merging: at each timestep the expert of its range, formed when it comes to it."""
+        network = self.sampled_network  # made here: sampling would make it of inference tensors
         numbers = ensemble(range(self.shape[1]), self.config.timesteps.ranges)
         formed = None
 
@@ -189,8 +192,8 @@ class Problem:
             nonlocal formed
             if numbers(timestep) != formed:
                 formed = numbers(timestep)
-                self.candidates.form_expert(self.sampled_network, formed)
-            return self.sampled_network
+                self.candidates.form_expert(network, formed)
+            return network
 
         return network_at
 

@@ -140,8 +140,13 @@ class Study:
 
     def extend(self, candidates: Sequence[np.ndarray]) -> None:
         """Try these too, without the sampler; those that were tried before keep their places."""
-        known = {tuple(row.ravel()): row for row in (*map(self.coefficients, self.trials()), *candidates)}
-        self.first = list(known.values())
+        tried = {trial.user_attrs[PLACE]: self.coefficients(trial) for trial in self.trials()}
+        rest = [row for row in candidates if not any(np.array_equal(row, other) for other in tried.values())]
+        self.first = []
+        while rest or len(self.first) <= max(tried, default=-1):
+            place = len(self.first)
+            # a place that another job left when it was killed is filled with one of the rest, or with what is known
+            self.first.append(tried[place] if place in tried else rest.pop(0) if rest else np.zeros(self.shape))
         self.count = len(self.first)
 
     def run(
@@ -180,7 +185,8 @@ class Study:
         taken = {trial.user_attrs.get(PLACE) for trial in trials}
         free = [place for place in range(self.count) if place not in taken]
         if not free:
-            return None if all(trial.state is TrialState.COMPLETE for trial in trials) else (None, None)
+            mine = [trial for trial in trials if trial.user_attrs.get(PLACE, 0) < self.count]
+            return None if all(trial.state is TrialState.COMPLETE for trial in mine) else (None, None)
         place = free[0]
         self.study.sampler = self._sampler(place)
         trial = self._begin({OWNER: _owner(), PLACE: place})
@@ -212,7 +218,7 @@ class Study:
 
     def _tell(self, place: int, coefficients: np.ndarray, value: float, passes: int, said: str) -> None:
         self._alive.__exit__(None, None, None)
-        with _reaching():
+        with _reaching(), suppress(optuna.exceptions.UpdateFinishedTrialError):  # taken for dead: another job's now
             self.trial.set_user_attr(PASSES, passes)
             self.study.tell(self.trial, value)
         best = min(trial.value for trial in self.trials())
@@ -311,13 +317,20 @@ def _reaching() -> Iterator[None]:
 
 
 def _owner() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
+    return f"process {os.getpid()} on {_place()}"
+
+
+def _place() -> str:
+    """Where a process number means something: this host, and on Linux this container."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
 
 
 def _has_ended(owner: str) -> bool:
     """Whether the process that tried a candidate is gone, as far as can be seen from this machine."""
     number, _, host = owner.removeprefix("process ").partition(" on ")
-    if host != socket.gethostname() or not number.isdigit():
+    if host != _place() or not number.isdigit():
         return False
     if int(number) == os.getpid():
         return True

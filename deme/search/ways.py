@@ -8,7 +8,7 @@ import numpy as np
 from optuna.storages import RDBStorage
 
 from deme.errors import naming
-from deme.job.processes import locked_by_all
+from deme.job.processes import in_main_process, locked_by_all
 from deme.method.candidates import Candidates
 from deme.search.closed_form import closed_form
 from deme.search.gradient import gradient_descent
@@ -115,7 +115,7 @@ def one_after_another(problem: Problem, folder: Path, storage: RDBStorage, diges
 
     study.run(problem.accelerator, lambda w: problem.value(objective, w, seeds), passes, f"{objective}, candidate")
     named = f"fd of {len(seeds):,} images" if objective == "fd" else objective
-    tried = study.evaluated(settings.sampler, named, spent)
+    tried = in_main_process(problem.accelerator, lambda: study.evaluated(settings.sampler, named, spent))
     best = min(tried, key=lambda row: row.value)
     zeros = np.zeros(problem.shape)
     known = [row.value for row in tried if not row.coefficients.any()]
@@ -129,15 +129,17 @@ def multi_fidelity(problem: Problem, folder: Path, storage: RDBStorage, digest: 
     few = one_after_another(problem, folder, storage, digest, "fd")
     seeds = problem.seeds(settings.finalist_images)
     finals = Study(storage, f"{digest}-finalists-{len(seeds)}", problem.names, problem.shape, settings.interval)
-    finals.extend([np.zeros(problem.shape), *few.study.best(settings.finalists)])
+    zeros = np.zeros(problem.shape)
+    in_main_process(problem.accelerator, lambda: finals.extend([zeros, *few.study.best(settings.finalists)]))
 
     def passes(coefficients: Coefficients) -> int:
         return problem.passes("fd", coefficients, len(seeds))
 
     finals.run(problem.accelerator, lambda w: problem.value("fd", w, seeds), passes, "fd, finalist")
-    tried = finals.evaluated("finalists", f"fd of {len(seeds):,} images", few.evaluated[-1].passes)
+    named = f"fd of {len(seeds):,} images"
+    tried = in_main_process(problem.accelerator, lambda: finals.evaluated("finalists", named, few.evaluated[-1].passes))
     best = min(tried, key=lambda row: row.value)
-    [pretrained] = [row.value for row in tried if not row.coefficients.any()]
+    pretrained = next(row.value for row in tried if not row.coefficients.any())
     return Found(best.coefficients, "fd", best.value, pretrained, few.evaluated + tried, few.study)
 
 

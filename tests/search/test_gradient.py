@@ -24,8 +24,8 @@ def test_it_converges_to_the_closed_form_of_a_linear_network(tmp_path):
     found = descent(tmp_path / "state", gradient_steps=600, gradient_patience=60)
     assert found.values[0] == pytest.approx(1, abs=1e-5)
     assert min(found.values) == pytest.approx(least, abs=0.02 * (1 - least))
-    assert found.passes[0] == 30
-    assert found.passes[2] == 30 + 20 * GRADIENT_PASSES * 30 // 4 + 2 * 30  # 20 steps are five times all four batches
+    assert found.passes[0] == 90  # the objective was made of two passes of each image
+    assert found.passes[2] == 90 + 20 * GRADIENT_PASSES * 30 // 4 + 2 * 30  # 20 steps are five times all four batches
 
 
 def test_it_starts_where_it_is_told_and_is_pulled_back_there(tmp_path):

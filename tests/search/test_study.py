@@ -92,7 +92,7 @@ def test_a_grid_of_one_value_is_refused():
 
 def test_candidates_of_jobs_that_ended_are_tried_again(tmp_path, monkeypatch):
     """At once where the job ran on this machine; one that still runs, or ran elsewhere, is waited for."""
-    host = os.uname().nodename
+    host = module._place()
     owners = [f"process {ended_process()} on {host}", f"process {os.getppid()} on {host}", "process 1 on elsewhere"]
     study = make(tmp_path)
     for place, owner in enumerate(owners):
@@ -116,7 +116,7 @@ def test_candidates_of_jobs_that_ended_are_tried_again(tmp_path, monkeypatch):
 
 def test_a_job_that_is_killed_while_a_candidate_is_proposed_leaves_nothing_to_wait_for(tmp_path, monkeypatch):
     """Its trial has no coefficients yet, or lacks some."""
-    host = os.uname().nodename
+    host = module._place()
     study = make(tmp_path)
     monkeypatch.setattr(module, "_owner", lambda: f"process {ended_process()} on {host}")
     for parameters in range(2):
@@ -139,7 +139,7 @@ def test_a_job_that_is_killed_while_a_candidate_is_proposed_leaves_nothing_to_wa
 def test_jobs_share_candidates_without_trying_one_twice(tmp_path, monkeypatch):
     """Two jobs in turns: each takes the next place, and all are those of a single job."""
     jobs = [make(tmp_path), make(tmp_path)]
-    living = [f"process {number} on {os.uname().nodename}" for number in (os.getppid(), 1)]
+    living = [f"process {number} on {module._place()}" for number in (os.getppid(), 1)]
     for _ in range(3):
         taken = []
         for job, owner in zip(jobs, living, strict=True):
@@ -160,7 +160,7 @@ def test_of_two_jobs_that_take_the_same_place_at_once_the_first_keeps_it(tmp_pat
 
     def overtaken(self, notes):
         monkeypatch.setattr(Study, "_begin", begin)
-        monkeypatch.setattr(module, "_owner", lambda: f"process {os.getppid()} on {os.uname().nodename}")
+        monkeypatch.setattr(module, "_owner", lambda: f"process {os.getppid()} on {module._place()}")
         assert jobs[0]._next()[0] == 0
         monkeypatch.undo()
         return begin(self, notes)
