@@ -9,8 +9,9 @@ from torch import nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from deme.measure.noisy import Batch
 from deme.method.candidates import Candidates
-from deme.search.probes import Batch, Squares
+from deme.search.probes import Squares
 from deme.search.state import Trace, load_state, save_state
 
 JVP_PASSES = 2  # a Jacobian-vector product also computes what it is the derivative of
