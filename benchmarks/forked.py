@@ -29,6 +29,7 @@ LIBRARIES = [
     "deme.models.networks",
     "deme.search.ways",
     "deme.report.search_plots",
+    "deme.report.analysis_plots",
 ]
 
 

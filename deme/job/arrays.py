@@ -13,6 +13,7 @@ from deme.job.processes import in_main_process
 from deme.job.records import Record
 
 Arrays = dict[str, np.ndarray]
+Keep = Callable[[str, Callable[[], Arrays]], Arrays]  # name, what makes it → the same, perhaps from a file
 MADE_FROM = "made_from"  # the array that holds the record, as JSON
 
 
