@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from deme.config.experiment import Config
 from deme.config.sections import CONTINUED, DISTILLED, range_name
-from deme.errors import UserError
+from deme.errors import UserError, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, make_folder, read_yaml, sha256
 from deme.job.records import ANALYSIS, DATA, ENCODER, SCHEDULE, Record
@@ -195,13 +195,22 @@ class Material:
         return found
 
     def tensors(self, name: str) -> "Tensors":
-        """A network's weights, with identity projections where only the experts have some."""
+        """A network's weights, with identity projections where only the experts have some.
+
+        Raises:
+            UserError: they do not fit the experts', or are not finite.
+        """
         from deme.method.projection import with_identity_projections
         from deme.method.task_vectors import check_compatible
 
+        folder = self.networks[name]
         like = load_tensors(self.networks[self.experts[0]])
-        tensors = with_identity_projections(load_tensors(self.networks[name]), like)
-        check_compatible(like, tensors, name)
+        tensors = with_identity_projections(load_tensors(folder), like)
+        with naming(folder):
+            check_compatible(like, tensors, name)
+            for key, tensor in tensors.items():
+                if not tensor.isfinite().all():
+                    raise UserError(f"tensor {key} holds NaN or infinite values")
         return tensors
 
     def load(self, name: str) -> "nn.Module":
@@ -269,11 +278,11 @@ class Material:
 
     def spread(self, count: int, number: int):
         """This process's share of `count` noisy images, spread evenly over the timesteps, in batches."""
-        from deme.measure.noisy import draw_probes
+        from deme.measure.noisy import ENCODED_AT_ONCE, draw_probes, regrouped
 
         stream = (self.config.seed, STREAM, number)
-        drawn = (self.ranges, stream, range(count), self.batch_size, self.accelerator)
-        return draw_probes(self.measured_images, self.encoder, self.scheduler, *drawn)
+        drawn = (self.ranges, stream, range(count), ENCODED_AT_ONCE, self.accelerator)
+        return regrouped(draw_probes(self.measured_images, self.encoder, self.scheduler, *drawn), self.batch_size)
 
 
 Shown = tuple[str, "dict[str, Callable[[], Figure]]"]  # a table in Markdown; names of pictures, and what draws them

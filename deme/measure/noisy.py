@@ -33,8 +33,8 @@ class Batch:
         """What a network predicts: float32, shape (B, C, H, W)."""
         return network(self.noisy, self.timesteps, **self.condition, return_dict=False)[0].float()
 
-    def part(self, chosen: torch.Tensor) -> "Batch":
-        """Those images that a mask of shape (B,) chooses."""
+    def part(self, chosen: torch.Tensor | slice) -> "Batch":
+        """Those images that a mask of shape (B,), or a slice, chooses."""
         condition = {name: value[chosen] for name, value in self.condition.items()}
         rest = (self.ranges, self.target, self.weights)
         return Batch(self.noisy[chosen], self.timesteps[chosen], condition, *(value[chosen] for value in rest))
@@ -170,3 +170,15 @@ def draw_probes(
         )
     encoder.rest()
     return batches
+
+
+def regrouped(batches: Sequence[Batch], batch_size: int) -> list[Batch]:
+    """The same noisy images in batches of another size."""
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([getattr(batch, name) for batch in batches])
+
+    condition = {name: torch.cat([batch.condition[name] for batch in batches]) for name in batches[0].condition}
+    rest = map(joined, ("ranges", "target", "weights"))
+    whole = Batch(joined("noisy"), joined("timesteps"), condition, *rest)
+    return [whole.part(slice(start, start + batch_size)) for start in range(0, len(whole.noisy), batch_size)]

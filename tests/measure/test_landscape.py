@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from noisy_images import RANGES, Linear, probes
+
+from deme.measure.landscape import axis, landscape, range_losses
+from deme.method.candidates import Candidates
+
+
+def measured(points: int, keep=lambda name, make: make()):
+    accelerator = Accelerator(cpu=True)
+    networks = [Linear(seed) for seed in range(3)]
+    base, first, second = (network.state_dict() for network in networks)
+    candidates = Candidates(base, {"a": first, "b": second}, dict.fromkeys(base, 0), "cpu")
+    batches = probes(accelerator)
+    found = landscape(Linear(7), candidates, batches, len(RANGES), points, accelerator, keep)
+    return found, [range_losses(network, batches, len(RANGES), accelerator) for network in networks]
+
+
+def test_the_corners_are_the_three_networks_losses_exactly():
+    """Those that are measured beside the plane, and those that a grid of 15 points meets."""
+    found, expected = measured(15)
+    assert np.array_equal(found["corners"], expected)
+    side = axis(15).tolist()
+    zero, one = side.index(0), side.index(1)
+    assert np.array_equal(found["losses"][zero, zero], expected[0])
+    assert np.array_equal(found["losses"][one, zero], expected[1])
+    assert np.array_equal(found["losses"][zero, one], expected[2])
+
+
+def test_the_loss_of_a_linear_network_is_quadratic_on_the_plane():
+    """All 25 points lie on the one quadratic form through them."""
+    found, _ = measured(5)
+    first, second = (side.flatten() for side in np.meshgrid(axis(5), axis(5), indexing="ij"))
+    columns = np.stack([np.ones(25), first, second, first**2, first * second, second**2], axis=1)
+    losses = found["losses"].reshape(25, 2)
+    solution, *_ = np.linalg.lstsq(columns, losses, rcond=None)
+    assert columns @ solution == pytest.approx(losses, rel=1e-4)
+
+
+def test_rows_are_kept():
+    names = []
+    measured(3, lambda name, make: names.append(name) or make())
+    assert names == ["corners", "row-000", "row-001", "row-002"]
