@@ -5,9 +5,9 @@
     accelerate launch analyze.py "analyze.analyses=[landscape]" "analyze.landscape_ranges=[0,1]" \
         analyze.output=runs/digits/analysis-0-1
 
-Writes what it measures to runs/<name>/analysis/, with its tables in summary.md, and runs/<name>/plots/analysis-*.png.
-What is kept there is not measured again; the same command again resumes what was interrupted. Networks that are not
-made yet are left out, but for the pretrained one and the experts. docs/analysis.md says what to see in the pictures.
+Writes arrays and tables to runs/<name>/analysis/, pictures to runs/<name>/plots/analysis-*.png. What is kept there is
+not measured again; the same command again resumes what was interrupted. Networks that are not made yet are left out,
+but for the pretrained one and the experts. docs/analysis.md says what to see in the pictures.
 """
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
@@ -102,13 +102,10 @@ def main(config: Config) -> None:
     with locked_by_all(accelerator, output, "output_dir" if settings.output is None else "analyze.output"):
         in_main_process(accelerator, lambda: make_folder(output, "analyze.output"))
         in_main_process(accelerator, lambda: make_folder(config.paths.plots, "output_dir"))
-        tables = []
         for analysis in analyses:
             if analysis.__name__ in settings.chosen:
-                table, figures = analysis(material)
-                tables.append(table)
-                in_main_process(accelerator, lambda table=table, figures=figures: show(config, table, figures))
-        in_main_process(accelerator, lambda: write_summary(output / "summary.md", tables))
+                shown = analysis(material)
+                in_main_process(accelerator, lambda name=analysis.__name__, shown=shown: show(config, name, *shown))
 
 
 def found_later(config: Config) -> tuple[dict[str, Path], list[str]]:
@@ -459,20 +456,14 @@ def activation_change(material: Material) -> Shown:
     return analysis_tables.activation_change(found, material.experts, note), figures
 
 
-def show(config: Config, table: str, figures: "dict[str, Callable[[], Figure]]") -> None:
-    """Print a table, and write pictures to plots/."""
+def show(config: Config, name: str, table: str, figures: "dict[str, Callable[[], Figure]]") -> None:
+    """Print a table and write it to NAME.md; write pictures to plots/."""
     from deme.report.analysis_plots import save_figures
 
-    print(f"\n{table}\n")
-    for file in save_figures(config.paths.plots, figures):
-        print(file)
-
-
-def write_summary(file: Path, tables: list[str]) -> None:
-    """All tables as Markdown."""
+    file = config.paths.analysis / f"{name}.md"
     with atomic_file(file) as temporary:
-        temporary.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    print(file)
+        temporary.write_text(f"{table}\n", encoding="utf-8")
+    print(f"\n{table}\n", file, *save_figures(config.paths.plots, figures), sep="\n")
 
 
 if __name__ == "__main__":

@@ -383,11 +383,11 @@ class Analyze(Section):
     section: ClassVar[str] = "analyze"
     analyses: Optional[list[str]] = None  # which of ANALYSES; null: all
     timesteps: int = 40  # evenly spread over [0, T): gradient_conflict, loss_by_timestep
-    images: int = 128  # of each of these timesteps; of each range: activation_change
+    images: int = 256  # of each of these timesteps; of each range: activation_change
     batch_size: int = 64  # images per forward pass
     sketch: int = 16_384  # dimensions that the gradient of each block is reduced to: gradient_conflict
     landscape_points: int = 21  # along each side of the plane
-    landscape_images: int = 128  # at each point of it, spread evenly over the timesteps
+    landscape_images: int = 256  # at each point of it, spread evenly over the timesteps
     landscape_ranges: Optional[list[int]] = None  # the two experts that span it; null: lowest and highest range
     output: Optional[str] = None  # null: analysis/ of this run
 

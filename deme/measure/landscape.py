@@ -40,19 +40,33 @@ def landscape(
     Returns:
         losses: mean over the images of each range, float64, shape (points, points, ranges): by w₁, then w₂.
         corners: of the pretrained network and the two experts, whose weights are copied, not formed, shape (3, ranges).
+        errors: standard errors over the images of the experts' losses relative to the pretrained one's, (2, ranges).
     """
 
-    def at(*coefficients: float) -> np.ndarray:
+    counts = range_sums([torch.ones_like(batch.weights) for batch in batches], batches, num_ranges, accelerator)
+
+    def at(*coefficients: float) -> list[torch.Tensor]:
         form(network, candidates, coefficients)
-        return range_losses(network, batches, num_ranges, accelerator)
+        return image_losses(network, batches)
+
+    def mean(values: Sequence[torch.Tensor]) -> np.ndarray:
+        return range_sums(values, batches, num_ranges, accelerator) / counts
+
+    def at_corners() -> Arrays:
+        pretrained, *experts = (at(*corner) for corner in CORNERS)
+        differences = [[a - b for a, b in zip(expert, pretrained, strict=True)] for expert in experts]
+        squares = np.stack([mean([d.square() for d in difference]) for difference in differences])
+        variances = squares - np.stack([mean(difference) for difference in differences]) ** 2
+        errors = np.sqrt(variances.clip(0) / np.maximum(1, counts - 1)) / mean(pretrained)
+        return {"corners": np.stack([mean(values) for values in (pretrained, *experts)]), "errors": errors}
 
     side = axis(points)
-    corners = keep("corners", lambda: {"losses": np.stack([at(*corner) for corner in CORNERS])})["losses"]
+    corners = keep("corners", at_corners)
     rows = [
-        keep(f"row-{number:03d}", lambda first=first: {"losses": np.stack([at(first, second) for second in side])})
+        keep(f"row-{number:03d}", lambda first=first: {"losses": np.stack([mean(at(first, w)) for w in side])})
         for number, first in enumerate(side)
     ]
-    return {"losses": np.stack([row["losses"] for row in rows]), "corners": corners}
+    return {"losses": np.stack([row["losses"] for row in rows])} | corners
 
 
 def form(network: nn.Module, candidates: Candidates, coefficients: tuple[float, float]) -> None:
@@ -66,12 +80,16 @@ def form(network: nn.Module, candidates: Candidates, coefficients: tuple[float, 
 
 
 @torch.no_grad()
-def range_losses(network: nn.Module, batches: Sequence[Batch], num_ranges: int, accelerator: Accelerator) -> np.ndarray:
-    """The mean denoising loss over the noisy images of each range: float64, shape (ranges,), in every process."""
-    totals, counts = torch.zeros(2, num_ranges, dtype=torch.float64, device=accelerator.device)
-    for batch in batches:
-        if len(batch.ranges) > 0:
-            totals.index_add_(0, batch.ranges, batch.losses(network).double())
-            counts.index_add_(0, batch.ranges, torch.ones_like(batch.ranges, dtype=torch.float64))
-    totals, counts = accelerator.reduce(torch.stack([totals, counts]), "sum").cpu().numpy()
-    return totals / counts
+def image_losses(network: nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """The denoising loss of each noisy image, by batch."""
+    return [batch.losses(network) if len(batch.ranges) > 0 else batch.weights for batch in batches]
+
+
+def range_sums(
+    values: Sequence[torch.Tensor], batches: Sequence[Batch], num_ranges: int, accelerator: Accelerator
+) -> np.ndarray:
+    """The sum of a value of each noisy image over those of each range: float64, shape (ranges,), in every process."""
+    totals = torch.zeros(num_ranges, dtype=torch.float64, device=accelerator.device)
+    for value, batch in zip(values, batches, strict=True):
+        totals.index_add_(0, batch.ranges, value.double())
+    return accelerator.reduce(totals, "sum").cpu().numpy()

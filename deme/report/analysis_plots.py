@@ -86,7 +86,7 @@ def _both_cosines(products: np.ndarray) -> dict[str, np.ndarray]:
 
 def conflict_map(found: Arrays, timesteps: Sequence[int], ranges: Sequence[Range], note: str) -> Figure:
     """Cosines of the gradients at all pairs of timesteps, as measured and noise-corrected; lines part the ranges."""
-    figure = _noted(9.2, 4.6, note)
+    figure = _noted(9.2, 4.6, f"{note}; grey: not told from noise")
     total = max(high for _, high in ranges)
     image = None
     pictures = figure.subplots(1, 2, sharey=True)
@@ -100,7 +100,6 @@ def conflict_map(found: Arrays, timesteps: Sequence[int], ranges: Sequence[Range
         axes.set(title=f"{name}, {len(timesteps)}² timesteps", xlabel="timestep")
     pictures[0].set_ylabel("timestep")
     figure.colorbar(image, ax=pictures, label="cosine of the loss's gradients", shrink=0.85)
-    figure.supxlabel(f"{note}; grey: not told from noise", fontsize=9, color="#444444")
     return figure
 
 
@@ -134,8 +133,10 @@ def conflict_by_block(found: Arrays, timesteps: Sequence[int], ranges: Sequence[
     by_range = products_of_ranges(found["products"], np.array(timesteps), ranges)
     whole = corrected_cosines(by_range.sum(axis=0))
     by_block = np.array([corrected_cosines(products) for products in by_range])
+    by_block[np.abs(by_block) > FARTHEST] = np.nan
     names = list(map(range_name, ranges))
     label = "noise-corrected cosine of the ranges' gradients"
+    note = f"{note}; grey: not told from noise"
     return _cosine_maps(whole, names, by_block, found["groups"].tolist(), names, label, note)
 
 

@@ -104,11 +104,13 @@ def landscape(found: Arrays, names: Sequence[str], ranges: Sequence[str], note: 
     rows = []
     for k, name in enumerate(["mean over the ranges", *ranges]):
         of_plane, of_experts = ((a.mean(-1) if k == 0 else a[..., k - 1]) for a in (plane, experts))
+        variances = found["errors"] ** 2
+        errors = 100 * np.sqrt(variances.sum(-1) / len(ranges) ** 2 if k == 0 else variances[..., k - 1])
         first, second = np.unravel_index(np.nanargmin(of_plane), of_plane.shape)
-        changes = [of_plane.min(), *of_experts]
-        rows.append([name, f"{side[first]:.2f}, {side[second]:.2f}", *(f"{change:+.2f}" for change in changes)])
+        row = [name, f"{side[first]:.2f}, {side[second]:.2f}", f"{of_plane.min():+.2f}"]
+        rows.append([*row, *(number(*pair, "+.2f") for pair in zip(of_experts, errors, strict=True))])
     titles = ["loss at timesteps", f"least at the coefficients of {', '.join(names)}", "there, % above pretrained"]
-    titles += [f"expert {name}, % above pretrained" for name in names]
+    titles += [f"expert {name}, % above pretrained ± s.e." for name in names]
     return section("Loss landscape", note, markdown_table(titles, rows))
 
 

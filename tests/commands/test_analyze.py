@@ -11,6 +11,7 @@ from test_search import disturbed, root  # noqa: F401  a fixture
 from test_text_to_image import text_config, text_to_image  # noqa: F401  fixtures
 
 from benchmarks.forked import Run
+from deme.config.sections import ANALYSES
 from deme.models.networks import with_projections
 
 SMALL = ["analyze.timesteps=6", "analyze.images=8", "analyze.batch_size=4", "analyze.sketch=1000"]
@@ -35,8 +36,10 @@ def test_all_analyses_are_made_once(config_file, root):  # noqa: F811
     assert "left out: merged, which merge.py makes" in first
     assert "landscape: 96 UNet passes" in first
     assert first.index("landscape: 96") < first.index("### Gradient conflict")
-    summary = (folder / "summary.md").read_text()
-    assert "| pretrained | 1.0000 ± 0.0000 | 1.0000 ± 0.0000 | 1.0000 ± 0.0000 |" in summary
+    tables = {file.stem: file.read_text() for file in folder.glob("*.md")}
+    assert tables.keys() == set(ANALYSES)
+    assert "| pretrained | 1.0000 ± 0.0000 | 1.0000 ± 0.0000 | 1.0000 ± 0.0000 |" in tables["loss_by_timestep"]
+    assert all(table in first for table in tables.values())
     files = {file.stem: file for file in folder.iterdir() if file.suffix == ".npz"}
     assert {path for path in folder.iterdir() if path.is_dir()} == set()  # parts, which the whole replaces
     for name in PICTURES:
@@ -53,7 +56,7 @@ def test_all_analyses_are_made_once(config_file, root):  # noqa: F811
     stamps = {name: file.stat().st_mtime_ns for name, file in files.items()}
     run("analyze.py", config_file, *SMALL)
     assert {name: file.stat().st_mtime_ns for name, file in files.items()} == stamps
-    assert (folder / "summary.md").read_text() == summary
+    assert {file.stem: file.read_text() for file in folder.glob("*.md")} == tables
     run("merge.py", config_file)
     again = run("analyze.py", config_file, *SMALL).stdout
     assert "| merged | " in again
