@@ -65,22 +65,24 @@ def read_part(paths: list[Path], part: slice) -> "torch.Tensor":
 def with_differences(
     scores: list["Score"], files: dict[Path, list[Path]], prompts: dict[Path, list[str] | None]
 ) -> list["Score"]:
-    """The scores, each with its differences to those of the folder `pretrained`.
+    """The scores, each with its differences to those of pretrained, continued and ensemble, of the same seeds.
 
-    That of the distance is had where the seeds agree, that of the CLIP score where the prompts do, too.
+    That of the CLIP score is had to `pretrained` alone, where the prompts agree, too.
     """
-    from deme.measure.scores import paired, paired_clip
+    from deme.measure.scores import compared, paired, paired_clip
 
     baseline = next((row for row in scores if Path(row.samples).name == "pretrained"), None)
+    seeds = {row.samples: [path.name for path in files[Path(row.samples)]] for row in scores}
     rows = []
     for row in scores:
-        if baseline not in (None, row):
+        same_seeds = [other for other in scores if seeds[other.samples] == seeds[row.samples]]
+        found = compared(row, same_seeds)
+        if baseline is not row and baseline in same_seeds:
+            found = paired(found, baseline)
             folder, other = Path(row.samples), Path(baseline.samples)
-            if [path.name for path in files[folder]] == [path.name for path in files[other]]:
-                row = paired(row, baseline)
-                if prompts[folder] is not None and prompts[folder] == prompts[other]:
-                    row = paired_clip(row, baseline)
-        rows.append(row)
+            if prompts[folder] is not None and prompts[folder] == prompts[other]:
+                found = paired_clip(found, baseline)
+        rows.append(found)
     return rows
 
 
@@ -134,7 +136,7 @@ def main(config: Config) -> None:
     from deme.measure.feature_space import load_feature_space
     from deme.measure.features import extract
     from deme.measure.scores import save_scores, score, with_clip
-    from deme.report.tables import score_table
+    from deme.report.tables import difference_table, score_table
 
     accelerator = make_accelerator("no", "evaluate")
     with locked_by_all(accelerator, output, "output_dir" if settings.output is None else "evaluate.output"):
@@ -179,7 +181,8 @@ def main(config: Config) -> None:
             rows = with_differences(scores, files, prompts)
             made_with = provenance(config)
             save_scores(output, settings.features, rows, beside | made_with)
-            print(score_table(rows, settings.features), f"on {made_with['processor']}", output, sep="\n")
+            tables = [score_table(rows, settings.features), difference_table(rows, settings.features)]
+            print("\n\n".join(filter(None, tables)), f"on {made_with['processor']}", output, sep="\n")
 
         in_main_process(accelerator, finish)
 

@@ -35,6 +35,7 @@ LIBRARIES = [
     "sklearn.ensemble",
     "torch._decomp.decompositions_for_jvp",
     "torch_fidelity",
+    "deme.report.analysis_plots",
 ]
 
 

@@ -10,6 +10,7 @@ from deme.config.sections import (
     DISTILLED,
     LEAST_CLASSIFIED,
     REPORT_BLOCKS,
+    Analyze,
     Data,
     Distill,
     Evaluate,
@@ -40,6 +41,7 @@ class Config(Section):
     distill: Distill = field(default_factory=Distill)
     sample: Sample = field(default_factory=Sample)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    analyze: Analyze = field(default_factory=Analyze)
 
     def __post_init__(self):
         self.check_seed("seed")
@@ -102,6 +104,24 @@ class Config(Section):
         """Make sure that the data's images are large enough for the features that are configured."""
         seen = self.evaluate.features != "classifier" or self.data.resolution >= LEAST_CLASSIFIED
         self.data.check("resolution", seen, f"evaluate.features=classifier needs at least {LEAST_CLASSIFIED} pixels")
+
+    def check_analyzed(self) -> None:
+        """Make sure that the timesteps of the analyses, and the two experts of the landscape, are there."""
+        total = self.timesteps.num_train_timesteps
+        self.analyze.check("timesteps", self.analyze.timesteps <= total, f"there are only {total}")
+        points = self.analyzed_timesteps
+        for low, high in self.timesteps.ranges:
+            there = any(low <= point < high for point in points)
+            self.analyze.check("timesteps", there, f"none of them falls into the range [{low}, {high})")
+        last = len(self.timesteps.ranges) - 1
+        inside = all(0 <= number <= last for number in self.analyze.landscape_ranges or [])
+        self.analyze.check("landscape_ranges", inside, f"the ranges have the numbers 0 … {last}")
+
+    @property
+    def analyzed_timesteps(self) -> list[int]:
+        """The middles of `analyze.timesteps` equal parts of [0, T)."""
+        count = self.analyze.timesteps
+        return [(2 * i + 1) * self.timesteps.num_train_timesteps // (2 * count) for i in range(count)]
 
     def check_fits(
         self, sample_sizes: dict[Path, int | None], scheduler_folder: Path, num_train_timesteps: int

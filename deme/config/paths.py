@@ -87,6 +87,12 @@ class Paths:
         return [self.best_coefficients] if self._config.merge.coefficients == "search" else []
 
     @property
+    def analysis(self) -> Path:
+        """What analyze.py measures."""
+        given = self._config.analyze.output
+        return Path(given) if given is not None else self.run / "analysis"
+
+    @property
     def plots(self) -> Path:
         """Pictures of it."""
         return self.run / "plots"

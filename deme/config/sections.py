@@ -17,6 +17,8 @@ FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 CONTINUED = "continued"  # the control of `finetune.range`: plain training on all timesteps at the ranges' total cost
 DISTILLED = "distilled"  # one more: the merged network, trained to match each range's expert in its range
 REPORT_BLOCKS = 5  # of the images of a search's report, where evaluate.blocks=1 gives no standard error
+# of analyze.py
+ANALYSES = ("gradient_conflict", "loss_by_timestep", "task_vectors", "landscape", "activation_change")
 LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 PRECISIONS = ("no", "fp16", "bf16")
 PREVIEW_PROMPTS = (  # for text-to-image models, of the things that they find hard
@@ -367,6 +369,40 @@ class Evaluate(Section):
         self.check_positive("blocks", "batch_size", "classifier_width", "classifier_epochs")
         self.check("classifier_width", self.classifier_width <= 1024, "must be at most 1024")
         self.check("clip_model", self.clip_model != "", "must name a CLIP model, or be null")
+
+
+@dataclass(frozen=True)
+class Analyze(Section):
+    """What is looked at beside the scores."""
+
+    section: ClassVar[str] = "analyze"
+    analyses: Optional[list[str]] = None  # which of ANALYSES; null: all
+    timesteps: int = 40  # evenly spread over [0, T): gradient_conflict, loss_by_timestep
+    images: int = 256  # of each of these timesteps; of each range: activation_change
+    batch_size: int = 64  # images per forward pass
+    sketch: int = 16_384  # dimensions that the gradient of each block is reduced to: gradient_conflict
+    landscape_points: int = 21  # along each side of the plane
+    landscape_images: int = 256  # at each point of it, spread evenly over the timesteps
+    landscape_ranges: Optional[list[int]] = None  # the two experts that span it; null: lowest and highest range
+    output: Optional[str] = None  # null: analysis/ of this run
+
+    def __post_init__(self):
+        rule = f"must be a list of {', '.join(ANALYSES)}"
+        known = self.analyses is None or (len(self.analyses) > 0 and set(self.analyses) <= set(ANALYSES))
+        self.check("analyses", known, rule)
+        self.check_positive("timesteps", "images", "batch_size", "sketch", "landscape_points", "landscape_images")
+        self.check("timesteps", self.timesteps > 1, "a pair needs at least 2")
+        self.check("images", self.images % 2 == 0, "must be even: gradient_conflict compares two halves")
+        self.check("landscape_points", self.landscape_points > 1, "contours need at least 2")
+        given = self.landscape_ranges
+        two = given is None or (len(given) == 2 and given[0] != given[1])
+        self.check("landscape_ranges", two, "must be two numbers of ranges")
+        self.check("output", self.output != "", "must be a folder, or null")
+
+    @property
+    def chosen(self) -> list[str]:
+        """The analyses, each once, in their order."""
+        return [name for name in ANALYSES if self.analyses is None or name in self.analyses]
 
 
 def _is_finite_number(value: object) -> bool:

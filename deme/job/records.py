@@ -56,6 +56,7 @@ CLASSIFIER = Kind("a classifier", Policy.REBUILD, later=(DATA,))
 STATISTICS = Kind("statistics", Policy.REBUILD, later=(DATA,))
 IMAGES = Kind("decoded images", Policy.REBUILD)
 LATENTS = Kind("encoded images", Policy.REBUILD)
+ANALYSIS = Kind("an analysis", Policy.REBUILD)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deme.config.sections import CONTINUED
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file, read_json
 from deme.measure.metrics import (
@@ -26,7 +27,16 @@ if TYPE_CHECKING:
     from deme.measure.reference import Reference
 
 DISTANCES = {"inception": inception_frechet_distance, "classifier": frechet_distance}
+BASELINES = ("pretrained", CONTINUED, "ensemble")  # what every row is compared with
 LEAST_KID = 2.0  # standard errors from 0, below which a KID tells nothing
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a folder's Fréchet distance exceeds that of another one by, whose images have the same seeds."""
+
+    mean: float  # over the blocks
+    standard_error: float | None  # of that mean; None: a single block
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Score:
     clip_standard_deviation: float | None = None
     clip_difference: float | None = None  # mean over the blocks of what it exceeds the pretrained model's by
     clip_difference_standard_error: float | None = None
+    differences: dict[str, Difference] | None = None  # of the distance to each of BASELINES that there is, by name
 
     @property
     def has_telling_kid(self) -> bool:
@@ -108,6 +119,19 @@ def paired(found: Score, baseline: Score) -> Score:
     """
     mean, error = _paired_difference(found.blocks, baseline.blocks)
     return replace(found, difference=mean, difference_standard_error=error)
+
+
+def compared(found: Score, others: Sequence[Score]) -> Score:
+    """A score with its differences to BASELINES, block by block, as `paired` takes them.
+
+    Args:
+        others: rows of the same seeds; those that are no baselines, and the row itself, are passed over.
+    """
+    named = {Path(row.samples).name: row for row in others if row.samples != found.samples}
+    differences = {
+        name: Difference(*_paired_difference(found.blocks, named[name].blocks)) for name in BASELINES if name in named
+    }
+    return replace(found, differences=differences)
 
 
 def with_clip(found: Score, of_images: np.ndarray) -> Score:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from deme.measure.scores import Score
+from deme.measure.scores import BASELINES, Score
 
 NAMES = {"inception": ("FID", "KID"), "classifier": ("classifier FD", "classifier KID")}  # of the two distances
 
@@ -51,3 +51,17 @@ def score_table(scores: Sequence[Score], features_name: str) -> str:
     if with_kid or all(row.kid is None for row in scores):
         return table
     return f"{table}\n\n{kernel} is left out: in every row it differs from 0 by less than two standard errors."
+
+
+def difference_table(scores: Sequence[Score], features_name: str) -> str:
+    """The rows' paired differences to each of BASELINES; empty where only one of these is there, as above."""
+    there = [name for name in BASELINES if any(name in (row.differences or {}) for row in scores)]
+    if len(there) < 2:
+        return ""
+    titles = [f"paired difference of the {NAMES[features_name][0]} ± s.e.", *(f"to {name}" for name in there)]
+    rows = []
+    for row in scores:
+        found = [(row.differences or {}).get(name) for name in there]
+        cells = ["-" if one is None else number(one.mean, one.standard_error, "+.4f") for one in found]
+        rows.append([Path(row.samples).name, *cells])
+    return markdown_table(titles, rows)

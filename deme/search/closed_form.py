@@ -10,8 +10,9 @@ from torch import nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from deme.measure.noisy import Batch
 from deme.method.candidates import Candidates
-from deme.search.probes import Batch, Squares
+from deme.search.probes import Squares
 from deme.search.state import Trace, load_state, save_state
 
 # torch makes forward derivatives by it, and warns of that itself

@@ -2,46 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from torch import nn
 
-from deme.data.draws import Stream, batch_indices, torch_seed
-from deme.data.images import Examples
 from deme.errors import UserError
+from deme.measure.noisy import Batch
 from deme.method.candidates import Candidates
-from deme.method.losses import prediction_target
-from deme.models.encoders import Condition, Encoder
 
 LOSS_BINS = 16  # of timesteps, within which the denoising loss is compared with the pretrained network's
 NO_DISTANCE = 1e-10  # of squares, relative to those of the predictions themselves: rounding
 PROBES = 3  # what the stream is for, beside those of pretraining and finetuning
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One process's share of a batch of noisy images; B of them."""
-
-    noisy: torch.Tensor  # shape (B, C, H, W)
-    timesteps: torch.Tensor  # int64, shape (B,)
-    condition: Condition  # of the network
-    ranges: torch.Tensor  # int64, shape (B,): the number of the range that the timestep belongs to
-    target: torch.Tensor  # shape (B, C, H, W): noise, x₀ or v, as the network predicts
-    weights: torch.Tensor  # shape (B,); of the squared distances, such that their sum is the objective
-
-    def predict(self, network: nn.Module) -> torch.Tensor:
-        """What a network predicts: float32, shape (B, C, H, W)."""
-        return network(self.noisy, self.timesteps, **self.condition, return_dict=False)[0].float()
-
-    def part(self, chosen: torch.Tensor) -> "Batch":
-        """Those images that a mask of shape (B,) chooses."""
-        condition = {name: value[chosen] for name, value in self.condition.items()}
-        rest = (self.ranges, self.target, self.weights)
-        return Batch(self.noisy[chosen], self.timesteps[chosen], condition, *(value[chosen] for value in rest))
 
 
 class Squares:
@@ -82,59 +54,6 @@ class Squares:
 def weighted_squares(batch: Batch, prediction: torch.Tensor) -> torch.Tensor:
     """Σ_i c_i ‖prediction_i − y_i‖² of a batch: a scalar."""
     return (batch.weights * (prediction - batch.target).square().flatten(1).sum(1)).sum()
-
-
-def draw_probes(
-    images: Examples,
-    encoder: Encoder,
-    scheduler: DDPMScheduler,
-    ranges: Sequence[tuple[int, int]],
-    stream: Stream,
-    places: range,
-    batch_size: int,
-    accelerator: Accelerator,
-) -> list[Batch]:
-    """Noisy images, whose timesteps are spread evenly over every range, so that few of them give a steady mean.
-
-    Args:
-        stream: with `places` it determines all that is random.
-        places: which positions of the shuffled images; the images are taken in turn for each range.
-        batch_size: over all processes, each of which gets its share.
-
-    Returns:
-        batches whose weights are 1 and whose targets are what the network is trained to predict.
-    """
-    count = len(places)
-    random = np.random.default_rng((*stream, places.start, count))
-    numbers = np.arange(count) % len(ranges)
-    timesteps = np.empty(count, dtype=np.int64)
-    for number, (low, high) in enumerate(ranges):
-        mine = numbers == number
-        strata = random.permutation(mine.sum())
-        timesteps[mine] = low + (strata + 0.5) / max(1, len(strata)) * (high - low)
-    indices = batch_indices(stream, len(images), places.start, count)
-    batches = []
-    for start in range(0, count, batch_size):
-        part = slice(start, min(start + batch_size, count))
-        torch.manual_seed(torch_seed(random))  # for the encoder's draws
-        clean, condition = encoder.encode(images.batch(indices[part], random))
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(torch_seed(random)))
-        noise = noise.to(clean.device)
-        share = slice(accelerator.process_index, None, accelerator.num_processes)
-        clean, noise = clean[share], noise[share]
-        at, number = (torch.from_numpy(values[part][share]).to(clean.device) for values in (timesteps, numbers))
-        batches.append(
-            Batch(
-                noisy=scheduler.add_noise(clean, noise, at),
-                timesteps=at,
-                condition={name: value[share].float() for name, value in condition.items()},  # half on a GPU
-                ranges=number,
-                target=prediction_target(scheduler, clean, noise, at),
-                weights=torch.ones(len(clean), device=clean.device),
-            )
-        )
-    encoder.rest()
-    return batches
 
 
 @torch.no_grad()

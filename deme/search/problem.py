@@ -18,6 +18,7 @@ from deme.data.prompts import load_prompts
 from deme.errors import naming
 from deme.job.processes import locked_by_all
 from deme.measure.feature_space import load_feature_space
+from deme.measure.noisy import Batch, draw_probes
 from deme.method.candidates import Candidates
 from deme.method.coefficients import pattern_of, patterns_of
 from deme.method.projection import with_identity_projections
@@ -29,7 +30,7 @@ from deme.models.networks import load_scheduler, load_unet, try_out
 from deme.models.pipelines import unet_folder
 from deme.models.weights import load_tensors
 from deme.search.distance import FrechetDistance
-from deme.search.probes import PROBES, Batch, Squares, draw_probes, make_squares
+from deme.search.probes import PROBES, Squares, make_squares
 from deme.search.state import load_state, save_state
 from deme.training.examples import load_examples
 

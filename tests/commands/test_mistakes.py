@@ -310,6 +310,83 @@ OBJECTS = np.array([{"a": 1}], dtype=object)
 unreadable_image = images(lambda kind: (kind / "c.png").write_text("text"))
 
 MISTAKES = [
+    Mistake(
+        "an analysis that does not exist",
+        "analyze.py",
+        ["analyze.analyses=[landscape,loss]"],
+        "analyze.analyses=['landscape', 'loss']: must be a list of gradient_conflict, loss_by_timestep, task_vectors, "
+        "landscape, activation_change",
+    ),
+    Mistake(
+        "an odd number of images, which has no halves",
+        "analyze.py",
+        ["analyze.images=7"],
+        "analyze.images=7: must be even: gradient_conflict compares two halves",
+    ),
+    Mistake(
+        "a sketch of no dimensions",
+        "analyze.py",
+        ["analyze.sketch=0"],
+        "analyze.sketch=0: must be a finite number above 0",
+    ),
+    Mistake(
+        "a landscape of one point",
+        "analyze.py",
+        ["analyze.landscape_points=1"],
+        "analyze.landscape_points=1: contours need at least 2",
+    ),
+    Mistake(
+        "a plane through one expert",
+        "analyze.py",
+        ["analyze.landscape_ranges=[1,1]"],
+        "analyze.landscape_ranges=[1, 1]: must be two numbers of ranges",
+    ),
+    Mistake(
+        "a plane through an expert that does not exist",
+        "analyze.py",
+        ["analyze.landscape_ranges=[0,2]"],
+        "analyze.landscape_ranges=[0, 2]: the ranges have the numbers 0 … 1",
+    ),
+    Mistake(
+        "a range without a timestep to analyze",
+        "analyze.py",
+        ["timesteps.edges=[0,10,1000]"],
+        "analyze.timesteps=40: none of them falls into the range [0, 10)",
+    ),
+    Mistake(
+        "an analysis without experts",
+        "analyze.py",
+        [],
+        "{root}/tiny/finetuned/0000-0500/unet/diffusion_pytorch_model.safetensors: missing; train it with finetune.py "
+        "finetune.range=0",
+    ),
+    Mistake(
+        "an analysis without a pretrained network",
+        "analyze.py",
+        ["model.pretrained=null"],
+        "model.pretrained=null: {root}/tiny/pretrained is missing; pretrain.py makes it",
+    ),
+    Mistake(
+        "an analysis of an expert that is not finite",
+        "analyze.py",
+        ["analyze.analyses=[task_vectors]"],
+        "{root}/tiny/finetuned/0500-1000/unet: tensor conv_in.bias holds NaN or infinite values",
+        damaged_expert(lambda tensors: tensors["conv_in.bias"].fill_(float("nan"))),
+    ),
+    Mistake(
+        "an analysis of an expert of another architecture",
+        "analyze.py",
+        ["analyze.analyses=[task_vectors]"],
+        "{root}/tiny/finetuned/0500-1000/unet: 0500-1000: tensor …",
+        another_architecture,
+    ),
+    Mistake(
+        "an analysis into a file",
+        "analyze.py",
+        ["analyze.output=taken"],
+        "analyze.output: cannot create the folder taken: …",
+        both(experts, lambda root, pretrained: (root / "taken").write_text("")),
+    ),
     # --- the configuration
     Mistake(
         "a misspelt section",

@@ -9,7 +9,7 @@ from deme.config.reading import load_config
 from deme.config.sections import Finetune, range_name
 from deme.errors import UserError
 
-SCRIPTS = ["pretrain.py", "finetune.py", "search.py", "merge.py", "sample_ddp.py", "evaluate.py"]
+SCRIPTS = ["pretrain.py", "finetune.py", "search.py", "merge.py", "sample_ddp.py", "evaluate.py", "analyze.py"]
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 from deme.errors import UserError
 from deme.measure.metrics import frechet_distance, statistics
 from deme.measure.reference import Reference
-from deme.measure.scores import load_scores, paired, paired_clip, save_scores, score, with_clip
+from deme.measure.scores import compared, load_scores, paired, paired_clip, save_scores, score, with_clip
 from deme.report.model_card import score_line
-from deme.report.tables import score_table
+from deme.report.tables import difference_table, score_table
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,25 @@ def test_differences_are_paired_by_block(reference):
     assert result.difference == pytest.approx(differences.mean())
     assert result.difference_standard_error == pytest.approx(differences.std(ddof=1) / 2)
     assert replace(result, difference=None, difference_standard_error=None) == found
+
+
+def test_rows_are_compared_with_pretrained_control_and_ensemble(reference, tmp_path):
+    """Block by block, but not with themselves nor with others; they are read back, and shown in a table."""
+    names = ["samples/pretrained", "samples/ensemble", "samples/merged", "samples/other"]
+    scores = [scored(reference, shift, name=name)[0] for name, shift in zip(names, (0.3, 0.1, 0, 0.2), strict=True)]
+    rows = [compared(row, scores) for row in scores]
+    assert [list(row.differences) for row in rows] == [["ensemble"], ["pretrained"], *[["pretrained", "ensemble"]] * 2]
+    differences = np.subtract(scores[2].blocks, scores[1].blocks)
+    found = rows[2].differences["ensemble"]
+    assert found.mean == pytest.approx(differences.mean())
+    assert found.standard_error == pytest.approx(differences.std(ddof=1) / 2)
+    save_scores(tmp_path / "results.json", "classifier", rows, {})
+    assert load_scores(tmp_path / "results.json") == ("classifier", rows)
+    lines = difference_table(rows, "classifier").splitlines()
+    assert lines[0] == "| paired difference of the classifier FD ± s.e. | to pretrained | to ensemble |"
+    assert lines[4].endswith(f" | {found.mean:+.4f} ± {found.standard_error:.4f} |")
+    assert lines[2].startswith("| pretrained | - | ")
+    assert difference_table(scores, "classifier") == difference_table(rows[3:3], "classifier") == ""
 
 
 def test_a_single_block_has_no_spread(reference):

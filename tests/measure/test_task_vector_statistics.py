@@ -1,0 +1,28 @@
+import numpy as np
+import pytest
+import torch
+
+from deme.measure.task_vector_statistics import cosines, norms, opposed_shares, task_vector_statistics
+
+BASE = {"mid_block.a.weight": torch.zeros(2, 2), "down_blocks.0.b": torch.ones(3), "conv_in.bias": torch.ones(1)}
+
+
+def moved(mid, down, rest):
+    values = dict(zip(BASE, (torch.tensor(mid), torch.tensor(down), torch.tensor(rest)), strict=True))
+    return {name: base + values[name].reshape(base.shape) for name, base in BASE.items()}
+
+
+def test_norms_cosines_signs_and_values_in_closed_form():
+    networks = {"a": moved([3.0, 0, 0, 4], [1.0, 1, -1], [0.0]), "b": moved([-4.0, 0, 0, 3], [1.0, -1, 0], [2.0])}
+    found = task_vector_statistics(BASE, networks)
+    assert found["groups"].tolist() == ["mid_block", "down_blocks.0", "rest"]
+    assert found["sizes"].tolist() == [4, 3, 1]
+    assert norms(found["products"]) == pytest.approx(np.array([[5, 5], [3**0.5, 2**0.5], [0, 2]]))
+    angles = cosines(found["products"])[:, 0, 1]
+    assert angles[:2] == pytest.approx([0, 0])
+    assert np.isnan(angles[2])
+    shares = opposed_shares(found["opposed"], found["moved"])[:, 0, 1]
+    assert shares[:2] == pytest.approx([0.5, 0.5])  # one of the two parameters that both move
+    assert np.isnan(shares[2])
+    assert found["squares"].tolist() == [0, 3, 1]
+    assert found["quantiles"][0, 0] == pytest.approx(np.quantile([3, 0, 0, 4], [0.05, 0.25, 0.5, 0.75, 0.95]))
