@@ -41,5 +41,6 @@ complete "$(python finetune.py --path distilled --config "$config" "$@")"
 
 compare_models "pretrained continued ensemble merged distilled" "$config" "$@"
 
+pass_signals python report.py --config "$config" "$@"
 echo "pictures:"
 find "$run/samples" "$run/finetuned" -name 'grid-*.png' -o -path '*/previews/*.png' | sort

@@ -98,6 +98,11 @@ class Paths:
         return self.run / "plots"
 
     @property
+    def report(self) -> Path:
+        """The page that report.py makes; the same as Markdown lies beside it."""
+        return self.run / "report.html"
+
+    @property
     def merged(self) -> Path:
         """The pipeline folder that merge.py makes."""
         given = self._config.merge.output

@@ -22,9 +22,18 @@ def number(value: float | None, error: float | None = None, form: str = ".4f") -
 
 
 def score_table(scores: Sequence[Score], features_name: str) -> str:
-    """The scores, a row each; the KID only where it tells at least one row from 0, else a line that says so.
+    """The scores as Markdown, as `score_lines` gives them."""
+    titles, lines, note = score_lines(scores, features_name)
+    return f"{markdown_table(titles, lines)}{note and chr(10) * 2 + note}"
+
+
+def score_lines(scores: Sequence[Score], features_name: str) -> tuple[list[str], list[list[str]], str]:
+    """The scores, a row each; the KID only where it tells at least one row from 0, else a note that says so.
 
     The CLIP score is there where at least one row has one.
+
+    Returns:
+        titles, rows, and the note or nothing.
     """
     distance, kernel = NAMES[features_name]
     with_kid = any(row.has_telling_kid for row in scores)
@@ -47,21 +56,26 @@ def score_table(scores: Sequence[Score], features_name: str) -> str:
             line += [number(row.clip, row.clip_standard_deviation, ".3f")]
             line += [number(row.clip_difference, row.clip_difference_standard_error, "+.3f")]
         lines.append(line)
-    table = markdown_table(titles, lines)
     if with_kid or all(row.kid is None for row in scores):
-        return table
-    return f"{table}\n\n{kernel} is left out: in every row it differs from 0 by less than two standard errors."
+        return titles, lines, ""
+    return titles, lines, f"{kernel} is left out: in every row it differs from 0 by less than two standard errors."
 
 
 def difference_table(scores: Sequence[Score], features_name: str) -> str:
-    """The rows' paired differences to each of BASELINES; empty where only one of these is there, as above."""
+    """The rows' paired differences as Markdown, as `difference_lines` gives them."""
+    titles, rows = difference_lines(scores, features_name)
+    return markdown_table(titles, rows) if rows else ""
+
+
+def difference_lines(scores: Sequence[Score], features_name: str) -> tuple[list[str], list[list[str]]]:
+    """Titles, and the rows' paired differences to each of BASELINES; none where only one of these is there."""
     there = [name for name in BASELINES if any(name in (row.differences or {}) for row in scores)]
     if len(there) < 2:
-        return ""
+        return [], []
     titles = [f"paired difference of the {NAMES[features_name][0]} ± s.e.", *(f"to {name}" for name in there)]
     rows = []
     for row in scores:
         found = [(row.differences or {}).get(name) for name in there]
         cells = ["-" if one is None else number(one.mean, one.standard_error, "+.4f") for one in found]
         rows.append([Path(row.samples).name, *cells])
-    return markdown_table(titles, rows)
+    return titles, rows

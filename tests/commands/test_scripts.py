@@ -63,6 +63,12 @@ def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_co
     assert all(Path(picture).exists() for picture in pictures)
     assert len(re.findall("is complete", second)) == 4 + 1 + 2 + 1  # ranges, control, merge twice, distilled
     assert second.count("0 of 24 images to draw") == 5
+    page = (tmp_path / "with space" / "digits" / "report.html").read_text()
+    titles = re.findall("<h2>(.*)</h2>", page)
+    expected = ["Results", "Samples at equal seeds", "Training", "Merging coefficients", "Search", "How it was made"]
+    assert titles == [*expected, "Not there yet"]
+    missing = page.split('id="missing"')[1]
+    assert re.findall("<code>(.*)</code>", missing) == ["analyze.py"]
     assert first.split("| model |")[1] == second.split("| model |")[1]
     assert "classifier FD" in (tmp_path / "with space" / "digits" / "merged" / "README.md").read_text()
 

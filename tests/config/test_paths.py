@@ -9,6 +9,7 @@ from deme.config.paths import Paths
 from deme.config.sections import Evaluate, Merge, Model, Sample, Search
 
 SCRIPTS = ["pretrain.py", "finetune.py", "search.py", "merge.py", "sample_ddp.py", "evaluate.py", "analyze.py"]
+SCRIPTS += ["report.py"]
 
 
 def test_everything_of_a_run_lies_below_its_folder():
@@ -29,6 +30,7 @@ def test_everything_of_a_run_lies_below_its_folder():
         "search": "out/a/search",
         "best_coefficients": "out/a/search/best.yaml",
         "searched": "",
+        "report": "out/a/report.html",
         "analysis": "out/a/analysis",
         "plots": "out/a/plots",
         "merged": "out/a/merged",
