@@ -15,6 +15,7 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 import copy
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,11 +40,13 @@ from deme.models.weights import WEIGHTS, load_tensors, weights_files, weights_ha
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from diffusers import DDPMScheduler
     from matplotlib.figure import Figure
     from torch import nn
 
-    from deme.data.images import Examples
+    from deme.data.images import Examples, TrainingImages
     from deme.job.arrays import Arrays, Keep
+    from deme.measure.noisy import Batch, CleanImages
     from deme.method.task_vectors import Tensors
     from deme.models.encoders import Encoder
 
@@ -177,10 +180,13 @@ class Material:
         made_from: dict[str, Any] = {"seed": config.seed, "ranges": self.ranges}
         made_from |= {f"analyze.{key}": getattr(config.analyze, key) for key in keys}
         made_from |= {f"data.{key}": getattr(config.data, key) for key in DATA_KEYS}
+        made_from |= {"finetune.caption_dropout": config.finetune.caption_dropout}
         made_from |= {"weights": [self.hashes[network] for network in networks]} | self.made_of
         return kept(self.accelerator, config.paths.analysis / f"{name}.npz", Record(ANALYSIS, made_from), make)
 
-    def keep_parts(self, name: str, networks: list[str], keys: tuple[str, ...], make: "Callable[[Keep], Arrays]"):
+    def keep_parts(
+        self, name: str, networks: list[str], keys: tuple[str, ...], make: "Callable[[Keep], Arrays]"
+    ) -> "Arrays":
         """The same of what is made in parts, each of which is kept in a folder NAME until the whole is there."""
 
         def keep_part(part: str, make_part: "Callable[[], Arrays]") -> "Arrays":
@@ -223,7 +229,7 @@ class Material:
         return self.load(self.experts[0])
 
     @cached_property
-    def scheduler(self):
+    def scheduler(self) -> "DDPMScheduler":
         """The pretrained noise schedule."""
         from deme.models.networks import load_scheduler
 
@@ -242,7 +248,7 @@ class Material:
         return encoder
 
     @cached_property
-    def data(self):
+    def data(self) -> "TrainingImages":
         """The images that training sees, and those that it does not."""
         from deme.training.examples import load_examples
 
@@ -259,7 +265,7 @@ class Material:
         """Those images."""
         return self.data.held_out if self.measured_on == "held-out" else self.data.training
 
-    def clean(self, images: "Examples", number: int):
+    def clean(self, images: "Examples", number: int) -> "CleanImages":
         """As many as are asked for, or as there are.
 
         Args:
@@ -273,7 +279,7 @@ class Material:
         stream = (self.config.seed, STREAM, number)
         return draw_clean(images, self.encoder, self.scheduler, stream, count, self.batch_size, self.accelerator)
 
-    def spread(self, count: int, number: int):
+    def spread(self, count: int, number: int) -> "list[Batch]":
         """This process's share of `count` noisy images, spread evenly over the timesteps, in batches."""
         from deme.measure.noisy import ENCODED_AT_ONCE, draw_probes, regrouped
 
@@ -408,10 +414,12 @@ def coefficients(material: Material) -> dict[str, list[float]]:
     file = config.paths.best_coefficients
     if file.is_file():
         best = read_yaml(file)
-        rows = best.get("coefficients")
-        networks = [material.hashes[name] for name in ("pretrained", *material.experts)]
-        if [best.get("pretrained"), *(best.get("finetuned") or [])] == networks and list(rows) == ["*"]:
-            found["searched"] = rows["*"]
+        base, *experts = (material.hashes[name] for name in ("pretrained", *material.experts))
+        if (best.get("pretrained"), best.get("finetuned")) == (base, experts):  # not those of other networks
+            with naming(file):
+                rows = replace(config, merge=replace(config.merge, coefficients=best.get("coefficients")))
+            if list(rows.coefficient_groups) == ["*"]:
+                found["searched"] = rows.coefficient_groups["*"]
     return found
 
 

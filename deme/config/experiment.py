@@ -114,6 +114,8 @@ class Config(Section):
             there = any(low <= point < high for point in points)
             self.analyze.check("timesteps", there, f"none of them falls into the range [{low}, {high})")
         last = len(self.timesteps.ranges) - 1
+        enough = self.analyze.landscape_images > last
+        self.analyze.check("landscape_images", enough, f"are spread over {last + 1} timestep ranges")
         inside = all(0 <= number <= last for number in self.analyze.landscape_ranges or [])
         self.analyze.check("landscape_ranges", inside, f"the ranges have the numbers 0 … {last}")
 

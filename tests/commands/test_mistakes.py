@@ -348,6 +348,12 @@ MISTAKES = [
         "analyze.landscape_ranges=[0, 2]: the ranges have the numbers 0 … 1",
     ),
     Mistake(
+        "fewer images than ranges",
+        "analyze.py",
+        ["analyze.landscape_images=1"],
+        "analyze.landscape_images=1: are spread over 2 timestep ranges",
+    ),
+    Mistake(
         "a range without a timestep to analyze",
         "analyze.py",
         ["timesteps.edges=[0,10,1000]"],
