@@ -39,7 +39,7 @@ def save(name: str, device: str, rows: list[dict], table: str, ceiling: dict[str
         table = f"{table}\n\n{measure.ceiling_line(ceiling)}"
     print(table)
     limits = [f"{variable}={os.environ[variable]}" for variable in measure.INSTRUCTION_LIMITS if variable in os.environ]
-    command = shlex.join([*limits, "python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    command = shlex.join([*limits, "python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     place = "-".join([name, device, *(["avx2"] if limits else [])])
     content = {"command": command, "machine": machine(device), "ceiling": ceiling, "rows": rows}
     (FOLDER / "results").mkdir(exist_ok=True)
