@@ -181,7 +181,7 @@ class Bench:
             lines.append([name, f"{cost[key]:,}", f"{found.statistic:+.2f}", f"{found.pvalue:.2g}"])
         title = f"rank correlation with fd of {len(many):,} images"
         table = markdown_table([f"{self.config.name}, {RANKED} candidates", "UNet passes", title, "p"], lines)
-        save(f"search-ranks-{self.config.name}", self.arguments.device, rows, table)
+        save(f"search-ranks-{self.config.name}", self.arguments.device, rows, table, {})
 
     # --- what does each way find, and what does it cost?
 
@@ -228,7 +228,7 @@ class Bench:
         titles += ["their mean ± s.e.", *(f"to {name}" for name in rivals), "where it was searched"]
         lines = [self.line(row, [fixed[name] for name in rivals]) for row in rows]
         table = markdown_table(titles, lines)
-        save(f"search-ways-{self.config.name}", self.arguments.device, rows, table)
+        save(f"search-ways-{self.config.name}", self.arguments.device, rows, table, {})
 
     def search(self, name: str, changed: dict, seed: int) -> dict:
         """One search, in a folder of its own, and its score on the fresh seeds."""
