@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hypothesis import settings
 
@@ -31,6 +32,13 @@ TINY_UNET = {
 def tiny_unet(seed: int = 0, **settings) -> UNet2DModel:
     torch.manual_seed(seed)
     return UNet2DModel(sample_size=8, **(TINY_UNET | settings)).eval()
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_is_left():
+    """accelerate keeps the first precision of a process, which the next test may not want."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
