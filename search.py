@@ -60,6 +60,7 @@ def plan(config: Config) -> str:
 def main(config: Config) -> None:
     """Search, write the best, check it on fresh seeds."""
     # --- inputs
+    config.check_search()
     settings = config.search
     output = config.paths.search
     pretrained = find_pretrained(config.paths)
@@ -68,7 +69,6 @@ def main(config: Config) -> None:
     sizes = {folder: sample_size(folder, pretrained) for folder in networks}
     config.check_fits(sizes, scheduler_folder(pretrained), num_train_timesteps(pretrained))
     config.check_classified()
-    config.check_search()
     draws = settings.method == "multi_fidelity" or settings.objective == "fd" or settings.report_images > 0
     if takes_text(pretrained) and draws:
         config.sample.check("prompts", config.sample.prompts is not None, "images are drawn for the search: needs some")

@@ -53,17 +53,18 @@ class Target:
 SMALL = ["data.cache_gb=0", "finetune.batch_size=8", "finetune.log_every=3", "sample.num_images=200"]
 SMALL += ["sample.batch_size=10", "sample.num_inference_steps=10"]
 RANGE = ["finetune.range=0", "finetune.max_steps=40", "finetune.checkpoint_every=5"]
+UNIFORM = ["merge.coefficients=null"]  # searching is another's
 TARGETS = [
     Target("finetune.py", "finetune.py", RANGE),
     Target(
         "pretrain.py", "pretrain.py", ["pretrain.max_steps=40", "pretrain.batch_size=8", "pretrain.checkpoint_every=5"]
     ),
-    Target("merge.py", "merge.py", [], [("finetune.py", ["finetune.max_steps=1"])]),
+    Target("merge.py", "merge.py", UNIFORM, [("finetune.py", ["finetune.max_steps=1"])]),
     Target(
         "merge.py, other coefficients",
         "merge.py",
         ["merge.coefficients=[1,0,0,0]"],
-        [("finetune.py", ["finetune.max_steps=1"]), ("merge.py", [])],
+        [("finetune.py", ["finetune.max_steps=1"]), ("merge.py", UNIFORM)],
     ),
     Target("sample_ddp.py", "sample_ddp.py", ["sample.model=pretrained"]),
     Target(
