@@ -13,48 +13,27 @@ but for the pretrained one and the experts. docs/analysis.md says what to see in
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
 import copy
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.config.sections import CONTINUED, DISTILLED, range_name
-from deme.errors import UserError, naming
+from deme.config.sections import CONTINUED, DISTILLED, GRADIENT_PASSES, range_name
 from deme.job.command import run_script
-from deme.job.files import Watched, atomic_file, make_folder, read_yaml, sha256
-from deme.job.records import ANALYSIS, DATA, ENCODER, SCHEDULE, Record
-from deme.models.pipelines import (
-    SCHEDULER_CONFIG,
-    encoder_files,
-    encoders_hash,
-    num_train_timesteps,
-    sample_size,
-    scheduler_folder,
-    unet_folder,
-)
+from deme.job.files import atomic_file, make_folder
+from deme.job.records import DATA
+from deme.method.coefficients import PUBLISHED
+from deme.models.inputs import Inputs
+from deme.models.pipelines import unet_folder
+from deme.models.searched import read_searched
 from deme.models.variants import find_finetuned, find_pretrained
-from deme.models.weights import WEIGHTS, load_tensors, weights_files, weights_hash
+from deme.models.weights import WEIGHTS
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from diffusers import DDPMScheduler
     from matplotlib.figure import Figure
-    from torch import nn
 
-    from deme.data.images import Examples, TrainingImages
     from deme.job.arrays import Arrays, Keep
-    from deme.measure.noisy import Batch, CleanImages
-    from deme.method.task_vectors import Tensors
-    from deme.models.encoders import Encoder
-
-STREAM = 4  # of this script's random draws, beside those of training and of the search
-BACKWARD = 2  # passes that a gradient costs beside its forward pass
-# of the data, beside what its fingerprint tells
-DATA_KEYS = ("resolution", "center_crop", "random_flip", "held_out_images", "cache_latents", "cached_views")
-PUBLISHED = (0.1, 0.1, 0.2, 0.5)  # the paper's coefficients for LSUN-Church, of four equal ranges
+    from deme.measure.material import Material
 
 
 def plan(config: Config) -> str:
@@ -78,20 +57,17 @@ def main(config: Config) -> None:
         networks |= {range_name(edges): folder for edges, folder in zip(config.timesteps.ranges, experts, strict=True)}
         later, left_out = found_later(config)
         networks |= later
-    sizes = {folder: sample_size(folder, pretrained) for folder in networks.values()}
-    config.check_fits(sizes, scheduler_folder(pretrained), num_train_timesteps(pretrained))
-    schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
-    files = [file for folder in networks.values() for file in weights_files(folder)]
-    watched = Watched([*files, schedule, *encoder_files(pretrained).values()])
+    inputs = Inputs(pretrained, list(networks.values()))
+    inputs.check_fits(config)
+    watched = inputs.watched()
 
     # --- torch is imported after what can be answered without it
     from deme.data.sources import data_fingerprint
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
+    from deme.measure.material import Material
 
     # --- what it is made from
-    made_of = {DATA: data_fingerprint(config.data, with_captions=True), SCHEDULE: sha256(schedule)}
-    if encoder_files(pretrained):
-        made_of[ENCODER] = encoders_hash(pretrained)
+    made_of = {DATA: data_fingerprint(config.data, with_captions=True), **inputs.hashes()}
     accelerator = make_accelerator("no", "analyze")
     material = Material(config, accelerator, pretrained, networks, made_of)
     watched.check()  # what was hashed was read
@@ -131,7 +107,7 @@ def costs(config: Config, later: int) -> dict[str, int]:
     settings = config.analyze
     ranges = len(config.timesteps.ranges)
     passes = {
-        "gradient_conflict": (1 + BACKWARD) * settings.timesteps * settings.images,
+        "gradient_conflict": GRADIENT_PASSES * settings.timesteps * settings.images,
         "loss_by_timestep": (1 + ranges + later) * settings.timesteps * settings.images,
         "task_vectors": 0,
         "landscape": (settings.landscape_points**2 + 3) * settings.landscape_images,
@@ -140,158 +116,10 @@ def costs(config: Config, later: int) -> dict[str, int]:
     return {name: passes[name] for name in settings.chosen}
 
 
-class Material:
-    """What the analyses work on. It is loaded when it is first asked for: what is kept already needs none of it.
-
-    Args:
-        pretrained: pipeline folder.
-        networks: name → UNet folder: pretrained, the experts by their ranges, and others.
-        made_of: what tells data, noise schedule and encoders from others.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        accelerator: "Accelerator",
-        pretrained: Path,
-        networks: dict[str, Path],
-        made_of: dict[str, str],
-    ):
-        self.config = config
-        self.accelerator = accelerator
-        self.pretrained = pretrained
-        self.networks = networks
-        self.made_of = made_of
-        self.hashes = {name: weights_hash(folder) for name, folder in networks.items()}
-        self.ranges = config.timesteps.ranges
-        self.experts = [name for name in map(range_name, self.ranges) if name in networks]
-        self.batch_size = config.analyze.batch_size
-
-    def keep(self, name: str, networks: list[str], keys: tuple[str, ...], make: "Callable[[], Arrays]") -> "Arrays":
-        """What `make` gives, kept in NAME.npz.
-
-        Args:
-            networks: that it is made from.
-            keys: of the section analyze that determine it.
-        """
-        from deme.job.arrays import kept
-
-        config = self.config
-        made_from: dict[str, Any] = {"seed": config.seed, "ranges": self.ranges}
-        made_from |= {f"analyze.{key}": getattr(config.analyze, key) for key in keys}
-        made_from |= {f"data.{key}": getattr(config.data, key) for key in DATA_KEYS}
-        made_from |= {"finetune.caption_dropout": config.finetune.caption_dropout}
-        made_from |= {"weights": [self.hashes[network] for network in networks]} | self.made_of
-        return kept(self.accelerator, config.paths.analysis / f"{name}.npz", Record(ANALYSIS, made_from), make)
-
-    def keep_parts(
-        self, name: str, networks: list[str], keys: tuple[str, ...], make: "Callable[[Keep], Arrays]"
-    ) -> "Arrays":
-        """The same of what is made in parts, each of which is kept in a folder NAME until the whole is there."""
-
-        def keep_part(part: str, make_part: "Callable[[], Arrays]") -> "Arrays":
-            return self.keep(f"{name}/{part}", networks, keys, make_part)
-
-        found = self.keep(name, networks, keys, lambda: make(keep_part))
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.config.paths.analysis / name, ignore_errors=True)
-        return found
-
-    def tensors(self, name: str) -> "Tensors":
-        """A network's weights, with identity projections where only the experts have some.
-
-        Raises:
-            UserError: they do not fit the experts', or are not finite.
-        """
-        from deme.method.projection import with_identity_projections
-        from deme.method.task_vectors import check_compatible
-
-        folder = self.networks[name]
-        like = load_tensors(self.networks[self.experts[0]])
-        tensors = with_identity_projections(load_tensors(folder), like)
-        with naming(folder):
-            check_compatible(like, tensors, name)
-            for key, tensor in tensors.items():
-                if not tensor.isfinite().all():
-                    raise UserError(f"tensor {key} holds NaN or infinite values")
-        return tensors
-
-    def load(self, name: str) -> "nn.Module":
-        """A network as it is, on the device, ready to predict."""
-        from deme.models.inference import freeze
-        from deme.models.networks import load_unet
-
-        return freeze(load_unet(self.networks[name]), self.accelerator.device, "no", may_pack=False)
-
-    @cached_property
-    def network(self) -> "nn.Module":
-        """One of the experts' architecture, whose weights change from use to use."""
-        return self.load(self.experts[0])
-
-    @cached_property
-    def scheduler(self) -> "DDPMScheduler":
-        """The pretrained noise schedule."""
-        from deme.models.networks import load_scheduler
-
-        return load_scheduler(self.pretrained)
-
-    @cached_property
-    def encoder(self) -> "Encoder":
-        """What stands between images and networks."""
-        from deme.models.encoders import load_encoder
-        from deme.models.networks import load_unet, try_out
-
-        network = load_unet(unet_folder(self.pretrained))
-        encoder = load_encoder(self.pretrained, network)
-        try_out(network, self.scheduler, encoder)
-        encoder.prepare(self.accelerator.device, "no")
-        return encoder
-
-    @cached_property
-    def data(self) -> "TrainingImages":
-        """The images that training sees, and those that it does not."""
-        from deme.training.examples import load_examples
-
-        config = self.config
-        return load_examples(config, config.finetune, self.encoder, self.made_of, self.accelerator)
-
-    @property
-    def measured_on(self) -> str:
-        """Which images losses are measured on."""
-        return "held-out" if self.config.data.held_out_images > 0 else "training"
-
-    @property
-    def measured_images(self) -> "Examples":
-        """Those images."""
-        return self.data.held_out if self.measured_on == "held-out" else self.data.training
-
-    def clean(self, images: "Examples", number: int) -> "CleanImages":
-        """As many as are asked for, or as there are.
-
-        Args:
-            number: keeps the random draws of different analyses apart.
-        """
-        from deme.measure.noisy import draw_clean
-
-        count = min(self.config.analyze.images, len(images) // 2 * 2)
-        if count == 0:
-            raise UserError(f"data.name={self.config.data.name}: {len(images)} image, an analysis needs at least 2")
-        stream = (self.config.seed, STREAM, number)
-        return draw_clean(images, self.encoder, self.scheduler, stream, count, self.batch_size, self.accelerator)
-
-    def spread(self, count: int, number: int) -> "list[Batch]":
-        """This process's share of `count` noisy images, spread evenly over the timesteps, in batches."""
-        from deme.measure.noisy import ENCODED_AT_ONCE, draw_probes, regrouped
-
-        stream = (self.config.seed, STREAM, number)
-        drawn = (self.ranges, stream, range(count), ENCODED_AT_ONCE, self.accelerator)
-        return regrouped(draw_probes(self.measured_images, self.encoder, self.scheduler, *drawn), self.batch_size)
-
-
 Shown = tuple[str, "dict[str, Callable[[], Figure]]"]  # a table in Markdown; names of pictures, and what draws them
 
 
-def gradient_conflict(material: Material) -> Shown:
+def gradient_conflict(material: "Material") -> Shown:
     """Cosines of the loss's gradients at pairs of timesteps, of the pretrained network."""
     from deme.measure.conflict import gradient_conflict
     from deme.report import analysis_plots, analysis_tables
@@ -317,7 +145,7 @@ def gradient_conflict(material: Material) -> Shown:
     }
 
 
-def loss_by_timestep(material: Material) -> Shown:
+def loss_by_timestep(material: "Material") -> Shown:
     """The denoising loss of all networks, relative to the pretrained one's."""
     import numpy as np
 
@@ -349,7 +177,7 @@ def loss_by_timestep(material: Material) -> Shown:
     }
 
 
-def task_vectors(material: Material) -> Shown:
+def task_vectors(material: "Material") -> Shown:
     """Norms, cosines, values and signs of what finetuning added to the weights."""
     from deme.job.processes import in_main_process
     from deme.measure.task_vector_statistics import task_vector_statistics
@@ -372,7 +200,7 @@ def task_vectors(material: Material) -> Shown:
     }
 
 
-def landscape(material: Material) -> Shown:
+def landscape(material: "Material") -> Shown:
     """The loss on the plane through the pretrained network and two experts."""
     from deme.measure.landscape import landscape
     from deme.method.candidates import Candidates
@@ -403,7 +231,7 @@ def landscape(material: Material) -> Shown:
     }
 
 
-def coefficients(material: Material) -> dict[str, list[float]]:
+def coefficients(material: "Material") -> dict[str, list[float]]:
     """What merging coefficients there are to mark, one per range; those that differ between tensors can't be shown."""
     config = material.config
     count = len(material.ranges)
@@ -413,17 +241,16 @@ def coefficients(material: Material) -> dict[str, list[float]]:
         found["published (LSUN-Church)"] = list(PUBLISHED)
     file = config.paths.best_coefficients
     if file.is_file():
-        best = read_yaml(file)
+        searched = read_searched(file)
         base, *experts = (material.hashes[name] for name in ("pretrained", *material.experts))
-        if (best.get("pretrained"), best.get("finetuned")) == (base, experts):  # not those of other networks
-            with naming(file):
-                rows = replace(config, merge=replace(config.merge, coefficients=best.get("coefficients")))
-            if list(rows.coefficient_groups) == ["*"]:
-                found["searched"] = rows.coefficient_groups["*"]
+        if searched.is_of(base, experts):  # not those of other networks
+            groups = searched.groups(config)
+            if list(groups) == ["*"]:
+                found["searched"] = groups["*"]
     return found
 
 
-def activation_change(material: Material) -> Shown:
+def activation_change(material: "Material") -> Shown:
     """How much finetuning changes activations across channels, against across positions; and the projections."""
     import numpy as np
 

@@ -18,19 +18,11 @@ from deme.config.experiment import Config
 from deme.config.sections import CONTINUED, DISTILLED, Finetune, range_name
 from deme.errors import UserError, naming
 from deme.job.command import run_script
-from deme.job.files import Watched, sha256
-from deme.job.records import ARCHITECTURE, DATA, ENCODER, SCHEDULE
-from deme.models.pipelines import (
-    SCHEDULER_CONFIG,
-    encoder_files,
-    encoders_hash,
-    num_train_timesteps,
-    sample_size,
-    scheduler_folder,
-    takes_text,
-)
+from deme.job.files import sha256
+from deme.job.records import ARCHITECTURE, DATA
+from deme.models.inputs import Inputs
 from deme.models.variants import find_finetuned, find_variant
-from deme.models.weights import weights_files, weights_hash
+from deme.models.weights import weights_hash
 from deme.training.session import Run, Session
 
 if TYPE_CHECKING:
@@ -134,18 +126,14 @@ def main(config: Config) -> None:
     if first.is_held_to_experts:
         experts = dict(zip(map(range_name, first.ranges), find_finetuned(config.paths), strict=True))
     unets = {first.start: folder, **experts}
-    schedule = scheduler_folder(pipeline)
-    sizes = {unet: sample_size(unet, pipeline) for unet in unets.values()}
-    config.check_fits(sizes, schedule, num_train_timesteps(pipeline))
-    files = [file for unet in unets.values() for file in (*weights_files(unet), unet / "config.json")]
-    watched = Watched([*files, schedule / SCHEDULER_CONFIG, *encoder_files(pipeline).values()])
+    inputs = Inputs(pipeline, list(unets.values()))
+    inputs.check_fits(config)
+    watched = inputs.watched(*(unet / "config.json" for unet in inputs.unets))
     hashes = {
         **{f"{name} weights (SHA-256)": weights_hash(unet) for name, unet in unets.items()},
         ARCHITECTURE: sha256(folder / "config.json"),
-        SCHEDULE: sha256(schedule / SCHEDULER_CONFIG),
+        **inputs.hashes(),
     }
-    if takes_text(pipeline):
-        hashes[ENCODER] = encoders_hash(pipeline)
     runs = [(task, run_of(session, task, hashes)) for task in tasks]
     runs = [(task, run) for task, run in runs if not session.is_complete(run)]
     if not runs:
@@ -154,12 +142,12 @@ def main(config: Config) -> None:
     # --- torch is imported after what can be answered without it
     import gc
 
+    from deme.data.examples import load_examples
     from deme.data.sources import data_fingerprint
     from deme.job.processes import make_accelerator
     from deme.method.distillation import Experts
     from deme.models.encoders import load_encoder
     from deme.models.networks import load_scheduler, load_unet, try_out
-    from deme.training.examples import load_examples
     from deme.training.trainer import Networks
 
     # --- the networks and the images

@@ -22,20 +22,20 @@ from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
-from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, read_yaml, sha256
+from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, sha256
 from deme.job.locks import locked
 from deme.job.records import ENCODER, MERGED, SCHEDULE, WEIGHTS_HASH, Record, provenance, read_record
+from deme.models.inputs import Inputs
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
-    encoder_files,
     encoders_hash,
     scheduler_folder,
-    takes_text,
     unet_folder,
     write_pipeline_files,
 )
+from deme.models.searched import read_searched
 from deme.models.variants import find_finetuned, find_pretrained
-from deme.models.weights import WEIGHTS, load_tensors, weights_files, weights_hash, write_unet
+from deme.models.weights import WEIGHTS, load_tensors, weights_hash, write_unet
 
 if TYPE_CHECKING:
     from deme.method.task_vectors import MergeMethod
@@ -60,12 +60,16 @@ def main(config: Config) -> None:
     output = config.paths.merged
     pretrained = find_pretrained(config.paths)
     inputs = find_finetuned(config.paths)
-    groups = coefficient_groups(config)
+    groups, searched = config.coefficient_groups, None
+    file = searched_file(config)
+    if file is not None:
+        with naming("merge.coefficients", config.merge.coefficients):
+            searched = read_searched(file)
+        groups = searched.groups(config)
     check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
     networks = [unet_folder(pretrained), *inputs]
-    schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
-    files = [file for folder in networks for file in weights_files(folder)]
-    watched = Watched([*files, schedule, *encoder_files(pretrained).values()])
+    sources = Inputs(pretrained, networks)
+    watched = sources.watched()
     with ThreadPoolExecutor() as pool:
         hashing = pool.map(weights_hash, networks)  # takes about as long as importing torch
 
@@ -84,10 +88,10 @@ def main(config: Config) -> None:
     ]
     base = {"path": config.paths.pretrained, "sha256": base_hash}
     made_from = {"coefficients": groups, "pretrained": base, "finetuned": experts}
-    check_searched(config, base_hash, hashes)
-    made_from[SCHEDULE] = sha256(schedule)
-    if takes_text(pretrained):
-        made_from[ENCODER] = encoders_hash(pretrained)
+    if searched is not None and not searched.is_of(base_hash, hashes):
+        remedy = "search again, or write its coefficients into the configuration"
+        raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
+    made_from |= sources.hashes()
     wanted = Record(MERGED, method.describe() | made_from, provenance(config))
 
     # --- merge, unless the output is complete
@@ -110,40 +114,6 @@ def searched_file(config: Config) -> Path | None:
     if not isinstance(given, str):
         return None
     return config.paths.best_coefficients if given == "search" else Path(given)
-
-
-def coefficient_groups(config: Config) -> dict[str, list[float]]:
-    """Name pattern → merging coefficients, from the configuration or from the file that it names.
-
-    Raises:
-        UserError: no such file, or none of search.py's.
-    """
-    file = searched_file(config)
-    if file is None:
-        return config.coefficient_groups
-    with naming("merge.coefficients", config.merge.coefficients):
-        if not file.is_file():
-            raise UserError(f"{file} is missing; search.py makes it")
-        found = read_yaml(file).get("coefficients")
-        if not isinstance(found, dict):
-            raise UserError(f"{file}: not the coefficients of search.py")
-    with naming(file):
-        return replace(config, merge=replace(config.merge, coefficients=found)).coefficient_groups
-
-
-def check_searched(config: Config, pretrained: str, finetuned: list[str]) -> None:
-    """Make sure that coefficients from a file were found for the networks that are merged.
-
-    Raises:
-        UserError: they were found for others.
-    """
-    file = searched_file(config)
-    if file is None:
-        return
-    found = read_yaml(file)
-    if (found.get("pretrained"), found.get("finetuned")) != (pretrained, finetuned):
-        remedy = "search again, or write its coefficients into the configuration"
-        raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
 
 
 def is_complete(output: Path, wanted: Record) -> bool:

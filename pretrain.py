@@ -76,11 +76,11 @@ def main(config: Config) -> None:
     import diffusers
     import torch
 
+    from deme.data.examples import load_examples
     from deme.data.sources import data_fingerprint
     from deme.job.processes import make_accelerator
     from deme.models.encoders import Pixels, load_encoder
     from deme.models.networks import load_scheduler, try_out
-    from deme.training.examples import load_examples
     from deme.training.held_out import HeldOut
     from deme.training.trainer import Networks, Objective, Trainer
 

@@ -21,19 +21,12 @@ from deme.config.sections import Sample
 from deme.data.prompts import claim_prompts, load_prompts
 from deme.errors import RunError, UserError, naming
 from deme.job.command import run_script
-from deme.job.files import Watched, check_apart, sha256
+from deme.job.files import check_apart, sha256
 from deme.job.records import ENCODER, SAMPLES, Record, provenance
-from deme.models.pipelines import (
-    SCHEDULER_CONFIG,
-    encoder_files,
-    encoders_hash,
-    num_train_timesteps,
-    sample_size,
-    scheduler_folder,
-    takes_text,
-)
+from deme.models.inputs import Inputs
+from deme.models.pipelines import encoders_hash, takes_text
 from deme.models.variants import find_variant
-from deme.models.weights import weights_files, weights_hash
+from deme.models.weights import weights_hash
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,11 +53,9 @@ def main(config: Config) -> None:
     with naming("sample.model", settings.model):
         variant = find_variant(settings.model, config.paths)
     check_apart("sample.output", output, variant.unets)
-    weights = [file for folder in variant.unets for file in weights_files(folder)]
-    schedule = scheduler_folder(variant.pipeline) / SCHEDULER_CONFIG
-    watched = Watched([*weights, schedule, *encoder_files(variant.pipeline).values()])
-    sizes = {folder: sample_size(folder, variant.pipeline) for folder in variant.unets}
-    config.check_fits(sizes, scheduler_folder(variant.pipeline), num_train_timesteps(variant.pipeline))
+    inputs = Inputs(variant.pipeline, variant.unets)
+    watched = inputs.watched()
+    inputs.check_fits(config)
 
     # --- what is drawn: image i from seed i and, where the model takes text, prompt i
     seeds = range(settings.seed_offset, settings.seed_offset + settings.num_images)
@@ -99,7 +90,7 @@ def main(config: Config) -> None:
     made_from = {
         "weights": list(map(weights_hash, variant.unets)),
         "timesteps": [list(edges) for edges in ranges],
-        "scheduler": sha256(schedule),
+        "scheduler": sha256(inputs.schedule),
         "num_inference_steps": settings.num_inference_steps,
         "sample.scheduler": sampler_name(settings.scheduler),
         "eta": settings.eta,

@@ -19,23 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme.config.experiment import Config
-from deme.config.sections import range_name
+from deme.config.sections import EXAMPLE_KEYS, range_name
 from deme.errors import naming
 from deme.job.command import run_script
-from deme.job.files import Watched, make_folder, sha256, write_yaml
-from deme.job.records import DATA, ENCODER, SCHEDULE, SEARCH, Record, provenance, read_record
-from deme.models.pipelines import (
-    SCHEDULER_CONFIG,
-    encoder_files,
-    encoders_hash,
-    num_train_timesteps,
-    sample_size,
-    scheduler_folder,
-    takes_text,
-    unet_folder,
-)
+from deme.job.files import make_folder, sha256, write_yaml
+from deme.job.records import DATA, SEARCH, Record, provenance, read_record
+from deme.models.inputs import Inputs
+from deme.models.pipelines import takes_text, unet_folder
 from deme.models.variants import find_finetuned, find_pretrained
-from deme.models.weights import weights_files, weights_hash
+from deme.models.weights import weights_hash
 
 if TYPE_CHECKING:
     from deme.search.fresh import Fresh
@@ -45,7 +37,6 @@ if TYPE_CHECKING:
 FREE_KEYS = ("trials", "finalists", "report_images", "storage", "output")  # may change when a search goes on
 SAMPLED_WITH = ("scheduler", "eta", "mixed_precision", "prompts", "prompt_column")
 SAMPLED_WITH += ("negative_prompt", "guidance_scale", "size_on_disk")
-SEEN = ("image_column", "resolution", "center_crop", "random_flip", "held_out_images", "cache_latents", "cached_views")
 
 
 def plan(config: Config) -> str:
@@ -66,17 +57,15 @@ def main(config: Config) -> None:
     pretrained = find_pretrained(config.paths)
     finetuned = find_finetuned(config.paths)
     networks = [unet_folder(pretrained), *finetuned]
-    sizes = {folder: sample_size(folder, pretrained) for folder in networks}
-    config.check_fits(sizes, scheduler_folder(pretrained), num_train_timesteps(pretrained))
+    inputs = Inputs(pretrained, networks)
+    inputs.check_fits(config)
     config.check_classified()
     draws = settings.method == "multi_fidelity" or settings.objective == "fd" or settings.report_images > 0
     if takes_text(pretrained) and draws:
         config.sample.check("prompts", config.sample.prompts is not None, "images are drawn for the search: needs some")
     labelled = config.data.label_column is not None or config.evaluate.features != "classifier" or not draws
     config.data.check("label_column", labelled, "evaluate.features=classifier needs labels")
-    schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
-    files = [file for folder in networks for file in weights_files(folder)]
-    watched = Watched([*files, schedule, *encoder_files(pretrained).values()])
+    watched = inputs.watched()
 
     # --- torch is imported after what can be answered without it
     from deme.data.sources import data_fingerprint
@@ -88,9 +77,7 @@ def main(config: Config) -> None:
     from deme.search.ways import find
 
     # --- what is searched
-    made_of = {DATA: data_fingerprint(config.data, with_captions=True), SCHEDULE: sha256(schedule)}
-    if takes_text(pretrained):
-        made_of[ENCODER] = encoders_hash(pretrained)
+    made_of = {DATA: data_fingerprint(config.data, with_captions=True), **inputs.hashes()}
     weights = {"pretrained": weights_hash(networks[0]), "finetuned": list(map(weights_hash, finetuned))}
     wanted = Record(SEARCH, searched(config) | weights | made_of, provenance(config))
     accelerator = make_accelerator(config.sample.mixed_precision, "sample.mixed_precision")
@@ -141,7 +128,7 @@ def searched(config: Config) -> dict[str, Any]:
     parts["sample"] = {key: getattr(config.sample, key) for key in SAMPLED_WITH}
     evaluated = asdict(config.evaluate)
     parts["evaluate"] = {k: v for k, v in evaluated.items() if k in ("features", "reference") or "classifier" in k}
-    parts["data"] = {key: getattr(config.data, key) for key in SEEN}
+    parts["data"] = {key: getattr(config.data, key) for key in ("image_column", *EXAMPLE_KEYS)}
     parts["finetune"] = {"caption_dropout": config.finetune.caption_dropout}
     for section, key in (("sample", "prompts"), ("evaluate", "reference")):  # files: what they hold counts
         given = parts[section][key]

@@ -30,8 +30,9 @@ from deme.config.reading import load_config
 from deme.job.files import atomic_file, read_json
 from deme.job.processes import make_accelerator
 from deme.measure.metrics import statistics as feature_statistics
-from deme.measure.scores import DISTANCES, mean_and_deviation
+from deme.measure.scores import DISTANCES, paired_difference
 from deme.method.candidates import Candidates
+from deme.method.coefficients import PUBLISHED
 from deme.method.sampling import NetworkAt
 from deme.models.inference import freeze
 from deme.models.networks import load_unet
@@ -40,7 +41,7 @@ from deme.models.weights import load_tensors, write_unet
 from deme.report.tables import markdown_table, number
 from deme.search.problem import Problem
 from deme.search.study import open_storage
-from deme.search.ways import PUBLISHED, find
+from deme.search.ways import find
 
 SEEDS = 3  # of the search
 RANKED = 30  # random candidates
@@ -146,8 +147,7 @@ class Bench:
 
     def difference(self, blocks: list[float], others: list[float] | None = None) -> tuple[float, float]:
         """To the pretrained network, or to another's blocks, with its standard error."""
-        mean, deviation = mean_and_deviation(np.subtract(blocks, self.baseline if others is None else others))
-        return mean, deviation / FRESH_BLOCKS**0.5
+        return paired_difference(blocks, self.baseline if others is None else others)
 
     def mean_blocks(self, row: dict) -> list[float]:
         """Of the searches of a row, block by block."""

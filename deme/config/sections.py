@@ -27,6 +27,9 @@ PREVIEW_PROMPTS = (  # for text-to-image models, of the things that they find ha
     "an oil painting of a lighthouse in a storm",
     "four cups of coffee on a wooden table",
 )
+GRADIENT_PASSES = 3  # through a network, that the gradient of an image costs: forward, and backward for twice as much
+# of the data, what determines the images that a network sees, beside what the data's fingerprint tells
+EXAMPLE_KEYS = ("resolution", "center_crop", "random_flip", "held_out_images", "cache_latents", "cached_views")
 POLYNOMIAL_END = 1e-7  # the learning rate that diffusers' polynomial schedule ends at
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 

@@ -4,8 +4,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -57,7 +58,7 @@ def locked(output: Path, key: str) -> Iterator[None]:
             with writing(file):
                 file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n{_boot_id()}", encoding="utf-8")
                 remove_leftovers(output.resolve())
-            with _signs_of_life(file):
+            with signs_of_life(partial(_touch, file), RENEWED_EVERY):
                 yield
         finally:
             file.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
@@ -76,14 +77,17 @@ def clear_lock(output: Path) -> None:
 
 
 @contextmanager
-def _signs_of_life(file: Path) -> Iterator[None]:
-    """Touch the lock's file while the block lasts."""
+def signs_of_life(give: Callable[[], None], every: float) -> Iterator[None]:
+    """Call `give` again and again while the block lasts, in a thread.
+
+    Args:
+        every: seconds between two calls, and before the first.
+    """
     done = threading.Event()
 
     def renew() -> None:
-        while not done.wait(RENEWED_EVERY):
-            with suppress(OSError):
-                os.utime(file)
+        while not done.wait(every):
+            give()
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
@@ -92,6 +96,11 @@ def _signs_of_life(file: Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def _touch(file: Path) -> None:
+    with suppress(OSError):
+        os.utime(file)
 
 
 def _lock_file(output: Path) -> Path:

@@ -19,7 +19,7 @@ from deme.job.locks import InUse, locked
 from deme.job.machine import computes_in_bf16
 
 Result = TypeVar("Result")
-POLLED_EVERY = 2.0  # seconds between two looks at another job's lock
+POLLED_EVERY = 2.0  # seconds between two looks at what another job holds
 
 
 def make_accelerator(mixed_precision: str, key: str) -> Accelerator:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DISTANCES = {"inception": inception_frechet_distance, "classifier": frechet_distance}
 BASELINES = ("pretrained", CONTINUED, "ensemble")  # what every row is compared with
-LEAST_KID = 2.0  # standard errors from 0, below which a KID tells nothing
+CLEARLY = 2.0  # standard errors from 0, within which a difference or a KID tells nothing
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Score:
         """Whether the KID differs from 0 by more than its standard error explains, where that is known."""
         if self.kid is None or self.kid_standard_error is None:
             return self.kid is not None
-        return abs(self.kid) > LEAST_KID * self.kid_standard_error
+        return abs(self.kid) > CLEARLY * self.kid_standard_error
 
 
 def score(
@@ -117,7 +117,7 @@ def paired(found: Score, baseline: Score) -> Score:
 
     The standard error is that of the mean of the blocks' differences: the same seeds cancel much of the spread.
     """
-    mean, error = _paired_difference(found.blocks, baseline.blocks)
+    mean, error = paired_difference(found.blocks, baseline.blocks)
     return replace(found, difference=mean, difference_standard_error=error)
 
 
@@ -129,7 +129,7 @@ def compared(found: Score, others: Sequence[Score]) -> Score:
     """
     named = {Path(row.samples).name: row for row in others if row.samples != found.samples}
     differences = {
-        name: Difference(*_paired_difference(found.blocks, named[name].blocks)) for name in BASELINES if name in named
+        name: Difference(*paired_difference(found.blocks, named[name].blocks)) for name in BASELINES if name in named
     }
     return replace(found, differences=differences)
 
@@ -147,11 +147,11 @@ def with_clip(found: Score, of_images: np.ndarray) -> Score:
 
 def paired_clip(found: Score, baseline: Score) -> Score:
     """`paired` of the CLIP scores, for a baseline of the same seeds and prompts."""
-    mean, error = _paired_difference(found.clip_blocks, baseline.clip_blocks)
+    mean, error = paired_difference(found.clip_blocks, baseline.clip_blocks)
     return replace(found, clip_difference=mean, clip_difference_standard_error=error)
 
 
-def _paired_difference(blocks: Sequence[float], baseline: Sequence[float]) -> tuple[float, float | None]:
+def paired_difference(blocks: Sequence[float], baseline: Sequence[float]) -> tuple[float, float | None]:
     """The mean of the blocks' differences, and its standard error."""
     differences = np.subtract(blocks, baseline)
     mean, deviation = mean_and_deviation(differences)

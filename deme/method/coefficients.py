@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from deme.errors import UserError
 
+PUBLISHED = (0.1, 0.1, 0.2, 0.5)  # the paper's for LSUN-Church, of four equal ranges, lowest first
 BLOCK = re.compile(r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")  # how the names of a block's tensors begin
 
 

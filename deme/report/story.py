@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.sections import CONTINUED, DISTILLED, range_name
+from deme.config.sections import CONTINUED, DISTILLED, GRADIENT_PASSES, range_name
 from deme.errors import UserError
 from deme.job.files import read_json, read_yaml
-from deme.measure.scores import Score, load_scores
+from deme.measure.scores import CLEARLY, Score, load_scores
 from deme.models.variants import ORDER
 from deme.report.tables import NAMES, number, score_lines
-
-TRAINING_PASSES = 3  # of an image through the student: forward, and backward for twice as much
-CLEARLY = 2.0  # standard errors
 
 
 @dataclass(frozen=True)
@@ -205,7 +202,7 @@ def passes_of(run: Run) -> Table:
     rows = []
     for curve in run.curves:
         teachers = 0 if curve.name == CONTINUED or config.finetune.consistency_weight == 0 else 1
-        passes = curve.images * (TRAINING_PASSES + max(teachers, curve.name == DISTILLED))
+        passes = curve.images * (GRADIENT_PASSES + max(teachers, curve.name == DISTILLED))
         rows.append([f"training {curve.name}", f"{passes:,}", f"{curve.seconds / 60:.1f}"])
     if run.search_passes is not None:
         rows.append(["search, without its report", f"{run.search_passes:,}", "-"])

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from deme.models.drawing import Drawing
 JACKKNIFE = 8  # parts of the images (Quenouille 1956)
 
 
+@dataclass(frozen=True, eq=False)
 class FrechetDistance:
     """The Fréchet distance of images drawn from given seeds, the same for every candidate; nothing is written.
 
@@ -36,32 +38,17 @@ class FrechetDistance:
         control: features of the pretrained network's images, of the first seeds in order, shape (M, D).
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        drawing: Drawing,
-        space: FeatureSpace,
-        prompts: Sequence[str],
-        resolution: int,
-        control: np.ndarray | None = None,
-    ):
-        self.accelerator = accelerator
-        self.drawing = drawing
-        self.space = space
-        self.prompts = prompts
-        self.resolution = resolution
-        self.control = control
-        self.of_control = None if control is None else statistics(control)
+    accelerator: Accelerator
+    drawing: Drawing
+    space: FeatureSpace
+    prompts: Sequence[str]
+    resolution: int
+    control: np.ndarray | None = None
 
     def with_steps(self, num_inference_steps: int) -> "FrechetDistance":
         """The same with another number of sampling steps, and without a control."""
         settings = replace(self.drawing.settings, num_inference_steps=num_inference_steps)
-        drawing = replace(self.drawing, settings=settings)
-        return FrechetDistance(self.accelerator, drawing, self.space, self.prompts, self.resolution)
-
-    def with_control(self, features: np.ndarray) -> "FrechetDistance":
-        """The same with a control."""
-        return FrechetDistance(self.accelerator, self.drawing, self.space, self.prompts, self.resolution, features)
+        return replace(self, drawing=replace(self.drawing, settings=settings), control=None)
 
     def passes(self, images: int) -> int:
         """UNet passes of so many images."""
@@ -114,12 +101,27 @@ class FrechetDistance:
             return self._at(*statistics(features))
         few = self.control[: len(features)]
         if len(features) <= 2 * features.shape[1]:
-            return self._at(*statistics(features)) - self._at(*statistics(few)) + self._at(*self.of_control)
+            return self._at(*statistics(features)) - self._luck(len(features))
         left_out = [
             self._corrected(*(np.delete(part, np.s_[i::JACKKNIFE], axis=0) for part in (features, few)))
             for i in range(JACKKNIFE)
         ]
         return JACKKNIFE * self._corrected(features, few) - (JACKKNIFE - 1) * float(np.mean(left_out))
+
+    @cached_property
+    def of_control(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and covariance of the control's features."""
+        return statistics(self.control)
+
+    @cached_property
+    def _known_luck(self) -> dict[int, float]:
+        return {}
+
+    def _luck(self, count: int) -> float:
+        """What the distance of the control's first images exceeds that of all by; computed once."""
+        if count not in self._known_luck:
+            self._known_luck[count] = self._at(*statistics(self.control[:count])) - self._at(*self.of_control)
+        return self._known_luck[count]
 
     def _corrected(self, features: np.ndarray, few: np.ndarray) -> float:
         """The distance with the control's correction.

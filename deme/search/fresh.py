@@ -9,14 +9,13 @@ import numpy as np
 from deme.errors import UserError
 from deme.job.files import read_json
 from deme.job.processes import in_main_process
-from deme.measure.scores import Score, load_scores, paired, save_scores, score
+from deme.measure.scores import CLEARLY, Score, load_scores, paired, save_scores, score
+from deme.method.coefficients import PUBLISHED
 from deme.method.sampling import NetworkAt
 from deme.models.inference import freeze
 from deme.models.networks import load_unet
 from deme.search.problem import Problem
-from deme.search.ways import PUBLISHED, Found
-
-CLEARLY = 2.0  # standard errors
+from deme.search.ways import Found
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from deme.config.sections import Search
+from deme.config.sections import GRADIENT_PASSES, Search
 from deme.method.candidates import Candidates
 from deme.search.probes import Squares, weighted_squares
 from deme.search.state import Trace, load_state, save_state
@@ -14,7 +14,6 @@ from deme.search.state import Trace, load_state, save_state
 MEASURED_EVERY = 10  # steps
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-GRADIENT_PASSES = 3  # forward, and backward for twice as much
 
 
 def gradient_descent(

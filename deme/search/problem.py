@@ -14,6 +14,7 @@ from torch import nn
 from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.data.draws import Stream
+from deme.data.examples import load_examples
 from deme.data.prompts import load_prompts
 from deme.errors import naming
 from deme.job.processes import locked_by_all
@@ -32,10 +33,8 @@ from deme.models.weights import load_tensors
 from deme.search.distance import FrechetDistance
 from deme.search.probes import PROBES, Squares, make_squares
 from deme.search.state import load_state, save_state
-from deme.training.examples import load_examples
 
 HELD_OUT_SHARE = 0.25  # of search.images, more of them, which tell the gradient's way when to stop
-ROLES = ("fit", "held-out", "fresh")  # what the images of match and loss are for
 Coefficients = np.ndarray  # float64, shape (groups, ranges)
 
 
@@ -150,7 +149,7 @@ class Problem:
                 drawn = plain.features(self.merged(np.zeros(self.shape)), seeds)
                 found = {"features": torch.from_numpy(drawn)}
                 save_state(self.accelerator, file, found)
-        return plain.with_control(found["features"].numpy())
+        return replace(plain, control=found["features"].numpy())
 
     @cached_property
     def plain_distance(self) -> FrechetDistance:

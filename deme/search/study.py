@@ -3,11 +3,10 @@
 import math
 import os
 import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -22,12 +21,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from deme.data.draws import Stream
 from deme.errors import RunError, UserError, one_line
-from deme.job.processes import in_main_process
+from deme.job.locks import signs_of_life
+from deme.job.processes import POLLED_EVERY, in_main_process
 from deme.search.state import Evaluated
 
 HEARTBEAT = 30  # seconds between two signs of life of a running trial
 GRACE = 300  # seconds without one after which it is taken for dead
-POLLED_EVERY = 2.0  # seconds between two looks at what other jobs are still trying
 SIGMA = 0.25  # of the bounds' distance: CMA-ES's first step size
 PLACE = "place"  # of a trial: which of the candidates it is, in the order of the search
 OWNER = "owner"  # of a trial: the process that tries it
@@ -86,6 +85,7 @@ class Study:
         self.stream = stream
         self.count = count
         self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        self._alive = ExitStack()  # holds the signs of life of the running trial
         self.space = {name: FloatDistribution(*interval) for name in self.names}
 
     # --- what is there
@@ -193,8 +193,7 @@ class Study:
         if trial is None:
             return self._start()
         self.trial = trial
-        self._alive = _signs_of_life(self.storage, self.trial)
-        self._alive.__enter__()
+        self._alive.enter_context(signs_of_life(self._renew, HEARTBEAT))
         return place, np.array([self.trial.params[name] for name in self.names]).reshape(self.shape)
 
     def _begin(self, notes: dict[str, Any]) -> Trial | None:
@@ -217,13 +216,17 @@ class Study:
         return trial
 
     def _tell(self, place: int, coefficients: np.ndarray, value: float, passes: int, said: str) -> None:
-        self._alive.__exit__(None, None, None)
+        self._alive.close()
         with _reaching(), suppress(optuna.exceptions.UpdateFinishedTrialError):  # taken for dead: another job's now
             self.trial.set_user_attr(PASSES, passes)
             self.study.tell(self.trial, value)
         best = min(trial.value for trial in self.trials())
         shown = np.round(coefficients, 3).tolist()[0] if len(coefficients) == 1 else f"{coefficients.size} coefficients"
         print(f"{said} {place + 1} of {self.count}: {value:.4f} at {shown}; the best: {best:.4f}", flush=True)
+
+    def _renew(self) -> None:
+        with suppress(Exception):  # a storage that is not there for a while
+            self.storage.record_heartbeat(self.trial._trial_id)
 
     def _fail_the_dead(self) -> None:
         """Give up the trials of jobs that were killed: at once where they were on this machine."""
@@ -341,24 +344,3 @@ def _has_ended(owner: str) -> bool:
     except PermissionError:
         pass
     return False
-
-
-@contextmanager
-def _signs_of_life(storage: RDBStorage, trial: Trial) -> Iterator[None]:
-    """Tell the storage now and then that a trial is being tried."""
-    done = threading.Event()
-
-    def renew() -> None:
-        while True:
-            with suppress(Exception):  # a storage that is not there for a while
-                storage.record_heartbeat(trial._trial_id)
-            if done.wait(HEARTBEAT):
-                return
-
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

@@ -10,13 +10,13 @@ from optuna.storages import RDBStorage
 from deme.errors import naming
 from deme.job.processes import in_main_process, locked_by_all
 from deme.method.candidates import Candidates
+from deme.method.coefficients import PUBLISHED
 from deme.search.closed_form import closed_form
 from deme.search.gradient import gradient_descent
 from deme.search.problem import Coefficients, Problem
 from deme.search.state import Evaluated
 from deme.search.study import Study, grid_values
 
-PUBLISHED = (0.1, 0.1, 0.2, 0.5)  # of LSUN-Church
 UNIFORM = (0.5, 1.0)  # beside 1 / the number of ranges
 LONGER = 2.0  # the closed form, times this: it matches the experts, whose directions may be worth more
 MOST_COLUMNS = 64  # coefficients up to which their closed form is cheap; with more the gradient is

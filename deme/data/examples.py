@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from deme.config.experiment import Config
@@ -12,8 +11,8 @@ from deme.data.captions import CaptionedImages
 from deme.data.images import CroppedImages, TrainingImages
 from deme.data.latents import INDEX, CachedLatents, count_images, num_parts, write_index, write_part
 from deme.data.sources import load_training_images, split_held_out
-from deme.job.files import make_folder, writing
-from deme.job.processes import in_main_process
+from deme.job.files import make_folder
+from deme.job.processes import in_main_process, locked_by_all
 from deme.job.records import DATA, ENCODER, LATENTS, Record
 from deme.models.encoders import Encoder
 
@@ -66,11 +65,15 @@ def cached_latents(config: Config, encoder: Encoder, made_of: dict[str, str], ac
         **{key: getattr(data, key) for key in KEYS},
     }
     folder = config.paths.latent_cache / Record(LATENTS, made_from).digest
-    lock = FileLock(folder.with_suffix(".lock"))
-    while not in_main_process(accelerator, lambda: _claim(folder, lock)):  # all wait, or a broadcast's time is up
-        accelerator.print(f"{folder}: another job encodes these images; waiting")
-    try:
-        if not (folder / INDEX).exists():
+
+    def is_complete() -> bool:
+        return in_main_process(accelerator, (folder / INDEX).exists)
+
+    if is_complete():
+        return folder
+    with locked_by_all(accelerator, folder, "output_dir", wait=True):
+        if not is_complete():  # as it may be after the wait
+            in_main_process(accelerator, lambda: make_folder(folder, "output_dir"))
             images = load_training_images(data, encoder.image_channels, config.paths.image_cache).training
             pixels = images.images.images  # of all, also those that are held out
             crops = CroppedImages(pixels, data.resolution, data.center_crop, data.random_flip)
@@ -81,22 +84,4 @@ def cached_latents(config: Config, encoder: Encoder, made_of: dict[str, str], ac
             accelerator.wait_for_everyone()
             in_main_process(accelerator, lambda: write_index(folder, len(images), encoder))
             encoder.rest()
-    finally:
-        if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
-            lock.release()
-    accelerator.wait_for_everyone()
     return folder
-
-
-def _claim(folder: Path, lock: FileLock) -> bool:
-    """Whether the folder is this job's to fill, or complete, within a minute."""
-    make_folder(folder, "output_dir")
-    if (folder / INDEX).exists():
-        return True
-    with writing(Path(lock.lock_file)):
-        try:
-            lock.acquire(timeout=60)
-        except Timeout:
-            return False
-    return True

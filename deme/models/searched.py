@@ -1,0 +1,45 @@
+"""Merging coefficients that search.py wrote, and the networks that it found them for."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deme.config.experiment import Config
+from deme.errors import UserError, naming
+from deme.job.files import read_yaml
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a best.yaml holds."""
+
+    file: Path
+    content: dict[str, Any]
+
+    def groups(self, config: Config) -> dict[str, list[float]]:
+        """Name pattern → coefficients, one per range.
+
+        Raises:
+            UserError: no such lists, or of another number of ranges; names the file.
+        """
+        with naming(self.file):
+            merge = replace(config.merge, coefficients=self.content["coefficients"])
+            return replace(config, merge=merge).coefficient_groups
+
+    def is_of(self, pretrained: str, finetuned: list[str]) -> bool:
+        """Whether they were found for networks of these hashes."""
+        return (self.content.get("pretrained"), self.content.get("finetuned")) == (pretrained, finetuned)
+
+
+def read_searched(file: Path) -> Searched:
+    """Read such a file.
+
+    Raises:
+        UserError: there is none, or search.py did not write it.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is missing; search.py makes it")
+    content = read_yaml(file)
+    if not isinstance(content.get("coefficients"), dict):
+        raise UserError(f"{file}: not the coefficients of search.py")
+    return Searched(file, content)
