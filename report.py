@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from deme.report.story import Picture, Run, Section
 
 SHOWN = 8  # seeds of each strip of samples
-DPI = 100
 LARGEST_PAGE = 10_000_000  # bytes
 
 
@@ -76,11 +75,11 @@ def command_line(arguments: list[str]) -> str:
 
 def picture(run: "Run", name: str, figure: "Figure", caption: str) -> "Picture":
     """Write plots/report-NAME.png."""
+    from deme.report.figures import save_figure
     from deme.report.story import Picture
 
     file = run.config.paths.plots / f"report-{name}.png"
-    with atomic_file(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)
+    save_figure(figure, file)
     return Picture(file, caption)
 
 
@@ -171,7 +170,7 @@ def search(run: "Run") -> "Section":
         said = f"Objective {run.search['objective']}: {value:.4f}, the pretrained network's {pretrained:.4f}"
         passes = "" if run.search_passes is None else f"; {run.search_passes:,} UNet passes"
         section.parts.append(f"{said}, where it was searched{passes}.")
-        files = {name: run.config.paths.plots / f"search-{name}.png" for name in captions}
+        files = {name: run.config.paths.search_picture(name) for name in captions}
         section.parts += [Picture(file, captions[name]) for name, file in files.items() if file.is_file()]
         if run.search_scores:
             section.parts.append(score_part(run.search_scores, run.config.evaluate.features))

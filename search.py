@@ -173,7 +173,7 @@ def draw_plots(config: Config, problem: "Problem", found: "Found", fresh: "Fresh
     make_folder(config.paths.plots, "output_dir")
     ranges = list(map(range_name, config.timesteps.ranges))
     files = save_search_plots(
-        config.paths.plots,
+        config.paths.search_picture,
         config.paths.search / "logs",
         [Curve(*curve) for curve in found.curves()],
         found.coefficients,

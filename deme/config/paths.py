@@ -102,6 +102,10 @@ class Paths:
         """The page that report.py makes; the same as Markdown lies beside it."""
         return self.run / "report.html"
 
+    def search_picture(self, name: str) -> Path:
+        """One of search.py's, called as its folder, so that those of several searches stand side by side."""
+        return self.plots / f"{self.search.name}-{name}.png"
+
     @property
     def merged(self) -> Path:
         """The pipeline folder that merge.py makes."""

@@ -11,22 +11,18 @@ from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
 
 from deme.config.sections import CONTINUED, DISTILLED, range_name
-from deme.job.files import atomic_file
 from deme.measure.activation_change import PARTS, change_shares, relative_change
 from deme.measure.conflict import corrected_cosines, measured_cosines, pairs_within, products_of_ranges
 from deme.measure.landscape import CORNERS, axis
 from deme.measure.loss_by_timestep import relative_loss
 from deme.measure.task_vector_statistics import cosines, norms, opposed_shares
+from deme.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILION, save_figure
+from deme.report.figures import SETTINGS as COMMON
 
-matplotlib.use("agg")
-SETTINGS = {"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True}
-SETTINGS |= {"axes.titlesize": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9}
-DPI = 110
-# of Okabe and Ito's palette, which colour-blind readers tell apart; lines and markers differ, too
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
+SETTINGS = COMMON | {"axes.titlesize": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9}
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, GREY, BLACK)  # lines and markers differ, too
 MARKERS = "osD^vPX*"
-MODELS = {"pretrained": "#000000", CONTINUED: "#56B4E9", "ensemble": "#009E73", "merged": "#D55E00"}
-MODELS |= {DISTILLED: "#999999"}
+MODELS = {"pretrained": BLACK, CONTINUED: SKY, "ensemble": GREEN, "merged": VERMILION, DISTILLED: GREY}
 UNKNOWN = "#bbbbbb"  # cells of a heat map that can't be told from noise
 MOST_COLUMNS = 4  # of small pictures side by side
 FARTHEST = 1.5  # from 0, that a noise-corrected cosine is shown; most are in [−1, 1]
@@ -43,8 +39,7 @@ def save_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]]) -> l
     with matplotlib.rc_context(SETTINGS):
         for name, draw in figures.items():
             files.append(folder / f"analysis-{name}.png")
-            with atomic_file(files[-1]) as temporary:
-                draw().savefig(temporary, format="png", dpi=DPI)
+            save_figure(draw(), files[-1])
     return files
 
 

@@ -9,37 +9,28 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from deme.measure.scores import Score
+from deme.report.figures import BLACK, BLUE, GREEN, ORANGE, PINK, SETTINGS, SKY, VERMILION, bars
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's
+COLOURS = (BLUE, VERMILION, GREEN, PINK, SKY, ORANGE, BLACK)
 STYLES = ("-", "--", "-.", ":")
-SETTINGS = {"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True}
-matplotlib.use("agg")
 LEAST_SIDE = 48  # pixels of an image in a strip
 MOST_COMPARED = 2_000  # images among which those that differ most are looked for
 
 
 def results(scores: Sequence[Score], distance: str) -> Figure:
     """Paired differences to the pretrained network with two standard errors; without them, the distances."""
+    paired = [row for row in scores if row.difference is not None]
+    rows = paired or scores
+    if paired:
+        values = [row.difference for row in rows]
+        errors = [2 * (row.difference_standard_error or 0) for row in rows]
+        label = f"{distance} − the pretrained network's (± 2 standard errors; lower is better)"
+    else:
+        values = [row.pooled for row in rows]
+        errors = [row.standard_deviation or 0 for row in rows]
+        label = f"{distance} (± standard deviation of blocks; lower is better)"
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(6.5, 1.3 + 0.4 * len(scores)))
-        axes = figure.subplots()
-        paired = [row for row in scores if row.difference is not None]
-        rows = (paired or list(scores))[::-1]
-        names = [Path(row.samples).name for row in rows]
-        if paired:
-            values = [row.difference for row in rows]
-            errors = [2 * (row.difference_standard_error or 0) for row in rows]
-            label = f"{distance} − the pretrained network's (± 2 standard errors; lower is better)"
-        else:
-            values = [row.pooled for row in rows]
-            errors = [row.standard_deviation or 0 for row in rows]
-            label = f"{distance} (± standard deviation of blocks; lower is better)"
-        colours = [COLOURS[1] if name == "merged" else COLOURS[0] for name in names]
-        axes.barh(range(len(rows)), values, xerr=errors, color=colours, capsize=3)
-        axes.set_yticks(range(len(rows)), names)
-        axes.axvline(0, color="black", linewidth=1)
-        axes.set_xlabel(label)
-        return figure
+        return bars([Path(row.samples).name for row in rows], values, errors, "merged", label)
 
 
 def training_curves(curves: Sequence[tuple[str, Sequence[int], Sequence[float]]]) -> Figure:

@@ -1,7 +1,7 @@
 """Pictures of a search for coefficients: what it cost, what it found, what mattered, what it is worth."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,17 +10,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from deme.job.files import atomic_file
 from deme.measure.scores import Score
+from deme.report.figures import BLUE, SETTINGS, VERMILION, bars, save_figure
 
-matplotlib.use("agg")
-SETTINGS = {"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True}
-COLOUR = "#0072B2"  # of Okabe and Ito's palette, which colour-blind readers tell apart
-BEST = "#D55E00"
 SHOWN_CELLS = 80  # of a heat map, up to which each has its number
 MOST_BARS = 16
 MOST_PAIRED = 5  # coefficients whose pairs are shown
-DPI = 110
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class Curve:
 
 
 def save_search_plots(
-    folder: Path,
+    place: Callable[[str], Path],
     logs: Path,
     curves: Sequence[Curve],
     coefficients: np.ndarray,
@@ -44,9 +39,10 @@ def save_search_plots(
     importance: dict[str, float],
     scores: Sequence[Score],
 ) -> list[Path]:
-    """Write plots/search-cost.png and others, called as the search's folder, and the same for TensorBoard.
+    """Write pictures of a search, and the same for TensorBoard.
 
     Args:
+        place: name of a picture → its file.
         logs: TensorBoard's folder, which is written anew.
         coefficients: the best, shape (groups, ranges).
         tried: names of the coefficients, the candidates of a study (n, P), and their values (n,).
@@ -62,9 +58,8 @@ def save_search_plots(
             figures["fresh"] = fresh_differences(scores)
         files = []
         for name, figure in figures.items():
-            files.append(folder / f"{logs.parent.name}-{name}.png")
-            with atomic_file(files[-1]) as temporary:
-                figure.savefig(temporary, format="png", dpi=DPI)
+            files.append(place(name))
+            save_figure(figure, files[-1])
         shutil.rmtree(logs, ignore_errors=True)
         with SummaryWriter(logs) as writer:
             for curve in curves:
@@ -80,9 +75,9 @@ def cost(curves: Sequence[Curve]) -> Figure:
     figure = Figure(figsize=(4.2 * len(curves), 3.6))
     for axes, curve in zip(np.atleast_1d(figure.subplots(1, len(curves), squeeze=True)), curves, strict=True):
         finite = [value if np.isfinite(value) else np.nan for value in curve.values]
-        axes.plot(curve.passes, finite, "o", color=COLOUR, markersize=4, alpha=0.6, label="candidate")
+        axes.plot(curve.passes, finite, "o", color=BLUE, markersize=4, alpha=0.6, label="candidate")
         least = np.fmin.accumulate(finite)
-        axes.step(curve.passes, least, where="post", color=BEST, label="least so far")
+        axes.step(curve.passes, least, where="post", color=VERMILION, label="least so far")
         axes.set(title=curve.way, xlabel="UNet passes since the start", ylabel=curve.objective)
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
         axes.legend()
@@ -116,7 +111,7 @@ def importances(importance: dict[str, float]) -> Figure:
     chosen = dict(list(importance.items())[:MOST_BARS])
     figure = Figure(figsize=(6.5, 1.4 + 0.3 * len(chosen)))
     axes = figure.subplots()
-    axes.barh(list(chosen)[::-1], list(chosen.values())[::-1], color=COLOUR)
+    axes.barh(list(chosen)[::-1], list(chosen.values())[::-1], color=BLUE)
     axes.set(xlabel="importance (share of the objective's variance)", ylabel="coefficient of")
     return figure
 
@@ -141,7 +136,7 @@ def pairs(names: Sequence[str], candidates: np.ndarray, values: np.ndarray, chos
             x, y = names.index(chosen[column]), names.index(chosen[row + 1])
             points = (candidates[order, x], candidates[order, y])
             dots = axes.scatter(*points, c=values[order], cmap="viridis", vmax=upper, s=18)
-            axes.plot(best[x], best[y], "o", color=BEST, markersize=11, fillstyle="none", markeredgewidth=2)
+            axes.plot(best[x], best[y], "o", color=VERMILION, markersize=11, fillstyle="none", markeredgewidth=2)
             if row == count - 2:
                 axes.set_xlabel(chosen[column])
             if column == 0:
@@ -153,14 +148,11 @@ def pairs(names: Sequence[str], candidates: np.ndarray, values: np.ndarray, chos
 
 def fresh_differences(scores: Sequence[Score]) -> Figure:
     """Paired differences to the pretrained network on fresh seeds, with two standard errors."""
-    rows = [row for row in scores if row.difference is not None][::-1]
-    figure = Figure(figsize=(6.5, 1.4 + 0.4 * len(rows)))
-    axes = figure.subplots()
-    errors = [2 * (row.difference_standard_error or 0) for row in rows]
-    colours = [BEST if row.samples == "best" else COLOUR for row in rows]
-    places = range(len(rows))
-    axes.barh(places, [row.difference for row in rows], xerr=errors, color=colours, capsize=3)
-    axes.set_yticks(places, [row.samples for row in rows])
-    axes.axvline(0, color="black", linewidth=1)
-    axes.set_xlabel("distance − the pretrained network's (fresh seeds; ± 2 standard errors)")
-    return figure
+    rows = [row for row in scores if row.difference is not None]
+    return bars(
+        [row.samples for row in rows],
+        [row.difference for row in rows],
+        [2 * (row.difference_standard_error or 0) for row in rows],
+        "best",
+        "distance − the pretrained network's (fresh seeds; ± 2 standard errors)",
+    )

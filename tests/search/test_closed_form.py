@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import stop_at_write, tiny_unet
 from hypothesis import given
 from hypothesis import strategies as st
 from noisy_images import Linear, linear_candidates, squares
@@ -117,18 +117,10 @@ def test_an_interruption_changes_no_number(tmp_path, monkeypatch, stop):
     objective = squares("match", made, network)
     solving = (objective, made, network, 1e-3, 2, (0.0, 1.5))
     whole = closed_form(*solving, tmp_path / "whole")
-    save, writes = module.save_state, []
-
-    def interrupted(*arguments) -> None:
-        writes.append(1)
-        if len(writes) == stop:
-            raise KeyboardInterrupt
-        save(*arguments)
-
-    monkeypatch.setattr(module, "save_state", interrupted)
+    stop_at_write(monkeypatch, module, stop)
     with pytest.raises(KeyboardInterrupt):
         closed_form(*solving, tmp_path / "parts")
-    monkeypatch.setattr(module, "save_state", save)
+    monkeypatch.undo()
     counted = []
     monkeypatch.setattr(module, "linearized", lambda *a: counted.append(1) or linearized(*a))
     parts = closed_form(*solving, tmp_path / "parts")

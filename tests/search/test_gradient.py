@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from conftest import stop_at_write
 from noisy_images import Linear, linear_candidates, squares
 
 from deme.config.sections import Search
@@ -56,18 +57,10 @@ def test_it_stops_once_the_held_out_images_are_no_better_for_long(tmp_path):
 @pytest.mark.parametrize("stop", [1, 2, 4, 7])
 def test_an_interruption_changes_no_bit(tmp_path, monkeypatch, stop):
     whole = descent(tmp_path / "whole")
-    save, writes = module.save_state, []
-
-    def interrupted(*arguments) -> None:
-        writes.append(1)
-        if len(writes) == stop:
-            raise KeyboardInterrupt
-        save(*arguments)
-
-    monkeypatch.setattr(module, "save_state", interrupted)
+    stop_at_write(monkeypatch, module, stop)
     with pytest.raises(KeyboardInterrupt):
         descent(tmp_path / "parts")
-    monkeypatch.setattr(module, "save_state", save)
+    monkeypatch.undo()
     parts = descent(tmp_path / "parts")
     assert (parts.passes, parts.values) == (whole.passes, whole.values)
     np.testing.assert_array_equal(parts.coefficients, whole.coefficients)
