@@ -26,7 +26,7 @@ from deme.method.coefficients import PUBLISHED
 from deme.models.inputs import Inputs
 from deme.models.pipelines import unet_folder
 from deme.models.searched import read_searched
-from deme.models.variants import find_finetuned, find_pretrained
+from deme.models.variants import MAKERS, find_finetuned, find_pretrained, made_unets
 from deme.models.weights import WEIGHTS
 
 if TYPE_CHECKING:
@@ -89,13 +89,9 @@ def main(config: Config) -> None:
 
 def found_later(config: Config) -> tuple[dict[str, Path], list[str]]:
     """The networks that were made of or beside the experts, by name, and lines that tell which are not there."""
-    places = {
-        CONTINUED: (config.paths.continued, f"finetune.py finetune.range={CONTINUED}"),
-        "merged": (config.paths.merged / "unet", "merge.py"),
-        DISTILLED: (config.paths.distilled, f"finetune.py finetune.range={DISTILLED}"),
-    }
-    found = {name: folder for name, (folder, _) in places.items() if (folder / WEIGHTS).is_file()}
-    return found, [f"{name}, which {maker} makes" for name, (_, maker) in places.items() if name not in found]
+    places = {name: made_unets(name, config.paths)[0] for name in (CONTINUED, "merged", DISTILLED)}
+    found = {name: folder for name, folder in places.items() if (folder / WEIGHTS).is_file()}
+    return found, [f"{name}, which {MAKERS[name]} makes" for name in places if name not in found]
 
 
 def costs(config: Config, later: int) -> dict[str, int]:

@@ -12,6 +12,13 @@ from deme.models.weights import WEIGHTS
 
 ORDER = ("pretrained", CONTINUED, "ensemble", "merged", DISTILLED)  # of the rows of a table; others follow by name
 
+MAKERS = {  # of the models that a run makes: its command
+    CONTINUED: f"finetune.py finetune.range={CONTINUED}",
+    "ensemble": "finetune.py",
+    "merged": "merge.py",
+    DISTILLED: f"finetune.py finetune.range={DISTILLED}",
+}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -27,20 +34,14 @@ def find_variant(model: str, paths: Paths) -> Variant:
     Raises:
         UserError: it is unknown or not made yet; says how it is made.
     """
-    named = {
-        "merged": ([paths.merged / "unet"], "merge.py"),
-        "ensemble": (paths.finetuned, "finetune.py"),
-        CONTINUED: ([paths.continued], f"finetune.py finetune.range={CONTINUED}"),
-        DISTILLED: ([paths.distilled], f"finetune.py finetune.range={DISTILLED}"),
-    }
     if model == "pretrained":
         pipeline = find_pretrained(paths)
         return Variant([unet_folder(pipeline)], pipeline)
-    if model in named:
-        unets, maker = named[model]
+    if model in MAKERS:
+        unets = made_unets(model, paths)
         for folder in unets:
             if not folder.is_dir():
-                raise UserError(f"{folder} is missing; {maker} makes it")
+                raise UserError(f"{folder} is missing; {MAKERS[model]} makes it")
         return Variant(unets, find_pipeline(str(paths.merged)) if model == "merged" else find_pretrained(paths))
     folder = Path(model)
     if (folder / "unet").is_dir():
@@ -49,6 +50,16 @@ def find_variant(model: str, paths: Paths) -> Variant:
     if (folder / "config.json").is_file():
         return Variant([folder], find_pretrained(paths))
     raise UserError(f"not {', '.join(ORDER)}, or a folder that holds a UNet")
+
+
+def made_unets(model: str, paths: Paths) -> list[Path]:
+    """Where the UNet folders of a model of MAKERS lie, made or not."""
+    return {
+        CONTINUED: [paths.continued],
+        "ensemble": paths.finetuned,
+        "merged": [paths.merged / "unet"],
+        DISTILLED: [paths.distilled],
+    }[model]
 
 
 def find_finetuned(paths: Paths) -> list[Path]:

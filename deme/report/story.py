@@ -11,7 +11,7 @@ from deme.config.sections import CONTINUED, DISTILLED, GRADIENT_PASSES, range_na
 from deme.errors import UserError
 from deme.job.files import read_json, read_yaml
 from deme.measure.scores import CLEARLY, Score, load_scores
-from deme.models.variants import ORDER
+from deme.models.variants import MAKERS, ORDER, made_unets
 from deme.report.tables import NAMES, number, score_lines
 
 
@@ -157,13 +157,13 @@ def missing_stages(run: Run) -> Iterator[Missing]:
     for k, timestep_range in enumerate(run.config.timesteps.ranges):
         if range_name(timestep_range) not in trained and not paths.finetuned[k].is_dir():
             yield Missing(f"the expert of timesteps {range_name(timestep_range)}", f"finetune.py finetune.range={k}")
-    for name, folder in ((CONTINUED, paths.continued), (DISTILLED, paths.distilled)):
-        if not folder.is_dir():
-            yield Missing(name, f"finetune.py finetune.range={name}")
+    for name in (CONTINUED, DISTILLED):
+        if not made_unets(name, paths)[0].is_dir():
+            yield Missing(name, MAKERS[name])
     if run.search is None:
         yield Missing("the search for coefficients", "search.py")
     if run.coefficients is None:
-        yield Missing("the merged network", "merge.py")
+        yield Missing("the merged network", MAKERS["merged"])
     for name in ORDER:
         if paths.all_samples / name not in run.samples:
             yield Missing(f"samples of {name}", f"sample_ddp.py sample.model={name}")
