@@ -66,6 +66,8 @@ def main(config: Config) -> None:
         with naming("merge.coefficients", config.merge.coefficients):
             searched = read_searched(file)
         groups = searched.groups(config)
+        if config.merge.method == "ties":
+            print(f"{file}: found for the sum of task vectors, used with merge.method=ties")
     check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
     networks = [unet_folder(pretrained), *inputs]
     sources = Inputs(pretrained, networks)

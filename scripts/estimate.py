@@ -29,6 +29,7 @@ HALF = 2  # bytes, of latents that a GPU encodes
 TOKENS = 77  # of a caption
 PNG_SHARE = 0.75  # of the raw pixels
 DISK_BLOCK = 4096  # bytes: the least that a file takes
+REPORTED = 6  # models that a search's report compares, at most
 ASPECT_RATIO = 4 / 3  # of photographs
 
 
@@ -78,7 +79,9 @@ def main(config: Config) -> None:
     passes = 3 + (config.finetune.consistency_weight > 0) + config.finetune.gradient_checkpointing
     steps = ranges * config.finetune.max_steps
     seen = steps * config.finetune.batch_size
-    calls = config.sample.num_inference_steps * (1 + (takes_text(pretrained) and config.sample.guidance_scale != 1))
+    per_step = 1 + (takes_text(pretrained) and config.sample.guidance_scale != 1)
+    calls, short = (part.num_inference_steps * per_step for part in (config.sample, config.search))
+    searched, reported = searched_images(config)
     count = models * config.sample.num_images
     distilled = has_distilled * config.distill.max_steps * config.finetune.batch_size
     coded = images * config.data.cached_views if config.data.cache_latents else seen * (1 + has_control) + distilled
@@ -87,14 +90,29 @@ def main(config: Config) -> None:
         "the control, as many": seen * (3 + config.finetune.gradient_checkpointing) * flops * has_control,
         "distilling, each image through its expert": distilled * (4 + config.finetune.gradient_checkpointing) * flops,
         "encoding images": coded * coding,
+        f"searching, {searched:,} images of candidates": searched * (short * flops + coding),
+        f"reporting on the search, {reported:,} images": reported * (calls * flops + coding),
         f"drawing {count:,} images": count * (calls * flops + coding),
-        "statistics and FID": (images + count) * INCEPTION_FLOPS,
+        "statistics and FID": (images + count + searched + reported) * INCEPTION_FLOPS,
     }
     work = {name: operations for name, operations in work.items() if operations > 0}
     for name, operations in work.items():
         print(f"{operations / rate / 3600:9.2f} GPU hours  {name}")
     total = sum(work.values()) / rate / 3600
     print(f"{total:9.2f} GPU hours together, at a guessed {rate / 1e12:g} TFLOP/s (GPU_TFLOPS sets another rate)")
+
+
+def searched_images(config: Config) -> tuple[int, int]:
+    """Images that search.py draws to find the coefficients, and those of its report."""
+    search = config.search
+    if not config.paths.searched:
+        return 0, 0
+    drawn = search.control_images + search.trials * search.num_images
+    if search.method == "multi_fidelity":
+        drawn += search.finalists * search.finalist_images
+    elif search.objective != "fd":
+        drawn = 0
+    return drawn, search.report_images * REPORTED
 
 
 def from_environment(name: str, default: float) -> float:

@@ -21,6 +21,7 @@ REPORT_BLOCKS = 5  # of the images of a search's report, where evaluate.blocks=1
 ANALYSES = ("gradient_conflict", "loss_by_timestep", "task_vectors", "landscape", "activation_change")
 LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 PRECISIONS = ("no", "fp16", "bf16")
+TRACKERS = ("tensorboard", "wandb")
 PREVIEW_PROMPTS = (  # for text-to-image models, of the things that they find hard
     "a photograph of an astronaut riding a horse",
     "a red cube on top of a blue sphere",
@@ -128,6 +129,7 @@ class Training(Section):
     caption_dropout: float = 0.1  # probability that an image's caption is empty, for classifier-free guidance
     gradient_checkpointing: bool = False  # less memory for up to a third more time; the weights are the same
     log_every: int = 50  # optimizer steps
+    log_with: list[str] = field(default_factory=lambda: ["tensorboard"])  # beside log.jsonl; of TRACKERS
     checkpoint_every: int = 5000  # optimizer steps
     checkpoints_kept: int = 2
     preview_every: Optional[int] = None  # optimizer steps; null: no previews
@@ -143,6 +145,7 @@ class Training(Section):
         self.check("adam_beta2", self.adam_beta2 < 1, "must be below 1")
         self.check("preview_prompts", len(self.preview_prompts) > 0, "must not be empty")
         self.check_choice("mixed_precision", PRECISIONS)
+        self.check("log_with", set(self.log_with) <= set(TRACKERS), f"must be a list of {', '.join(TRACKERS)}")
         self.check_choice("lr_scheduler", LR_SCHEDULERS)
         warms_up = self.lr_scheduler != "constant" or self.lr_warmup_steps == 0
         self.check("lr_warmup_steps", warms_up, f"{self.section}.lr_scheduler=constant has no warm-up")

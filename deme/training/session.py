@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ FREE_KEYS = (  # of the sections data, pretrain and finetune: may change in the 
     "gradient_checkpointing",
     "max_minutes",
     "log_every",
+    "log_with",
     "checkpoint_every",
     "checkpoints_kept",
     "preview_every",
@@ -55,11 +57,16 @@ class Session:
 
     Args:
         settings: config.pretrain or config.finetune.
+
+    Raises:
+        UserError: a tracker is not installed.
     """
 
     def __init__(self, config: Config, settings: Training):
         self.config = config
         self.settings = settings
+        there = "wandb" not in settings.log_with or find_spec("wandb") is not None
+        settings.check("log_with", there, "Weights & Biases is not installed: pip install wandb")
         self.deadline = None if settings.max_minutes is None else time.monotonic() + 60 * settings.max_minutes
 
     def run(

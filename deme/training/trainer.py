@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import NoReturn
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from deme.config.sections import Training
 from deme.data.draws import Stream
 from deme.data.images import Examples, MicroBatch, MicroBatches
-from deme.errors import RunError
+from deme.errors import RunError, naming
 from deme.job.machine import keep_freed_memory, peak_memory
 from deme.job.processes import Agreement, in_main_process
 from deme.job.signals import Interrupted, noted_signals
@@ -88,7 +88,7 @@ class Networks:
 
 
 class Trainer:
-    """One training run in `folder`: checkpoints/, previews/, TensorBoard logs/ and log.jsonl.
+    """One training run in `folder`: checkpoints/, previews/, log.jsonl and the trackers' files.
 
     Args:
         held_out: images whose loss is measured, and may end the training.
@@ -272,7 +272,8 @@ class Trainer:
             if found is not None:
                 print(f"{self.objective.name}: resuming from {found}")
                 self.writer.delete_older(found)  # where a kill came between the last one and that
-            self.log = RunLog(self.folder, self.state.step)
+            with naming(f"{self.settings.section}.log_with", self.settings.log_with):
+                self.log = RunLog(self.folder, self.state.step, self.settings.log_with, asdict(self.settings))
 
         in_main_process(self.accelerator, open_log)
 
