@@ -3,6 +3,8 @@
     accelerate launch finetune.py                            # every range in turn
     accelerate launch finetune.py finetune.range=2           # one, counted from 0: a cluster runs them in parallel
     accelerate launch finetune.py finetune.range=continued   # the control: plain training on all timesteps, equal cost
+    accelerate launch finetune.py finetune.range=min_snr     # a baseline: the control with another weighting of the
+                                                             # loss; or snr_plus_one, truncated_snr, p2, ant_uw
     accelerate launch finetune.py finetune.range=distilled   # after merge.py: the merged network, held to all experts
 
 Writes runs/<name>/finetuned/0000-0250/unet/ and so on (EMA weights); checkpoints, logs and previews lie beside it.
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.config.sections import CONTINUED, DISTILLED, Finetune, range_name
+from deme.config.sections import ANT_UW, BASELINES, CONTINUED, DISTILLED, Finetune, range_name
 from deme.errors import UserError, naming
 from deme.job.command import run_script
 from deme.job.files import sha256
@@ -43,6 +45,7 @@ class Task:
     is_projected: bool
     start: str = PRETRAINED  # the model that it starts from
     is_held_to_experts: bool = False  # each part of a micro-batch to that of its range, and to nothing else
+    uncertainty_learning_rate: float | None = None  # of learned weights of the ranges; None: there are none
     names: dict[str, str] = field(default_factory=dict)  # of settings that do not come from `finetune`
 
 
@@ -52,12 +55,23 @@ def expert(config: Config, timestep_range: tuple[int, int]) -> Task:
     return Task(range_name(timestep_range), stream, config.finetune, [timestep_range], config.model.projection)
 
 
-def control(config: Config) -> Task:
-    """Plain training on all timesteps with the plain loss, for as many steps as all ranges together."""
+def control(config: Config, name: str = CONTINUED) -> Task:
+    """The control, or a baseline: training on all timesteps without a teacher, at the cost of all ranges together.
+
+    All of them see the same images, and but for ANT-UW, whose timesteps are spread over the ranges, the same timesteps
+    and noise.
+    """
     steps = len(config.timesteps.ranges) * config.finetune.max_steps
     settings = replace(config.finetune, max_steps=steps, global_probability=1.0, consistency_weight=0.0)
-    all_timesteps = (0, config.timesteps.num_train_timesteps)
-    return Task(CONTINUED, (config.seed, 1), settings, [all_timesteps], is_projected=False)
+    task = Task(name, (config.seed, 1), settings, [(0, config.timesteps.num_train_timesteps)], is_projected=False)
+    if name == ANT_UW:
+        return replace(
+            task,
+            settings=replace(settings, global_probability=0.0, loss_weighting=None),
+            ranges=config.timesteps.ranges,
+            uncertainty_learning_rate=config.finetune.uncertainty_learning_rate,
+        )
+    return task if name == CONTINUED else replace(task, settings=replace(settings, loss_weighting=name))
 
 
 def distillation(config: Config) -> Task:
@@ -66,7 +80,7 @@ def distillation(config: Config) -> Task:
     return Task(
         DISTILLED,
         (config.seed, 4),
-        replace(config.finetune, max_steps=steps, global_probability=0.0, consistency_weight=1.0),
+        replace(config.finetune, max_steps=steps, global_probability=0.0, consistency_weight=1.0, loss_weighting=None),
         config.timesteps.ranges,
         config.model.projection,
         start=MERGED,
@@ -79,8 +93,8 @@ def chosen_tasks(config: Config) -> list[Task]:
     """What this command trains; all of them start from the same network."""
     chosen = config.finetune.range
     ranges = config.timesteps.ranges
-    if chosen == CONTINUED:
-        return [control(config)]
+    if chosen in (CONTINUED, *BASELINES):
+        return [control(config, chosen)]
     if chosen == DISTILLED:
         return [distillation(config)]
     return [expert(config, timestep_range) for timestep_range in (ranges if chosen is None else [ranges[chosen]])]
@@ -101,6 +115,9 @@ def run_of(session: Session, task: Task, hashes: dict[str, str]) -> Run:
     """
     folder = session.config.paths.finetuning(task.name)
     others = {"finetune.range": task.name, "model.projection": task.is_projected, **hashes}
+    if task.uncertainty_learning_rate is not None:
+        others["finetune.uncertainty_learning_rate"] = task.uncertainty_learning_rate
+        others["timestep ranges"] = [list(edges) for edges in task.ranges]
     return session.run(folder, folder / "unet", task.settings, others, task.names)
 
 
@@ -213,6 +230,7 @@ def finetune(session: Session, task: Task, run: Run, loaded: "Networks", images:
         global_probability=settings.global_probability,
         denoising_weight=0.0 if task.is_held_to_experts else 1.0,
         consistency_weight=settings.consistency_weight,
+        uncertainty_learning_rate=task.uncertainty_learning_rate,
     )
 
     # --- train; the output holds the EMA weights

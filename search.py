@@ -107,7 +107,7 @@ def main(config: Config) -> None:
         accelerator.print(f"wrote {config.paths.best_coefficients}")
 
         # --- is it any good?
-        beside = {"coefficients": answer["coefficients"], "passes": found.evaluated[-1].passes} | provenance(config)
+        beside = {"coefficients": answer["coefficients"]} | provenance(config)
         scored = {"images": settings.report_images, "blocks": config.report_blocks}
         scored["steps"] = config.sample.num_inference_steps
         scored["continued"] = weights_hash(config.paths.continued) if config.paths.continued.is_dir() else None
@@ -155,13 +155,14 @@ def claim(output: Path, wanted: Record) -> None:
 
 
 def best_yaml(problem: "Problem", found: "Found", weights: dict[str, Any]) -> dict[str, Any]:
-    """The content of best.yaml: the coefficients by name pattern, and what they are of."""
+    """The content of best.yaml: the coefficients by name pattern, what they are of, and the UNet passes they took."""
     rows = zip(problem.patterns, found.coefficients.tolist(), strict=True)
     return {
         "coefficients": dict(rows),
         "objective": found.objective,
         "value": found.value,
         "value of the pretrained network": found.pretrained,
+        "passes": found.evaluated[-1].passes,
         **weights,
     }
 

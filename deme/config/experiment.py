@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deme.config.paths import Paths
-from deme.config.section import Section
+from deme.config.section import Section, one_of
 from deme.config.sections import (
-    CONTINUED,
+    ANT_UW,
     DISTILLED,
     LEAST_CLASSIFIED,
+    NAMED_TRAININGS,
     REPORT_BLOCKS,
     Analyze,
     Data,
@@ -49,12 +50,12 @@ class Config(Section):
         count = len(self.timesteps.ranges)
         chosen = self.finetune.range
         is_range = isinstance(chosen, int) and 0 <= chosen < count
-        named = chosen in (None, CONTINUED, DISTILLED)
-        rule = f"must be null, {CONTINUED}, {DISTILLED}, or one of 0 … {count - 1}"
-        self.finetune.check("range", named or is_range, rule)
+        named = chosen is None or chosen in NAMED_TRAININGS
+        words = ("null", f"0 … {count - 1}", *NAMED_TRAININGS)
+        self.finetune.check("range", named or is_range, one_of(words, chosen))
         part = "batch_size" if self.finetune.micro_batch_size is None else "micro_batch_size"
-        enough = chosen != DISTILLED or getattr(self.finetune, part) >= count
-        self.finetune.check(part, enough, f"finetune.range={DISTILLED} spreads it over {count} timestep ranges")
+        enough = chosen not in (DISTILLED, ANT_UW) or getattr(self.finetune, part) >= count
+        self.finetune.check(part, enough, f"finetune.range={chosen} spreads it over {count} timestep ranges")
         measured = self.pretrain.patience is None or self.data.held_out_images > 0
         self.pretrain.check("patience", measured, "needs data.held_out_images above 0")
         total = self.timesteps.num_train_timesteps

@@ -1,6 +1,8 @@
 """What the sections of a configuration share: checks whose errors name the key and its value."""
 
 import math
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import ClassVar
 
 from deme.errors import UserError, shown
@@ -49,4 +51,10 @@ class Section:
 
     def check_choice(self, key: str, choices: tuple[str, ...]) -> None:
         """The key is one of a few words."""
-        self.check(key, getattr(self, key) in choices, f"must be one of {', '.join(choices)}")
+        self.check(key, getattr(self, key) in choices, one_of(choices, getattr(self, key)))
+
+
+def one_of(choices: Iterable[str], given: object) -> str:
+    """The rule that something is one of these words, with the one that was probably meant."""
+    near = get_close_matches(str(given), choices, 1)
+    return f"must be one of {', '.join(choices)}" + "".join(f"; did you mean {word}?" for word in near)

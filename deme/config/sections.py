@@ -14,8 +14,13 @@ from deme.config.section import Section
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
 CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # that of the paper's text-to-image scores
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
-CONTINUED = "continued"  # the control of `finetune.range`: plain training on all timesteps at the ranges' total cost
-DISTILLED = "distilled"  # one more: the merged network, trained to match each range's expert in its range
+WEIGHTINGS = ("constant", "snr_plus_one", "truncated_snr", "min_snr", "p2")  # of the loss by timestep
+# what `finetune.range` takes beside a range
+CONTINUED = "continued"  # the control: plain training on all timesteps at the ranges' total cost
+ANT_UW = "ant_uw"  # the same with learned weights of the timestep ranges
+BASELINES = (*WEIGHTINGS[1:], ANT_UW)  # the control with another weighting of the loss: the paper's table 1
+DISTILLED = "distilled"  # the merged network, trained to match each range's expert in its range
+NAMED_TRAININGS = (CONTINUED, *BASELINES, DISTILLED)
 REPORT_BLOCKS = 5  # of the images of a search's report, where evaluate.blocks=1 gives no standard error
 # of analyze.py
 ANALYSES = ("gradient_conflict", "loss_by_timestep", "task_vectors", "landscape", "activation_change")
@@ -126,6 +131,12 @@ class Training(Section):
     ema_inv_gamma: float = 1.0
     ema_power: float = 0.75
     mixed_precision: str = "no"  # no, fp16 or bf16
+    loss_weighting: Optional[str] = None  # one of WEIGHTINGS; null: the mean squared error of what is predicted
+    min_snr_gamma: float = 5.0
+    p2_k: float = 1.0
+    p2_gamma: float = 1.0
+    normalize_loss_weighting: bool = True  # divide the weights by their mean over all timesteps
+    antithetic: bool = True  # draw timesteps in mirrored pairs
     caption_dropout: float = 0.1  # probability that an image's caption is empty, for classifier-free guidance
     gradient_checkpointing: bool = False  # less memory for up to a third more time; the weights are the same
     log_every: int = 50  # optimizer steps
@@ -139,6 +150,7 @@ class Training(Section):
         self.check_positive("max_steps", "max_minutes", "batch_size", "micro_batch_size", "learning_rate")
         self.check_positive("adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power")
         self.check_positive("log_every", "checkpoint_every", "checkpoints_kept", "preview_every")
+        self.check_positive("min_snr_gamma", "p2_k", "p2_gamma")
         self.check_not_negative("lr_warmup_steps", "adam_weight_decay")
         self.check_fraction("ema_decay", "adam_beta1", "adam_beta2", "caption_dropout")
         self.check("adam_beta1", self.adam_beta1 < 1, "must be below 1")
@@ -147,6 +159,8 @@ class Training(Section):
         self.check_choice("mixed_precision", PRECISIONS)
         self.check("log_with", set(self.log_with) <= set(TRACKERS), f"must be a list of {', '.join(TRACKERS)}")
         self.check_choice("lr_scheduler", LR_SCHEDULERS)
+        if self.loss_weighting is not None:
+            self.check_choice("loss_weighting", WEIGHTINGS)
         warms_up = self.lr_scheduler != "constant" or self.lr_warmup_steps == 0
         self.check("lr_warmup_steps", warms_up, f"{self.section}.lr_scheduler=constant has no warm-up")
         above_end = self.lr_scheduler != "polynomial" or self.learning_rate > POLYNOMIAL_END
@@ -192,15 +206,17 @@ class Pretrain(Training):
 
 @dataclass(frozen=True)
 class Finetune(Training):
-    """Training the copy of a range, or the control."""
+    """Training the copy of a range, the control or a baseline."""
 
     section: ClassVar[str] = "finetune"
-    range: Union[int, str, None] = None  # null: every range in turn; 0, 1, …: that one; continued; distilled
+    range: Union[int, str, None] = None  # null: every range in turn; 0, 1, …: that one; or one of NAMED_TRAININGS
     global_probability: float = 0.3  # p: chance that a micro-batch draws its timesteps from all of [0, T)
     consistency_weight: float = 1.0  # λ
+    uncertainty_learning_rate: float = 0.025  # of ant_uw's weights, which follow lr_scheduler too
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_positive("uncertainty_learning_rate")
         self.check_fraction("global_probability")
         self.check_not_negative("consistency_weight")
 

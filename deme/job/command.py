@@ -1,7 +1,6 @@
 """A script's command line, and how it ends: whatever goes wrong, in one line."""
 
 import argparse
-import ctypes
 import json
 import os
 import signal
@@ -19,7 +18,7 @@ from deme.config.paths import Paths
 from deme.config.reading import load_config
 from deme.errors import RunError, UserError, one_line
 from deme.job.files import REPOSITORY, to_yaml
-from deme.job.signals import SIGNALS, Interrupted, ignore_signals, raise_interrupted, stopped_by
+from deme.job.signals import SIGNALS, Interrupted, end_with_parent, ignore_signals, raise_interrupted, stopped_by
 
 
 def run_script(description: str, plan: Callable[[Config], str], main: Callable[[Config], None]) -> None:
@@ -134,12 +133,11 @@ def _write_traceback(folder: Path | None) -> Path:
 
 
 def _end_with_launcher() -> None:
-    """Have Linux send SIGTERM when the launcher is gone: a worker left alone would train on, and hold its lock."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+    """End a worker with its launcher."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    end_with_parent()
     if os.getppid() != launcher:  # it went in between
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,6 +1,8 @@
 """Being stopped: SIGTERM (preemption) and Ctrl-C end a script with one line and the status that shells expect."""
 
+import ctypes
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -35,6 +37,13 @@ def ignore_signals() -> None:
     """Let nothing interrupt what follows."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_parent() -> None:
+    """Have Linux send SIGTERM when the parent is gone: a process left alone would train on, and hold its lock."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 @contextmanager

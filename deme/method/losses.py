@@ -1,6 +1,6 @@
 """The training objective: the denoising loss plus the paper's consistency loss against the teacher."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ def decoupled_loss(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     condition: Mapping[str, torch.Tensor],
+    weighting: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two terms of the objective, each a float32 scalar: denoising loss, consistency loss.
 
@@ -52,10 +53,15 @@ def decoupled_loss(
         noise: standard normal, same shape.
         timesteps: int64, shape (B,).
         condition: what both networks are told beside, by the name of their argument.
+        weighting: squared errors of the images, shape (B,), and timesteps → the denoising loss; None: their mean.
     """
     noisy = scheduler.add_noise(clean, noise, timesteps)
     prediction = student(noisy, timesteps, **condition, return_dict=False)[0].float()
-    denoising = F.mse_loss(prediction, prediction_target(scheduler, clean, noise, timesteps))
+    target = prediction_target(scheduler, clean, noise, timesteps)
+    if weighting is None:
+        denoising = F.mse_loss(prediction, target)
+    else:
+        denoising = weighting((prediction - target).square().flatten(1).mean(1), timesteps)
     if teacher is None:
         return denoising, torch.zeros_like(denoising)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Drawing timesteps for one micro-batch: the paper's probabilistic sampling strategy, and antithetic pairs.
 
-A micro-batch spread over several ranges at once is ours: `finetune.range=distilled` needs it.
+A micro-batch spread over several ranges at once serves `finetune.range=distilled`, which is ours, and ANT-UW.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,23 @@ Range = tuple[int, int]  # [low, high)
 
 
 def sample_timesteps(
-    batch_size: int, low: int, high: int, device: torch.device | str, generator: torch.Generator | None = None
+    batch_size: int,
+    low: int,
+    high: int,
+    device: torch.device | str,
+    generator: torch.Generator | None = None,
+    antithetic: bool = True,
 ) -> torch.Tensor:
     """Antithetic timesteps in [low, high): int64, shape (batch_size,).
 
     The first ⌈batch_size/2⌉ are uniform; the other ⌊batch_size/2⌋ are mirror images of the first of them in the
     interval, t' = low + high − 1 − t, so that each pair's mean is the interval's.
+
+    Args:
+        antithetic: False: all are uniform, and independent.
     """
+    if not antithetic:
+        return torch.randint(low, high, (batch_size,), device=device, generator=generator)
     uniform = torch.randint(low, high, (batch_size - batch_size // 2,), device=device, generator=generator)
     return torch.cat([uniform, low + high - 1 - uniform[: batch_size // 2]])
 
@@ -39,14 +49,19 @@ def even_sizes(total: int, parts: int) -> list[int]:
 
 
 def spread_timesteps(
-    batch_size: int, ranges: Sequence[Range], device: torch.device | str, generator: torch.Generator | None = None
+    batch_size: int,
+    ranges: Sequence[Range],
+    device: torch.device | str,
+    generator: torch.Generator | None = None,
+    antithetic: bool = True,
 ) -> torch.Tensor:
     """Timesteps of a batch whose consecutive parts, of even sizes, each have their own range: int64, (batch_size,).
 
-    They are antithetic within each part; with one range they are those of `sample_timesteps`.
+    Each part's are those of `sample_timesteps`.
     """
     sizes = even_sizes(batch_size, len(ranges))
     parts = [
-        sample_timesteps(size, low, high, device, generator) for size, (low, high) in zip(sizes, ranges, strict=True)
+        sample_timesteps(size, low, high, device, generator, antithetic)
+        for size, (low, high) in zip(sizes, ranges, strict=True)
     ]
     return torch.cat(parts)

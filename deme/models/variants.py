@@ -1,22 +1,22 @@
-"""The models of a run that can be sampled: pretrained, continued (the control), ensemble, merged,
+"""The models of a run that can be sampled: pretrained, continued (the control), the baselines, ensemble, merged,
 distilled, or any folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from deme.config.paths import Paths
-from deme.config.sections import CONTINUED, DISTILLED
+from deme.config.sections import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.errors import UserError, naming
 from deme.models.pipelines import find_pipeline, unet_folder
 from deme.models.weights import WEIGHTS
 
-ORDER = ("pretrained", CONTINUED, "ensemble", "merged", DISTILLED)  # of the rows of a table; others follow by name
+# of the rows of a table; others follow by name
+ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED)
 
 MAKERS = {  # of the models that a run makes: its command
-    CONTINUED: f"finetune.py finetune.range={CONTINUED}",
+    **{name: f"finetune.py finetune.range={name}" for name in NAMED_TRAININGS},
     "ensemble": "finetune.py",
     "merged": "merge.py",
-    DISTILLED: f"finetune.py finetune.range={DISTILLED}",
 }
 
 
@@ -54,12 +54,9 @@ def find_variant(model: str, paths: Paths) -> Variant:
 
 def made_unets(model: str, paths: Paths) -> list[Path]:
     """Where the UNet folders of a model of MAKERS lie, made or not."""
-    return {
-        CONTINUED: [paths.continued],
-        "ensemble": paths.finetuned,
-        "merged": [paths.merged / "unet"],
-        DISTILLED: [paths.distilled],
-    }[model]
+    if model == "ensemble":
+        return paths.finetuned
+    return [(paths.merged if model == "merged" else paths.finetuning(model)) / "unet"]
 
 
 def find_finetuned(paths: Paths) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.sections import CONTINUED, DISTILLED, GRADIENT_PASSES, range_name
+from deme.config.sections import BASELINES, CONTINUED, DISTILLED, GRADIENT_PASSES, NAMED_TRAININGS, range_name
 from deme.errors import UserError
 from deme.job.files import read_json, read_yaml
 from deme.measure.scores import CLEARLY, Score, load_scores
@@ -65,6 +65,12 @@ class Curve:
     seconds: float  # wall time of all steps, without what stands between them
     images: int  # seen in training
 
+    def passes(self, config: Config) -> int:
+        """UNet passes of the training so far: a gradient's for each image, and one of its teacher where it has one."""
+        is_expert = self.name in map(range_name, config.timesteps.ranges)
+        has_teacher = self.name == DISTILLED or (is_expert and config.finetune.consistency_weight > 0)
+        return self.images * (GRADIENT_PASSES + has_teacher)
+
 
 @dataclass
 class Story:
@@ -100,7 +106,7 @@ def read_run(config: Config, options: str) -> Run:
         UserError: a damaged file; names it.
     """
     paths = config.paths
-    names = [*map(range_name, config.timesteps.ranges), CONTINUED, DISTILLED]
+    names = [*map(range_name, config.timesteps.ranges), *NAMED_TRAININGS]
     logs = {name: paths.finetuning(name) / "log.jsonl" for name in names}
     curves = [read_curve(name, file, config.finetune.batch_size) for name, file in logs.items() if file.is_file()]
     features, scores = load_scores(paths.results) if paths.results.is_file() else (None, [])
@@ -108,10 +114,7 @@ def read_run(config: Config, options: str) -> Run:
     merged = read_yaml(merge) if merge.is_file() else {}
     best = read_yaml(paths.best_coefficients) if paths.best_coefficients.is_file() else None
     report = paths.search / "report.json"
-    fresh, passes = [], None
-    if report.is_file():
-        fresh = load_scores(report)[1]
-        passes = read_json(report).get("passes")
+    fresh = load_scores(report)[1] if report.is_file() else []
     samples = [paths.all_samples / name for name in ORDER if (paths.all_samples / name).is_dir()]
     analyses = sorted(paths.plots.glob("analysis-*.png"))
     provenance = read_json(paths.results) if scores else merged
@@ -124,7 +127,7 @@ def read_run(config: Config, options: str) -> Run:
         merged.get("coefficients"),
         best,
         fresh,
-        passes,
+        None if best is None else best.get("passes"),
         samples,
         analyses,
         provenance,
@@ -165,7 +168,7 @@ def missing_stages(run: Run) -> Iterator[Missing]:
     if run.coefficients is None:
         yield Missing("the merged network", MAKERS["merged"])
     for name in ORDER:
-        if paths.all_samples / name not in run.samples:
+        if name not in BASELINES and paths.all_samples / name not in run.samples:
             yield Missing(f"samples of {name}", f"sample_ddp.py sample.model={name}")
     if not run.scores:
         yield Missing("scores", "evaluate.py")
@@ -199,11 +202,9 @@ def verdict(scores: Sequence[Score], features: str) -> str:
 def passes_of(run: Run) -> Table:
     """The cost of each stage, in images through the UNet and in hours of training as logged."""
     config = run.config
-    rows = []
-    for curve in run.curves:
-        teachers = 0 if curve.name == CONTINUED or config.finetune.consistency_weight == 0 else 1
-        passes = curve.images * (GRADIENT_PASSES + max(teachers, curve.name == DISTILLED))
-        rows.append([f"training {curve.name}", f"{passes:,}", f"{curve.seconds / 60:.1f}"])
+    rows = [
+        [f"training {curve.name}", f"{curve.passes(config):,}", f"{curve.seconds / 60:.1f}"] for curve in run.curves
+    ]
     if run.search_passes is not None:
         rows.append(["search, without its report", f"{run.search_passes:,}", "-"])
     for row in run.scores:

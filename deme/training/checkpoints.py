@@ -26,6 +26,7 @@ WRONG = (ValueError, TypeError, AttributeError, RuntimeError)  # as damaged cont
 STUDENT = "student.safetensors"
 EMA = "ema.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+WEIGHTING = "loss_weighting.safetensors"  # where it is learned
 STATE = "state.json"
 SCALARS = ("step", "skipped_steps", "lowest_held_out_loss", "held_out_losses_since")  # of TrainingState
 
@@ -38,10 +39,17 @@ class TrainingState:
     ema: EMAModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None  # fp16's loss scale
+    weighting: nn.Module | None = None  # of the loss, where it is learned
     step: int = 0  # optimizer steps done
     skipped_steps: int = 0  # fp16: steps skipped in a row
     lowest_held_out_loss: float | None = None
     held_out_losses_since: int = 0  # measured since the lowest one
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All parameters that the optimizer trains, in its order."""
+        weights = {} if self.weighting is None else dict(self.weighting.named_parameters(prefix="loss_weighting"))
+        return dict(self.student.named_parameters()) | weights
 
 
 class CheckpointWriter:
@@ -121,11 +129,14 @@ class CheckpointWriter:
 
 def _tensors(state: TrainingState) -> dict[str, dict[str, torch.Tensor]]:
     """File name → tensors."""
-    names = [name for name, _ in state.student.named_parameters()]
+    of_student = [name for name, _ in state.student.named_parameters()]
+    names = list(state.trained)
     moments = state.optimizer.state_dict()["state"]
+    learned = {} if state.weighting is None else {WEIGHTING: state.weighting.state_dict()}
     return {
         STUDENT: state.student.state_dict(),
-        EMA: dict(zip(names, state.ema.shadow_params, strict=True)),
+        EMA: dict(zip(of_student, state.ema.shadow_params, strict=True)),
+        **learned,
         OPTIMIZER: {f"{names[i]}/{key}": value for i, values in moments.items() for key, value in values.items()},
     }
 
@@ -181,11 +192,14 @@ def load_checkpoint(path: Path, state: TrainingState, max_steps: int) -> None:
         if sha256(path / file) != expected:
             raise ValueError(f"{file} is not what was written")
     student, ema, moments = (load_file(path / file) for file in (STUDENT, EMA, OPTIMIZER))
-    parameters = dict(state.student.named_parameters())
-    _check_tensors(parameters, student, ema, moments)
+    learned = {} if state.weighting is None else load_file(path / WEIGHTING)
+    parameters = state.trained
+    _check_tensors(state, student, ema, learned, moments)
 
     state.student.load_state_dict(student)
-    for name, shadow in zip(parameters, state.ema.shadow_params, strict=True):
+    if state.weighting is not None:
+        state.weighting.load_state_dict(learned)
+    for name, shadow in zip(dict(state.student.named_parameters()), state.ema.shadow_params, strict=True):
         shadow.copy_(ema[name])
     for key, value in moments.items():
         name, moment = key.rsplit("/", 1)
@@ -216,23 +230,30 @@ def _check_scalars(scalars: dict[str, Any], path: Path, max_steps: int) -> None:
 
 
 def _check_tensors(
-    parameters: dict[str, nn.Parameter],
+    state: TrainingState,
     student: dict[str, torch.Tensor],
     ema: dict[str, torch.Tensor],
+    learned: dict[str, torch.Tensor],
     moments: dict[str, torch.Tensor],
 ) -> None:
     """
     Raises:
         ValueError: tensors that are missing, of other shapes or not finite.
     """
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    for file, tensors in ((STUDENT, student), (EMA, ema)):
-        if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
+    parameters = state.trained
+    expected = dict(state.student.named_parameters())
+    of_weighting = {} if state.weighting is None else dict(state.weighting.named_parameters())
+    for file, tensors, wanted in (
+        (STUDENT, student, expected),
+        (EMA, ema, expected),
+        (WEIGHTING, learned, of_weighting),
+    ):
+        if any(name not in tensors or tensors[name].shape != weight.shape for name, weight in wanted.items()):
             raise ValueError(f"{file} is of another network")
     kinds = {key.rsplit("/", 1)[1] for key in moments}  # none where fp16 has skipped all steps
     if moments.keys() != {f"{name}/{kind}" for name in parameters for kind in kinds}:
         raise ValueError(f"{OPTIMIZER} is not whole")
-    for file, tensors in ((STUDENT, student), (EMA, ema), (OPTIMIZER, moments)):
+    for file, tensors in ((STUDENT, student), (EMA, ema), (WEIGHTING, learned), (OPTIMIZER, moments)):
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{file}: tensor {name} holds NaN or infinite values")

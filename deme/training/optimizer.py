@@ -1,6 +1,6 @@
 """The optimizer of a run, its learning rate as a function of the step, and the EMA of the weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,10 +11,19 @@ from torch import nn
 from deme.config.sections import Training
 
 
-def make_optimizer(network: nn.Module, settings: Training) -> torch.optim.AdamW:
-    """AdamW over all weights, fused into one pass over the memory."""
+def make_optimizer(
+    network: nn.Module, settings: Training, beside: Sequence[nn.Parameter] = (), their_learning_rate: float = 0.0
+) -> torch.optim.AdamW:
+    """AdamW over all weights, fused into one pass over the memory.
+
+    Args:
+        beside: what else is trained, at a rate of its own and without decay.
+    """
+    groups: list[dict] = [{"params": list(network.parameters())}]
+    if beside:
+        groups.append({"params": list(beside), "lr": their_learning_rate, "weight_decay": 0.0})
     return torch.optim.AdamW(
-        network.parameters(),
+        groups,
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
@@ -37,10 +46,10 @@ def learning_rate_factor(optimizer: torch.optim.Optimizer, settings: Training) -
     return schedule.lr_lambdas[0]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set it for all weights."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply the rates that the optimizer began with, of which its schedule has taken note."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = group["initial_lr"] * factor
 
 
 def make_ema(network: nn.Module, settings: Training) -> EMAModel:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from deme.config.experiment import Config
-from deme.config.sections import Training
+from deme.config.sections import WEIGHTINGS, Training
 from deme.errors import naming
 from deme.job.files import atomic_folder, make_folder
 from deme.job.locks import clear_lock
@@ -35,6 +35,13 @@ FREE_KEYS = (  # of the sections data, pretrain and finetune: may change in the 
     "preview_every",
     "preview_prompts",
 )
+OF_WEIGHTING = {  # settings that count with some weightings of the loss alone
+    "normalize_loss_weighting": WEIGHTINGS,
+    "min_snr_gamma": ("min_snr",),
+    "p2_k": ("p2",),
+    "p2_gamma": ("p2",),
+}
+UNNAMED = {"loss_weighting": None, "antithetic": True}  # the usual values, which older records do not name
 OF_TEXT = ("caption_column", "cache_latents", "cached_views", "caption_dropout", "preview_prompts", "encoders")  # alone
 
 
@@ -85,7 +92,10 @@ class Session:
             names: of settings whose values come from elsewhere: section.key → what the configuration calls it.
         """
         parts = {part.section: asdict(part) for part in (self.config.data, settings)}
-        left_out = OF_TEXT if self.config.data.caption_column is None else ()
+        left_out = {key for key, weightings in OF_WEIGHTING.items() if settings.loss_weighting not in weightings}
+        left_out |= set(OF_TEXT) if self.config.data.caption_column is None else set()
+        left_out |= {"uncertainty_learning_rate"}  # which the task that it counts for names
+        left_out |= {key for key, usual in UNNAMED.items() if getattr(settings, key) == usual}
         values = {
             names.get(f"{section}.{key}", f"{section}.{key}"): value
             for section, part in parts.items()

@@ -29,6 +29,7 @@ from deme.job.processes import Agreement, in_main_process
 from deme.job.signals import Interrupted, noted_signals
 from deme.method.losses import decoupled_loss
 from deme.method.timesteps import Range, choose_ranges, spread_timesteps
+from deme.method.weighting import TimestepWeights, UncertaintyWeights, loss_weights
 from deme.models.encoders import Encoder
 from deme.models.inference import freeze, memory_format
 from deme.training.checkpoints import (
@@ -75,6 +76,9 @@ class Objective:
     global_probability: float = 0.0  # p
     denoising_weight: float = 1.0
     consistency_weight: float = 0.0  # λ
+    uncertainty_learning_rate: float | None = (
+        None  # of learned weights of `ranges`, as ANT-UW has them; None: it has none
+    )
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,12 @@ class Trainer:
         if networks.teacher is not None:
             teacher = freeze(networks.teacher, self.device, settings.mixed_precision)
             self.teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
-        optimizer = make_optimizer(self.student, settings)
+        self.weighting, learned = self._make_weighting()
+        beside = [] if learned is None else list(learned.parameters())
+        optimizer = make_optimizer(self.student, settings, beside, objective.uncertainty_learning_rate)
         self.learning_rate_factor = learning_rate_factor(optimizer, settings)
-        self.state = TrainingState(self.student, make_ema(self.student, settings), optimizer, accelerator.scaler)
+        ema = make_ema(self.student, settings)
+        self.state = TrainingState(self.student, ema, optimizer, accelerator.scaler, learned)
         self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
 
         self.micro_batch_size = settings.micro_batch_size or settings.batch_size
@@ -135,6 +142,26 @@ class Trainer:
         self.meter = Meter(accelerator)
         self.writer = CheckpointWriter(self.checkpoints, settings.checkpoints_kept)
         self.log: RunLog | None = None  # which the main process has while it runs
+
+    def _make_weighting(self) -> tuple[nn.Module | None, UncertaintyWeights | None]:
+        """How the denoising loss is weighted, and the same where it is learned."""
+        settings = self.settings
+        if self.objective.uncertainty_learning_rate is not None:
+            learned = UncertaintyWeights(self.objective.ranges).to(self.device)
+            return learned, learned
+        if settings.loss_weighting is None:
+            return None, None
+        with naming(f"{settings.section}.loss_weighting", settings.loss_weighting):
+            weights = loss_weights(
+                settings.loss_weighting,
+                self.scheduler.alphas_cumprod,
+                self.scheduler.config.prediction_type,
+                settings.min_snr_gamma,
+                settings.p2_k,
+                settings.p2_gamma,
+                settings.normalize_loss_weighting,
+            )
+        return TimestepWeights(weights).to(self.device), None
 
     @property
     def checkpoints(self) -> Path:
@@ -211,7 +238,7 @@ class Trainer:
         accelerator = self.accelerator
         objective = self.objective
         share = len(self.batches.numbers)  # this process's micro-batches
-        set_learning_rate(self.optimizer, self.settings.learning_rate * self.learning_rate_factor(self.state.step))
+        set_learning_rate(self.optimizer, self.learning_rate_factor(self.state.step))
         losses = torch.zeros(3, device=self.device)
         for batch in self.batches.of_step(self.state.step):
             is_last = batch.number == self.batches.numbers[-1]
@@ -220,6 +247,9 @@ class Trainer:
                 loss = objective.denoising_weight * denoising + objective.consistency_weight * consistency
                 accelerator.backward(loss / share)
             losses += torch.stack([loss, denoising, consistency]).detach() / share
+        if self.state.weighting is not None:  # which is not in the model whose gradients are exchanged
+            for weight in self.state.weighting.parameters():
+                weight.grad = accelerator.reduce(weight.grad, "mean")
         gradient_norm = accelerator.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -238,9 +268,10 @@ class Trainer:
         )
         torch.manual_seed(batch.seed)  # for the draws on the device: dropout takes no generator
         clean, condition = self.encoder.encode(batch.examples)
-        timesteps = spread_timesteps(len(clean), ranges, self.device)
+        timesteps = spread_timesteps(len(clean), ranges, self.device, antithetic=self.settings.antithetic)
         noise = torch.randn_like(clean)
-        return decoupled_loss(self.model, self.teacher, self.scheduler, clean, noise, timesteps, condition)
+        inputs = (self.scheduler, clean, noise, timesteps, condition)
+        return decoupled_loss(self.model, self.teacher, *inputs, self.weighting)
 
     def save(self, last: bool = False) -> None:
         """Have a checkpoint written behind the training; bad weights never replace good ones.
@@ -251,7 +282,7 @@ class Trainer:
         Raises:
             RunError: the weights are not finite (a last step can do that without another's loss to show it); full disk.
         """
-        weights = [*self.student.parameters(), *self.state.ema.shadow_params]
+        weights = [*self.state.trained.values(), *self.state.ema.shadow_params]
         if not torch.isfinite(torch.stack(torch._foreach_norm(weights))).all():
             self._fail(f"the weights are not finite at step {self.state.step}")
         in_main_process(self.accelerator, lambda: self.writer.write(self.state, self.log.sync, last))
@@ -301,6 +332,9 @@ class Trainer:
             "images_per_second": speed,
             "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
+        if self.state.weighting is not None:
+            learned = self.state.weighting.log_variances.tolist()
+            line |= {f"log_variance_{k}": value for k, value in enumerate(learned)}
         if measuring:
             line["held_out_loss"] = self.measure_held_out()
         in_main_process(self.accelerator, lambda: self.log.write(line))

@@ -48,6 +48,44 @@ def test_the_control_trains_as_long_as_all_ranges_without_teacher_or_projection(
     assert not any("projection" in name for name in weights(config_file.parent, "continued"))
 
 
+@pytest.mark.parametrize("name", ["min_snr", "ant_uw"])
+def test_a_baseline_differs_from_the_control_and_can_be_sampled(config_file, name):
+    """As long as the control, on all timesteps, to other weights; by its name."""
+    for chosen in ("continued", name):
+        run("finetune.py", config_file, f"finetune.range={chosen}")
+    root = config_file.parent
+    assert len(losses(root, name)) == len(losses(root, "continued")) == 2 * 6
+    control, baseline = (weights(root, chosen) for chosen in ("continued", name))
+    assert control.keys() == baseline.keys()
+    assert any(not torch.equal(control[key], baseline[key]) for key in control)
+    run("sample_ddp.py", config_file, f"sample.model={name}")
+    assert len(list((root / "tiny" / "samples" / name).glob("*.png"))) == 6
+
+
+def test_two_processes_learn_the_same_weights_of_the_loss(config_file):
+    """Their gradients are exchanged, though they are not in the model whose gradients accelerate exchanges."""
+    for processes in (1, 2):
+        run("finetune.py", config_file, "finetune.range=ant_uw", f"name={processes}", processes=processes)
+    one, two = (
+        [json.loads(line) for line in (config_file.parent / name / "finetuned/ant_uw/log.jsonl").open()]
+        for name in "12"
+    )
+    for key in ("loss", "log_variance_0", "log_variance_1"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], abs=1e-5)
+
+
+def test_a_single_range_merged_with_one_is_that_network(config_file):
+    """N = 1: its task vector, added whole."""
+    single = ["timesteps.num_ranges=1", "merge.coefficients=[1.0]"]
+    run("finetune.py", config_file, *single)
+    run("merge.py", config_file, *single)
+    merged = load_file(config_file.parent / "tiny" / "merged" / "unet" / WEIGHTS)
+    expert = weights(config_file.parent, "0000-1000")
+    assert merged.keys() == expert.keys()
+    for key in expert:
+        torch.testing.assert_close(merged[key], expert[key], rtol=1e-6, atol=1e-7)
+
+
 def test_two_processes_train_on_what_one_does(config_file):
     """The same losses to 1e-5 and the same weights up to float error, in twice the processes."""
     root = config_file.parent

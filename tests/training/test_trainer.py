@@ -26,6 +26,7 @@ from deme.training.trainer import Objective, Trainer
 OBJECTIVE = Objective(
     "test", stream=(0, 2, 250, 500), ranges=[(250, 500)], global_probability=0.3, consistency_weight=1.0
 )
+LEARNED = Objective("test", stream=(0, 1), ranges=[(0, 500), (500, 1000)], uncertainty_learning_rate=0.025)
 SETTINGS = {"max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "log_every": 1}
 
 
@@ -130,11 +131,12 @@ def test_learning_rate_schedules_count_optimizer_steps(tmp_path, scheduler):
     assert [line["learning_rate"] for line in log(tmp_path)] == pytest.approx([1e-3 * f for f in factors])
 
 
-def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("objective", [OBJECTIVE, LEARNED], ids=["expert", "learned weights of the loss"])
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, objective):
     """Student, EMA, optimizer state and logged losses equal those of a run never stopped, dropout included."""
-    assert trainer(tmp_path / "whole").run()
+    assert trainer(tmp_path / "whole", objective).run()
     stopped = 0
-    while not trainer(tmp_path / "parts").run(deadline=time.monotonic()):
+    while not trainer(tmp_path / "parts", objective).run(deadline=time.monotonic()):
         stopped += 1
     assert stopped == SETTINGS["max_steps"] - 1
     whole, parts = newest_tensors(tmp_path / "whole"), newest_tensors(tmp_path / "parts")
@@ -145,6 +147,24 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
         [{k: v for k, v in line.items() if k not in clocks} for line in log(tmp_path / n)] for n in ("whole", "parts")
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_learned_weights_of_the_loss_move_at_their_own_rate(tmp_path):
+    """Adam's first step is the learning rate: towards smaller s, as all losses are below 1; without decay or EMA."""
+    run = trainer(tmp_path, LEARNED, max_steps=1, adam_weight_decay=0.5)
+    run.run()
+    learned = load_file(list_checkpoints(tmp_path / "checkpoints")[0] / "loss_weighting.safetensors")["log_variances"]
+    torch.testing.assert_close(learned, torch.full((2,), -0.025), rtol=1e-3, atol=0)
+    assert [log(tmp_path)[0][f"log_variance_{k}"] for k in (0, 1)] == pytest.approx(learned.tolist())
+
+
+def test_a_weighting_changes_the_loss_by_its_mean_weight(tmp_path):
+    """Constant weights are none for a network that predicts the noise; others give another loss."""
+    for name, weighting in {"none": None, "constant": "constant", "min_snr": "min_snr"}.items():
+        trainer(tmp_path / name, loss_weighting=weighting, max_steps=1).run()
+    none, constant, min_snr = (log(tmp_path / name)[0]["denoising_loss"] for name in ("none", "constant", "min_snr"))
+    assert constant == pytest.approx(none, rel=1e-5)
+    assert abs(min_snr - none) > 0.01 * none
 
 
 def edited(**values):

@@ -1,0 +1,137 @@
+"""A table of many runs: which models of which variations of one experiment are compared (configs/comparison/)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deme.config.experiment import Config
+from deme.config.reading import load_config
+from deme.config.section import Section, one_of
+from deme.errors import UserError, naming, one_line
+
+OWN_KEYS = ("base", "seeds")  # that overrides set here; all others are the experiment's
+PRETRAINED = "pretrained"
+
+
+@dataclass(frozen=True)
+class Variation:
+    """The base configuration with overrides; a run of its own for each seed."""
+
+    models: list[str] = field(default_factory=list)  # as sample.model names them, a row each
+    overrides: list[str] = field(default_factory=list)  # section.key=value; none: the base as it stands
+
+
+@dataclass(frozen=True)
+class Comparison(Section):
+    """What is compared."""
+
+    base: str = MISSING  # the experiment's YAML file
+    seeds: list[int] = field(default_factory=lambda: [0])  # of the trainings, whose spread is measured
+    runs: dict[str, Variation] = field(default_factory=dict)  # by name
+
+    def check_models(self, known: tuple[str, ...]) -> None:
+        """Make sure that there are rows, and one that the others are compared with.
+
+        Raises:
+            UserError: names what is missing or unknown.
+        """
+        self.check("seeds", len(self.seeds) == len(set(self.seeds)) > 0, "must be a list of different seeds")
+        self.check("runs", len(self.runs) > 0, "must be a mapping from names to `models` and `overrides`")
+        for name, variation in self.runs.items():
+            key = f"runs.{name}.models"
+            if not variation.models:
+                raise UserError(f"{key}={variation.models}: must be a list of models")
+            for model in variation.models:
+                if model not in known:
+                    raise UserError(f"{key}={model}: {one_of(known, model)}")
+        plain = [variation for variation in self.runs.values() if not variation.overrides]
+        there = any(PRETRAINED in variation.models for variation in plain)
+        rule = "a run without overrides must have the model pretrained, which all rows are compared with"
+        self.check("runs", len(plain) == 1 and there, rule)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One variation with one seed: a run."""
+
+    name: str  # of the variation
+    seed: int
+    models: list[str]
+    arguments: list[str]  # of its scripts: --config FILE section.key=value …
+    config: Config
+    is_base: bool  # in whose features all are scored
+
+
+def load_comparison(file: str | Path, overrides: list[str], known: tuple[str, ...]) -> tuple[Comparison, list[str]]:
+    """Read a comparison.
+
+    Args:
+        overrides: `base=FILE` and `seeds=[…]` are its own; the others are the experiment's.
+        known: the models that there are.
+
+    Returns:
+        it, and the experiment's overrides.
+
+    Raises:
+        UserError: a file that can't be read, an unknown key, a wrong type or value.
+    """
+    own = [override for override in overrides if override.partition("=")[0] in OWN_KEYS]
+    try:
+        content = OmegaConf.merge(OmegaConf.structured(Comparison), OmegaConf.load(file), OmegaConf.from_dotlist(own))
+        comparison = OmegaConf.to_object(content)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, OmegaConfBaseException) as error:
+        raise UserError(f"--config {file}: {one_line(error)}") from None
+    with naming(f"--config {file}"):
+        comparison.check_models(known)
+    return comparison, [override for override in overrides if override not in own]
+
+
+def trained_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Trained]:
+    """The runs, the base first, from whose pretrained network all others start.
+
+    Raises:
+        UserError: as load_config; names the variation.
+    """
+    base = load_config(comparison.base, overrides)
+    variations = sorted(comparison.runs.items(), key=lambda item: len(item[1].overrides) > 0)
+    for name, variation in variations:
+        is_plain = not variation.overrides
+        for seed in dict.fromkeys([base.seed] * is_plain + comparison.seeds):
+            is_base = is_plain and seed == base.seed
+            models = [m for m in variation.models if (is_base if m == PRETRAINED else seed in comparison.seeds)]
+            given, config = overrides, base
+            if not is_base:
+                with naming(f"runs.{name}"):
+                    given, config = varied(comparison.base, base, overrides, name, variation, seed)
+            yield Trained(name, seed, models, ["--config", comparison.base, *given], config, is_base)
+
+
+def varied(
+    file: str, base: Config, overrides: list[str], name: str, variation: Variation, seed: int
+) -> tuple[list[str], Config]:
+    """The overrides of a variation's run, and its configuration.
+
+    Where it has another number of ranges, and no finetune.max_steps of its own, its ranges together take as many steps
+    as the base's.
+
+    Args:
+        overrides: of all runs.
+        name: of the variation.
+    """
+    parts = [base.name]
+    if variation.overrides:
+        parts.append(name.replace(", ", "-").replace(" ", "_"))
+    if seed != base.seed:
+        parts.append(f"seed{seed}")
+    given = [*overrides, *variation.overrides, f"name={'-'.join(parts)}", f"seed={seed}"]
+    given.append(f"model.pretrained={base.paths.pretrained}")
+    config = load_config(file, given)
+    count, usual = len(config.timesteps.ranges), len(base.timesteps.ranges)
+    if count != usual and not any(text.startswith("finetune.max_steps=") for text in variation.overrides):
+        given.append(f"finetune.max_steps={max(1, base.finetune.max_steps * usual // count)}")
+        config = load_config(file, given)
+    return given, config

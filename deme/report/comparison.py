@@ -1,0 +1,142 @@
+"""The table of a comparison: each row's distance to the pretrained network over trainings, and what it cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deme.config.comparison import PRETRAINED, Trained
+from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS, range_name
+from deme.job.files import read_yaml
+from deme.job.side_by_side import Jobs
+from deme.measure.scores import Score, load_scores, mean_and_deviation
+from deme.report.story import Curve, read_curve
+from deme.report.tables import NAMES, markdown_table, number
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of a variation, over the trainings that there are."""
+
+    name: str
+    seeds: list[int]
+    pooled: float  # the distance of all images, mean over the trainings
+    to_pretrained: list[list[float]]  # difference of each block of images, per training
+    to_continued: list[list[float]] | None  # to the control of the same seed, where there is one
+    passes: int | None  # through the UNet, of all that makes the model; mean over the trainings
+    hours: float | None
+
+    @property
+    def deviation(self) -> float | None:
+        """Between the trainings."""
+        return mean_and_deviation(np.mean(self.to_pretrained, axis=1))[1]
+
+
+def difference(blocks: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    """The mean of differences and its standard error, of the images' noise and of the trainings' together.
+
+    The first is had from the blocks, whose images are the same for all trainings, the second from the trainings.
+
+    Args:
+        blocks: per training the difference of each block of images.
+    """
+    values = np.asarray(blocks)
+    mean, between = mean_and_deviation(values.mean(axis=1))
+    _, within = mean_and_deviation(values.mean(axis=0))
+    if within is None:
+        return mean, None
+    variance = within**2 / values.shape[1] + (0.0 if between is None else between**2 / len(values))
+    return mean, variance**0.5
+
+
+def differences(rows: Sequence[Score], others: Sequence[Score]) -> list[list[float]]:
+    """Of each row's blocks to those of its counterpart."""
+    return [np.subtract(row.blocks, other.blocks).tolist() for row, other in zip(rows, others, strict=True)]
+
+
+def compared_rows(runs: Sequence[Trained], jobs: Jobs) -> list[Row]:
+    """A row for each model of each variation that has images and scores.
+
+    Args:
+        runs: the base first.
+    """
+    scores = {(run.name, run.seed): scores_of(run) for run in runs}
+    base = runs[0]
+    pretrained = scores[base.name, base.seed].get(PRETRAINED)
+    if pretrained is None:
+        return []
+    rows = []
+    for name in dict.fromkeys(run.name for run in runs):
+        of_name = [run for run in runs if run.name == name]
+        for model in dict.fromkeys(model for run in of_name for model in run.models):
+            there = [run for run in of_name if model in run.models and model in scores[name, run.seed]]
+            if not there:
+                continue
+            found = [scores[name, run.seed][model] for run in there]
+            controls = [scores.get((base.name, run.seed), {}).get(CONTINUED) for run in there]
+            costs = [cost(run, model, jobs) for run in there]
+            has_control = all(controls) and model not in (PRETRAINED, CONTINUED)
+            rows.append(
+                Row(
+                    name=model if name == base.name else f"{name}, {model}",
+                    seeds=[run.seed for run in there],
+                    pooled=float(np.mean([row.pooled for row in found])),
+                    to_pretrained=differences(found, [pretrained] * len(found)),
+                    to_continued=differences(found, controls) if has_control else None,
+                    passes=round(np.mean([passes for passes, _ in costs])),
+                    hours=float(np.mean([seconds for _, seconds in costs])) / 3600,
+                )
+            )
+    return rows
+
+
+def scores_of(run: Trained) -> dict[str, Score]:
+    """The scores of a run's models, by name, of those that it compares."""
+    file = run.config.paths.results
+    rows = load_scores(file)[1] if file.is_file() else []
+    return {Path(row.samples).name: row for row in rows if Path(row.samples).name in run.models}
+
+
+def cost(run: Trained, model: str, jobs: Jobs) -> tuple[int, float]:
+    """UNet passes and seconds of all that makes a model: training as it was logged, the search as it was timed."""
+    config = run.config
+    parts: list[str] = []
+    if model in ("ensemble", "merged", DISTILLED):
+        parts += map(range_name, config.timesteps.ranges)
+    if model in NAMED_TRAININGS:
+        parts.append(model)
+    curves = [curve_of(run, name) for name in parts]
+    passes = sum(curve.passes(config) for curve in curves)
+    seconds = sum(curve.seconds for curve in curves)
+    if model in ("merged", DISTILLED) and config.paths.searched:
+        passes += read_yaml(config.paths.best_coefficients).get("passes", 0)
+        seconds += sum(jobs.seconds(job) for job in jobs.jobs if job.name == f"{config.name} search")
+    return passes, seconds
+
+
+def curve_of(run: Trained, name: str) -> Curve:
+    """The log of a training."""
+    return read_curve(name, run.config.paths.finetuning(name) / "log.jsonl", run.config.finetune.batch_size)
+
+
+def comparison_table(rows: Sequence[Row], features: str) -> str:
+    """The rows as Markdown."""
+    distance = NAMES[features][0]
+    several = any(len(row.seeds) > 1 for row in rows)
+    with_control = any(row.to_continued for row in rows)
+    titles = ["model", *(["trainings"] if several else []), f"{distance}, all images"]
+    titles += ["difference to pretrained ± s.e.", *(["s.d. between trainings"] if several else [])]
+    titles += ["to continued ± s.e."] if with_control else []
+    titles += ["UNet passes to make it", "hours"]
+    lines = []
+    for row in rows:
+        is_first = row.name == PRETRAINED
+        line = [row.name, *([str(len(row.seeds)) if not is_first else "-"] if several else []), number(row.pooled)]
+        line.append("-" if is_first else number(*difference(row.to_pretrained), "+.4f"))
+        line += ["-" if is_first else number(row.deviation)] if several else []
+        if with_control:
+            line.append(number(*difference(row.to_continued), "+.4f") if row.to_continued else "-")
+        line += ["-", "-"] if is_first else [f"{row.passes:,}", f"{row.hours:.2f}"]
+        lines.append(line)
+    return markdown_table(titles, lines)
