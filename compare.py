@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from deme.config.comparison import Comparison, Trained, load_comparison, trained_runs
+from deme.config.reading import load_config
 from deme.config.sections import DISTILLED, NAMED_TRAININGS
 from deme.errors import RunError, UserError
 from deme.job.command import ended_in_one_line
@@ -45,6 +46,8 @@ class Graph:
         """
         title = f"{run.config.name} {name or ' '.join([script.removesuffix('.py'), *overrides])}".replace("/", "-")
         if title not in self.jobs:
+            file, *given = run.arguments[1:]
+            load_config(file, [*given, *overrides])  # a mistake is told before anything starts
             command = self.command(script, [*run.arguments, *overrides])
             key = json.dumps([asdict(run.config), overrides], sort_keys=True)
             self.jobs[title] = Job(title, command, output, key, after)
@@ -167,8 +170,14 @@ def main(comparison: Comparison, file: str, runs: list[Trained], processes: int)
         print(f"{len(planned)} jobs, {len(where)} at a time; logs in {output / 'logs'}", flush=True)
         jobs.run()
 
+        from deme.measure.scores import load_scores
         from deme.report.comparison import compared_rows, comparison_table
+        from deme.report.tables import score_table
 
+        results = base.config.paths.results
+        if results.is_file():
+            features, scores = load_scores(results)
+            print(f"\n{score_table(scores, features)}\n{results}")
         rows = compared_rows(runs, jobs)
         table = comparison_table(rows, base.config.evaluate.features)
         with atomic_file(output / "rows.json") as temporary:

@@ -202,7 +202,7 @@ def made(run: "Run") -> "Section":
     versions = run.provenance.get("versions", {})
     facts += [["versions", ", ".join(f"{name} {version}" for name, version in versions.items())]] if versions else []
     parts = [Table(["", ""], facts), "This makes it again, from the pretrained pipeline to this page:"]
-    parts += [Commands([f"bash scripts/compare.sh {run.options}"])]
+    parts += [Commands([f"python compare.py base={run.options}"])]
     cost = passes_of(run)
     return Section("How it was made", [*parts, cost] if cost.rows else parts)
 

@@ -7,5 +7,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
-pretrain configs/cifar10_scratch.yaml "$@"
-exec bash scripts/compare.sh configs/cifar10_scratch.yaml "$@"
+compare configs/cifar10_scratch.yaml "$@"

@@ -11,8 +11,5 @@ cd "$(dirname "$0")/.."
 export ACCELERATE_USE_CPU=true # so small a network is no faster on a GPU
 name=${DIGITS:-digits} # or digits_captions, which scripts/digits_captions.sh sets
 
-if [ "${PRETRAIN:-0}" = 1 ]; then
-  set -- name=${name}_from_scratch model.pretrained=null "$@"
-  OMP_NUM_THREADS=1 NUM_PROCESSES=1 pretrain configs/$name.yaml "$@"
-fi
-exec bash scripts/compare.sh configs/$name.yaml "$@"
+[ "${PRETRAIN:-0}" != 1 ] || set -- name=${name}_from_scratch model.pretrained=null "$@"
+compare configs/$name.yaml "$@"

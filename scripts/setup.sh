@@ -80,16 +80,6 @@ complete() {
   [ -d "$1" ] || resume_later
 }
 
-# pretrain CONFIG OVERRIDES…: make the pretrained pipeline; later scripts have what is left of MAX_MINUTES
-pretrain() {
-  local config=$1 folder
-  shift
-  folder=$(python pretrain.py --path pretrained_here --config "$config" "$@")
-  NUM_PROCESSES=${NUM_PROCESSES:-1} launch pretrain.py --config "$config" "$@" $(max_minutes pretrain)
-  complete "$folder"
-  [ -z "${MAX_MINUTES:-}" ] || export MAX_MINUTES=$(minutes_left)
-}
-
 # complete_ranges CONFIG OVERRIDES…: the same for the networks that merge.py needs
 complete_ranges() {
   local config=$1 unets unet
@@ -122,4 +112,18 @@ compare_models() {
 resume_later() {
   echo "stopped by its time limit: the same command resumes"
   exit 0
+}
+
+# compare CONFIG OVERRIDES…: pretrain where that is asked for, train, merge, draw, score, and tell the story on one page
+compare() {
+  local config=$1 limit="" status=0 run
+  shift
+  run=$(python finetune.py --path run --config "$config" "$@")
+  [ -z "${MAX_MINUTES:-}" ] || limit="timeout --foreground $(minutes_left)m"
+  pass_signals $limit python compare.py "base=$config" "$@" || status=$?
+  [ $status != 124 ] || resume_later
+  [ $status = 0 ] || return $status
+  pass_signals python report.py --config "$config" "$@"
+  echo "pictures:"
+  find "$run/samples" "$run/finetuned" -name 'grid-*.png' -o -path '*/previews/*.png' | sort
 }

@@ -27,7 +27,7 @@ class Job:
     key: str  # stands for everything else that the output depends on: the configuration
     after: list["Job"] = field(default_factory=list)  # must have succeeded
     after_all: list["Job"] = field(default_factory=list)  # must have ended, however
-    state: str = "waiting"  # running, done, unchanged (done before), failed, dropped (one before it failed)
+    state: str = "waiting"  # running, done, unchanged (done before), failed, stopped, dropped (one before it failed)
     error: str = ""
 
 
@@ -59,7 +59,7 @@ class Jobs:
                 os.killpg(process.pid, getattr(error, "number", signal.SIGTERM))
             while self.running:
                 time.sleep(POLLED_EVERY)
-                self._collect()
+                self._collect(stopped=True)
             raise
 
     def seconds(self, job: Job) -> float:
@@ -107,7 +107,12 @@ class Jobs:
         self.running[process.pid] = (process, place, time.monotonic(), job)
         print(f"{job.name}: started", flush=True)
 
-    def _collect(self) -> None:
+    def _collect(self, stopped: bool = False) -> None:
+        """Take note of the commands that have ended.
+
+        Args:
+            stopped: by us.
+        """
         for pid, (process, place, since, job) in list(self.running.items()):
             status = process.poll()
             if status is None:
@@ -123,9 +128,9 @@ class Jobs:
                 self.done[job.name]["output"] = _stamp(job.output)
                 print(f"{job.name}: done in {took:.0f} s", flush=True)
             else:
-                job.state = "failed"
+                job.state = "stopped" if stopped else "failed"
                 job.error = last_line(self.folder / "logs" / f"{job.name}.log") or f"status {status}"
-                print(f"{job.name}: FAILED: {job.error}", file=sys.stderr, flush=True)
+                print(f"{job.name}: {'' if stopped else 'FAILED: '}{job.error}", file=sys.stderr, flush=True)
             with atomic_file(self.folder / DONE) as temporary:
                 temporary.write_text(json.dumps(self.done, indent=1), encoding="utf-8")
 
