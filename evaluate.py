@@ -149,7 +149,7 @@ def main(config: Config) -> None:
                 clip = load_clip(settings.clip_model).to(accelerator.device)  # one process downloads the weights
 
         # --- the feature network and the data's statistics
-        space = load_feature_space(config, accelerator, wait=True)  # for a job that scores beside it
+        space = load_feature_space(config, accelerator)
         reference = space.reference
         beside = {} if space.accuracy is None else {"held_out_accuracy": space.accuracy}
         if not folders:

@@ -24,11 +24,8 @@ class FeatureSpace:
     accuracy: float | None  # of the classifier, on images that it was not trained on
 
 
-def load_feature_space(config: Config, accelerator: Accelerator, wait: bool = False) -> FeatureSpace:
-    """The configured feature space, made once and kept in stats/.
-
-    Args:
-        wait: for another job that is making it, instead of being refused.
+def load_feature_space(config: Config, accelerator: Accelerator) -> FeatureSpace:
+    """The configured feature space, made once and kept in stats/; where another job is making it, it is waited for.
 
     Raises:
         UserError: weights or labels that can't be had, or as `reference_statistics`.
@@ -36,7 +33,7 @@ def load_feature_space(config: Config, accelerator: Accelerator, wait: bool = Fa
     name = config.evaluate.features
     made_by: dict[str, str] = {}
     accuracy = None
-    with locked_by_all(accelerator, config.paths.stats, "output_dir", wait):
+    with locked_by_all(accelerator, config.paths.stats, "output_dir", wait=True):
         make_folder(config.paths.stats, "output_dir")
         if name == "inception":
             with accelerator.main_process_first(), naming("evaluate.features", name):

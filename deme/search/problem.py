@@ -156,7 +156,7 @@ class Problem:
         """The distance without a control."""
         config = self.config
         sample = replace(config.sample, num_inference_steps=self.settings.num_inference_steps)
-        space = load_feature_space(config, self.accelerator, wait=True)
+        space = load_feature_space(config, self.accelerator)
         prompts = []
         if self.encoder.takes_text:
             with naming("sample.prompts", sample.prompts):

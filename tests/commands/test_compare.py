@@ -7,7 +7,7 @@ import yaml
 from conftest import REPOSITORY, environment
 
 RUNS = {
-    "models": {"models": ["pretrained", "continued", "merged"]},
+    "models": {"models": ["pretrained", "continued"]},
     "one range": {"models": ["ensemble"], "overrides": ["timesteps.num_ranges=1", "merge.coefficients=null"]},
     "broken": {"models": ["continued"], "overrides": ["finetune.learning_rate=1e38"]},
 }
@@ -27,34 +27,29 @@ def compare(file: str, *overrides: str, status: int = 0) -> subprocess.Completed
 
 
 def test_rows_are_made_but_for_the_one_that_fails_and_not_again(config_file):
-    """Status 1 and its name; all others are in the table, the second time without a job of their own."""
-    file = write(config_file.parent, config_file, RUNS)
-    settings = ["evaluate.blocks=2", "sample.num_images=8"]
-    first = compare(file, *settings, status=1)
-    assert re.search(r"^compare.py: tiny-broken finetune .*continued: .* not finite", first.stderr, re.MULTILINE)
-    assert "not tried without it: tiny-broken sample_ddp sample.model=continued" in first.stderr
-    table = first.stdout.split("| model | classifier FD, all images | difference")[1]
-    names = re.findall(r"^\| ([a-z ,]+) \| \d", table, re.MULTILINE)
-    assert names == ["pretrained", "continued", "merged", "one range, ensemble"]
-    cost = {line.split(" | ")[0].strip("| "): line.split(" | ")[-2] for line in table.splitlines() if " | " in line}
-    images = 2 * 6 * 8  # of all ranges together
-    assert cost["continued"] == f"{3 * images:,}"
-    assert cost["merged"] == cost["one range, ensemble"] == f"{4 * images:,}"  # with the teacher's
-    second = compare(file, *settings, status=1)
-    assert re.findall(r"^(.*): started$", second.stdout, re.MULTILINE) == [
-        "tiny-broken finetune finetune.range=continued"
-    ]
-    assert second.stdout.split("| model |")[-1] == first.stdout.split("| model |")[-1]
-
-
-def test_several_trainings_differ_and_are_compared_with_the_same_pretrained_network(config_file):
-    file = write(config_file.parent, config_file, {"models": {"models": ["pretrained", "continued"]}})
-    found = compare(file, "seeds=[0, 3]", "evaluate.blocks=2", "sample.num_images=8")
-    assert re.search(r"^\| continued \| 2 \| [\d.]+ \| \S+ ± [\d.]+ \| 0\.\d+ \|", found.stdout, re.MULTILINE)
+    """Two trainings each. Status 1, and its name; the others are in the table, the second time without a job."""
     root = config_file.parent
-    assert sorted(path.name for path in (root / "tiny" / "samples").glob("[a-z]*[a-z]")) == ["continued", "pretrained"]
-    assert [path.name for path in (root / "tiny-seed3" / "samples").glob("[a-z]*[a-z]")] == ["continued"]
+    file = write(root, config_file, RUNS)
+    settings = ["seeds=[0, 3]", "evaluate.blocks=2", "sample.num_images=8"]
+    first = compare(file, *settings, status=1)
+    for name in ("tiny-broken", "tiny-broken-seed3"):
+        assert re.search(rf"{name} finetune finetune.range=continued: .* not finite", first.stderr.splitlines()[-1])
+        assert f"{name} sample_ddp sample.model=continued" in first.stderr.split("not tried without it: ")[1]
+    table = first.stdout.split("| model | trainings |")[1]
+    rows = re.findall(r"^\| ([a-z ,]+) \| ([-2]) \| [\d.]+ \| (.+?) \| .* \| ([-\d,]+) \| ", table, re.MULTILINE)
+    assert [row[:2] for row in rows] == [("pretrained", "-"), ("continued", "2"), ("one range, ensemble", "2")]
+    assert all(re.fullmatch(r"[+-][\d.]+ ± [\d.]+", row[2]) for row in rows[1:])
+    images = 2 * 6 * 8  # of all ranges together
+    assert [row[3] for row in rows] == ["-", f"{3 * images:,}", f"{4 * images:,}"]  # the latter with the teacher's
+    names = sorted(path.relative_to(root).as_posix() for path in root.glob("tiny*/samples/*[a-z]/"))
+    of_range = [f"tiny-one_range{seed}/samples/ensemble" for seed in ("", "-seed3")]
+    expected = ["tiny-seed3/samples/continued", "tiny/samples/continued", "tiny/samples/pretrained"]
+    assert [name for name in names if not name.endswith(".png")] == sorted([*of_range, *expected])
     assert not (root / "tiny-seed3" / "stats").exists()  # scored in the same features
+    second = compare(file, *settings, status=1)
+    again = re.findall(r"^(.*): started$", second.stdout, re.MULTILINE)
+    assert sorted(again) == [f"tiny-broken{seed} finetune finetune.range=continued" for seed in ("", "-seed3")]
+    assert second.stdout.split("| model |")[-1] == first.stdout.split("| model |")[-1]
 
 
 @pytest.mark.parametrize(
