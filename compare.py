@@ -20,14 +20,14 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from deme.config.comparison import Comparison, Trained, load_comparison, trained_runs
+from deme.config.comparison import Comparison, ComparedRun, load_comparison, compared_runs
 from deme.config.reading import load_config
-from deme.config.sections import DISTILLED, NAMED_TRAININGS
+from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.errors import RunError, UserError
 from deme.job.command import ended_in_one_line
 from deme.job.files import REPOSITORY, atomic_file
 from deme.job.locks import locked
-from deme.job.side_by_side import Job, Jobs
+from deme.job.side_by_side import Job, Jobs, places
 from deme.models.variants import ORDER
 
 
@@ -38,7 +38,9 @@ class Graph:
         self.processes = processes  # of each job
         self.jobs: dict[str, Job] = {}
 
-    def add(self, run: Trained, script: str, *overrides: str, output: Path, after: list[Job], name: str = "") -> Job:
+    def add(
+        self, run: ComparedRun, script: str, *overrides: str, output: Path, after: list[Job], name: str = ""
+    ) -> Job:
         """A script's run, after others; the same one where it is there already.
 
         Args:
@@ -59,7 +61,7 @@ class Graph:
         return ["bash", launcher, str(self.processes), str(REPOSITORY / script), *arguments]
 
 
-def plan_jobs(runs: list[Trained], processes: int) -> dict[str, Job]:
+def plan_jobs(runs: list[ComparedRun], processes: int) -> dict[str, Job]:
     """All jobs by name, each behind those that it needs.
 
     Args:
@@ -88,7 +90,7 @@ def plan_jobs(runs: list[Trained], processes: int) -> dict[str, Job]:
     return graph.jobs
 
 
-def draw(graph: Graph, run: Trained, model: str, first: list[Job]) -> Job:
+def draw(graph: Graph, run: ComparedRun, model: str, first: list[Job]) -> Job:
     """The job that draws a model's images, behind all that make the model."""
     paths = run.config.paths
     made = first
@@ -98,9 +100,10 @@ def draw(graph: Graph, run: Trained, model: str, first: list[Job]) -> Job:
         made = [train(graph, run, str(k), first) for k in range(len(run.config.timesteps.ranges))]
     if model in ("merged", DISTILLED):
         if paths.searched:
-            # its report has the control where that is trained
-            control = [train(graph, run, name, first) for name in run.models if name == "continued"]
-            made = [graph.add(run, "search.py", output=paths.best_coefficients, after=[*made, *control])]
+            search = graph.add(run, "search.py", output=paths.best_coefficients, after=made)
+            # whose report has the control where that is trained
+            search.after_all = [train(graph, run, name, first) for name in run.models if name == CONTINUED]
+            made = [search]
         made = [graph.add(run, "merge.py", output=paths.merged / "merge.yaml", after=made)]
     if model == DISTILLED:
         made = [train(graph, run, DISTILLED, made)]
@@ -108,7 +111,7 @@ def draw(graph: Graph, run: Trained, model: str, first: list[Job]) -> Job:
     return graph.add(run, "sample_ddp.py", f"sample.model={model}", output=output, after=made)
 
 
-def train(graph: Graph, run: Trained, chosen: str, after: list[Job]) -> Job:
+def train(graph: Graph, run: ComparedRun, chosen: str, after: list[Job]) -> Job:
     """The training of a range, by its number, or one that has a name."""
     paths = run.config.paths
     output = paths.finetuning(chosen) / "unet" if chosen in NAMED_TRAININGS else paths.finetuned[int(chosen)]
@@ -116,7 +119,7 @@ def train(graph: Graph, run: Trained, chosen: str, after: list[Job]) -> Job:
 
 
 def score_command(
-    graph: Graph, base: Trained, drawn: list[Job], folders: dict[str, Path], results: Path
+    graph: Graph, base: ComparedRun, drawn: list[Job], folders: dict[str, Path], results: Path
 ) -> list[str] | None:
     """evaluate.py for a run's folders that are drawn, in the base's features; None where there is none.
 
@@ -126,22 +129,6 @@ def score_command(
     there = [str(folders[job.name]) for job in drawn if job.state in ("done", "unchanged")]
     samples = f"evaluate.samples={json.dumps(there)}"
     return graph.command("evaluate.py", [*base.arguments, samples, f"evaluate.output={results}"]) if there else None
-
-
-def places(processes: int) -> list[dict[str, str]]:
-    """The environment of each place where a job can run: so many GPUs, or else cores, for each."""
-    devices: list[str] = []
-    if os.environ.get("ACCELERATE_USE_CPU", "false") != "true":
-        import torch
-
-        given = os.environ.get("CUDA_VISIBLE_DEVICES")
-        numbers = given.split(",") if given else map(str, range(torch.cuda.device_count()))
-        devices = list(numbers) if torch.cuda.is_available() else []
-    if devices:
-        groups = [devices[start : start + processes] for start in range(0, len(devices), processes)]
-        return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups if len(group) == processes]
-    count = max(1, len(os.sched_getaffinity(0)) // processes)
-    return [{"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}] * count
 
 
 def processes_per_job() -> int:
@@ -156,7 +143,7 @@ def processes_per_job() -> int:
     return int(given)
 
 
-def main(comparison: Comparison, file: str, runs: list[Trained], processes: int) -> None:
+def main(comparison: Comparison, file: str, runs: list[ComparedRun], processes: int) -> None:
     """Run the jobs, then make the table of what there is."""
     base = runs[0]
     output = base.config.paths.run / "comparison" / Path(file).stem
@@ -164,8 +151,8 @@ def main(comparison: Comparison, file: str, runs: list[Trained], processes: int)
     if not where:
         raise UserError(f"NUM_PROCESSES={processes}: more than there are GPUs")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # whose python the launcher starts
+    planned = plan_jobs(runs, processes)
     with locked(output, "output_dir"):
-        planned = plan_jobs(runs, processes)
         jobs = Jobs(list(planned.values()), output, [place | {"PATH": path} for place in where])
         print(f"{len(planned)} jobs, {len(where)} at a time; logs in {output / 'logs'}", flush=True)
         jobs.run()
@@ -200,7 +187,7 @@ if __name__ == "__main__":
     with ended_in_one_line(parser.prog) as run_folder:
         arguments = parser.parse_intermixed_args()
         comparison, overrides = load_comparison(arguments.config, arguments.overrides, ORDER)
-        runs = list(trained_runs(comparison, overrides))
+        runs = list(compared_runs(comparison, overrides))
         run_folder.append(runs[0].config.paths.run)
         processes = processes_per_job()
         if arguments.dry_run:

@@ -15,6 +15,14 @@ from deme.errors import UserError, naming, one_line
 
 OWN_KEYS = ("base", "seeds")  # that overrides set here; all others are the experiment's
 PRETRAINED = "pretrained"
+OF_ONE_RUN = (
+    "merge.finetuned",
+    "merge.output",
+    "search.output",
+    "sample.output",
+    "evaluate.samples",
+    "evaluate.output",
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Comparison(Section):
 
 
 @dataclass(frozen=True)
-class Trained:
+class ComparedRun:
     """One variation with one seed: a run."""
 
     name: str  # of the variation
@@ -90,7 +98,7 @@ def load_comparison(file: str | Path, overrides: list[str], known: tuple[str, ..
     return comparison, [override for override in overrides if override not in own]
 
 
-def trained_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Trained]:
+def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[ComparedRun]:
     """The runs, the base first, from whose pretrained network all others start.
 
     Raises:
@@ -107,7 +115,20 @@ def trained_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Train
             if not is_base:
                 with naming(f"runs.{name}"):
                     given, config = varied(comparison.base, base, overrides, name, variation, seed)
-            yield Trained(name, seed, models, ["--config", comparison.base, *given], config, is_base)
+            check_no_shared_output(config)
+            yield ComparedRun(name, seed, models, ["--config", comparison.base, *given], config, is_base)
+
+
+def check_no_shared_output(config: Config) -> None:
+    """Make sure that nothing is written to, or read from, one place by all runs.
+
+    Raises:
+        UserError: names the key.
+    """
+    for name in OF_ONE_RUN:
+        section, key = name.split(".")
+        settings = getattr(config, section)
+        settings.check(key, getattr(settings, key) is None, "each run of a comparison has its own")
 
 
 def varied(

@@ -135,6 +135,26 @@ class Jobs:
                 temporary.write_text(json.dumps(self.done, indent=1), encoding="utf-8")
 
 
+def places(processes: int) -> list[dict[str, str]]:
+    """The environment of each place where a job can run: so many GPUs for each, or else so many of the CPU's cores.
+
+    Returns:
+        none where there are fewer GPUs than a job wants.
+    """
+    devices: list[str] = []
+    if os.environ.get("ACCELERATE_USE_CPU", "false") != "true":
+        import torch
+
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        numbers = given.split(",") if given else map(str, range(torch.cuda.device_count()))
+        devices = list(numbers) if torch.cuda.is_available() else []
+    if devices:
+        groups = [devices[start : start + processes] for start in range(0, len(devices), processes)]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups if len(group) == processes]
+    count = max(1, len(os.sched_getaffinity(0)) // processes)
+    return [{"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}] * count
+
+
 def _stamp(path: Path) -> int | None:
     """When it changed last; None where it is not there."""
     try:

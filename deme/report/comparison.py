@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deme.config.comparison import PRETRAINED, Trained
+from deme.config.comparison import PRETRAINED, ComparedRun
 from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS, range_name
 from deme.job.files import read_yaml
 from deme.job.side_by_side import Jobs
@@ -55,7 +55,7 @@ def differences(rows: Sequence[Score], others: Sequence[Score]) -> list[list[flo
     return [np.subtract(row.blocks, other.blocks).tolist() for row, other in zip(rows, others, strict=True)]
 
 
-def compared_rows(runs: Sequence[Trained], jobs: Jobs) -> list[Row]:
+def compared_rows(runs: Sequence[ComparedRun], jobs: Jobs) -> list[Row]:
     """A row for each model of each variation that has images and scores.
 
     Args:
@@ -91,14 +91,14 @@ def compared_rows(runs: Sequence[Trained], jobs: Jobs) -> list[Row]:
     return rows
 
 
-def scores_of(run: Trained) -> dict[str, Score]:
+def scores_of(run: ComparedRun) -> dict[str, Score]:
     """The scores of a run's models, by name, of those that it compares."""
     file = run.config.paths.results
     rows = load_scores(file)[1] if file.is_file() else []
     return {Path(row.samples).name: row for row in rows if Path(row.samples).name in run.models}
 
 
-def cost(run: Trained, model: str, jobs: Jobs) -> tuple[int, float]:
+def cost(run: ComparedRun, model: str, jobs: Jobs) -> tuple[int, float]:
     """UNet passes and seconds of all that makes a model: training as it was logged, the search as it was timed."""
     config = run.config
     parts: list[str] = []
@@ -115,7 +115,7 @@ def cost(run: Trained, model: str, jobs: Jobs) -> tuple[int, float]:
     return passes, seconds
 
 
-def curve_of(run: Trained, name: str) -> Curve:
+def curve_of(run: ComparedRun, name: str) -> Curve:
     """The log of a training."""
     return read_curve(name, run.config.paths.finetuning(name) / "log.jsonl", run.config.finetune.batch_size)
 

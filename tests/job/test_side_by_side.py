@@ -5,8 +5,9 @@ import threading
 import time
 
 import pytest
+import torch
 
-from deme.job.side_by_side import Job, Jobs
+from deme.job.side_by_side import Job, Jobs, places
 from deme.job.signals import Interrupted
 
 CPU = [{}, {}]
@@ -95,3 +96,19 @@ def test_a_signal_ends_the_commands_which_may_clean_up(tmp_path):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (job.state, job.error) == ("stopped", "saved")
+
+
+def test_places_are_gpus_or_else_cores(monkeypatch):
+    """Those that CUDA_VISIBLE_DEVICES leaves, shared out; what is left over is not used."""
+    cpu = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(5)))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert places(2) == [cpu, cpu]
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert places(1) == [{"CUDA_VISIBLE_DEVICES": str(k)} for k in range(4)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,5,7")
+    assert places(2) == [{"CUDA_VISIBLE_DEVICES": "1,5"}]
+    assert places(4) == []

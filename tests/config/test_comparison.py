@@ -1,0 +1,84 @@
+import pytest
+import yaml
+
+from deme.config.comparison import compared_runs, load_comparison
+from deme.errors import UserError
+from deme.models.variants import ORDER
+
+BASE = "configs/digits.yaml"
+
+
+def runs_of(folder, runs, *overrides, base=BASE) -> list:
+    file = folder / "comparison.yaml"
+    file.write_text(yaml.safe_dump({"base": base, "runs": runs}, sort_keys=False))
+    comparison, others = load_comparison(file, list(overrides), ORDER)
+    return list(compared_runs(comparison, others))
+
+
+def test_each_variation_and_seed_is_a_run_that_starts_from_the_base(tmp_path):
+    runs = {
+        "eight, whole": {"models": ["merged"], "overrides": ["timesteps.num_ranges=8"]},
+        "models": {"models": ["pretrained", "merged"]},
+    }
+    found = runs_of(tmp_path, runs, "seeds=[2, 0]", "name=mine", "model.pretrained=null")
+    assert [(run.config.name, run.seed, run.models) for run in found] == [
+        ("mine", 0, ["pretrained", "merged"]),
+        ("mine-seed2", 2, ["merged"]),
+        ("mine-eight-whole-seed2", 2, ["merged"]),
+        ("mine-eight-whole", 0, ["merged"]),
+    ]
+    assert [run.is_base for run in found] == [True, False, False, False]
+    assert [run.config.seed for run in found] == [0, 2, 2, 0]
+    assert {run.config.paths.pretrained for run in found} == {"runs/mine/pretrained"}
+
+
+def test_the_pretrained_network_is_drawn_though_its_seed_is_not_compared(tmp_path):
+    found = runs_of(tmp_path, {"models": {"models": ["pretrained", "merged"]}}, "seeds=[5]")
+    assert [(run.config.name, run.models) for run in found] == [
+        ("digits", ["pretrained"]),
+        ("digits-seed5", ["merged"]),
+    ]
+
+
+def test_all_ranges_together_take_the_base_s_steps(tmp_path):
+    """Four of 1,000 in the base; a variation's own number stands."""
+    runs = {"models": {"models": ["pretrained"]}}
+    for count, more in ((1, []), (8, []), (2, ["finetune.max_steps=7"])):
+        runs[str(count)] = {"models": ["merged"], "overrides": [f"timesteps.num_ranges={count}", *more]}
+    steps = {run.name: run.config.finetune.max_steps for run in runs_of(tmp_path, runs)}
+    assert steps == {"models": 1000, "1": 4000, "8": 500, "2": 7}
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ({}, "runs={}: must be a mapping"),
+        (
+            {"a": {"models": ["continued"], "overrides": ["seed=1"]}},
+            "a run without overrides must have the model",
+        ),
+        ({"a": {"models": ["pretrained", "min_snrr"]}}, r"runs.a.models=min_snrr: .*; did you mean min_snr\?"),
+        ({"a": {"models": []}}, "runs.a.models=.*: must be a list of models"),
+        ({"a": {"model": ["pretrained"]}}, "Key 'model' not in 'Variation'"),
+        (
+            {"a": {"models": ["pretrained"]}, "b": {"models": ["merged"], "overrides": ["finetune.steps=3"]}},
+            "runs.b: finetune.steps",
+        ),
+    ],
+)
+def test_mistakes_name_the_run(tmp_path, runs, message):
+    with pytest.raises(UserError, match=message):
+        runs_of(tmp_path, runs)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seeds=[1, 1]", r"seeds=\[1, 1\]: must be a list of different seeds"),
+        ("base=nowhere.yaml", "--config nowhere.yaml: No such file"),
+        ("merge.output=elsewhere", "merge.output=elsewhere: each run of a comparison has its own"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        runs_of(tmp_path, {"a": {"models": ["pretrained"]}}, override)
