@@ -16,13 +16,23 @@ if ! cmp -s requirements.txt "$installed"; then
   cp requirements.txt "$installed"
 fi
 
+# whole_number NAME LEAST: end with one line unless this variable holds a whole number, LEAST (0 or 1) or above
+whole_number() {
+  case "${!1}" in
+    *[!0-9]* | "" | 0?*) ;;
+    *) [ "${!1}" -lt "$2" ] || return 0 ;;
+  esac
+  local above=" above 0"
+  [ "$2" = 1 ] || above=
+  echo "$1=${!1}: must be a whole number$above" >&2
+  exit 2
+}
+
 # a mistake in the environment: one line
 case "${MAX_MINUTES:-1}" in
   *[!0-9.]* | *.*.* | . | "" | 0 | 0. | 0.0) echo "MAX_MINUTES=$MAX_MINUTES: must be a number above 0" >&2; exit 2 ;;
 esac
-case "${NUM_PROCESSES:-1}" in
-  *[!0-9]* | 0*) echo "NUM_PROCESSES=$NUM_PROCESSES: must be a whole number above 0" >&2; exit 2 ;;
-esac
+[ -z "${NUM_PROCESSES:-}" ] || whole_number NUM_PROCESSES 1
 
 # count_processes: sets `gpus`, the number of GPUs that the scripts use, and `processes`, that of processes of `launch`
 gpus= # counted once, and not by scripts that launch nothing: it takes an import of torch
