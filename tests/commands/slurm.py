@@ -72,7 +72,7 @@ class Cluster:
         self.run("slurmctld")
         self.processes.append(pid_in(self.folder / "slurmctld.pid"))
         for name in NODES:
-            self.run("slurmd", "-N", name)
+            self.start_node(name)
         wait_for(lambda: self.run("sinfo", "--noheader", "--format=%T").stdout.split() == ["idle"], 60)
 
     def run(self, *command: str, status: int = 0, **variables: str) -> subprocess.CompletedProcess:
@@ -96,6 +96,9 @@ class Cluster:
                 if wanted <= set(process.environ().items()):
                     found.append(process)
         return found
+
+    def start_node(self, name: str) -> None:
+        self.run("slurmd", "-N", name)
 
     def kill_node(self, name: str) -> None:
         """As a node that loses its power: its slurmd and all that it runs."""
