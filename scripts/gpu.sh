@@ -4,18 +4,20 @@
 #
 #   bash scripts/gpu.sh --data FOLDER        # uoft-cs/cifar10's parquet files, for the last piece, which is else left out
 #   bash scripts/gpu.sh --quick              # each piece small and on the CPU: that no GPU minute goes to a typo
+#   bash scripts/gpu.sh --data FOLDER data.image_column=image    # overrides go to the last piece
 #   MAX_MINUTES=9 bash scripts/gpu.sh …      # begins no piece that may take longer than what is left
 #
 # Run again, it goes on: a piece that is complete leaves a mark in OUT (default runs/gpu), beside what it said. It takes the
 # Python that it finds, without a network, and names the wheels that this one lacks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-data= quick=
+data= quick= overrides=()
 while [ $# -gt 0 ]; do
   case $1 in
     --data) data=${2:-}; shift ;;
     --quick) quick=--quick ;;
-    *) echo "$1: not --data FOLDER or --quick" >&2; exit 2 ;;
+    *=*) overrides+=("$1") ;;
+    *) echo "$1: not --data FOLDER, --quick or an override" >&2; exit 2 ;;
   esac
   shift
 done
@@ -60,11 +62,11 @@ failed=
 # cifar10: from pretraining to the table, resumed by the next run where its time is up
 cifar10() {
   local options=()
-  [ -z "$quick" ] || options=(pretrain.max_steps=2 pretrain.batch_size=8 finetune.max_steps=1 finetune.batch_size=8
-    distill.max_steps=1 sample.num_images=24 sample.num_inference_steps=2 evaluate.classifier_epochs=1 evaluate.blocks=2
-    merge.coefficients=null finetune.mixed_precision=no pretrain.mixed_precision=no sample.mixed_precision=no)
-  piece cifar10-scratch 9 env MAX_MINUTES=8.5 bash scripts/cifar10_scratch.sh "data.name=$data" "output_dir=$out" \
-    ${options[@]+"${options[@]}"}
+  [ -z "$quick" ] || options=(data.held_out_images=4 pretrain.max_steps=2 pretrain.batch_size=8 finetune.max_steps=1
+    finetune.batch_size=8 distill.max_steps=1 sample.num_images=24 sample.num_inference_steps=2 evaluate.blocks=2
+    evaluate.classifier_epochs=1 merge.coefficients=null {pretrain,finetune,sample}.mixed_precision=no)
+  options=("data.name=$data" "output_dir=$out" ${options[@]+"${options[@]}"} ${overrides[@]+"${overrides[@]}"})
+  piece cifar10-scratch 9 env MAX_MINUTES=8.5 bash scripts/cifar10_scratch.sh "${options[@]}"
 }
 
 piece checks 5 python benchmarks/gpu_checks.py "${device[@]}"

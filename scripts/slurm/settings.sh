@@ -13,6 +13,7 @@ defaults=(
   BLOCKS=1          # jobs that draw from each model, side by side
   OPTIONS=          # more of sbatch's: --qos=… --constraint=…
   SETUP=            # shell command before anything else: module load …; conda activate deme
+  AS_IT_IS=0        # 1: the Python that SETUP gives is taken, and no .venv made
   CONTAINER=        # what srun gets before the command: --container-image=…, or apptainer exec --nv FILE
   NOTICE=120        # seconds before the time limit at which a job saves, and queues again
   MAX_REQUEUES=20   # of a job

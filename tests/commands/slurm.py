@@ -114,10 +114,12 @@ class Cluster:
         self.run("scancel", "--user=root")
         with suppress(AssertionError):
             wait_for(lambda: not self.queue(), 30)
-        daemons = [pid_in(file) for file in self.folder.glob("n?.pid")]
-        for pid in [*daemons, *reversed(self.processes)]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+        ended = []
+        for pid in [*(pid_in(file) for file in self.folder.glob("n?.pid")), *reversed(self.processes)]:
+            with suppress(psutil.Error):
+                ended.append(psutil.Process(pid))
+                ended[-1].terminate()
+        psutil.wait_procs(ended, 30)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
