@@ -108,5 +108,5 @@ def test_a_block_that_another_job_draws_is_refused(config_file, output):
         assert "another job draws the seeds 0 … 2" in run("sample_ddp.py", config_file, MODEL, status=2).stderr
         run("sample_ddp.py", config_file, MODEL, "sample.blocks=2", "sample.block=1")
     refused = run("sample_ddp.py", config_file, *options, "sample.overwrite=true", status=2)
-    assert "sample.overwrite=True: other jobs may be drawing into the folder" in refused.stderr
+    assert "sample.overwrite=true: other jobs may be drawing into the folder" in refused.stderr
     assert list(images(output)) == ["000003.png", "000004.png", "000005.png"]
