@@ -8,11 +8,13 @@
 
 Writes runs/<name>/samples/<model>/000000.png … and the contact sheet samples/grid-<model>.png. An image depends on
 its seed alone, not on the batch or the number of processes. A second run writes only what is missing; a folder that
-another model or other settings filled is refused unless sample.overwrite=true.
+another model or other settings filled is refused unless sample.overwrite=true. Of sample.blocks=8 parts of the seeds,
+jobs with sample.block=0 … 7 draw one each into the same folder, at the same time; the last one counts them all.
 """
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,9 +42,15 @@ GRID_IMAGES = 100
 
 def plan(config: Config) -> str:
     """What this command would do."""
-    settings = config.sample
-    last = settings.seed_offset + settings.num_images - 1
-    return f"draw seeds {settings.seed_offset} ... {last} from {settings.model} -> {config.paths.samples}"
+    from deme.data.samples import count_images
+
+    output = config.paths.samples
+    lines = []
+    for seeds in config.sample.chosen_blocks:
+        count = count_images(output, seeds)
+        state = "complete" if count == len(seeds) else f"{count} of {len(seeds)} images"
+        lines.append(f"draw seeds {seeds[0]} ... {seeds[-1]} from {config.sample.model} -> {output}: {state}")
+    return "\n".join(lines)
 
 
 def main(config: Config) -> None:
@@ -58,11 +66,21 @@ def main(config: Config) -> None:
     inputs.check_fits(config)
 
     # --- what is drawn: image i from seed i and, where the model takes text, prompt i
-    seeds = range(settings.seed_offset, settings.seed_offset + settings.num_images)
+    seeds = settings.seeds
+    shares = settings.block is not None  # the folder, with jobs that draw other blocks
+    block = settings.chosen_blocks[0] if shares else seeds
     texts = prompts_of(settings, takes_text(variant.pipeline), seeds)
 
     # --- torch is imported after what can be answered without it
-    from deme.data.samples import claim_samples, image_path, missing_seeds, read_images, save_grid
+    from deme.data.samples import (
+        block_of,
+        claim_samples,
+        count_images,
+        image_path,
+        missing_seeds,
+        read_images,
+        save_grid,
+    )
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.method.sampling import ensemble, sampler_name, try_sampler
     from deme.models.encoders import load_encoder
@@ -109,29 +127,40 @@ def main(config: Config) -> None:
     accelerator.wait_for_everyone()
     watched.check()  # all processes have read the same
 
-    def claim() -> list[int]:
+    def claim() -> None:
         with naming("sample.output", output):
-            claim_samples(output, wanted, seeds, settings.overwrite)
+            claim_samples(output, wanted, seeds, settings.overwrite, block)
             if texts:
                 claim_prompts(output, [image_path(output, seed) for seed in seeds], texts.values(), settings.overwrite)
-        return missing_seeds(output, seeds)
 
     def finish() -> None:
-        left = [seed for seed in seeds if not image_path(output, seed).exists()]
+        left = [seed for seed in block if not image_path(output, seed).exists()]
         if left:
-            raise RunError(f"{output}: {len(left):,} of {len(seeds):,} images are not there; the same command goes on")
+            raise RunError(f"{output}: {len(left):,} of {len(block):,} images are not there; the same command goes on")
+        count = count_images(output, seeds)
+        if count < len(seeds):
+            print(f"{output}: {count:,} of {len(seeds):,} images, with those of other blocks")
+            return
         save_grid(read_images([image_path(output, seed) for seed in seeds[:GRID_IMAGES]]), config.paths.grid)
         print(f"{output}: {len(seeds):,} images; {config.paths.grid}")
 
-    # --- draw them
-    with locked_by_all(accelerator, output, "sample.output"):
-        missing = in_main_process(accelerator, claim)
+    # --- draw them; who draws a block holds that, and the folder only while it claims and counts
+    held = block_of(output, block) if shares else output
+
+    def alone() -> AbstractContextManager[None]:
+        return locked_by_all(accelerator, output, "sample.output", wait=True) if shares else nullcontext()
+
+    with locked_by_all(accelerator, held, "sample.output"):
+        with alone():
+            in_main_process(accelerator, claim)
+        missing = in_main_process(accelerator, lambda: missing_seeds(output, block))
         processes = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
-        accelerator.print(f"{output}: {len(missing):,} of {len(seeds):,} images to draw; {processes}")
+        accelerator.print(f"{output}: {len(missing):,} of {len(block):,} images to draw; {processes}")
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         draw(accelerator, settings, ensemble(unets, ranges), scheduler, encoder, shape, mine, texts, output)
         accelerator.wait_for_everyone()
-        in_main_process(accelerator, finish)
+        with alone():
+            in_main_process(accelerator, finish)
 
 
 def prompts_of(settings: Sample, takes_text: bool, seeds: range) -> dict[int, str]:

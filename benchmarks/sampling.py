@@ -28,10 +28,12 @@ from benchmarks.report import save
 from benchmarks.unets import CHURCH, CIFAR10
 from deme.config.sections import Sample
 from deme.job.files import read_json
+from deme.models.encoders import Pixels
 from deme.models.inference import AUTOCAST_TYPES, freeze
 from deme.report.tables import markdown_table
 from sample_ddp import draw
 
+GRAPHS = "compiled, CUDA graphs"
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits" / "unet"
 
 
@@ -79,22 +81,30 @@ def measure(title: str, unet: nn.Module, batch: int, images: int, steps: int, re
 
     def ours(precision: str, network: Callable | None = None) -> Callable[[], None]:
         network = network or freeze(copy.deepcopy(unet), device, precision)
+        encoder = Pixels(unet.config.in_channels)
+        encoder.prepare(torch.device(device), precision)
 
         def work() -> None:
             settings = Sample(batch_size=batch, num_inference_steps=steps, mixed_precision=precision)
             AcceleratorState._reset_state(reset_partial_state=True)
             accelerator = Accelerator(cpu=not on_gpu, mixed_precision=precision)
             with tempfile.TemporaryDirectory() as folder:
-                draw(accelerator, settings, lambda _: network, DDPMScheduler(), shape, seeds, Path(folder))
+                drawn = (DDPMScheduler(), encoder, shape, seeds, {}, Path(folder))
+                draw(accelerator, settings, lambda _: network, *drawn)
 
         return work
 
+    autocast_type = torch.float16 if on_gpu else torch.bfloat16  # a bfloat16 network itself makes no images there
+    whole = DDIMPipeline(copy.deepcopy(unet).to(device), DDIMScheduler()) if on_gpu else pipeline
+    whole.set_progress_bar_config(disable=True)
+
     def autocast_images(part: list[int]) -> list[Image.Image]:
-        with torch.autocast(device, torch.bfloat16):  # the pipeline can't make images of a bfloat16 network itself
-            return pipeline_images(pipeline, part, steps)
+        with torch.autocast(device, autocast_type):
+            return pipeline_images(whole, part, steps)
 
     dtype = str(stock_type).removeprefix("torch.")
     pipeline_name = f"DDIMPipeline, {dtype}"
+    autocast_name = "fp16" if on_gpu else "bf16"
     two_calls_name = f"two calls per step, {dtype}"
     precisions = {"sample_ddp.py, no": "no", "sample_ddp.py, bf16": "bf16"}
     precisions |= {"sample_ddp.py, fp16": "fp16"} if on_gpu else {}
@@ -102,7 +112,7 @@ def measure(title: str, unet: nn.Module, batch: int, images: int, steps: int, re
         pipeline_name: lambda: save_loop(lambda part: pipeline_images(pipeline, part, steps), seeds, batch),
         two_calls_name: lambda: save_loop(lambda part: two_call_images(stock, part, steps), seeds, batch),
         **{name: ours(precision) for name, precision in precisions.items()},
-        **({} if on_gpu else {"DDIMPipeline, bf16 autocast": lambda: save_loop(autocast_images, seeds, batch)}),
+        f"DDIMPipeline, {autocast_name} autocast": lambda: save_loop(autocast_images, seeds, batch),
         "without network": ours("no", lambda images, *_, **__: (images,)),
     }
     taken = alternate(contenders, repeats, device)
@@ -131,10 +141,10 @@ def choices(unet: nn.Module, batch: int, repeats: int, device: str, compiled: bo
             layout = torch.channels_last if choice == "channels_last" else torch.contiguous_format
             return copy.deepcopy(unet).to(device, memory_format=layout)
         frozen = freeze(copy.deepcopy(unet), device, precision)
-        if choice != "compiled":
+        if not choice.startswith("compiled"):
             return frozen
         plain = copy.deepcopy(unet).to(device, memory_format=torch.channels_last)  # whose convolutions it can see
-        return torch.compile(plain, mode="max-autotune" if device == "cuda" else None)
+        return torch.compile(plain, mode="reduce-overhead" if choice == GRAPHS else None)
 
     def call(choice: str, precision: str) -> tuple[Callable[[], None], int]:
         size = int(choice.removeprefix("batch ")) if choice.startswith("batch ") else batch
@@ -155,6 +165,7 @@ def choices(unet: nn.Module, batch: int, repeats: int, device: str, compiled: bo
 
     names = ["as sample_ddp.py has it", "contiguous", "channels_last"]
     names += ["compiled"] if compiled else []
+    names += [GRAPHS] if compiled and device == "cuda" else []
     names += [] if device == "cuda" else ["1 thread"]
     names += [f"batch {size}" for size in (batch // 8, batch // 2, 2 * batch, 4 * batch) if size > 0]
     found: dict[str, dict[str, dict]] = {name: {} for name in names}

@@ -1,28 +1,43 @@
 # Sourced by the other scripts, from the repository's root: the Python environment, `launch` and time limits.
-# Environment: PYTHON, which makes .venv (default python3); NUM_PROCESSES (default: one per GPU; on a CPU, 2);
-# MAX_MINUTES, after which a script stops, to be resumed by the same command (default: none).
+# Environment: PYTHON, which makes .venv (default python3); AS_IT_IS=1: takes the `python` that is found, as it is;
+# NUM_PROCESSES (default: one per GPU; on a CPU, 2); MAX_MINUTES, after which a script stops, to be resumed by the same
+# command (default: none).
 
-if [ "${CONDA_DEFAULT_ENV:-}" != deme ]; then
-  if [ ! -f .venv/bin/activate ]; then
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-      { echo "scripts/setup.sh: error: PYTHON=${PYTHON:-python3} must be Python 3.11 or newer" >&2; exit 2; }
-    "${PYTHON:-python3}" -m venv .venv
+make_environment() {
+  if [ "${CONDA_DEFAULT_ENV:-}" != deme ]; then
+    if [ ! -f .venv/bin/activate ]; then
+      "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        { echo "scripts/setup.sh: error: PYTHON=${PYTHON:-python3} must be Python 3.11 or newer" >&2; exit 2; }
+      "${PYTHON:-python3}" -m venv .venv
+    fi
+    . .venv/bin/activate
   fi
-  . .venv/bin/activate
-fi
-installed="$(python -c 'import sys; print(sys.prefix)')/deme-requirements.txt" # what was installed last
-if ! cmp -s requirements.txt "$installed"; then
-  python -m pip install -r requirements.txt
-  cp requirements.txt "$installed"
-fi
+  local installed
+  installed="$(python -c 'import sys; print(sys.prefix)')/deme-requirements.txt" # what was installed last
+  if ! cmp -s requirements.txt "$installed"; then
+    python -m pip install -r requirements.txt
+    cp requirements.txt "$installed"
+  fi
+}
+[ "${AS_IT_IS:-0}" = 1 ] || make_environment
+
+# whole_number NAME LEAST: end with one line unless this variable holds a whole number, LEAST (0 or 1) or above
+whole_number() {
+  case "${!1}" in
+    *[!0-9]* | "" | 0?*) ;;
+    *) [ "${!1}" -lt "$2" ] || return 0 ;;
+  esac
+  local above=" above 0"
+  [ "$2" = 1 ] || above=
+  echo "$1=${!1}: must be a whole number$above" >&2
+  exit 2
+}
 
 # a mistake in the environment: one line
 case "${MAX_MINUTES:-1}" in
   *[!0-9.]* | *.*.* | . | "" | 0 | 0. | 0.0) echo "MAX_MINUTES=$MAX_MINUTES: must be a number above 0" >&2; exit 2 ;;
 esac
-case "${NUM_PROCESSES:-1}" in
-  *[!0-9]* | 0*) echo "NUM_PROCESSES=$NUM_PROCESSES: must be a whole number above 0" >&2; exit 2 ;;
-esac
+[ -z "${NUM_PROCESSES:-}" ] || whole_number NUM_PROCESSES 1
 
 # count_processes: sets `gpus`, the number of GPUs that the scripts use, and `processes`, that of processes of `launch`
 gpus= # counted once, and not by scripts that launch nothing: it takes an import of torch

@@ -353,9 +353,15 @@ class Sample(Section):
     size_on_disk: Optional[int] = None  # pixels that the images are shrunk to; null: as drawn
     output: Optional[str] = None  # null: samples/<model>/ of this run
     overwrite: bool = False  # replace a folder that another model or other settings made
+    blocks: int = 1  # parts of the seeds, each of which a job may draw beside the others, into the same folder
+    block: Optional[int] = None  # draw this one alone, counted from 0; null: all of them
 
     def __post_init__(self):
-        self.check_positive("num_images", "batch_size", "num_inference_steps", "size_on_disk")
+        self.check_positive("num_images", "batch_size", "num_inference_steps", "size_on_disk", "blocks")
+        self.check("blocks", self.blocks <= self.num_images, f"more than sample.num_images={self.num_images}")
+        self.check("block", self.block is None or 0 <= self.block < self.blocks, f"must lie in [0, {self.blocks})")
+        alone = self.block is None or not self.overwrite
+        self.check("overwrite", alone, "other jobs may be drawing into the folder: with sample.block, delete it first")
         self.check_not_negative("guidance_scale")
         texts = self.prompts if isinstance(self.prompts, list) else [self.prompts]
         are_texts = self.prompts is None or all(isinstance(text, str) for text in texts)
@@ -367,6 +373,18 @@ class Sample(Section):
         )
         self.check_choice("mixed_precision", PRECISIONS)
         self.check("model", self.model != "", "must name a model")
+
+    @property
+    def seeds(self) -> range:
+        """Those of all images."""
+        return range(self.seed_offset, self.seed_offset + self.num_images)
+
+    @property
+    def chosen_blocks(self) -> list[range]:
+        """The seeds of `block`, or of all blocks."""
+        edges = [number * self.num_images // self.blocks for number in range(self.blocks + 1)]
+        parts = [self.seeds[start:end] for start, end in pairwise(edges)]
+        return parts if self.block is None else [parts[self.block]]
 
 
 @dataclass(frozen=True)

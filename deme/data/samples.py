@@ -3,6 +3,7 @@
 Those of a text-to-image model also hold prompts.jsonl: a line for each image, in seed order.
 """
 
+import glob
 import io
 import math
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from PIL import Image
 from deme.data.decoding import decoding
 from deme.data.prompts import PROMPTS
 from deme.errors import UserError
-from deme.job.files import TEMPORARY, atomic_file, make_folder, remove_unfinished, write_small_file
+from deme.job.files import TEMPORARY, atomic_file, make_folder, unfinished, write_small_file
+from deme.job.locks import InUse, clear_lock
 from deme.job.records import SAMPLES, Record, read_record
 
 if TYPE_CHECKING:
@@ -30,16 +32,41 @@ def image_path(folder: Path, seed: int) -> Path:
     return folder / f"{seed:06d}.png"
 
 
-def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool) -> None:
+def block_of(folder: Path, seeds: range) -> Path:
+    """What a job holds that draws these seeds into a folder beside other jobs: `locks.locked` puts its file there."""
+    return folder.with_name(f"{folder.name}.seeds-{seeds.start}-{seeds.stop}")
+
+
+def check_apart_from_other_jobs(folder: Path, seeds: range) -> None:
+    """Make sure that none of these seeds is drawn by another job that holds its own `block_of` the folder.
+
+    Raises:
+        InUse: one is; names the lock.
+    """
+    own = block_of(folder, seeds).name
+    for lock in folder.parent.glob(f".{glob.escape(folder.name)}.seeds-*-*.lock"):
+        name = lock.name.removeprefix(".").removesuffix(".lock")
+        start, stop = map(int, name.rsplit("-", 2)[1:])
+        if name != own and max(start, seeds.start) < min(stop, seeds.stop):
+            clear_lock(lock.with_name(name))
+            if lock.exists():
+                raise InUse(f"another job draws the seeds {start} … {stop - 1}; if that has ended, `rm {lock}`")
+
+
+def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool, mine: range | None = None) -> None:
     """Create a sample folder, or make sure that what stands there belongs to the same model, settings and seeds.
 
     Args:
         wanted: the images' record: weights, noise schedule, steps, eta, precision, resolution.
+        seeds: of all images that the folder is to hold.
         overwrite: delete what does not belong instead of refusing.
+        mine: those that this job draws, while other jobs may draw the rest; None: all.
 
     Raises:
         UserError: the folder holds something else; says what differs.
     """
+    mine = seeds if mine is None else mine
+    check_apart_from_other_jobs(folder, mine)
     if folder.exists() and not folder.is_dir():
         raise UserError("is not a folder")
     remedy = "choose another folder or set sample.overwrite=true"
@@ -51,7 +78,9 @@ def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool) -
             for path in (*folder.glob("*.png"), folder / SAMPLES.file, folder / PROMPTS):
                 path.unlink(missing_ok=True)
     make_folder(folder, "sample.output")
-    remove_unfinished(folder, "*.png")  # now that the folder is ours
+    for leftover in unfinished(folder, "*.png"):  # now that these seeds are ours
+        if mine == seeds or _seed(leftover.name.removeprefix(TEMPORARY)) in mine:
+            leftover.unlink()
     own = {image_path(folder, seed) for seed in seeds}
     surplus = [path for path in folder.glob("*.png") if path not in own]
     if surplus and not overwrite:
@@ -59,6 +88,17 @@ def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool) -
     for path in surplus:
         path.unlink()
     wanted.write(folder)
+
+
+def _seed(name: str) -> int | None:
+    """The seed that an image's file is named by; None for other files."""
+    stem = name.split(".")[0]
+    return int(stem) if stem.isdecimal() else None
+
+
+def count_images(folder: Path, seeds: range) -> int:
+    """How many of these seeds have an image in the folder, if there is one."""
+    return sum(_seed(path.name) in seeds for path in folder.glob("[!.]*.png"))
 
 
 def missing_seeds(folder: Path, seeds: range) -> list[int]:

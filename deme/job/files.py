@@ -131,9 +131,14 @@ def remove_leftovers(path: Path) -> None:
     remove_unfinished(path.parent, glob.escape(path.name))
 
 
+def unfinished(folder: Path, pattern: str) -> Iterator[Path]:
+    """What a killed run left unfinished directly in `folder` of the names that fit a pattern, such as *.png."""
+    return folder.glob(f"{TEMPORARY}{pattern}-{'?' * SUFFIX_LENGTH}")
+
+
 def remove_unfinished(folder: Path, pattern: str) -> None:
-    """Delete what a killed run left unfinished directly in `folder` of the names that fit a pattern, such as *.png."""
-    for leftover in folder.glob(f"{TEMPORARY}{pattern}-{'?' * SUFFIX_LENGTH}"):
+    """Delete that."""
+    for leftover in unfinished(folder, pattern):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 

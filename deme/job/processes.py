@@ -75,9 +75,12 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Res
 def locked_by_all(accelerator: Accelerator, output: Path, key: str, wait: bool = False) -> Iterator[None]:
     """`locks.locked` for all processes of a job: the main process holds it.
 
+    A job that Slurm has started again waits in any case: its earlier self may be running on a node that was cut off.
+
     Args:
         wait: until another job lets go of it, instead of being refused.
     """
+    wait = wait or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
     def hold() -> bool:
         try:

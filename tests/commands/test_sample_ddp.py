@@ -5,6 +5,10 @@ import pytest
 from conftest import run
 from PIL import Image
 
+from benchmarks.forked import Run
+from deme.data.samples import block_of
+from deme.job.locks import locked
+
 MODEL = "sample.model=pretrained"
 
 
@@ -75,3 +79,34 @@ def test_every_model_of_a_run_can_be_sampled(config_file):
     for name in names:
         found = images(samples / name)
         assert all(np.abs(found[seed] - image).max() <= 1 for seed, image in expected.items()), name
+
+
+def test_jobs_draw_blocks_of_seeds_into_one_folder_side_by_side(config_file, output):
+    """Three at once: each draws its seeds, and who finds them all the contact sheet; the same images as one job's."""
+    run("sample_ddp.py", config_file, MODEL, "name=whole", "sample.num_images=7")
+    whole = output.parents[2] / "whole" / "samples"
+    options = ["--config", str(config_file), MODEL, "sample.num_images=7", "sample.blocks=3"]
+    jobs = [Run("sample_ddp.py", [*options, f"sample.block={block}"], config_file.parent) for block in range(3)]
+    assert [job.wait() for job in jobs] == [0, 0, 0], [job.stderr for job in jobs]
+    assert any("grid-pretrained.png" in job.stdout for job in jobs)
+    expected, found = images(whole / "pretrained"), images(output)
+    assert found.keys() == expected.keys()
+    assert all(np.abs(found[name] - image).max() <= 1 for name, image in expected.items())
+    assert not list(output.parent.glob(".*.lock"))
+    plan = run("sample_ddp.py", config_file, *options[2:], "--dry-run").stdout.splitlines()[-3:]
+    assert [line.split(" from ")[0] for line in plan] == [f"draw seeds {s}" for s in ("0 ... 1", "2 ... 3", "4 ... 6")]
+    assert all(line.endswith(f"{output}: complete") for line in plan)
+
+
+def test_a_block_that_another_job_draws_is_refused(config_file, output):
+    """By the same block's job, and by one whose seeds overlap; what that job is writing stays."""
+    options = [MODEL, "sample.blocks=2", "sample.block=0"]
+    with locked(block_of(output, range(3)), "sample.output"):
+        assert "in use by process" in run("sample_ddp.py", config_file, *options, status=2).stderr
+        other = run("sample_ddp.py", config_file, *options[:1], "sample.blocks=3", "sample.block=1", status=2)
+        assert "another job draws the seeds 0 … 2; if that has ended, `rm " in other.stderr
+        assert "another job draws the seeds 0 … 2" in run("sample_ddp.py", config_file, MODEL, status=2).stderr
+        run("sample_ddp.py", config_file, MODEL, "sample.blocks=2", "sample.block=1")
+    refused = run("sample_ddp.py", config_file, *options, "sample.overwrite=true", status=2)
+    assert "sample.overwrite=true: other jobs may be drawing into the folder" in refused.stderr
+    assert list(images(output)) == ["000003.png", "000004.png", "000005.png"]

@@ -72,6 +72,15 @@ def test_images_of_other_seeds_are_refused_unless_overwritten(folder):
     assert [path.name for path in list_images(folder)] == ["000000.png", "000001.png"]
 
 
+def test_what_other_jobs_are_writing_is_left_alone(folder):
+    """A job that draws a block clears up after itself alone."""
+    for seed in (0, 3):
+        (folder / f"{TEMPORARY}{seed:06d}.png-0123abcd").touch()
+    record = Record(SAMPLES, IDENTITY, {"num_images": 4})
+    claim_samples(folder, record, range(4), overwrite=False, mine=range(2, 4))
+    assert [path.name for path in folder.glob(f"{TEMPORARY}*")] == [f"{TEMPORARY}000000.png-0123abcd"]
+
+
 def test_a_kill_before_the_record_is_written_does_no_harm(tmp_path):
     folder = tmp_path / "merged"
     folder.mkdir()

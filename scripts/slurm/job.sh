@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# One job of submit.sh, or one task of an array: scripts one after the other, over all processes of the job's nodes.
+#
+#   sbatch … scripts/slurm/job.sh "SCRIPT…" --config CONFIG [overrides] [-- OVERRIDE…]
+#
+# A task of an array has the override of its number. Slurm sends USR1 before the time limit, and where it is so configured
+# before another job takes the nodes: the scripts then save, and the job queues itself again, at most MAX_REQUEUES times.
+set -euo pipefail
+
+# of a task of an array, by its number: the last one's SLURM_JOB_ID also stands for the whole array
+id=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+step=-1          # Slurm's number of the step that runs
+child=           # its srun
+must_stop=false  # as Slurm says
+must_queue=false # again, for that was for the lack of time
+
+# stop: let the processes of the step save. Not by way of srun, which would kill them at a SIGTERM
+stop() {
+  must_stop=true
+  while [ -n "$child" ] && kill -0 "$child" 2>/dev/null; do
+    ! scancel --signal=TERM "$id.$step" 2>/dev/null || break
+    sleep 1 # the step is about to start
+  done
+}
+trap 'must_queue=true; stop' USR1
+trap stop TERM
+
+. scripts/slurm/settings.sh # sbatch runs a copy of this file, in the folder where it was submitted: the repository
+[ -n "$CONTAINER" ] || . scripts/setup.sh # a container has a Python of its own
+# seconds that the launcher leaves its processes for saving, instead of 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$NOTICE
+
+scripts=$1
+shift
+arguments=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  arguments+=("$1")
+  shift
+done
+[ $# = 0 ] || shift
+tasks=("$@")
+[ ${#tasks[@]} = 0 ] || arguments+=("${tasks[${SLURM_ARRAY_TASK_ID:-0}]}")
+
+# free_port: one that nothing listens on here; jobs that share a node begin their search at different ones
+free_port() {
+  local port=$((20000 + SLURM_JOB_ID % 10000))
+  while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
+  echo "$port"
+}
+
+# run_step NODES PROCESSES SCRIPT: over so many processes of each node; its status
+run_step() {
+  local nodes=$1 processes=$2 script=$3 status
+  step=$((step + 1))
+  RENDEZVOUS=$(hostname):$(free_port) srun --nodes="$nodes" --ntasks="$nodes" ${CPUS:+--cpus-per-task="$CPUS"} \
+    --kill-on-bad-exit=1 $CONTAINER bash scripts/launch.sh "$processes" "$script" "${arguments[@]}" &
+  child=$!
+  while
+    status=0
+    wait "$child" || status=$? # returns early when a signal comes
+    kill -0 "$child" 2>/dev/null
+  do :; done
+  child=
+  return $status
+}
+
+status=0
+for script in $scripts; do
+  [ $must_stop = false ] || status=143
+  [ $status = 0 ] || break
+  case $script in
+    merge.py | report.py) run_step 1 1 "$script" || status=$? ;; # which know one process
+    *) run_step "$NODES" "${NUM_PROCESSES:-$((GPUS > 0 ? GPUS : 1))}" "$script" || status=$? ;;
+  esac
+done
+
+if [ $must_queue = true ] && [ $status != 0 ]; then
+  if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_REQUEUES" ]; then
+    echo "stopped for the lack of time; queued again, to go on where it was"
+    scontrol requeue "$id"
+    exit 0
+  fi
+  echo "MAX_REQUEUES=$MAX_REQUEUES: so often has this job been queued again; scripts/slurm/submit.sh goes on" >&2
+fi
+exit $status

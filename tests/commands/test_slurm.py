@@ -1,0 +1,230 @@
+"""Whole experiments on a Slurm cluster that the tests start; without its packages they are skipped."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import REPOSITORY, environment, run
+from slurm import cluster, wait_for  # noqa: F401  a fixture
+
+MODELS = ("continued", "merged")
+BLOCKS = 2
+
+
+@pytest.fixture
+def experiment(config_file) -> Path:
+    """The tests' tiny experiment, its trainings long enough to be disturbed."""
+    config = yaml.safe_load(config_file.read_text())
+    config["finetune"] |= {"max_steps": 80, "checkpoint_every": 20}
+    config["evaluate"] |= {"blocks": 2}
+    config_file.write_text(yaml.safe_dump(config))
+    return config_file
+
+
+def script(name: str, config: Path, *overrides: str, status: int = 0, **variables: str) -> subprocess.CompletedProcess:
+    """A script of scripts/slurm/, where there is no Slurm."""
+    settings = environment() | {"CONDA_DEFAULT_ENV": "deme"} | variables
+    command = ["bash", REPOSITORY / "scripts" / "slurm" / name, config, *overrides]
+    result = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=config.parent)
+    assert result.returncode == status, result.stdout + result.stderr
+    return result
+
+
+def files(folder: Path) -> dict[str, str]:
+    """SHA-256 of a run's weights and images."""
+    found = [*folder.glob("finetuned/*/unet/*.safetensors"), *folder.glob("merged/unet/*.safetensors")]
+    found += folder.glob("samples/*/*.png")
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in found}
+
+
+def freeze(cluster, job: str, training: Path) -> psutil.Process:  # noqa: F811
+    """Stop the training of a task of an array behind its first checkpoint."""
+    number, task = job.split("_")
+
+    def python() -> list[psutil.Process]:
+        found = cluster.processes_of({"SLURM_ARRAY_JOB_ID": number, "SLURM_ARRAY_TASK_ID": task})
+        return [process for process in found if process.cmdline()[1:2] == ["finetune.py"]]
+
+    wait_for(python, 120)
+    [process] = python()
+    wait_for(lambda: any((training / "checkpoints").glob("step-*")), 120)
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
+def submitted(output: str) -> dict[str, str]:
+    """Stage and override → job, as submit.sh says."""
+    lines = [line.split() for line in output.splitlines() if " job " in line]
+    return {" ".join(words[:-2]): words[-1] for words in lines}
+
+
+def wait_for_jobs(cluster, jobs: list[str], seconds: float = 240) -> None:  # noqa: F811
+    wait_for(lambda: not cluster.queue().keys() & set(jobs), seconds)
+
+
+def test_an_experiment_survives_a_dead_node_a_failed_job_and_its_time_limit(cluster, experiment):  # noqa: F811
+    """Weights and images are those of a plain local run, bit for bit; what failed holds nothing up but what needs it.
+
+    The control fails at first. A node dies while it trains a range, which goes on elsewhere. Submitted again, only the
+    control and what it is needed for run; its time is up in the middle, and it queues itself again.
+    """
+    root = experiment.parent / "tiny"
+    training = root / "finetuned"
+    training.mkdir(parents=True)
+    (training / "continued").touch()  # where its folder should be
+    settings = {"BLOCKS": str(BLOCKS), "ROWS": " ".join(MODELS)}
+    submit = ["bash", "scripts/slurm/submit.sh", str(experiment)]
+    jobs = submitted(cluster.run(*submit, **settings).stdout)
+    samples = [f"sample-{model} sample.block={block}" for model in MODELS for block in range(BLOCKS)]
+    trainings = [f"train finetune.range={name}" for name in (0, 1, "continued")]
+    assert list(jobs) == ["cache", "statistics", *trainings, "merge", *samples, "evaluate"]
+    assert cluster.run(*submit, **settings).stdout.startswith("0 task(s) submitted")
+
+    freeze(cluster, jobs[trainings[0]], training / "0000-0500")
+    [_, node] = cluster.queue()[jobs[trainings[0]]]
+    cluster.kill_node(node)
+    local = experiment.with_name("local.yaml")
+    local.write_text(experiment.read_text().replace("name: tiny", "name: local"))
+    for options in ([], ["finetune.range=continued"]):
+        run("finetune.py", local, *options)
+    run("merge.py", local)
+    for model in MODELS:
+        run("sample_ddp.py", local, f"sample.model={model}")
+    wait_for_jobs(cluster, list(jobs.values()))
+    status = cluster.run("bash", "scripts/slurm/status.sh", str(experiment), **settings).stdout
+    incomplete = [line.split("  ")[0] for line in status.splitlines() if " ended" in line]
+    assert incomplete == ["train", *["sample-continued"] * BLOCKS, "evaluate"], status
+    [log] = root.glob(f"slurm/*-{jobs[trainings[0]]}.log")
+    assert "resuming from" in log.read_text()
+
+    cluster.start_node(node)
+    (training / "continued").unlink()
+    again = submitted(cluster.run(*submit, **settings, NOTICE="29").stdout)
+    assert list(again) == [trainings[2], *[sample for sample in samples if "continued" in sample], "evaluate"]
+    control = freeze(cluster, again[trainings[2]], training / "continued")  # until its time is up
+    limit = ["scontrol", "update", f"jobid={again[trainings[2]]}"]
+    cluster.run(*limit, "timelimit=1")
+    wait_for(lambda: is_pending(control, signal.SIGTERM), 90)
+    control.send_signal(signal.SIGCONT)
+    [log] = root.glob(f"slurm/*-{again[trainings[2]]}.log")
+    wait_for(lambda: "queued again" in log.read_text(), 60)
+    cluster.run(*limit, "timelimit=10")
+    wait_for_jobs(cluster, list(again.values()))
+    for part in ("stopped by SIGTERM; checkpoint of step", "queued again, to go on where it was", "resuming from"):
+        assert part in log.read_text()
+
+    assert files(root) == files(experiment.parent / "local")
+    assert (root / "report.html").exists()
+    rows = json.loads((root / "results.json").read_text())["rows"]
+    assert [Path(row["samples"]).name for row in rows] == list(MODELS)
+
+
+def is_pending(process: psutil.Process, number: int) -> bool:
+    """Whether a stopped process has this signal before it."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            if line.startswith(("SigPnd", "ShdPnd")) and int(line.split()[1], 16) >> (number - 1) & 1:
+                return True
+    return False
+
+
+def test_two_nodes_work_as_two_processes_and_jobs_on_one_host_do_not_meet(cluster, config_file):  # noqa: F811
+    """Two tasks of an array at once, with ports of their own: training and sampling as two local processes do them."""
+    options = ["finetune.range=0", "sample.model=pretrained", "finetune.log_every=1"]
+    job = ["scripts/slurm/job.sh", "finetune.py sample_ddp.py", "--config", str(config_file), *options]
+    log = config_file.parent / "%a.log"
+    settings = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--array=0-1", f"--output={log}"]
+    number = cluster.run("sbatch", *settings, *job, "--", "name=a", "name=b", NODES="2").stdout.strip()
+    for name in ("finetune.py", "sample_ddp.py"):
+        run(name, config_file, *options, "name=local", processes=2)
+    wait_for_jobs(cluster, [f"{number}_0", f"{number}_1"])
+    expected = files(config_file.parent / "local")
+    assert len(expected) == 1 + 6
+    for name, text in (("a", "0.log"), ("b", "1.log")):
+        assert files(config_file.parent / name) == expected, (config_file.parent / text).read_text()
+    assert "2 process(es) on cpu" in (config_file.parent / "0.log").read_text()
+
+
+def test_a_dry_run_prints_every_job_with_what_it_waits_for(experiment):
+    """A search goes before the merge, a row of the table beside the ranges, each model's images behind it alone."""
+    cluster_file = experiment.with_name("mine.env")
+    cluster_file.write_text(
+        "PARTITION=gpu\nGPUS=4 # of each node\nNODES=2\nTIME=4:00:00\nBLOCKS=3\nOPTIONS='--qos=low'\n"
+    )
+    settings = {"CLUSTER": str(cluster_file), "BLOCKS": "2", "DRY_RUN": "1"}
+    lines = script("submit.sh", experiment, "merge.coefficients=search", **settings).stdout.splitlines()
+    jobs = {line.split("--job-name=tiny-")[1].split()[0]: line for line in lines if line.startswith("sbatch")}
+    samples = [f"sample-{model}" for model in ("pretrained", "continued", "ensemble", "merged", "distilled")]
+    assert list(jobs) == ["cache", "statistics", "train", "merge", "distill", *samples, "evaluate"]
+    for line in jobs.values():
+        for part in (
+            "--partition=gpu",
+            "--gpus-per-node=4",
+            "--nodes=2",
+            "--qos=low",
+            "--signal=B:USR1@120",
+            "--requeue",
+        ):
+            assert part in line
+    waits = {name: line.split("afterok:")[1].split()[0] if "afterok" in line else "" for name, line in jobs.items()}
+    assert waits["cache"] == waits["sample-pretrained"] == ""
+    assert waits["train"] == waits["statistics"] == "CACHE"
+    assert waits["merge"] == "TRAIN_0:TRAIN_1:STATISTICS"
+    assert waits["distill"] == waits["sample-merged"] == "MERGE"
+    assert waits["sample-ensemble"] == "TRAIN_0:TRAIN_1"
+    assert waits["sample-continued"] == "TRAIN_2"
+    assert waits["sample-distilled"] == "DISTILL_0"
+    assert waits["evaluate"].startswith("SAMPLE-PRETRAINED_0:SAMPLE-PRETRAINED_1:")
+    assert jobs["train"].endswith("-- finetune.range=0 finetune.range=1 finetune.range=continued ")
+    assert "search.py\\ merge.py" in jobs["merge"]
+    assert jobs["sample-merged"].endswith("sample.model=merged sample.blocks=2 -- sample.block=0 sample.block=1 ")
+    assert not (experiment.parent / "tiny").exists()
+
+
+def test_status_is_told_from_the_files_where_there_is_no_slurm(experiment):
+    """One range is complete, the other one's training has been stopped."""
+    run("finetune.py", experiment, "finetune.range=0")
+    run("finetune.py", experiment, "finetune.range=1")
+    shutil.rmtree(experiment.parent / "tiny" / "finetuned" / "0500-1000" / "unet")
+    run("sample_ddp.py", experiment, "sample.model=pretrained")
+    (experiment.parent / "tiny" / "samples" / "pretrained" / "000004.png").unlink()
+    lines = script("status.sh", experiment, "sample.num_images=6", BLOCKS="2").stdout.splitlines()
+    states = dict(line.strip().rsplit("  ", 1) for line in lines[:-1])
+    states = {" ".join(name.split()): state.strip() for name, state in states.items()}
+    assert states["cache"] == states["train finetune.range=0"] == "complete"
+    assert states["train finetune.range=1"] == "step 80 of 80"
+    assert states["train finetune.range=continued"] == "160 steps"
+    assert states["merge"] == states["evaluate"] == "missing"
+    assert states["sample-pretrained sample.block=0"] == "complete"
+    assert states["sample-pretrained sample.block=1"] == "2 of 3 images"
+    assert lines[-1] == f"3 of {len(states)} complete"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"CLUSTER": "missing.env"}, "CLUSTER=missing.env: no such file"),
+        ({"GPUS": "many"}, "GPUS=many: must be a whole number"),
+        ({"BLOCKS": "0"}, "BLOCKS=0: must be a whole number above 0"),
+        ({"SETUP": "false"}, "SETUP=false: failed"),
+        ({"BLOCKS": "100"}, "sample_ddp.py: error: sample.blocks=100: more than sample.num_images=6"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(experiment, variables, message):
+    """Before anything is submitted."""
+    result = script("submit.sh", experiment, status=2, **variables, DRY_RUN="1")
+    assert (result.stdout, result.stderr) == ("", f"{message}\n")
+
+
+def test_a_name_that_is_no_setting_is_named(experiment):
+    file = experiment.with_name("mine.env")
+    file.write_text("PARTITON=gpu\n")
+    refused = script("submit.sh", experiment, status=2, CLUSTER=str(file), DRY_RUN="1")
+    assert refused.stderr.startswith(f"{file}: PARTITON: must be one of CLUSTER PARTITION ")
