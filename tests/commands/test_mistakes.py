@@ -962,6 +962,31 @@ MISTAKES = [
         "search.bounds=[1.0]: must be two finite numbers, the least and the greatest",
     ),
     Mistake(
+        "an unknown weighting of the loss",
+        "finetune.py",
+        ["finetune.loss_weighting=minsnr"],
+        "finetune.loss_weighting=minsnr: must be one of constant, snr_plus_one, truncated_snr, min_snr, p2; "
+        "did you mean min_snr?",
+    ),
+    Mistake(
+        "a weighting's setting that is not positive",
+        "finetune.py",
+        ["finetune.range=min_snr", "finetune.min_snr_gamma=0"],
+        "finetune.min_snr_gamma=0.0: must be a finite number above 0",
+    ),
+    Mistake(
+        "an unknown baseline",
+        "finetune.py",
+        ["finetune.range=ant_nash"],
+        "finetune.range=ant_nash: must be one of null, 0 … 1, continued, …; did you mean ant_uw?",
+    ),
+    Mistake(
+        "more timestep ranges than a baseline's micro-batch can be spread over",
+        "finetune.py",
+        ["finetune.range=ant_uw", "finetune.micro_batch_size=1"],
+        "finetune.micro_batch_size=1: finetune.range=ant_uw spreads it over 2 timestep ranges",
+    ),
+    Mistake(
         "an unknown way to search",
         "search.py",
         ["search.method=guess"],
@@ -971,7 +996,7 @@ MISTAKES = [
         "an unknown objective",
         "search.py",
         ["search.objective=fid"],
-        "search.objective=fid: must be one of match, loss, fd",
+        "search.objective=fid: must be one of match, loss, fd; did you mean fd?",
     ),
     Mistake(
         "an unknown sampler of candidates",
