@@ -977,8 +977,8 @@ MISTAKES = [
     Mistake(
         "an unknown baseline",
         "finetune.py",
-        ["finetune.range=ant_nash"],
-        "finetune.range=ant_nash: must be one of null, 0 … 1, continued, …; did you mean ant_uw?",
+        ["finetune.range=ant_uv"],
+        "finetune.range=ant_uv: must be one of null, 0 … 1, continued, …; did you mean ant_uw?",
     ),
     Mistake(
         "more timestep ranges than a baseline's micro-batch can be spread over",
