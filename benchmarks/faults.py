@@ -224,7 +224,7 @@ def check_hosts(folder: Path) -> None:
     start_over(work, work)
     options = [*SMALL, *RANGE, "model.pretrained=null"]
     complete(Run("pretrain.py", [*SMALL, "pretrain.max_steps=1", "pretrain.batch_size=8"], work))
-    lock = work / "runs" / "digits" / "finetuned" / ".0000-0250.lock"
+    lock = work / "runs" / "digits" / "finetuned" / ".0000-0250.lock-elsewhere"
     lock.parent.mkdir()
     lock.write_text("process 1 on elsewhere\nanother boot")
     run = Run("finetune.py", options, work)

@@ -44,9 +44,13 @@ def save(name: str, device: str, rows: list[dict], table: str, ceiling: dict[str
     content = {"command": command, "machine": machine(device), "ceiling": ceiling, "rows": rows}
     (FOLDER / "results").mkdir(exist_ok=True)
     (FOLDER / "results" / f"{place}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    readme = FOLDER / "README.md"
-    part = f"<!-- {place} -->\n`{command}` on {content['machine']}:\n\n{table}\n<!-- end of {place} -->"
-    text = readme.read_text(encoding="utf-8")
+    put(FOLDER / "README.md", place, f"`{command}` on {content['machine']}:\n\n{table}")
+
+
+def put(page: Path, place: str, content: str) -> None:
+    """Write what stands between the marks of a place in a Markdown page, at its end where there are none yet."""
+    part = f"<!-- {place} -->\n{content}\n<!-- end of {place} -->"
+    text = page.read_text(encoding="utf-8")
     pattern = re.compile(f"<!-- {place} -->.*<!-- end of {place} -->", re.DOTALL)
     text = pattern.sub(lambda _: part, text) if pattern.search(text) else f"{text.rstrip()}\n\n{part}\n"
-    readme.write_text(text, encoding="utf-8")
+    page.write_text(text, encoding="utf-8")

@@ -1,11 +1,12 @@
 """How finetuning and sampling gain from more processes, and from ranges side by side.
 
-    python benchmarks/scaling.py                     # 1 and 2 processes of one thread
-    python benchmarks/scaling.py --device cuda       # 1 and all GPUs
+    python benchmarks/scaling.py                     # 1, 2 and 4 processes of one thread
+    python benchmarks/scaling.py --device cuda       # 1, 2, 4 and all GPUs
     python benchmarks/scaling.py --quick
+    python benchmarks/scaling.py --plan              # measures nothing: computes docs/clusters.md's table
 
 Whole commands on CIFAR-10's network, three rounds in which each has a turn. Efficiency: the gain in speed over
-the first row, per gain in threads or GPUs.
+the first row, per gain in cores or GPUs; processes that share a core are marked.
 """
 
 import json
@@ -24,25 +25,33 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import parse, spread
-from benchmarks.report import save
+from benchmarks.report import put, save
+from benchmarks.scale_out import sent_by_each, tables
 from benchmarks.unets import CIFAR10
 from deme.report.tables import markdown_table
+from scripts.estimate import FLOAT, unet_cost
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = {"block_out_channels": [32, 64, 64, 64]}
 
 
 def main() -> None:
-    arguments = parse(__doc__)
+    arguments = parse(__doc__, plan={"action": "store_true", "help": "compute how far a published benchmark scales"})
+    if arguments.plan:
+        write_plan(arguments.quick)
+        return
     on_gpu = arguments.device == "cuda"
-    most = torch.cuda.device_count() if on_gpu else 2
+    cores = torch.cuda.device_count() if on_gpu else len(os.sched_getaffinity(0))  # or GPUs
+    most = cores if on_gpu else 4  # processes
     # (processes, threads of each)
-    shapes = list(dict.fromkeys([(1, 1), (most, 1)])) if on_gpu else [(1, 1), (1, 2), (2, 1)]
-    steps, batch, images = (12, 4, 8) if arguments.quick else (512, 64, 4096) if on_gpu else (12, 8, 48)
+    shapes = [(number, 1) for number in sorted({1, 2, 4, most}) if number <= most]
+    shapes += [] if on_gpu else [(1, 2)]
+    steps, batch, images = (12, 4, 24) if arguments.quick else (512, 64, 4096) if on_gpu else (12, 8, 48)
     speeds: dict[tuple, list[float]] = defaultdict(list)  # what, processes, threads of each
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        unet = UNet2DModel(**CIFAR10 | (SMALL if arguments.quick else {}))
+        network = CIFAR10 | (SMALL if arguments.quick else {})
+        unet = UNet2DModel(**network)
         DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder / "pretrained")
         options = [f"model.pretrained={folder / 'pretrained'}", "data.resolution=32", "data.label_column=null"]
         options += [f"data.name={make_images(folder / 'data', 4 * batch)}"]
@@ -57,7 +66,7 @@ def main() -> None:
                 speeds["finetuning, images/s", *shape].append(finetuning(here, output, *shape, on_gpu))
                 speeds["sampling, images/s", *shape].append(sampling(here, output, *shape, on_gpu))
             for processes, threads in [(1, 1), (2, 1)] if on_gpu else [(1, 2), (2, 1)]:
-                taken = two_ranges(here, processes, threads, most, on_gpu)
+                taken = two_ranges(here, processes, threads, cores, on_gpu)
                 speeds["two ranges, whole commands per hour", processes, threads].append(2 * 3600 / taken)
     rows = []
     for what, processes, threads in sorted(speeds, key=lambda key: key[0]):
@@ -65,13 +74,14 @@ def main() -> None:
         row = {"what": what, "processes": processes, "threads": threads, "speed": values}
         first = next((other for other in rows if other["what"] == what), row)
         row["times_first"] = statistics.median(values) / statistics.median(first["speed"])
-        more = min(processes, most) * threads / (min(first["processes"], most) * first["threads"])  # GPUs may be shared
-        rows.append(row | {"efficiency": row["times_first"] / more})
+        used = [min(each["processes"] * each["threads"], cores) for each in (row, first)]  # they may be shared
+        row["efficiency"] = row["times_first"] * used[1] / used[0]
+        rows.append(row | {"oversubscribed": processes * threads > cores})
     titles = ["", "processes", "threads each", "speed", "× the first", "efficiency"]
     lines = [
         [
             row["what"],
-            str(row["processes"]),
+            f"{row['processes']}{', oversubscribed' * row['oversubscribed']}",
             str(row["threads"]),
             spread(row["speed"]),
             f"{row['times_first']:.2f}",
@@ -79,7 +89,36 @@ def main() -> None:
         ]
         for row in rows
     ]
-    save("scaling", arguments.device, rows, markdown_table(titles, lines))
+    parameters, _ = unet_cost(network | {"_class_name": "ProjectedUNet2DModel"})
+    exchange = exchanged(rows, batch, FLOAT * parameters)
+    save("scaling", arguments.device, rows, f"{markdown_table(titles, lines)}\n\n{exchange}")
+
+
+def exchanged(rows: list[dict], batch: int, size: int) -> str:
+    """Gradients of a step against its time, by numbers of processes; noted in the rows of finetuning, too.
+
+    Args:
+        batch: images per step.
+        size: bytes of the gradients.
+    """
+    lines = []
+    for row in rows:
+        if row["what"].startswith("finetuning") and row["threads"] == 1:
+            row["seconds_per_step"] = batch / statistics.median(row["speed"])
+            row["sent_bytes"] = sent_by_each(size, row["processes"])
+            sent, taken = row["sent_bytes"] / 1e6, row["seconds_per_step"]
+            lines.append([str(row["processes"]), f"{taken:.3g}", f"{sent:.0f}", f"{sent / taken:.0f}"])
+    titles = ["processes", "s per optimizer step", "MB that each sends, of a ring", "MB/s, over the step"]
+    what = f"An optimizer step of {batch} images has {size / 1e6:.0f} MB of float32 gradients, exchanged once:"
+    return f"{what}\n\n{markdown_table(titles, lines)}"
+
+
+def write_plan(is_quick: bool) -> None:
+    """Print what is computed, and put it into docs/clusters.md unless --quick is given."""
+    computed = tables()
+    if not is_quick:
+        put(REPOSITORY / "docs" / "clusters.md", "plan", computed)
+    print(computed)
 
 
 def start(

@@ -44,8 +44,8 @@ def check_apart_from_other_jobs(folder: Path, seeds: range) -> None:
         InUse: one is; names the lock.
     """
     own = block_of(folder, seeds).name
-    for lock in folder.parent.glob(f".{glob.escape(folder.name)}.seeds-*-*.lock"):
-        name = lock.name.removeprefix(".").removesuffix(".lock")
+    for lock in folder.parent.glob(f".{glob.escape(folder.name)}.seeds-*-*.lock-*"):
+        name = lock.name.removeprefix(".").rpartition(".lock-")[0]
         start, stop = map(int, name.rsplit("-", 2)[1:])
         if name != own and max(start, seeds.start) < min(stop, seeds.stop):
             clear_lock(lock.with_name(name))

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
@@ -22,7 +20,8 @@ from deme.data.draws import held_out_order
 from deme.data.images import CachedImages, CroppedImages, StreamedImages, TrainingImages
 from deme.data.prompts import DIGIT_CAPTIONS
 from deme.errors import UserError, one_line, shown
-from deme.job.files import atomic_folder, make_folder, writing
+from deme.job.files import atomic_folder
+from deme.job.locks import locked
 from deme.job.records import IMAGES, Record
 
 if TYPE_CHECKING:
@@ -239,17 +238,11 @@ def _cached(cache: Path, made_from: dict, build: Callable[[Path], None]) -> Path
         build: fills a folder.
     """
     folder = cache / Record(IMAGES, made_from).digest
-    make_folder(cache, "output_dir")
-    lock = folder.with_suffix(".lock")
-    with ExitStack() as held:
-        with writing(lock):
-            held.enter_context(FileLock(lock))
-        try:
+    if not folder.exists():
+        with locked(folder, "output_dir", wait=True):
             if not folder.exists():
                 with atomic_folder(folder) as temporary:
                     build(temporary)
-        finally:
-            lock.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
     return folder
 
 

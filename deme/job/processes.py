@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -15,11 +14,10 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch import distributed
 
 from deme.errors import RunError, UserError, one_line
-from deme.job.locks import InUse, locked
+from deme.job.locks import Attempts
 from deme.job.machine import computes_in_bf16
 
 Result = TypeVar("Result")
-POLLED_EVERY = 2.0  # seconds between two looks at what another job holds
 
 
 def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
@@ -75,29 +73,12 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Res
 def locked_by_all(accelerator: Accelerator, output: Path, key: str, wait: bool = False) -> Iterator[None]:
     """`locks.locked` for all processes of a job: the main process holds it.
 
-    A job that Slurm has started again waits in any case: its earlier self may be running on a node that was cut off.
-
     Args:
-        wait: until another job lets go of it, instead of being refused.
+        wait: see `locks.Attempts`.
     """
-    wait = wait or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-
-    def hold() -> bool:
-        try:
-            held.enter_context(locked(output, key))
-            return True
-        except InUse as error:
-            if not wait:
-                raise
-            told.append(str(error))
-            if len(told) == 1:
-                print(f"{error}; waiting for it")
-            time.sleep(POLLED_EVERY)
-            return False
-
-    told: list[str] = []
     with ExitStack() as held:
-        while not in_main_process(accelerator, hold):  # all wait, or a broadcast's time is up
+        attempt = Attempts(held, output, key, wait)
+        while not in_main_process(accelerator, attempt):  # all wait, or a broadcast's time is up
             pass
         yield
 

@@ -21,8 +21,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from deme.data.draws import Stream
 from deme.errors import RunError, UserError, one_line
-from deme.job.locks import signs_of_life
-from deme.job.processes import POLLED_EVERY, in_main_process
+from deme.job.locks import POLLED_EVERY, signs_of_life
+from deme.job.processes import in_main_process
 from deme.search.state import Evaluated
 
 HEARTBEAT = 30  # seconds between two signs of life of a running trial

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from benchmarks import faults
 from benchmarks.forked import Run
-from deme.errors import UserError
-from deme.job.locks import _boot_id, locked
+from deme.job.locks import claims, locked
 from deme.models.weights import WEIGHTS
 
 MODEL = "sample.model=pretrained"
@@ -198,46 +197,10 @@ def test_a_second_job_on_the_same_folder_is_refused(config_file):
     assert f"output_dir={root}/tiny/finetuned/0000-0500: in use by {owner}" in second.stderr
     first.send(signal.SIGKILL)
     first.wait()
-    lock = root / "tiny" / "finetuned" / ".0000-0500.lock"
+    [lock] = claims(root / "tiny" / "finetuned" / "0000-0500")
     assert lock.read_text().splitlines()[0] == owner
     run("finetune.py", config_file, "finetune.range=0", "finetune.max_steps=300")
     assert not lock.exists()
-
-
-def test_locks_of_other_hosts_are_not_taken_over(tmp_path):
-    """Their disk may be shared, but not their locks: the message says what to do."""
-    output = tmp_path / "merged"
-    with locked(output, "merge.output"), pytest.raises(UserError, match=r"merge\.output=.*merged: in use by process"):
-        locked(output, "merge.output").__enter__()
-    lock = tmp_path / ".merged.lock"
-    assert not lock.exists()
-    lock.write_text("process 1 on elsewhere")
-    with pytest.raises(
-        UserError, match=r"in use by process 1 on elsewhere; if that has ended, `rm .*\.merged\.lock`, or wait 10 min"
-    ):
-        locked(output, "merge.output").__enter__()
-    assert lock.exists()
-
-
-def test_dead_owners_are_told_from_the_living(tmp_path):
-    """One of another container under this kernel, of this host, or of a host without a sign of life for ten minutes."""
-    output = tmp_path / "merged"
-    lock = tmp_path / ".merged.lock"
-    for owner in (f"process 1 on elsewhere\n{_boot_id()}", f"process 1 on {os.uname().nodename}", "\0garbage\n\n"):
-        lock.write_text(owner)
-        if owner.startswith("\0"):
-            os.utime(lock, (0, 0))
-        with locked(output, "merge.output"):
-            assert lock.read_text() == f"process {os.getpid()} on {os.uname().nodename}\n{_boot_id()}"
-        assert not lock.exists()
-
-
-def test_a_living_owner_gives_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr("deme.job.locks.RENEWED_EVERY", 0.05)
-    with locked(tmp_path / "merged", "merge.output"):
-        lock = tmp_path / ".merged.lock"
-        os.utime(lock, (0, 0))
-        wait_for(lambda: lock.stat().st_mtime > 0)
 
 
 @pytest.mark.parametrize("target", faults.TARGETS, ids=[target.name for target in faults.TARGETS])

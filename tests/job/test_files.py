@@ -113,7 +113,7 @@ def test_a_kill_between_any_two_calls_of_a_replacement_loses_nothing(tmp_path, c
             ended.start()
             ended.join()
             with locked(folder / "a", "key"):
-                assert [path.name for path in folder.iterdir() if path.name != ".a.lock"] == ["a"]
+                assert [path.name for path in folder.iterdir() if ".lock-" not in path.name] == ["a"]
                 [file] = (folder / "a").iterdir()
                 assert file.name == file.read_text() in ("old", "new")
 
