@@ -87,7 +87,8 @@ def plan_jobs(runs: list[ComparedRun], processes: int) -> dict[str, Job]:
         if "merged" in run.models:  # once more, for its model card
             card = run.config.paths.merged / "README.md"
             graph.add(run, "merge.py", output=card, after=[graph.jobs[title]], name="model card")
-    return graph.jobs
+    # what is trained first takes longest, and others wait for it; nothing waits for images
+    return dict(sorted(graph.jobs.items(), key=lambda item: " sample_ddp " in item[0]))
 
 
 def draw(graph: Graph, run: ComparedRun, model: str, first: list[Job]) -> Job:

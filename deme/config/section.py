@@ -56,5 +56,5 @@ class Section:
 
 def one_of(choices: Iterable[str], given: object) -> str:
     """The rule that something is one of these words, with the one that was probably meant."""
-    near = get_close_matches(str(given), choices, 1)
+    near = get_close_matches(given, choices, 1) if isinstance(given, str) else []
     return f"must be one of {', '.join(choices)}" + "".join(f"; did you mean {word}?" for word in near)

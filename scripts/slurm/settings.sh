@@ -47,7 +47,7 @@ for default in "${defaults[@]}"; do
 done
 
 set +u # others' scripts
-eval "$SETUP" || { echo "SETUP=$SETUP: failed" >&2; exit 2; }
+. /dev/stdin <<<"$SETUP" || { echo "SETUP=$SETUP: failed" >&2; exit 2; }
 set -u
 [ "$GPUS" != 0 ] || export ACCELERATE_USE_CPU=true
 export $names

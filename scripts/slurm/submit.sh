@@ -79,12 +79,13 @@ batch() {
 # everything is asked first: a mistake in what a late stage is told leaves no early one submitted
 stages=()
 note() {
-  stages+=("$(printf ' %q' "$@")")
+  stages+=("$#" "$@")
 }
 visit_stages note "$@"
 exec 3>&1
-for stage in "${stages[@]}"; do
-  eval "submit $stage"
+while [ ${#stages[@]} -gt 0 ]; do
+  submit "${stages[@]:1:stages[0]}"
+  stages=("${stages[@]:stages[0]+1}")
 done
 echo "$count task(s) submitted; where they stand:"
 printf '  bash scripts/slurm/status.sh'

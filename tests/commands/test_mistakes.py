@@ -404,7 +404,7 @@ MISTAKES = [
         "a misspelt key",
         "finetune.py",
         ["finetune.lerning_rate=1"],
-        "finetune.lerning_rate=1: Key 'lerning_rate' not in 'Finetune'. Did you mean: 'learning_rate'?",
+        "finetune.lerning_rate=1: Key 'lerning_rate' not in 'Finetune'. Did you mean one of: 'learning_rate', …?",
     ),
     Mistake(
         "an unknown key",
@@ -458,7 +458,8 @@ MISTAKES = [
         "a range that does not exist",
         "finetune.py",
         ["finetune.range=2"],
-        "finetune.range=2: must be null, continued, distilled, or one of 0 … 1",
+        "finetune.range=2: must be one of null, 0 … 1, continued, snr_plus_one, truncated_snr, min_snr, p2, ant_uw, "
+        "distilled",
     ),
     Mistake(
         "a micro-batch with fewer images than distilling has experts",
@@ -1268,7 +1269,7 @@ MISTAKES = [
         "an unknown model",
         "sample_ddp.py",
         ["sample.model=nothing"],
-        "sample.model=nothing: not pretrained, continued, ensemble, merged, distilled, or a folder that holds a UNet",
+        "sample.model=nothing: not pretrained, continued, …, merged, distilled, or a folder that holds a UNet",
     ),
     Mistake(
         "nothing merged yet",

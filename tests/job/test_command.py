@@ -52,8 +52,9 @@ def test_too_little_memory_says_what_takes_less(tmp_path):
 def test_values_with_line_breaks_are_shown_in_one_line(tmp_path):
     result = faulty(tmp_path, "pass", "finetune.range='a\n\nb'")
     assert result.returncode == 2
-    rule = "must be null, continued, distilled, or one of 0 … 3"
-    assert result.stderr == f"script.py: error: finetune.range=a b: {rule}\n"
+    rule = "must be one of null, 0 … 3, continued, "
+    assert result.stderr.startswith(f"script.py: error: finetune.range=a b: {rule}")
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("closed", [">&-", ">/dev/full", "2>&-", "2>/dev/full", ">&- 2>&-"])
@@ -72,7 +73,7 @@ def test_an_ascii_terminal_gets_every_line(tmp_path):
     ascii_only = environment() | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
     result = subprocess.run(command, cwd=tmp_path, env=ascii_only, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "finetune.range=9: must be null, continued, distilled, or one of 0" in result.stderr
+    assert "finetune.range=9: must be one of null, 0 " in result.stderr
     assert "Traceback" not in result.stderr
 
 
