@@ -79,10 +79,9 @@ def plan_jobs(runs: list[ComparedRun], processes: int) -> dict[str, Job]:
     for run in runs:
         drawn = [draw(graph, run, model, first) for model in run.models]
         results = run.config.paths.results
-        folders = {job.name: run.config.paths.all_samples / model for job, model in zip(drawn, run.models, strict=True)}
         title = f"{run.config.name} evaluate"
         key = json.dumps([asdict(run.config), asdict(base.config.evaluate), run.models], sort_keys=True)
-        command = partial(score_command, graph, base, drawn, folders, results)
+        command = partial(score_command, graph, base, drawn, results)
         graph.jobs[title] = Job(title, command, results, key, [reference], after_all=drawn)
         if "merged" in run.models:  # once more, for its model card
             card = run.config.paths.merged / "README.md"
@@ -119,15 +118,9 @@ def train(graph: Graph, run: ComparedRun, chosen: str, after: list[Job]) -> Job:
     return graph.add(run, "finetune.py", f"finetune.range={chosen}", output=output, after=after)
 
 
-def score_command(
-    graph: Graph, base: ComparedRun, drawn: list[Job], folders: dict[str, Path], results: Path
-) -> list[str] | None:
-    """evaluate.py for a run's folders that are drawn, in the base's features; None where there is none.
-
-    Args:
-        folders: by the name of the job that draws it.
-    """
-    there = [str(folders[job.name]) for job in drawn if job.state in ("done", "unchanged")]
+def score_command(graph: Graph, base: ComparedRun, drawn: list[Job], results: Path) -> list[str] | None:
+    """evaluate.py for a run's folders that are drawn, in the base's features; None where there is none."""
+    there = [str(job.output) for job in drawn if job.state in ("done", "unchanged")]
     samples = f"evaluate.samples={json.dumps(there)}"
     return graph.command("evaluate.py", [*base.arguments, samples, f"evaluate.output={results}"]) if there else None
 

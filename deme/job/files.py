@@ -137,7 +137,7 @@ def unfinished(folder: Path, pattern: str) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path, pattern: str) -> None:
-    """Delete that."""
+    """Delete what `unfinished` finds."""
     for leftover in unfinished(folder, pattern):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 

@@ -62,9 +62,9 @@ class Jobs:
                 self._collect(stopped=True)
             raise
 
-    def seconds(self, job: Job) -> float:
-        """Wall time of a job, all its attempts together."""
-        return self.done.get(job.name, {}).get("seconds", 0.0)
+    def seconds(self, name: str) -> float:
+        """Wall time of a job, all its attempts together; 0 where there is none of this name."""
+        return self.done.get(name, {}).get("seconds", 0.0)
 
     def _start_those_ready(self) -> None:
         for job in self.jobs:

@@ -24,8 +24,8 @@ class Row:
     pooled: float  # the distance of all images, mean over the trainings
     to_pretrained: list[list[float]]  # difference of each block of images, per training
     to_continued: list[list[float]] | None  # to the control of the same seed, where there is one
-    passes: int | None  # through the UNet, of all that makes the model; mean over the trainings
-    hours: float | None
+    passes: int  # through the UNet, of all that makes the model; mean over the trainings
+    hours: float
 
     @property
     def deviation(self) -> float | None:
@@ -111,7 +111,7 @@ def cost(run: ComparedRun, model: str, jobs: Jobs) -> tuple[int, float]:
     seconds = sum(curve.seconds for curve in curves)
     if model in ("merged", DISTILLED) and config.paths.searched:
         passes += read_yaml(config.paths.best_coefficients).get("passes", 0)
-        seconds += sum(jobs.seconds(job) for job in jobs.jobs if job.name == f"{config.name} search")
+        seconds += jobs.seconds(f"{config.name} search")
     return passes, seconds
 
 

@@ -12,7 +12,10 @@ from deme.config.sections import Training
 
 
 def make_optimizer(
-    network: nn.Module, settings: Training, beside: Sequence[nn.Parameter] = (), their_learning_rate: float = 0.0
+    network: nn.Module,
+    settings: Training,
+    beside: Sequence[nn.Parameter] = (),
+    their_learning_rate: float | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over all weights, fused into one pass over the memory.
 

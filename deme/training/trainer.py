@@ -127,7 +127,8 @@ class Trainer:
         if networks.teacher is not None:
             teacher = freeze(networks.teacher, self.device, settings.mixed_precision)
             self.teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
-        self.weighting, learned = self._make_weighting()
+        self.weighting = self._make_weighting()
+        learned = self.weighting if objective.uncertainty_learning_rate is not None else None
         beside = [] if learned is None else list(learned.parameters())
         optimizer = make_optimizer(self.student, settings, beside, objective.uncertainty_learning_rate)
         self.learning_rate_factor = learning_rate_factor(optimizer, settings)
@@ -143,14 +144,13 @@ class Trainer:
         self.writer = CheckpointWriter(self.checkpoints, settings.checkpoints_kept)
         self.log: RunLog | None = None  # which the main process has while it runs
 
-    def _make_weighting(self) -> tuple[nn.Module | None, UncertaintyWeights | None]:
-        """How the denoising loss is weighted, and the same where it is learned."""
+    def _make_weighting(self) -> TimestepWeights | UncertaintyWeights | None:
+        """How the denoising loss is weighted; None: not at all."""
         settings = self.settings
         if self.objective.uncertainty_learning_rate is not None:
-            learned = UncertaintyWeights(self.objective.ranges).to(self.device)
-            return learned, learned
+            return UncertaintyWeights(self.objective.ranges).to(self.device)
         if settings.loss_weighting is None:
-            return None, None
+            return None
         with naming(f"{settings.section}.loss_weighting", settings.loss_weighting):
             weights = loss_weights(
                 settings.loss_weighting,
@@ -161,7 +161,7 @@ class Trainer:
                 settings.p2_gamma,
                 settings.normalize_loss_weighting,
             )
-        return TimestepWeights(weights).to(self.device), None
+        return TimestepWeights(weights).to(self.device)
 
     @property
     def checkpoints(self) -> Path:

@@ -1,5 +1,11 @@
-# Sourced by submit.sh and status.sh: which jobs of an experiment Slurm knows. Where it does not answer, `no_answer`,
-# which they define, is called.
+# Sourced by submit.sh and status.sh, from the repository's root: settings and stages, and which jobs of an experiment
+# Slurm knows. Where it does not answer, `no_answer`, which they define, is called.
+
+. scripts/slurm/settings.sh
+. scripts/setup.sh
+check_settings
+. scripts/slurm/stages.sh
+[ $# -gt 0 ] || { echo "bash scripts/slurm/${0##*/} CONFIG [overrides]" >&2; exit 2; }
 
 declare -A job=()          # task, as STAGE/OVERRIDE → id of the job that it was last submitted as
 declare -A is_under_way=() # the same → Slurm's word for it, where it is queued or runs

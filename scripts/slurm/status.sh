@@ -6,12 +6,7 @@
 # Without Slurm it tells what the files say.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-. scripts/slurm/settings.sh
-. scripts/setup.sh
-check_settings
-. scripts/slurm/stages.sh
 . scripts/slurm/queue.sh
-[ $# -gt 0 ] || { echo "bash scripts/slurm/status.sh CONFIG [overrides]" >&2; exit 2; }
 
 no_answer() {
   echo "Slurm does not answer: the files alone"

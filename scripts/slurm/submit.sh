@@ -9,12 +9,7 @@
 # scripts/slurm/settings.sh; docs/clusters.md says more.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-. scripts/slurm/settings.sh
-. scripts/setup.sh
-check_settings
-. scripts/slurm/stages.sh
 . scripts/slurm/queue.sh
-[ $# -gt 0 ] || { echo "bash scripts/slurm/submit.sh CONFIG [overrides]" >&2; exit 2; }
 [ -n "${DRY_RUN:-}" ] || command -v sbatch >/dev/null ||
   { echo "sbatch: not found; DRY_RUN=1 prints what would be submitted" >&2; exit 2; }
 
