@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
+from deme.config.paths import image_path
 from deme.config.sections import Sample
 from deme.data.prompts import claim_prompts, load_prompts
 from deme.errors import RunError, UserError, naming
@@ -76,7 +77,6 @@ def main(config: Config) -> None:
         block_of,
         claim_samples,
         count_images,
-        image_path,
         missing_seeds,
         read_images,
         save_grid,

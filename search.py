@@ -14,6 +14,7 @@ share the candidates.
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from deme.job.files import make_folder, sha256, write_yaml
 from deme.job.records import DATA, SEARCH, Record, provenance, read_record
 from deme.models.inputs import Inputs
 from deme.models.pipelines import takes_text, unet_folder
+from deme.models.searched import timed
 from deme.models.variants import find_finetuned, find_pretrained
 from deme.models.weights import weights_hash
 
@@ -60,7 +62,7 @@ def main(config: Config) -> None:
     inputs = Inputs(pretrained, networks)
     inputs.check_fits(config)
     config.check_classified()
-    draws = settings.method == "multi_fidelity" or settings.objective == "fd" or settings.report_images > 0
+    draws = by_images(config) or settings.report_images > 0
     if takes_text(pretrained) and draws:
         config.sample.check("prompts", config.sample.prompts is not None, "images are drawn for the search: needs some")
     labelled = config.data.label_column is not None or config.evaluate.features != "classifier" or not draws
@@ -100,7 +102,8 @@ def main(config: Config) -> None:
 
     if draws:
         _ = problem.plain_distance  # weights or labels that can't be had are told now
-    found = find(problem, output, storage, wanted.digest)
+    with timed(output) if accelerator.is_main_process else nullcontext():
+        found = find(problem, output, storage, wanted.digest)
     answer = best_yaml(problem, found, weights)
     with locked_by_all(accelerator, output / "best", "search.output", wait=True):
         in_main_process(accelerator, lambda: write_yaml(config.paths.best_coefficients, answer))
@@ -120,11 +123,20 @@ def main(config: Config) -> None:
             draw_plots(config, problem, found, fresh)
 
 
+def by_images(config: Config) -> bool:
+    """Whether candidates are told apart by images that are drawn from them."""
+    return config.search.method == "multi_fidelity" or config.search.objective == "fd"
+
+
 def searched(config: Config) -> dict[str, Any]:
     """The settings that determine what is found."""
     settings = asdict(config.search)
     free = [key for key in FREE_KEYS if not (key == "trials" and config.search.sampler == "grid")]
     parts = {"search": {key: value for key, value in settings.items() if key not in free}}
+    if by_images(config):
+        parts["search"]["num_inference_steps"] = config.search_steps
+    else:
+        del parts["search"]["num_inference_steps"]
     parts["sample"] = {key: getattr(config.sample, key) for key in SAMPLED_WITH}
     evaluated = asdict(config.evaluate)
     parts["evaluate"] = {k: v for k, v in evaluated.items() if k in ("features", "reference") or "classifier" in k}

@@ -80,7 +80,7 @@ def main(config: Config) -> None:
     steps = ranges * config.finetune.max_steps
     seen = steps * config.finetune.batch_size
     per_step = 1 + (takes_text(pretrained) and config.sample.guidance_scale != 1)
-    calls, short = (part.num_inference_steps * per_step for part in (config.sample, config.search))
+    calls, in_search = (steps * per_step for steps in (config.sample.num_inference_steps, config.search_steps))
     searched, reported = searched_images(config)
     count = models * config.sample.num_images
     distilled = has_distilled * config.distill.max_steps * config.finetune.batch_size
@@ -90,7 +90,7 @@ def main(config: Config) -> None:
         "the control, as many": seen * (3 + config.finetune.gradient_checkpointing) * flops * has_control,
         "distilling, each image through its expert": distilled * (4 + config.finetune.gradient_checkpointing) * flops,
         "encoding images": coded * coding,
-        f"searching, {searched:,} images of candidates": searched * (short * flops + coding),
+        f"searching, {searched:,} images of candidates": searched * (in_search * flops + coding),
         f"reporting on the search, {reported:,} images": reported * (calls * flops + coding),
         f"drawing {count:,} images": count * (calls * flops + coding),
         "statistics and FID": (images + count + searched + reported) * INCEPTION_FLOPS,

@@ -138,7 +138,7 @@ compare() {
   pass_signals $limit python compare.py "base=$config" "$@" || status=$?
   [ $status != 124 ] || resume_later
   [ $status = 0 ] || return $status
-  pass_signals python report.py --config "$config" "$@"
+  echo "page: $run/report.html"
   echo "pictures:"
   find "$run/samples" "$run/finetuned" -name 'grid-*.png' -o -path '*/previews/*.png' | sort
 }

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -13,7 +14,7 @@ from deme.config.reading import load_config
 from deme.config.section import Section, one_of
 from deme.errors import UserError, naming, one_line
 
-OWN_KEYS = ("base", "seeds")  # that overrides set here; all others are the experiment's
+OWN_KEYS = ("base", "seeds", "reference")  # that overrides set here; all others are the experiment's
 PRETRAINED = "pretrained"
 OF_ONE_RUN = (
     "merge.finetuned",
@@ -39,6 +40,7 @@ class Comparison(Section):
 
     base: str = MISSING  # the experiment's YAML file
     seeds: list[int] = field(default_factory=lambda: [0])  # of the trainings, whose spread is measured
+    reference: Optional[str] = None  # another experiment's YAML file: that of the images FID compares with
     runs: dict[str, Variation] = field(default_factory=dict)  # by name
 
     def check_models(self, known: tuple[str, ...]) -> None:
@@ -71,14 +73,21 @@ class ComparedRun:
     models: list[str]
     arguments: list[str]  # of its scripts: --config FILE section.key=value …
     config: Config
-    is_base: bool  # in whose features all are scored
+
+
+def is_comparison(file: str | Path) -> bool:
+    """Whether a YAML file lists runs; others are experiments, which load_config reads."""
+    try:
+        return "runs" in OmegaConf.load(file)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, OmegaConfBaseException):
+        return False  # what is wrong with it is told where it is read
 
 
 def load_comparison(file: str | Path, overrides: list[str], known: tuple[str, ...]) -> tuple[Comparison, list[str]]:
     """Read a comparison.
 
     Args:
-        overrides: `base=FILE` and `seeds=[…]` are its own; the others are the experiment's.
+        overrides: `base=FILE`, `seeds=[…]` and `reference=FILE` are its own; the others are the experiment's.
         known: the models that there are.
 
     Returns:
@@ -111,12 +120,14 @@ def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Comp
         for seed in dict.fromkeys([base.seed] * is_plain + comparison.seeds):
             is_base = is_plain and seed == base.seed
             models = [m for m in variation.models if (is_base if m == PRETRAINED else seed in comparison.seeds)]
+            if not models:
+                continue
             given, config = overrides, base
             if not is_base:
                 with naming(f"runs.{name}"):
                     given, config = varied(comparison.base, base, overrides, name, variation, seed)
             check_no_shared_output(config)
-            yield ComparedRun(name, seed, models, ["--config", comparison.base, *given], config, is_base)
+            yield ComparedRun(name, seed, models, ["--config", comparison.base, *given], config)
 
 
 def check_no_shared_output(config: Config) -> None:

@@ -88,10 +88,16 @@ class Config(Section):
         """Into how many blocks of seeds the final report of a search is split."""
         return self.evaluate.blocks if self.evaluate.blocks > 1 else REPORT_BLOCKS
 
+    @property
+    def search_steps(self) -> int:
+        """Of the images that a search draws."""
+        given = self.search.num_inference_steps
+        return self.sample.num_inference_steps if given is None else given
+
     def check_search(self) -> None:
         """What has to hold between the sections where a search is made."""
         total = self.timesteps.num_train_timesteps
-        few = self.search.num_inference_steps <= total
+        few = self.search_steps <= total
         self.search.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
         first, last = self.search.seed_offset, self.search.seed_offset + self.search.control_images
         drawn = range(self.sample.seed_offset, self.sample.seed_offset + self.sample.num_images)

@@ -153,6 +153,10 @@ class Paths:
         given = self._config.evaluate.output
         return Path(given) if given is not None else self.run / "results.json"
 
+    def comparison(self, file: str | Path) -> Path:
+        """What compare.py makes of a comparison's file: its table, logs, and which jobs have been done."""
+        return self.run / "comparison" / Path(file).stem
+
     @classmethod
     def names(cls) -> list[str]:
         """What `--path` takes."""
@@ -162,3 +166,8 @@ class Paths:
         """The path of this name; several, one a line."""
         found = getattr(self, name)
         return "\n".join(map(str, found)) if isinstance(found, list) else str(found)
+
+
+def image_path(folder: Path, seed: int) -> Path:
+    """Where the image of a seed lies in a folder of samples."""
+    return folder / f"{seed:06d}.png"

@@ -288,7 +288,7 @@ class Search(Section):
     trials: int = 32  # optuna, multi_fidelity: candidates that are tried
     num_images: int = 1000  # fd: drawn from each candidate
     control_images: int = 10_000  # fd: of the pretrained network, with which fewer of a candidate tell as much
-    num_inference_steps: int = 20  # fd: a short schedule
+    num_inference_steps: Optional[int] = None  # fd; null: sample's, as what is found with few may not hold with many
     seed_offset: int = 10_000_000  # fd: the first of its seeds, which no other images may have
     finalists: int = 4  # multi_fidelity: the best few, which are scored on finalist_images
     finalist_images: int = 4000

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from deme.config.paths import image_path
 from deme.data.decoding import decoding
 from deme.data.prompts import PROMPTS
 from deme.errors import UserError
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 IMAGE_SUFFIXES = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")  # those that pytorch_fid scores
-
-
-def image_path(folder: Path, seed: int) -> Path:
-    """Where the image of a seed lies."""
-    return folder / f"{seed:06d}.png"
 
 
 def block_of(folder: Path, seeds: range) -> Path:

@@ -51,7 +51,7 @@ SAMPLED_BEFORE = {"sample.scheduler": "ddim", "size_on_disk": None}  # of sample
 RUN = Kind("a run", Policy.REFUSE, "config.yaml", "trained_from", {"free": dict}, later=(DATA, SCHEDULE, ARCHITECTURE))
 MERGED = Kind("a merged network", Policy.REPLACE, "merge.yaml", later=(SCHEDULE,))
 SAMPLES = Kind("samples", Policy.REFUSE, "samples.yaml", "identity", {"num_images": int}, SAMPLED_BEFORE)
-SEARCH = Kind("a search", Policy.REFUSE, "search.yaml", "searched", later=(DATA,))
+SEARCH = Kind("a search", Policy.REFUSE, "search.yaml", "searched", later=(DATA, "search.num_inference_steps"))
 CLASSIFIER = Kind("a classifier", Policy.REBUILD, later=(DATA,))
 STATISTICS = Kind("statistics", Policy.REBUILD, later=(DATA,))
 IMAGES = Kind("decoded images", Policy.REBUILD)

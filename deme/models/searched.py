@@ -1,5 +1,8 @@
-"""Merging coefficients that search.py wrote, and the networks that it found them for."""
+"""Merging coefficients that search.py wrote, the networks that it found them for, and the time that it took."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,8 @@ from typing import Any
 from deme.config.experiment import Config
 from deme.errors import UserError, naming
 from deme.job.files import read_yaml
+
+SECONDS = "seconds.txt"  # in the search's folder: a line for each command
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,22 @@ def read_searched(file: Path) -> Searched:
     if not isinstance(content.get("coefficients"), dict):
         raise UserError(f"{file}: not the coefficients of search.py")
     return Searched(file, content)
+
+
+@contextmanager
+def timed(folder: Path) -> Iterator[None]:
+    """Note how long the block took, however it ends."""
+    begin = time.monotonic()
+    try:
+        yield
+    finally:
+        with (folder / SECONDS).open("a", encoding="utf-8") as file:
+            file.write(f"{time.monotonic() - begin:.1f}\n")
+
+
+def seconds_of(folder: Path) -> float | None:
+    """What all commands of a search took together; None where it is not known."""
+    try:
+        return sum(map(float, (folder / SECONDS).read_text(encoding="utf-8").split()))
+    except (OSError, ValueError):
+        return None

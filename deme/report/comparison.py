@@ -9,8 +9,8 @@ import numpy as np
 from deme.config.comparison import PRETRAINED, ComparedRun
 from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS, range_name
 from deme.job.files import read_yaml
-from deme.job.side_by_side import Jobs
 from deme.measure.scores import Score, load_scores, mean_and_deviation
+from deme.models.searched import seconds_of
 from deme.report.story import Curve, read_curve
 from deme.report.tables import NAMES, markdown_table, number
 
@@ -25,7 +25,7 @@ class Row:
     to_pretrained: list[list[float]]  # difference of each block of images, per training
     to_continued: list[list[float]] | None  # to the control of the same seed, where there is one
     passes: int  # through the UNet, of all that makes the model; mean over the trainings
-    hours: float
+    hours: float | None  # None: not known of its search
 
     @property
     def deviation(self) -> float | None:
@@ -55,7 +55,7 @@ def differences(rows: Sequence[Score], others: Sequence[Score]) -> list[list[flo
     return [np.subtract(row.blocks, other.blocks).tolist() for row, other in zip(rows, others, strict=True)]
 
 
-def compared_rows(runs: Sequence[ComparedRun], jobs: Jobs) -> list[Row]:
+def compared_rows(runs: Sequence[ComparedRun]) -> list[Row]:
     """A row for each model of each variation that has images and scores.
 
     Args:
@@ -75,7 +75,7 @@ def compared_rows(runs: Sequence[ComparedRun], jobs: Jobs) -> list[Row]:
                 continue
             found = [scores[name, run.seed][model] for run in there]
             controls = [scores.get((base.name, run.seed), {}).get(CONTINUED) for run in there]
-            costs = [cost(run, model, jobs) for run in there]
+            passes, seconds = zip(*[cost(run, model) for run in there], strict=True)
             has_control = all(controls) and model not in (PRETRAINED, CONTINUED)
             rows.append(
                 Row(
@@ -84,8 +84,8 @@ def compared_rows(runs: Sequence[ComparedRun], jobs: Jobs) -> list[Row]:
                     pooled=float(np.mean([row.pooled for row in found])),
                     to_pretrained=differences(found, [pretrained] * len(found)),
                     to_continued=differences(found, controls) if has_control else None,
-                    passes=round(np.mean([passes for passes, _ in costs])),
-                    hours=float(np.mean([seconds for _, seconds in costs])) / 3600,
+                    passes=round(np.mean(passes)),
+                    hours=None if None in seconds else float(np.mean(seconds)) / 3600,
                 )
             )
     return rows
@@ -98,8 +98,8 @@ def scores_of(run: ComparedRun) -> dict[str, Score]:
     return {Path(row.samples).name: row for row in rows if Path(row.samples).name in run.models}
 
 
-def cost(run: ComparedRun, model: str, jobs: Jobs) -> tuple[int, float]:
-    """UNet passes and seconds of all that makes a model: training as it was logged, the search as it was timed."""
+def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
+    """UNet passes and seconds of all that makes a model, as trainings and the search have noted them."""
     config = run.config
     parts: list[str] = []
     if model in ("ensemble", "merged", DISTILLED):
@@ -111,7 +111,8 @@ def cost(run: ComparedRun, model: str, jobs: Jobs) -> tuple[int, float]:
     seconds = sum(curve.seconds for curve in curves)
     if model in ("merged", DISTILLED) and config.paths.searched:
         passes += read_yaml(config.paths.best_coefficients).get("passes", 0)
-        seconds += jobs.seconds(f"{config.name} search")
+        searched = seconds_of(config.paths.search)
+        seconds = None if searched is None else seconds + searched
     return passes, seconds
 
 
@@ -137,6 +138,6 @@ def comparison_table(rows: Sequence[Row], features: str) -> str:
         line += ["-" if is_first else number(row.deviation)] if several else []
         if with_control:
             line.append(number(*difference(row.to_continued), "+.4f") if row.to_continued else "-")
-        line += ["-", "-"] if is_first else [f"{row.passes:,}", f"{row.hours:.2f}"]
+        line += ["-", "-"] if is_first else [f"{row.passes:,}", number(row.hours, form=".2f")]
         lines.append(line)
     return markdown_table(titles, lines)

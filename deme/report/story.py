@@ -11,6 +11,7 @@ from deme.config.sections import BASELINES, CONTINUED, DISTILLED, GRADIENT_PASSE
 from deme.errors import UserError
 from deme.job.files import read_json, read_yaml
 from deme.measure.scores import CLEARLY, Score, load_scores
+from deme.models.searched import seconds_of
 from deme.models.variants import MAKERS, ORDER, made_unets
 from deme.report.tables import NAMES, number, score_lines
 
@@ -94,6 +95,7 @@ class Run:
     search: dict[str, Any] | None  # best.yaml
     search_scores: list[Score]
     search_passes: int | None
+    search_seconds: float | None
     samples: list[Path]
     analyses: list[Path]
     provenance: dict[str, Any]
@@ -128,6 +130,7 @@ def read_run(config: Config, options: str) -> Run:
         best,
         fresh,
         None if best is None else best.get("passes"),
+        seconds_of(paths.search),
         samples,
         analyses,
         provenance,
@@ -206,7 +209,8 @@ def passes_of(run: Run) -> Table:
         [f"training {curve.name}", f"{curve.passes(config):,}", f"{curve.seconds / 60:.1f}"] for curve in run.curves
     ]
     if run.search_passes is not None:
-        rows.append(["search, without its report", f"{run.search_passes:,}", "-"])
+        minutes = "-" if run.search_seconds is None else f"{run.search_seconds / 60:.1f}"
+        rows.append(["search, without its report", f"{run.search_passes:,}", minutes])
     for row in run.scores:
         drawn = row.images * config.sample.num_inference_steps
         rows.append([f"drawing {Path(row.samples).name}", f"{drawn:,}", "-"])

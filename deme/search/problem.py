@@ -138,7 +138,7 @@ class Problem:
 
     @cached_property
     def distance(self) -> FrechetDistance:
-        """The objective fd, with the candidates' short schedule; its control is drawn once and kept."""
+        """The objective fd, with the candidates' schedule; its control is drawn once and kept."""
         plain = self.plain_distance
         seeds = self.seeds(self.settings.control_images)
         file = self.folder / "control.safetensors"
@@ -155,7 +155,7 @@ class Problem:
     def plain_distance(self) -> FrechetDistance:
         """The distance without a control."""
         config = self.config
-        sample = replace(config.sample, num_inference_steps=self.settings.num_inference_steps)
+        sample = replace(config.sample, num_inference_steps=config.search_steps)
         space = load_feature_space(config, self.accelerator)
         prompts = []
         if self.encoder.takes_text:

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# One job of submit.sh, or one task of an array: scripts one after the other, over all processes of the job's nodes.
+# One job of submit.sh, or one task of an array: a script, over all processes of the job's nodes.
 #
-#   sbatch … scripts/slurm/job.sh "SCRIPT…" --config CONFIG [overrides] [-- OVERRIDE…]
+#   sbatch … scripts/slurm/job.sh LEDGER SCRIPT --config CONFIG [overrides] -- NAME KEY OVERRIDE [NAME KEY OVERRIDE]…
 #
-# A task of an array has the override of its number. Slurm sends USR1 before the time limit, and where it is so configured
-# before another job takes the nodes: the scripts then save, and the job queues itself again, at most MAX_REQUEUES times.
+# A task of an array has the NAME, KEY and OVERRIDE of its number; once it is done, the file LEDGER/NAME holds KEY, which
+# deme/job/graph.py reads. Slurm sends USR1 before the time limit, and where it is so configured before another job takes
+# the nodes: the scripts then save, and the job queues itself again, at most MAX_REQUEUES times.
 set -euo pipefail
 
 # of a task of an array, by its number: the last one's SLURM_JOB_ID also stands for the whole array
 id=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-step=-1          # Slurm's number of the step that runs
-child=           # its srun
+child=           # srun
 must_stop=false  # as Slurm says
 must_queue=false # again, for that was for the lack of time
 
-# stop: let the processes of the step save. Not by way of srun, which would kill them at a SIGTERM
+# stop: let the processes save. Not by way of srun, which would kill them at a SIGTERM
 stop() {
   must_stop=true
   while [ -n "$child" ] && kill -0 "$child" 2>/dev/null; do
-    ! scancel --signal=TERM "$id.$step" 2>/dev/null || break
+    ! scancel --signal=TERM "$id.0" 2>/dev/null || break
     sleep 1 # the step is about to start
   done
 }
@@ -31,16 +31,18 @@ trap stop TERM
 # seconds that the launcher leaves its processes for saving, instead of 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$NOTICE
 
-scripts=$1
-shift
+ledger=$1
+script=$2
+shift 2
 arguments=()
-while [ $# -gt 0 ] && [ "$1" != -- ]; do
+while [ "$1" != -- ]; do
   arguments+=("$1")
   shift
 done
-[ $# = 0 ] || shift
-tasks=("$@")
-[ ${#tasks[@]} = 0 ] || arguments+=("${tasks[${SLURM_ARRAY_TASK_ID:-0}]}")
+shift $((1 + 3 * ${SLURM_ARRAY_TASK_ID:-0}))
+name=$1
+key=$2
+[ -z "$3" ] || arguments+=("$3")
 
 # free_port: one that nothing listens on here; jobs that share a node begin their search at different ones
 free_port() {
@@ -49,10 +51,9 @@ free_port() {
   echo "$port"
 }
 
-# run_step NODES PROCESSES SCRIPT: over so many processes of each node; its status
-run_step() {
-  local nodes=$1 processes=$2 script=$3 status
-  step=$((step + 1))
+# run NODES PROCESSES: the script over so many processes of each node; its status
+run() {
+  local nodes=$1 processes=$2 status
   RENDEZVOUS=$(hostname):$(free_port) srun --nodes="$nodes" --ntasks="$nodes" ${CPUS:+--cpus-per-task="$CPUS"} \
     --kill-on-bad-exit=1 $CONTAINER bash scripts/launch.sh "$processes" "$script" "${arguments[@]}" &
   child=$!
@@ -65,15 +66,18 @@ run_step() {
   return $status
 }
 
-status=0
-for script in $scripts; do
-  [ $must_stop = false ] || status=143
-  [ $status = 0 ] || break
+status=143
+if [ $must_stop = false ]; then
+  status=0
   case $script in
-    merge.py | report.py) run_step 1 1 "$script" || status=$? ;; # which know one process
-    *) run_step "$NODES" "${NUM_PROCESSES:-$((GPUS > 0 ? GPUS : 1))}" "$script" || status=$? ;;
+    merge.py | compare.py) run 1 1 || status=$? ;; # which know one process
+    *) run "$NODES" "${NUM_PROCESSES:-$((GPUS > 0 ? GPUS : 1))}" || status=$? ;;
   esac
-done
+fi
+if [ $status = 0 ]; then
+  mkdir -p "$ledger"
+  echo "$key" >"$ledger/$name"
+fi
 
 if [ $must_queue = true ] && [ $status != 0 ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_REQUEUES" ]; then

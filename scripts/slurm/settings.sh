@@ -17,8 +17,6 @@ defaults=(
   CONTAINER=        # what srun gets before the command: --container-image=…, or apptainer exec --nv FILE
   NOTICE=120        # seconds before the time limit at which a job saves, and queues again
   MAX_REQUEUES=20   # of a job
-  ROWS="pretrained continued ensemble merged distilled" # of the table: what is drawn from, and trained where needed
-  REFERENCE=        # configuration of the images that FID compares with; empty: CONFIG's own
 )
 
 names=" "

@@ -31,8 +31,8 @@ def test_rows_are_made_but_for_the_one_that_fails_and_not_again(config_file):
     settings = ["seeds=[0, 3]", "evaluate.blocks=2", "sample.num_images=8"]
     first = compare(file, *settings, status=1)
     for name in ("tiny-broken", "tiny-broken-seed3"):
-        assert re.search(rf"{name} finetune finetune.range=continued: .* not finite", first.stderr.splitlines()[-1])
-        assert f"{name} sample_ddp sample.model=continued" in first.stderr.split("not tried without it: ")[1]
+        assert re.search(rf"{name} train finetune.range=continued: .* not finite", first.stderr.splitlines()[-1])
+        assert f"{name} sample-continued" in first.stderr.split("not tried without it: ")[1]
     table = first.stdout.split("| model | trainings |")[1]
     rows = re.findall(r"^\| ([a-z ,]+) \| ([-2]) \| [\d.]+ \| (.+?) \| .* \| ([-\d,]+) \| ", table, re.MULTILINE)
     assert [row[:2] for row in rows] == [("pretrained", "-"), ("continued", "2")]
@@ -41,9 +41,10 @@ def test_rows_are_made_but_for_the_one_that_fails_and_not_again(config_file):
     names = sorted(path.relative_to(root).as_posix() for path in root.glob("tiny*/samples/*[a-z]/"))
     assert names == ["tiny-seed3/samples/continued", "tiny/samples/continued", "tiny/samples/pretrained"]
     assert not (root / "tiny-seed3" / "stats").exists()  # scored in the same features
+    assert (root / "tiny" / "report.html").exists()
     second = compare(file, *settings, status=1)
     again = re.findall(r"^(.*): started$", second.stdout, re.MULTILINE)
-    assert sorted(again) == [f"tiny-broken{seed} finetune finetune.range=continued" for seed in ("", "-seed3")]
+    assert sorted(again) == [f"tiny-broken{seed} train finetune.range=continued" for seed in ("", "-seed3")]
     assert second.stdout.split("| model |")[-1] == first.stdout.split("| model |")[-1]
 
 

@@ -20,6 +20,7 @@ from test_text_to_image import text_config, text_to_image  # noqa: F401  fixture
 from benchmarks.forked import Run
 from deme.config.reading import load_config
 from deme.models.networks import with_projections
+from deme.models.searched import SECONDS, seconds_of
 from deme.models.variants import find_pretrained
 from deme.models.weights import WEIGHTS
 from deme.search.problem import Problem
@@ -104,6 +105,10 @@ def test_what_is_found_is_what_merge_py_merges(method, config_file, root):
     assert "candidate" not in again.stdout
     assert best(folder) == found
     assert report(folder) == rows
+    taken = [float(line) for line in (folder / SECONDS).read_text().split()]
+    assert len(taken) == 2
+    assert taken[0] > taken[1]
+    assert seconds_of(folder) == sum(taken)
     assert {file: file.read_bytes() for file in folder.glob("*.safetensors")} == before
 
     run("merge.py", config_file, "merge.coefficients=search")
@@ -120,9 +125,10 @@ def test_what_is_found_is_what_merge_py_merges(method, config_file, root):
 
 
 def test_the_objective_is_the_distance_that_evaluate_py_measures(config_file, root):
-    """Of the same seeds, drawn by sample_ddp.py into PNGs from the network that merge.py writes."""
+    """Of the same seeds and as many steps, drawn by sample_ddp.py into PNGs from the network that merge.py writes."""
     options = ["search.method=optuna", "search.objective=fd", "search.sampler=random", "search.trials=2", *SMALL[:5]]
-    options += ["search.finalists=1", "search.report_images=0", "search.num_inference_steps=3", "sample.batch_size=3"]
+    options += ["search.finalists=1", "search.report_images=0", "search.num_inference_steps=null"]
+    options += ["sample.batch_size=3"]
     options += ["search.finalist_images=8", "search.control_images=8"]  # all of the control: nothing is corrected
     run("search.py", config_file, *options)
     run("merge.py", config_file, "merge.coefficients=search")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import yaml
 from conftest import REPOSITORY, environment, run
 from slurm import cluster, wait_for  # noqa: F401  a fixture
 
-MODELS = ("continued", "merged")
+MODELS = ("pretrained", "continued", "merged")
 BLOCKS = 2
 
 
@@ -26,6 +27,14 @@ def experiment(config_file) -> Path:
     config["evaluate"] |= {"blocks": 2}
     config_file.write_text(yaml.safe_dump(config))
     return config_file
+
+
+@pytest.fixture
+def comparison(experiment) -> Path:
+    """Its models that the tests draw from."""
+    file = experiment.with_name("rows.yaml")
+    file.write_text(yaml.safe_dump({"base": str(experiment), "runs": {"models": {"models": list(MODELS)}}}))
+    return file
 
 
 def script(name: str, config: Path, *overrides: str, status: int = 0, **variables: str) -> subprocess.CompletedProcess:
@@ -60,16 +69,16 @@ def freeze(cluster, job: str, training: Path) -> psutil.Process:  # noqa: F811
 
 
 def submitted(output: str) -> dict[str, str]:
-    """Stage and override → job, as submit.sh says."""
-    lines = [line.split() for line in output.splitlines() if " job " in line]
-    return {" ".join(words[:-2]): words[-1] for words in lines}
+    """Stage and override → Slurm's job, as submit.sh says."""
+    lines = [line.split() for line in output.splitlines() if line.startswith("tiny ")]
+    return {" ".join(words[1:-2]): words[-1] for words in lines}
 
 
 def wait_for_jobs(cluster, jobs: list[str], seconds: float = 240) -> None:  # noqa: F811
     wait_for(lambda: not cluster.queue().keys() & set(jobs), seconds)
 
 
-def test_an_experiment_survives_a_dead_node_a_failed_job_and_its_time_limit(cluster, experiment):  # noqa: F811
+def test_an_experiment_survives_a_dead_node_a_failed_job_and_its_time_limit(cluster, experiment, comparison):  # noqa: F811
     """Weights and images are those of a plain local run, bit for bit; what failed holds nothing up but what needs it.
 
     The control fails at first. A node dies while it trains a range, which goes on elsewhere. Submitted again, only the
@@ -79,16 +88,27 @@ def test_an_experiment_survives_a_dead_node_a_failed_job_and_its_time_limit(clus
     training = root / "finetuned"
     training.mkdir(parents=True)
     (training / "continued").touch()  # where its folder should be
-    settings = {"BLOCKS": str(BLOCKS), "ROWS": " ".join(MODELS)}
-    submit = ["bash", "scripts/slurm/submit.sh", str(experiment)]
+    settings = {"BLOCKS": str(BLOCKS)}
+    submit = ["bash", "scripts/slurm/submit.sh", str(comparison)]
     jobs = submitted(cluster.run(*submit, **settings).stdout)
     samples = [f"sample-{model} sample.block={block}" for model in MODELS for block in range(BLOCKS)]
-    trainings = [f"train finetune.range={name}" for name in (0, 1, "continued")]
-    assert list(jobs) == ["cache", "statistics", *trainings, "merge", *samples, "evaluate"]
-    assert cluster.run(*submit, **settings).stdout.startswith("0 task(s) submitted")
+    trainings = [f"train finetune.range={name}" for name in ("continued", 0, 1)]
+    expected = [
+        "cache",
+        "statistics",
+        *samples[:2],
+        *trainings,
+        *samples[2:4],
+        "merge",
+        *samples[4:],
+        "evaluate",
+        "table",
+    ]
+    assert list(jobs) == expected
+    assert cluster.run(*submit, **settings).stdout.startswith("0 job(s) submitted")
 
-    freeze(cluster, jobs[trainings[0]], training / "0000-0500")
-    [_, node] = cluster.queue()[jobs[trainings[0]]]
+    freeze(cluster, jobs[trainings[1]], training / "0000-0500")
+    [_, node] = cluster.queue()[jobs[trainings[1]]]
     cluster.kill_node(node)
     local = experiment.with_name("local.yaml")
     local.write_text(experiment.read_text().replace("name: tiny", "name: local"))
@@ -98,22 +118,23 @@ def test_an_experiment_survives_a_dead_node_a_failed_job_and_its_time_limit(clus
     for model in MODELS:
         run("sample_ddp.py", local, f"sample.model={model}")
     wait_for_jobs(cluster, list(jobs.values()))
-    status = cluster.run("bash", "scripts/slurm/status.sh", str(experiment), **settings).stdout
-    incomplete = [line.split("  ")[0] for line in status.splitlines() if " ended" in line]
-    assert incomplete == ["train", *["sample-continued"] * BLOCKS, "evaluate"], status
-    [log] = root.glob(f"slurm/*-{jobs[trainings[0]]}.log")
+    status = cluster.run("bash", "scripts/slurm/status.sh", str(comparison), **settings).stdout
+    incomplete = [" ".join(line.split()[1:-4]) for line in status.splitlines() if line.endswith(" ended")]
+    assert incomplete == [trainings[0], *samples[2:4], "evaluate"], status
+    logs = root / "comparison" / "rows" / "logs"
+    [log] = logs.glob(f"*-{jobs[trainings[1]]}.log")
     assert "resuming from" in log.read_text()
 
     cluster.start_node(node)
     (training / "continued").unlink()
     again = submitted(cluster.run(*submit, **settings, NOTICE="29").stdout)
-    assert list(again) == [trainings[2], *[sample for sample in samples if "continued" in sample], "evaluate"]
-    control = freeze(cluster, again[trainings[2]], training / "continued")  # until its time is up
-    limit = ["scontrol", "update", f"jobid={again[trainings[2]]}"]
+    assert list(again) == [trainings[0], *samples[2:4], "evaluate", "table"]
+    control = freeze(cluster, again[trainings[0]], training / "continued")  # until its time is up
+    limit = ["scontrol", "update", f"jobid={again[trainings[0]]}"]
     cluster.run(*limit, "timelimit=1")
     wait_for(lambda: is_pending(control, signal.SIGTERM), 90)
     control.send_signal(signal.SIGCONT)
-    [log] = root.glob(f"slurm/*-{again[trainings[2]]}.log")
+    [log] = logs.glob(f"*-{again[trainings[0]]}.log")
     wait_for(lambda: "queued again" in log.read_text(), 60)
     cluster.run(*limit, "timelimit=10")
     wait_for_jobs(cluster, list(again.values()))
@@ -124,6 +145,11 @@ def test_an_experiment_survives_a_dead_node_a_failed_job_and_its_time_limit(clus
     assert (root / "report.html").exists()
     rows = json.loads((root / "results.json").read_text())["rows"]
     assert [Path(row["samples"]).name for row in rows] == list(MODELS)
+    table = (root / "comparison" / "rows" / "table.md").read_text().splitlines()
+    assert [line.split()[1] for line in table[2:]] == list(MODELS)
+    assert cluster.run(*submit, **settings).stdout.startswith("0 job(s) submitted")
+    changed = cluster.run(*submit, "merge.coefficients=[0.1,0.2]", **settings, DRY_RUN="1").stdout
+    assert "--job-name=tiny-merge" in changed
 
 
 def is_pending(process: psutil.Process, number: int) -> bool:
@@ -138,13 +164,25 @@ def is_pending(process: psutil.Process, number: int) -> bool:
 def test_two_nodes_work_as_two_processes_and_jobs_on_one_host_do_not_meet(cluster, config_file):  # noqa: F811
     """Two tasks of an array at once, with ports of their own: training and sampling as two local processes do them."""
     options = ["finetune.range=0", "sample.model=pretrained", "finetune.log_every=1"]
-    job = ["scripts/slurm/job.sh", "finetune.py sample_ddp.py", "--config", str(config_file), *options]
     log = config_file.parent / "%a.log"
-    settings = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--array=0-1", f"--output={log}"]
-    number = cluster.run("sbatch", *settings, *job, "--", "name=a", "name=b", NODES="2").stdout.strip()
+    settings = [
+        "--parsable",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--array=0-1",
+        f"--output={log}",
+        "--open-mode=append",
+    ]
+    tasks = [part for name in "ab" for part in (name, f"key of {name}", f"name={name}")]
+    after = []
+    for name in ("finetune.py", "sample_ddp.py"):
+        job = ["scripts/slurm/job.sh", str(config_file.parent / name), name, "--config", str(config_file), *options]
+        number = cluster.run("sbatch", *settings, *after, *job, "--", *tasks, NODES="2").stdout.strip()
+        after = [f"--dependency=aftercorr:{number}"]
     for name in ("finetune.py", "sample_ddp.py"):
         run(name, config_file, *options, "name=local", processes=2)
     wait_for_jobs(cluster, [f"{number}_0", f"{number}_1"])
+    assert (config_file.parent / "sample_ddp.py" / "b").read_text() == "key of b\n"  # it has been done
     expected = files(config_file.parent / "local")
     assert len(expected) == 1 + 6
     for name, text in (("a", "0.log"), ("b", "1.log")):
@@ -153,7 +191,7 @@ def test_two_nodes_work_as_two_processes_and_jobs_on_one_host_do_not_meet(cluste
 
 
 def test_a_dry_run_prints_every_job_with_what_it_waits_for(experiment):
-    """A search goes before the merge, a row of the table beside the ranges, each model's images behind it alone."""
+    """A search goes before the merge, the control beside the ranges, each model's images behind it alone."""
     cluster_file = experiment.with_name("mine.env")
     cluster_file.write_text(
         "PARTITION=gpu\nGPUS=4 # of each node\nNODES=2\nTIME=4:00:00\nBLOCKS=3\nOPTIONS='--qos=low'\n"
@@ -161,8 +199,9 @@ def test_a_dry_run_prints_every_job_with_what_it_waits_for(experiment):
     settings = {"CLUSTER": str(cluster_file), "BLOCKS": "2", "DRY_RUN": "1"}
     lines = script("submit.sh", experiment, "merge.coefficients=search", **settings).stdout.splitlines()
     jobs = {line.split("--job-name=tiny-")[1].split()[0]: line for line in lines if line.startswith("sbatch")}
-    samples = [f"sample-{model}" for model in ("pretrained", "continued", "ensemble", "merged", "distilled")]
-    assert list(jobs) == ["cache", "statistics", "train", "merge", "distill", *samples, "evaluate"]
+    stages = ["cache", "statistics", "sample-pretrained", "train", "sample-continued", "sample-ensemble", "search"]
+    stages += ["merge", "sample-merged", "distill", "sample-distilled", "evaluate", "table"]
+    assert list(jobs) == stages
     for line in jobs.values():
         for part in (
             "--partition=gpu",
@@ -173,38 +212,55 @@ def test_a_dry_run_prints_every_job_with_what_it_waits_for(experiment):
             "--requeue",
         ):
             assert part in line
-    waits = {name: line.split("afterok:")[1].split()[0] if "afterok" in line else "" for name, line in jobs.items()}
+    waits = {
+        name: line.split("--dependency=")[1].split()[0] if "dependency" in line else "" for name, line in jobs.items()
+    }
+    trained = "afterok:TINY-TRAIN_1:TINY-TRAIN_2"  # the ranges; the control is the first of the array
     assert waits["cache"] == waits["sample-pretrained"] == ""
-    assert waits["train"] == waits["statistics"] == "CACHE"
-    assert waits["merge"] == "TRAIN_0:TRAIN_1:STATISTICS"
-    assert waits["distill"] == waits["sample-merged"] == "MERGE"
-    assert waits["sample-ensemble"] == "TRAIN_0:TRAIN_1"
-    assert waits["sample-continued"] == "TRAIN_2"
-    assert waits["sample-distilled"] == "DISTILL_0"
-    assert waits["evaluate"].startswith("SAMPLE-PRETRAINED_0:SAMPLE-PRETRAINED_1:")
-    assert jobs["train"].endswith("-- finetune.range=0 finetune.range=1 finetune.range=continued ")
-    assert "search.py\\ merge.py" in jobs["merge"]
-    assert jobs["sample-merged"].endswith("sample.model=merged sample.blocks=2 -- sample.block=0 sample.block=1 ")
+    assert waits["train"] == waits["statistics"] == "afterok:TINY-CACHE"
+    assert waits["search"] == f"{trained}:TINY-STATISTICS,afterany:TINY-TRAIN_0"
+    assert waits["merge"] == "afterok:TINY-SEARCH"
+    assert waits["distill"] == waits["sample-merged"] == "afterok:TINY-MERGE"
+    assert waits["sample-ensemble"] == trained
+    assert waits["sample-continued"] == "afterok:TINY-TRAIN_0"
+    assert waits["sample-distilled"] == "afterok:TINY-DISTILL_0"
+    assert waits["evaluate"].startswith("afterok:TINY-STATISTICS:TINY-SAMPLE-PRETRAINED_0:TINY-SAMPLE-PRETRAINED_1:")
+    assert waits["table"] == "afterany:TINY-EVALUATE"
+    tasks = shlex.split(jobs["train"].split(" -- ")[1])
+    assert tasks[2::3] == [f"finetune.range={name}" for name in ("continued", 0, 1)]
+    assert "sample.model=merged sample.blocks=2 -- 'tiny sample-merged sample.block=0'" in jobs["sample-merged"]
     assert not (experiment.parent / "tiny").exists()
 
 
+def test_a_comparison_s_runs_are_all_submitted(experiment):
+    """Each with a name of its own; the table waits for the scores of all."""
+    rows = {
+        "models": {"models": ["pretrained"]},
+        "longer": {"models": ["merged"], "overrides": ["finetune.max_steps=9"]},
+    }
+    file = experiment.with_name("rows.yaml")
+    file.write_text(yaml.safe_dump({"base": str(experiment), "runs": rows}))
+    lines = script("submit.sh", file, "seeds=[0,1]", DRY_RUN="1").stdout.splitlines()
+    names = [line.split("--job-name=")[1].split()[0] for line in lines]
+    assert [name for name in names if name.endswith("-train")] == ["tiny-longer-train", "tiny-longer-seed1-train"]
+    assert lines[-1].split("--dependency=")[1].split()[0].count("EVALUATE") == 3  # the base and two
+    assert f"compare.py --config {file} 'seeds=[0,1]' --table -- 'tiny table'" in lines[-1]
+
+
 def test_status_is_told_from_the_files_where_there_is_no_slurm(experiment):
-    """One range is complete, the other one's training has been stopped."""
+    """One range is there, the other one's training has been stopped; nothing was submitted."""
     run("finetune.py", experiment, "finetune.range=0")
     run("finetune.py", experiment, "finetune.range=1")
     shutil.rmtree(experiment.parent / "tiny" / "finetuned" / "0500-1000" / "unet")
     run("sample_ddp.py", experiment, "sample.model=pretrained")
-    (experiment.parent / "tiny" / "samples" / "pretrained" / "000004.png").unlink()
-    lines = script("status.sh", experiment, "sample.num_images=6", BLOCKS="2").stdout.splitlines()
-    states = dict(line.strip().rsplit("  ", 1) for line in lines[:-1])
-    states = {" ".join(name.split()): state.strip() for name, state in states.items()}
-    assert states["cache"] == states["train finetune.range=0"] == "complete"
-    assert states["train finetune.range=1"] == "step 80 of 80"
-    assert states["train finetune.range=continued"] == "160 steps"
-    assert states["merge"] == states["evaluate"] == "missing"
-    assert states["sample-pretrained sample.block=0"] == "complete"
-    assert states["sample-pretrained sample.block=1"] == "2 of 3 images"
-    assert lines[-1] == f"3 of {len(states)} complete"
+    lines = script("status.sh", experiment, BLOCKS="2").stdout.splitlines()
+    states = dict(line.removeprefix("tiny ").split("  ", 1) for line in lines[:-1])
+    states = {name: state.strip() for name, state in states.items()}
+    assert states["cache"] == states["train finetune.range=0"] == "not checked"
+    assert states["train finetune.range=1"] == "step 80"
+    assert states["train finetune.range=continued"] == states["merge"] == states["evaluate"] == "missing"
+    assert states["sample-pretrained sample.block=1"] == "6 images"
+    assert lines[-1] == f"0 of {len(states)} complete"
 
 
 @pytest.mark.parametrize(
@@ -214,7 +270,7 @@ def test_status_is_told_from_the_files_where_there_is_no_slurm(experiment):
         ({"GPUS": "many"}, "GPUS=many: must be a whole number"),
         ({"BLOCKS": "0"}, "BLOCKS=0: must be a whole number above 0"),
         ({"SETUP": "false"}, "SETUP=false: failed"),
-        ({"BLOCKS": "100"}, "sample_ddp.py: error: sample.blocks=100: more than sample.num_images=6"),
+        ({"BLOCKS": "100"}, "jobs.py: error: sample.blocks=100: more than sample.num_images=6"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(experiment, variables, message):

@@ -27,7 +27,6 @@ def test_each_variation_and_seed_is_a_run_that_starts_from_the_base(tmp_path):
         ("mine-eight-whole-seed2", 2, ["merged"]),
         ("mine-eight-whole", 0, ["merged"]),
     ]
-    assert [run.is_base for run in found] == [True, False, False, False]
     assert [run.config.seed for run in found] == [0, 2, 2, 0]
     assert {run.config.paths.pretrained for run in found} == {"runs/mine/pretrained"}
 
@@ -38,6 +37,15 @@ def test_the_pretrained_network_is_drawn_though_its_seed_is_not_compared(tmp_pat
         ("digits", ["pretrained"]),
         ("digits-seed5", ["merged"]),
     ]
+
+
+def test_a_seed_without_a_row_has_no_run(tmp_path):
+    runs = {
+        "models": {"models": ["pretrained"]},
+        "two": {"models": ["merged"], "overrides": ["timesteps.num_ranges=2"]},
+    }
+    found = runs_of(tmp_path, runs, "seeds=[0, 5]")
+    assert [run.config.name for run in found] == ["digits", "digits-two", "digits-two-seed5"]
 
 
 def test_all_ranges_together_take_the_base_s_steps(tmp_path):

@@ -29,6 +29,11 @@ def test_defaults_are_the_published_hyperparameters(empty):
     assert (finetune.max_grad_norm, finetune.global_probability, finetune.consistency_weight) == (1.0, 0.3, 1.0)
 
 
+@pytest.mark.parametrize(("given", "steps"), [([], 30), (["search.num_inference_steps=7"], 7)])
+def test_a_search_draws_with_the_steps_of_sampling_unless_told_otherwise(empty, given, steps):
+    assert load_config(empty, ["sample.num_inference_steps=30", *given]).search_steps == steps
+
+
 @pytest.mark.parametrize("benchmark", ["cifar10", "lsun_church", "lsun_bedroom"])
 def test_published_benchmarks_train_as_long_as_the_paper(benchmark):
     """20,000 optimizer steps for each of four ranges, on all of the data."""

@@ -3,10 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
+from deme.config.paths import image_path
 from deme.data.samples import (
     check_sizes,
     claim_samples,
-    image_path,
     list_images,
     missing_seeds,
     read_images,

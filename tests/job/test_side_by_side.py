@@ -1,57 +1,77 @@
 import os
 import signal
-import sys
 import threading
 import time
 
 import pytest
 import torch
 
-from deme.job.side_by_side import Job, Jobs, places
+from deme.job.graph import Job, Ledger
+from deme.job.side_by_side import Jobs, places
 from deme.job.signals import Interrupted
 
 CPU = [{}, {}]
 
 
-def writes(path, text="made", before=()):
-    """A job that writes a file, and takes a tenth of a second."""
-    code = f"import time; time.sleep(0.1); open({str(path)!r}, 'a').write({text!r})"
-    return Job(path.name, [sys.executable, "-c", code], path, "key", list(before))
+def job(path, code, before=(), settings="settings") -> Job:
+    """A job that runs Python code, and makes a file."""
+    script = path.with_suffix(".py")
+    script.write_text(code)
+    return Job("run", path.name, str(script), [], path, settings, list(before))
 
 
-def fails(path, before=()):
-    code = "import sys; print('first'); sys.exit('the reason\\n')"
-    return Job(path.name, [sys.executable, "-c", code], path, "key", list(before))
+def writes(path, text="made", before=()) -> Job:
+    """It takes a tenth of a second."""
+    return job(path, f"import time; time.sleep(0.1); open({str(path)!r}, 'a').write({text!r})", before)
+
+
+def fails(path, before=()) -> Job:
+    return job(path, "import sys; print('first'); sys.exit('the reason\\n')", before)
+
+
+def go(folder, jobs, places=CPU) -> list[str]:
+    Jobs(jobs, Ledger(folder / "done"), folder / "logs", places).run()
+    return [one.state for one in jobs]
 
 
 def test_each_job_waits_for_those_before_it_and_two_run_at_once(tmp_path):
     log = tmp_path / "log"
-    first, second = (
-        Job(name, ["sh", "-c", f"echo +{name} >> {log}; sleep 0.5; echo -{name} >> {log}"], log, "key") for name in "ab"
-    )
-    last = Job("c", ["sh", "-c", f"echo +c >> {log}"], log, "key", [first, second])
-    Jobs([last, first, second], tmp_path / "jobs", CPU).run()
+    code = "import time; f = open(%r, 'a', buffering=1); f.write('+%s\\n'); time.sleep(1); f.write('-%s\\n')"
+    first, second = (job(tmp_path / name, code % (str(log), name, name)) for name in "ab")
+    last = job(tmp_path / "c", code % (str(log), "c", "c"), [first, second])
+    assert go(tmp_path, [last, first, second]) == ["done"] * 3
     lines = log.read_text().split()
     assert sorted(lines[:2]) == ["+a", "+b"]
-    assert lines[-1] == "+c"
-    assert {first.state, second.state, last.state} == {"done"}
+    assert lines[-2:] == ["+c", "-c"]
 
 
 def test_what_is_done_is_not_done_again_until_something_before_it_changes(tmp_path):
-    def go(key="key"):
+    def again(settings="settings"):
         first = writes(tmp_path / "first")
-        first.key = key
-        second = writes(tmp_path / "second", before=[first])
-        Jobs([first, second], tmp_path / "jobs", CPU).run()
-        return first.state, second.state
+        first.settings = settings
+        return go(tmp_path, [first, writes(tmp_path / "second", before=[first])])
 
-    assert go() == ("done", "done")
-    assert go() == ("unchanged", "unchanged")
+    assert again() == ["done", "done"]
+    assert again() == ["unchanged", "unchanged"]
     (tmp_path / "second").unlink()
-    assert go() == ("unchanged", "done")
-    assert go("other settings") == ("done", "done")
+    assert again() == ["unchanged", "done"]
+    assert again("other settings") == ["done", "done"]
     (tmp_path / "first").write_text("by somebody else")
-    assert go("other settings") == ("done", "done")
+    assert again("other settings") == ["done", "done"]
+
+
+def test_what_is_made_of_something_new_is_made_anew_though_the_first_attempt_failed(tmp_path):
+    """Also in a later call, by which what is new has been there before."""
+
+    def again(second) -> list[str]:
+        first = writes(tmp_path / "first")
+        second.after = [first]
+        return go(tmp_path, [first, second])
+
+    assert again(writes(tmp_path / "second")) == ["done", "done"]
+    (tmp_path / "first").unlink()
+    assert again(fails(tmp_path / "second")) == ["done", "failed"]
+    assert again(writes(tmp_path / "second")) == ["unchanged", "done"]
 
 
 def test_a_failure_drops_what_needs_it_and_nothing_else(tmp_path):
@@ -60,25 +80,27 @@ def test_a_failure_drops_what_needs_it_and_nothing_else(tmp_path):
     other = writes(tmp_path / "other")
     regardless = writes(tmp_path / "regardless")
     regardless.after_all = [broken, dropped, other]
-    Jobs([broken, dropped, other, regardless], tmp_path / "jobs", CPU[:1]).run()
-    assert [job.state for job in (broken, dropped, other, regardless)] == ["failed", "dropped", "done", "done"]
+    jobs = [broken, dropped, other, regardless]
+    assert go(tmp_path, jobs, CPU[:1]) == ["failed", "dropped", "done", "done"]
     assert broken.error == "the reason"
     assert not (tmp_path / "dropped").exists()
 
 
-def test_a_command_that_is_known_when_its_turn_comes(tmp_path):
-    first = writes(tmp_path / "first")
-    late = Job("late", lambda: ["cp", tmp_path / "first", tmp_path / "late"], tmp_path / "late", "key", [first])
-    nothing = Job("nothing", lambda: None, tmp_path / "nothing", "key")
-    Jobs([first, late, nothing], tmp_path / "jobs", CPU).run()
-    assert [job.state for job in (first, late, nothing)] == ["done", "done", "dropped"]
-    assert (tmp_path / "late").read_text() == "made"
+def test_arguments_that_are_known_when_its_turn_comes(tmp_path):
+    """They name what was made of what it waited for; where that is nothing, there is nothing to do."""
+    first, broken = writes(tmp_path / "first"), fails(tmp_path / "broken")
+    late, nothing = (job(tmp_path / name, "import shutil, sys; shutil.copy(*sys.argv[1:])") for name in ("a", "b"))
+    for one, before in ((late, [first, broken]), (nothing, [broken])):
+        one.after_all = before
+        one.arguments = lambda there, to=one.output: [str(made.output) for made in there] + [str(to)] if there else None
+    assert go(tmp_path, [first, broken, late, nothing]) == ["done", "failed", "done", "dropped"]
+    assert (tmp_path / "a").read_text() == "made"
 
 
 def test_a_signal_ends_the_commands_which_may_clean_up(tmp_path):
     """It is handed on; the error of the signal ends the rest."""
-    code = "trap 'echo saved; exit 143' TERM; touch started; while true; do sleep 0.05; done"
-    job = Job("long", ["bash", "-c", code.replace("started", str(tmp_path / "started"))], tmp_path / "never", "key")
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit('saved')); "
+    long = job(tmp_path / "long", f"{code} open({str(tmp_path / 'started')!r}, 'w'); time.sleep(60)")
 
     def interrupt(number, frame):
         raise Interrupted(number)
@@ -92,10 +114,10 @@ def test_a_signal_ends_the_commands_which_may_clean_up(tmp_path):
     try:
         threading.Thread(target=stop).start()
         with pytest.raises(Interrupted):
-            Jobs([job], tmp_path / "jobs", CPU).run()
+            go(tmp_path, [long])
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert (job.state, job.error) == ("stopped", "saved")
+    assert (long.state, long.error) == ("stopped", "saved")
 
 
 def test_places_are_gpus_or_else_cores(monkeypatch):
