@@ -1,4 +1,4 @@
-"""Jobs on a Slurm cluster, as arrays, each behind those that it needs: scripts/slurm/queue.py."""
+"""Jobs on a Slurm cluster, as arrays, each behind those that it needs: scripts/slurm/jobs.py."""
 
 import os
 import shlex

@@ -12,6 +12,14 @@ from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.job.graph import Job
 
 LAST = ("card", "report")  # stages that take seconds, and no GPU
+AFTERWARDS = ("merge", "search", "sample", "evaluate", "analyze")
+# sections that a script does not read: where these change, its jobs are not started again
+UNREAD = {
+    "pretrain.py": ("finetune", "distill", *AFTERWARDS),
+    "scripts/cache.py": ("distill", *AFTERWARDS),
+    "finetune.py": AFTERWARDS,
+    "sample_ddp.py": ("pretrain", "finetune", "distill", "merge", "search", "evaluate", "analyze"),
+}
 
 
 def stages_of(
@@ -58,7 +66,8 @@ class Stages:
         """A job of a run; the same one where it is there already."""
         arguments = [*run.arguments, *overrides]
         load_config(arguments[1], [*arguments[2:], *([own] if own else [])])
-        settings = json.dumps([asdict(run.config), overrides, own], sort_keys=True)
+        read = {name: part for name, part in asdict(run.config).items() if name not in UNREAD.get(script, ())}
+        settings = json.dumps([read, overrides, own], sort_keys=True)
         job = Job(run.config.name, stage, script, arguments, output, settings, list(after), list(after_all), own)
         return self.by_name.setdefault(job.name, job)
 
