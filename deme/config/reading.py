@@ -5,6 +5,7 @@ OmegaConf checks keys and types; every mistake is a `UserError` of one line that
 
 import re
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
         for key in PRECISION_KEYS:
             if OmegaConf.select(given, key) is False:
                 OmegaConf.update(given, key, "no")  # which YAML reads as false
-        config = OmegaConf.to_object(OmegaConf.merge(_writable(Config()), given))
+        config = OmegaConf.to_object(OmegaConf.merge(_defaults(), given))
         _check_texts("", asdict(config))
         return config
     except (OSError, UnicodeDecodeError) as error:
@@ -110,7 +111,7 @@ def _first_misfit(given: Any) -> str:
     for section, settings in given.items():
         for key, value in settings.items() if OmegaConf.is_dict(settings) else ():
             try:
-                OmegaConf.merge(_writable(Config()), {section: {key: value}})
+                OmegaConf.merge(_defaults(), {section: {key: value}})
             except TypeError:
                 return f"{section}.{key}={value}"
             except OmegaConfBaseException:  # another mistake, which is named once this one is mended
@@ -118,9 +119,10 @@ def _first_misfit(given: Any) -> str:
     return "--config"
 
 
-def _writable(defaults: Config) -> Any:
-    """OmegaConf makes nodes of frozen dataclasses read-only; merging needs them writable."""
-    node = OmegaConf.structured(defaults)
+@cache
+def _defaults() -> Any:
+    """All of them, to merge with: OmegaConf makes nodes of frozen dataclasses read-only, and merging needs others."""
+    node = OmegaConf.structured(Config())
     for part in (node, *(node[key] for key in node if OmegaConf.is_config(node[key]))):
         OmegaConf.set_readonly(part, False)
     return node

@@ -65,7 +65,8 @@ class Stages:
     ) -> Job:
         """A job of a run; the same one where it is there already."""
         arguments = [*run.arguments, *overrides]
-        load_config(arguments[1], [*arguments[2:], *([own] if own else [])])
+        if overrides or own:
+            load_config(arguments[1], [*arguments[2:], *([own] if own else [])])
         read = {name: part for name, part in asdict(run.config).items() if name not in UNREAD.get(script, ())}
         settings = json.dumps([read, overrides, own], sort_keys=True)
         job = Job(run.config.name, stage, script, arguments, output, settings, list(after), list(after_all), own)
