@@ -7,8 +7,9 @@
 A comparison lists runs, as overrides of one base configuration, and their models. `base=FILE`, `seeds=[…]` and
 `reference=FILE`, the experiment whose images FID compares with, replace the comparison's own; all other overrides go to
 every run. What does not depend on each other runs side by side: one job per GPU, or per core of the CPU (NUM_PROCESSES:
-GPUs or cores of each job). The same command again goes on where it was stopped. Writes
-runs/<name>/comparison/<comparison>/, with table.md, rows.json and logs/, and the base's page, runs/<name>/report.html.
+GPUs or cores of each job; BLOCKS: jobs that draw from each model). The same command again goes on where it was stopped.
+Writes runs/<name>/comparison/<comparison>/, with table.md and rows.json, the base's page, runs/<name>/report.html, and
+runs/<name>/jobs/logs/.
 """
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
@@ -23,7 +24,7 @@ from pathlib import Path
 from deme.config.comparison import ComparedRun, compared_runs, load_comparison
 from deme.errors import RunError, UserError
 from deme.job.command import ended_in_one_line
-from deme.job.files import REPOSITORY, atomic_file
+from deme.job.files import REPOSITORY, atomic_file, make_folder
 from deme.job.graph import Job, Ledger
 from deme.job.locks import locked
 from deme.job.side_by_side import Jobs, places
@@ -31,15 +32,15 @@ from deme.job.stages import LAST, stages_of
 from deme.models.variants import ORDER
 
 
-def processes_per_job() -> int:
-    """NUM_PROCESSES of the environment, or 1.
+def number_given(name: str) -> int:
+    """A whole number of the environment, or 1.
 
     Raises:
-        UserError: not a number.
+        UserError: it is none, or below 1.
     """
-    given = os.environ.get("NUM_PROCESSES") or "1"
+    given = os.environ.get(name) or "1"
     if not given.isdecimal() or int(given) < 1:
-        raise UserError(f"NUM_PROCESSES={given}: must be a whole number above 0")
+        raise UserError(f"{name}={given}: must be a whole number above 0")
     return int(given)
 
 
@@ -47,47 +48,60 @@ def main(file: str, runs: list[ComparedRun], jobs: list[Job], processes: int, ta
     """Run the jobs, then make the table of what there is."""
     # --- what has been done, and what is to be done
     base = runs[0]
-    output = base.config.paths.comparison(file)
-    ledger = Ledger(output / "done")
-    if table_alone:
-        for job in jobs:
-            if job.stage not in LAST:
-                job.state = "unchanged" if ledger.is_done(job) else "dropped"
+    paths = base.config.paths
+    ledger, logs = Ledger(paths.jobs / "done"), paths.jobs / "logs"
     where = places(processes)
     if not where:
         raise UserError(f"NUM_PROCESSES={processes}: more than there are GPUs")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # whose python the launcher starts
     where = [place | {"PATH": path} for place in where]
-    with locked(output, "output_dir"):
+    with locked(paths.jobs, "output_dir"):
+        if table_alone:
+            done = ledger.done(jobs)
+            for job in jobs:
+                if job.stage not in LAST:
+                    job.state = "unchanged" if job in done else "dropped"
+
         # --- side by side; nothing waits for images, and trainings take longest
         in_turn = sorted(jobs, key=lambda job: job.stage.startswith("sample-"))
-        logs = output / "logs"
         print(f"{len(jobs)} jobs, {len(where)} at a time; logs in {logs}", flush=True)
         Jobs(in_turn, ledger, logs, where, processes).run()
 
-        # --- the table
-        from deme.measure.scores import load_scores
-        from deme.report.comparison import compared_rows, comparison_table
-        from deme.report.tables import score_table
-
-        results = base.config.paths.results
-        if results.is_file():
-            features, scores = load_scores(results)
-            print(f"\n{score_table(scores, features)}\n{results}")
-        rows = compared_rows(runs)
-        table = comparison_table(rows, base.config.evaluate.features)
-        with atomic_file(output / "rows.json") as temporary:
-            temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
-        with atomic_file(output / "table.md") as temporary:
-            temporary.write_text(table + "\n", encoding="utf-8")
-        print(f"\n{table}\n{output / 'table.md'}")
+        # --- the table, of scores that are those of these settings
+        evaluations = {job.run: job for job in jobs if job.stage == "evaluate"}
+        scored = [run for run in runs if evaluations[run.config.name].state in ("done", "unchanged")]
+        if base in scored:
+            write_table(scored, paths.comparison(file))
 
     # --- what failed
-    failed = [job for job in jobs if job.state == "failed"]
-    if failed:
-        dropped = [job.name for job in jobs if job.state == "dropped"]
-        unmade = f"; not tried without it: {', '.join(dropped)}" if dropped else ""
-        raise RunError("; ".join(f"{job.name}: {job.error}" for job in failed) + unmade)
+    failed = [f"{job.name}: {job.error}" for job in jobs if job.state == "failed"]
+    dropped = [job.name for job in jobs if job.state == "dropped"]
+    if failed or dropped:
+        unmade = [f"not made: {', '.join(dropped)}"] if dropped else []
+        raise RunError("; ".join([*failed, *unmade]))
+
+
+def write_table(runs: list[ComparedRun], output: Path) -> None:
+    """Print the base's scores and the table of all runs; write the table into a folder.
+
+    Args:
+        runs: that have scores, the base first.
+    """
+    from deme.measure.scores import load_scores
+    from deme.report.comparison import compared_rows, comparison_table
+    from deme.report.tables import score_table
+
+    results = runs[0].config.paths.results
+    features, scores = load_scores(results)
+    print(f"\n{score_table(scores, features)}\n{results}")
+    rows = compared_rows(runs)
+    table = comparison_table(rows, features)
+    make_folder(output, "output_dir")
+    with atomic_file(output / "rows.json") as temporary:
+        temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+    with atomic_file(output / "table.md") as temporary:
+        temporary.write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n{output / 'table.md'}")
 
 
 if __name__ == "__main__":
@@ -101,8 +115,8 @@ if __name__ == "__main__":
         comparison, overrides = load_comparison(arguments.config, arguments.overrides, ORDER)
         runs = list(compared_runs(comparison, overrides))
         run_folder.append(runs[0].config.paths.run)
-        processes = processes_per_job()
-        jobs = stages_of(comparison, runs)
+        processes = number_given("NUM_PROCESSES")
+        jobs = stages_of(comparison, runs, number_given("BLOCKS"))
         if arguments.dry_run:
             print("\n".join(job.name for job in jobs))
         else:

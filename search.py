@@ -27,7 +27,7 @@ from deme.job.files import make_folder, sha256, write_yaml
 from deme.job.records import DATA, SEARCH, Record, provenance, read_record
 from deme.models.inputs import Inputs
 from deme.models.pipelines import takes_text, unet_folder
-from deme.models.searched import timed
+from deme.models.searched import SECONDS, timed
 from deme.models.variants import find_finetuned, find_pretrained
 from deme.models.weights import weights_hash
 
@@ -161,6 +161,7 @@ def claim(output: Path, wanted: Record) -> None:
     has_begun = any(output.glob("*.safetensors")) or (output / "study.db").exists()
     if found is None or not has_begun:  # such as after running out of memory
         wanted.write(output)
+        (output / SECONDS).write_text("")
         return
     with naming("search.output", output):
         found.fits(wanted, output, "set them back, name another folder, or delete this one")

@@ -21,6 +21,7 @@ OF_ONE_RUN = (
     "merge.output",
     "search.output",
     "sample.output",
+    "sample.block",
     "evaluate.samples",
     "evaluate.output",
 )
@@ -113,7 +114,11 @@ def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Comp
     Raises:
         UserError: as load_config; names the variation.
     """
+    if comparison.reference is not None:
+        statistics = load_config(comparison.reference, []).paths.reference
+        overrides = [*overrides, f"evaluate.reference={statistics}"]
     base = load_config(comparison.base, overrides)
+    names = set()
     variations = sorted(comparison.runs.items(), key=lambda item: len(item[1].overrides) > 0)
     for name, variation in variations:
         is_plain = not variation.overrides
@@ -127,6 +132,9 @@ def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Comp
                 with naming(f"runs.{name}"):
                     given, config = varied(comparison.base, base, overrides, name, variation, seed)
             check_no_shared_output(config)
+            if config.name in names:
+                raise UserError(f"runs.{name}: its run is called {config.name}, as another one; choose another name")
+            names.add(config.name)
             yield ComparedRun(name, seed, models, ["--config", comparison.base, *given], config)
 
 

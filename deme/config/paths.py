@@ -154,8 +154,13 @@ class Paths:
         return Path(given) if given is not None else self.run / "results.json"
 
     def comparison(self, file: str | Path) -> Path:
-        """What compare.py makes of a comparison's file: its table, logs, and which jobs have been done."""
+        """The tables of compare.py, of a comparison's file."""
         return self.run / "comparison" / Path(file).stem
+
+    @property
+    def jobs(self) -> Path:
+        """Of all its comparisons, and on all machines: logs, and which jobs have been done."""
+        return self.run / "jobs"
 
     @classmethod
     def names(cls) -> list[str]:

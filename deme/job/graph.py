@@ -5,9 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deme.job.files import REPOSITORY, make_folder
-
-ALONE = ("merge.py", "report.py")  # scripts that know one process
+from deme.job.files import REPOSITORY, make_folder, write_small_file
 
 
 @dataclass(eq=False)
@@ -27,23 +25,31 @@ class Job:
     after: list["Job"] = field(default_factory=list)  # must have been done
     after_all: list["Job"] = field(default_factory=list)  # must have ended, however
     own: str = ""  # one more override
+    inputs: list[Path] = field(default_factory=list)  # files and folders that no job makes
+    is_whole: Callable[[], bool] = lambda: True  # whether all of the output is there
+    is_alone: bool = False  # knows one process
     state: str = "waiting"  # running, done, unchanged (done before), failed, stopped, dropped (one before it failed)
     error: str = ""
 
     @property
     def name(self) -> str:
         """For messages, and of its log."""
-        return f"{self.run} {self.stage} {self.own}".rstrip().replace("/", "-")
+        return f"{self.run} {self.stage} {self.own}".rstrip()
 
     @property
     def key(self) -> str:
         """16 hexadecimal digits that stand for the settings."""
         return hashlib.sha256(self.settings.encode()).hexdigest()[:16]
 
+    @property
+    def needed(self) -> list["Job"]:
+        """All that must have succeeded, if it is to make all that it can."""
+        return [*self.after, *(self.after_all if callable(self.arguments) else [])]
+
     def arguments_after(self, there: Sequence["Job"]) -> list[str] | None:
-        """What the script gets where these of `after_all` have been done."""
+        """What the script gets where these of `after_all` have been done, but for `own`."""
         found = self.arguments(there) if callable(self.arguments) else self.arguments
-        return None if found is None else [*found, *([self.own] if self.own else [])]
+        return None if found is None else list(found)
 
     def command(self, processes: int) -> list[str] | None:
         """The command line that starts it, over so many processes, once those before it have ended."""
@@ -51,8 +57,9 @@ class Job:
         if arguments is None:
             return None
         launcher = str(REPOSITORY / "scripts" / "launch.sh")
-        number = "1" if self.script in ALONE else str(processes)
-        return ["bash", launcher, number, str(REPOSITORY / self.script), *arguments]
+        number = "1" if self.is_alone else str(processes)
+        own = [self.own] if self.own else []
+        return ["bash", launcher, number, str(REPOSITORY / self.script), *arguments, *own]
 
 
 class Ledger:
@@ -71,15 +78,33 @@ class Ledger:
     def note(self, job: Job) -> None:
         """It has been done."""
         make_folder(self.folder, "output_dir")
-        self.entry(job).write_text(f"{job.key}\n", encoding="utf-8")
+        write_small_file(self.entry(job), f"{job.key}\n".encode())
 
     def is_done(self, job: Job) -> bool:
-        """Whether a job was done with these settings, after those before it, and its output stands as it was made."""
-        if not self._holds_key(job):
+        """Whether a job was done with these settings, and its output stands as it was made from what there is now.
+
+        What it was made from is taken to be done.
+        """
+        if not self._holds_key(job) or not job.is_whole():
             return False
-        made_of = [self.entry(before) for before in (*job.after, *job.after_all) if self._holds_key(before)]
-        changed = [*made_of, *([] if job.output is None else [job.output])]
-        return all(_changed(path) <= _changed(self.entry(job)) for path in changed)
+        before = [self.entry(one) for one in self._made_from(job)]
+        outputs = [] if job.output is None else [job.output]
+        return all(_changed(path) <= _changed(self.entry(job)) for path in (*before, *outputs, *job.inputs))
+
+    def done(self, jobs: Sequence[Job]) -> set[Job]:
+        """Those that have been done, as everything has that they were made from.
+
+        Args:
+            jobs: none before one that it needs.
+        """
+        found: set[Job] = set()
+        for job in jobs:
+            if found.issuperset(self._made_from(job)) and found.issuperset(job.after) and self.is_done(job):
+                found.add(job)
+        return found
+
+    def _made_from(self, job: Job) -> list[Job]:
+        return [one for one in (*job.after, *job.after_all) if self._holds_key(one)]
 
     def _holds_key(self, job: Job) -> bool:
         try:

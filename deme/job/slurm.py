@@ -5,50 +5,83 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deme.errors import RunError, UserError
 from deme.job.graph import Job, Ledger
+from deme.job.signals import noted_signals
 
-JOBS = "jobs.tsv"  # a line for each: its name, and Slurm's id
+JOBS = "jobs.tsv"  # a line for each that was submitted: its name, its key and Slurm's number
 
 
+@dataclass
 class Queue:
     """What Slurm knows of jobs that were submitted before.
 
-    Args:
-        folder: keeps which ones those were.
+    Raises:
+        UserError: the file of those is damaged.
     """
 
-    def __init__(self, folder: Path):
-        self.file = folder / JOBS
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        self.ids = dict(line.split("\t") for line in lines)  # by the job's name
-        self.states: dict[str, str] = {}  # the same → Slurm's word for it, where it is queued or runs
+    file: Path
+    numbers: dict[str, str] = field(default_factory=dict)  # by the job's name
+    keys: dict[str, str] = field(default_factory=dict)  # the same
+    states: dict[str, str] = field(default_factory=dict)  # Slurm's word for what is queued or runs
+    has_answered: bool = False
+
+    def __post_init__(self):
+        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []:
+            parts = line.split("\t")
+            if len(parts) != 3:
+                raise UserError(f"{self.file}: not a line of a job: {line!a}")
+            self.keys[parts[0]], self.numbers[parts[0]] = parts[1:]
 
     def ask(self) -> None:
-        """Ask Slurm, where there are jobs to ask for.
+        """Ask Slurm, where it is there and there are jobs to ask for.
 
         Raises:
             RunError: it does not answer.
         """
-        if not self.ids or shutil.which("squeue") is None:
+        if not self.numbers or shutil.which("squeue") is None:
             return
         command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i %T"]
         states = dict(line.split() for line in answer_of(command).splitlines())
-        self.states = {name: states[number] for name, number in self.ids.items() if number in states}
+        self.states = {name: states[number] for name, number in self.numbers.items() if number in states}
+        self.has_answered = True
 
-    def note(self, job: Job, number: str, is_dry: bool) -> None:
+    def note(self, job: Job, number: str) -> None:
         """A job has been submitted."""
-        self.ids[job.name] = number
-        self.states[job.name] = "SUBMITTED"
-        if not is_dry:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(f"{job.name}\t{number}\n")
+        self.numbers[job.name], self.keys[job.name], self.states[job.name] = number, job.key, "SUBMITTED"
 
 
-def submit(jobs: Sequence[Job], ledger: Ledger, queue: Queue, logs: Path, is_dry: bool = False) -> int:
-    """Submit what is missing, and neither queued nor running: the number of jobs.
+def missing_jobs(jobs: Sequence[Job], ledger: Ledger, queue: Queue) -> list[Job]:
+    """Those that have not been done, or whose inputs are to be made, and that are neither queued nor running.
+
+    Args:
+        jobs: none before one that it needs.
+
+    Raises:
+        UserError: some are under way with other settings, or with what has to be made anew; says how to end them.
+    """
+    missing: list[Job] = []
+    outdated: list[str] = []
+    for job in jobs:
+        is_new = {before.name for before in missing}
+        if job.name not in queue.states:
+            waits = any(before.name in queue.states or before.name in is_new for before in (*job.after, *job.after_all))
+            if waits or not ledger.is_done(job):
+                missing.append(job)
+        elif queue.keys[job.name] != job.key or any(before.name in is_new for before in job.needed):
+            outdated.append(job.name)
+    if outdated:
+        numbers = " ".join(queue.numbers[name] for name in outdated)
+        rule = "under way with other settings or inputs: wait until that has ended, or"
+        raise UserError(f"{', '.join(outdated)}: {rule} scancel {numbers}")
+    return missing
+
+
+def submit(jobs: Sequence[Job], ledger: Ledger, queue: Queue, logs: Path, is_dry: bool = False) -> None:
+    """Submit jobs, those of one stage as an array.
 
     Args:
         jobs: none before one that it needs.
@@ -58,65 +91,57 @@ def submit(jobs: Sequence[Job], ledger: Ledger, queue: Queue, logs: Path, is_dry
     Raises:
         UserError, RunError: sbatch is not there, or refuses a job; says why.
     """
-    count = 0
-    for group in arrays(jobs):
-        missing = [job for job in group if job.name not in queue.states and must_run(job, ledger, queue)]
-        if not missing:
-            continue
-        first = missing[0]
-        is_array = bool(first.own)
-        line = sbatch_line(f"{first.run}-{first.stage}", logs / ("%x-%A_%a.log" if is_array else "%x-%j.log"))
-        line += [f"--array=0-{len(missing) - 1}"] if is_array else []
-        line += dependencies(first, queue)
-        given = first.arguments(first.after_all) if callable(first.arguments) else first.arguments
-        line += ["scripts/slurm/job.sh", str(ledger.folder), first.script, *given, "--"]
-        line += [part for job in missing for part in (job.name, job.key, job.own)]
-        if is_dry:
-            print(shlex.join(line))
-            number = f"{first.run}-{first.stage}".upper()
-        else:
-            number = answer_of(line).strip().partition(";")[0]  # behind it, the name of a cluster
-        for place, job in enumerate(missing):
-            queue.note(job, f"{number}_{place}" if is_array else number, is_dry)
-            if not is_dry:
-                print(f"{job.name:<50} job {queue.ids[job.name]}", flush=True)
-        count += len(missing)
-    return count
-
-
-def arrays(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs of one run and stage together: they differ in their own override alone."""
     by_stage: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         by_stage.setdefault((job.run, job.stage), []).append(job)
-    return list(by_stage.values())
+    for group in by_stage.values():
+        is_array = bool(group[0].own)
+        line = sbatch_line(group, logs, ledger, queue)
+        if is_dry:
+            print(shlex.join(line))
+            number = f"{group[0].run}-{group[0].stage}".upper()
+        with noted_signals():  # what Slurm has taken is noted
+            if not is_dry:
+                number = answer_of(line).strip().partition(";")[0]  # behind it, the name of a cluster
+            for place, job in enumerate(group):
+                queue.note(job, f"{number}_{place}" if is_array else number)
+            if not is_dry:
+                with queue.file.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{job.name}\t{job.key}\t{queue.numbers[job.name]}\n" for job in group)
+        for job in group if not is_dry else []:
+            print(f"{job.name:<50} job {queue.numbers[job.name]}", flush=True)
 
 
-def must_run(job: Job, ledger: Ledger, queue: Queue) -> bool:
-    """Whether a job has not been done, or what it was made from is being made anew."""
-    return not ledger.is_done(job) or any(before.name in queue.states for before in (*job.after, *job.after_all))
+def sbatch_line(group: Sequence[Job], logs: Path, ledger: Ledger, queue: Queue) -> list[str]:
+    """sbatch's command line for the jobs of a stage, by the settings of scripts/slurm/settings.sh.
 
-
-def dependencies(job: Job, queue: Queue) -> list[str]:
-    """sbatch's option: jobs that must succeed, and those that must end before; only where they are under way."""
-    # arguments that would depend on which of them succeeded are those for all
-    groups = {"afterok": [*job.after, *(job.after_all if callable(job.arguments) else [])]}
-    groups["afterany"] = [before for before in job.after_all if before not in groups["afterok"]]
-    under_way = {kind: [queue.ids[b.name] for b in found if b.name in queue.states] for kind, found in groups.items()}
-    parts = [":".join([kind, *numbers]) for kind, numbers in under_way.items() if numbers]
-    return [f"--dependency={','.join(parts)}", "--kill-on-invalid-dep=yes"] if parts else []
-
-
-def sbatch_line(name: str, log: Path) -> list[str]:
-    """The beginning of sbatch's command line, by the settings of scripts/slurm/settings.sh."""
-    given = os.environ
-    line = ["sbatch", "--parsable", f"--job-name={name}", f"--nodes={given['NODES']}", "--ntasks-per-node=1"]
+    Raises:
+        UserError: OPTIONS can't be taken apart.
+    """
+    given, first = os.environ, group[0]
+    nodes = "1" if first.is_alone else given["NODES"]
+    line = ["sbatch", "--parsable", f"--job-name={first.run}-{first.stage}", f"--nodes={nodes}", "--ntasks-per-node=1"]
     options = {"PARTITION": "partition", "ACCOUNT": "account", "TIME": "time", "CPUS": "cpus-per-task"}
     line += [f"--{option}={given[setting]}" for setting, option in options.items() if given[setting]]
     line += [f"--gpus-per-node={given['GPUS']}"] if given["GPUS"] != "0" else []
-    line += shlex.split(given["OPTIONS"])
+    try:
+        line += shlex.split(given["OPTIONS"])
+    except ValueError as error:
+        raise UserError(f"OPTIONS={given['OPTIONS']}: {error}") from None
     line += ["--export=ALL", "--requeue", "--open-mode=append", f"--signal=B:USR1@{given['NOTICE']}"]
-    return [*line, f"--output={log}"]
+    line += [f"--output={logs / ('%x-%A_%a.log' if first.own else '%x-%j.log')}"]
+    line += [f"--array=0-{len(group) - 1}"] if first.own else []
+    # those that must succeed, and those that must end before: where they are under way
+    kinds = {"afterok": first.needed, "afterany": [job for job in first.after_all if job not in first.needed]}
+    under_way = {
+        kind: [queue.numbers[j.name] for j in before if j.name in queue.states] for kind, before in kinds.items()
+    }
+    waits = ",".join(":".join([kind, *numbers]) for kind, numbers in under_way.items() if numbers)
+    line += [f"--dependency={waits}", "--kill-on-invalid-dep=yes"] if waits else []
+    processes = "1" if first.is_alone else given["NUM_PROCESSES"]
+    command = ["scripts/slurm/job.sh", str(ledger.folder), nodes, processes, first.script]
+    tasks = [part for job in group for part in (job.name, job.key, job.own)]
+    return [*line, *command, *first.arguments_after(first.after_all), "--", *tasks]
 
 
 def answer_of(command: list[str]) -> str:

@@ -1,11 +1,15 @@
 """A comparison as a graph of jobs: which script makes what, and from what."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from deme.config.comparison import ComparedRun, Comparison
+from deme.config.experiment import Config
 from deme.config.paths import image_path
 from deme.config.reading import load_config
 from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS
@@ -49,7 +53,8 @@ class Stages:
         self.base = base
         self.blocks = blocks
         self.by_name: dict[str, Job] = {}
-        self.first: list[Job] = []  # before all trainings, and images of the pretrained network
+        self.pretrained: list[Job] = []  # before images of it
+        self.first: list[Job] = []  # before trainings
         self.reference: list[Job] = []  # before scores
 
     def add(
@@ -60,33 +65,41 @@ class Stages:
         *overrides: str,
         own: str = "",
         output: Path | None,
-        after: Sequence[Job] = (),
-        after_all: Sequence[Job] = (),
+        **others: Any,
     ) -> Job:
-        """A job of a run; the same one where it is there already."""
-        arguments = [*run.arguments, *overrides]
-        if overrides or own:
-            load_config(arguments[1], [*arguments[2:], *([own] if own else [])])
-        read = {name: part for name, part in asdict(run.config).items() if name not in UNREAD.get(script, ())}
-        settings = json.dumps([read, overrides, own], sort_keys=True)
-        job = Job(run.config.name, stage, script, arguments, output, settings, list(after), list(after_all), own)
-        return self.by_name.setdefault(job.name, job)
+        """A job of a run; the same one where it is there already.
+
+        Args:
+            others: of the job.
+        """
+        name = f"{run.config.name} {stage} {own}".rstrip()
+        if name not in self.by_name:
+            arguments = [*run.arguments, *overrides]
+            if overrides or own:
+                load_config(arguments[1], [*arguments[2:], *([own] if own else [])])
+            read = {part: values for part, values in asdict(run.config).items() if part not in UNREAD.get(script, ())}
+            settings = json.dumps([read, overrides, own], sort_keys=True)
+            inputs = [*others.pop("inputs", []), *outside(run.config, script)]
+            made = Job(run.config.name, stage, script, arguments, output, settings, own=own, inputs=inputs, **others)
+            self.by_name[name] = made
+        return self.by_name[name]
 
     def add_what_all_need(self, reference: str | None, has_cache: bool) -> None:
         """The pretrained network, the data, and the statistics that images are compared with."""
         base, paths = self.base, self.base.config.paths
-        made: list[Job] = []
         if paths.pretrained == str(paths.pretrained_here):
-            made = [self.add(base, "pretrain", "pretrain.py", output=paths.pretrained_here)]
-        read = [self.add(base, "cache", "scripts/cache.py", output=None, after=made)] if has_cache else []
-        self.pretrained = made
-        self.first = [*made, *read]
+            self.pretrained = [self.add(base, "pretrain", "pretrain.py", output=paths.pretrained_here)]
+        cache: list[Job] = []
+        if has_cache:
+            cache = [self.add(base, "cache", "scripts/cache.py", output=None, after=self.pretrained)]
+        self.first = [*self.pretrained, *cache]
         if reference is not None:
-            config = load_config(reference, [])
-            run = replace(base, config=config, arguments=["--config", reference])
-            base, paths, read = run, config.paths, []
-        none = "evaluate.samples=[]"
-        self.reference = [self.add(base, "statistics", "evaluate.py", none, output=paths.reference, after=read)]
+            base = replace(base, config=load_config(reference, []), arguments=["--config", reference])
+            cache = []
+        output = base.config.paths.reference
+        self.reference = [
+            self.add(base, "statistics", "evaluate.py", "evaluate.samples=[]", output=output, after=cache)
+        ]
 
     def add_rows(self, run: ComparedRun) -> None:
         """The images and scores of a run's models, and what is told of them."""
@@ -105,22 +118,23 @@ class Stages:
         scores = Job(*named, arguments, paths.results, settings, self.reference, waited)
         self.by_name[scores.name] = scores
         if "merged" in run.models:  # once more, for its model card
-            self.add(run, "card", "merge.py", output=paths.merged / "README.md", after=[scores])
+            self.add(run, "card", "merge.py", output=paths.merged / "README.md", after=[scores], is_alone=True)
         if run is self.base:
-            self.add(run, "report", "report.py", output=paths.report, after=[scores])
+            told = {"inputs": sorted(paths.plots.glob("*.png")), "is_alone": True}
+            self.add(run, "report", "report.py", output=paths.report, after=[scores], **told)
 
     def drawn(self, run: ComparedRun, model: str) -> list[Job]:
         """The jobs that draw a model's images, one for each block of seeds."""
-        after = self.made(run, model)
-        stage, folder, override = f"sample-{model}", run.config.paths.all_samples / model, f"sample.model={model}"
-        if self.blocks == 1:
-            return [self.add(run, stage, "sample_ddp.py", override, output=folder, after=after)]
-        jobs = []
+        folder, override = run.config.paths.all_samples / model, f"sample.model={model}"
+        draw = partial(self.add, run, f"sample-{model}", "sample_ddp.py", override, after=self.made(run, model))
         parts = replace(run.config.sample, blocks=self.blocks).chosen_blocks
-        for number, seeds in enumerate(parts):
-            block = {"own": f"sample.block={number}", "output": image_path(folder, seeds[-1])}
-            overrides = (override, f"sample.blocks={self.blocks}")
-            jobs.append(self.add(run, stage, "sample_ddp.py", *overrides, after=after, **block))
+        files = [[image_path(folder, seed) for seed in part] for part in parts]
+        jobs = []
+        for number, images in enumerate(files):
+            block = {"output": images[-1], "is_whole": partial(are_there, images)}
+            if self.blocks > 1:
+                block["own"] = f"sample.block={number}"
+            jobs.append(draw(*([f"sample.blocks={self.blocks}"] if self.blocks > 1 else []), **block))
         return jobs
 
     def made(self, run: ComparedRun, model: str) -> list[Job]:
@@ -139,13 +153,31 @@ class Stages:
         if paths.searched:
             # whose report has the control where that is trained
             controls = [self.trained(run, "train", name, self.first) for name in run.models if name == CONTINUED]
-            before = [*experts, *self.reference]
-            search = ("search", "search.py")
-            experts = [self.add(run, *search, output=paths.best_coefficients, after=before, after_all=controls)]
-        return [self.add(run, "merge", "merge.py", output=paths.merged / "merge.yaml", after=experts)]
+            before = {"after": [*experts, *self.reference], "after_all": controls}
+            experts = [self.add(run, "search", "search.py", output=paths.best_coefficients, **before)]
+        output = paths.merged / "merge.yaml"
+        return [self.add(run, "merge", "merge.py", output=output, after=experts, is_alone=True)]
 
     def trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
         """The training of a range, by its number, or one that has a name."""
         paths = run.config.paths
         output = paths.finetuning(chosen) / "unet" if chosen in NAMED_TRAININGS else paths.finetuned[int(chosen)]
-        return self.add(run, stage, "finetune.py", own=f"finetune.range={chosen}", output=output, after=after)
+        return self.add(run, stage, "finetune.py", own=f"finetune.range={chosen}", output=output, after=list(after))
+
+
+def outside(config: Config, script: str) -> list[Path]:
+    """Files and folders that a script reads and no job makes: where they change, it is started again."""
+    given = [config.data.name]
+    if config.model.pretrained is not None:
+        given += Path(config.model.pretrained).glob("*/*")
+    if script in ("merge.py", "search.py") and config.merge.coefficients != "search":
+        given.append(config.merge.coefficients)
+    if script in ("sample_ddp.py", "search.py"):
+        given.append(config.sample.prompts)
+    return [Path(path) for path in given if isinstance(path, (str, Path)) and Path(path).exists()]
+
+
+def are_there(files: Sequence[Path]) -> bool:
+    """Whether all files of a folder are there: it is listed once."""
+    folder = files[0].parent
+    return folder.is_dir() and {file.name for file in files} <= set(os.listdir(folder))

@@ -11,7 +11,7 @@ from deme.config.experiment import Config
 from deme.errors import UserError, naming
 from deme.job.files import read_yaml
 
-SECONDS = "seconds.txt"  # in the search's folder: a line for each command
+SECONDS = "seconds.txt"  # in the search's folder: a line for each command; none where the first ones noted nothing
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,14 @@ def read_searched(file: Path) -> Searched:
 
 @contextmanager
 def timed(folder: Path) -> Iterator[None]:
-    """Note how long the block took, however it ends."""
+    """Note how long the block took, however it ends, in a search's folder where all commands have done so."""
     begin = time.monotonic()
     try:
         yield
     finally:
-        with (folder / SECONDS).open("a", encoding="utf-8") as file:
-            file.write(f"{time.monotonic() - begin:.1f}\n")
+        if (folder / SECONDS).exists():
+            with (folder / SECONDS).open("a", encoding="utf-8") as file:
+                file.write(f"{time.monotonic() - begin:.1f}\n")
 
 
 def seconds_of(folder: Path) -> float | None:

@@ -64,7 +64,7 @@ def compared_rows(runs: Sequence[ComparedRun]) -> list[Row]:
     scores = {(run.name, run.seed): scores_of(run) for run in runs}
     base = runs[0]
     pretrained = scores[base.name, base.seed].get(PRETRAINED)
-    if pretrained is None:
+    if pretrained is None:  # its images could not be drawn
         return []
     rows = []
     for name in dict.fromkeys(run.name for run in runs):

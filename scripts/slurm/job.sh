@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # One job of submit.sh, or one task of an array: a script, over all processes of the job's nodes.
 #
-#   sbatch … scripts/slurm/job.sh LEDGER SCRIPT --config CONFIG [overrides] -- NAME KEY OVERRIDE [NAME KEY OVERRIDE]…
+#   sbatch … scripts/slurm/job.sh LEDGER NODES PROCESSES SCRIPT --config CONFIG [overrides] -- NAME KEY OVERRIDE…
 #
-# A task of an array has the NAME, KEY and OVERRIDE of its number; once it is done, the file LEDGER/NAME holds KEY, which
-# deme/job/graph.py reads. Slurm sends USR1 before the time limit, and where it is so configured before another job takes
-# the nodes: the scripts then save, and the job queues itself again, at most MAX_REQUEUES times.
+# PROCESSES of each node; empty: one per GPU, or 1. A task of an array has the NAME, KEY and OVERRIDE of its number; once
+# it is done, the file LEDGER/NAME holds KEY, which deme/job/graph.py reads. Slurm sends USR1 before the time limit, and
+# where it is so configured before another job takes the nodes: the script then saves, and the job queues itself again, at
+# most MAX_REQUEUES times.
 set -euo pipefail
 
 # of a task of an array, by its number: the last one's SLURM_JOB_ID also stands for the whole array
@@ -32,8 +33,10 @@ trap stop TERM
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$NOTICE
 
 ledger=$1
-script=$2
-shift 2
+nodes=$2
+processes=${3:-$((GPUS > 0 ? GPUS : 1))}
+script=$4
+shift 4
 arguments=()
 while [ "$1" != -- ]; do
   arguments+=("$1")
@@ -51,9 +54,9 @@ free_port() {
   echo "$port"
 }
 
-# run NODES PROCESSES: the script over so many processes of each node; its status
+# run: the script over the processes of all nodes; its status
 run() {
-  local nodes=$1 processes=$2 status
+  local status
   RENDEZVOUS=$(hostname):$(free_port) srun --nodes="$nodes" --ntasks="$nodes" ${CPUS:+--cpus-per-task="$CPUS"} \
     --kill-on-bad-exit=1 $CONTAINER bash scripts/launch.sh "$processes" "$script" "${arguments[@]}" &
   child=$!
@@ -69,10 +72,7 @@ run() {
 status=143
 if [ $must_stop = false ]; then
   status=0
-  case $script in
-    merge.py | compare.py) run 1 1 || status=$? ;; # which know one process
-    *) run "$NODES" "${NUM_PROCESSES:-$((GPUS > 0 ? GPUS : 1))}" || status=$? ;;
-  esac
+  run || status=$?
 fi
 if [ $status = 0 ]; then
   mkdir -p "$ledger"

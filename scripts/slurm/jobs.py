@@ -1,9 +1,7 @@
-"""Submit an experiment or a comparison to Slurm, or tell where it stands: what submit.sh and status.sh start.
+"""Submit an experiment or a comparison to Slurm, or tell where it stands: submit.sh and status.sh start this.
 
-    python scripts/slurm/jobs.py submit|status FILE [overrides]
-
-In the repository's root. The jobs are those of compare.py; an experiment alone is compared as
-configs/comparison/models.yaml has it.
+Their settings are in the environment, and the repository's root is the working directory. The jobs are those of
+compare.py; an experiment alone is compared as configs/comparison/models.yaml has it.
 """
 
 import sys
@@ -16,6 +14,7 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 import argparse
 import os
 import shlex
+from contextlib import nullcontext
 
 from deme.config.comparison import compared_runs, is_comparison, load_comparison
 from deme.errors import RunError
@@ -23,7 +22,7 @@ from deme.job.command import ended_in_one_line
 from deme.job.files import make_folder
 from deme.job.graph import Job, Ledger
 from deme.job.locks import locked
-from deme.job.slurm import Queue, submit
+from deme.job.slurm import JOBS, Queue, missing_jobs, submit
 from deme.job.stages import LAST, stages_of
 from deme.models.variants import ORDER
 
@@ -31,7 +30,7 @@ MODELS = "configs/comparison/models.yaml"
 
 
 def plan_jobs(file: str, overrides: list[str]) -> tuple[Path, list[Job]]:
-    """The comparison's folder, and its jobs; the last one does what takes seconds, and makes the table."""
+    """The folder of the jobs' files, and the jobs; the last one does what takes seconds, and makes the table."""
     if not is_comparison(file):
         file, overrides = MODELS, [f"base={file}", *overrides]
     comparison, others = load_comparison(file, overrides, ORDER)
@@ -39,42 +38,52 @@ def plan_jobs(file: str, overrides: list[str]) -> tuple[Path, list[Job]]:
     jobs = stages_of(comparison, runs, int(os.environ["BLOCKS"]), has_cache=True)
     jobs = [job for job in jobs if job.stage not in LAST]
     scores = [job for job in jobs if job.stage == "evaluate"]
-    folder = runs[0].config.paths.comparison(file)
-    settings = "\n".join(job.settings for job in scores)
-    arguments = ["--config", file, *overrides, "--table"]
-    table = Job(runs[0].config.name, "table", "compare.py", arguments, folder / "table.md", settings, after_all=scores)
-    return folder, [*jobs, table]
+    paths = runs[0].config.paths
+    table = Job(
+        runs[0].config.name,
+        f"table-{Path(file).stem}",
+        "compare.py",
+        ["--config", file, *overrides, "--table"],
+        paths.comparison(file) / "table.md",
+        "\n".join(job.settings for job in scores),
+        after_all=scores,
+        is_alone=True,
+    )
+    return paths.jobs, [*jobs, table]
 
 
 def submit_missing(folder: Path, jobs: list[Job], again: str) -> None:
     """Submit what is missing, or print its sbatch lines."""
-    ledger, queue, logs = Ledger(folder / "done"), Queue(folder), folder / "logs"
-    if os.environ.get("DRY_RUN"):
+    ledger, logs = Ledger(folder / "done"), folder / "logs"
+    is_dry = bool(os.environ.get("DRY_RUN"))
+    if not is_dry:
+        make_folder(logs, "output_dir")
+    with nullcontext() if is_dry else locked(folder / JOBS, "output_dir"):
+        queue = Queue(folder / JOBS)
         queue.ask()
-        submit(jobs, ledger, queue, logs, is_dry=True)
-        return
-    make_folder(logs, "output_dir")
-    with locked(queue.file, "output_dir"):
-        queue.ask()
-        count = submit(jobs, ledger, queue, logs)
-    print(f"{count} job(s) submitted; where they stand:\n  bash scripts/slurm/status.sh {again}")
+        missing = missing_jobs(jobs, ledger, queue)
+        submit(missing, ledger, queue, logs, is_dry)
+    if not is_dry:
+        print(f"{len(missing)} job(s) submitted; where they stand:\n  bash scripts/slurm/status.sh {again}")
 
 
 def show(folder: Path, jobs: list[Job]) -> None:
     """A line for each job."""
-    ledger, queue = Ledger(folder / "done"), Queue(folder)
+    ledger, queue = Ledger(folder / "done"), Queue(folder / JOBS)
     try:
         queue.ask()
     except RunError:
         print("Slurm does not answer: the files alone")
-    done = [job for job in jobs if ledger.is_done(job)]
+    done = ledger.done(jobs)
     for job in jobs:
         state = "complete" if job in done else how_far(job)
-        number = queue.ids.get(job.name) if job not in done else None
-        slurm = "" if number is None else f"job {number} {queue.states.get(job.name, 'ended').lower()}"
+        slurm = ""
+        if job not in done and job.name in queue.numbers:
+            said = queue.states.get(job.name, "ended").lower() if queue.has_answered else ""
+            slurm = f"job {queue.numbers[job.name]} {said}"
         print(f"{job.name:<50} {state:<16} {slurm}".rstrip())
     print(f"{len(done)} of {len(jobs)} complete")
-    if queue.ids:
+    if queue.numbers:
         print(f"what the jobs said: {folder / 'logs'}/")
 
 

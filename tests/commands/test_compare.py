@@ -32,7 +32,7 @@ def test_rows_are_made_but_for_the_one_that_fails_and_not_again(config_file):
     first = compare(file, *settings, status=1)
     for name in ("tiny-broken", "tiny-broken-seed3"):
         assert re.search(rf"{name} train finetune.range=continued: .* not finite", first.stderr.splitlines()[-1])
-        assert f"{name} sample-continued" in first.stderr.split("not tried without it: ")[1]
+        assert f"{name} sample-continued" in first.stderr.split("not made: ")[1]
     table = first.stdout.split("| model | trainings |")[1]
     rows = re.findall(r"^\| ([a-z ,]+) \| ([-2]) \| [\d.]+ \| (.+?) \| .* \| ([-\d,]+) \| ", table, re.MULTILINE)
     assert [row[:2] for row in rows] == [("pretrained", "-"), ("continued", "2")]
@@ -42,6 +42,11 @@ def test_rows_are_made_but_for_the_one_that_fails_and_not_again(config_file):
     assert names == ["tiny-seed3/samples/continued", "tiny/samples/continued", "tiny/samples/pretrained"]
     assert not (root / "tiny-seed3" / "stats").exists()  # scored in the same features
     assert (root / "tiny" / "report.html").exists()
+    again = compare(file, *settings, "--table", status=1).stdout
+    assert again.split("| model |")[-1] == first.stdout.split("| model |")[-1]
+    other = compare(file, *settings, "--table", "evaluate.blocks=4", status=1)  # other settings have no scores yet
+    assert "| model |" not in other.stdout
+    assert "not made: " in other.stderr
     second = compare(file, *settings, status=1)
     again = re.findall(r"^(.*): started$", second.stdout, re.MULTILINE)
     assert sorted(again) == [f"tiny-broken{seed} train finetune.range=continued" for seed in ("", "-seed3")]

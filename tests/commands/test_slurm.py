@@ -102,7 +102,7 @@ def test_an_experiment_survives_a_dead_node_a_failed_job_and_its_time_limit(clus
         "merge",
         *samples[4:],
         "evaluate",
-        "table",
+        "table-rows",
     ]
     assert list(jobs) == expected
     assert cluster.run(*submit, **settings).stdout.startswith("0 job(s) submitted")
@@ -120,15 +120,15 @@ def test_an_experiment_survives_a_dead_node_a_failed_job_and_its_time_limit(clus
     wait_for_jobs(cluster, list(jobs.values()))
     status = cluster.run("bash", "scripts/slurm/status.sh", str(comparison), **settings).stdout
     incomplete = [" ".join(line.split()[1:-4]) for line in status.splitlines() if line.endswith(" ended")]
-    assert incomplete == [trainings[0], *samples[2:4], "evaluate"], status
-    logs = root / "comparison" / "rows" / "logs"
+    assert incomplete == [trainings[0], *samples[2:4], "evaluate", "table-rows"], status
+    logs = root / "jobs" / "logs"
     [log] = logs.glob(f"*-{jobs[trainings[1]]}.log")
     assert "resuming from" in log.read_text()
 
     cluster.start_node(node)
     (training / "continued").unlink()
     again = submitted(cluster.run(*submit, **settings, NOTICE="29").stdout)
-    assert list(again) == [trainings[0], *samples[2:4], "evaluate", "table"]
+    assert list(again) == [trainings[0], *samples[2:4], "evaluate", "table-rows"]
     control = freeze(cluster, again[trainings[0]], training / "continued")  # until its time is up
     limit = ["scontrol", "update", f"jobid={again[trainings[0]]}"]
     cluster.run(*limit, "timelimit=1")
@@ -176,8 +176,9 @@ def test_two_nodes_work_as_two_processes_and_jobs_on_one_host_do_not_meet(cluste
     tasks = [part for name in "ab" for part in (name, f"key of {name}", f"name={name}")]
     after = []
     for name in ("finetune.py", "sample_ddp.py"):
-        job = ["scripts/slurm/job.sh", str(config_file.parent / name), name, "--config", str(config_file), *options]
-        number = cluster.run("sbatch", *settings, *after, *job, "--", *tasks, NODES="2").stdout.strip()
+        job = ["scripts/slurm/job.sh", str(config_file.parent / name), "2", "", name]
+        arguments = ["--config", str(config_file), *options, "--", *tasks]
+        number = cluster.run("sbatch", *settings, *after, *job, *arguments).stdout.strip()
         after = [f"--dependency=aftercorr:{number}"]
     for name in ("finetune.py", "sample_ddp.py"):
         run(name, config_file, *options, "name=local", processes=2)
@@ -200,13 +201,13 @@ def test_a_dry_run_prints_every_job_with_what_it_waits_for(experiment):
     lines = script("submit.sh", experiment, "merge.coefficients=search", **settings).stdout.splitlines()
     jobs = {line.split("--job-name=tiny-")[1].split()[0]: line for line in lines if line.startswith("sbatch")}
     stages = ["cache", "statistics", "sample-pretrained", "train", "sample-continued", "sample-ensemble", "search"]
-    stages += ["merge", "sample-merged", "distill", "sample-distilled", "evaluate", "table"]
+    stages += ["merge", "sample-merged", "distill", "sample-distilled", "evaluate", "table-models"]
     assert list(jobs) == stages
     for line in jobs.values():
         for part in (
             "--partition=gpu",
             "--gpus-per-node=4",
-            "--nodes=2",
+            "--nodes=1" if "merge.py" in line or "compare.py" in line else "--nodes=2",
             "--qos=low",
             "--signal=B:USR1@120",
             "--requeue",
@@ -225,7 +226,7 @@ def test_a_dry_run_prints_every_job_with_what_it_waits_for(experiment):
     assert waits["sample-continued"] == "afterok:TINY-TRAIN_0"
     assert waits["sample-distilled"] == "afterok:TINY-DISTILL_0"
     assert waits["evaluate"].startswith("afterok:TINY-STATISTICS:TINY-SAMPLE-PRETRAINED_0:TINY-SAMPLE-PRETRAINED_1:")
-    assert waits["table"] == "afterany:TINY-EVALUATE"
+    assert waits["table-models"] == "afterany:TINY-EVALUATE"
     tasks = shlex.split(jobs["train"].split(" -- ")[1])
     assert tasks[2::3] == [f"finetune.range={name}" for name in ("continued", 0, 1)]
     assert "sample.model=merged sample.blocks=2 -- 'tiny sample-merged sample.block=0'" in jobs["sample-merged"]
@@ -244,7 +245,7 @@ def test_a_comparison_s_runs_are_all_submitted(experiment):
     names = [line.split("--job-name=")[1].split()[0] for line in lines]
     assert [name for name in names if name.endswith("-train")] == ["tiny-longer-train", "tiny-longer-seed1-train"]
     assert lines[-1].split("--dependency=")[1].split()[0].count("EVALUATE") == 3  # the base and two
-    assert f"compare.py --config {file} 'seeds=[0,1]' --table -- 'tiny table'" in lines[-1]
+    assert f"compare.py --config {file} 'seeds=[0,1]' --table -- 'tiny table-rows'" in lines[-1]
 
 
 def test_status_is_told_from_the_files_where_there_is_no_slurm(experiment):
@@ -270,6 +271,7 @@ def test_status_is_told_from_the_files_where_there_is_no_slurm(experiment):
         ({"GPUS": "many"}, "GPUS=many: must be a whole number"),
         ({"BLOCKS": "0"}, "BLOCKS=0: must be a whole number above 0"),
         ({"SETUP": "false"}, "SETUP=false: failed"),
+        ({"OPTIONS": "--comment='a"}, "jobs.py: error: OPTIONS=--comment='a: No closing quotation"),
         ({"BLOCKS": "100"}, "jobs.py: error: sample.blocks=100: more than sample.num_images=6"),
     ],
 )

@@ -48,6 +48,14 @@ def test_a_seed_without_a_row_has_no_run(tmp_path):
     assert [run.config.name for run in found] == ["digits", "digits-two", "digits-two-seed5"]
 
 
+def test_two_runs_of_one_name_are_refused(tmp_path):
+    runs = {"models": {"models": ["pretrained"]}}
+    for name in ("a b", "a_b"):
+        runs[name] = {"models": ["merged"], "overrides": ["finetune.max_steps=5"]}
+    with pytest.raises(UserError, match=r"^runs.a_b: its run is called digits-a_b, as another one"):
+        runs_of(tmp_path, runs)
+
+
 def test_all_ranges_together_take_the_base_s_steps(tmp_path):
     """Four of 1,000 in the base; a variation's own number stands."""
     runs = {"models": {"models": ["pretrained"]}}

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import yaml
 
 from deme.config.comparison import compared_runs, load_comparison
+from deme.config.paths import image_path
 from deme.job.stages import stages_of
 from deme.models.variants import ORDER
 
@@ -63,9 +66,37 @@ def test_a_setting_concerns_the_jobs_that_read_it(tmp_path):
     assert changed_by("evaluate.blocks=2") == changed_by("merge.method=ties") == everything - made - drawn
 
 
-def test_statistics_may_be_those_of_another_experiment(tmp_path):
+def test_images_may_be_compared_with_those_of_another_experiment(tmp_path):
+    """Whose statistics are made by its own configuration, and used by all others."""
     reference = tmp_path / "other.yaml"
     reference.write_text("name: other\n")
-    job = stages(tmp_path, f"reference={reference}")["other statistics"]
+    jobs = stages(tmp_path, f"reference={reference}", "merge.coefficients=search")
+    job = jobs["other statistics"]
     assert job.arguments == ["--config", str(reference), "evaluate.samples=[]"]
     assert str(job.output) == "runs/other/stats/inception.npz"
+    assert jobs["evaluate"].after == [job]
+    for user in ("search", "evaluate"):
+        assert f"evaluate.reference={job.output}" in jobs[user].arguments_after(jobs[user].after_all)
+
+
+def test_what_is_read_from_elsewhere_is_looked_at(tmp_path):
+    """Coefficients in a file, the pretrained pipeline's files, prompts."""
+    coefficients, prompts = tmp_path / "best.yaml", tmp_path / "prompts.txt"
+    for file in (coefficients, prompts):
+        file.touch()
+    jobs = stages(tmp_path, f"merge.coefficients={coefficients}", f"sample.prompts={prompts}")
+    unet = Path("assets/digits/unet/config.json")
+    assert unet.is_file()
+    assert coefficients in jobs["merge"].inputs
+    assert coefficients not in jobs["sample-merged"].inputs
+    assert prompts in jobs["sample-merged"].inputs
+    assert all(unet in jobs[name].inputs for name in ("train finetune.range=0", "sample-pretrained", "merge"))
+
+
+def test_images_are_there_when_all_of_a_block_are(tmp_path):
+    jobs = stages(tmp_path, f"output_dir={tmp_path}", "sample.num_images=4", blocks=2)
+    folder = tmp_path / "digits" / "samples" / "pretrained"
+    folder.mkdir(parents=True)
+    for seed in (1, 2, 3):
+        image_path(folder, seed).touch()
+    assert [jobs[f"sample-pretrained sample.block={block}"].is_whole() for block in (0, 1)] == [False, True]
