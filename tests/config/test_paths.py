@@ -41,6 +41,7 @@ def test_everything_of_a_run_lies_below_its_folder():
         "classifier": "out/a/stats/classifier.safetensors",
         "reference": "out/a/stats/inception.npz",
         "results": "out/a/results.json",
+        "jobs": "out/a/jobs",
     }
     assert {name: paths.lines(name) for name in Paths.names()} == expected
 
