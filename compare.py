@@ -69,7 +69,7 @@ def main(file: str, runs: list[ComparedRun], jobs: list[Job], processes: int, ta
 
         # --- the table, of scores that are those of these settings
         evaluations = {job.run: job for job in jobs if job.stage == "evaluate"}
-        scored = [run for run in runs if evaluations[run.config.name].state in ("done", "unchanged")]
+        scored = [run for run in runs if evaluations[run.config.name].is_made]
         if base in scored:
             write_table(scored, paths.comparison(file))
 

@@ -42,6 +42,11 @@ class Job:
         return hashlib.sha256(self.settings.encode()).hexdigest()[:16]
 
     @property
+    def is_made(self) -> bool:
+        """Whether it has succeeded, now or before."""
+        return self.state in ("done", "unchanged")
+
+    @property
     def needed(self) -> list["Job"]:
         """All that must have succeeded, if it is to make all that it can."""
         return [*self.after, *(self.after_all if callable(self.arguments) else [])]
@@ -53,7 +58,7 @@ class Job:
 
     def command(self, processes: int) -> list[str] | None:
         """The command line that starts it, over so many processes, once those before it have ended."""
-        arguments = self.arguments_after([job for job in self.after_all if job.state in ("done", "unchanged")])
+        arguments = self.arguments_after([job for job in self.after_all if job.is_made])
         if arguments is None:
             return None
         launcher = str(REPOSITORY / "scripts" / "launch.sh")
@@ -99,7 +104,7 @@ class Ledger:
         """
         found: set[Job] = set()
         for job in jobs:
-            if found.issuperset(self._made_from(job)) and found.issuperset(job.after) and self.is_done(job):
+            if found.issuperset([*job.after, *self._made_from(job)]) and self.is_done(job):
                 found.add(job)
         return found
 

@@ -56,7 +56,7 @@ class Jobs:
                 continue
             if any(before.state in ("failed", "dropped") for before in job.after):
                 job.state = "dropped"
-            elif all(before.state in ("done", "unchanged") for before in job.after) and all(
+            elif all(before.is_made for before in job.after) and all(
                 before.state not in ("waiting", "running") for before in job.after_all
             ):
                 if self.ledger.is_done(job):

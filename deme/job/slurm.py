@@ -66,12 +66,11 @@ def missing_jobs(jobs: Sequence[Job], ledger: Ledger, queue: Queue) -> list[Job]
     missing: list[Job] = []
     outdated: list[str] = []
     for job in jobs:
-        is_new = {before.name for before in missing}
         if job.name not in queue.states:
-            waits = any(before.name in queue.states or before.name in is_new for before in (*job.after, *job.after_all))
+            waits = any(before.name in queue.states or before in missing for before in (*job.after, *job.after_all))
             if waits or not ledger.is_done(job):
                 missing.append(job)
-        elif queue.keys[job.name] != job.key or any(before.name in is_new for before in job.needed):
+        elif queue.keys[job.name] != job.key or any(before in missing for before in job.needed):
             outdated.append(job.name)
     if outdated:
         numbers = " ".join(queue.numbers[name] for name in outdated)

@@ -50,13 +50,16 @@ set -u
 [ "$GPUS" != 0 ] || export ACCELERATE_USE_CPU=true
 export $names
 
-# check_settings: mistakes in them, one line; behind scripts/setup.sh
-check_settings() {
+# ask_for_jobs submit|status CONFIG [overrides]: the end of these scripts; mistakes in the settings: one line
+ask_for_jobs() {
   local name
+  . scripts/setup.sh
   for name in GPUS MAX_REQUEUES; do
     whole_number "$name" 0
   done
   for name in NODES BLOCKS NOTICE; do
     whole_number "$name" 1
   done
+  [ $# -gt 1 ] || { echo "bash scripts/slurm/$1.sh CONFIG [overrides]" >&2; exit 2; }
+  exec python scripts/slurm/jobs.py "$@"
 }

@@ -8,7 +8,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . scripts/slurm/settings.sh
-. scripts/setup.sh
-check_settings
-[ $# -gt 0 ] || { echo "bash scripts/slurm/status.sh CONFIG [overrides]" >&2; exit 2; }
-exec python scripts/slurm/jobs.py status "$@"
+ask_for_jobs status "$@"

@@ -11,7 +11,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . scripts/slurm/settings.sh
-. scripts/setup.sh
-check_settings
-[ $# -gt 0 ] || { echo "bash scripts/slurm/submit.sh CONFIG [overrides]" >&2; exit 2; }
-exec python scripts/slurm/jobs.py submit "$@"
+ask_for_jobs submit "$@"
