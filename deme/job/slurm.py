@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deme.errors import RunError, UserError
 from deme.job.graph import Job, Ledger
-from deme.job.signals import noted_signals
+from deme.job.signals import Interrupted, noted_signals
 
 JOBS = "jobs.tsv"  # a line for each that was submitted: its name, its key and Slurm's number
 
@@ -49,9 +49,11 @@ class Queue:
         self.states = {name: states[number] for name, number in self.numbers.items() if number in states}
         self.has_answered = True
 
-    def note(self, job: Job, number: str) -> None:
-        """A job has been submitted."""
-        self.numbers[job.name], self.keys[job.name], self.states[job.name] = number, job.key, "SUBMITTED"
+    def note(self, group: Sequence[Job], number: str) -> None:
+        """A job has been submitted, or an array of them."""
+        for place, job in enumerate(group):
+            self.numbers[job.name] = f"{number}_{place}" if job.own else number
+            self.keys[job.name], self.states[job.name] = job.key, "SUBMITTED"
 
 
 def missing_jobs(jobs: Sequence[Job], ledger: Ledger, queue: Queue) -> list[Job]:
@@ -94,21 +96,19 @@ def submit(jobs: Sequence[Job], ledger: Ledger, queue: Queue, logs: Path, is_dry
     for job in jobs:
         by_stage.setdefault((job.run, job.stage), []).append(job)
     for group in by_stage.values():
-        is_array = bool(group[0].own)
         line = sbatch_line(group, logs, ledger, queue)
         if is_dry:
             print(shlex.join(line))
-            number = f"{group[0].run}-{group[0].stage}".upper()
-        with noted_signals():  # what Slurm has taken is noted
-            if not is_dry:
-                number = answer_of(line).strip().partition(";")[0]  # behind it, the name of a cluster
-            for place, job in enumerate(group):
-                queue.note(job, f"{number}_{place}" if is_array else number)
-            if not is_dry:
-                with queue.file.open("a", encoding="utf-8") as file:
-                    file.writelines(f"{job.name}\t{job.key}\t{queue.numbers[job.name]}\n" for job in group)
-        for job in group if not is_dry else []:
+            queue.note(group, f"{group[0].run}-{group[0].stage}".upper())
+            continue
+        with noted_signals() as signals:  # what Slurm has taken is noted
+            queue.note(group, answer_of(line).strip().partition(";")[0])  # behind it, the name of a cluster
+            with queue.file.open("a", encoding="utf-8") as file:
+                file.writelines(f"{job.name}\t{job.key}\t{queue.numbers[job.name]}\n" for job in group)
+        for job in group:
             print(f"{job.name:<50} job {queue.numbers[job.name]}", flush=True)
+        if signals:
+            raise Interrupted(signals[0])
 
 
 def sbatch_line(group: Sequence[Job], logs: Path, ledger: Ledger, queue: Queue) -> list[str]:

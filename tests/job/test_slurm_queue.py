@@ -1,7 +1,12 @@
+import os
+import signal
+
 import pytest
 
 from deme.errors import UserError
+from deme.job import slurm
 from deme.job.graph import Job, Ledger
+from deme.job.signals import Interrupted
 from deme.job.slurm import Queue, missing_jobs
 
 
@@ -39,7 +44,7 @@ def test_jobs_under_way_are_left_alone_unless_they_would_make_something_else(tmp
     train, sample, scores, table = jobs
     make(ledger, train)
     for number, job in enumerate((sample, scores, table)):
-        queue.note(job, f"1{number}")
+        queue.note([job], f"1{number}")
     assert missing(jobs, ledger, queue) == []
     (tmp_path / "weights").unlink()
     with pytest.raises(UserError, match=r"^run sample: under way with other settings or inputs: .* scancel 10$"):
@@ -53,7 +58,7 @@ def test_jobs_under_way_are_left_alone_unless_they_would_make_something_else(tmp
 def test_a_table_that_waits_takes_the_scores_that_there_are(tmp_path):
     """It is not held up by one more attempt, and is made anew behind that, as it has not succeeded."""
     jobs, ledger, queue = chain(tmp_path), Ledger(tmp_path / "done"), Queue(tmp_path / "jobs.tsv")
-    queue.note(jobs[3], "7")
+    queue.note([jobs[3]], "7")
     assert missing(jobs, ledger, queue) == ["train", "sample", "evaluate"]
 
 
@@ -63,6 +68,21 @@ def test_done_is_what_was_made_of_what_is_done(tmp_path):
     assert ledger.done(jobs) == set(jobs)
     jobs[0].settings = "others"
     assert ledger.done(jobs) == set()
+
+
+def test_a_signal_while_slurm_takes_a_job_ends_the_rest_behind_its_note(tmp_path, monkeypatch):
+    """So that the next call knows of the job."""
+    jobs, ledger, queue = chain(tmp_path), Ledger(tmp_path / "done"), Queue(tmp_path / "jobs.tsv")
+
+    def interrupted(command: list[str]) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "12\n"
+
+    monkeypatch.setattr(slurm, "answer_of", interrupted)
+    monkeypatch.setattr(slurm, "sbatch_line", lambda *_: ["sbatch"])
+    with pytest.raises(Interrupted):
+        slurm.submit(jobs, ledger, queue, tmp_path)
+    assert Queue(tmp_path / "jobs.tsv").numbers == {"run train": "12"}
 
 
 def test_a_damaged_list_of_jobs_is_named(tmp_path):
