@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import parse, seconds, spread
 from benchmarks.report import save
 from benchmarks.trainers import make_trainer
-from benchmarks.unets import CHURCH, CIFAR10
+from benchmarks.unets import CHURCH, SMALL
 from deme.config.sections import Finetune
 from deme.report.tables import markdown_table
 from deme.training.run_log import RunLog
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parse(__doc__)
     device = arguments.device
     pixels = [torch.zeros(3, 32, 32, dtype=torch.uint8)] * 4
-    unet = UNet2DModel(**(CIFAR10 if arguments.quick else CHURCH) | {"sample_size": 32})
+    unet = UNet2DModel(**(SMALL if arguments.quick else CHURCH) | {"sample_size": 32})
     accelerator = Accelerator(cpu=device == "cpu")
     row: dict[str, list[float]] = {"step": [], "standstill": [], "writing": [], "next_step": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +54,7 @@ def main() -> None:
     titles = ["checkpoint / model", "training step, s", "first standstill, s", "standstill, s", "writing, s"]
     titles += ["standstill / writing", "a step beside the writing, s"]
     line = [
-        "CIFAR-10" if arguments.quick else "Church",
+        "small" if arguments.quick else "Church",
         f"{size / model:.2f}",
         spread(row["step"]),
         f"{first:.3g}",

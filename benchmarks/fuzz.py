@@ -2,7 +2,7 @@
 
     python benchmarks/fuzz.py                       # ten minutes of each format
     python benchmarks/fuzz.py png npz --seconds 60
-    python benchmarks/fuzz.py png --only 12345      # one example again, with its traceback
+    python benchmarks/fuzz.py png --start 12345 --examples 1     # one again, with its traceback
 
 A damaged file is read, or refused in one line as a user's mistake or a run that can't go on. Every other end is a
 fault: another error, a crash, ten seconds of a processor, 4 GiB. Example i of a format is a function of i alone.
@@ -67,9 +67,10 @@ def fault(name: str, number: int) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("formats", nargs="*", help=f"of {', '.join(FORMATS)}; all, if none is named")
-    parser.add_argument("--seconds", type=float, default=600, help="for each format")
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument("--seconds", type=float, default=600, help="for each format")
+    limit.add_argument("--examples", type=int, help="of each format, however long they take")
     parser.add_argument("--start", type=int, default=0, help="the first example's number")
-    parser.add_argument("--only", type=int, help="one example's number")
     arguments = parser.parse_args()
     if unknown := set(arguments.formats) - FORMATS.keys():
         parser.error(f"no format: {', '.join(unknown)}")
@@ -82,15 +83,14 @@ def main() -> None:
     faults = 0
     for name in arguments.formats or FORMATS:
         end = time.monotonic() + arguments.seconds
-        number = arguments.start if arguments.only is None else arguments.only
         found = set()
         count = 0
-        while count == 0 or (time.monotonic() < end and arguments.only is None):
+        while time.monotonic() < end if arguments.examples is None else count < arguments.examples:
+            number = arguments.start + count
             trace = fault(name, number)
             if trace is not None and (place := trace.splitlines()[-3:][0]) not in found:  # each place once
                 found.add(place)
                 print(f"{name} {number}\n{trace}", flush=True)
-            number += 1
             count += 1
         print(f"{name}: {count} examples, {len(found)} faults", flush=True)
         faults += len(found)

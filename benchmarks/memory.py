@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py --device cuda
     python benchmarks/memory.py                  # without a GPU: peak memory of the process
-    python benchmarks/memory.py --quick          # CIFAR-10's network at 32×32
+    python benchmarks/memory.py --quick          # a small network at 32×32
 
 Two optimizer steps of finetune.py's loop each, in a process of its own: student with projections, teacher, EMA, AdamW.
 """
@@ -68,17 +68,16 @@ def main() -> None:
 
 def measure(mixed_precision: str, gradient_checkpointing: bool, batch_size: int, device: str, quick: bool) -> None:
     """Print the GiB that two optimizer steps took at their peak."""
-    import resource
-
     import torch
     from accelerate import Accelerator
     from diffusers import UNet2DModel
 
     from benchmarks.trainers import make_trainer
-    from benchmarks.unets import CHURCH, CIFAR10
+    from benchmarks.unets import CHURCH, SMALL
     from deme.config.sections import Finetune
+    from deme.job.machine import peak_memory
 
-    teacher = UNet2DModel(**(CIFAR10 if quick else CHURCH))
+    teacher = UNet2DModel(**(SMALL if quick else CHURCH))
     size = teacher.config.sample_size
     pixels = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8)] * batch_size
     settings = Finetune(batch_size=batch_size, gradient_checkpointing=gradient_checkpointing)
@@ -94,7 +93,7 @@ def measure(mixed_precision: str, gradient_checkpointing: bool, batch_size: int,
     if device == "cuda":
         print(torch.cuda.max_memory_reserved() / 2**30)
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        print(peak_memory(torch.device(device)) / 2**30)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import parse, ratios, spread
 from benchmarks.report import save
-from benchmarks.unets import CHURCH, CIFAR10
+from benchmarks.unets import CHURCH, SMALL
 from deme.config.reading import load_config
 from deme.models.weights import ATTENTION_NAMES, todays_name
 from deme.report.tables import markdown_table
@@ -47,7 +47,7 @@ def main() -> None:
     stable_diffusion = ("Stable Diffusion v1", "UNet2DConditionModel", {})
     cases = [(church, 2), (church, 4), (church, 8), (renamed, 4), *([(stable_diffusion, 2)] * arguments.largest)]
     if arguments.quick:
-        cases = [(("CIFAR-10", "UNet2DModel", CIFAR10), 2)]
+        cases = [(("small", "UNet2DModel", SMALL), 2)]
     rows = []
     for network, experts in cases:
         with tempfile.TemporaryDirectory() as folder:

@@ -27,12 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import parse, spread
 from benchmarks.report import put, save
 from benchmarks.scale_out import sent_by_each, tables
-from benchmarks.unets import CIFAR10
+from benchmarks.unets import CIFAR10, SMALL
 from deme.report.tables import markdown_table
 from scripts.estimate import FLOAT, unet_cost
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SMALL = {"block_out_channels": [32, 64, 64, 64]}
 
 
 def main() -> None:
@@ -50,7 +49,7 @@ def main() -> None:
     speeds: dict[tuple, list[float]] = defaultdict(list)  # what, processes, threads of each
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        network = CIFAR10 | (SMALL if arguments.quick else {})
+        network = SMALL if arguments.quick else CIFAR10
         unet = UNet2DModel(**network)
         DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder / "pretrained")
         options = [f"model.pretrained={folder / 'pretrained'}", "data.resolution=32", "data.label_column=null"]

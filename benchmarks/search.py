@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import alternate, ratios, spread
 from benchmarks.report import save
-from benchmarks.unets import CHURCH, CIFAR10
+from benchmarks.unets import CHURCH, SMALL
 from deme.config.experiment import Config
 from deme.config.reading import load_config
 from deme.job.files import atomic_file, read_json
@@ -72,7 +72,7 @@ def main() -> None:
 
 def forming(arguments: Namespace) -> None:
     """Time to form a candidate of four experts in place, over that of reading all their weights once."""
-    settings = CIFAR10 if arguments.quick else CHURCH
+    settings = SMALL if arguments.quick else CHURCH
     with tempfile.TemporaryDirectory() as name:
         from diffusers import UNet2DModel
 

@@ -9,7 +9,6 @@ before: student with projections, teacher in bf16, EMA, AdamW, gradient checkpoi
 """
 
 import argparse
-import resource
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from benchmarks.report import save
 from benchmarks.trainers import OBJECTIVE
 from benchmarks.unets import STABLE_DIFFUSION
 from deme.config.sections import Finetune
+from deme.job.machine import peak_memory
 from deme.models.encoders import Encoded, LatentsAndText
 from deme.models.networks import with_projections
 from deme.report.tables import markdown_table
@@ -112,7 +112,7 @@ def step_peak(settings: dict, images: int, device: str) -> int:
             trainer.step()
     if device == "cuda":
         return torch.cuda.max_memory_reserved()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_memory(torch.device(device))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import ceiling, has_bf16, parse, ratios, seconds, spread
 from benchmarks.report import save
 from benchmarks.trainers import make_trainer
-from benchmarks.unets import CHURCH, CIFAR10
+from benchmarks.unets import CHURCH, SMALL
 from deme.config.sections import Finetune
 from deme.job.machine import peak_memory
 from deme.models.networks import with_projections
@@ -109,7 +109,7 @@ def main() -> None:
     ours = [row for row in rows if "shares" in row]
     parts = [[row["name"], *(f"{share:.1%}" for share in row["shares"].values())] for row in ours]
     size = image_size(device, arguments.quick)
-    network = f"{'CIFAR-10' if arguments.quick else 'Church'}'s network at {size}×{size}"
+    network = ("A small network" if arguments.quick else "Church's network") + f" at {size}×{size}"
     what = f"{network}, batch {batch_size} in micro-batches of {micro_batch_size}; where a step's time goes:"
     shares = markdown_table(["", *ours[0]["shares"]], parts)
     tables = [markdown_table(titles, lines), what, shares]
@@ -124,7 +124,7 @@ def work(name: str, settings: dict, parent: Connection) -> None:
     size = image_size(device, quick)
     images = [smooth_noise(number, size) for number in range(NUM_IMAGES)]
     torch.manual_seed(0)
-    teacher = UNet2DModel(**(CIFAR10 if quick else CHURCH) | {"sample_size": size})
+    teacher = UNet2DModel(**(SMALL if quick else CHURCH) | {"sample_size": size})
     make_step = plain_step if contender == "plain loop" else our_step
     step, trainer = make_step(teacher, images, settings["batch_size"], settings["micro_batch_size"], precision, device)
     parent.send("ready")

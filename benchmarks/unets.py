@@ -13,6 +13,7 @@ CIFAR10 = SHARED | {  # google/ddpm-cifar10-32
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }
+SMALL = CIFAR10 | {"block_out_channels": [32, 64, 64, 64]}  # for --quick
 CHURCH = SHARED | {  # google/ddpm-ema-church-256 and google/ddpm-ema-bedroom-256
     "sample_size": 256,
     "block_out_channels": [128, 128, 256, 256, 512, 512],

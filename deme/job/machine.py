@@ -69,5 +69,9 @@ def peak_memory(device: "torch.device") -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else ""):
+        return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024
+    # where Linux has this alone, it may be that of the process that started this one
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
