@@ -11,6 +11,7 @@ fault: another error, a crash, ten seconds of a processor, 4 GiB. Example i of a
 import argparse
 import faulthandler
 import io
+import itertools
 import os
 import random
 import resource
@@ -67,9 +68,8 @@ def fault(name: str, number: int) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("formats", nargs="*", help=f"of {', '.join(FORMATS)}; all, if none is named")
-    limit = parser.add_mutually_exclusive_group()
-    limit.add_argument("--seconds", type=float, default=600, help="for each format")
-    limit.add_argument("--examples", type=int, help="of each format, however long they take")
+    parser.add_argument("--seconds", type=float, default=600, help="for each format")
+    parser.add_argument("--examples", type=int, help="of each format, at most")
     parser.add_argument("--start", type=int, default=0, help="the first example's number")
     arguments = parser.parse_args()
     if unknown := set(arguments.formats) - FORMATS.keys():
@@ -84,14 +84,14 @@ def main() -> None:
     for name in arguments.formats or FORMATS:
         end = time.monotonic() + arguments.seconds
         found = set()
-        count = 0
-        while time.monotonic() < end if arguments.examples is None else count < arguments.examples:
-            number = arguments.start + count
+        for count in itertools.count(1):
+            number = arguments.start + count - 1
             trace = fault(name, number)
             if trace is not None and (place := trace.splitlines()[-3:][0]) not in found:  # each place once
                 found.add(place)
                 print(f"{name} {number}\n{trace}", flush=True)
-            count += 1
+            if count == arguments.examples or time.monotonic() >= end:
+                break
         print(f"{name}: {count} examples, {len(found)} faults", flush=True)
         faults += len(found)
     sys.exit(faults > 0)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from deme.job.machine import computes_in_bf16
+from deme.job.machine import computes_in_bf16, peak_memory
 
 INSTRUCTION_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # both to avx2: as on an older processor
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices of the matrix product
@@ -68,6 +68,11 @@ def spread(values: list[float], digits: int = 3) -> str:
 def number(value: float, digits: int) -> str:
     """So many significant digits, and no exponent where there are more before the point."""
     return f"{value:,.0f}" if value >= 10**digits else f"{value:.{digits}g}"
+
+
+def memory_taken(device: str) -> int:
+    """Bytes at the peak: what torch has reserved of a GPU; on a CPU, what this process has had resident."""
+    return torch.cuda.max_memory_reserved() if device == "cuda" else peak_memory(torch.device(device))
 
 
 def ceiling(device: str) -> dict[str, float]:

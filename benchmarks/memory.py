@@ -72,10 +72,10 @@ def measure(mixed_precision: str, gradient_checkpointing: bool, batch_size: int,
     from accelerate import Accelerator
     from diffusers import UNet2DModel
 
+    from benchmarks.measure import memory_taken
     from benchmarks.trainers import make_trainer
     from benchmarks.unets import CHURCH, SMALL
     from deme.config.sections import Finetune
-    from deme.job.machine import peak_memory
 
     teacher = UNet2DModel(**(SMALL if quick else CHURCH))
     size = teacher.config.sample_size
@@ -90,10 +90,7 @@ def measure(mixed_precision: str, gradient_checkpointing: bool, batch_size: int,
                 trainer.step()
         except torch.OutOfMemoryError:
             sys.exit(OUT_OF_MEMORY)
-    if device == "cuda":
-        print(torch.cuda.max_memory_reserved() / 2**30)
-    else:
-        print(peak_memory(torch.device(device)) / 2**30)
+    print(memory_taken(device) / 2**30)
 
 
 if __name__ == "__main__":

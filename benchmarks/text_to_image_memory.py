@@ -22,11 +22,11 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
+from benchmarks.measure import memory_taken
 from benchmarks.report import save
 from benchmarks.trainers import OBJECTIVE
 from benchmarks.unets import STABLE_DIFFUSION
 from deme.config.sections import Finetune
-from deme.job.machine import peak_memory
 from deme.models.encoders import Encoded, LatentsAndText
 from deme.models.networks import with_projections
 from deme.report.tables import markdown_table
@@ -110,9 +110,7 @@ def step_peak(settings: dict, images: int, device: str) -> int:
         trainer = Trainer(accelerator, networks, EncodedNoise(settings), OBJECTIVE, finetune, Path(folder))
         for _ in range(2):
             trainer.step()
-    if device == "cuda":
-        return torch.cuda.max_memory_reserved()
-    return peak_memory(torch.device(device))
+    return memory_taken(device)
 
 
 if __name__ == "__main__":

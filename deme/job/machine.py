@@ -16,8 +16,7 @@ INSTRUCTION_SETS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # the stronge
 
 def processor() -> str:
     """The processor's name and its strongest instruction set, which rounding and speed depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    name = re.search(r"model name\s*:\s*(.+)", _proc("cpuinfo"))
     strongest = next((s for s in INSTRUCTION_SETS if s in (_flags() or ())), None)
     return (name[1] if name else platform.processor() or platform.machine()) + (f" ({strongest})" if strongest else "")
 
@@ -44,9 +43,14 @@ def _onednn_takes_bf16() -> bool:
 
 def _flags() -> set[str] | None:
     """The processor's instruction sets as Linux names them; None where it doesn't."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"(?:flags|Features)\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    found = re.search(r"(?:flags|Features)\s*:\s*(.+)", _proc("cpuinfo"))
     return None if found is None else set(found[1].split())
+
+
+def _proc(name: str) -> str:
+    """A file of Linux's /proc; empty where there is none."""
+    file = Path("/proc") / name
+    return file.read_text() if file.exists() else ""
 
 
 def keep_freed_memory() -> None:
@@ -69,8 +73,7 @@ def peak_memory(device: "torch.device") -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else ""):
+    if found := re.search(r"VmHWM:\s*(\d+) kB", _proc("self/status")):
         return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024
     # where Linux has this alone, it may be that of the process that started this one

@@ -1,9 +1,12 @@
 import re
+import subprocess
+import sys
 
 import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import REPOSITORY
 
 from deme.errors import UserError
 from deme.job import processes
@@ -19,6 +22,14 @@ def test_the_peak_is_no_less_than_what_is_held_now():
     keep_freed_memory()
     held = torch.ones(2**26)  # 256 MiB
     assert peak_memory(torch.device("cpu")) >= 0.99 * psutil.Process().memory_info().rss > held.nbytes
+
+
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    program = "import types, deme.job.machine as machine; print(machine.peak_memory(types.SimpleNamespace(type='cpu')))"
+    started = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert int(started.stdout) < psutil.Process().memory_info().rss / 2
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
