@@ -87,6 +87,7 @@ def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_co
 def test_signals_to_a_shell_script_reach_every_process_and_mistakes_are_answered_first(tmp_path):
     """SIGTERM, then Ctrl-C after the resume: all save checkpoints, the status is the signal's."""
     options = [f"output_dir={tmp_path}", "finetune.log_every=1"]
+    options += ["evaluate.classifier_epochs=1"]  # a training waits for its core
     assert run_script("digits.sh", *options, "finetune.max_steps=many", status=2) == ""
     folders = [tmp_path / "digits" / "finetuned" / name for name in ("0000-0250", "continued")]
     last = [0, 0]
