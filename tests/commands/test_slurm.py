@@ -68,6 +68,11 @@ def freeze(cluster, job: str, training: Path) -> psutil.Process:  # noqa: F811
     return process
 
 
+def said(log: Path) -> str:
+    """A job's log: Slurm forwards blocks of bytes, so that a progress bar's character may be torn."""
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
 def submitted(output: str) -> dict[str, str]:
     """Stage and override → Slurm's job, as submit.sh says."""
     lines = [line.split() for line in output.splitlines() if line.startswith("tiny ")]
@@ -123,7 +128,7 @@ def test_an_experiment_survives_a_dead_node_a_failed_job_and_its_time_limit(clus
     assert incomplete == [trainings[0], *samples[2:4], "evaluate", "table-rows"], status
     logs = root / "jobs" / "logs"
     [log] = logs.glob(f"*-{jobs[trainings[1]]}.log")
-    assert "resuming from" in log.read_text()
+    assert "resuming from" in said(log)
 
     cluster.start_node(node)
     (training / "continued").unlink()
@@ -135,11 +140,11 @@ def test_an_experiment_survives_a_dead_node_a_failed_job_and_its_time_limit(clus
     wait_for(lambda: is_pending(control, signal.SIGTERM), 90)
     control.send_signal(signal.SIGCONT)
     [log] = logs.glob(f"*-{again[trainings[0]]}.log")
-    wait_for(lambda: "queued again" in log.read_text(), 60)
+    wait_for(lambda: "queued again" in said(log), 60)
     cluster.run(*limit, "timelimit=10")
     wait_for_jobs(cluster, list(again.values()))
     for part in ("stopped by SIGTERM; checkpoint of step", "queued again, to go on where it was", "resuming from"):
-        assert part in log.read_text()
+        assert part in said(log)
 
     assert files(root) == files(experiment.parent / "local")
     assert (root / "report.html").exists()
