@@ -43,11 +43,14 @@ CALLS = ("replace", "rename", "unlink", "mkdir", "rmdir", "open", "close", "fsyn
 
 
 class Run:
-    """`python SCRIPT ARGUMENTS` in `folder`, on one thread of the CPU, with this process's environment variables.
+    """`python SCRIPT ARGUMENTS` in `folder`, on one thread of the CPU.
 
     Args:
         file_size_limit: bytes; a longer file can't be written, as on a full disk.
         killed_at: the process kills itself before so many of CALLS; 0: never.
+        environment: instead of this process's variables.
+        streams: where its output and its errors go; without them they are kept here.
+        python: what it starts as Python itself.
     """
 
     def __init__(
@@ -57,15 +60,18 @@ class Run:
         folder: Path,
         file_size_limit: int | None = None,
         killed_at: int = 0,
+        environment: dict[str, str] | None = None,
+        streams: list[Connection] | None = None,
+        python: str = sys.executable,
     ):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES)
-        pipes = [context.Pipe(duplex=False) for _ in range(2)]
+        pipes = [] if streams else [context.Pipe(duplex=False) for _ in range(2)]
         self.output: dict[Connection, bytes] = {reader: b"" for reader, _ in pipes}
-        writers = [writer for _, writer in pipes]
+        writers = streams or [writer for _, writer in pipes]
         self.calls = context.Value("q", 0)  # of CALLS, so far
         limits = (file_size_limit, killed_at, self.calls)
-        arguments = (script, arguments, str(folder), dict(os.environ), writers, limits)
+        arguments = (script, arguments, str(folder), environment or dict(os.environ), python, writers, limits)
         self.process = context.Process(target=_run, args=arguments)
         self.process.start()
         for writer in writers:
@@ -113,6 +119,7 @@ def _run(
     arguments: list[str],
     folder: str,
     environment: dict[str, str],
+    python: str,
     writers: list[Connection],
     limits: tuple[int | None, int, Synchronized],
 ) -> None:
@@ -126,6 +133,7 @@ def _run(
     torch.set_num_threads(1)
     os.environ.clear()
     os.environ |= environment | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    sys.executable = python
     os.chdir(folder)
     sys.path.insert(0, str(REPOSITORY))
     sys.argv = [script, *arguments]

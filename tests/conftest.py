@@ -1,6 +1,7 @@
 """Tiny real models and real subprocesses that the tests share."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from forked_python import ForkedPython
 from hypothesis import settings
 
 from benchmarks.forked import Run
@@ -99,6 +101,14 @@ def environment() -> dict[str, str]:
     return os.environ | settings
 
 
+@pytest.fixture(scope="session")
+def forked_python(tmp_path_factory) -> str:
+    """PATH for shell scripts whose `python` need not import the libraries again."""
+    folder = tmp_path_factory.mktemp("bin")
+    ForkedPython(folder)
+    return f"{folder}{os.pathsep}{environment()['PATH']}"
+
+
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
@@ -107,6 +117,18 @@ def old_name(name: str) -> str:
     for today, before in OLD_NAMES.items():
         name = name.replace(today, before)
     return name
+
+
+def distributed(processes: int) -> list[dict[str, str]]:
+    """The environment of each process, as accelerate's launcher or torchrun makes it."""
+    if processes == 1:
+        return [dict(os.environ)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    return [os.environ | shared | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(processes)]
 
 
 def run(
@@ -118,18 +140,21 @@ def run(
     timeout: float = 300,
     fresh: bool = False,
 ) -> subprocess.CompletedProcess:
-    """Run a script and require its exit status: as a user would, or forked, which saves importing the libraries.
+    """Run a script and require its exit status: forked, which saves importing the libraries.
 
     Args:
-        fresh: for environment variables that the libraries read when they are imported.
+        fresh: as a user would, for what the libraries read when they are imported, or what the launcher does.
     """
     line = command(script, config_file, *overrides, processes=processes)
-    if processes == 1 and not fresh:
-        forked = Run(script, ["--config", str(config_file), *overrides], config_file.parent)
-        result = subprocess.CompletedProcess(line, forked.wait(timeout), forked.stdout, forked.stderr)
-    else:
-        folder = config_file.parent
+    folder = config_file.parent
+    if fresh:
         result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=timeout, cwd=folder)
+    else:
+        arguments = ["--config", str(config_file), *overrides]
+        runs = [Run(script, arguments, folder, environment=variables) for variables in distributed(processes)]
+        statuses = [run.wait(timeout) for run in runs]
+        output = ("".join(getattr(run, stream) for run in runs) for stream in ("stdout", "stderr"))
+        result = subprocess.CompletedProcess(line, next(filter(lambda status: status != 0, statuses), 0), *output)
     assert result.returncode == status, f"{script} {overrides}: {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
 

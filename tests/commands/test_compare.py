@@ -1,7 +1,7 @@
 import re
 import subprocess
-import sys
 
+import pytest
 import yaml
 from conftest import REPOSITORY, environment
 
@@ -17,14 +17,21 @@ def write(folder, base, runs, **others) -> str:
     return str(file)
 
 
-def compare(file: str, *overrides: str, status: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, REPOSITORY / "compare.py", "--config", file, *overrides]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert result.returncode == status, result.stdout + result.stderr
-    return result
+@pytest.fixture
+def compare(forked_python):
+    """compare.py, and all that it starts."""
+
+    def run(file: str, *overrides: str, status: int = 0) -> subprocess.CompletedProcess:
+        command = ["python", REPOSITORY / "compare.py", "--config", file, *overrides]
+        settings = environment() | {"PATH": forked_python}
+        result = subprocess.run(command, env=settings, capture_output=True, text=True)
+        assert result.returncode == status, result.stdout + result.stderr
+        return result
+
+    return run
 
 
-def test_rows_are_made_but_for_the_one_that_fails_and_not_again(config_file):
+def test_rows_are_made_but_for_the_one_that_fails_and_not_again(config_file, compare):
     """Two trainings each. Status 1, and its name; the others are in the table, the second time without a job."""
     root = config_file.parent
     file = write(root, config_file, RUNS)
@@ -53,7 +60,7 @@ def test_rows_are_made_but_for_the_one_that_fails_and_not_again(config_file):
     assert second.stdout.split("| model |")[-1] == first.stdout.split("| model |")[-1]
 
 
-def test_a_mistake_is_told_in_one_line_before_anything_starts(config_file):
+def test_a_mistake_is_told_in_one_line_before_anything_starts(config_file, compare):
     """Here one of a job's, which distributes what it is too small for."""
     runs = {"models": {"models": ["pretrained", "ant_uw"]}}
     found = compare(write(config_file.parent, config_file, runs), "finetune.micro_batch_size=1", status=2)

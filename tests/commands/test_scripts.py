@@ -2,7 +2,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, SMALL_SEARCH, environment, old_name
+from conftest import REPOSITORY, SMALL_SEARCH, environment, old_name, run
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from pages import browse, check_html
 from PIL import Image
@@ -39,14 +38,18 @@ def script_command(script: str, *options: str) -> list:
 
 
 def run_script(script: str, *options: str, status: int = 0, **variables: str) -> str:
-    """Run a shell script in the environment that runs the tests; its standard output."""
+    """Run a shell script in the environment that runs the tests; its standard output.
+
+    Args:
+        variables: of the environment; PATH=forked_python saves the imports.
+    """
     settings = script_environment() | variables
     result = subprocess.run(script_command(script, *options), env=settings, capture_output=True, text=True)
     assert result.returncode == status, result.stdout + result.stderr
     return result.stdout
 
 
-def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_complete(tmp_path):
+def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_complete(tmp_path, forked_python):
     """The README's first command, made short by overrides: five rows, the pictures, nothing done twice, and a page."""
     options = [f"output_dir={tmp_path / 'with space'}", "finetune.max_steps=2", "distill.max_steps=2"]
     options += ["timesteps.num_ranges=2"]
@@ -58,8 +61,8 @@ def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_co
         "evaluate.classifier_epochs=1",
         *SMALL_SEARCH,
     ]
-    first = run_script("digits.sh", *options)
-    second = run_script("digits.sh", *options, NUM_PROCESSES="1")
+    first = run_script("digits.sh", *options, PATH=forked_python)
+    second = run_script("digits.sh", *options, NUM_PROCESSES="1", PATH=forked_python)
     rows = re.findall(r"^\| (\w+) \| 24 \| \d", first, flags=re.MULTILINE)
     assert rows == ["pretrained", "continued", "ensemble", "merged", "distilled"]
     pictures = first.split("pictures:\n")[-1].splitlines()
@@ -74,10 +77,10 @@ def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_co
     assert re.findall("<code>(.*)</code>", missing) == ["analyze.py"]
     assert first.split("| model |")[1:] == second.split("| model |")[1:]
     assert "classifier FD" in (tmp_path / "with space" / "digits" / "merged" / "README.md").read_text()
+    config = REPOSITORY / "configs" / "digits.yaml"
     few = ["analyze.timesteps=8", "analyze.images=16", "analyze.landscape_points=2", "analyze.landscape_images=8"]
     for script in ("analyze.py", "report.py"):
-        command = [sys.executable, script, *options, *few]
-        subprocess.run(command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True)
+        run(script, config, *options, *few)
     page = check_html(tmp_path / "with space" / "digits" / "report.html")
     assert re.findall("<h2>(.*)</h2>", page) == [*expected[:5], "Analyses", expected[5]]
     assert page.count("<img") == 4 + 1 + 4 + 11  # results, samples twice, training; coefficients; search; analyses
@@ -137,7 +140,7 @@ def newest_step(folder: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def test_cifar10_from_scratch_goes_from_raw_data_to_the_table_in_pieces(tmp_path):
+def test_cifar10_from_scratch_goes_from_raw_data_to_the_table_in_pieces(tmp_path, forked_python):
     """Made small by overrides; the first piece ends without an error before it has trained the base."""
     data = tmp_path / "data"
     make_photographs(data, 40, (40, 36))
@@ -150,10 +153,10 @@ def test_cifar10_from_scratch_goes_from_raw_data_to_the_table_in_pieces(tmp_path
     options += [f"{section}.mixed_precision=no" for section in ("pretrain", "finetune", "sample")]
     options += ["sample.num_images=12", "sample.num_inference_steps=2"]
     options += ["evaluate.classifier_width=8", "evaluate.classifier_epochs=1", *SMALL_SEARCH]
-    first = run_script("cifar10_scratch.sh", *options, NUM_PROCESSES="1", MAX_MINUTES="0.02")
+    first = run_script("cifar10_scratch.sh", *options, NUM_PROCESSES="1", MAX_MINUTES="0.02", PATH=forked_python)
     assert "stopped by its time limit: the same command resumes" in first
     assert "| model |" not in first
-    table = run_script("cifar10_scratch.sh", *options, NUM_PROCESSES="1")
+    table = run_script("cifar10_scratch.sh", *options, NUM_PROCESSES="1", PATH=forked_python)
     rows = re.findall(r"^\| (\w+) \| 12 \| [\d.]+ \| [\d.]+ ± [\d.]+ \| ", table, flags=re.MULTILINE)
     assert rows == ["pretrained", "continued", "ensemble", "merged", "distilled"]
 
@@ -198,7 +201,7 @@ def make_pretrained(folder: Path, benchmark: str) -> None:
 
 
 @pytest.mark.parametrize("benchmark", ["cifar10", "lsun_church", "lsun_bedroom"])
-def test_a_benchmark_runs_from_statistics_to_fid(benchmark, tmp_path, torch_home):
+def test_a_benchmark_runs_from_statistics_to_fid(benchmark, tmp_path, torch_home, forked_python):
     """Each script with its own configuration, on a tiny pipeline and a local folder: every stage, and again resumed."""
     make_pretrained(tmp_path / "pretrained", benchmark)
     make_photographs(tmp_path / "data", 20, (48, 40))
@@ -216,6 +219,7 @@ def test_a_benchmark_runs_from_statistics_to_fid(benchmark, tmp_path, torch_home
     options += ["finetune.mixed_precision=no", "sample.mixed_precision=no", "sample.num_inference_steps=2"]
     options += ["sample.num_images=3", "merge.coefficients=null"]  # Inception's features of a search take minutes
     variables = {"TORCH_HOME": str(torch_home), "PYTHONPATH": str(tmp_path / "fake"), "NUM_PROCESSES": "1"}
+    variables["PATH"] = forked_python
     output = run_script(f"{benchmark}.sh", *options, **variables)
     assert f"{tmp_path / 'data'}: 20 images" in output
     assert re.search(r"GB  together; [\d,.]+ GB are free", output)
@@ -234,7 +238,7 @@ def test_a_benchmark_runs_from_statistics_to_fid(benchmark, tmp_path, torch_home
         assert "statistics of" not in again
 
 
-def test_stable_diffusion_runs_from_its_folders_to_the_table(tmp_path):
+def test_stable_diffusion_runs_from_its_folders_to_the_table(tmp_path, forked_python):
     """The script with its own configuration on a tiny pipeline, captioned images and a file of prompts."""
     tiny_pipeline().save_pretrained(tmp_path / "pretrained")
     tiny_clip(tmp_path / "clip")
@@ -256,7 +260,8 @@ def test_stable_diffusion_runs_from_its_folders_to_the_table(tmp_path):
     options += [f"sample.prompts={tmp_path / 'prompts.csv'}", "sample.num_images=12", "sample.size_on_disk=8"]
     options += [f"evaluate.clip_model={tmp_path / 'clip'}", "evaluate.features=classifier", "data.label_column=text"]
     options += ["evaluate.reference=null", "evaluate.classifier_epochs=1", "evaluate.classifier_width=2"]
-    variables = {"NUM_PROCESSES": "1", "REFERENCE": "none"}
+    options += ["search.images=16"]
+    variables = {"NUM_PROCESSES": "1", "REFERENCE": "none", "PATH": forked_python}
     output = run_script("stable_diffusion_v1_4.sh", *options, **variables)
     assert re.search(r"GB  encoded images and captions", output)
     assert re.search(r"GPU hours  drawing 48 images", output)

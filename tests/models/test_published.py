@@ -8,10 +8,11 @@ import zipfile
 
 import pytest
 import torch
-from conftest import REPOSITORY, environment, old_name
+from conftest import old_name
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 
+from benchmarks.forked import Run
 from deme.errors import UserError
 from deme.method.projection import PROJECTION_SUFFIX
 from deme.models.networks import ProjectedUNet2DModel, load_unet, with_projections
@@ -80,12 +81,11 @@ def module_file(projected, tmp_path, monkeypatch):
     return tmp_path / "merged.bin"
 
 
-def import_published(weights, pretrained, output, status=0) -> subprocess.CompletedProcess:
-    script = REPOSITORY / "scripts" / "import_published.py"
-    options = ["--weights", weights, "--pretrained", pretrained, "--output", output]
-    result = subprocess.run([sys.executable, script, *options], env=environment(), capture_output=True, text=True)
-    assert result.returncode == status, result.stdout + result.stderr
-    return result
+def import_published(weights, pretrained, output, status=0) -> Run:
+    options = ["--weights", str(weights), "--pretrained", str(pretrained), "--output", str(output)]
+    forked = Run("scripts/import_published.py", options, output.parent)
+    assert forked.wait() == status, forked.stdout + forked.stderr
+    return forked
 
 
 @pytest.mark.parametrize("kind", ["state_dict_file", "module_file"])
