@@ -115,7 +115,7 @@ def test_a_signal_at_any_moment_gives_the_status(config_file, seed):
 def test_processes_agree_where_to_stop_and_another_number_of_them_resumes(config_file):
     """The launcher passes SIGTERM on to two processes; one goes on, and its losses are those of a single process."""
     root = config_file.parent
-    steps = ["finetune.range=0", "finetune.max_steps=200"]
+    steps = ["finetune.range=0", "finetune.max_steps=100"]
     run("finetune.py", config_file, *steps, "name=alone")
     launched = command("finetune.py", config_file, *steps, processes=2)
     with subprocess.Popen(launched, env=environment(), cwd=root, stdout=-1, stderr=-1, text=True) as job:

@@ -17,6 +17,7 @@ from benchmarks.trainers import make_trainer
 from deme.config.sections import Finetune, Pretrain
 from deme.data.images import CroppedImages
 from deme.errors import RunError, UserError
+from deme.training import preview
 from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_newest_checkpoint
 from deme.training.held_out import HeldOut
 from deme.training.meter import MAX_SKIPPED_STEPS
@@ -98,7 +99,13 @@ def test_the_student_ends_with_the_ema_weights(tmp_path):
         torch.testing.assert_close(weight, expected[name], msg=name)
 
 
-def test_the_teacher_never_changes(tmp_path):
+@pytest.fixture
+def short_previews(monkeypatch):
+    monkeypatch.setattr(preview, "IMAGES", 8)
+    monkeypatch.setattr(preview, "STEPS", 3)
+
+
+def test_the_teacher_never_changes(tmp_path, short_previews):
     run = trainer(tmp_path, preview_every=2)
     images, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
     before, student = run.teacher(images, timesteps).sample, copy.deepcopy(run.student.state_dict())
@@ -110,7 +117,7 @@ def test_the_teacher_never_changes(tmp_path):
     assert len(list((tmp_path / "previews").glob("step-*.png"))) == 3
 
 
-def test_previews_and_log_frequency_do_not_change_the_weights(tmp_path):
+def test_previews_and_log_frequency_do_not_change_the_weights(tmp_path, short_previews):
     for name, settings in {
         "plain": {},
         "previews": {"preview_every": 1, "log_every": 4, "checkpoint_every": 2},
