@@ -20,7 +20,8 @@ def machine(device: str) -> str:
     versions = f"torch {torch.__version__}, diffusers {metadata.version('diffusers')}"
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, {versions}"
-    return f"{processor()}, {torch.get_num_threads()} threads, {versions}"
+    threads = torch.get_num_threads()
+    return f"{processor()}, {threads} thread{'s' * (threads > 1)}, {versions}"
 
 
 def save(name: str, device: str, rows: list[dict], table: str, ceiling: dict[str, float] | None = None) -> None:
