@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 data= quick= overrides=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --data) data=${2:-}; shift ;;
+    --data) [ $# -gt 1 ] || { echo "--data: names no folder" >&2; exit 2; }; data=$2; shift ;;
     --quick) quick=--quick ;;
     *=*) overrides+=("$1") ;;
     *) echo "$1: not --data FOLDER, --quick or an override" >&2; exit 2 ;;
@@ -66,7 +66,7 @@ cifar10() {
     finetune.batch_size=8 distill.max_steps=1 sample.num_images=24 sample.num_inference_steps=2 evaluate.blocks=2
     evaluate.classifier_epochs=1 merge.coefficients=null {pretrain,finetune,sample}.mixed_precision=no)
   options=("data.name=$data" "output_dir=$out" ${options[@]+"${options[@]}"} ${overrides[@]+"${overrides[@]}"})
-  piece cifar10-scratch 9 env MAX_MINUTES=8.5 bash scripts/cifar10_scratch.sh "${options[@]}"
+  piece cifar10-scratch 8.5 env MAX_MINUTES=8 bash scripts/cifar10_scratch.sh "${options[@]}"
 }
 
 piece checks 5 python benchmarks/gpu_checks.py "${device[@]}"

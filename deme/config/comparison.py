@@ -1,7 +1,8 @@
 """A table of many runs: which models of which variations of one experiment are compared (configs/comparison/)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Optional
 
@@ -12,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from deme.config.experiment import Config
 from deme.config.reading import load_config
 from deme.config.section import Section, one_of
+from deme.config.sections import Evaluate
 from deme.errors import UserError, naming, one_line
 
 OWN_KEYS = ("base", "seeds", "reference")  # that overrides set here; all others are the experiment's
@@ -24,6 +26,18 @@ OF_ONE_RUN = (
     "sample.block",
     "evaluate.samples",
     "evaluate.output",
+)
+
+# rows would not compare, or what a variation says of it would have no effect
+OF_ALL_RUNS = (
+    "name",
+    "seed",
+    "model.pretrained",
+    "finetune.range",
+    "sample.model",
+    "sample.num_images",
+    "sample.seed_offset",
+    *(f"evaluate.{setting.name}" for setting in fields(Evaluate)),
 )
 
 
@@ -59,6 +73,8 @@ class Comparison(Section):
             for model in variation.models:
                 if model not in known:
                     raise UserError(f"{key}={model}: {one_of(known, model)}")
+                if model == PRETRAINED and variation.overrides:
+                    raise UserError(f"{key}={model}: all runs start from the base's, which has the only such row")
         plain = [variation for variation in self.runs.values() if not variation.overrides]
         there = any(PRETRAINED in variation.models for variation in plain)
         rule = "a run without overrides must have the model pretrained, which all rows are compared with"
@@ -150,6 +166,18 @@ def check_no_shared_output(config: Config) -> None:
         settings.check(key, getattr(settings, key) is None, "each run of a comparison has its own")
 
 
+def check_what_all_share(base: Config, config: Config) -> None:
+    """Make sure that a variation has the base's settings where all runs must.
+
+    Raises:
+        UserError: names the key.
+    """
+    for key in OF_ALL_RUNS:
+        value, usual = (attrgetter(key)(one) for one in (config, base))
+        if value != usual:
+            raise UserError(f"{key}={value}: all runs have the base's, {usual}")
+
+
 def varied(
     file: str, base: Config, overrides: list[str], name: str, variation: Variation, seed: int
 ) -> tuple[list[str], Config]:
@@ -161,7 +189,11 @@ def varied(
     Args:
         overrides: of all runs.
         name: of the variation.
+
+    Raises:
+        UserError: as load_config, and check_what_all_share.
     """
+    check_what_all_share(base, load_config(file, [*overrides, *variation.overrides]))
     parts = [base.name]
     if variation.overrides:
         parts.append(name.replace(", ", "-").replace(" ", "_"))

@@ -96,13 +96,14 @@ class Jobs:
                 continue
             del self.running[pid]
             self.free.append(place)
-            if status == 0:
+            if status == 0 and (job.output is None or job.output.exists()):
                 job.state = "done"
                 self.ledger.note(job)
                 print(f"{job.name}: done in {time.monotonic() - since:.0f} s", flush=True)
             else:
                 job.state = "stopped" if stopped else "failed"
-                job.error = last_line(self._log(job)) or f"status {status}"
+                by_itself = "its time is up; the same command goes on"  # finetune.max_minutes
+                job.error = by_itself if status == 0 else last_line(self._log(job)) or f"status {status}"
                 print(f"{job.name}: {'' if stopped else 'FAILED: '}{job.error}", file=sys.stderr, flush=True)
 
     def _log(self, job: Job) -> Path:

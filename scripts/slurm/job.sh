@@ -14,7 +14,7 @@ id=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 child=           # srun
 must_stop=false  # as Slurm says
-must_queue=false # again, for that was for the lack of time
+must_queue=false # again: it lacked time, or another job took the nodes
 
 # stop: let the processes save. Not by way of srun, which would kill them at a SIGTERM
 stop() {
@@ -79,9 +79,14 @@ if [ $status = 0 ]; then
   echo "$key" >"$ledger/$name"
 fi
 
+# another job takes the nodes: the grace time began with a SIGTERM to all processes, and Slurm counts a job that ends
+# within it as failed
+if [ $status != 0 ] && scontrol show job "$id" | grep -q ' PreemptTime=[0-9]'; then
+  must_queue=true
+fi
 if [ $must_queue = true ] && [ $status != 0 ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_REQUEUES" ]; then
-    echo "stopped for the lack of time; queued again, to go on where it was"
+    echo "stopped for the lack of time, or for another job; queued again, to go on where it was"
     scontrol requeue "$id"
     exit 0
   fi

@@ -16,7 +16,7 @@ import os
 import shlex
 from contextlib import nullcontext
 
-from deme.config.comparison import compared_runs, is_comparison, load_comparison
+from deme.config.comparison import ComparedRun, compared_runs, is_comparison, load_comparison
 from deme.errors import RunError
 from deme.job.command import ended_in_one_line
 from deme.job.files import make_folder
@@ -35,6 +35,7 @@ def plan_jobs(file: str, overrides: list[str]) -> tuple[Path, list[Job]]:
         file, overrides = MODELS, [f"base={file}", *overrides]
     comparison, others = load_comparison(file, overrides, ORDER)
     runs = list(compared_runs(comparison, others))
+    check_runs(runs)
     jobs = stages_of(comparison, runs, int(os.environ["BLOCKS"]), has_cache=True)
     jobs = [job for job in jobs if job.stage not in LAST]
     scores = [job for job in jobs if job.stage == "evaluate"]
@@ -50,6 +51,21 @@ def plan_jobs(file: str, overrides: list[str]) -> tuple[Path, list[Job]]:
         is_alone=True,
     )
     return paths.jobs, [*jobs, table]
+
+
+def check_runs(runs: list[ComparedRun]) -> None:
+    """Make sure that a job's processes can share a step, and that nothing but Slurm's time limit ends a training.
+
+    Raises:
+        UserError: names the key.
+    """
+    of_each_node = os.environ["NUM_PROCESSES"] or max(1, int(os.environ["GPUS"]))
+    for config in (run.config for run in runs):
+        for settings in [config.finetune, *([config.pretrain] if config.model.pretrained is None else [])]:
+            settings.check(
+                "max_minutes", settings.max_minutes is None, "TIME limits a job, which then goes on by itself"
+            )
+            settings.check_shares(int(os.environ["NODES"]) * int(of_each_node))
 
 
 def submit_missing(folder: Path, jobs: list[Job], again: str) -> None:

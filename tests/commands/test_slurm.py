@@ -196,6 +196,42 @@ def test_two_nodes_work_as_two_processes_and_jobs_on_one_host_do_not_meet(cluste
     assert "2 process(es) on cpu" in (config_file.parent / "0.log").read_text()
 
 
+STOPPED_ONCE = """
+import signal, sys, time
+from pathlib import Path
+
+saved = Path(sys.argv[1])
+
+def save(number, frame):
+    saved.touch()
+    sys.exit(128 + number)
+
+signal.signal(signal.SIGTERM, save)
+if not saved.exists():
+    print("waits", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_job_that_gives_way_to_another_one_goes_on_and_what_needs_it_stays(cluster, tmp_path):  # noqa: F811
+    """It ends within the grace time that Slurm grants it, for which Slurm alone would count it as failed."""
+    script = tmp_path / "script.py"
+    script.write_text(STOPPED_ONCE)
+    log = tmp_path / "log"
+    node = ["sbatch", "--parsable", "--nodelist=n1"]
+    options = ["--requeue", f"--output={log}", "--open-mode=append"]
+    job = ["scripts/slurm/job.sh", str(tmp_path / "done"), "1", "", str(script), str(tmp_path / "saved")]
+    first = cluster.run(*node, *options, *job, "--", "a", "key of a", "").stdout.strip()
+    needs = [f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes", "--output=/dev/null"]
+    cluster.run("sbatch", *needs, "--wrap", f"touch {tmp_path / 'after'}")
+    wait_for(lambda: log.exists() and "waits" in said(log), 60)
+    second = cluster.run(*node, "--partition=urgent", "--output=/dev/null", "--wrap", "true").stdout.strip()
+    wait_for_jobs(cluster, [first, second])
+    assert "queued again" in said(log)
+    assert (tmp_path / "done" / "a").read_text() == "key of a\n", said(log)
+    wait_for((tmp_path / "after").exists, 60)
+
+
 def test_a_dry_run_prints_every_job_with_what_it_waits_for(experiment):
     """A search goes before the merge, the control beside the ranges, each model's images behind it alone."""
     cluster_file = experiment.with_name("mine.env")
@@ -203,7 +239,8 @@ def test_a_dry_run_prints_every_job_with_what_it_waits_for(experiment):
         "PARTITION=gpu\nGPUS=4 # of each node\nNODES=2\nTIME=4:00:00\nBLOCKS=3\nOPTIONS='--qos=low'\n"
     )
     settings = {"CLUSTER": str(cluster_file), "BLOCKS": "2", "DRY_RUN": "1"}
-    lines = script("submit.sh", experiment, "merge.coefficients=search", **settings).stdout.splitlines()
+    options = ["merge.coefficients=search", "finetune.batch_size=16", "finetune.micro_batch_size=2"]
+    lines = script("submit.sh", experiment, *options, **settings).stdout.splitlines()
     jobs = {line.split("--job-name=tiny-")[1].split()[0]: line for line in lines if line.startswith("sbatch")}
     stages = ["cache", "statistics", "sample-pretrained", "train", "sample-continued", "sample-ensemble", "search"]
     stages += ["merge", "sample-merged", "distill", "sample-distilled", "evaluate", "table-models"]
@@ -277,6 +314,11 @@ def test_status_is_told_from_the_files_where_there_is_no_slurm(experiment):
         ({"BLOCKS": "0"}, "BLOCKS=0: must be a whole number above 0"),
         ({"SETUP": "false"}, "SETUP=false: failed"),
         ({"OPTIONS": "--comment='a"}, "jobs.py: error: OPTIONS=--comment='a: No closing quotation"),
+        (
+            {"NODES": "2", "NUM_PROCESSES": "2"},
+            "jobs.py: error: finetune.micro_batch_size=4: finetune.batch_size=8 makes 2 micro-batches of 4, which 4 "
+            "processes can't share equally: set micro_batch_size=2 or a divisor",
+        ),
         ({"BLOCKS": "100"}, "jobs.py: error: sample.blocks=100: more than sample.num_images=6"),
     ],
 )
@@ -284,6 +326,13 @@ def test_mistakes_are_answered_in_one_line(experiment, variables, message):
     """Before anything is submitted."""
     result = script("submit.sh", experiment, status=2, **variables, DRY_RUN="1")
     assert (result.stdout, result.stderr) == ("", f"{message}\n")
+
+
+def test_a_time_limit_of_its_own_is_refused(experiment):
+    """Its status would be that of a complete training, which others wait for."""
+    refused = script("submit.sh", experiment, "finetune.max_minutes=5", status=2, DRY_RUN="1")
+    rule = "TIME limits a job, which then goes on by itself"
+    assert refused.stderr == f"jobs.py: error: finetune.max_minutes=5.0: {rule}\n"
 
 
 def test_a_name_that_is_no_setting_is_named(experiment):

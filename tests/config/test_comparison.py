@@ -66,6 +66,26 @@ def test_all_ranges_together_take_the_base_s_steps(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("override", "usual"),
+    [
+        ("seed=7", "0"),
+        ("name=b", "digits"),
+        ("model.pretrained=null", "assets/digits"),
+        ("sample.num_images=12", "10782"),
+        ("sample.seed_offset=5", "0"),
+        ("evaluate.blocks=2", "6"),
+    ],
+)
+def test_what_all_runs_share_is_refused_in_a_variation(tmp_path, override, usual):
+    """Blocks of other images do not pair, and the rest would be ignored; given to all runs it is right."""
+    runs = {"models": {"models": ["pretrained"]}, "b": {"models": ["merged"], "overrides": [override]}}
+    key, value = override.replace("null", "None").split("=")
+    with pytest.raises(UserError, match=f"^runs.b: {key}={value}: all runs have the base's, {usual}"):
+        runs_of(tmp_path, runs)
+    assert len(runs_of(tmp_path, runs, override)) == 2
+
+
+@pytest.mark.parametrize(
     ("runs", "message"),
     [
         ({}, "runs={}: must be a mapping"),
@@ -74,6 +94,10 @@ def test_all_ranges_together_take_the_base_s_steps(tmp_path):
             "a run without overrides must have the model",
         ),
         ({"a": {"models": ["pretrained", "min_snrr"]}}, r"runs.a.models=min_snrr: .*; did you mean min_snr\?"),
+        (
+            {"a": {"models": ["pretrained"]}, "b": {"models": ["pretrained"], "overrides": ["finetune.max_steps=3"]}},
+            "runs.b.models=pretrained: all runs start from the base's",
+        ),
         ({"a": {"models": []}}, "runs.a.models=.*: must be a list of models"),
         ({"a": {"model": ["pretrained"]}}, "Key 'model' not in 'Variation'"),
         (

@@ -37,12 +37,24 @@ def go(folder, jobs, places=CPU) -> list[str]:
 def test_each_job_waits_for_those_before_it_and_two_run_at_once(tmp_path):
     log = tmp_path / "log"
     code = "import time; f = open(%r, 'a', buffering=1); f.write('+%s\\n'); time.sleep(1); f.write('-%s\\n')"
-    first, second = (job(tmp_path / name, code % (str(log), name, name)) for name in "ab")
-    last = job(tmp_path / "c", code % (str(log), "c", "c"), [first, second])
+    code += "; open(%r, 'w')"
+
+    def logs(name, before=()) -> Job:
+        return job(tmp_path / name, code % (str(log), name, name, str(tmp_path / name)), before)
+
+    first, second = logs("a"), logs("b")
+    last = logs("c", [first, second])
     assert go(tmp_path, [last, first, second]) == ["done"] * 3
     lines = log.read_text().split()
     assert sorted(lines[:2]) == ["+a", "+b"]
     assert lines[-2:] == ["+c", "-c"]
+
+
+def test_a_job_without_its_output_is_not_done(tmp_path):
+    """A training whose own time is up ends with status 0."""
+    first = job(tmp_path / "first", "print('saved')")
+    assert go(tmp_path, [first, writes(tmp_path / "second", before=[first])]) == ["failed", "dropped"]
+    assert first.error == "its time is up; the same command goes on"
 
 
 def test_what_is_done_is_not_done_again_until_something_before_it_changes(tmp_path):
