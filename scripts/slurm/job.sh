@@ -81,7 +81,7 @@ fi
 
 # another job takes the nodes: the grace time began with a SIGTERM to all processes, and Slurm counts a job that ends
 # within it as failed
-if [ $status != 0 ] && scontrol show job "$id" | grep -q ' PreemptTime=[0-9]'; then
+if [ $status != 0 ] && scontrol show job "$id" | grep ' PreemptTime=[0-9]' >/dev/null; then
   must_queue=true
 fi
 if [ $must_queue = true ] && [ $status != 0 ]; then
