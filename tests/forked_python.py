@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class ForkedPython:
@@ -68,13 +69,15 @@ def main(path: str, python: str, *arguments: str) -> None:
     script = Path(arguments[0]).resolve() if arguments else REPOSITORY
     if script.suffix != ".py" or script.parent not in (REPOSITORY, REPOSITORY / "scripts"):
         os.execv(python, [python, *arguments])
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     server = socket.socket(socket.AF_UNIX)
     server.connect(path)
     request = {"script": str(script), "arguments": arguments[1:], "folder": os.getcwd(), "environment": {**os.environ}}
     socket.send_fds(server, [b" "], [1, 2])
     server.sendall(json.dumps(request).encode() + b"\n")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, lambda received, frame: server.sendall(f"{received}\n".encode()))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     answer = server.makefile("r").readline()
     status = int(answer or 1)
     if status < 0:

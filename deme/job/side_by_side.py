@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deme.job.files import make_folder
 from deme.job.graph import Job, Ledger
-from deme.job.signals import end_with_parent
+from deme.job.signals import blocked_signals, end_with_parent, unblock_signals
 
 POLLED_EVERY = 0.2  # seconds between two looks at the commands that run
 
@@ -70,7 +70,7 @@ class Jobs:
             job.state = "dropped"
             return
         place = self.free.pop(0)
-        with self._log(job).open("ab") as log:
+        with self._log(job).open("ab") as log, blocked_signals():  # else one might run on, unknown to us
             process = subprocess.Popen(
                 command,
                 env=os.environ | place,
@@ -78,10 +78,10 @@ class Jobs:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C comes from here alone
-                preexec_fn=end_with_parent,
+                preexec_fn=begin,
             )
-        job.state = "running"
-        self.running[process.pid] = (process, place, time.monotonic(), job)
+            job.state = "running"
+            self.running[process.pid] = (process, place, time.monotonic(), job)
         print(f"{job.name}: started", flush=True)
 
     def _collect(self, stopped: bool = False) -> None:
@@ -108,6 +108,12 @@ class Jobs:
 
     def _log(self, job: Job) -> Path:
         return self.logs / f"{job.name}.log"
+
+
+def begin() -> None:
+    """What a command does first."""
+    unblock_signals()
+    end_with_parent()
 
 
 def places(processes: int) -> list[dict[str, str]]:

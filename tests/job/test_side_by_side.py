@@ -1,5 +1,6 @@
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -107,6 +108,29 @@ def test_arguments_that_are_known_when_its_turn_comes(tmp_path):
         one.arguments = lambda there, to=one.output: [str(made.output) for made in there] + [str(to)] if there else None
     assert go(tmp_path, [first, broken, late, nothing]) == ["done", "failed", "done", "dropped"]
     assert (tmp_path / "a").read_text() == "made"
+
+
+def test_a_signal_while_a_command_starts_ends_it_too(tmp_path, monkeypatch):
+    """It would run on behind the back of the same command's next call."""
+    started = []
+
+    def popen(*arguments, **settings):
+        started.append(real(*arguments, **settings))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    def interrupt(number, frame):
+        raise Interrupted(number)
+
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with pytest.raises(Interrupted):
+            go(tmp_path, [job(tmp_path / "first", "import time; time.sleep(60)")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert started[0].poll() == -signal.SIGTERM
 
 
 def test_a_signal_ends_the_commands_which_may_clean_up(tmp_path):
