@@ -133,8 +133,8 @@ def plan(
     shares = best_shares(trainings, gpus, cluster)
     pass_flops = control.image_flops / GRADIENT_PASSES
     images = len(MODELS) * config.sample.num_images
-    searched, reported = searched_images(searching)
-    searched = searched * searching.search_steps + reported * config.sample.num_inference_steps
+    candidates, reported = searched_images(searching)
+    searched = candidates * searching.search_steps + reported * config.sample.num_inference_steps
     return {
         "ranges": trained(ranges, shares[0], cluster),
         "control": trained(control, shares[1], cluster),

@@ -43,7 +43,7 @@ class ForkedPython:
 
     def _run(self, client: socket.socket) -> None:
         """Fork one script, and send it the client's signals: SIGKILL when the client is gone."""
-        from benchmarks.forked import Run
+        from benchmarks.forked import Run  # the client knows no other module
 
         _, streams, _, _ = socket.recv_fds(client, 1, 2)
         lines = client.makefile("r")

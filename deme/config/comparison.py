@@ -37,7 +37,7 @@ OF_ALL_RUNS = (
     "sample.model",
     "sample.num_images",
     "sample.seed_offset",
-    *(f"evaluate.{setting.name}" for setting in fields(Evaluate)),
+    *(key for setting in fields(Evaluate) if (key := f"evaluate.{setting.name}") not in OF_ONE_RUN),
 )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deme.job.files import make_folder
 from deme.job.graph import Job, Ledger
-from deme.job.signals import blocked_signals, end_with_parent, unblock_signals
+from deme.job.signals import Interrupted, end_with_parent, noted_signals
 
 POLLED_EVERY = 0.2  # seconds between two looks at the commands that run
 
@@ -42,9 +42,9 @@ class Jobs:
                 if self.running:
                     time.sleep(POLLED_EVERY)
                     self._collect()
-        except BaseException as error:
+        except BaseException:
             for process, *_ in self.running.values():
-                os.killpg(process.pid, getattr(error, "number", signal.SIGTERM))
+                os.killpg(process.pid, signal.SIGTERM)
             while self.running:
                 time.sleep(POLLED_EVERY)
                 self._collect(stopped=True)
@@ -70,7 +70,7 @@ class Jobs:
             job.state = "dropped"
             return
         place = self.free.pop(0)
-        with self._log(job).open("ab") as log, blocked_signals():  # else one might run on, unknown to us
+        with self._log(job).open("ab") as log, noted_signals() as signals:  # else one might run on, unknown to us
             process = subprocess.Popen(
                 command,
                 env=os.environ | place,
@@ -78,11 +78,13 @@ class Jobs:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C comes from here alone
-                preexec_fn=begin,
+                preexec_fn=end_with_parent,
             )
             job.state = "running"
             self.running[process.pid] = (process, place, time.monotonic(), job)
         print(f"{job.name}: started", flush=True)
+        if signals:
+            raise Interrupted(signals[0])
 
     def _collect(self, stopped: bool = False) -> None:
         """Take note of the commands that have ended.
@@ -108,12 +110,6 @@ class Jobs:
 
     def _log(self, job: Job) -> Path:
         return self.logs / f"{job.name}.log"
-
-
-def begin() -> None:
-    """What a command does first."""
-    unblock_signals()
-    end_with_parent()
 
 
 def places(processes: int) -> list[dict[str, str]]:

@@ -47,21 +47,6 @@ def end_with_parent() -> None:
 
 
 @contextmanager
-def blocked_signals() -> Iterator[None]:
-    """Signals that come within the block are handled at its end; a process that it starts has to unblock them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        unblock_signals()
-
-
-def unblock_signals() -> None:
-    """Let signals come, also those that have been waiting."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-@contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """Within the block signals only append their number to the list that it yields."""
     received = list(stopped_by)

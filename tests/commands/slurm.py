@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY, environment
+from conftest import REPOSITORY, environment, free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 NODES = ("n1", "n2", "n3", "n4")
@@ -145,16 +145,6 @@ def parents(process: psutil.Process) -> list[psutil.Process]:
 def pid_in(file: Path) -> int:
     wait_for(lambda: file.exists() and file.read_text().strip(), 10)
     return int(file.read_text())
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def wait_for(condition, seconds: float) -> None:

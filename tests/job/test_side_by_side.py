@@ -110,7 +110,17 @@ def test_arguments_that_are_known_when_its_turn_comes(tmp_path):
     assert (tmp_path / "a").read_text() == "made"
 
 
-def test_a_signal_while_a_command_starts_ends_it_too(tmp_path, monkeypatch):
+@pytest.fixture
+def sigterm_interrupts():
+    def interrupt(number, frame):
+        raise Interrupted(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_while_a_command_starts_ends_it_too(tmp_path, monkeypatch, sigterm_interrupts):
     """It would run on behind the back of the same command's next call."""
     started = []
 
@@ -119,40 +129,26 @@ def test_a_signal_while_a_command_starts_ends_it_too(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return started[-1]
 
-    def interrupt(number, frame):
-        raise Interrupted(number)
-
     real = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", popen)
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with pytest.raises(Interrupted):
-            go(tmp_path, [job(tmp_path / "first", "import time; time.sleep(60)")])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(Interrupted):
+        go(tmp_path, [job(tmp_path / "first", "import time; time.sleep(60)")])
     assert started[0].poll() == -signal.SIGTERM
 
 
-def test_a_signal_ends_the_commands_which_may_clean_up(tmp_path):
+def test_a_signal_ends_the_commands_which_may_clean_up(tmp_path, sigterm_interrupts):
     """It is handed on; the error of the signal ends the rest."""
     code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit('saved')); "
     long = job(tmp_path / "long", f"{code} open({str(tmp_path / 'started')!r}, 'w'); time.sleep(60)")
-
-    def interrupt(number, frame):
-        raise Interrupted(number)
 
     def stop() -> None:
         while not (tmp_path / "started").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        threading.Thread(target=stop).start()
-        with pytest.raises(Interrupted):
-            go(tmp_path, [long])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    threading.Thread(target=stop).start()
+    with pytest.raises(Interrupted):
+        go(tmp_path, [long])
     assert (long.state, long.error) == ("stopped", "saved")
 
 
