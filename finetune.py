@@ -160,7 +160,7 @@ def main(config: Config) -> None:
     import gc
 
     from deme.data.examples import load_examples
-    from deme.data.sources import data_fingerprint
+    from deme.data.sources import as_opened, data_fingerprint
     from deme.job.processes import make_accelerator
     from deme.method.distillation import Experts
     from deme.models.encoders import load_encoder
@@ -194,8 +194,9 @@ def main(config: Config) -> None:
     )
 
     # --- one run per task
+    column = as_opened(config.data).image_column
     for task, run in runs:
-        if not finetune(session, task, run.reading(fingerprint), loaded, images):
+        if not finetune(session, task, run.reading(fingerprint, column), loaded, images):
             return
         gc.collect()  # autocast's wrappers tie this run's networks into cycles, which would keep their memory
 

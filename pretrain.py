@@ -77,7 +77,7 @@ def main(config: Config) -> None:
     import torch
 
     from deme.data.examples import load_examples
-    from deme.data.sources import data_fingerprint
+    from deme.data.sources import as_opened, data_fingerprint
     from deme.job.processes import make_accelerator
     from deme.models.encoders import Pixels, load_encoder
     from deme.models.networks import load_scheduler, try_out
@@ -127,7 +127,7 @@ def main(config: Config) -> None:
 
     trainer = session.train(
         accelerator,
-        run.reading(fingerprint),
+        run.reading(fingerprint, as_opened(config.data).image_column),
         lambda: Trainer(accelerator, networks, images, objective, settings, run.folder, held_out),
         write,
     )

@@ -15,7 +15,7 @@ from deme.config.sections import WEIGHTINGS, Training
 from deme.errors import naming
 from deme.job.files import atomic_folder, make_folder
 from deme.job.locks import clear_lock
-from deme.job.records import DATA, RUN, Record, changes, provenance, read_record
+from deme.job.records import DATA, IMAGE_COLUMN, RUN, Record, changes, provenance, read_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,9 +53,9 @@ class Run:
     output: Path  # the folder that it makes
     record: Record
 
-    def reading(self, data_fingerprint: str) -> "Run":
+    def reading(self, data_fingerprint: str, image_column: str) -> "Run":
         """The same run, now that it is known which data it reads."""
-        made_from = self.record.made_from | {DATA: data_fingerprint}
+        made_from = self.record.made_from | {DATA: data_fingerprint, IMAGE_COLUMN: image_column}
         return replace(self, record=replace(self.record, made_from=made_from))
 
 
@@ -95,6 +95,7 @@ class Session:
         left_out = {key for key, weightings in OF_WEIGHTING.items() if settings.loss_weighting not in weightings}
         left_out |= set(OF_TEXT) if self.config.data.caption_column is None else set()
         left_out |= {"uncertainty_learning_rate"}  # which the task that it counts for names
+        left_out |= {"image_column"}  # which `reading` names
         left_out |= {key for key, usual in UNNAMED.items() if getattr(settings, key) == usual}
         values = {
             names.get(f"{section}.{key}", f"{section}.{key}"): value
