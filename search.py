@@ -114,7 +114,6 @@ def main(config: Config) -> None:
         beside = {"coefficients": answer["coefficients"]} | provenance(config)
         scored = {"images": settings.report_images, "blocks": config.report_blocks}
         scored["steps"] = config.sample.num_inference_steps
-        scored["continued"] = weights_hash(config.paths.continued) if config.paths.continued.is_dir() else None
         identity = Record(SEARCH, {**wanted.made_from, **answer, **scored}).digest
         fresh = score_fresh(problem, found, output / "report.json", identity, beside)
         if accelerator.is_main_process:
