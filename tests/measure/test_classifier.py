@@ -12,13 +12,15 @@ def test_the_classifier_knows_the_digits(tmp_path):
     pixels = images.batch(range(len(images)))
     device = torch.device("cpu")
     classifier, accuracy = train_classifier(
-        pixels, labels, width=16, epochs=12, random_flip=False, precision="no", seed=0, device=device
+        pixels, labels, width=16, epochs=12, batch_size=64, random_flip=False, precision="no", seed=0, device=device
     )
     assert accuracy >= 0.97
-    record = Record(CLASSIFIER, {"seed": 0})
-    save_classifier(tmp_path / "c.safetensors", classifier, accuracy, record)
-    assert load_classifier(tmp_path / "c.safetensors", Record(CLASSIFIER, {"seed": 1})) is None
-    loaded, saved_accuracy = load_classifier(tmp_path / "c.safetensors", record)
+    older = Record(CLASSIFIER, {"seed": 0})  # which names no batch size
+    save_classifier(tmp_path / "c.safetensors", classifier, accuracy, older)
+    for other in ({"seed": 1, "batch_size": 64}, {"seed": 0, "batch_size": 32}):
+        assert load_classifier(tmp_path / "c.safetensors", Record(CLASSIFIER, other)) is None
+    wanted = Record(CLASSIFIER, {"seed": 0, "batch_size": 64})
+    loaded, saved_accuracy = load_classifier(tmp_path / "c.safetensors", wanted)
     assert saved_accuracy == accuracy
     with torch.inference_mode():
         assert torch.equal(loaded.features(pixels[:9]), classifier.features(pixels[:9]))
