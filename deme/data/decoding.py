@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from deme.data.folders import open_file
+from deme.data.files import open_file
 from deme.errors import UserError, one_line
 
 if TYPE_CHECKING:

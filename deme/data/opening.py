@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from deme.config.sections import Data
-from deme.data.folders import SIDECAR, File, holds_images, image_suffixes, list_files, named, read_folder, stamp
+from deme.data.files import File, holds_images, image_suffixes, list_files, stamp
+from deme.data.folders import SIDECAR, named, read_folder
 from deme.data.prompts import DIGIT_CAPTIONS
 from deme.data.tables import TABLES
 from deme.errors import UserError, naming, one_line, shown
@@ -162,7 +163,7 @@ def _open_tables(data: Data, files: list[File]) -> tuple["datasets.Dataset", str
     cache = Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{version[:16]}"
     with _loading():
         builder = datasets.load_dataset_builder(str(folder), cache_dir=str(cache))
-        if builder.__class__.__name__ == "Csv":
+        if hasattr(builder.config, "keep_default_na"):  # tables of csv files
             builder = datasets.load_dataset_builder(str(folder), cache_dir=str(cache), **CSV_TEXTS)
         builder.download_and_prepare()
         rows = builder.as_dataset(data.split)
