@@ -1,5 +1,6 @@
 """A data set opened: its rows, none of them decoded, with labels and captions."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from deme.config.sections import Data
-from deme.data.files import File, holds_images, image_suffixes, list_files, stamp
+from deme.data.files import File, holds_images, image_suffixes, list_files, open_file, stamp
 from deme.data.folders import SIDECAR, named, read_folder
 from deme.data.prompts import DIGIT_CAPTIONS
 from deme.data.tables import TABLES
@@ -66,6 +67,28 @@ class Source:
     captions: list[list[str]] | None  # one or more per row
     image_column: str  # that they were read from
     fingerprint: Callable[[], str]  # that changes when what is read may have changed
+
+    def contents(self) -> str:
+        """A SHA-256 of all images, as they lie in files and tables: reads everything."""
+        digest = hashlib.sha256()
+        for content in self.rows:
+            if isinstance(content, dict):
+                content = _file_content(content)
+            else:
+                content = b"" if content is None else np.asarray(content).tobytes()
+            digest.update(f"{len(content)}\n".encode() + content)
+        return digest.hexdigest()
+
+
+def _file_content(image: dict) -> bytes:
+    """The bytes of an undecoded image; none where there are none, as whoever decodes it says."""
+    if image["bytes"] is not None or not image["path"]:
+        return image["bytes"] or b""
+    try:
+        with open_file(image["path"]) as file:
+            return file.read()
+    except Exception:  # at an address it may be whatever the way there leads to
+        return b""
 
 
 def open_source(data: Data) -> Source:
