@@ -55,7 +55,7 @@ class Data(Section):
     """Which images, and how they become squares."""
 
     section: ClassVar[str] = "data"
-    name: str = "digits"  # digits (embedded), a Hub id, or a local folder that datasets.load_dataset reads
+    name: str = "digits"  # digits (embedded), a Hub id, or a local folder of images or of tables
     split: str = "train"
     image_column: str = "image"
     label_column: Optional[str] = "label"  # null: no labels
