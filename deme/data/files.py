@@ -6,7 +6,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from posixpath import splitext
 from typing import Any
@@ -66,9 +66,18 @@ def open_file(path: str) -> Any:
     """A file, opened to read bytes: of this host, or at an address that `datasets` opens, such as zip://a.png::b.zip."""
     if "://" not in path or os.path.isabs(path):
         return open(path, "rb")
+    member, _, archive = path.removeprefix("zip://").partition("::")
+    if path.startswith("zip://") and os.path.isfile(archive):  # datasets would read its table of contents each time
+        return _archive(archive, os.stat(archive).st_ctime_ns).open(member)
     from datasets.utils.file_utils import xopen
 
     return xopen(path, "rb")
+
+
+@lru_cache(maxsize=16)
+def _archive(path: str, _: int) -> zipfile.ZipFile:
+    """An archive that stays open, which threads may read at once."""
+    return zipfile.ZipFile(path)
 
 
 def list_files(folder: Path) -> list[File]:

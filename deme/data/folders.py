@@ -85,11 +85,11 @@ class Rows:
     left_out: list[str]
 
 
-def read_folder(files: list[File], with_sidecars: bool) -> Rows:
+def read_folder(files: list[File], caption_column: str | None) -> Rows:
     """The images among these files, in order of their names or in that of the metadata that lists them.
 
     Args:
-        with_sidecars: read the captions in NAME.txt beside NAME.png as the column `sidecar`.
+        caption_column: that holds texts alone; `sidecar`: of those in NAME.txt beside NAME.png.
 
     Raises:
         UserError: metadata that names what is not there, or splits that can't be told; names the file.
@@ -98,7 +98,7 @@ def read_folder(files: list[File], with_sidecars: bool) -> Rows:
     metadata = [file for file in files if file.is_metadata]
     splits = splits_of({dirname(name) for name in images})
     if metadata:
-        columns, image_columns = _listed(metadata, images)
+        columns, image_columns = _listed(metadata, images, caption_column)
         names = columns["image"]
     else:
         names = list(images)
@@ -109,7 +109,7 @@ def read_folder(files: list[File], with_sidecars: bool) -> Rows:
     read = {name for column in image_columns for name in columns[column]}
     unlisted = [name for name in images if name not in read]
     others = {file.name: file for file in files if not (file.is_image or file.is_metadata)}
-    if with_sidecars and SIDECAR not in columns:
+    if caption_column == SIDECAR and SIDECAR not in columns:
         texts = {name: f"{splitext(name)[0]}.txt" for name in dict.fromkeys(names)}
         captions = {name: _sidecar(others[text]) for name, text in texts.items() if text in others}
         columns[SIDECAR] = [captions.get(name) for name in names]
@@ -125,7 +125,9 @@ def read_folder(files: list[File], with_sidecars: bool) -> Rows:
     return Rows(columns | paths, image_columns, of_images, left_out)
 
 
-def _listed(metadata: list[File], images: dict[str, File]) -> tuple[dict[str, list], list[str]]:
+def _listed(
+    metadata: list[File], images: dict[str, File], caption_column: str | None
+) -> tuple[dict[str, list], list[str]]:
     """What metadata files say, by column, and the columns that hold names of images."""
     rows: list[dict[str, Any]] = []
     files: dict[str, str] = {}  # of metadata, that list an image
@@ -136,17 +138,16 @@ def _listed(metadata: list[File], images: dict[str, File]) -> tuple[dict[str, li
             for number, row in enumerate(_read_table(file)):
                 with naming(f"row {number}"):
                     row = _with_names(row, dirname(file.name), images)
-                    if rows and {*row} != {*rows[0]}:
-                        raise UserError(f"has the columns {', '.join(row)} instead of {', '.join(rows[0])}")
                     if files.setdefault(row["image"], file.name) != file.name:
                         raise UserError(f"lists {row['image']}, as {files[row['image']]} does")
                 rows.append(row)
     if not rows:
         raise UserError(f"{metadata[0].name}: lists no images")
-    of_images = [key for key in rows[0] if isinstance(rows[0][key], _Name)]
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+    of_images = [key for key, values in columns.items() if all(isinstance(value, _Name) for value in values)]
     if any(file.suffix == ".csv" for file in metadata):
-        columns = {key: values if key in of_images else _numbers(values) for key, values in columns.items()}
+        texts = (*of_images, caption_column)
+        columns = {key: values if key in texts else _numbers(values) for key, values in columns.items()}
     return columns, of_images
 
 
@@ -183,12 +184,10 @@ def _read_table(file: File) -> list[dict[str, Any]]:
 
 
 def _numbers(texts: list[str | None]) -> list:
-    """The texts of a csv column as whole numbers, or as numbers, where all are."""
-    for number in (int, float):
-        try:
+    """The texts of a csv column as whole numbers, or as numbers, where all are written as such."""
+    for pattern, number in ((r"0|-?[1-9][0-9]*", int), (r"-?[0-9]+\.[0-9]*(e[+-]?[0-9]+)?", float)):
+        if all(text is None or re.fullmatch(pattern, text) for text in texts):
             return [None if text is None else number(text) for text in texts]
-        except ValueError:
-            continue
     return texts
 
 

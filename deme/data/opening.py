@@ -14,7 +14,7 @@ from PIL import Image
 
 from deme.config.sections import Data
 from deme.data.files import File, holds_images, image_suffixes, list_files, open_file, stamp
-from deme.data.folders import SIDECAR, named, read_folder
+from deme.data.folders import named, read_folder
 from deme.data.prompts import DIGIT_CAPTIONS
 from deme.data.tables import TABLES
 from deme.errors import UserError, naming, one_line, shown
@@ -155,7 +155,7 @@ def _open_images(data: Data, files: list[File]) -> tuple["datasets.Dataset", str
     """The images of a folder."""
     import datasets
 
-    found = read_folder(files, with_sidecars=data.caption_column == SIDECAR)
+    found = read_folder(files, data.caption_column)
     with _loading():
         rows = {split: [] for split in dict.fromkeys(found.splits)}
         for row, split in enumerate(found.splits):
@@ -164,8 +164,6 @@ def _open_images(data: Data, files: list[File]) -> tuple["datasets.Dataset", str
         parts = datasets.ReadInstruction.from_spec(data.split).to_absolute(counts)
         chosen = [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
         columns = {key: [values[row] for row in chosen] for key, values in found.columns.items()}
-        for key in found.images:
-            columns[key] = [{"bytes": None, "path": path} for path in columns[key]]
         opened = datasets.Dataset.from_dict(columns)
         for key in found.images:
             opened = opened.cast_column(key, datasets.Image(decode=False))

@@ -150,6 +150,19 @@ def test_metadata_that_does_not_fit_is_refused_by_row(tmp_path, rows, reason):
         read(tmp_path, caption_column="text" if "text" in rows[0] else None)
 
 
+def test_columns_of_numbers_are_numbers_but_for_captions(tmp_path):
+    """As labels are classes; 01 and 1 are not the same."""
+    draw(tmp_path, "a.png", "b.png")
+    rows = [
+        {"file_name": "a.png", "label": 1, "id": "01", "text": 7},
+        {"file_name": "b.png", "label": -3, "id": 1, "text": 8},
+    ]
+    with_metadata(tmp_path, rows)
+    source = open_source(Data(name=str(tmp_path), caption_column="text"))
+    assert (list(source.labels), source.captions) == ([1, -3], [["7"], ["8"]])
+    assert list(open_source(Data(name=str(tmp_path), label_column="id")).labels) == ["01", "1"]
+
+
 def test_two_metadata_files_of_the_same_images_are_refused(tmp_path):
     draw(tmp_path, "cat/a.png")
     with_metadata(tmp_path, [{"file_name": "cat/a.png"}])
@@ -221,7 +234,7 @@ def test_what_load_dataset_reads_right_is_read_the_same(tmp_path, names):
     draw(tmp_path, *names)
     for split in {name.split("/")[0] for name in names} & {"train", "test"} or {"train"}:
         expected = datasets.load_dataset(str(tmp_path), split=split).cast_column("image", datasets.Image(decode=False))
-        found = read_folder(list_files(tmp_path), with_sidecars=False)
+        found = read_folder(list_files(tmp_path), None)
         rows = [row for row, own in enumerate(found.splits) if own == split]
         assert [found.columns["image"][row] for row in rows] == [row["path"] for row in expected["image"]]
         if "label" in expected.column_names:
