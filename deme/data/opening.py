@@ -131,7 +131,7 @@ def open_rows(data: Data) -> tuple[Data, "datasets.Dataset", str]:
     """The rows of a data set, its columns looked at; the settings with the column of images that is really there; and
     what tells this state of its files from others."""
     name = f"data.name={data.name} (data.split={data.split})"
-    if Path(data.name).is_dir():
+    if os.path.isdir(data.name):
         with naming(name):
             files = list_files(Path(data.name))
             rows, version = _open_images(data, files) if holds_images(files) else _open_tables(data, files)

@@ -1,6 +1,7 @@
 """Prompts: read from the formats that people keep them in, and written beside the images that were drawn from them."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def load_prompts(source: str | list[str], column: str) -> list[str]:
 
 def _read(file: Path, column: str) -> list[Any]:
     """The rows of a file, unchecked."""
-    if not file.is_file():
+    if not os.path.isfile(file):  # Path's own raises where a prompt is too long for a name
         raise UserError("no such file")
     try:
         content = file.read_bytes()

@@ -125,6 +125,12 @@ def test_images_whose_prompts_are_not_recorded_are_refused_or_drawn_again(tmp_pa
     assert read_prompts(tmp_path, images) == ["x", "b", "d"]
 
 
+def test_a_prompt_in_the_place_of_a_file_is_no_file():
+    for prompt in ("a cat", "a cat, " * 99, "a\0b"):
+        with pytest.raises(UserError, match="no such file"):
+            load_prompts(prompt, "prompt")
+
+
 def test_prompts_are_read_as_they_were_written(tmp_path):
     """Quotes, line separators that are none to files, other alphabets."""
     prompts = ['a "quoted" one', "one\u2028two", "模型"]

@@ -243,6 +243,12 @@ def test_what_load_dataset_reads_right_is_read_the_same(tmp_path, names):
             assert "label" not in found.columns
 
 
+def test_names_that_can_be_no_folder_are_refused():
+    for name in ("a" * 300, "a\0b", ""):
+        with pytest.raises(UserError, match=r"cannot be loaded"):
+            open_source(Data(name=name))
+
+
 def test_parts_of_splits_can_be_chosen(tmp_path):
     draw(tmp_path, *(f"{split}/{i}.png" for split in ("train", "test") for i in range(4)))
     assert read(tmp_path, split="train[:50%]+test[3:]") == ["train/0.png", "train/1.png", "test/3.png"]
