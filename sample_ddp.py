@@ -22,7 +22,7 @@ from deme.config.experiment import Config
 from deme.config.paths import image_path
 from deme.config.sections import Sample
 from deme.data.prompts import claim_prompts, load_prompts
-from deme.errors import RunError, UserError, naming
+from deme.errors import RunError, naming
 from deme.job.command import run_script
 from deme.job.files import check_apart, sha256
 from deme.job.records import ENCODER, SAMPLES, Record, provenance
@@ -164,10 +164,10 @@ def main(config: Config) -> None:
 
 
 def prompts_of(settings: Sample, takes_text: bool, seeds: range) -> dict[int, str]:
-    """The prompt of each seed; none where the model takes none.
+    """The prompt of each seed, which take them in turn; none where the model takes none.
 
     Raises:
-        UserError: prompts that are missing, too few, unreadable, or not wanted.
+        UserError: prompts that are missing, unreadable, or not wanted.
     """
     has_prompts = settings.prompts is not None
     settings.check("prompts", takes_text or not has_prompts, f"sample.model={settings.model} takes none")
@@ -176,9 +176,7 @@ def prompts_of(settings: Sample, takes_text: bool, seeds: range) -> dict[int, st
         return {}
     with naming("sample.prompts", settings.prompts):
         prompts = load_prompts(settings.prompts, settings.prompt_column)
-        if len(prompts) < seeds.stop:
-            raise UserError(f"{len(prompts):,} prompts for the seeds {seeds.start} … {seeds.stop - 1}")
-    return {seed: prompts[seed] for seed in seeds}
+    return {seed: prompts[seed % len(prompts)] for seed in seeds}
 
 
 def draw(

@@ -55,15 +55,17 @@ class Data(Section):
     """Which images, and how they become squares."""
 
     section: ClassVar[str] = "data"
-    name: str = "digits"  # digits (embedded), a Hub id, or a local folder that datasets.load_dataset reads
+    name: str = "digits"  # digits (embedded), a Hub id, or a local folder of images or of tables
     split: str = "train"
     image_column: str = "image"
     label_column: Optional[str] = "label"  # null: no labels
-    caption_column: Optional[str] = None  # of texts, or lists of texts of which each step draws one; null: no captions
+    caption_column: Optional[str] = None  # of texts, or lists of texts of which each step draws one; null: no captions;
+    # sidecar: of an image folder, the lines of NAME.txt beside NAME.png
     resolution: int = 8  # pixels; the shorter side is resized to it, then a square is cropped
     center_crop: bool = False  # in training; evaluation always crops the centre
     random_flip: bool = False  # horizontal, in training; evaluation never flips
     held_out_images: int = 0  # that no training sees: pretrain.py measures its loss on them
+    skip_uncaptioned: bool = False  # leave images without a caption out instead of stopping
     skip_unreadable: bool = False  # leave images that can't be decoded out instead of stopping
     cache_gb: float = 4.0  # GiB of decoded images that each process holds in memory; more are mapped from a file
     cache_disk_gb: float = 100.0  # GiB of that file; more are decoded on the fly, each time they are needed

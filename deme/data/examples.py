@@ -1,5 +1,6 @@
 """What a run is trained on: images, with captions where the network takes them, encoded once or in each step."""
 
+import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -9,7 +10,18 @@ from deme.config.experiment import Config
 from deme.config.sections import Data, Training
 from deme.data.captions import CaptionedImages
 from deme.data.images import CroppedImages, TrainingImages
-from deme.data.latents import INDEX, CachedLatents, count_images, num_parts, write_index, write_part
+from deme.data.latents import (
+    DATA_STATE,
+    INDEX,
+    CachedLatents,
+    count_images,
+    fits,
+    num_parts,
+    write_index,
+    write_part,
+    write_state,
+)
+from deme.data.opening import open_source
 from deme.data.sources import as_opened, load_training_images, split_held_out
 from deme.job.files import make_folder
 from deme.job.processes import in_main_process, locked_by_all
@@ -66,14 +78,24 @@ def cached_latents(config: Config, encoder: Encoder, made_of: dict[str, str], ac
     }
     folder = config.paths.latent_cache / Record(LATENTS, made_from).digest
 
+    source = open_source(data)
+
     def is_complete() -> bool:
-        return in_main_process(accelerator, (folder / INDEX).exists)
+        return in_main_process(accelerator, lambda: (folder / INDEX).exists() and fits(folder, source))
+
+    def prepare() -> None:
+        if not (
+            (folder / DATA_STATE).exists() and fits(folder, source)
+        ):  # begun on other images, or by an older version
+            shutil.rmtree(folder, ignore_errors=True)
+            make_folder(folder, "output_dir")
+            write_state(folder, source)
 
     if is_complete():
         return folder
     with locked_by_all(accelerator, folder, "output_dir", wait=True):
         if not is_complete():  # as it may be after the wait
-            in_main_process(accelerator, lambda: make_folder(folder, "output_dir"))
+            in_main_process(accelerator, prepare)
             images = load_training_images(data, encoder.image_channels, config.paths.image_cache).training
             pixels = images.images.images  # of all, also those that are held out
             crops = CroppedImages(pixels, data.resolution, data.center_crop, data.random_flip)

@@ -1,21 +1,23 @@
 """Prompts: read from the formats that people keep them in, and written beside the images that were drawn from them."""
 
-import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deme.data.tables import read_lines, read_rows
 from deme.errors import UserError, naming, one_line, shown
 from deme.job.files import atomic_file
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_CAPTIONS = tuple(f"a handwritten {name}" for name in DIGITS)  # of the embedded digits
+TEXTS = ("", ".txt")  # suffixes of files with a prompt a line
 PROMPTS = "prompts.jsonl"  # in a sample folder: which image was drawn from which prompt
 
 
 def load_prompts(source: str | list[str], column: str) -> list[str]:
-    """The prompts in a list, in a text file (one a line), or in a column of a csv, jsonl or parquet file.
+    """The prompts in a list, in a text file (one a line), or in a column of a table as `read_rows` takes it.
 
     Raises:
         UserError: a file that can't be read, no such column, no prompts, or an empty one; names the row.
@@ -31,31 +33,18 @@ def load_prompts(source: str | list[str], column: str) -> list[str]:
 
 def _read(file: Path, column: str) -> list[Any]:
     """The rows of a file, unchecked."""
-    if not file.is_file():
+    if not os.path.isfile(file):  # Path's own raises where a prompt is too long for a name
         raise UserError("no such file")
     try:
-        match file.suffix:
-            case ".csv":
-                with file.open(encoding="utf-8-sig", newline="") as lines:
-                    return [row[column] for row in csv.DictReader(lines)]
-            case ".jsonl":
-                return [json.loads(line)[column] for line in _lines(file)]
-            case ".parquet":
-                import pyarrow.parquet
-
-                return pyarrow.parquet.read_table(file, columns=[column]).column(column).to_pylist()
-            case _:
-                return _lines(file)
+        content = file.read_bytes()
+        if file.suffix.lower() in TEXTS:
+            return read_lines(content)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {one_line(error)}") from None
+    try:
+        return [row[column] for row in read_rows(file.name, content, column)]
     except KeyError:
         raise UserError(f"has no column {column}") from None
-    except Exception as error:  # csv, json and pyarrow raise whatever a damaged file leads to
-        raise UserError(f"cannot be read: {one_line(error)}") from None
-
-
-def _lines(file: Path) -> list[str]:
-    """A text file's lines: str.splitlines would also split at what a prompt may hold, such as U+2028."""
-    text = file.read_text(encoding="utf-8-sig").removesuffix("\n")  # with or without a byte-order mark
-    return [line.removesuffix("\r") for line in text.split("\n")] if text else []
 
 
 def is_encodable(text: str) -> bool:
@@ -70,18 +59,18 @@ def is_encodable(text: str) -> bool:
 def claim_prompts(folder: Path, images: Sequence[Path], prompts: Iterable[str], overwrite: bool) -> None:
     """Write which image of a sample folder belongs to which prompt; those of other prompts go, or are refused.
 
+    So are those of which prompts.jsonl, lost or cut short, does not say which they belong to.
+
     Raises:
         UserError: the folder holds images of other prompts.
     """
     named = dict(zip((image.name for image in images), prompts, strict=True))
-    before = {}
-    if (folder / PROMPTS).exists():
-        before = dict(_parse_prompt(line) for line in _lines(folder / PROMPTS))
-    changed = [image for image in images if before.get(image.name, named[image.name]) != named[image.name]]
-    changed = [image for image in changed if image.exists()]
+    before = dict(_read_pairs(folder, overwrite))
+    changed = [image for image in images if before.get(image.name) != named[image.name] and image.exists()]
     if changed and not overwrite:
+        whose = "other prompts" if changed[0].name in before else f"prompts that {PROMPTS} does not tell"
         remedy = "choose another folder or set sample.overwrite=true"
-        raise UserError(f"holds {len(changed)} images of other prompts, such as {changed[0].name}; {remedy}")
+        raise UserError(f"holds {len(changed)} images of {whose}, such as {changed[0].name}; {remedy}")
     for image in changed:
         image.unlink()
     write_prompts(folder, named)
@@ -107,25 +96,44 @@ def read_prompts(folder: Path, paths: Sequence[Path]) -> list[str] | None:
     Raises:
         UserError: unreadable, or not one line per image in their order; names the line.
     """
-    file = folder / PROMPTS
-    if not file.exists():
+    if not (folder / PROMPTS).exists():
         return None
-    try:
-        lines = _lines(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{PROMPTS}: {one_line(error)}") from None
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, (name, prompt) in enumerate(_read_pairs(folder), start=1):
         with naming(f"{PROMPTS}, line {number}"):
-            name, prompt = _parse_prompt(line)
             if number > len(paths):
                 raise UserError(f"there are only {len(paths)} images")
             if name != paths[number - 1].name:
                 raise UserError(f"is of {name} instead of {paths[number - 1].name}")
-            prompts.append(prompt)
+        prompts.append(prompt)
     if len(prompts) < len(paths):
         raise UserError(f"{PROMPTS}, line {len(prompts) + 1}: missing, the one of {paths[len(prompts)].name}")
     return prompts
+
+
+def _read_pairs(folder: Path, passing_over: bool = False) -> Iterator[tuple[str, str]]:
+    """The image's name and the prompt of each line of a sample folder's prompts.jsonl; of none where there is none.
+
+    Args:
+        passing_over: lines that can't be read, instead of an error.
+    """
+    try:
+        lines = read_lines((folder / PROMPTS).read_bytes())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        if passing_over:
+            return
+        raise UserError(f"{PROMPTS}: {one_line(error)}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            with naming(f"{PROMPTS}, line {number}"):
+                pair = _parse_prompt(line)
+        except UserError:
+            if passing_over:
+                continue
+            raise
+        yield pair
 
 
 def _parse_prompt(line: str) -> tuple[str, str]:

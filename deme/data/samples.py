@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from deme.config.paths import image_path
-from deme.data.decoding import decoding
+from deme.data.decoding import as_seen, decoding
+from deme.data.files import image_suffixes
 from deme.data.prompts import PROMPTS
 from deme.errors import UserError
 from deme.job.files import TEMPORARY, atomic_file, make_folder, unfinished, write_small_file
@@ -25,7 +26,7 @@ from deme.job.records import SAMPLES, Record, read_record
 if TYPE_CHECKING:
     import torch
 
-IMAGE_SUFFIXES = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")  # those that pytorch_fid scores
+TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height
 
 
 def block_of(folder: Path, seeds: range) -> Path:
@@ -150,11 +151,14 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError("no such folder")
-    paths = [path for path in folder.glob("[!.]*") if path.suffix.lstrip(".").lower() in IMAGE_SUFFIXES]
+    paths = [path for path in folder.glob("[!.]*") if path.suffix.lower() in image_suffixes()]
     paths.sort(key=lambda path: (len(path.name), path.name))  # a seed of seven digits comes after those of six
     if not paths:
         raise UserError("no images in this folder")
     record = read_record(SAMPLES, folder)
+    strays = [path for path in paths if _seed(path.name) is None or path != image_path(folder, _seed(path.name))]
+    if record is not None and strays:
+        raise UserError(f"holds {strays[0].name}, which sample_ddp.py did not draw; move it elsewhere")
     if record is not None and len(paths) != record.beside["num_images"]:
         raise UserError(f"holds {len(paths)} of {record.beside['num_images']} images; finish sample_ddp.py")
     return paths
@@ -175,7 +179,8 @@ def check_sizes(paths: Sequence[Path]) -> tuple[int, int]:
 
     def size_of(path: Path) -> tuple[int, int]:
         with decoding(str(path)), Image.open(path) as image:
-            return image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
+            return image.size[::-1] if turned else image.size
 
     with ThreadPoolExecutor() as pool:
         sizes = list(pool.map(size_of, paths))
@@ -187,7 +192,9 @@ def check_sizes(paths: Sequence[Path]) -> tuple[int, int]:
 
 
 def read_images(paths: Sequence[Path]) -> "torch.Tensor":
-    """Image files of one size as uint8 RGB, shape (N, 3, H, W), as pytorch_fid reads them.
+    """Image files of one size as uint8 RGB, shape (N, 3, H, W), as a person sees them, which is how data is read, too.
+
+    pytorch_fid reads the PNGs of sample_ddp.py the same.
 
     Raises:
         UserError: an unreadable file.
@@ -197,7 +204,7 @@ def read_images(paths: Sequence[Path]) -> "torch.Tensor":
     images = []
     for path in paths:
         with decoding(str(path)), Image.open(path) as image:
-            images.append(np.array(image.convert("RGB")))
+            images.append(np.array(as_seen(image, 3)))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 

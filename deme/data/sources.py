@@ -1,16 +1,14 @@
-"""Where images and labels come from: data sets as `datasets` reads them, decoded once into a cache or on the fly."""
+"""Images and labels of a data set: decoded once into memory or a cache, or on the fly."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from deme.config.sections import Data
@@ -19,49 +17,18 @@ from deme.data.captions import CaptionedImages
 from deme.data.decoding import decode_image, decoding
 from deme.data.draws import held_out_order
 from deme.data.images import CachedImages, CroppedImages, StreamedImages, TrainingImages
-from deme.data.prompts import DIGIT_CAPTIONS
-from deme.errors import UserError, one_line, shown
+from deme.data.opening import Source, open_source
+from deme.errors import UserError, shown
 from deme.job.files import atomic_folder
 from deme.job.locks import locked
 from deme.job.records import IMAGES, Record
 
-if TYPE_CHECKING:
-    import datasets
-
 FINGERPRINTED = 1_000  # images
-
-
-class Rows(Sequence):
-    """One column of a data set, read row by row; datasets' own Column looks through all batches for each row."""
-
-    def __init__(self, dataset: "datasets.Dataset", column: str):
-        self.dataset = dataset.select_columns([column])
-        self.column = column
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> dict:
-        return self.dataset[row][self.column]
-
-    def __iter__(self) -> Iterator[dict]:
-        return (content[self.column] for content in self.dataset)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set as it was opened."""
-
-    rows: Sequence  # of undecoded images
-    labels: list | None  # one per row
-    captions: list[list[str]] | None  # one or more per row
-    fingerprint: str
-    image_column: str  # that they were read from
 
 
 def count_images(data: Data) -> int:
     """How many images the data set holds, none of them decoded."""
-    return len(_open(data).rows)
+    return len(open_source(data).rows)
 
 
 def load_training_images(data: Data, channels: int, cache: Path, caption_dropout: float = 0.0) -> TrainingImages:
@@ -77,7 +44,7 @@ def load_training_images(data: Data, channels: int, cache: Path, caption_dropout
     Raises:
         UserError: data that can't be read; names the key, and the file or row.
     """
-    source = _open(data)
+    source = open_source(data)
     images = _load(data, source, channels, cache)
     kept, others = split_held_out(data, len(images))
     training = CroppedImages(images, data.resolution, data.center_crop, data.random_flip, kept)
@@ -106,7 +73,7 @@ def load_evaluation_images(data: Data, cache: Path) -> tuple[CroppedImages, torc
     Returns:
         the images, and int64 class indices of shape (N,) or None where the data has no labels.
     """
-    source = _open(data)
+    source = open_source(data)
     images = _load(data, source, 3, cache)
     labels = None
     if source.labels is not None:
@@ -124,7 +91,7 @@ def data_fingerprint(data: Data, with_labels: bool = False, with_captions: bool 
         with_labels: all of them too; not for a training run, which may change its label_column.
         with_captions: all of them too.
     """
-    source = _open(data)
+    source = open_source(data)
     count = len(source.rows)
     digest = hashlib.sha256(f"{count} images".encode())
     if with_labels and source.labels is not None:
@@ -157,90 +124,13 @@ def _classes(data: Data, labels: list) -> np.ndarray:
     return np.asarray(labels)
 
 
-def _open(data: Data) -> Source:
-    """Open the data set; nothing is decoded."""
-    if data.name == "digits":
-        from sklearn.datasets import load_digits  # 1,797 handwritten digits inside the package, values 0 … 16
-
-        digits = load_digits()
-        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        labels = None if data.label_column is None else digits.target.tolist()
-        captions = None if data.caption_column is None else [[DIGIT_CAPTIONS[i]] for i in digits.target]
-        return Source([Image.fromarray(image) for image in images], labels, captions, "digits", data.image_column)
-
-    import datasets
-    from pyarrow import ArrowException
-
-    data, rows = _open_rows(data)
-    if len(rows) == 0:
-        raise UserError(f"data.name={data.name} (data.split={data.split}): holds no images")
-    labels = None if data.label_column is None else rows[data.label_column]
-    captions = None if data.caption_column is None else _captions(data, rows[data.caption_column])
-    try:
-        undecoded = rows.cast_column(data.image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, ArrowException) as error:
-        raise UserError(f"data.image_column={data.image_column}: holds no images: {one_line(error)}") from None
-    fingerprint = undecoded._fingerprint
-    return Source(Rows(undecoded, data.image_column), labels, captions, fingerprint, data.image_column)
-
-
 def as_opened(data: Data) -> Data:
     """The same settings with the column that the images are really read from, which records name.
 
     Raises:
         UserError: data that can't be read.
     """
-    return data if data.name == "digits" else _open_rows(data)[0]
-
-
-def _open_rows(data: Data) -> tuple[Data, "datasets.Dataset"]:
-    """The rows of a data set, its columns looked at, and the settings as `as_opened` gives them."""
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(data.name, split=data.split)
-    except Exception as error:  # the loaders behind load_dataset raise whatever their formats raise
-        causes = [error]  # datasets says only "an error occurred": what occurred is in the cause
-        while causes[-1].__cause__ is not None:
-            causes.append(causes[-1].__cause__)
-        reason = ": ".join(map(one_line, causes))
-        raise UserError(f"data.name={data.name} (data.split={data.split}): cannot be loaded: {reason}") from error
-    images = [name for name, feature in rows.features.items() if _holds_images(feature)]
-    if data.image_column not in rows.column_names and len(images) == 1:
-        _say_once(f"data.image_column={data.image_column}: {data.name} has none; {images[0]}, its only images, is read")
-        data = replace(data, image_column=images[0])
-    for key in ("image_column", "label_column", "caption_column"):
-        column = getattr(data, key)
-        if column is not None and column not in rows.column_names:
-            raise UserError(f"data.{key}={column}: {data.name} has the columns {', '.join(rows.column_names)}")
-    return data, rows
-
-
-def _holds_images(feature: Any) -> bool:
-    """Whether a column's feature is that of images: datasets' own, or a structure of `bytes`, `path` or both."""
-    import datasets
-
-    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {*feature} <= {"bytes", "path"})
-
-
-@cache
-def _say_once(line: str) -> None:
-    """Print a line, once and by one process of those that a launcher started."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line)
-
-
-def _captions(data: Data, column: Iterable) -> list[list[str]]:
-    """The captions of each row: a text, or a list of them.
-
-    Raises:
-        UserError: a row without, or with something else.
-    """
-    found = [[row] if isinstance(row, str) else row for row in column]
-    for row, captions in enumerate(found):
-        if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-            raise UserError(f"data.caption_column={data.caption_column}: row {row} has the caption {shown(captions)}")
-    return found
+    return replace(data, image_column=open_source(data).image_column)
 
 
 def _load(data: Data, source: Source, channels: int, cache: Path) -> CachedImages | StreamedImages:
@@ -252,7 +142,7 @@ def _load(data: Data, source: Source, channels: int, cache: Path) -> CachedImage
         sizes = np.array([image.shape[:2] for image in images])
         return CachedImages(np.concatenate([image.reshape(-1) for image in images]), sizes, np.array(kept), channels)
 
-    made_from = {"fingerprint": source.fingerprint, "image_column": source.image_column}
+    made_from = {"fingerprint": source.fingerprint(), "image_column": source.image_column}
     if size > data.cache_disk_gb * 2**30:
         rows = np.arange(len(source.rows))
         if data.skip_unreadable:

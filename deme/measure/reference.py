@@ -21,7 +21,7 @@ from deme.measure.features import extract
 KEPT_FEATURES = 10_000  # images whose features are kept for the scores that need more than mean and covariance
 PART = 50_000  # images whose features are in memory at once
 NOT_IN_EVALUATION = ("center_crop", "random_flip", "held_out_images", "cache_gb", "cache_disk_gb")
-NOT_IN_EVALUATION += ("caption_column", "cache_latents", "cached_views")
+NOT_IN_EVALUATION += ("caption_column", "skip_uncaptioned", "cache_latents", "cached_views")
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,9 @@ OF_WEIGHTING = {  # settings that count with some weightings of the loss alone
     "p2_k": ("p2",),
     "p2_gamma": ("p2",),
 }
-UNNAMED = {"loss_weighting": None, "antithetic": True}  # the usual values, which older records do not name
-OF_TEXT = ("caption_column", "cache_latents", "cached_views", "caption_dropout", "preview_prompts", "encoders")  # alone
+UNNAMED = {"loss_weighting": None, "antithetic": True, "skip_uncaptioned": False}  # usual, so older records lack them
+OF_TEXT = ("caption_column", "skip_uncaptioned", "cache_latents", "cached_views", "caption_dropout")  # alone
+OF_TEXT += ("preview_prompts", "encoders")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Session:
         left_out |= set(OF_TEXT) if self.config.data.caption_column is None else set()
         left_out |= {"uncertainty_learning_rate"}  # which the task that it counts for names
         left_out |= {"image_column"}  # which `reading` names
-        left_out |= {key for key, usual in UNNAMED.items() if getattr(settings, key) == usual}
+        left_out |= {key for part in parts.values() for key, usual in UNNAMED.items() if part.get(key, ...) == usual}
         values = {
             names.get(f"{section}.{key}", f"{section}.{key}"): value
             for section, part in parts.items()

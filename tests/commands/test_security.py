@@ -53,9 +53,8 @@ def test_programs_in_a_pipeline_or_data_folder_are_not_run(config_file, pretrain
     for program in programs:
         program.write_text(PROGRAM.format(marker=marker))
     options = ["model.pretrained=copy", "data.name=data", "data.label_column=null", "finetune.max_steps=1"]
-    assert "Dataset scripts are no longer supported" in run("finetune.py", config_file, *options, status=2).stderr
-    (root / "data" / "data.py").unlink()
-    for script in ("finetune.py", "merge.py", "sample_ddp.py"):
+    assert "left out: 2 other files (data.py, train/data.py)" in run("finetune.py", config_file, *options).stdout
+    for script in ("merge.py", "sample_ddp.py"):
         run(script, config_file, *options)
     assert not Path(marker).exists()
 

@@ -398,7 +398,6 @@ MISTAKES = {
     ),
     "no prompts": ("sample_ddp.py", lambda root, _: ["sample.prompts=null"], "sample.prompts=null: sample.model="),
     "an empty prompt file": ("sample_ddp.py", empty_file, "prompts.txt: holds no prompts"),
-    "too few prompts": ("sample_ddp.py", lambda root, _: ["sample.prompts=[a]"], "1 prompts for the seeds 0 … 5"),
     "a missing prompt file": (
         "sample_ddp.py",
         lambda root, _: ["sample.prompts=a.txt"],

@@ -7,7 +7,7 @@ import torch
 from deme.config.sections import Data
 from deme.data.captions import CaptionedImages, choose_caption
 from deme.data.images import CachedImages, CroppedImages
-from deme.data.prompts import load_prompts, read_prompts, write_prompts
+from deme.data.prompts import PROMPTS, claim_prompts, load_prompts, read_prompts, write_prompts
 from deme.data.sources import data_fingerprint, load_training_images
 from deme.errors import UserError
 
@@ -73,12 +73,62 @@ def test_captions_are_part_of_what_is_read():
         ("a.txt", "a\n\nb\n", "row 1 holds the prompt"),
         ("a.txt", "", "holds no prompts"),
         ("a.parquet", "PAR1", "cannot be read"),
+        ("a.csv", "prompt\na cat, asleep\n", "row 0 has more values than the first line has columns"),
+        ("a.csv", "prompt,n\n,1\n", "row 0 holds the prompt null"),
+        ("a.json", '[["a"]]', "row 0 is not an object"),
+        ("a.yaml", "- a", "the suffix .yaml is of no table; .csv, .tsv, .json"),
+        ("a.rtf", "a", "the suffix .rtf is of no table"),
     ],
 )
 def test_prompts_that_are_none_are_named(tmp_path, name, content, reason):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=reason):
         load_prompts(str(tmp_path / name), "prompt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a", "NA\nb, c"),
+        ("a.TXT", "NA\nb, c\n"),
+        ("a.CSV", 'prompt\nNA\n"b, c"\n'),
+        ("a.tsv", "n\tprompt\n1\tNA\n2\tb, c\n"),
+        ("a.JSON", '["NA", "b, c"]'),
+        ("a.json", '[{"prompt": "NA"}, {"prompt": "b, c"}]'),
+        ("a.NDJSON", '{"prompt": "NA"}\n{"prompt": "b, c"}\n'),
+    ],
+)
+def test_prompt_files_are_read_by_their_suffix_in_any_case(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert load_prompts(str(tmp_path / name), "prompt") == ["NA", "b, c"]
+
+
+@pytest.mark.parametrize("lost", ["all", "a line", "its end"])
+def test_images_whose_prompts_are_not_recorded_are_refused_or_drawn_again(tmp_path, lost):
+    """Old images never pass for those of other prompts, whatever became of prompts.jsonl."""
+    images = [tmp_path / f"{i:06d}.png" for i in range(3)]
+    claim_prompts(tmp_path, images, "abc", overwrite=False)
+    for image in images[:2]:
+        image.touch()
+    claim_prompts(tmp_path, images, "abd", overwrite=False)  # only of an image that is not there
+    file = tmp_path / PROMPTS
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text({"all": "", "a line": "".join(lines[1:]), "its end": "".join(lines)[:-50]}[lost])
+    if lost == "all":
+        file.unlink()
+    with pytest.raises(
+        UserError, match=r"line 2: not a JSON|of prompts that prompts\.jsonl does not tell, such as 0000"
+    ):
+        claim_prompts(tmp_path, images, "xbd", overwrite=False)
+    claim_prompts(tmp_path, images, "xbd", overwrite=True)
+    assert not images[0].exists()
+    assert read_prompts(tmp_path, images) == ["x", "b", "d"]
+
+
+def test_a_prompt_in_the_place_of_a_file_is_no_file():
+    for prompt in ("a cat", "a cat, " * 99, "a\0b"):
+        with pytest.raises(UserError, match="no such file"):
+            load_prompts(prompt, "prompt")
 
 
 def test_prompts_are_read_as_they_were_written(tmp_path):

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from deme.config.paths import image_path
+from deme.config.sections import Data
 from deme.data.samples import (
     check_sizes,
     claim_samples,
@@ -13,6 +14,7 @@ from deme.data.samples import (
     save_grid,
     write_image,
 )
+from deme.data.sources import load_evaluation_images
 from deme.errors import UserError
 from deme.job.files import TEMPORARY
 from deme.job.records import SAMPLES, Record
@@ -125,6 +127,29 @@ def test_mixed_sizes_and_text_files_are_named(tmp_path):
     for read in (check_sizes, read_images):
         with pytest.raises(UserError, match=r"000001\.png: not a readable image"):
             read(list_images(tmp_path))
+
+
+def test_samples_are_read_as_data_is(tmp_path):
+    """Turned by EXIF, transparent, 16 bits, and formats that pytorch_fid does not look for."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(np.rot90(pixels, -1)).convert("RGBA").save(tmp_path / "b.png")
+    Image.fromarray(pixels.transpose(1, 0, 2)[..., 0].astype(np.uint16) * 257).save(tmp_path / "c.png")
+    Image.new("L", (8, 12)).save(tmp_path / "d.tga")
+    paths = list_images(tmp_path)
+    assert [path.name for path in paths] == ["a.png", "b.png", "c.png", "d.tga"]
+    assert check_sizes(paths) == (8, 12)
+    data = Data(name=str(tmp_path), label_column=None, resolution=8)
+    images = load_evaluation_images(data, tmp_path / "cache")[0].images
+    assert all(torch.equal(one, other) for one, other in zip(read_images(paths), images, strict=True))
+
+
+def test_files_that_were_not_drawn_are_named(folder):
+    image_path(folder, 1).with_name("000001 (copy).png").write_bytes(image_path(folder, 1).read_bytes())
+    with pytest.raises(UserError, match=r"holds 000001 \(copy\)\.png, which sample_ddp\.py did not draw"):
+        list_images(folder)
 
 
 def test_palette_and_grey_images_become_rgb(tmp_path):

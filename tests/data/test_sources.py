@@ -1,10 +1,13 @@
 import io
+import struct
+import zipfile
+import zlib
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from sklearn.datasets import load_digits
 
 from deme.config.sections import Data
@@ -92,10 +95,10 @@ def test_mistakes_name_the_key(folder, tmp_path, change, message):
         load_training_images(Data(**({"name": folder, "resolution": 8} | change)), 3, tmp_path)
 
 
-def table(tmp_path, name: str, columns: dict) -> str:
-    """A folder of one parquet file, whose columns are datasets' images where the values are."""
+def table(tmp_path, name: str, columns: dict, features: datasets.Features | None = None) -> str:
+    """A folder of one parquet file."""
     (tmp_path / name).mkdir()
-    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / name / "train.parquet")
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / name / "train.parquet")
     return str(tmp_path / name)
 
 
@@ -129,6 +132,34 @@ def with_exif_rotation() -> Image.Image:
     return Image.open(file)
 
 
+def png(depth: int, values: list[int], transparent: int) -> Image.Image:
+    """A row of grey values, one of which is transparent."""
+    bits = "".join(f"{value:0{depth}b}" for value in values)
+    row = bytes([0]) + int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8))
+    header = struct.pack(">IIBBBBB", len(values), 1, depth, 0, 0, 0, 0)
+    chunks = [
+        (b"IHDR", header),
+        (b"tRNS", struct.pack(">H", transparent)),
+        (b"IDAT", zlib.compress(row)),
+        (b"IEND", b""),
+    ]
+    file = b"\x89PNG\r\n\x1a\n"
+    for name, content in chunks:
+        file += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return Image.open(io.BytesIO(file))
+
+
+def with_profile(mode: str, colour, profile: bytes | None = None) -> Image.Image:
+    """One pixel, with sRGB's profile whose red and blue primaries are exchanged, or another one."""
+    if profile is None:
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        profile = profile.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ")
+    image = Image.new(mode if mode != "P" else "RGB", (1, 1), colour)
+    file = io.BytesIO()
+    (image.quantize() if mode == "P" else image).save(file, "PNG", icc_profile=profile)
+    return Image.open(file)
+
+
 def palette_with_transparency() -> Image.Image:
     image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "P")
     image.putpalette([*RED, 0, 0, 255])
@@ -148,12 +179,80 @@ def palette_with_transparency() -> Image.Image:
         (Image.new("L", (1, 1), 7), [[(7, 7, 7)]]),
         (Image.new("1", (1, 1), 1), [[WHITE]]),
         (Image.new("CMYK", (1, 1), (0, 255, 255, 0)), [[RED]]),
+        (png(16, [0, 1000, 65535], transparent=1000), [[(0,) * 3, WHITE, WHITE]]),
+        (png(4, [0, 10, 5], transparent=10), [[(0,) * 3, WHITE, (85,) * 3]]),
+        (with_profile("RGB", (200, 60, 30)), [[(30, 60, 200)]]),
+        (with_profile("RGBA", (200, 60, 30, 0)), [[WHITE]]),
+        (with_profile("RGBA", (200, 60, 30, 255)), [[(30, 60, 200)]]),
+        (with_profile("P", (200, 60, 30)), [[(30, 60, 200)]]),
+        (with_profile("L", 77), [[(77,) * 3]]),
+        (with_profile("RGB", RED, b"no profile"), [[RED]]),
     ],
-    ids=["exif", "palette", "transparent", "opaque", "half transparent grey", "16 bit", "grey", "bilevel", "cmyk"],
 )
 def test_images_become_what_a_person_sees(image, seen):
-    assert np.array_equal(np.asarray(as_seen(image, 3)), np.array(seen, dtype=np.uint8))
+    assert np.abs(np.asarray(as_seen(image, 3), dtype=int) - np.array(seen)).max() <= 3 * ("icc_profile" in image.info)
     assert as_seen(image, 1).mode == "L"
+
+
+def saved(pixels: np.ndarray, suffix: str, **options) -> Image.Image:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, suffix, **options)
+    return Image.open(file)
+
+
+UNKNOWN = {
+    "floating point": saved(np.array([[0.0, 1.0]], dtype=np.float32), "TIFF"),
+    "32-bit integers": saved(np.array([[0, 255]], dtype=np.int32), "TIFF"),
+    "signed": Image.new("I", (1, 1), -1),
+    "16 bits, white is 0": saved(np.array([[0, 65535]], dtype=np.uint16), "TIFF", tiffinfo={262: 0}),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_values_whose_range_is_not_known_are_refused(kind):
+    """Instead of black or white images."""
+    with pytest.raises(UserError, match="whose range is not known; save it"):
+        as_seen(UNKNOWN[kind], 1)
+
+
+def test_16_bit_greys_of_other_formats_are_read():
+    pixels = np.array([[0, 32896, 65535]], dtype=np.uint16)
+    for suffix in ("TIFF", "PNG", "PPM"):
+        assert np.asarray(as_seen(saved(pixels, suffix), 1)).tolist() == [[0, 128, 255]]
+
+
+def test_columns_of_arrays_hold_bytes_or_are_refused(tmp_path):
+    """Lists or arrays of uint8; floating point, and integers that may be cut off, by name."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    nested = datasets.List(datasets.List(datasets.List(datasets.Value("uint8"))))
+    for number, feature in enumerate((nested, datasets.Array3D((8, 8, 3), "uint8"))):
+        features = datasets.Features({"image": feature})
+        name = table(tmp_path, f"{number}", {"image": pixels.tolist()}, features)
+        for cache_gb in (0, 1):
+            data = Data(name=name, label_column=None, cache_gb=cache_gb)
+            images = load_training_images(data, 3, tmp_path / "cache").training.batch(range(2), random_state())
+            assert np.array_equal(images.permute(0, 2, 3, 1), pixels)
+    for kind in ("float32", "int64"):
+        features = datasets.Features({"image": datasets.Array3D((8, 8, 3), kind)})
+        data = Data(name=table(tmp_path, kind, {"image": pixels.tolist()}, features), label_column=None)
+        with pytest.raises(UserError, match=f"image_column=image: holds no images: .* {kind}, whose range is not"):
+            load_training_images(data, 3, tmp_path)
+    first = datasets.Features({"image": datasets.Array3D((3, 8, 8), "uint8")})
+    data = Data(
+        name=table(tmp_path, "first", {"image": pixels.transpose(0, 3, 1, 2).tolist()}, first), label_column=None
+    )
+    with pytest.raises(UserError, match=r"row 0: not a readable image: an array of uint8, \(3, 8, 8\)"):
+        load_training_images(data, 3, tmp_path)
+
+
+def test_images_at_addresses_are_opened_as_datasets_opens_them(tmp_path):
+    """Of a table whose paths lead into an archive, here; https:// and hf:// go the same way."""
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "in/a.png")
+    address = f"zip://in/a.png::{tmp_path / 'a.zip'}"
+    data = Data(name=table(tmp_path, "paths", {"image": [address]}), label_column=None)
+    assert load_training_images(data, 3, tmp_path).training.batch([0], random_state())[0, :, 0, 0].tolist() == [*RED]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])

@@ -1,0 +1,114 @@
+"""Encoded images: what is read is what was written, of the images that are there."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from deme.config.sections import Data
+from deme.data.latents import DATA_STATE, EMPTY, INDEX, CachedLatents, fits, write_index, write_part, write_state
+from deme.data.opening import open_source
+from deme.data.sources import load_training_images
+from deme.errors import UserError
+
+ENCODER = SimpleNamespace(
+    dtype=torch.float32,
+    moments=lambda pixels: pixels.float().mean((1, 2, 3))[:, None, None, None].expand(-1, 8, 2, 2),
+    embed=lambda texts: torch.tensor([len(text) for text in texts]).float()[:, None, None].expand(-1, 3, 4),
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The first 20 digits, 8 images in a part."""
+    monkeypatch.setattr("deme.data.latents.PART", 8)
+    data = Data(split="train", caption_column="caption")
+    images = load_training_images(data, 1, tmp_path).training
+    images.images.chosen = images.images.chosen[:20]
+    (tmp_path / "cache").mkdir()
+    for part in range(3):
+        write_part(tmp_path / "cache", part, images, 1, ENCODER)
+    write_index(tmp_path / "cache", 20, ENCODER)
+    return tmp_path / "cache"
+
+
+def read_all(folder):
+    return CachedLatents(folder, np.arange(20), dropout=1.0).batch(range(20), np.random.default_rng(0))
+
+
+def change(file, name, change):
+    tensors = {key: value.clone() for key, value in load_file(file).items()}
+    tensors[name] = change(tensors[name])
+    save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+
+
+def flip_a_bit(tensor):
+    tensor.view(torch.uint8).view(-1)[37 % tensor.nbytes] ^= 4
+    return tensor
+
+
+@pytest.mark.parametrize("name", ["moments", "embeddings", "first", "crc32"])
+@pytest.mark.parametrize("part", [0, 2])
+def test_a_flipped_bit_is_found(folder, name, part):
+    change(folder / f"part-00000{part}.safetensors", name, flip_a_bit)
+    with pytest.raises(UserError, match=rf"part-00000{part}\.safetensors: .*; delete the folder, it is made again"):
+        read_all(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "change_of"),
+    [
+        (EMPTY, "embedding", flip_a_bit),
+        (EMPTY, "embedding", lambda tensor: tensor[:, :2]),
+        ("part-000001.safetensors", "moments", lambda tensor: tensor[:7]),
+        ("part-000001.safetensors", "moments", lambda tensor: tensor[:, 0]),
+        ("part-000002.safetensors", "embeddings", lambda tensor: tensor[:3]),
+    ],
+)
+def test_other_tensors_are_found(folder, file, name, change_of):
+    change(folder / file, name, change_of)
+    with pytest.raises(UserError, match=f"{file}: .*; delete the folder, it is made again"):
+        read_all(folder)
+
+
+@pytest.mark.parametrize("count", [1, 16, 19, 21, 25])
+def test_another_count_is_found(folder, count):
+    (folder / INDEX).write_text(json.dumps({"images": count}))
+    with pytest.raises(UserError, match="delete the folder, it is made again"):
+        CachedLatents(folder, np.arange(1), dropout=0.0)
+
+
+def test_folders_of_older_versions_are_read(folder):
+    """They have no checksums, and do not say which images they were made of."""
+    expected = read_all(folder)
+    for file in folder.glob("*.safetensors"):
+        save_file({key: value for key, value in load_file(file).items() if key != "crc32"}, file)
+    assert torch.equal(read_all(folder).moments, expected.moments)
+    assert fits(folder, open_source(Data(caption_column="caption")))
+
+
+def test_the_images_that_were_encoded_are_told_by_their_content(tmp_path):
+    """Copied or touched files fit; one that was changed does not, though its time stamp was kept."""
+    (tmp_path / "images").mkdir()
+    for level in range(3):
+        Image.new("L", (8, 8), level).save(tmp_path / "images" / f"{level}.png")
+
+    def source():
+        return open_source(Data(name=str(tmp_path / "images"), label_column=None))
+
+    write_state(tmp_path, source())
+    assert fits(tmp_path, source())
+    before = (tmp_path / DATA_STATE).read_text()
+    os.chmod(tmp_path / "images" / "1.png", 0o600)
+    assert fits(tmp_path, source())
+    assert (tmp_path / DATA_STATE).read_text() != before
+    file = tmp_path / "images" / "1.png"
+    stamp = file.stat()
+    Image.new("L", (8, 8), 9).save(file)
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert not fits(tmp_path, source())
