@@ -13,48 +13,56 @@ import shutil
 from pathlib import Path
 
 from deme.config.sections import HUB_ID
-from deme.errors import UserError, one_line
+from deme.errors import UserError
 from deme.job.files import REPOSITORY, read_json, sha256
-from deme.models.weights import PICKLED_WEIGHTS, weights_files
+from deme.models.hub import download
+from deme.models.kinds import (
+    DENOISERS,
+    ENCODERS,
+    INDEX,
+    NEVER_RUN,
+    PIPELINES,
+    PROJECTED,
+    check_pipeline,
+    denoiser,
+    read_index,
+)
+from deme.models.weights import weights_files
 
 SCHEDULER_CONFIG = "scheduler_config.json"
-PROJECTED = "Projected"  # how the names of the UNet classes with projections begin
-WEIGHTS_OF_HUB = ["*diffusion_pytorch_model*.safetensors", "text_encoder/*.safetensors"]
-DOWNLOADS = (  # of the Hub, one after another until there are weights: patterns of what is, and what is not wanted
-    (["*.json", "*.txt", *WEIGHTS_OF_HUB], ["safety_checker/*", "*.fp16.*", "*.fp16-*", "*.non_ema*"]),
-    (["*.json", "*.txt", *WEIGHTS_OF_HUB], ["safety_checker/*", "*.non_ema*"]),
-    (["*.json", f"*{PICKLED_WEIGHTS}"], []),
-)
-ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
 
 
 def find_pipeline(source: str) -> Path:
     """The local folder of a pipeline given as a folder or a Hub id (downloaded once, kept in the Hub's cache).
 
     Args:
-        source: a folder relative to the working directory or else to the repository, or owner/name on the Hub.
+        source: a folder relative to the working directory or else to the repository, or owner/name on the Hub, with
+            @revision (a branch, a tag or a commit) where it is not the newest.
 
     Raises:
-        UserError: neither, or a folder that holds no UNet and scheduler.
+        UserError: neither, a folder that holds no UNet and scheduler, or a kind of model that is not supported.
     """
     folder = find_folder(source)
     if folder is not None:
-        for part in (unet_folder(folder) / "config.json", scheduler_folder(folder) / SCHEDULER_CONFIG):
-            if not part.is_file():
-                raise UserError(f"not a pipeline folder: {part} is missing")
-        return folder
-    if not is_hub_id(source):
+        return check_folder(folder)
+    name, _, revision = source.partition("@")
+    if re.fullmatch(HUB_ID, name) is None or source.endswith("@"):
         raise UserError("no such folder")
-    from huggingface_hub import snapshot_download
+    return download(name, revision or None, check_folder)
 
-    try:
-        for patterns, others in DOWNLOADS:
-            folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=others))
-            if any(unet_folder(folder).glob("diffusion_pytorch_model*")):
-                break
-        return folder
-    except Exception as error:  # network, name and permission errors have no common class
-        raise UserError(f"neither a pipeline folder nor a reachable Hub id: {one_line(error)}") from None
+
+def check_folder(pipeline: Path) -> Path:
+    """The folder itself, if it is a pipeline's whose classes are known.
+
+    Raises:
+        UserError: it is not.
+    """
+    unet, scheduler = unet_folder(pipeline), scheduler_folder(pipeline)
+    check_pipeline(pipeline, unet, scheduler)
+    for part in (unet / "config.json", scheduler / SCHEDULER_CONFIG):
+        if not part.is_file():
+            raise UserError(f"not a pipeline folder: {part} is missing")
+    return pipeline
 
 
 def find_folder(source: str) -> Path | None:
@@ -79,29 +87,31 @@ def is_hub_id(source: str) -> bool:
 
 
 def write_pipeline_files(folder: Path, pretrained: Path) -> None:
-    """Write what makes `folder` a pipeline beside its unet/: the index, the noise schedule, all other parts.
+    """Write what makes `folder` a pipeline beside its unet/: the index, the noise schedule, the encoders.
 
-    The encoders of a text-to-image pipeline come along; all other parts that the index names, as the safety checker,
-    are none.
+    The index is written anew: it names only classes that are known, and no safety checker.
 
     Args:
-        pretrained: pipeline folder; where it has no index of its own, DDPMPipeline's is written.
+        pretrained: pipeline folder.
     """
-    index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
-    if (pretrained / "model_index.json").is_file():
-        index = read_json(pretrained / "model_index.json")
-    for name in [name for name, part in index.items() if isinstance(part, list) and name not in ("unet", "scheduler")]:
-        if name in ENCODERS:
-            _link_part(pretrained / name, folder / name)
-        else:
-            index[name] = [None, None]
-    if takes_text(pretrained):
-        index["requires_safety_checker"] = False
-    unet_class = read_json(folder / "unet" / "config.json").get("_class_name", "UNet2DModel")
-    index["unet"] = ["deme.projection" if is_projected(folder / "unet") else "diffusers", unet_class]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    unet = read_json(folder / "unet" / "config.json")
+    schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
+    given = read_index(pretrained)
+    kinds = [kind for kind, network in PIPELINES.items() if network == denoiser(unet)]
+    kind = given["_class_name"] if given.get("_class_name") in kinds else kinds[0]
+    scheduler = read_json(schedule).get("_class_name") or given["scheduler"][-1]
+    library = "deme.projection" if is_projected(folder / "unet") else "diffusers"
+    index = {"_class_name": kind, "scheduler": ["diffusers", scheduler]}
+    index["unet"] = [library, unet.get("_class_name", denoiser(unet))]
+    if DENOISERS[denoiser(unet)]:
+        index |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"]}
+        index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "requires_safety_checker": False}
+        index |= {part: [None, None] for part in NEVER_RUN}
+    for part in DENOISERS[denoiser(unet)]:
+        _link_part(pretrained / part, folder / part)
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     (folder / "scheduler").mkdir()
-    shutil.copy(scheduler_folder(pretrained) / SCHEDULER_CONFIG, folder / "scheduler")
+    shutil.copy(schedule, folder / "scheduler")
 
 
 def has_full_precision(part: Path) -> bool:
