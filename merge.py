@@ -71,7 +71,7 @@ def main(config: Config) -> None:
     check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
     networks = [unet_folder(pretrained), *inputs]
     sources = Inputs(pretrained, networks)
-    watched = sources.watched()
+    watched = sources.watched(*(folder / "config.json" for folder in networks))
     with ThreadPoolExecutor() as pool:
         hashing = pool.map(weights_hash, networks)  # takes about as long as importing torch
 
@@ -170,15 +170,18 @@ def write_merged(
     from deme.method.coefficients import coefficients_of
     from deme.method.projection import with_identity_projections
     from deme.method.task_vectors import merge_tensors
+    from deme.models.networks import common_architecture
 
-    finetuned = {str(folder): load_tensors(folder) for folder in inputs}
-    base = load_tensors(unet_folder(pretrained))
-    for tensors in finetuned.values():
-        base = with_identity_projections(base, tensors)
+    architecture = common_architecture([unet_folder(pretrained), *inputs])
+    like = load_tensors(architecture)
+    base, *experts = (
+        with_identity_projections(load_tensors(folder), like) for folder in (unet_folder(pretrained), *inputs)
+    )
+    finetuned = dict(zip(map(str, inputs), experts, strict=True))
     with naming("merge.coefficients", groups):
         coefficients = {name: coefficients_of(name, groups) for name in base}
 
-    unet_config = read_json(inputs[0] / "config.json")
+    unet_config = read_json(architecture / "config.json")
     unet_config.pop("_name_or_path", None)  # where that copy was loaded from: a path that means nothing elsewhere
 
     with atomic_folder(output) as temporary:

@@ -32,16 +32,21 @@ def download(name: str, revision: str | None, check: Callable[[Path], object]) -
     """
     from huggingface_hub import snapshot_download
 
-    reasons = []  # why the Hub was not reached
+    reasons = []  # why the cache has to do
 
     def fetch(revision: str | None, patterns: list[str]) -> Path:
+        wanted = {"repo_id": name, "revision": revision, "allow_patterns": patterns}
         try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+            return Path(snapshot_download(**wanted))
         except Exception as error:  # network, name and permission errors have no common class
-            if not hasattr(error, "snapshot_path"):  # of what the cache has, which may be all that is read
-                reason = f"neither a pipeline folder nor a reachable Hub id: {one_line(error)}"
-                raise UserError(reason) from None
-            reasons.append(one_line(error.__cause__ or error))
+            reasons.append(one_line(error))
+        try:
+            return Path(snapshot_download(**wanted, local_files_only=True))
+        except Exception as error:
+            if not hasattr(
+                error, "snapshot_path"
+            ):  # of a folder that lacks some of them, but perhaps none that is read
+                raise UserError(f"neither a pipeline folder nor a reachable Hub id: {reasons[0]}") from None
             return Path(error.snapshot_path)
 
     folder = fetch(revision, SETTINGS)
@@ -58,6 +63,6 @@ def download(name: str, revision: str | None, check: Callable[[Path], object]) -
                     break
             weights_files(folder / part, stem)  # says what is missing
     except UserError as error:
-        why = f"; not all of it is in the Hub's cache, and the Hub cannot be reached: {reasons[0]}" if reasons else ""
+        why = f"; the Hub's cache does not hold all of it, and the rest cannot be had: {reasons[0]}" if reasons else ""
         raise UserError(f"{error}{why}") from None
     return folder

@@ -50,6 +50,11 @@ def weights_files(folder: Path, stem: str = STEM) -> list[Path]:
     raise UserError(f"{folder / stem}.safetensors: missing")
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a network's folder has weights, in any form; what is damaged or cut short shows when they are read."""
+    return any((folder / f"{STEM}{name}").is_file() for form in FORMS for name in form if name is not None)
+
+
 def is_whole(folder: Path, stem: str = STEM) -> bool:
     """Whether `weights_files` finds them."""
     try:

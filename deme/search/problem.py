@@ -27,7 +27,7 @@ from deme.method.sampling import NetworkAt, ensemble
 from deme.models.drawing import Drawing
 from deme.models.encoders import load_encoder
 from deme.models.inference import freeze
-from deme.models.networks import load_scheduler, load_unet, try_out
+from deme.models.networks import common_architecture, load_scheduler, load_unet, try_out
 from deme.models.pipelines import unet_folder
 from deme.models.weights import load_tensors
 from deme.search.distance import FrechetDistance
@@ -58,16 +58,17 @@ class Problem:
         self.settings = config.search
         self.accelerator = accelerator
         self.made_of = made_of
-        finetuned = {str(folder): load_tensors(folder) for folder in config.paths.finetuned}
-        base = load_tensors(unet_folder(pretrained))
-        for tensors in finetuned.values():
-            base = with_identity_projections(base, tensors)
+        folders = [unet_folder(pretrained), *config.paths.finetuned]
+        self.architecture = common_architecture(folders)
+        like = load_tensors(self.architecture)
+        base, *experts = (with_identity_projections(load_tensors(folder), like) for folder in folders)
+        finetuned = dict(zip(map(str, config.paths.finetuned), experts, strict=True))
         with naming("search.groups", config.search.groups):
             self.patterns = patterns_of(config.search.groups, list(base))
         group_of = {name: self.patterns.index(pattern_of(name, self.patterns)) for name in base}
         self.candidates = Candidates(base, finetuned, group_of, accelerator.device)
         self.scheduler = load_scheduler(pretrained)
-        network = load_unet(config.paths.finetuned[0])
+        network = load_unet(self.architecture)
         self.encoder = load_encoder(pretrained, network)
         try_out(network, self.scheduler, self.encoder)
         self.encoder.prepare(accelerator.device, config.sample.mixed_precision)
@@ -174,7 +175,7 @@ class Problem:
         precision = self.config.sample.mixed_precision
         if precision == "no":
             return self.network
-        network = load_unet(self.config.paths.finetuned[0])
+        network = load_unet(self.architecture)
         return freeze(network, self.accelerator.device, precision, may_pack=False)
 
     def merged(self, coefficients: Coefficients) -> NetworkAt:
