@@ -36,16 +36,16 @@ def download(name: str, revision: str | None, check: Callable[[Path], object]) -
 
     def fetch(revision: str | None, patterns: list[str]) -> Path:
         wanted = {"repo_id": name, "revision": revision, "allow_patterns": patterns}
-        try:
-            return Path(snapshot_download(**wanted))
-        except Exception as error:  # network, name and permission errors have no common class
-            reasons.append(one_line(error))
+        if not reasons:
+            try:
+                return Path(snapshot_download(**wanted))
+            except Exception as error:  # network, name and permission errors have no common class
+                reasons.append(one_line(error))
         try:
             return Path(snapshot_download(**wanted, local_files_only=True))
         except Exception as error:
-            if not hasattr(
-                error, "snapshot_path"
-            ):  # of a folder that lacks some of them, but perhaps none that is read
+            # that of a folder which lacks some of the files, but perhaps none that is read
+            if not hasattr(error, "snapshot_path"):
                 raise UserError(f"neither a pipeline folder nor a reachable Hub id: {reasons[0]}") from None
             return Path(error.snapshot_path)
 
