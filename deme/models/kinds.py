@@ -4,10 +4,11 @@ Each is looked up in a table below; what is not there is refused by name, with w
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deme.errors import UserError, shown
+from deme.errors import UserError, naming, shown
 from deme.job.files import read_json
 
 INDEX = "model_index.json"
@@ -62,6 +63,12 @@ def read_index(pipeline: Path) -> dict[str, Any]:
     return read_json(pipeline / INDEX) if (pipeline / INDEX).is_file() else {}
 
 
+def index_class(index: dict[str, Any], part: str) -> Any:
+    """The class of a part in a model_index.json, which names a library and a class in it; None where it names none."""
+    entry = index.get(part)
+    return entry[-1] if isinstance(entry, list) and entry else entry
+
+
 def denoiser(settings: dict[str, Any]) -> str:
     """The class of a UNet, without projections, by its config.json; files of long ago name none."""
     return str(settings.get("_class_name", "UNet2DModel")).removeprefix(PROJECTED)
@@ -77,8 +84,9 @@ def check_pipeline(pipeline: Path, unet: Path, scheduler: Path) -> None:
         UserError: one is not supported; names the file and what is.
     """
     index = read_index(pipeline)
-    parts = {name: _class(part) for name, part in index.items() if isinstance(part, list) and any(part)}
-    parts.pop("_class_name", None)
+    entries = {name: entry for name, entry in index.items() if name in CLASSES or isinstance(entry, list)}
+    entries.pop("_class_name", None)
+    parts = {name: index_class(index, name) for name, entry in entries.items() if entry != [None, None]}
     if index:
         _look_up(f"{pipeline / INDEX}: _class_name", index.get("_class_name"), PIPELINES)
     for name, given in parts.items():
@@ -122,13 +130,26 @@ def check_part(part: str, file: Path, named: str | None = None) -> None:
     settings = read_json(file)
     given = settings.get("_class_name", named or ("UNet2DModel" if part == "unet" else None))
     _look_up(f"{file}: _class_name", given, CLASSES[part])
+    with naming(file):
+        check_settings(part, settings)
+
+
+def check_settings(part: str, settings: Mapping[str, Any]) -> None:
+    """Look up the settings of a part; what they leave out is supported.
+
+    Args:
+        part: unet, scheduler or vae.
+
+    Raises:
+        UserError: one is not supported; names it and what is.
+    """
     for key, supported in SETTINGS[part].items():
         if key in settings:
-            _look_up(f"{file}: {key}", settings[key], supported)
+            _look_up(key, settings[key], supported)
     scale = settings.get("scaling_factor", 1)  # of latents
     is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if part == "vae" and not (is_number and math.isfinite(scale) and scale != 0):
-        raise UserError(f"{file}: scaling_factor={scale}: must be a finite number other than 0")
+        raise UserError(f"scaling_factor={shown(scale)}: must be a finite number other than 0")
 
 
 def _look_up(what: str, given: Any, supported: Any) -> None:
@@ -139,8 +160,3 @@ def _look_up(what: str, given: Any, supported: Any) -> None:
     if isinstance(given, (list, dict)) or given not in supported:
         names = [shown(value) for value in supported if not str(value).startswith(PROJECTED)]
         raise UserError(f"{what}={shown(given)}: not {'one of ' * (len(names) > 1)}{', '.join(names)}")
-
-
-def _class(part: list) -> str:
-    """Of an entry of model_index.json, a library and a class in it."""
-    return str(part[-1])

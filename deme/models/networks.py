@@ -17,7 +17,7 @@ from deme.method.projection import PROJECTION_SUFFIX, add_projections
 from deme.method.sampling import SCHEDULE
 from deme.method.task_vectors import FLOATS
 from deme.models.encoders import Encoder
-from deme.models.kinds import PROJECTED, check_part, denoiser, read_index
+from deme.models.kinds import PROJECTED, check_part, check_settings, denoiser, index_class, read_index
 from deme.models.pipelines import SCHEDULER_CONFIG, is_projected, scheduler_folder, takes_text
 from deme.models.weights import load_tensors, weights_files
 
@@ -131,7 +131,7 @@ def load_scheduler(pipeline: Path) -> DDPMScheduler:
         UserError: a class that is not supported, or values that diffusers can't use.
     """
     file = scheduler_folder(pipeline) / SCHEDULER_CONFIG
-    named = read_index(pipeline).get("scheduler", [None])[-1]
+    named = index_class(read_index(pipeline), "scheduler")
     check_part("scheduler", file, named)
     settings = read_json(file)
     kind = getattr(diffusers, settings.get("_class_name", named))
@@ -151,6 +151,8 @@ def try_out(unet: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None
     """
     channels = unet.config.in_channels
     size = unet.config.sample_size
+    check_settings("unet", unet.config)  # of one that was made from settings, and not loaded
+    check_settings("scheduler", scheduler.config)
     encoder.check_fits(channels)
     condition = encoder.condition([""])  # load_encoder has tried it
     try:

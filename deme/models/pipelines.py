@@ -25,6 +25,7 @@ from deme.models.kinds import (
     PROJECTED,
     check_pipeline,
     denoiser,
+    index_class,
     read_index,
 )
 from deme.models.weights import weights_files
@@ -45,10 +46,10 @@ def find_pipeline(source: str) -> Path:
     folder = find_folder(source)
     if folder is not None:
         return check_folder(folder)
-    name, _, revision = source.partition("@")
-    if re.fullmatch(HUB_ID, name) is None or source.endswith("@"):
+    name = hub_name(source)
+    if name is None:
         raise UserError("no such folder")
-    return download(name, revision or None, check_folder)
+    return download(name, source.removeprefix(name).removeprefix("@") or None, check_folder)
 
 
 def check_folder(pipeline: Path) -> Path:
@@ -86,6 +87,13 @@ def is_hub_id(source: str) -> bool:
     return find_folder(source) is None and re.fullmatch(HUB_ID, source) is not None
 
 
+def hub_name(source: str) -> str | None:
+    """owner/name of a pipeline on the Hub, without its @revision; None for a folder."""
+    name, at, revision = source.partition("@")
+    fits = re.fullmatch(HUB_ID, name) is not None and (revision != "" or at == "")
+    return name if fits and find_folder(source) is None else None
+
+
 def write_pipeline_files(folder: Path, pretrained: Path) -> None:
     """Write what makes `folder` a pipeline beside its unet/: the index, the noise schedule, the encoders.
 
@@ -99,7 +107,7 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
     given = read_index(pretrained)
     kinds = [kind for kind, network in PIPELINES.items() if network == denoiser(unet)]
     kind = given["_class_name"] if given.get("_class_name") in kinds else kinds[0]
-    scheduler = read_json(schedule).get("_class_name") or given["scheduler"][-1]
+    scheduler = read_json(schedule).get("_class_name", index_class(given, "scheduler"))
     library = "deme.projection" if is_projected(folder / "unet") else "diffusers"
     index = {"_class_name": kind, "scheduler": ["diffusers", scheduler]}
     index["unet"] = [library, unet.get("_class_name", denoiser(unet))]

@@ -23,7 +23,7 @@ from deme.measure.noisy import Batch, draw_probes
 from deme.method.candidates import Candidates
 from deme.method.coefficients import pattern_of, patterns_of
 from deme.method.projection import with_identity_projections
-from deme.method.sampling import NetworkAt, ensemble
+from deme.method.sampling import NetworkAt, ensemble, try_sampler
 from deme.models.drawing import Drawing
 from deme.models.encoders import load_encoder
 from deme.models.inference import freeze
@@ -164,6 +164,9 @@ class Problem:
                 prompts = load_prompts(sample.prompts, sample.prompt_column)
         size = self.network.config.sample_size
         shape = (self.network.config.in_channels, size, size)
+        with naming("sample.scheduler", sample.scheduler):
+            steps = sample.num_inference_steps
+            try_sampler(self.scheduler, sample.scheduler, steps, shape, sample.timestep_spacing)
         autocast = nullcontext if sample.mixed_precision == "no" else self.accelerator.autocast
         drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.accelerator.device, autocast)
         resolution = sample.size_on_disk or config.data.resolution
