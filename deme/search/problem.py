@@ -157,16 +157,16 @@ class Problem:
         """The distance without a control."""
         config = self.config
         sample = replace(config.sample, num_inference_steps=config.search_steps)
-        space = load_feature_space(config, self.accelerator)
-        prompts = []
-        if self.encoder.takes_text:
-            with naming("sample.prompts", sample.prompts):
-                prompts = load_prompts(sample.prompts, sample.prompt_column)
         size = self.network.config.sample_size
         shape = (self.network.config.in_channels, size, size)
         with naming("sample.scheduler", sample.scheduler):
             steps = sample.num_inference_steps
             try_sampler(self.scheduler, sample.scheduler, steps, shape, sample.timestep_spacing)
+        space = load_feature_space(config, self.accelerator)
+        prompts = []
+        if self.encoder.takes_text:
+            with naming("sample.prompts", sample.prompts):
+                prompts = load_prompts(sample.prompts, sample.prompt_column)
         autocast = nullcontext if sample.mixed_precision == "no" else self.accelerator.autocast
         drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.accelerator.device, autocast)
         resolution = sample.size_on_disk or config.data.resolution

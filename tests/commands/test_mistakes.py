@@ -1602,6 +1602,10 @@ SEARCH_MISTAKES = {
         ["search.method=closed_form", "search.objective=loss", "search.images=8"],
         "search.images=8: no image falls into bin … of 16 bins of timesteps",
     ),
+    "images of an unknown sampler": (
+        ["sample.scheduler=foo"],
+        "sample.scheduler=foo: must be one of ddim, …",
+    ),
     "a file for the folder of the search": (
         ["search.output=tiny.yaml"],
         "search.output: cannot create the folder tiny.yaml: File exists",
