@@ -107,7 +107,7 @@ def main(config: Config) -> None:
 
     # --- share
     if settings.push_to_hub is not None:
-        push_to_hub(output, settings.push_to_hub, settings.private)
+        push_to_hub(output, settings.push_to_hub)
 
 
 def searched_file(config: Config) -> Path | None:
@@ -206,11 +206,8 @@ def write_card(config: Config, record: Record) -> None:
         temporary.write_text(model_card(config, record.made_from, scores), encoding="utf-8")
 
 
-def push_to_hub(folder: Path, name: str, private: bool) -> None:
+def push_to_hub(folder: Path, name: str) -> None:
     """Upload a pipeline folder; the Hub's repository is made where it does not exist.
-
-    Args:
-        private: only its owner sees the repository that is made.
 
     Raises:
         UserError: no network, no permission.
@@ -218,7 +215,7 @@ def push_to_hub(folder: Path, name: str, private: bool) -> None:
     from huggingface_hub import HfApi
 
     try:
-        HfApi().create_repo(name, exist_ok=True, private=private)
+        HfApi().create_repo(name, exist_ok=True)
         commit = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Merged by Decouple-then-Merge")
     except Exception as error:  # network, token and permission errors have no common class
         raise UserError(f"merge.push_to_hub={name}: {one_line(error)}") from None

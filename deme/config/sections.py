@@ -45,7 +45,7 @@ class Model(Section):
     """What is finetuned."""
 
     section: ClassVar[str] = "model"
-    pretrained: Optional[str] = None  # pipeline folder or Hub id, also with @revision; null: pretrain.py's
+    pretrained: Optional[str] = None  # pipeline folder or Hub id; null: what pretrain.py made in this run
     license: Optional[str] = None  # of the pretrained weights, for the merged network's card; null: not stated
     projection: bool = True  # finetune with channel-wise projections
 
@@ -247,7 +247,6 @@ class Merge(Section):
     finetuned: Optional[str] = None  # folder that holds 0000-0250/ …; null: this run's
     output: Optional[str] = None  # null: merged/ of this run
     push_to_hub: Optional[str] = None  # also upload the merged folder to this Hub id, owner/name
-    private: bool = False  # make the Hub's repository, where there is none yet, one that only its owner sees
 
     def __post_init__(self):
         self.check_choice("method", ("task_arithmetic", "ties"))

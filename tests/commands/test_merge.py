@@ -131,11 +131,10 @@ def test_the_merged_folder_is_uploaded_whole(config_file, experts, monkeypatch):
     def upload_folder(self, repo_id, folder_path, commit_message):
         uploaded[repo_id] = {str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()}
 
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **how: created.append((name, how)))
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, exist_ok: created.append(name))
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
     merge.main(load_config(config_file, ["merge.push_to_hub=someone/merged"]))
-    merge.main(load_config(config_file, ["merge.push_to_hub=someone/merged", "merge.private=true"]))
-    assert created == [("someone/merged", {"exist_ok": True, "private": private}) for private in (False, True)]
+    assert created == ["someone/merged"]
     files = {"README.md", "merge.yaml", "model_index.json", "scheduler/scheduler_config.json"}
     assert uploaded == {"someone/merged": files | {"unet/config.json", f"unet/{WEIGHTS}"}}
     card = (config_file.parent / "tiny" / "merged" / "README.md").read_text()
