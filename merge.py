@@ -28,6 +28,7 @@ from deme.job.records import ENCODER, MERGED, SCHEDULE, WEIGHTS_HASH, Record, pr
 from deme.models.inputs import Inputs
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
+    common_architecture,
     encoders_hash,
     scheduler_folder,
     unet_folder,
@@ -70,6 +71,7 @@ def main(config: Config) -> None:
             print(f"{file}: found for the sum of task vectors, used with merge.method=ties")
     check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
     networks = [unet_folder(pretrained), *inputs]
+    common_architecture(networks)  # also where the output is complete: another version may have merged it
     sources = Inputs(pretrained, networks)
     watched = sources.watched(*(folder / "config.json" for folder in networks))
     with ThreadPoolExecutor() as pool:
@@ -170,7 +172,6 @@ def write_merged(
     from deme.method.coefficients import coefficients_of
     from deme.method.projection import with_identity_projections
     from deme.method.task_vectors import merge_tensors
-    from deme.models.networks import common_architecture
 
     architecture = common_architecture([unet_folder(pretrained), *inputs])
     like = load_tensors(architecture)

@@ -22,8 +22,8 @@ from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import Tensors, check_compatible
 from deme.models.encoders import Encoder, load_encoder
 from deme.models.inference import freeze
-from deme.models.networks import common_architecture, load_scheduler, load_unet, try_out
-from deme.models.pipelines import unet_folder
+from deme.models.networks import load_scheduler, load_unet, try_out
+from deme.models.pipelines import common_architecture, unet_folder
 from deme.models.weights import load_tensors, weights_hash
 
 STREAM = 4  # of the analyses' random draws, beside those of training and of the search

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -10,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from deme.errors import UserError, one_line, shown
+from deme.errors import UserError, one_line
 from deme.job.files import read_json
 from deme.method.losses import prediction_target
 from deme.method.projection import PROJECTION_SUFFIX, add_projections
@@ -74,30 +73,6 @@ def load_unet(folder: Path) -> nn.Module:
         raise UserError(f"{folder}: {one_line(error)}") from None
     _fill(unet, tensors, folder)
     return unet.eval()
-
-
-def common_architecture(folders: Sequence[Path]) -> Path:
-    """Which of the UNet folders has the config.json of all of them: the first with projections, where only some have
-    any (`with_identity_projections` fills the others' weights).
-
-    Raises:
-        UserError: one computes otherwise than the first; names the setting.
-    """
-    first, *others = (folder / "config.json" for folder in folders)
-    settings = read_json(first)
-    known = inspect.signature(UNETS[denoiser(settings)].__init__).parameters
-    for file in others:
-        given = read_json(file)
-        if denoiser(given) != denoiser(settings):
-            raise UserError(f"{file}: _class_name={denoiser(given)}, but {denoiser(settings)} in {first}")
-        for key in sorted(known.keys() - {"self", "dropout"}):  # which is of training alone
-            default = known[key].default
-            default = list(default) if isinstance(default, tuple) else default
-            value, expected = (found.get(key, default) for found in (given, settings))
-            if value != expected:
-                raise UserError(f"{file}: {key}={shown(value)}, but {shown(expected)} in {first}")
-    by_preference = [*folders[1:], folders[0]]
-    return next(filter(is_projected, by_preference), by_preference[0])
 
 
 def _fill(unet: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:

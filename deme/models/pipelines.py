@@ -2,18 +2,22 @@
 
 A pipeline is a folder with `unet/` and `scheduler/`, or a flat one with `config.json`, `scheduler_config.json` and the
 weights side by side (google/ddpm-*); text-to-image pipelines have `vae/`, `text_encoder/` and `tokenizer/` too. Only
-files are looked at here: neither torch nor diffusers is imported.
+files are looked at here: torch is not imported, diffusers only for what a file leaves out.
 """
 
+import functools
 import hashlib
+import inspect
 import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from deme.config.sections import HUB_ID
-from deme.errors import UserError
+from deme.errors import UserError, shown
 from deme.job.files import REPOSITORY, read_json, sha256
 from deme.models.hub import download
 from deme.models.kinds import (
@@ -154,6 +158,40 @@ def _link_part(source: Path, target: Path) -> None:
             os.link(path.resolve(), target / name)
         except OSError:
             shutil.copy(path, target / name)
+
+
+def common_architecture(folders: Sequence[Path]) -> Path:
+    """Which of the UNet folders has the config.json of all of them: the first with projections behind the first folder,
+    where only some have any (`with_identity_projections` fills the others' weights).
+
+    Raises:
+        UserError: one computes otherwise than the first; names the setting.
+    """
+    first, *others = (folder / "config.json" for folder in folders)
+    settings = read_json(first)
+    for file in others:
+        given = read_json(file)
+        if denoiser(given) != denoiser(settings):
+            raise UserError(f"{file}: _class_name={denoiser(given)}, but {denoiser(settings)} in {first}")
+        for key in sorted({*given, *settings} - {"dropout"}):  # which is of training alone
+            if key.startswith("_") or (key in given and key in settings and given[key] == settings[key]):
+                continue
+            defaults = {} if key in given and key in settings else _defaults(denoiser(settings))
+            value, expected = (found.get(key, defaults.get(key)) for found in (given, settings))
+            if value != expected and (key in defaults or not defaults):  # what diffusers does not know it passes over
+                raise UserError(f"{file}: {key}={shown(value)}, but {shown(expected)} in {first}")
+    by_preference = [*folders[1:], folders[0]]
+    return next(filter(is_projected, by_preference), by_preference[0])
+
+
+@functools.cache
+def _defaults(name: str) -> dict[str, Any]:
+    """The settings of a class of diffusers', as a config.json would have them."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+    values = {parameter.name: parameter.default for parameter in parameters}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def is_projected(folder: Path) -> bool:

@@ -27,8 +27,8 @@ from deme.method.sampling import NetworkAt, ensemble, try_sampler
 from deme.models.drawing import Drawing
 from deme.models.encoders import load_encoder
 from deme.models.inference import freeze
-from deme.models.networks import common_architecture, load_scheduler, load_unet, try_out
-from deme.models.pipelines import unet_folder
+from deme.models.networks import load_scheduler, load_unet, try_out
+from deme.models.pipelines import common_architecture, unet_folder
 from deme.models.weights import load_tensors
 from deme.search.distance import FrechetDistance
 from deme.search.probes import PROBES, Squares, make_squares

@@ -11,8 +11,8 @@ from text_to_image import tiny_pipeline
 from deme.errors import UserError
 from deme.models.encoders import load_encoder
 from deme.models.kinds import DENOISERS, PIPELINES, SCHEDULERS, SETTINGS
-from deme.models.networks import common_architecture, load_scheduler, load_unet, with_projections
-from deme.models.pipelines import find_pipeline, write_pipeline_files
+from deme.models.networks import load_scheduler, load_unet, with_projections
+from deme.models.pipelines import common_architecture, find_pipeline, write_pipeline_files
 
 NO_CLASSES = ("SchedulerMixin", "KarrasDiffusionSchedulers")
 
