@@ -27,7 +27,7 @@ from deme.models.inputs import Inputs
 from deme.models.pipelines import unet_folder
 from deme.models.searched import read_searched
 from deme.models.variants import MAKERS, find_finetuned, find_pretrained, made_unets
-from deme.models.weights import WEIGHTS
+from deme.models.weights import has_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +90,7 @@ def main(config: Config) -> None:
 def found_later(config: Config) -> tuple[dict[str, Path], list[str]]:
     """The networks that were made of or beside the experts, by name, and lines that tell which are not there."""
     places = {name: made_unets(name, config.paths)[0] for name in (CONTINUED, "merged", DISTILLED)}
-    found = {name: folder for name, folder in places.items() if (folder / WEIGHTS).is_file()}
+    found = {name: folder for name, folder in places.items() if has_weights(folder)}
     return found, [f"{name}, which {MAKERS[name]} makes" for name in places if name not in found]
 
 

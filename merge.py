@@ -28,6 +28,7 @@ from deme.job.records import ENCODER, MERGED, SCHEDULE, WEIGHTS_HASH, Record, pr
 from deme.models.inputs import Inputs
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
+    common_architecture,
     encoders_hash,
     scheduler_folder,
     unet_folder,
@@ -70,8 +71,9 @@ def main(config: Config) -> None:
             print(f"{file}: found for the sum of task vectors, used with merge.method=ties")
     check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
     networks = [unet_folder(pretrained), *inputs]
+    common_architecture(networks)  # also where the output is complete: another version may have merged it
     sources = Inputs(pretrained, networks)
-    watched = sources.watched()
+    watched = sources.watched(*(folder / "config.json" for folder in networks))
     with ThreadPoolExecutor() as pool:
         hashing = pool.map(weights_hash, networks)  # takes about as long as importing torch
 
@@ -171,14 +173,16 @@ def write_merged(
     from deme.method.projection import with_identity_projections
     from deme.method.task_vectors import merge_tensors
 
-    finetuned = {str(folder): load_tensors(folder) for folder in inputs}
-    base = load_tensors(unet_folder(pretrained))
-    for tensors in finetuned.values():
-        base = with_identity_projections(base, tensors)
+    architecture = common_architecture([unet_folder(pretrained), *inputs])
+    like = load_tensors(architecture)
+    base, *experts = (
+        with_identity_projections(load_tensors(folder), like) for folder in (unet_folder(pretrained), *inputs)
+    )
+    finetuned = dict(zip(map(str, inputs), experts, strict=True))
     with naming("merge.coefficients", groups):
         coefficients = {name: coefficients_of(name, groups) for name in base}
 
-    unet_config = read_json(inputs[0] / "config.json")
+    unet_config = read_json(architecture / "config.json")
     unet_config.pop("_name_or_path", None)  # where that copy was loaded from: a path that means nothing elsewhere
 
     with atomic_folder(output) as temporary:

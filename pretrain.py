@@ -17,6 +17,7 @@ from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, sha256, write_yaml
 from deme.job.records import DATA, ENCODER, SCHEDULE, provenance
+from deme.models.kinds import check_pipeline
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
     encoder_files,
@@ -26,6 +27,7 @@ from deme.models.pipelines import (
     num_train_timesteps,
     scheduler_folder,
     takes_text,
+    unet_folder,
     write_pipeline_files,
 )
 from deme.training.session import Session
@@ -42,6 +44,7 @@ def find_encoders(config: Config) -> Path:
         raise UserError("no such folder")
     if not takes_text(pipeline):
         raise UserError(f"{pipeline / 'text_encoder'}: missing")
+    check_pipeline(pipeline, unet_folder(pipeline), scheduler_folder(pipeline))
     factor = latent_factor(pipeline)
     config.data.check("resolution", config.data.resolution % factor == 0, f"must be a multiple of {factor}, as latents")
     config.check_fits({}, scheduler_folder(pipeline), num_train_timesteps(pipeline))

@@ -82,7 +82,7 @@ def main(config: Config) -> None:
         save_grid,
     )
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
-    from deme.method.sampling import ensemble, sampler_name, try_sampler
+    from deme.method.sampling import ensemble, passed_over, sampler_name, try_sampler
     from deme.models.encoders import load_encoder
     from deme.models.inference import freeze
     from deme.models.networks import load_scheduler, load_unet, try_out
@@ -99,7 +99,10 @@ def main(config: Config) -> None:
     size = unets[0].config.sample_size
     shape = (unets[0].config.in_channels, size, size)
     with naming("sample.scheduler", settings.scheduler):
-        try_sampler(scheduler, settings.scheduler, settings.num_inference_steps, shape)
+        sampler = (settings.scheduler, settings.num_inference_steps, shape, settings.timestep_spacing)
+        stepper = try_sampler(scheduler, *sampler)
+    if ignored := passed_over(scheduler, stepper):
+        accelerator.print(f"sample.scheduler={settings.scheduler} has no {', '.join(ignored)} of the noise schedule")
     unets = [freeze(unet, accelerator.device, settings.mixed_precision) for unet in unets]
     encoder.prepare(accelerator.device, settings.mixed_precision)
     ranges = config.timesteps.ranges if len(unets) > 1 else [(0, config.timesteps.num_train_timesteps)]
@@ -115,6 +118,7 @@ def main(config: Config) -> None:
         "mixed_precision": settings.mixed_precision,
         "resolution": config.data.resolution,
         "size_on_disk": settings.size_on_disk,
+        **inputs.spacing(settings),
     }
     if texts:
         made_from |= {

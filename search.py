@@ -82,7 +82,8 @@ def main(config: Config) -> None:
     made_of = {DATA: data_fingerprint(config.data, with_captions=True), **inputs.hashes()}
     column = {IMAGE_COLUMN: as_opened(config.data).image_column}
     weights = {"pretrained": weights_hash(networks[0]), "finetuned": list(map(weights_hash, finetuned))}
-    wanted = Record(SEARCH, searched(config) | column | weights | made_of, provenance(config))
+    made_from = searched(config) | column | inputs.spacing(config.sample) | weights | made_of
+    wanted = Record(SEARCH, made_from, provenance(config))
     accelerator = make_accelerator(config.sample.mixed_precision, "sample.mixed_precision")
     problem = Problem(config, accelerator, pretrained, made_of, output)
     watched.check()  # what was hashed was read

@@ -346,6 +346,8 @@ class Sample(Section):
     batch_size: int = 256  # images per UNet call; does not change the images. On a CPU 16 to 32 for large networks
     num_inference_steps: int = 50
     scheduler: str = "ddim"  # ddim, pndm, dpmsolver++, unipc, euler, or a class of diffusers' that fits the schedule
+    # leading, trailing or linspace; null: the pretrained schedule's, where it names none ddim's is leading
+    timestep_spacing: Optional[str] = None
     eta: float = 0.0  # of ddim: 0 is deterministic, 1 has DDPM's variance
     mixed_precision: str = "no"  # no, fp16 or bf16: on a CPU that has it 1.6 times as fast for large networks
     prompts: Any = None  # text-to-image: a list, or a file: text, csv, jsonl or parquet. Seed i is drawn from the i-th
@@ -370,11 +372,16 @@ class Sample(Section):
         self.check("prompts", are_texts, "must be a file or a list of texts")
         self.check_seed("seed_offset")
         self.check_fraction("eta")
-        self.check(
-            "eta", self.eta == 0 or self.scheduler in ("ddim", "DDIMScheduler"), "only sample.scheduler=ddim has it"
-        )
+        self.check("eta", self.eta == 0 or self.is_ddim, "only sample.scheduler=ddim has it")
+        if self.timestep_spacing is not None:
+            self.check_choice("timestep_spacing", ("leading", "trailing", "linspace"))
         self.check_choice("mixed_precision", PRECISIONS)
         self.check("model", self.model != "", "must name a model")
+
+    @property
+    def is_ddim(self) -> bool:
+        """Whether the sampler is DDIM, by either name."""
+        return self.scheduler in ("ddim", "DDIMScheduler")
 
     @property
     def seeds(self) -> range:

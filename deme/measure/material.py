@@ -23,7 +23,7 @@ from deme.method.task_vectors import Tensors, check_compatible
 from deme.models.encoders import Encoder, load_encoder
 from deme.models.inference import freeze
 from deme.models.networks import load_scheduler, load_unet, try_out
-from deme.models.pipelines import unet_folder
+from deme.models.pipelines import common_architecture, unet_folder
 from deme.models.weights import load_tensors, weights_hash
 
 STREAM = 4  # of the analyses' random draws, beside those of training and of the search
@@ -85,13 +85,13 @@ class Material:
         return found
 
     def tensors(self, name: str) -> Tensors:
-        """A network's weights, with identity projections where only the experts have some.
+        """A network's weights, with identity projections where only others have some.
 
         Raises:
             UserError: they do not fit the experts', or are not finite.
         """
         folder = self.networks[name]
-        like = load_tensors(self.networks[self.experts[0]])
+        like = load_tensors(self.architecture)
         tensors = with_identity_projections(load_tensors(folder), like)
         with naming(folder):
             check_compatible(like, tensors, name)
@@ -106,8 +106,17 @@ class Material:
 
     @cached_property
     def network(self) -> nn.Module:
-        """One of the experts' architecture, whose weights change from use to use."""
-        return self.load(self.experts[0])
+        """One of the architecture of all, whose weights change from use to use."""
+        return freeze(load_unet(self.architecture), self.accelerator.device, "no", may_pack=False)
+
+    @cached_property
+    def architecture(self) -> Path:
+        """The folder whose config.json is that of all networks, with projections where any has some.
+
+        Raises:
+            UserError: one computes otherwise than the others.
+        """
+        return common_architecture(list(self.networks.values()))
 
     @cached_property
     def scheduler(self) -> DDPMScheduler:

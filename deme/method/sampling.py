@@ -8,10 +8,14 @@ import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
-from deme.errors import RunError, UserError, one_line
+from deme.errors import RunError, UserError, one_line, shown
 
 NetworkAt = Callable[[float], Callable]  # timestep → the UNet that is used there, or what calls it
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+NEEDED = (
+    "rescale_betas_zero_snr",
+    "thresholding",
+)  # that a sampler must have where the pretrained schedule asks for it
 SHORT_NAMES = {
     "ddim": "DDIMScheduler",
     "pndm": "PNDMScheduler",
@@ -34,38 +38,62 @@ def sampler_name(name: str) -> str:
     return {kind: short for short, kind in SHORT_NAMES.items()}.get(name, name)
 
 
-def make_sampler(pretrained: SchedulerMixin, name: str) -> SchedulerMixin:
-    """A new sampler of diffusers' with the pretrained noise schedule, as `from_config` makes it; DDIM's spacing is
-    "leading", so that 3 steps of 1000 visit t = 666, 333, 0.
+def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | None = None) -> SchedulerMixin:
+    """A new sampler of diffusers' with the pretrained noise schedule, as `from_config` makes it.
 
     Args:
         pretrained: its betas, clipping and prediction type are kept.
         name: one of SHORT_NAMES, or a class of diffusers'.
+        timestep_spacing: leading, trailing or linspace; None: the pretrained one, where none is named for DDIM
+            "leading", so that 3 steps of 1000 visit t = 666, 333, 0, and for others their own.
 
     Raises:
-        UserError: diffusers has no such class, or it can't take the noise schedule.
+        UserError: diffusers has no such class, or it can't take the noise schedule or the spacing.
     """
     fitting = {kind.__name__: kind for kind in pretrained.compatibles if "beta_schedule" in _parameters(kind.__init__)}
     class_name = SHORT_NAMES.get(name, name)
     if class_name not in fitting:
         raise UserError(f"must be one of {', '.join([*SHORT_NAMES, *sorted(fitting)])}")
     kind = fitting[class_name]
+    taken = _parameters(kind.__init__)
     # from_config passes over what is the pretrained class's own default, which may not be this one's
-    schedule = {key: pretrained.config[key] for key in SCHEDULE if key in _parameters(kind.__init__)}
-    spacing = {"timestep_spacing": "leading"} if class_name == SHORT_NAMES["ddim"] else {}
+    schedule = {key: pretrained.config[key] for key in SCHEDULE if key in taken}
+    if class_name == SHORT_NAMES["ddim"]:
+        schedule["timestep_spacing"] = pretrained.config.timestep_spacing
+    if timestep_spacing is not None:
+        schedule["timestep_spacing"] = timestep_spacing
+    lacking = {key for key in schedule if key not in taken}
+    lacking |= {key for key in NEEDED if key not in taken and pretrained.config[key]}
+    if lacking:
+        raise UserError(f"{kind.__name__} has no {', '.join(sorted(lacking))}")
     try:
-        return kind.from_config(pretrained.config, **schedule, **spacing)
+        return kind.from_config(pretrained.config, **schedule)
     except Exception as error:  # diffusers raises whatever a value that it can't use leads to
         raise UserError(one_line(error)) from None
 
 
-def try_sampler(pretrained: SchedulerMixin, name: str, num_inference_steps: int, shape: tuple[int, int, int]) -> None:
+def passed_over(pretrained: SchedulerMixin, sampler: SchedulerMixin) -> list[str]:
+    """What the pretrained schedule's file says of drawing and the sampler has no setting for, as key=value."""
+    named = {key: value for key, value in pretrained.config.items() if key in ("clip_sample", "steps_offset") and value}
+    return [f"{key}={shown(value)}" for key, value in named.items() if key not in _parameters(type(sampler).__init__)]
+
+
+def try_sampler(
+    pretrained: SchedulerMixin,
+    name: str,
+    num_inference_steps: int,
+    shape: tuple[int, int, int],
+    timestep_spacing: str | None = None,
+) -> SchedulerMixin:
     """Take one step from an image of zeros, so that what does not work shows before anything is written.
+
+    Returns:
+        The sampler.
 
     Raises:
         UserError: as `make_sampler`, or too few steps.
     """
-    stepper = make_sampler(pretrained, name)
+    stepper = make_sampler(pretrained, name, timestep_spacing)
     images = torch.zeros(1, *shape)
     try:
         stepper.set_timesteps(num_inference_steps)
@@ -73,6 +101,7 @@ def try_sampler(pretrained: SchedulerMixin, name: str, num_inference_steps: int,
         stepper.step(stepper.scale_model_input(images, timestep), timestep, images)
     except Exception as error:  # diffusers raises whatever does not fit
         raise UserError(f"{num_inference_steps} steps of {type(stepper).__name__}: {one_line(error)}") from None
+    return stepper
 
 
 @torch.inference_mode()
@@ -85,13 +114,14 @@ def sample_images(
     num_inference_steps: int,
     sampler: str = "ddim",
     eta: float = 0.0,
+    timestep_spacing: str | None = None,
 ) -> torch.Tensor:
     """One image per seed; the sampler computes in float32, whatever the network does.
 
     Args:
         scheduler: the pretrained one.
         shape: (C, H, W) of an image.
-        sampler: as `make_sampler` takes it.
+        sampler, timestep_spacing: as `make_sampler` takes them.
         eta: DDIM's: 0 is deterministic. Samplers that are not draw each image's noise from its own generator.
 
     Returns:
@@ -100,7 +130,7 @@ def sample_images(
     Raises:
         RunError: an image that is not finite: weights or a noise schedule that do not work, or too low a precision.
     """
-    stepper = make_sampler(scheduler, sampler)
+    stepper = make_sampler(scheduler, sampler, timestep_spacing)
     stepper.set_timesteps(num_inference_steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     taken = _parameters(stepper.step)

@@ -45,5 +45,5 @@ class Drawing:
         """
         settings = self.settings
         network = guided(network_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
-        sampler = (settings.num_inference_steps, settings.scheduler, settings.eta)
+        sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, settings.timestep_spacing)
         return self.encoder.decode(sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler))

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from deme.errors import RunError, UserError, naming, one_line
+from deme.errors import RunError, UserError
 from deme.models.inference import AUTOCAST_TYPES, memory_format
-from deme.models.pipelines import ENCODERS, has_full_precision, takes_text
+from deme.models.parts import blaming, load_parts
+from deme.models.pipelines import latent_factor, takes_text
 
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for a number of channels
 CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
-LEAST_VOCABULARY = 256  # tokens: one for each byte
 Condition = dict[str, torch.Tensor]  # what a network is told beside its noisy input, by the name of its argument
 
 
@@ -182,9 +182,12 @@ class LatentsAndText:
                     print(f"cut to {length} tokens, as all such texts: {text[:200]}")
                     self.has_warned = True
                     break
-        filled = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-        tokens = self.tokenizer(list(texts), **filled).input_ids
-        return self._ready(self.text_encoder)(tokens.to(self.device))[0]
+        return self._ready(self.text_encoder)(self.tokens(texts).to(self.device))[0]
+
+    def tokens(self, texts: Sequence[str]) -> torch.Tensor:
+        """Texts, cut or filled to the tokenizer's length: int64, (B, tokens)."""
+        filled = {"padding": "max_length", "max_length": self.tokenizer.model_max_length, "truncation": True}
+        return self.tokenizer(list(texts), **filled, return_tensors="pt").input_ids
 
     def condition(self, texts: Sequence[str]) -> Condition:
         """The embeddings of these texts."""
@@ -220,59 +223,34 @@ def load_encoder(pipeline: Path, unet: nn.Module) -> Encoder:
         raise UserError(f"{pipeline}: its network, a {type(unet).__name__}, {wants}")
     if not asks_for_text:
         return Pixels(unet.config.in_channels)
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what does not fit is told below, in one line
-    float32 = {AutoencoderKL: {"torch_dtype": torch.float32}, CLIPTextModel: {"dtype": torch.float32}}
-    parts = []
-    for name, kind in zip(ENCODERS, (AutoencoderKL, CLIPTextModel, CLIPTokenizer), strict=True):
-        folder = pipeline / name
-        with naming(folder):
-            if not folder.is_dir():
-                raise UserError("missing")
-            variant = {} if has_full_precision(folder) else {"variant": "fp16"}
-            options = {"use_safetensors": True, "output_loading_info": True, **variant}
-            try:
-                if kind is CLIPTokenizer:
-                    part = kind.from_pretrained(str(folder), local_files_only=True)
-                else:
-                    part, report = kind.from_pretrained(str(folder), local_files_only=True, **options, **float32[kind])
-                    check_filled(report)
-                    _check_finite(part)
-            except UserError:
-                raise
-            except Exception as error:  # diffusers and transformers raise whatever a damaged file leads to
-                raise UserError(one_line(error)) from None
-            parts.append(part)
-    vae, text_encoder, tokenizer = parts
-    vocabulary = text_encoder.config.vocab_size
-    if not LEAST_VOCABULARY <= len(tokenizer) <= vocabulary:  # transformers makes an empty one where it is missing
-        raise UserError(f"{pipeline / 'tokenizer'}: {len(tokenizer)} tokens, the text encoder has {vocabulary}")
-    return LatentsAndText(vae, text_encoder, tokenizer)
+    encoder = LatentsAndText(*load_parts(pipeline))
+    _try_parts(encoder, pipeline, unet.config.cross_attention_dim)
+    return encoder
 
 
-def check_filled(report: dict) -> None:
-    """Look at what diffusers or transformers report of a network that they loaded.
+@torch.no_grad()
+def _try_parts(encoder: LatentsAndText, pipeline: Path, width: Any) -> None:
+    """Use each part once, so that what does not work is named after the part.
+
+    Args:
+        width: of the texts' embeddings, as the network takes them; a list where its blocks take several.
 
     Raises:
-        UserError: weights that are missing, or of another size, which the libraries would draw at random.
+        UserError: it does not; says why.
     """
-    missing = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
-    if missing:
-        raise UserError(f"weights and config.json do not fit each other ({', '.join(sorted(missing)[:3])} …)")
-
-
-def _check_finite(network: nn.Module) -> None:
-    """
-    Raises:
-        UserError: NaN or infinite weights.
-    """
-    for name, tensor in network.state_dict().items():
-        if not tensor.isfinite().all():
-            raise UserError(f"tensor {name} holds NaN or infinite values")
+    with blaming(pipeline / "tokenizer"):
+        tokens = encoder.tokens([""])
+    with blaming(pipeline / "text_encoder"):
+        found = encoder.text_encoder(tokens)[0].shape[2]
+        if isinstance(width, int) and found != width:
+            raise UserError(f"its embeddings have {found} entries, the network's cross_attention_dim is {width}")
+    with blaming(pipeline / "vae"):
+        side = 2 * latent_factor(pipeline)
+        pixels = torch.zeros(1, encoder.image_channels, side, side, dtype=torch.uint8)
+        mean, _ = encoder.moments(pixels).chunk(2, dim=1)
+        decoded = encoder.decode(mean)
+        if decoded.shape != pixels.shape:
+            raise UserError(f"encodes and decodes {tuple(pixels.shape)} to {tuple(decoded.shape)}")
 
 
 def to_unit_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:

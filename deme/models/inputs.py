@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deme.config.experiment import Config
-from deme.job.files import Watched, sha256
+from deme.config.sections import Sample
+from deme.job.files import Watched, read_json, sha256
 from deme.job.records import ENCODER, SCHEDULE
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
@@ -49,3 +50,12 @@ class Inputs:
         """What tells the noise schedule, and the encoders of a text-to-image pipeline, from others."""
         found = {SCHEDULE: sha256(self.schedule)}
         return found | ({ENCODER: encoders_hash(self.pipeline)} if takes_text(self.pipeline) else {})
+
+    def spacing(self, settings: Sample) -> dict[str, str]:
+        """What tells images by the spacing of their timesteps from those of the time before it could be set: nothing
+        where it is what it was then, "leading" for DDIM and the schedule's for other samplers."""
+        given = settings.timestep_spacing
+        if settings.is_ddim:
+            given = given or read_json(self.schedule).get("timestep_spacing", "leading")
+            given = None if given == "leading" else given
+        return {} if given is None else {"sample.timestep_spacing": given}

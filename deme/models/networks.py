@@ -1,8 +1,10 @@
 """Networks and noise schedules of a pipeline folder, loaded and tried out."""
 
 import functools
+import inspect
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch import nn
@@ -11,8 +13,11 @@ from deme.errors import UserError, one_line
 from deme.job.files import read_json
 from deme.method.losses import prediction_target
 from deme.method.projection import PROJECTION_SUFFIX, add_projections
+from deme.method.sampling import SCHEDULE
+from deme.method.task_vectors import FLOATS
 from deme.models.encoders import Encoder
-from deme.models.pipelines import PROJECTED, SCHEDULER_CONFIG, is_projected, scheduler_folder, takes_text
+from deme.models.kinds import PROJECTED, check_part, check_settings, denoiser, index_class, read_index
+from deme.models.pipelines import SCHEDULER_CONFIG, is_projected, scheduler_folder, takes_text
 from deme.models.weights import load_tensors, weights_files
 
 
@@ -57,9 +62,8 @@ def load_unet(folder: Path) -> nn.Module:
     """
     file = folder / "config.json"
     settings = read_json(file)
-    name = str(settings.get("_class_name", UNet2DModel.__name__))  # not named in files of long ago
-    if name not in UNETS | PROJECTED_UNETS:
-        raise UserError(f"{file}: _class_name={name}: not one of {', '.join(UNETS)}")
+    check_part("unet", file)
+    name = settings.get("_class_name", denoiser(settings))
     tensors = load_tensors(folder)
     if not is_projected(folder) and any(key.endswith(PROJECTION_SUFFIX) for key in tensors):
         raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED}{name}")
@@ -84,7 +88,7 @@ def _fill(unet: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> No
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
             raise UserError(f"{folder}: weights and config.json do not fit each other ({name} has the shape {shapes})")
-        if not tensor.is_floating_point() and expected[name].is_floating_point():
+        if tensor.dtype not in FLOATS and expected[name].is_floating_point():  # such as float8, which can't be merged
             raise UserError(f"{weights_files(folder)[0]}: tensor {name} is of type {tensor.dtype}")
         expected[name].copy_(tensor)
         if not expected[name].isfinite().all():
@@ -92,21 +96,26 @@ def _fill(unet: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> No
 
 
 def load_scheduler(pipeline: Path) -> DDPMScheduler:
-    """The pretrained noise schedule: betas, clipping, prediction and variance type as the pipeline folder says.
+    """The pretrained noise schedule: betas, clipping, prediction and variance type as the pipeline folder says, where
+    it leaves betas out as the class that it names has them.
 
     Latents are never clipped and steps begin one later, whatever the folder says or leaves out, as
     StableDiffusionPipeline sees to.
 
     Raises:
-        UserError: values that diffusers can't use.
+        UserError: a class that is not supported, or values that diffusers can't use.
     """
-    folder = scheduler_folder(pipeline)
-    try:
-        if takes_text(pipeline):  # values that are given count for other samplers, too
-            return DDPMScheduler.from_config(read_json(folder / SCHEDULER_CONFIG) | LATENT_SCHEDULE)
-        return DDPMScheduler.from_pretrained(folder)
+    file = scheduler_folder(pipeline) / SCHEDULER_CONFIG
+    named = index_class(read_index(pipeline), "scheduler")
+    check_part("scheduler", file, named)
+    settings = read_json(file)
+    kind = getattr(diffusers, settings.get("_class_name", named))
+    defaults = inspect.signature(kind.__init__).parameters
+    defaults = {key: defaults[key].default for key in SCHEDULE if key in defaults}
+    try:  # values that are given count for other samplers, too
+        return DDPMScheduler.from_config(defaults | settings | (LATENT_SCHEDULE if takes_text(pipeline) else {}))
     except Exception as error:  # diffusers raises whatever a wrong value leads to
-        raise UserError(f"{folder / SCHEDULER_CONFIG}: {one_line(error)}") from None
+        raise UserError(f"{file}: {one_line(error)}") from None
 
 
 def try_out(unet: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None:
@@ -117,12 +126,15 @@ def try_out(unet: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None
     """
     channels = unet.config.in_channels
     size = unet.config.sample_size
+    check_settings("unet", unet.config)  # of one that was made from settings, and not loaded
+    check_settings("scheduler", scheduler.config)
     encoder.check_fits(channels)
+    condition = encoder.condition([""])  # load_encoder has tried it
     try:
         images = torch.zeros(1, channels, size, size)
         last = torch.tensor([scheduler.config.num_train_timesteps - 1])
         with torch.no_grad():
-            prediction = unet(images, last, **encoder.condition([""])).sample
+            prediction = unet(images, last, **condition).sample
         target = prediction_target(scheduler, images, images, last)
         if prediction.shape != target.shape:
             raise UserError(f"the network maps {tuple(target.shape)} to {tuple(prediction.shape)}")

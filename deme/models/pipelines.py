@@ -2,59 +2,72 @@
 
 A pipeline is a folder with `unet/` and `scheduler/`, or a flat one with `config.json`, `scheduler_config.json` and the
 weights side by side (google/ddpm-*); text-to-image pipelines have `vae/`, `text_encoder/` and `tokenizer/` too. Only
-files are looked at here: neither torch nor diffusers is imported.
+files are looked at here: torch is not imported, diffusers only for what a file leaves out.
 """
 
+import functools
 import hashlib
+import inspect
 import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from deme.config.sections import HUB_ID
-from deme.errors import UserError, one_line
+from deme.errors import UserError, shown
 from deme.job.files import REPOSITORY, read_json, sha256
-from deme.models.weights import PICKLED_WEIGHTS, weights_files
+from deme.models.hub import download
+from deme.models.kinds import (
+    DENOISERS,
+    ENCODERS,
+    INDEX,
+    NEVER_RUN,
+    PIPELINES,
+    PROJECTED,
+    check_pipeline,
+    denoiser,
+    index_class,
+    read_index,
+)
+from deme.models.weights import weights_files
 
 SCHEDULER_CONFIG = "scheduler_config.json"
-PROJECTED = "Projected"  # how the names of the UNet classes with projections begin
-WEIGHTS_OF_HUB = ["*diffusion_pytorch_model*.safetensors", "text_encoder/*.safetensors"]
-DOWNLOADS = (  # of the Hub, one after another until there are weights: patterns of what is, and what is not wanted
-    (["*.json", "*.txt", *WEIGHTS_OF_HUB], ["safety_checker/*", "*.fp16.*", "*.fp16-*", "*.non_ema*"]),
-    (["*.json", "*.txt", *WEIGHTS_OF_HUB], ["safety_checker/*", "*.non_ema*"]),
-    (["*.json", f"*{PICKLED_WEIGHTS}"], []),
-)
-ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
 
 
 def find_pipeline(source: str) -> Path:
     """The local folder of a pipeline given as a folder or a Hub id (downloaded once, kept in the Hub's cache).
 
     Args:
-        source: a folder relative to the working directory or else to the repository, or owner/name on the Hub.
+        source: a folder relative to the working directory or else to the repository, or owner/name on the Hub, with
+            @revision (a branch, a tag or a commit) where it is not the newest.
 
     Raises:
-        UserError: neither, or a folder that holds no UNet and scheduler.
+        UserError: neither, a folder that holds no UNet and scheduler, or a kind of model that is not supported.
     """
     folder = find_folder(source)
     if folder is not None:
-        for part in (unet_folder(folder) / "config.json", scheduler_folder(folder) / SCHEDULER_CONFIG):
-            if not part.is_file():
-                raise UserError(f"not a pipeline folder: {part} is missing")
-        return folder
-    if not is_hub_id(source):
+        return check_folder(folder)
+    name = hub_name(source)
+    if name is None:
         raise UserError("no such folder")
-    from huggingface_hub import snapshot_download
+    return download(name, source.removeprefix(name).removeprefix("@") or None, check_folder)
 
-    try:
-        for patterns, others in DOWNLOADS:
-            folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=others))
-            if any(unet_folder(folder).glob("diffusion_pytorch_model*")):
-                break
-        return folder
-    except Exception as error:  # network, name and permission errors have no common class
-        raise UserError(f"neither a pipeline folder nor a reachable Hub id: {one_line(error)}") from None
+
+def check_folder(pipeline: Path) -> Path:
+    """The folder itself, if it is a pipeline's whose classes are known.
+
+    Raises:
+        UserError: it is not.
+    """
+    unet, scheduler = unet_folder(pipeline), scheduler_folder(pipeline)
+    check_pipeline(pipeline, unet, scheduler)
+    for part in (unet / "config.json", scheduler / SCHEDULER_CONFIG):
+        if not part.is_file():
+            raise UserError(f"not a pipeline folder: {part} is missing")
+    return pipeline
 
 
 def find_folder(source: str) -> Path | None:
@@ -78,30 +91,39 @@ def is_hub_id(source: str) -> bool:
     return find_folder(source) is None and re.fullmatch(HUB_ID, source) is not None
 
 
-def write_pipeline_files(folder: Path, pretrained: Path) -> None:
-    """Write what makes `folder` a pipeline beside its unet/: the index, the noise schedule, all other parts.
+def hub_name(source: str) -> str | None:
+    """owner/name of a pipeline on the Hub, without its @revision; None for a folder."""
+    name, at, revision = source.partition("@")
+    fits = re.fullmatch(HUB_ID, name) is not None and (revision != "" or at == "")
+    return name if fits and find_folder(source) is None else None
 
-    The encoders of a text-to-image pipeline come along; all other parts that the index names, as the safety checker,
-    are none.
+
+def write_pipeline_files(folder: Path, pretrained: Path) -> None:
+    """Write what makes `folder` a pipeline beside its unet/: the index, the noise schedule, the encoders.
+
+    The index is written anew: it names only classes that are known, and no safety checker.
 
     Args:
-        pretrained: pipeline folder; where it has no index of its own, DDPMPipeline's is written.
+        pretrained: pipeline folder.
     """
-    index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
-    if (pretrained / "model_index.json").is_file():
-        index = read_json(pretrained / "model_index.json")
-    for name in [name for name, part in index.items() if isinstance(part, list) and name not in ("unet", "scheduler")]:
-        if name in ENCODERS:
-            _link_part(pretrained / name, folder / name)
-        else:
-            index[name] = [None, None]
-    if takes_text(pretrained):
-        index["requires_safety_checker"] = False
-    unet_class = read_json(folder / "unet" / "config.json").get("_class_name", "UNet2DModel")
-    index["unet"] = ["deme.projection" if is_projected(folder / "unet") else "diffusers", unet_class]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    unet = read_json(folder / "unet" / "config.json")
+    schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
+    given = read_index(pretrained)
+    kinds = [kind for kind, network in PIPELINES.items() if network == denoiser(unet)]
+    kind = given["_class_name"] if given.get("_class_name") in kinds else kinds[0]
+    scheduler = read_json(schedule).get("_class_name", index_class(given, "scheduler"))
+    library = "deme.projection" if is_projected(folder / "unet") else "diffusers"
+    index = {"_class_name": kind, "scheduler": ["diffusers", scheduler]}
+    index["unet"] = [library, unet.get("_class_name", denoiser(unet))]
+    if DENOISERS[denoiser(unet)]:
+        index |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"]}
+        index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "requires_safety_checker": False}
+        index |= {part: [None, None] for part in NEVER_RUN}
+    for part in DENOISERS[denoiser(unet)]:
+        _link_part(pretrained / part, folder / part)
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     (folder / "scheduler").mkdir()
-    shutil.copy(scheduler_folder(pretrained) / SCHEDULER_CONFIG, folder / "scheduler")
+    shutil.copy(schedule, folder / "scheduler")
 
 
 def has_full_precision(part: Path) -> bool:
@@ -136,6 +158,40 @@ def _link_part(source: Path, target: Path) -> None:
             os.link(path.resolve(), target / name)
         except OSError:
             shutil.copy(path, target / name)
+
+
+def common_architecture(folders: Sequence[Path]) -> Path:
+    """Which of the UNet folders has the config.json of all of them: the first with projections behind the first folder,
+    where only some have any (`with_identity_projections` fills the others' weights).
+
+    Raises:
+        UserError: one computes otherwise than the first; names the setting.
+    """
+    first, *others = (folder / "config.json" for folder in folders)
+    settings = read_json(first)
+    for file in others:
+        given = read_json(file)
+        if denoiser(given) != denoiser(settings):
+            raise UserError(f"{file}: _class_name={denoiser(given)}, but {denoiser(settings)} in {first}")
+        for key in sorted({*given, *settings} - {"dropout"}):  # which is of training alone
+            if key.startswith("_") or (key in given and key in settings and given[key] == settings[key]):
+                continue
+            defaults = {} if key in given and key in settings else _defaults(denoiser(settings))
+            value, expected = (found.get(key, defaults.get(key)) for found in (given, settings))
+            if value != expected and (key in defaults or not defaults):  # what diffusers does not know it passes over
+                raise UserError(f"{file}: {key}={shown(value)}, but {shown(expected)} in {first}")
+    by_preference = [*folders[1:], folders[0]]
+    return next(filter(is_projected, by_preference), by_preference[0])
+
+
+@functools.cache
+def _defaults(name: str) -> dict[str, Any]:
+    """The settings of a class of diffusers', as a config.json would have them."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+    values = {parameter.name: parameter.default for parameter in parameters}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def is_projected(folder: Path) -> bool:

@@ -8,7 +8,7 @@ from deme.config.paths import Paths
 from deme.config.sections import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.errors import UserError, naming
 from deme.models.pipelines import find_pipeline, unet_folder
-from deme.models.weights import WEIGHTS
+from deme.models.weights import WEIGHTS, has_weights
 
 # of the rows of a table; others follow by name
 ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED)
@@ -60,13 +60,13 @@ def made_unets(model: str, paths: Paths) -> list[Path]:
 
 
 def find_finetuned(paths: Paths) -> list[Path]:
-    """The folders of the finetuned UNets, lowest range first.
+    """The folders of the finetuned UNets, lowest range first, with weights in any form.
 
     Raises:
         UserError: one is not trained yet.
     """
     for k, folder in enumerate(paths.finetuned):
-        if not (folder / WEIGHTS).is_file():
+        if not has_weights(folder):
             raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={k}")
     return paths.finetuned
 

@@ -17,34 +17,50 @@ from deme.job.files import read_json, sha256
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-HALF_WEIGHTS = "diffusion_pytorch_model.fp16.safetensors"
-PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
-FORMS = (  # in the order in which they are looked for: a file, or an index that names several
-    (WEIGHTS, "diffusion_pytorch_model.safetensors.index.json"),
-    (HALF_WEIGHTS, "diffusion_pytorch_model.safetensors.index.fp16.json"),
-    (PICKLED_WEIGHTS, None),
+STEM = "diffusion_pytorch_model"  # how the names of the files begin
+WEIGHTS = f"{STEM}.safetensors"
+PICKLED_WEIGHTS = f"{STEM}.bin"
+FORMS = (  # in the order in which they are looked for, behind the stem: a file, or an index that names several
+    (".safetensors", ".safetensors.index.json"),
+    (".fp16.safetensors", ".safetensors.index.fp16.json"),
+    (".bin", None),
 )
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # up to diffusers 0.15
 OLD_ATTENTION_NAME = re.compile(rf"(?<=\.)({'|'.join(ATTENTION_NAMES)})(?=\.(weight|bias)$)")
 
 
-def weights_files(folder: Path) -> list[Path]:
+def weights_files(folder: Path, stem: str = STEM) -> list[Path]:
     """The files that hold the weights of a network's folder: one, or those that an index names.
+
+    Args:
+        stem: how their names begin.
 
     Raises:
         UserError: there are none; a file beside an index, of which nobody knows which one counts; a damaged index.
     """
     for name, index_name in FORMS:
-        file = folder / name
-        index = None if index_name is None else folder / index_name
+        file = folder / f"{stem}{name}"
+        index = None if index_name is None else folder / f"{stem}{index_name}"
         if index is not None and index.is_file():
             if file.is_file():
-                raise UserError(f"{index}: stands beside {name}; delete the one that does not count")
+                raise UserError(f"{index}: stands beside {file.name}; delete the one that does not count")
             return _indexed(index)
         if file.is_file():
             return [file]
-    raise UserError(f"{folder / WEIGHTS}: missing")
+    raise UserError(f"{folder / stem}.safetensors: missing")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a network's folder has weights, in any form; what is damaged or cut short shows when they are read."""
+    return any((folder / f"{STEM}{name}").is_file() for form in FORMS for name in form if name is not None)
+
+
+def is_whole(folder: Path, stem: str = STEM) -> bool:
+    """Whether `weights_files` finds them."""
+    try:
+        return bool(weights_files(folder, stem))
+    except UserError:
+        return False
 
 
 def _indexed(index: Path) -> list[Path]:

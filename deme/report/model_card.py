@@ -8,7 +8,7 @@ from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import Score, load_scores
-from deme.models.pipelines import is_hub_id, is_projected, takes_text
+from deme.models.pipelines import hub_name, is_hub_id, is_projected, takes_text
 from deme.report.tables import NAMES, markdown_table
 
 PAPER = "[Decouple-then-Merge](https://arxiv.org/abs/2410.06664)"
@@ -66,7 +66,7 @@ def header(config: Config) -> dict[str, Any]:
     """The card's metadata: what the Hub finds it by; of the model and data only what the Hub has."""
     known = {
         "license": config.model.license,
-        "base_model": config.paths.pretrained if is_hub_id(config.paths.pretrained) else None,
+        "base_model": hub_name(config.paths.pretrained),
         "datasets": [config.data.name] if is_hub_id(config.data.name) else None,
     }
     return {

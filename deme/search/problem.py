@@ -22,12 +22,12 @@ from deme.measure.noisy import Batch, draw_probes
 from deme.method.candidates import Candidates
 from deme.method.coefficients import pattern_of, patterns_of
 from deme.method.projection import with_identity_projections
-from deme.method.sampling import NetworkAt, ensemble
+from deme.method.sampling import NetworkAt, ensemble, try_sampler
 from deme.models.drawing import Drawing
 from deme.models.encoders import load_encoder
 from deme.models.inference import freeze
 from deme.models.networks import load_scheduler, load_unet, try_out
-from deme.models.pipelines import unet_folder
+from deme.models.pipelines import common_architecture, unet_folder
 from deme.models.weights import load_tensors
 from deme.search.distance import FrechetDistance
 from deme.search.probes import PROBES, Squares, make_squares
@@ -57,16 +57,17 @@ class Problem:
         self.settings = config.search
         self.accelerator = accelerator
         self.made_of = made_of
-        finetuned = {str(folder): load_tensors(folder) for folder in config.paths.finetuned}
-        base = load_tensors(unet_folder(pretrained))
-        for tensors in finetuned.values():
-            base = with_identity_projections(base, tensors)
+        folders = [unet_folder(pretrained), *config.paths.finetuned]
+        self.architecture = common_architecture(folders)
+        like = load_tensors(self.architecture)
+        base, *experts = (with_identity_projections(load_tensors(folder), like) for folder in folders)
+        finetuned = dict(zip(map(str, config.paths.finetuned), experts, strict=True))
         with naming("search.groups", config.search.groups):
             self.patterns = patterns_of(config.search.groups, list(base))
         group_of = {name: self.patterns.index(pattern_of(name, self.patterns)) for name in base}
         self.candidates = Candidates(base, finetuned, group_of, accelerator.device)
         self.scheduler = load_scheduler(pretrained)
-        network = load_unet(config.paths.finetuned[0])
+        network = load_unet(self.architecture)
         self.encoder = load_encoder(pretrained, network)
         try_out(network, self.scheduler, self.encoder)
         self.encoder.prepare(accelerator.device, config.sample.mixed_precision)
@@ -155,13 +156,16 @@ class Problem:
         """The distance without a control."""
         config = self.config
         sample = replace(config.sample, num_inference_steps=config.search_steps)
+        size = self.network.config.sample_size
+        shape = (self.network.config.in_channels, size, size)
+        with naming("sample.scheduler", sample.scheduler):
+            steps = sample.num_inference_steps
+            try_sampler(self.scheduler, sample.scheduler, steps, shape, sample.timestep_spacing)
         space = load_feature_space(config, self.accelerator)
         prompts = []
         if self.encoder.takes_text:
             with naming("sample.prompts", sample.prompts):
                 prompts = load_prompts(sample.prompts, sample.prompt_column)
-        size = self.network.config.sample_size
-        shape = (self.network.config.in_channels, size, size)
         drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.accelerator.device)
         resolution = sample.size_on_disk or config.data.resolution
         return FrechetDistance(self.accelerator, drawing, space, prompts, resolution)
@@ -172,7 +176,7 @@ class Problem:
         precision = self.config.sample.mixed_precision
         if precision == "no":
             return self.network
-        network = load_unet(self.config.paths.finetuned[0])
+        network = load_unet(self.architecture)
         return freeze(network, self.accelerator.device, precision, may_pack=False)
 
     def merged(self, coefficients: Coefficients) -> NetworkAt:

@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,14 +9,15 @@ import torch
 import yaml
 from conftest import REPOSITORY, run
 from diffusers import UNet2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import merge
 from deme.config.reading import load_config
 from deme.job.files import sha256
 from deme.measure.scores import Score, save_scores
-from deme.models.networks import with_projections
-from deme.models.weights import WEIGHTS
+from deme.method.projection import PROJECTION_SUFFIX
+from deme.models.networks import load_unet, with_projections
+from deme.models.weights import PICKLED_WEIGHTS, WEIGHTS
 
 
 @pytest.fixture
@@ -140,6 +143,83 @@ def test_the_merged_folder_is_uploaded_whole(config_file, experts, monkeypatch):
     names = {}
     exec(card.split("```python\n")[1].split("```")[0], names)
     assert len(names["images"]) == 16
+
+
+@pytest.mark.parametrize("form", ["shards", "half precision", "pickled"])
+def test_experts_in_any_form_are_found_and_merged_alike(config_file, experts, form):
+    """By merge.py, search.py and analyze.py; the values are ones that half precision holds."""
+    output = config_file.parent / "tiny" / "merged" / "unet" / WEIGHTS
+    for folder in experts:
+        unet = load_unet(folder).half().float()
+        unet.save_pretrained(folder)
+    run("merge.py", config_file)
+    expected = load_file(output)
+    for folder in experts:
+        unet = load_unet(folder)
+        (folder / WEIGHTS).unlink()
+        if form == "shards":
+            unet.save_pretrained(folder, max_shard_size="20KB")
+        elif form == "half precision":
+            unet.half().save_pretrained(folder, variant="fp16")
+        else:
+            torch.save(unet.state_dict(), folder / PICKLED_WEIGHTS)
+        assert not (folder / WEIGHTS).exists()
+    run("merge.py", config_file)
+    found = load_file(output)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    run("search.py", config_file, "search.method=closed_form", "search.images=16", "search.report_images=0")
+    assert "pretrained" in run("analyze.py", config_file, "analyze.analyses=[task_vectors]").stdout
+
+
+@pytest.mark.parametrize("projected", ["0000-0500", "0500-1000"])
+def test_experts_some_of_which_have_projections_are_merged_as_if_all_had(config_file, experts, projected):
+    """What has none counts as having identities, in merge.py, search.py and analyze.py; the result has projections."""
+    search = ["search.method=closed_form", "search.images=16", "search.report_images=0"]
+    root = config_file.parent / "tiny"
+    [folder] = [folder for folder in experts if projected not in str(folder)]
+    tensors = load_file(folder / WEIGHTS)
+    plain = UNet2DModel.from_config(load_unet(folder).config)
+    plain.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.endswith(PROJECTION_SUFFIX)})
+    with_projections(plain).save_pretrained(folder)  # all have some: identities here
+    run("merge.py", config_file)
+    run("search.py", config_file, *search)
+    expected, coefficients = load_file(root / "merged" / "unet" / WEIGHTS), yaml.safe_load(best(root).read_text())
+    plain.save_pretrained(folder)
+    shutil.rmtree(root / "search")
+    run("merge.py", config_file)
+    run("search.py", config_file, *search)
+    found = load_file(root / "merged" / "unet" / WEIGHTS)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert type(load_unet(root / "merged" / "unet")).__name__ == "ProjectedUNet2DModel"
+    again = yaml.safe_load(best(root).read_text())
+    assert again["coefficients"]["*"] == pytest.approx(coefficients["coefficients"]["*"], rel=1e-4)
+    run("analyze.py", config_file, "analyze.analyses=[task_vectors,activation_change]", "analyze.images=4")
+
+
+def best(root):
+    return root / "search" / "best.yaml"
+
+
+@pytest.mark.parametrize("script", ["merge.py", "search.py", "analyze.py"])
+def test_experts_that_compute_otherwise_are_refused_by_the_setting(config_file, experts, script):
+    settings = json.loads((experts[1] / "config.json").read_text())
+    (experts[1] / "config.json").write_text(json.dumps(settings | {"act_fn": "relu"}))
+    options = {"search.py": ["search.method=closed_form"], "analyze.py": ["analyze.analyses=[task_vectors]"]}
+    result = run(script, config_file, *options.get(script, []), status=2)
+    assert f"{experts[1] / 'config.json'}: act_fn=relu, but silu in " in result.stderr
+    assert not (config_file.parent / "tiny" / "merged").exists()
+
+
+def test_weights_that_can_not_be_merged_are_told_before_they_are_trained(config_file, pretrained):
+    """float8, which torch reads."""
+    folder = config_file.parent / "copy"
+    shutil.copytree(pretrained, folder)
+    tensors = load_file(folder / "unet" / WEIGHTS)
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}, folder / "unet" / WEIGHTS)
+    result = run("finetune.py", config_file, f"model.pretrained={folder}", status=2)
+    assert "is of type torch.float8_e4m3fn" in result.stderr
+    assert not (config_file.parent / "tiny" / "finetuned").exists()
 
 
 def test_an_upload_that_fails_loses_nothing(config_file, experts, monkeypatch):

@@ -383,7 +383,7 @@ MISTAKES = [
         "an analysis of an expert of another architecture",
         "analyze.py",
         ["analyze.analyses=[task_vectors]"],
-        "{root}/tiny/finetuned/0500-1000/unet: 0500-1000: tensor …",
+        "{root}/tiny/finetuned/0500-1000/unet/config.json: block_out_channels=[8, 32], but [8, 16] in …",
         another_architecture,
     ),
     Mistake(
@@ -726,14 +726,14 @@ MISTAKES = [
         "a network's configuration that is cut short",
         "sample_ddp.py",
         [PRETRAINED, COPY],
-        "copy/unet/config.json: JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 …",
+        "sample.model=pretrained: model.pretrained=copy: copy/unet/config.json: JSONDecodeError: …",
         copied_pretrained(lambda folder: (folder / "unet" / "config.json").write_text("{")),
     ),
     Mistake(
         "an unknown kind of prediction",
         "finetune.py",
         [COPY],
-        "model.pretrained=copy: unknown prediction_type 'foo'",
+        "model.pretrained=copy: copy/scheduler/scheduler_config.json: prediction_type=foo: not one of epsilon, …",
         copied_pretrained(edit_json("scheduler/scheduler_config.json", prediction_type="foo")),
     ),
     Mistake(
@@ -762,7 +762,7 @@ MISTAKES = [
         "a pretrained network that needs classes",
         "sample_ddp.py",
         [PRETRAINED, COPY],
-        "sample.model=pretrained: copy/unet: ValueError: class_labels should be provided when doing class conditioning",
+        "sample.model=pretrained: model.pretrained=copy: copy/unet/config.json: num_class_embeds=10: not null",
         copied_pretrained(lambda folder: tiny_unet(num_class_embeds=10).save_pretrained(folder / "unet")),
     ),
     # --- finetuned networks
@@ -818,8 +818,7 @@ MISTAKES = [
         "an expert of another architecture",
         "merge.py",
         [],
-        "{root}/tiny/finetuned/0500-1000/unet: tensor down_blocks.1.attentions.0.group_norm.bias has the shape (32,), "
-        "in the pretrained model (16,)",
+        "{root}/tiny/finetuned/0500-1000/unet/config.json: block_out_channels=[8, 32], but [8, 16] in …",
         another_architecture,
     ),
     Mistake(
@@ -933,7 +932,7 @@ MISTAKES = [
         "nested JSON without an end",
         "finetune.py",
         ["model.pretrained=copy"],
-        "copy/unet/config.json: RecursionError: …",
+        "model.pretrained=copy: copy/unet/config.json: RecursionError: …",
         copied_pretrained(lambda folder: (folder / "unet" / "config.json").write_text("[" * 100_000)),
     ),
     Mistake(
@@ -1058,8 +1057,7 @@ MISTAKES = [
         "searching for experts of another architecture",
         "search.py",
         ["search.method=closed_form"],
-        "{root}/tiny/finetuned/0500-1000/unet: tensor down_blocks.1.attentions.0.group_norm.bias has the shape (32,), "
-        "in the pretrained model (16,)",
+        "{root}/tiny/finetuned/0500-1000/unet/config.json: block_out_channels=[8, 32], but [8, 16] in …",
         another_architecture,
     ),
     Mistake(
@@ -1322,8 +1320,8 @@ MISTAKES = [
         "a model's folder whose noise schedule is cut short",
         "sample_ddp.py",
         ["sample.model=copy"],
-        "copy/scheduler/scheduler_config.json: JSONDecodeError: Expecting property name enclosed in double quotes: "
-        "line 1 column 2 …",
+        "sample.model=copy: copy/scheduler/scheduler_config.json: JSONDecodeError: Expecting property name enclosed in "
+        "double quotes: line 1 column 2 …",
         copied_pretrained(lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text("{")),
     ),
     Mistake(
@@ -1337,7 +1335,7 @@ MISTAKES = [
         "a model's folder of an unknown kind of prediction",
         "sample_ddp.py",
         ["sample.model=copy"],
-        "sample.model=copy: copy/unet: unknown prediction_type 'foo'",
+        "sample.model=copy: copy/scheduler/scheduler_config.json: prediction_type=foo: not one of epsilon, …",
         copied_pretrained(edit_json("scheduler/scheduler_config.json", prediction_type="foo")),
     ),
     Mistake(
@@ -1603,6 +1601,10 @@ SEARCH_MISTAKES = {
     "images that leave bins of the loss empty": (
         ["search.method=closed_form", "search.objective=loss", "search.images=8"],
         "search.images=8: no image falls into bin … of 16 bins of timesteps",
+    ),
+    "images of an unknown sampler": (
+        ["sample.scheduler=foo"],
+        "sample.scheduler=foo: must be one of ddim, …",
     ),
     "a file for the folder of the search": (
         ["search.output=tiny.yaml"],

@@ -12,6 +12,8 @@ def test_the_metadata_name_what_the_hub_has():
     )
     expected = {"license": "apache-2.0", "base_model": "google/ddpm-cifar10-32", "datasets": ["uoft-cs/cifar10"]}
     assert header(config).items() >= expected.items()
+    revised = Config(model=Model(pretrained="google/ddpm-cifar10-32@v1.0"))
+    assert header(revised)["base_model"] == "google/ddpm-cifar10-32"
     local = header(Config(model=Model(pretrained="assets/digits"), merge=Merge(push_to_hub="a/b")))
     assert local.keys() & expected.keys() == set()
     assert yaml.safe_load(yaml.safe_dump(header(config))) == header(config)
