@@ -65,7 +65,7 @@ cifar10() {
   [ -z "$quick" ] || options=(data.held_out_images=4 pretrain.max_steps=2 pretrain.batch_size=8 finetune.max_steps=1
     finetune.batch_size=8 distill.max_steps=1 sample.num_images=24 sample.num_inference_steps=2 evaluate.blocks=2
     evaluate.classifier_epochs=1 merge.coefficients=null {pretrain,finetune,sample}.mixed_precision=no)
-  options=("data.name=$data" "output_dir=$out" ${options[@]+"${options[@]}"} ${overrides[@]+"${overrides[@]}"})
+  options=("data.name='${data//\'/\'\'}'" "output_dir='${out//\'/\'\'}'" ${options[@]+"${options[@]}"} ${overrides[@]+"${overrides[@]}"})
   piece cifar10-scratch 8.5 env MAX_MINUTES=8 bash scripts/cifar10_scratch.sh "${options[@]}"
 }
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
 from importlib import metadata
@@ -151,7 +151,7 @@ def provenance(config: Config) -> dict[str, Any]:
     """What is written beside every output: git commit, package versions, processor, the resolved configuration."""
     packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy")
     versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}
-    values = (_git_commit(), versions, processor(), asdict(config))
+    values = (_git_commit(), versions, processor(), config.recorded)
     return dict(zip(PROVENANCE, values, strict=True))
 
 
