@@ -196,6 +196,13 @@ def make_folder(path: Path, key: str) -> None:
         raise UserError(f"{key}: cannot create the folder {path}: {one_line(error)}") from None
 
 
+def numbered(folder: Path, prefix: str) -> list[int]:
+    """The numbers behind a prefix in the names of what lies in a folder, if there is one; others are left out."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    ends = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return [int(end) for end in ends if end.isascii() and end.isdigit()]
+
+
 def to_yaml(values: dict) -> str:
     """A mapping as YAML, its keys in their order."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from deme.config.experiment import Config
 from deme.config.sections import WEIGHTINGS, Training
 from deme.errors import naming
-from deme.job.files import atomic_folder, make_folder
+from deme.job.files import atomic_folder, make_folder, numbered
 from deme.job.locks import clear_lock
 from deme.job.records import DATA, RUN, Record, changes, provenance, read_record
 
@@ -174,7 +174,7 @@ def check_same_run(run: Run) -> None:
 
 def has_trained(run: Run) -> bool:
     """Whether a run's folder holds anything that its settings matter to: a checkpoint, or what it makes."""
-    return run.output.exists() or any((run.folder / "checkpoints").glob("step-*"))
+    return run.output.exists() or bool(numbered(run.folder / "checkpoints", "step-"))
 
 
 def claim(run: Run) -> None:
