@@ -77,7 +77,6 @@ def main(config: Config) -> None:
     import torch
 
     from deme.data.examples import load_examples
-    from deme.data.sources import data_fingerprint
     from deme.job.processes import make_accelerator
     from deme.models.encoders import Pixels, load_encoder
     from deme.models.networks import load_scheduler, try_out
@@ -107,7 +106,7 @@ def main(config: Config) -> None:
         try_out(unet, scheduler, encoder)
     accelerator.wait_for_everyone()
     watched.check()  # all processes have read the same
-    fingerprint = data_fingerprint(config.data, with_captions=True)
+    fingerprint = session.data_fingerprint
     images, held_out_images = load_examples(config, settings, encoder, {DATA: fingerprint, **others}, accelerator)
     counts = f"{unet.num_parameters():,} parameters, {len(images):,} images, {len(held_out_images):,} held out"
     accelerator.print(counts)

@@ -20,7 +20,7 @@ from deme.config.comparison import ComparedRun, compared_runs, is_comparison, lo
 from deme.config.reading import override
 from deme.errors import RunError
 from deme.job.command import ended_in_one_line
-from deme.job.files import make_folder, numbered
+from deme.job.files import checkpoint_steps, make_folder
 from deme.job.graph import Job, Ledger
 from deme.job.locks import locked
 from deme.job.slurm import JOBS, Queue, missing_jobs, submit
@@ -115,7 +115,7 @@ def how_far(job: Job) -> str:
     if job.output.exists():
         return "not checked"  # made by other means: the job would find out
     training = folder.with_name("pretraining") if job.stage == "pretrain" else folder.parent
-    steps = numbered(training / "checkpoints", "step-")
+    steps = checkpoint_steps(training / "checkpoints")
     return f"step {max(steps)}" if steps else "missing"
 
 

@@ -1735,14 +1735,19 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("is_complete", [False, True])
 @pytest.mark.parametrize("changed", CHANGES)
-def test_a_run_does_not_go_on_from_other_inputs_behind_the_same_path(start, config_file, pretrained, changed):
-    """What determines the weights is what is read."""
+def test_a_run_does_not_go_on_from_other_inputs_behind_the_same_path(
+    start, config_file, pretrained, changed, is_complete
+):
+    """What determines the weights is what is read; nor is one called complete that was trained on something else."""
     root = config_file.parent
     copied_pretrained(lambda folder: None)(root, pretrained)
     images(lambda kind: None)(root, pretrained)
     options = ["model.pretrained=copy", *OWN_DATA, "finetune.range=0", "finetune.checkpoint_every=1"]
-    assert start("finetune.py", *options, "finetune.max_minutes=0.0001")[0] == 0
+    limit = ["finetune.max_steps=1"] if is_complete else ["finetune.max_minutes=0.0001"]
+    options += limit if is_complete else []
+    assert start("finetune.py", *options, *limit)[0] == 0
     CHANGES[changed](root)
     status, errors = start("finetune.py", *options)
     assert status == 2
