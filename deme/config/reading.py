@@ -75,16 +75,29 @@ def read_mapping(file: str | Path, kind: type[Section] = Config) -> Any:
             text = Path(file).expanduser().read_text(encoding="utf-8")
         except (OSError, ValueError, RuntimeError) as error:  # not there, not UTF-8, no such user
             raise UserError(one_line(error)) from None
-        node = checked_yaml(text)
-        content = _parsed(text)
-        if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode | None):
-            raise UserError("not a YAML mapping")
-        for key, written in _settings(node):
-            section, _, name = key.rpartition(".")
-            if key in _texts(kind):
-                part = content[section] if section else content
-                part[name] = _as_written(part[name], written)
-        return OmegaConf.create(content)
+        return OmegaConf.create(_values(text, kind))
+
+
+@cache
+def _values(text: str, kind: type[Section]) -> dict:
+    """The plain values of a configuration's text, as OmegaConf reads it: ${…} as it stands.
+
+    Raises:
+        UserError: it can't, or there is no mapping.
+    """
+    node = checked_yaml(text)
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text))
+    except READING_ERRORS as error:
+        raise UserError(f"not YAML: {getattr(error, 'problem', None) or one_line(error)}") from None
+    if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode | None):
+        raise UserError("not a YAML mapping")
+    for key, written in _settings(node):
+        section, _, name = key.rpartition(".")
+        if key in _texts(kind):
+            part = content[section] if section else content
+            part[name] = _as_written(part[name], written)
+    return content
 
 
 def _settings(node: yaml.Node | None, section: str = "") -> Iterator[tuple[str, yaml.Node]]:
@@ -109,18 +122,6 @@ def _texts(kind: type[Section]) -> set[str]:
     parts = [("", kind), *((f"{part.name}.", part.type) for part in fields(kind) if is_dataclass(part.type))]
     kinds = (str, Optional[str], list[str], Optional[list[str]])
     return {f"{name}{setting.name}" for name, part in parts for setting in fields(part) if setting.type in kinds}
-
-
-def _parsed(text: str) -> Any:
-    """The plain values of a YAML text, as OmegaConf reads it: ${…} as it stands.
-
-    Raises:
-        UserError: it can't.
-    """
-    try:
-        return OmegaConf.to_container(OmegaConf.create(text))
-    except READING_ERRORS as error:
-        raise UserError(f"not YAML: {getattr(error, 'problem', None) or one_line(error)}") from None
 
 
 def override(key: str, value: Any) -> str:

@@ -106,6 +106,11 @@ class Ledger:
         make_folder(self.folder, "output_dir")
         write_small_file(self.entry(job), f"{job.key}\n{made_of}\n{state_of(job.made)}\n".encode())
 
+    def begin(self, job: Job) -> str:
+        """It starts, and what there was of it no longer counts; `made_of` at this moment."""
+        self.entry(job).unlink(missing_ok=True)
+        return self.made_of(job)
+
     def plan(self, job: Job) -> None:
         """Write down what its shell needs to note that it has been done: the jobs before it, and what it makes."""
         for kind, lines in (("before", [one.name for one in job.before]), ("made", job.made)):

@@ -70,7 +70,7 @@ class Jobs:
         if command is None:
             job.state = "dropped"
             return
-        place, made_of = self.free.pop(0), self.ledger.made_of(job)
+        place, made_of = self.free.pop(0), self.ledger.begin(job)
         with self._log(job).open("ab") as log, noted_signals() as signals:  # else one might run on, unknown to us
             process = subprocess.Popen(
                 command,

@@ -85,6 +85,7 @@ run() {
 }
 
 made_of=$(made_of)
+rm -f "$ledger/$name" # what there was of it no longer counts
 status=143
 if [ $must_stop = false ]; then
   status=0

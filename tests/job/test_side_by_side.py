@@ -139,6 +139,20 @@ def test_a_failure_drops_what_needs_it_and_nothing_else(tmp_path):
     assert not (tmp_path / "dropped").exists()
 
 
+def test_what_fails_at_last_is_no_longer_scored_though_it_was_made_before(tmp_path):
+    """Else a table would go on showing what the old files gave."""
+    first, other = writes(tmp_path / "first"), writes(tmp_path / "other")
+    scores = job(tmp_path / "scores", f"import sys; open({str(tmp_path / 'scores')!r}, 'w').write(' '.join(sys.argv))")
+    scores.arguments = lambda there: [one.output.name for one in there] or None
+    scores.after_all = [first, other]
+    assert go(tmp_path, [first, other, scores]) == ["done"] * 3
+    again = fails(tmp_path / "first")
+    again.settings = "others"
+    scores.after_all, scores.state, other.state = [again, other], "waiting", "waiting"
+    assert go(tmp_path, [again, other, scores]) == ["failed", "unchanged", "done"]
+    assert (tmp_path / "scores").read_text().endswith("scores.py other")
+
+
 def test_arguments_that_are_known_when_its_turn_comes(tmp_path):
     """They name what was made of what it waited for; where that is nothing, there is nothing to do."""
     first, broken = writes(tmp_path / "first"), fails(tmp_path / "broken")

@@ -89,10 +89,11 @@ def test_what_no_job_makes_counts_for_the_jobs_that_read_it(tmp_path):
         file.parent.mkdir(exist_ok=True, parents=True)
         file.write_text("before")
     given = [f"merge.coefficients={files['best.yaml']}", f"sample.prompts={files['prompts.txt']}"]
-    given += [f"model.pretrained={tmp_path / 'flat'}", f"data.name={tmp_path / 'data'}"]
+    given += [f"model.pretrained={tmp_path / 'flat'}", f"data.name={tmp_path / 'data'}", "timesteps.num_ranges=2"]
 
     def keys() -> dict[str, str]:
-        return {name: job.key for name, job in stages(tmp_path, *given).items()}
+        runs = {"models": {"models": ["pretrained", "merged"]}}
+        return {name: job.key for name, job in stages(tmp_path, *given, runs=runs).items()}
 
     def rewrite(file: Path) -> None:
         times = file.stat()
@@ -114,7 +115,7 @@ def test_what_no_job_makes_counts_for_the_jobs_that_read_it(tmp_path):
             concerned[name] = {job.split()[0] for job, key in keys().items() if key != before[job]}
         assert concerned["best.yaml"] == {"merge", "card"}
         assert concerned["prompts.txt"] == {name for name in concerned["flat/weights"] if name.startswith("sample-")}
-        assert concerned["data/a/0.png"] == {"train", "distill", "statistics", "evaluate", "report"}
+        assert concerned["data/a/0.png"] == {"train", "statistics", "evaluate", "report"}
         assert concerned["flat/weights"] == {name.split()[0] for name in before}
 
 
