@@ -9,6 +9,7 @@ from typing import ClassVar, Optional
 from omegaconf import MISSING, OmegaConf
 
 from deme.config.experiment import Config
+from deme.config.paths import for_shell
 from deme.config.reading import READING_ERRORS, load_config, override, read_mapping, read_override
 from deme.config.section import Section, at_home, is_folder_name, one_of
 from deme.config.sections import Evaluate
@@ -154,7 +155,7 @@ def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Comp
             if config.name in names:
                 raise UserError(f"runs.{name}: its run is called {config.name}, as another one; choose another name")
             names.add(config.name)
-            yield ComparedRun(name, seed, models, ["--config", comparison.base, *given], config)
+            yield ComparedRun(name, seed, models, ["--config", for_shell(comparison.base), *given], config)
 
 
 def check_no_shared_output(config: Config) -> None:

@@ -23,7 +23,7 @@ def checked_yaml(text: str) -> yaml.Node | None:
         node = yaml.compose(text, yaml.SafeLoader)
         depth, repeated, count = (0, 0, 0) if node is None else _measure(node)
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"not YAML: {getattr(error, 'problem', None) or one_line(error)}") from None
+        raise UserError(f"not YAML: {reason(error)}") from None
     except RecursionError:
         depth, repeated, count = DEEPEST + 1, 0, 0
     if depth > DEEPEST:
@@ -43,7 +43,14 @@ def read_yaml_text(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError) as error:  # dates, numbers, keys
-        raise UserError(f"not YAML: {getattr(error, 'problem', None) or one_line(error)}") from None
+        raise UserError(f"not YAML: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a YAML text, and where, if not in its first line."""
+    place = getattr(error, "problem_mark", None)
+    where = "" if place is None or place.line == 0 else f" (line {place.line + 1}, column {place.column + 1})"
+    return f"{getattr(error, 'problem', None) or one_line(error)}{where}"
 
 
 def _measure(root: yaml.Node) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deme.config.experiment import Config
-from deme.config.plain_yaml import DEEPEST, checked_yaml
+from deme.config.plain_yaml import DEEPEST, checked_yaml, reason
 from deme.config.section import Section, at_home
 from deme.errors import UserError, naming, one_line, shown
 
@@ -89,7 +89,7 @@ def _values(text: str, kind: type[Section]) -> dict:
     try:
         content = OmegaConf.to_container(OmegaConf.create(text))
     except READING_ERRORS as error:
-        raise UserError(f"not YAML: {getattr(error, 'problem', None) or one_line(error)}") from None
+        raise UserError(f"not YAML: {reason(error)}") from None
     if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode | None):
         raise UserError("not a YAML mapping")
     for key, written in _settings(node):
@@ -200,7 +200,9 @@ def read_override(override: str, kind: type[Section] = Config) -> Any:
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
         except READING_ERRORS as error:
-            raise UserError(f"not YAML: {getattr(error, 'problem', None) or one_line(error)}") from None
+            raise UserError(f"not YAML: {reason(error)}") from None
+        if isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None:
+            return text.strip()  # also what follows a #, as no comments are written there
         return _as_written(value, node) if key in _texts(kind) else value
 
 

@@ -78,7 +78,9 @@ def at_home(section: AnySection) -> AnySection:
         if is_dataclass(value):
             changed[key] = at_home(value)
         elif key in section.path_keys and isinstance(value, str):
-            section.check(key, is_one_line(value), "holds a line break, a tab or another control character")
+            if not is_one_line(value):
+                name = f"{section.section}.{key}".removeprefix(".")
+                raise UserError(f"{name}={value!a}: holds a line break, a tab or another control character")
             changed[key] = os.path.expanduser(value)
             rule = f"no such user; a folder of that name is written ./{value}"
             section.check(key, not changed[key].startswith("~"), rule)

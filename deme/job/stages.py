@@ -10,7 +10,7 @@ from typing import Any
 
 from deme.config.comparison import ComparedRun, Comparison
 from deme.config.experiment import Config
-from deme.config.paths import image_path
+from deme.config.paths import for_shell, image_path
 from deme.config.reading import load_config, override
 from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.job.files import REPOSITORY, sha256
@@ -106,7 +106,7 @@ class Stages:
             cache = [self.add(base, "cache", "scripts/cache.py", output=None, after=self.pretrained)]
         self.first = [*self.pretrained, *cache]
         if reference is not None:
-            base = replace(base, config=load_config(reference, []), arguments=["--config", reference])
+            base = replace(base, config=load_config(reference, []), arguments=["--config", for_shell(reference)])
             cache = []
         output = base.config.paths.reference
         made = {"output": output, "parts": [output, base.config.paths.classifier]}

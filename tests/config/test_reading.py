@@ -197,6 +197,11 @@ def test_a_text_stands_for_itself_though_it_looks_like_a_number(tmp_path, text):
     assert (config.name, config.data.split, config.evaluate.samples) == (text, text, [text, "b"])
 
 
+def test_an_override_holds_no_comments(empty):
+    config = load_config(empty, ["model.pretrained=model #2", "sample.prompts=a # b.txt", "seed=3 # as before"])
+    assert (config.model.pretrained, config.sample.prompts, config.seed) == ("model #2", "a # b.txt", 3)
+
+
 def settings_of(kind=Config, section=""):
     """section.key → its type."""
     for setting in fields(kind):
