@@ -7,7 +7,8 @@
 A comparison lists runs, as overrides of one base configuration, and their models. `base=FILE`, `seeds=[…]` and
 `reference=FILE`, the experiment whose images FID compares with, replace the comparison's own; all other overrides go to
 every run. What does not depend on each other runs side by side: one job per GPU, or per core of the CPU (NUM_PROCESSES:
-GPUs or cores of each job; BLOCKS: jobs that draw from each model). The same command again goes on where it was stopped.
+GPUs or cores of each job; JOBS_PER_GPU: jobs that share one, where networks are small; BLOCKS: jobs that draw from each
+model). The same command again goes on where it was stopped.
 Writes runs/<name>/comparison/<comparison>/, with table.md and rows.json, the base's page, runs/<name>/report.html, and
 runs/<name>/jobs/logs/.
 """
@@ -50,7 +51,7 @@ def main(file: str, runs: list[ComparedRun], jobs: list[Job], processes: int, ta
     base = runs[0]
     paths = base.config.paths
     ledger, logs = Ledger(paths.jobs / "done"), paths.jobs / "logs"
-    where = places(processes)
+    where = places(processes, number_given("JOBS_PER_GPU"))
     if not where:
         raise UserError(f"NUM_PROCESSES={processes}: more than there are GPUs")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # whose python the launcher starts

@@ -194,7 +194,7 @@ def main(config: Config) -> None:
 
     # --- one run per task
     for task, run in runs:
-        if not finetune(session, task, run.reading(fingerprint), loaded, images):
+        if not finetune(session, task, session.reading(run), loaded, images):
             return
         gc.collect()  # autocast's wrappers tie this run's networks into cycles, which would keep their memory
 

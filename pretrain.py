@@ -126,7 +126,7 @@ def main(config: Config) -> None:
 
     trainer = session.train(
         accelerator,
-        run.reading(fingerprint),
+        session.reading(run),
         lambda: Trainer(accelerator, networks, images, objective, settings, run.folder, held_out),
         write,
     )

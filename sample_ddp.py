@@ -205,7 +205,7 @@ def draw(
     from deme.data.samples import write_image
     from deme.models.drawing import Drawing
 
-    drawing = Drawing(scheduler, encoder, settings, shape, accelerator.device, accelerator.autocast)
+    drawing = Drawing(scheduler, encoder, settings, shape, accelerator.device)
     batches = [seeds[start : start + settings.batch_size] for start in range(0, len(seeds), settings.batch_size)]
     silent = not accelerator.is_main_process or not batches
     writes = []

@@ -25,7 +25,7 @@ from deme.config.sections import EXAMPLE_KEYS, range_name
 from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import make_folder, sha256, write_yaml
-from deme.job.records import DATA, SEARCH, Record, provenance, read_record
+from deme.job.records import DATA, IMAGE_COLUMN, SEARCH, Record, provenance, read_record
 from deme.models.inputs import Inputs
 from deme.models.pipelines import takes_text, unet_folder
 from deme.models.searched import SECONDS, timed
@@ -71,7 +71,7 @@ def main(config: Config) -> None:
     watched = inputs.watched()
 
     # --- torch is imported after what can be answered without it
-    from deme.data.sources import data_fingerprint
+    from deme.data.sources import as_opened, data_fingerprint
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.report.tables import score_table
     from deme.search.fresh import score_fresh, verdict
@@ -81,8 +81,9 @@ def main(config: Config) -> None:
 
     # --- what is searched
     made_of = {DATA: data_fingerprint(config.data, with_captions=True), **inputs.hashes()}
+    column = {IMAGE_COLUMN: as_opened(config.data).image_column}
     weights = {"pretrained": weights_hash(networks[0]), "finetuned": list(map(weights_hash, finetuned))}
-    wanted = Record(SEARCH, searched(config) | weights | made_of, provenance(config))
+    wanted = Record(SEARCH, searched(config) | column | weights | made_of, provenance(config))
     accelerator = make_accelerator(config.sample.mixed_precision, "sample.mixed_precision")
     problem = Problem(config, accelerator, pretrained, made_of, output)
     watched.check()  # what was hashed was read
@@ -114,7 +115,6 @@ def main(config: Config) -> None:
         beside = {"coefficients": answer["coefficients"]} | provenance(config)
         scored = {"images": settings.report_images, "blocks": config.report_blocks}
         scored["steps"] = config.sample.num_inference_steps
-        scored["continued"] = weights_hash(config.paths.continued) if config.paths.continued.is_dir() else None
         identity = Record(SEARCH, {**wanted.made_from, **answer, **scored}).digest
         fresh = score_fresh(problem, found, output / "report.json", identity, beside)
         if accelerator.is_main_process:
@@ -141,7 +141,7 @@ def searched(config: Config) -> dict[str, Any]:
     parts["sample"] = {key: getattr(config.sample, key) for key in SAMPLED_WITH}
     evaluated = asdict(config.evaluate)
     parts["evaluate"] = {k: v for k, v in evaluated.items() if k in ("features", "reference") or "classifier" in k}
-    parts["data"] = {key: getattr(config.data, key) for key in ("image_column", *EXAMPLE_KEYS)}
+    parts["data"] = {key: getattr(config.data, key) for key in EXAMPLE_KEYS}
     parts["finetune"] = {"caption_dropout": config.finetune.caption_dropout}
     for section, key in (("sample", "prompts"), ("evaluate", "reference")):  # files: what they hold counts
         given = parts[section][key]

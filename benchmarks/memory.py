@@ -53,6 +53,7 @@ def main() -> None:
             if child.returncode not in (0, OUT_OF_MEMORY):
                 sys.exit(child.returncode)
             gib.append(float(child.stdout.splitlines()[-1]) if child.returncode == 0 else None)
+            print({**mode, "batch_size": batch_size, "gib": gib[-1]}, flush=True)  # a time limit loses the table alone
         rows.append({**mode, "gib": gib, "batch_sizes": batch_sizes})
 
     titles = ["mixed_precision, GiB", *(f"{size} image{'s' * (size > 1)}" for size in batch_sizes)]
@@ -80,7 +81,8 @@ def measure(mixed_precision: str, gradient_checkpointing: bool, batch_size: int,
     teacher = UNet2DModel(**(SMALL if quick else CHURCH))
     size = teacher.config.sample_size
     pixels = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8)] * batch_size
-    settings = Finetune(batch_size=batch_size, gradient_checkpointing=gradient_checkpointing)
+    modes = {"gradient_checkpointing": gradient_checkpointing, "mixed_precision": mixed_precision}
+    settings = Finetune(batch_size=batch_size, **modes)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(accelerator, teacher, pixels, settings, Path(folder))

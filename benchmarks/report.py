@@ -43,9 +43,14 @@ def save(name: str, device: str, rows: list[dict], table: str, ceiling: dict[str
     command = shlex.join([*limits, "python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     place = "-".join([name, device, *(["avx2"] if limits else [])])
     content = {"command": command, "machine": machine(device), "ceiling": ceiling, "rows": rows}
+    write_results(place, content)
+    put(FOLDER / "README.md", place, f"`{command}` on {content['machine']}:\n\n{table}")
+
+
+def write_results(place: str, content: dict) -> None:
+    """Write results/PLACE.json."""
     (FOLDER / "results").mkdir(exist_ok=True)
     (FOLDER / "results" / f"{place}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    put(FOLDER / "README.md", place, f"`{command}` on {content['machine']}:\n\n{table}")
 
 
 def put(page: Path, place: str, content: str) -> None:

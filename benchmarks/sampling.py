@@ -1,9 +1,9 @@
-"""Sampling, noise to PNG on disk: sample_ddp.py's path against diffusers' DDIMPipeline and two network calls per step.
+"""Sampling on a CPU, noise to PNG: sample_ddp.py's path against diffusers' DDIMPipeline and two network calls per step.
 
-A second table shows what the choices behind it are worth: memory format, compiling, threads, batch.
+A second table shows what the choices behind it are worth: memory format, compiling, threads, batch. A GPU is
+measured by gpu_first.py.
 
 python benchmarks/sampling.py
-python benchmarks/sampling.py --device cuda      # Church's network at 256×256, the others in fp16
 python benchmarks/sampling.py --quick
 """
 
@@ -29,28 +29,26 @@ from benchmarks.unets import CHURCH, CIFAR10
 from deme.config.sections import Sample
 from deme.job.files import read_json
 from deme.models.encoders import Pixels
-from deme.models.inference import AUTOCAST_TYPES, freeze
+from deme.models.inference import freeze
 from deme.report.tables import markdown_table
 from sample_ddp import draw
 
-GRAPHS = "compiled, CUDA graphs"
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits" / "unet"
 
 
 def main() -> None:
     arguments = parse(__doc__)
-    on_gpu = arguments.device == "cuda"
     repeats = 1 if arguments.quick else 3
     shapes = {
-        "CIFAR-10": (CIFAR10, 32, (256, 512, 50) if on_gpu else (8, 16, 10)),  # batch, images, steps
-        "Church": (CHURCH, 256, (32, 64, 50)) if on_gpu else (CHURCH, 32, (8, 16, 10)),
+        "CIFAR-10": (CIFAR10, 32, (8, 16, 10)),  # batch, images, steps
+        "Church": (CHURCH, 32, (8, 16, 10)),
         "digits": (read_json(DIGITS / "config.json"), 8, (256, 2048, 50)),
     }
     rows = []
     for name, (settings, size, work) in shapes.items():
         batch, images, steps = (2, 2, 2) if arguments.quick else work
         unet = UNet2DModel.from_config(settings | {"sample_size": size}).eval()
-        rows += measure(f"{name}, {size}×{size}", unet, batch, images, steps, repeats, on_gpu)
+        rows += measure(f"{name}, {size}×{size}", unet, batch, images, steps, repeats)
     titles = ["", "batch", "steps", "images/s", "× DDIMPipeline", "× two calls per step", "share without network"]
     lines = [
         [f"{row['unet']}: {row['name']}", str(row["batch"]), str(row["steps"]), spread(row["images_per_second"])]
@@ -60,62 +58,51 @@ def main() -> None:
     ]
     settings, size, (batch, *_) = shapes["CIFAR-10" if arguments.quick else "Church"]
     unet = UNet2DModel.from_config(settings | {"sample_size": size}).eval()
-    found = choices(unet, batch, repeats, arguments.device, compiled=not arguments.quick)
+    found = choices(unet, batch, repeats, compiled=not arguments.quick)
     values = [[name, *(spread(row["images_per_second"]) for row in found[name].values())] for name in found]
     what = f"{'CIFAR-10' if arguments.quick else 'Church'}, {size}×{size}, batch {batch}: images/s of one network call"
     second = markdown_table([what, *next(iter(found.values()))], values)
-    save("sampling", arguments.device, [*rows, found], f"{markdown_table(titles, lines)}\n\n{second}")
+    save("sampling", "cpu", [*rows, found], f"{markdown_table(titles, lines)}\n\n{second}")
 
 
-def measure(title: str, unet: nn.Module, batch: int, images: int, steps: int, repeats: int, on_gpu: bool) -> list[dict]:
+def measure(title: str, unet: nn.Module, batch: int, images: int, steps: int, repeats: int) -> list[dict]:
     """One row per contender."""
-    device = "cuda" if on_gpu else "cpu"
-    stock_type = torch.float16 if on_gpu else torch.float32
-    stock = UNet2DModel.from_config(unet.config)
-    stock.load_state_dict(unet.state_dict())
-    stock = stock.eval().to(device, stock_type)
+    stock = copy.deepcopy(unet)
     pipeline = DDIMPipeline(stock, DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     seeds = list(range(images))
 
     def ours(precision: str, network: Callable | None = None) -> Callable[[], None]:
-        network = network or freeze(copy.deepcopy(unet), device, precision)
+        network = network or freeze(copy.deepcopy(unet), "cpu", precision)
         encoder = Pixels(unet.config.in_channels)
-        encoder.prepare(torch.device(device), precision)
+        encoder.prepare(torch.device("cpu"), precision)
 
         def work() -> None:
             settings = Sample(batch_size=batch, num_inference_steps=steps, mixed_precision=precision)
             AcceleratorState._reset_state(reset_partial_state=True)
-            accelerator = Accelerator(cpu=not on_gpu, mixed_precision=precision)
+            accelerator = Accelerator(cpu=True, mixed_precision=precision)
             with tempfile.TemporaryDirectory() as folder:
                 drawn = (DDPMScheduler(), encoder, shape, seeds, {}, Path(folder))
                 draw(accelerator, settings, lambda _: network, *drawn)
 
         return work
 
-    autocast_type = torch.float16 if on_gpu else torch.bfloat16  # a bfloat16 network itself makes no images there
-    whole = DDIMPipeline(copy.deepcopy(unet).to(device), DDIMScheduler()) if on_gpu else pipeline
-    whole.set_progress_bar_config(disable=True)
-
     def autocast_images(part: list[int]) -> list[Image.Image]:
-        with torch.autocast(device, autocast_type):
-            return pipeline_images(whole, part, steps)
+        with torch.autocast("cpu", torch.bfloat16):  # a bfloat16 network itself makes no images there
+            return pipeline_images(pipeline, part, steps)
 
-    dtype = str(stock_type).removeprefix("torch.")
-    pipeline_name = f"DDIMPipeline, {dtype}"
-    autocast_name = "fp16" if on_gpu else "bf16"
-    two_calls_name = f"two calls per step, {dtype}"
+    pipeline_name = "DDIMPipeline, float32"
+    two_calls_name = "two calls per step, float32"
     precisions = {"sample_ddp.py, no": "no", "sample_ddp.py, bf16": "bf16"}
-    precisions |= {"sample_ddp.py, fp16": "fp16"} if on_gpu else {}
     contenders = {
         pipeline_name: lambda: save_loop(lambda part: pipeline_images(pipeline, part, steps), seeds, batch),
         two_calls_name: lambda: save_loop(lambda part: two_call_images(stock, part, steps), seeds, batch),
         **{name: ours(precision) for name, precision in precisions.items()},
-        f"DDIMPipeline, {autocast_name} autocast": lambda: save_loop(autocast_images, seeds, batch),
+        "DDIMPipeline, bf16 autocast": lambda: save_loop(autocast_images, seeds, batch),
         "without network": ours("no", lambda images, *_, **__: (images,)),
     }
-    taken = alternate(contenders, repeats, device)
+    taken = alternate(contenders, repeats, "cpu")
     rest = statistics.median(taken.pop("without network"))
     rows = []
     for name, values in taken.items():
@@ -131,33 +118,29 @@ def measure(title: str, unet: nn.Module, batch: int, images: int, steps: int, re
     return rows
 
 
-def choices(unet: nn.Module, batch: int, repeats: int, device: str, compiled: bool) -> dict[str, dict[str, dict]]:
+def choices(unet: nn.Module, batch: int, repeats: int, compiled: bool) -> dict[str, dict[str, dict]]:
     """Choice → precision → its images/s; what sample_ddp.py does first."""
-    precisions = ("no", "bf16", "fp16") if device == "cuda" else ("no", "bf16")
     threads = torch.get_num_threads()
 
     def network(choice: str, precision: str) -> Callable:
         if choice in ("contiguous", "channels_last"):
             layout = torch.channels_last if choice == "channels_last" else torch.contiguous_format
-            return copy.deepcopy(unet).to(device, memory_format=layout)
-        frozen = freeze(copy.deepcopy(unet), device, precision)
-        if not choice.startswith("compiled"):
-            return frozen
-        plain = copy.deepcopy(unet).to(device, memory_format=torch.channels_last)  # whose convolutions it can see
-        return torch.compile(plain, mode="reduce-overhead" if choice == GRAPHS else None)
+            return copy.deepcopy(unet).to(memory_format=layout)
+        if choice == "compiled":
+            return torch.compile(copy.deepcopy(unet).to(memory_format=torch.channels_last))  # it sees the convolutions
+        return freeze(copy.deepcopy(unet), "cpu", precision)
 
     def call(choice: str, precision: str) -> tuple[Callable[[], None], int]:
         size = int(choice.removeprefix("batch ")) if choice.startswith("batch ") else batch
         predict = network(choice, precision)
         channels = unet.config.in_channels
         side = unet.config.sample_size
-        images = torch.randn(size, channels, side, side, device=device)
-        timestep = torch.tensor(500, device=device)
-        dtype = AUTOCAST_TYPES[precision] or torch.bfloat16
+        images = torch.randn(size, channels, side, side)
+        timestep = torch.tensor(500)
 
         def work() -> None:
             torch.set_num_threads(1 if choice == "1 thread" else threads)
-            with torch.inference_mode(), torch.autocast(device, dtype, enabled=precision != "no"):
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
                 predict(images, timestep)
             torch.set_num_threads(threads)
 
@@ -165,13 +148,12 @@ def choices(unet: nn.Module, batch: int, repeats: int, device: str, compiled: bo
 
     names = ["as sample_ddp.py has it", "contiguous", "channels_last"]
     names += ["compiled"] if compiled else []
-    names += [GRAPHS] if compiled and device == "cuda" else []
-    names += [] if device == "cuda" else ["1 thread"]
+    names += ["1 thread"]
     names += [f"batch {size}" for size in (batch // 8, batch // 2, 2 * batch, 4 * batch) if size > 0]
     found: dict[str, dict[str, dict]] = {name: {} for name in names}
-    for precision in precisions:
+    for precision in ("no", "bf16"):
         calls = {name: call(name, precision) for name in names}
-        taken = alternate({name: work for name, (work, _) in calls.items()}, repeats, device)
+        taken = alternate({name: work for name, (work, _) in calls.items()}, repeats, "cpu")
         for name, values in taken.items():
             found[name][precision] = {"images_per_second": [calls[name][1] / value for value in values]}
     return found

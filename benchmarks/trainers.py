@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
 from deme.config.sections import Training
@@ -16,6 +17,12 @@ from deme.training.held_out import HeldOut
 from deme.training.trainer import Networks, Objective, Trainer
 
 OBJECTIVE = Objective("benchmark", (0, 2, 0, 250), [(0, 250)], global_probability=0.3, consistency_weight=1.0)
+
+
+def make_accelerator(device: str, precision: str) -> Accelerator:
+    """A new one, though accelerate keeps the first one's precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
 
 
 def make_trainer(

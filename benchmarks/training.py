@@ -1,11 +1,11 @@
-"""One optimizer step of finetune.py's loop against a plain accelerate loop: same networks, objective, batch and images.
+"""One optimizer step of finetune.py's loop on a CPU against a plain accelerate loop: same networks, objective, batch.
 
     python benchmarks/training.py
-    python benchmarks/training.py --device cuda      # Church's network at 256×256
     python benchmarks/training.py --quick
 
 The plain loop is written as diffusers' examples write theirs: images decoded in the loader, the loss read at every
-micro-batch, the EMA parameter by parameter, torch's defaults for AdamW and the memory format.
+step, the EMA parameter by parameter, torch's defaults for AdamW and the memory format. A GPU is measured by
+gpu_first.py.
 """
 
 import io
@@ -21,8 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -35,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import ceiling, has_bf16, parse, ratios, seconds, spread
 from benchmarks.report import save
-from benchmarks.trainers import make_trainer
+from benchmarks.trainers import make_accelerator, make_trainer
 from benchmarks.unets import CHURCH, SMALL
 from deme.config.sections import Finetune
 from deme.job.machine import peak_memory
@@ -45,24 +43,22 @@ from deme.training import trainer as training_loop
 from deme.training.trainer import Trainer
 
 NUM_IMAGES = 64
-TYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "bfloat16"}  # whose matrix products set the limit
+IMAGE_SIZE = 32
+BATCH_SIZE = 4
+TYPES = {"no": "float32", "bf16": "bfloat16"}  # whose matrix products set the limit
 Step = Callable[[], None]
 
 
 def main() -> None:
     arguments = parse(__doc__)
-    device = arguments.device
-    batch_size, micro_batch_size = (32, 4) if device == "cuda" else (4, 4)  # all contenders stay in memory
-    precisions = ["no", "bf16", "fp16"] if device == "cuda" else ["no", "bf16"] if has_bf16() else ["no"]
+    precisions = ["no", "bf16"] if has_bf16() else ["no"]
     names = [f"{contender}, {precision}" for precision in precisions for contender in ("plain loop", "finetune.py")]
-    settings = {"quick": arguments.quick, "device": device, "batch_size": batch_size}
-    settings |= {"micro_batch_size": micro_batch_size}
-    limits = ceiling(device)
+    limits = ceiling("cpu")
     context = multiprocessing.get_context("spawn")
     workers: dict[str, Connection] = {}
     for name in names:
         workers[name], theirs = context.Pipe()
-        context.Process(target=work, args=(name, settings, theirs), daemon=True).start()
+        context.Process(target=work, args=(name, arguments.quick, theirs), daemon=True).start()
         theirs.close()  # so that a worker that dies is noticed
     for worker in workers.values():
         worker.recv()  # it is ready
@@ -87,7 +83,7 @@ def main() -> None:
     for name, values in taken.items():
         precision = name.split(", ")[1]
         rate = flops / statistics.median(values)
-        row = {"name": name, "seconds_per_step": values, "images_per_second": [batch_size / value for value in values]}
+        row = {"name": name, "seconds_per_step": values, "images_per_second": [BATCH_SIZE / value for value in values]}
         row |= {"times_plain": ratios(taken[f"plain loop, {precision}"], values)}
         row |= {"times_plain_float32": ratios(taken["plain loop, no"], values)}
         row |= {"flop_per_second": rate, "share_of_ceiling": rate / limits[TYPES[precision]]}
@@ -108,40 +104,35 @@ def main() -> None:
     ]
     ours = [row for row in rows if "shares" in row]
     parts = [[row["name"], *(f"{share:.1%}" for share in row["shares"].values())] for row in ours]
-    size = image_size(device, arguments.quick)
-    network = ("A small network" if arguments.quick else "Church's network") + f" at {size}×{size}"
-    what = f"{network}, batch {batch_size} in micro-batches of {micro_batch_size}; where a step's time goes:"
+    network = "A small network" if arguments.quick else "Church's network"
+    what = f"{network} at {IMAGE_SIZE}×{IMAGE_SIZE}, batch {BATCH_SIZE}; where a step's time goes:"
     shares = markdown_table(["", *ours[0]["shares"]], parts)
     tables = [markdown_table(titles, lines), what, shares]
-    save("training", device, rows, "\n\n".join(tables), limits)
+    save("training", "cpu", rows, "\n\n".join(tables), limits)
 
 
-def work(name: str, settings: dict, parent: Connection) -> None:
+def work(name: str, quick: bool, parent: Connection) -> None:
     """A contender's own process: a step at each request, at the end what it measured."""
     contender, precision = name.split(", ")
-    device = settings["device"]
-    quick = settings["quick"]
-    size = image_size(device, quick)
-    images = [smooth_noise(number, size) for number in range(NUM_IMAGES)]
+    images = [smooth_noise(number, IMAGE_SIZE) for number in range(NUM_IMAGES)]
     torch.manual_seed(0)
-    teacher = UNet2DModel(**(SMALL if quick else CHURCH) | {"sample_size": size})
-    make_step = plain_step if contender == "plain loop" else our_step
-    step, trainer = make_step(teacher, images, settings["batch_size"], settings["micro_batch_size"], precision, device)
+    teacher = UNet2DModel(**(SMALL if quick else CHURCH) | {"sample_size": IMAGE_SIZE})
+    if contender == "plain loop":
+        step, trainer = plain_step(teacher, images, BATCH_SIZE, precision, "cpu"), None
+    else:
+        trainer = our_trainer(teacher, images, precision)
+        step = trainer.step
     parent.send("ready")
     while parent.recv() == "step":
-        parent.send(seconds(step, device))
-    found = {"peak_memory": peak_memory(torch.device(device))}
+        parent.send(seconds(step, "cpu"))
+    found = {"peak_memory": peak_memory(torch.device("cpu"))}
     if trainer is not None:
-        found["shares"] = breakdown(trainer, device)
+        found["shares"] = breakdown(trainer)
     else:  # the same work, in operations that torch can count
         with FlopCounterMode(display=False) as counter:
             step()
         found["flops"] = counter.get_total_flops()
     parent.send(found)
-
-
-def image_size(device: str, quick: bool) -> int:
-    return 256 if device == "cuda" and not quick else 32
 
 
 def smooth_noise(seed: int, size: int) -> np.ndarray:
@@ -150,27 +141,17 @@ def smooth_noise(seed: int, size: int) -> np.ndarray:
     return np.array(Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def make_accelerator(precision: str, device: str, micro_batches: int = 1) -> Accelerator:
-    AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the first one's precision
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision, gradient_accumulation_steps=micro_batches)
-
-
-def our_step(
-    teacher: UNet2DModel, images: list, batch_size: int, micro_batch_size: int, precision: str, device: str
-) -> tuple[Step, Trainer]:
+def our_trainer(teacher: UNet2DModel, images: list, precision: str) -> Trainer:
     pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
-    settings = Finetune(batch_size=batch_size, micro_batch_size=micro_batch_size, mixed_precision=precision)
-    accelerator = make_accelerator(precision, device)
-    trainer = make_trainer(accelerator, teacher, pixels, settings, Path("unused"), random_flip=True)
-    return trainer.step, trainer
+    settings = Finetune(batch_size=BATCH_SIZE, mixed_precision=precision)
+    accelerator = make_accelerator("cpu", precision)
+    return make_trainer(accelerator, teacher, pixels, settings, Path("unused"), random_flip=True)
 
 
-def plain_step(
-    teacher: UNet2DModel, images: list, batch_size: int, micro_batch_size: int, precision: str, device: str
-) -> tuple[Step, None]:
-    micro_batches = batch_size // micro_batch_size
+def plain_step(teacher: UNet2DModel, images: list, batch_size: int, precision: str, device: str) -> Step:
+    """A plain loop's step of one micro-batch."""
     settings = Finetune()
-    accelerator = make_accelerator(precision, device, micro_batches)
+    accelerator = make_accelerator(device, precision)
     size = teacher.config.sample_size
     scheduler = DDPMScheduler()
     augment = transforms.Compose(
@@ -187,7 +168,7 @@ def plain_step(
     def collate(rows: list[int]) -> torch.Tensor:
         return torch.stack([augment(Image.open(io.BytesIO(files[row])).convert("RGB")) for row in rows])
 
-    data = DataLoader(range(len(files)), batch_size=micro_batch_size, shuffle=True, collate_fn=collate)
+    data = DataLoader(range(len(files)), batch_size=batch_size, shuffle=True, collate_fn=collate)
     student = with_projections(teacher).train()
     teacher.requires_grad_(False)
     teacher.to(accelerator.device, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -200,27 +181,26 @@ def plain_step(
     losses = []
 
     def step() -> None:
-        for _ in range(micro_batches):
-            clean = next(batches)
-            noise = torch.randn_like(clean)
-            timesteps = torch.randint(0, 250, (len(clean),), device=clean.device)
-            noisy = scheduler.add_noise(clean, noise, timesteps)
-            with accelerator.accumulate(student):
-                prediction = student(noisy, timesteps).sample
-                with torch.no_grad():
-                    reference = teacher(noisy.to(teacher.dtype), timesteps).sample
-                loss = F.mse_loss(prediction.float(), noise) + F.mse_loss(prediction.float(), reference.float())
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(student.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
+        clean = next(batches)
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(0, 250, (len(clean),), device=clean.device)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        with accelerator.accumulate(student):
+            prediction = student(noisy, timesteps).sample
+            with torch.no_grad():
+                reference = teacher(noisy.to(teacher.dtype), timesteps).sample
+            loss = F.mse_loss(prediction.float(), noise) + F.mse_loss(prediction.float(), reference.float())
+            accelerator.backward(loss)
             if accelerator.sync_gradients:
-                ema.step(student.parameters())
-            losses.append(loss.detach().item())
+                accelerator.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            ema.step(student.parameters())
+        losses.append(loss.detach().item())
 
-    return step, None
+    return step
 
 
 def encoded(image: np.ndarray) -> bytes:
@@ -234,8 +214,8 @@ def endless(data: DataLoader) -> Iterator[torch.Tensor]:
         yield from data
 
 
-def breakdown(trainer: Trainer, device: str, steps: int = 3) -> dict[str, float]:
-    """Part of a step → its share of the step's time; on a GPU with a wait after each part."""
+def breakdown(trainer: Trainer, steps: int = 3) -> dict[str, float]:
+    """Part of a step → its share of the step's time."""
     spent: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -244,7 +224,7 @@ def breakdown(trainer: Trainer, device: str, steps: int = 3) -> dict[str, float]
 
         def measured(*args, **kwargs):
             results = []
-            spent[part] += seconds(lambda: results.append(original(*args, **kwargs)), device)
+            spent[part] += seconds(lambda: results.append(original(*args, **kwargs)), "cpu")
             return results[0]
 
         setattr(owner, name, measured)
@@ -263,7 +243,7 @@ def breakdown(trainer: Trainer, device: str, steps: int = 3) -> dict[str, float]
         timed("optimizer", trainer.optimizer, "step"),
         timed("EMA", training_loop, "update_ema"),
     ):
-        total = sum(seconds(trainer.step, device) for _ in range(steps))
+        total = sum(seconds(trainer.step, "cpu") for _ in range(steps))
     return {part: value / total for part, value in spent.items()} | {"rest": 1 - sum(spent.values()) / total}
 
 

@@ -1,77 +1,103 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, most valuable first, in pieces of under 9 minutes each, made for one H100 or H200 in 28 minutes:
-# checks against the CPU, sampling, training and memory (tables in benchmarks/README.md), CIFAR-10 from nothing.
+# What only a GPU can tell, in two calls that together take 12 minutes of one H100 or H200 without a network: first
+# benchmarks/gpu_first.py (is it right, how fast is it), then scripts/cifar10_first.sh (what merging gains on CIFAR-10).
 #
-#   bash scripts/gpu.sh --data FOLDER        # uoft-cs/cifar10's parquet files, for the last piece, which is else left out
-#   bash scripts/gpu.sh --quick              # each piece small and on the CPU: that no GPU minute goes to a typo
-#   bash scripts/gpu.sh --data FOLDER data.image_column=image    # overrides go to the last piece
-#   MAX_MINUTES=9 bash scripts/gpu.sh …      # begins no piece that may take longer than what is left
+#   bash scripts/gpu.sh --prepare WHEELS [--has FILE] [--python 3.12]      # before, with a network; prints the two calls
+#   bash scripts/gpu.sh first --output FOLDER [--wheels WHEELS] [--seconds 275]
+#   bash scripts/gpu.sh cifar10 --output FOLDER --data PARQUET [--wheels WHEELS] [--seconds 405] [overrides]
+#   bash scripts/gpu.sh --quick [first | cifar10] [--output FOLDER]        # both or one, small and on the CPU
 #
-# Run again, it goes on: a piece that is complete leaves a mark in OUT (default runs/gpu), beside what it said. It takes the
-# Python that it finds, without a network, and names the wheels that this one lacks.
+# --prepare fetches into WHEELS what that machine lacks: FILE holds what `python3 -m pip list --format=freeze` prints
+# there. PARQUET is a folder with uoft-cs/cifar10's train-*.parquet. Results are a few small files in FOLDER. The calls
+# take the Python that they find, with the wheels in front of its packages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-data= quick= overrides=()
+wrong() { echo "scripts/gpu.sh: error: $*" >&2; exit 2; }
+call= quick= output=runs/gpu wheels= seconds= data= has= version=3.12 overrides=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --data) [ $# -gt 1 ] || { echo "--data: names no folder" >&2; exit 2; }; data=$2; shift ;;
-    --quick) quick=--quick ;;
+    first | cifar10) call=$1 ;;
+    --quick) quick=1 ;;
+    --prepare | --output | --wheels | --seconds | --data | --has | --python)
+      [ $# -gt 1 ] || wrong "$1 needs a value"
+      case $1 in
+        --prepare) call=prepare wheels=$2 ;;
+        --output) output=$2 ;;
+        --wheels) wheels=$2 ;;
+        --seconds) seconds=$2 ;;
+        --data) data=$2 ;;
+        --has) has=$2 ;;
+        --python) version=$2 ;;
+      esac
+      shift
+      ;;
     *=*) overrides+=("$1") ;;
-    *) echo "$1: not --data FOLDER, --quick or an override" >&2; exit 2 ;;
+    *) wrong "$1 is not first, cifar10, --prepare, --quick, an option or an override" ;;
   esac
   shift
 done
-[ -z "$data" ] || [ -d "$data" ] || { echo "--data $data: no such folder" >&2; exit 2; }
-missing=$(python scripts/missing_wheels.py | tr '\n' ' ')
-[ -z "$missing" ] || { echo "this Python lacks: $missing" >&2; exit 2; }
-export AS_IT_IS=1
-. scripts/setup.sh
-out=${OUT:-runs/gpu}
-mkdir -p "$out"
-device=(--device cuda)
-if [ -n "$quick" ]; then
-  device=(--quick)
-  out=$out/quick
-  mkdir -p "$out"
-  export ACCELERATE_USE_CPU=true
+[ -n "$call$quick" ] || wrong "say first, cifar10, --prepare WHEELS or --quick"
+case ${seconds:-1} in *[!0-9]* | 0*) wrong "--seconds $seconds: must be a whole number above 0" ;; esac
+[ -z "$has" ] || [ -f "$has" ] || wrong "--has $has: no such file"
+[ -z "$data" ] || [ -d "$data" ] || wrong "--data $data: no such folder"
+[ "$call" != cifar10 ] || [ -n "$data$quick" ] || wrong "cifar10 needs --data PARQUET"
+python=$(command -v python || command -v python3) || wrong "no python or python3 in PATH"
+
+# fetch NAME==VERSION: its wheel into $wheels, in pure Python where there is one, as that is the smallest
+fetch() {
+  local options=(-q --no-deps --only-binary=:all: --python-version "$version" --dest "$wheels") minor platforms=()
+  "$python" -m pip download "${options[@]}" --implementation py --abi none --platform any "$1" 2>/dev/null && return
+  for minor in $(seq 17 39); do platforms+=(--platform "manylinux_2_${minor}_x86_64"); done
+  "$python" -m pip download "${options[@]}" --platform manylinux2014_x86_64 "${platforms[@]}" "$1"
+}
+
+prepare() {
+  local package
+  mkdir -p "$wheels"
+  "$python" scripts/missing_wheels.py ${has:+--has "$has"} | while read -r package; do
+    fetch "$package"
+    echo "$package"
+  done
+  echo "$(du -sh "$wheels" | cut -f1) in $wheels; then, on the machine with the GPU:"
+  echo "bash scripts/gpu.sh first --wheels $wheels --output FOLDER"
+  echo "bash scripts/gpu.sh cifar10 --wheels $wheels --output FOLDER --data PARQUET"
+}
+
+# use_wheels: put them in front of this Python's packages, or say what is missing
+use_wheels() {
+  local missing
+  if [ -n "$wheels" ]; then
+    site=$(mktemp -d)
+    trap 'rm -rf "$site"' EXIT
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl
+    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+  fi
+  missing=$("$python" scripts/missing_wheels.py | tr '\n' ' ')
+  [ -z "$missing" ] || wrong "this Python lacks $missing(--prepare fetches them)"
+}
+
+if [ "$call" = prepare ]; then
+  prepare
+  exit
 fi
-
-# piece NAME MINUTES COMMAND…: run it, unless that is done, for at most so many minutes
-piece() {
-  local name=$1 minutes=$2 status=0
-  shift 2
-  if [ -e "$out/$name.complete" ]; then
-    echo "$name is complete"
-    return
-  fi
-  if [ -n "${MAX_MINUTES:-}" ] && awk -v "left=$(minutes_left)" "BEGIN { exit left >= $minutes }"; then
-    resume_later
-  fi
-  echo "$name: at most $minutes minutes, $out/$name.log"
-  pass_signals timeout "${minutes}m" "$@" >"$out/$name.log" 2>&1 || status=$?
-  tail -n 40 "$out/$name.log"
-  case $status in
-    0) grep -q "the same command resumes" "$out/$name.log" || touch "$out/$name.complete" ;;
-    124) echo "$name: its $minutes minutes are over; the same command goes on" ;;
-    130 | 143) exit $status ;;
-    *) failed+=" $name" ;;
-  esac
-}
-failed=
-
-# cifar10: from pretraining to the table, resumed by the next run where its time is up
-cifar10() {
-  local options=()
-  [ -z "$quick" ] || options=(data.held_out_images=4 pretrain.max_steps=2 pretrain.batch_size=8 finetune.max_steps=1
-    finetune.batch_size=8 distill.max_steps=1 sample.num_images=24 sample.num_inference_steps=2 evaluate.blocks=2
-    evaluate.classifier_epochs=1 merge.coefficients=null {pretrain,finetune,sample}.mixed_precision=no)
-  options=("data.name='${data//\'/\'\'}'" "output_dir='${out//\'/\'\'}'" ${options[@]+"${options[@]}"} ${overrides[@]+"${overrides[@]}"})
-  piece cifar10-scratch 8.5 env MAX_MINUTES=8 bash scripts/cifar10_scratch.sh "${options[@]}"
-}
-
-piece checks 5 python benchmarks/gpu_checks.py "${device[@]}"
-piece sampling 8 python benchmarks/sampling.py "${device[@]}"
-piece training 6 python benchmarks/training.py "${device[@]}"
-piece memory 4 python benchmarks/memory.py "${device[@]}"
-[ -z "$data" ] || cifar10
-[ -z "$failed" ] || { echo "failed:$failed; what they said is in $out" >&2; exit 1; }
+use_wheels
+first=(--seconds "$((${seconds:-275} - SECONDS - 5))")
+within=$((${seconds:-405} - SECONDS - 5))
+if [ -n "$quick" ]; then
+  first=(--quick)
+  within=100000
+  unet="{in_channels: 3, out_channels: 3, layers_per_block: 1, norm_num_groups: 8, block_out_channels: [8, 16, 16, 16],
+    down_block_types: [DownBlock2D, AttnDownBlock2D, DownBlock2D, DownBlock2D],
+    up_block_types: [UpBlock2D, UpBlock2D, AttnUpBlock2D, UpBlock2D]}"
+  small=({pretrain,finetune,sample}.mixed_precision=no {pretrain,finetune}.batch_size=8 "pretrain.unet=${unet//$'\n'/}"
+    data.resolution=8 data.held_out_images=64 pretrain.held_out_every=1 {pretrain,finetune}.log_every=1
+    {finetune,distill}.max_steps=2 sample.batch_size=32 sample.num_inference_steps=2 search.trials=4
+    search.{num_images=32,control_images=64,finalist_images=48,report_images=60} evaluate.classifier_precision=no
+    evaluate.classifier_epochs=1)
+  overrides=("${small[@]}" ${overrides[@]+"${overrides[@]}"})
+  data=${data:-digits}
+  export QUICK=1 ACCELERATE_USE_CPU=true OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+[ "$call" = cifar10 ] || "$python" benchmarks/gpu_first.py "${first[@]}" --output "$output"
+[ "$call" = first ] || RUNS=$output/runs bash scripts/cifar10_first.sh "$within" "$output" "data.name='${data//\'/\'\'}'" \
+  ${overrides[@]+"${overrides[@]}"}

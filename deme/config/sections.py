@@ -406,6 +406,7 @@ class Evaluate(Section):
     batch_size: int = 50  # images per pass through the feature network
     classifier_width: int = 16  # channels before its first stage; its features are 8 times as many
     classifier_epochs: int = 40
+    classifier_batch_size: int = 64  # images per step of its training
     classifier_precision: str = "no"  # no or bf16, in its training
     clip_model: Optional[str] = CLIP_MODEL  # folder or Hub id, for the CLIP score of samples with prompts; null: none
     output: Optional[str] = None  # null: results.json of this run
@@ -413,7 +414,7 @@ class Evaluate(Section):
     def __post_init__(self):
         self.check_choice("features", ("inception", "classifier"))
         self.check_choice("classifier_precision", ("no", "bf16"))
-        self.check_positive("blocks", "batch_size", "classifier_width", "classifier_epochs")
+        self.check_positive("blocks", "batch_size", "classifier_width", "classifier_epochs", "classifier_batch_size")
         self.check("classifier_width", self.classifier_width <= 1024, "must be at most 1024")
         self.check("clip_model", self.clip_model != "", "must name a CLIP model, or be null")
 

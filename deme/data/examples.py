@@ -10,7 +10,7 @@ from deme.config.sections import Data, Training
 from deme.data.captions import CaptionedImages
 from deme.data.images import CroppedImages, TrainingImages
 from deme.data.latents import INDEX, CachedLatents, count_images, num_parts, write_index, write_part
-from deme.data.sources import load_training_images, split_held_out
+from deme.data.sources import as_opened, load_training_images, split_held_out
 from deme.job.files import make_folder
 from deme.job.processes import in_main_process, locked_by_all
 from deme.job.records import DATA, ENCODER, LATENTS, Record
@@ -58,7 +58,7 @@ def cached_latents(config: Config, encoder: Encoder, made_of: dict[str, str], ac
 
     Another job that wants the same waits for this one.
     """
-    data = config.data
+    data = as_opened(config.data)
     made_from = {
         **{key: made_of[key] for key in (DATA, ENCODER)},
         "type": str(encoder.dtype),

@@ -1,9 +1,10 @@
 """Where images and labels come from: data sets as `datasets` reads them, decoded once into a cache or on the fly."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ class Source:
     labels: list | None  # one per row
     captions: list[list[str]] | None  # one or more per row
     fingerprint: str
+    image_column: str  # that they were read from
 
 
 def count_images(data: Data) -> int:
@@ -164,23 +166,12 @@ def _open(data: Data) -> Source:
         images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
         labels = None if data.label_column is None else digits.target.tolist()
         captions = None if data.caption_column is None else [[DIGIT_CAPTIONS[i]] for i in digits.target]
-        return Source([Image.fromarray(image) for image in images], labels, captions, "digits")
+        return Source([Image.fromarray(image) for image in images], labels, captions, "digits", data.image_column)
 
     import datasets
     from pyarrow import ArrowException
 
-    try:
-        rows = datasets.load_dataset(data.name, split=data.split)
-    except Exception as error:  # the loaders behind load_dataset raise whatever their formats raise
-        causes = [error]  # datasets says only "an error occurred": what occurred is in the cause
-        while causes[-1].__cause__ is not None:
-            causes.append(causes[-1].__cause__)
-        reason = ": ".join(map(one_line, causes))
-        raise UserError(f"data.name={data.name} (data.split={data.split}): cannot be loaded: {reason}") from error
-    for key in ("image_column", "label_column", "caption_column"):
-        column = getattr(data, key)
-        if column is not None and column not in rows.column_names:
-            raise UserError(f"data.{key}={column}: {data.name} has the columns {', '.join(rows.column_names)}")
+    data, rows = _open_rows(data)
     if len(rows) == 0:
         raise UserError(f"data.name={data.name} (data.split={data.split}): holds no images")
     labels = None if data.label_column is None else rows[data.label_column]
@@ -190,7 +181,53 @@ def _open(data: Data) -> Source:
     except (TypeError, ValueError, ArrowException) as error:
         raise UserError(f"data.image_column={data.image_column}: holds no images: {one_line(error)}") from None
     fingerprint = undecoded._fingerprint
-    return Source(Rows(undecoded, data.image_column), labels, captions, fingerprint)
+    return Source(Rows(undecoded, data.image_column), labels, captions, fingerprint, data.image_column)
+
+
+def as_opened(data: Data) -> Data:
+    """The same settings with the column that the images are really read from, which records name.
+
+    Raises:
+        UserError: data that can't be read.
+    """
+    return data if data.name == "digits" else _open_rows(data)[0]
+
+
+def _open_rows(data: Data) -> tuple[Data, "datasets.Dataset"]:
+    """The rows of a data set, its columns looked at, and the settings as `as_opened` gives them."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(data.name, split=data.split)
+    except Exception as error:  # the loaders behind load_dataset raise whatever their formats raise
+        causes = [error]  # datasets says only "an error occurred": what occurred is in the cause
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        reason = ": ".join(map(one_line, causes))
+        raise UserError(f"data.name={data.name} (data.split={data.split}): cannot be loaded: {reason}") from error
+    images = [name for name, feature in rows.features.items() if _holds_images(feature)]
+    if data.image_column not in rows.column_names and len(images) == 1:
+        _say_once(f"data.image_column={data.image_column}: {data.name} has none; {images[0]}, its only images, is read")
+        data = replace(data, image_column=images[0])
+    for key in ("image_column", "label_column", "caption_column"):
+        column = getattr(data, key)
+        if column is not None and column not in rows.column_names:
+            raise UserError(f"data.{key}={column}: {data.name} has the columns {', '.join(rows.column_names)}")
+    return data, rows
+
+
+def _holds_images(feature: Any) -> bool:
+    """Whether a column's feature is that of images: datasets' own, or a structure of `bytes`, `path` or both."""
+    import datasets
+
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {*feature} <= {"bytes", "path"})
+
+
+@cache
+def _say_once(line: str) -> None:
+    """Print a line, once and by one process of those that a launcher started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
 
 
 def _captions(data: Data, column: Iterable) -> list[list[str]]:
@@ -215,7 +252,7 @@ def _load(data: Data, source: Source, channels: int, cache: Path) -> CachedImage
         sizes = np.array([image.shape[:2] for image in images])
         return CachedImages(np.concatenate([image.reshape(-1) for image in images]), sizes, np.array(kept), channels)
 
-    made_from = {"fingerprint": source.fingerprint, "image_column": data.image_column}
+    made_from = {"fingerprint": source.fingerprint, "image_column": source.image_column}
     if size > data.cache_disk_gb * 2**30:
         rows = np.arange(len(source.rows))
         if data.skip_unreadable:

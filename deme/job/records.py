@@ -46,13 +46,23 @@ class Kind:
 DATA = "data (SHA-256)"  # of what was read
 SCHEDULE = "noise schedule (SHA-256)"
 ARCHITECTURE = "architecture (SHA-256)"
+IMAGE_COLUMN = "data.image_column"  # the one that was read, which is known once the data is open
 ENCODER = "encoders (SHA-256)"  # of a text-to-image pipeline
 SAMPLED_BEFORE = {"sample.scheduler": "ddim", "size_on_disk": None}  # of samples whose records do not name it
-RUN = Kind("a run", Policy.REFUSE, "config.yaml", "trained_from", {"free": dict}, later=(DATA, SCHEDULE, ARCHITECTURE))
+RUN_LATER = (DATA, SCHEDULE, ARCHITECTURE, IMAGE_COLUMN)
+RUN = Kind("a run", Policy.REFUSE, "config.yaml", "trained_from", {"free": dict}, later=RUN_LATER)
 MERGED = Kind("a merged network", Policy.REPLACE, "merge.yaml", later=(SCHEDULE,))
 SAMPLES = Kind("samples", Policy.REFUSE, "samples.yaml", "identity", {"num_images": int}, SAMPLED_BEFORE)
-SEARCH = Kind("a search", Policy.REFUSE, "search.yaml", "searched", later=(DATA, "search.num_inference_steps"))
-CLASSIFIER = Kind("a classifier", Policy.REBUILD, later=(DATA,))
+SEARCHED_BEFORE = {"evaluate.classifier_batch_size": 64}
+SEARCH = Kind(
+    "a search",
+    Policy.REFUSE,
+    "search.yaml",
+    "searched",
+    defaults=SEARCHED_BEFORE,
+    later=(DATA, "search.num_inference_steps"),
+)
+CLASSIFIER = Kind("a classifier", Policy.REBUILD, defaults={"batch_size": 64}, later=(DATA,))
 STATISTICS = Kind("statistics", Policy.REBUILD, later=(DATA,))
 IMAGES = Kind("decoded images", Policy.REBUILD)
 LATENTS = Kind("encoded images", Policy.REBUILD)

@@ -113,8 +113,12 @@ class Jobs:
         return self.logs / f"{job.name}.log"
 
 
-def places(processes: int) -> list[dict[str, str]]:
+def places(processes: int, jobs_per_gpu: int = 1) -> list[dict[str, str]]:
     """The environment of each place where a job can run: so many GPUs for each, or else so many of the CPU's cores.
+
+    Args:
+        processes: of each job, with a GPU or a core each.
+        jobs_per_gpu: jobs that share a GPU, which a small network leaves idle most of the time.
 
     Returns:
         none where there are fewer GPUs than a job wants.
@@ -128,7 +132,7 @@ def places(processes: int) -> list[dict[str, str]]:
         devices = list(numbers) if torch.cuda.is_available() else []
     if devices:
         groups = [devices[start : start + processes] for start in range(0, len(devices), processes)]
-        return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups if len(group) == processes]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups if len(group) == processes] * jobs_per_gpu
     count = max(1, len(os.sched_getaffinity(0)) // processes)
     return [{"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}] * count
 

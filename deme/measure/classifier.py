@@ -26,7 +26,6 @@ from deme.measure.reference import evaluated_data
 
 HELD_OUT_SHARE = 0.2  # of the data
 LARGEST = 32  # pixels: the sides of larger images are halved before the first stage
-BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.05
@@ -75,6 +74,7 @@ def train_classifier(
     labels: torch.Tensor,
     width: int,
     epochs: int,
+    batch_size: int,
     random_flip: bool,
     precision: str,
     seed: int,
@@ -100,10 +100,10 @@ def train_classifier(
     labels = labels.to(device)
     classifier = Classifier(width, int(labels.max()) + 1).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY)
-    steps = epochs * -(-len(kept) // BATCH_SIZE)
+    steps = epochs * -(-len(kept) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for _ in trange(epochs, desc="classifier", unit="epoch", mininterval=1):
-        for batch in kept[torch.randperm(len(kept))].split(BATCH_SIZE):
+        for batch in kept[torch.randperm(len(kept))].split(batch_size):
             if len(batch) == 1:  # too few for batch normalization
                 continue
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -147,6 +147,7 @@ def trained_classifier(config: Config, accelerator: Accelerator) -> tuple[Classi
     training = {
         "width": config.evaluate.classifier_width,
         "epochs": config.evaluate.classifier_epochs,
+        "batch_size": config.evaluate.classifier_batch_size,
         "random_flip": config.data.random_flip,
         "precision": config.evaluate.classifier_precision,
         "seed": config.seed,
@@ -183,7 +184,7 @@ def load_classifier(path: Path, wanted: Record) -> tuple[Classifier, float] | No
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        record = Record(CLASSIFIER, json.loads(metadata.get("made_from", "{}")))
+        record = Record(CLASSIFIER, CLASSIFIER.defaults | json.loads(metadata.get("made_from", "{}")))
         if not record.fits(wanted, path):
             return None
         weights = load_file(path)

@@ -66,14 +66,16 @@ def precision_and_recall(features: np.ndarray, reference: np.ndarray) -> tuple[f
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 √(Σ₁Σ₂)) (Dowson and Landau 1982), in float64.
 
-    tr √(Σ₁Σ₂) is the sum of the square roots of the eigenvalues of Σ₁Σ₂, which are real and not negative up to
-    rounding; unlike the matrix square root this is stable where features are dead or correlated.
+    With Σ₁ = A Aᵀ, tr √(Σ₁Σ₂) is the sum of the square roots of the eigenvalues of the symmetric AᵀΣ₂A, which are those
+    of Σ₁Σ₂. Unlike the matrix square root this is stable where features are dead or correlated.
 
     Args:
         mu1, mu2: means, shape (D,).
         sigma1, sigma2: covariances, shape (D, D).
     """
-    eigenvalues = np.linalg.eigvals(sigma1 @ sigma2).real
+    values, vectors = np.linalg.eigh(sigma1)
+    root = vectors * np.sqrt(np.clip(values, 0, None))
+    eigenvalues = np.linalg.eigvalsh(root.T @ sigma2 @ root)
     trace = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(np.clip(eigenvalues, 0, None)).sum()
     return float(np.square(mu1 - mu2).sum() + trace)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from deme.config.experiment import Config
 from deme.config.sections import Data
-from deme.data.sources import data_fingerprint, load_evaluation_images
+from deme.data.sources import as_opened, data_fingerprint, load_evaluation_images
 from deme.errors import UserError, naming, one_line
 from deme.job.files import atomic_file
 from deme.job.records import DATA, STATISTICS, Record
@@ -61,7 +61,7 @@ class Reference:
 
 def evaluated_data(data: Data) -> dict[str, Any]:
     """The settings that decide which images the statistics are made of."""
-    return {key: value for key, value in asdict(data).items() if key not in NOT_IN_EVALUATION}
+    return {key: value for key, value in asdict(as_opened(data)).items() if key not in NOT_IN_EVALUATION}
 
 
 def reference_statistics(

@@ -3,7 +3,6 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffusers import SchedulerMixin
@@ -86,15 +85,13 @@ def sample_images(
     num_inference_steps: int,
     sampler: str = "ddim",
     eta: float = 0.0,
-    around_network: Callable[[], AbstractContextManager] = nullcontext,
 ) -> torch.Tensor:
-    """One image per seed.
+    """One image per seed; the sampler computes in float32, whatever the network does.
 
     Args:
         scheduler: the pretrained one.
         shape: (C, H, W) of an image.
         sampler: as `make_sampler` takes it.
-        around_network: the context of the network's calls, such as autocast; the sampler computes in float32.
         eta: DDIM's: 0 is deterministic. Samplers that are not draw each image's noise from its own generator.
 
     Returns:
@@ -113,8 +110,7 @@ def sample_images(
     timesteps_on_device = stepper.timesteps.to(device)  # a Python number would be copied there, and waited for
     for step, (timestep, on_device) in enumerate(zip(stepper.timesteps.tolist(), timesteps_on_device, strict=True)):
         inputs = stepper.scale_model_input(images, timestep)
-        with around_network():
-            prediction = network_at(timestep)(inputs, on_device, return_dict=False)[0].float()
+        prediction = network_at(timestep)(inputs, on_device, return_dict=False)[0].float()
         images = stepper.step(prediction, timestep, images, **randomness).prev_sample
         bad = ~images.isfinite().flatten(1).all(dim=1)
         first_bad = torch.where((first_bad < 0) & bad, step, first_bad)

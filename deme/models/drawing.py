@@ -1,7 +1,6 @@
 """Drawing images: one batch of seeds, from noise to pixels, with whatever the model is told."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +19,6 @@ class Drawing:
     Args:
         settings: sampler, steps, eta, and for text-to-image guidance.
         shape: (C, H, W) of what the network works on.
-        around_network: the context of its calls, such as autocast.
     """
 
     scheduler: DDPMScheduler
@@ -28,7 +26,6 @@ class Drawing:
     settings: Sample
     shape: tuple[int, int, int]
     device: torch.device
-    around_network: Callable[[], AbstractContextManager]
 
     @cached_property
     def _negative(self) -> Condition:
@@ -48,5 +45,5 @@ class Drawing:
         """
         settings = self.settings
         network = guided(network_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
-        sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, self.around_network)
+        sampler = (settings.num_inference_steps, settings.scheduler, settings.eta)
         return self.encoder.decode(sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler))

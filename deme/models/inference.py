@@ -3,6 +3,10 @@
 The predictions are those of the network as it was loaded, up to float error.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -24,23 +28,48 @@ def memory_format(device: torch.device | str) -> torch.memory_format:
 def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str, may_pack: bool = True) -> nn.Module:
     """Prepare a network for predicting on a device, in place.
 
+    The network takes float32 inputs and needs no autocast around it.
+
     Args:
-        mixed_precision: no, fp16 or bf16: autocast, which then has no weights left to cast.
+        mixed_precision: no, fp16 or bf16. On a GPU the whole network has this type. On a CPU its convolutions and
+            linear layers have it, and the network runs under autocast.
         may_pack: False where its weights will be written to later.
     """
     on_cpu = torch.device(device).type == "cpu"
     network = network.eval().requires_grad_(False).to(device, memory_format=memory_format(device))
     dtype = AUTOCAST_TYPES[mixed_precision]
     if dtype is not None:
-        for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.to(dtype)
+        compute_in(dtype, network, whole=not on_cpu)
     if may_pack and on_cpu and can_pack(dtype) and _width(network) >= LEAST_PACKED_WIDTH:
         for module in list(network.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Conv2d:
                     setattr(module, name, PackedConv2d(child))
     return network
+
+
+def compute_in(dtype: torch.dtype, network: nn.Module, whole: bool) -> None:
+    """Make a network compute in fp16 or bf16, in place.
+
+    Args:
+        whole: all of it, and images and conditions are cast to this type. Timesteps are not: bf16 has no 999. Otherwise
+            its convolutions and linear layers, under autocast, which runs normalizations in float32.
+    """
+    for module in [network] if whole else network.modules():
+        if whole or isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(dtype)
+    network.forward = partial(_predict, network.forward, dtype, whole)
+
+
+def _predict(
+    forward: Callable, dtype: torch.dtype, whole: bool, images: torch.Tensor, timesteps: torch.Tensor, **named: Any
+) -> Any:
+    def cast(value: Any) -> Any:
+        is_cast = whole and isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_cast else value
+
+    with torch.autocast(images.device.type, dtype, enabled=not whole):
+        return forward(cast(images), timesteps, **{name: cast(value) for name, value in named.items()})
 
 
 def _width(network: nn.Module) -> int:

@@ -1,6 +1,8 @@
 """The closed form: a network is nearly linear in the coefficients, so that least squares gives them."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,7 @@ def linearized(batch: Batch, candidates: Candidates, network: nn.Module) -> tupl
 
     groups, ranges = candidates.shape
     columns = []
-    with sdpa_kernel(SDPBackend.MATH):  # torch's faster kernels of attention have no forward derivatives
+    with sdpa_kernel(SDPBackend.MATH), contiguous_norms(network):  # torch's faster kernels have no forward derivatives
         for group in range(groups):
             for number in range(ranges):
                 tangent = candidates.task_vector(group, number)  # of these alone: what lies before them is constant
@@ -48,6 +50,18 @@ def linearized(batch: Batch, candidates: Candidates, network: nn.Module) -> tupl
     jacobian = (torch.stack(columns) * scale).double()
     residual = ((batch.target - prediction).flatten() * scale).double()
     return jacobian @ jacobian.T, jacobian @ residual
+
+
+@contextmanager
+def contiguous_norms(network: nn.Module) -> Iterator[None]:
+    """Give group normalizations contiguous inputs: torch 2.11 has no forward derivative for others."""
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def ridge_step(

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from deme.config.sections import CONTINUED, DISTILLED
 from deme.errors import UserError
 from deme.job.files import read_json
 from deme.job.processes import in_main_process
@@ -14,6 +16,7 @@ from deme.method.coefficients import PUBLISHED
 from deme.method.sampling import NetworkAt
 from deme.models.inference import freeze
 from deme.models.networks import load_unet
+from deme.models.weights import weights_hash
 from deme.search.problem import Problem
 from deme.search.ways import Found
 
@@ -30,9 +33,10 @@ def score_fresh(problem: Problem, found: Found, file: Path, made_from: str, besi
     """Score the models on fresh seeds, with the schedule of sample_ddp.py; what is scored stands in the file at once.
 
     Args:
-        file: report.json; rows of the same `made_from` are not scored again.
+        file: report.json; rows of the same `made_from` and the same trained network are not scored again.
     """
     accelerator = problem.accelerator
+    hashes = {name: [weights_hash(folder)] for name, folder in trained(problem).items()}
     objective = None
     if found.objective != "fd":
         squares = problem.squares(found.objective, "fresh")
@@ -48,9 +52,9 @@ def score_fresh(problem: Problem, found: Found, file: Path, made_from: str, besi
     scores: list[Score] = []
     for name, network_at in contenders(problem, found).items():
         row = known.get(name)
-        if row is None:
+        if row is None or row.weights != hashes.get(name):
             features = distance.features(network_at(), seeds)
-            row = score(Path(name), None, features, distance.space.reference, distance.space.name, blocks)
+            row = score(Path(name), hashes.get(name), features, distance.space.reference, distance.space.name, blocks)
         scores.append(row if not scores else paired(row, scores[0]))
         content = {"made_from": made_from, "seeds": [seeds.start, seeds.stop], **beside}
         in_main_process(accelerator, lambda c=content: save_scores(file, distance.space.name, scores, c))
@@ -64,20 +68,26 @@ def contenders(problem: Problem, found: Found) -> dict[str, Callable[[], Network
     def merged(row: np.ndarray) -> Callable[[], NetworkAt]:
         return lambda: problem.merged(np.broadcast_to(row, problem.shape))
 
-    def continued() -> NetworkAt:
-        unet = load_unet(problem.config.paths.continued)
-        unet = freeze(unet, problem.accelerator.device, problem.config.sample.mixed_precision)
+    def loaded(folder: Path) -> NetworkAt:
+        unet = freeze(load_unet(folder), problem.accelerator.device, problem.config.sample.mixed_precision)
         return lambda _: unet
 
     found_at = {"pretrained": merged(np.zeros(ranges))}
-    if problem.config.paths.continued.is_dir():
-        found_at["continued"] = continued
+    found_at |= {name: partial(loaded, folder) for name, folder in trained(problem).items()}
     found_at["ensemble"] = problem.experts
     found_at[f"uniform {1 / ranges:g}"] = merged(np.full(ranges, 1 / ranges))
     if len(PUBLISHED) == ranges:
         found_at["published coefficients"] = merged(np.array(PUBLISHED))
     found_at["best"] = merged(found.coefficients)
     return found_at
+
+
+def trained(problem: Problem) -> dict[str, Path]:
+    """Name → UNet folder of the networks beside the experts that there are: the control, the distilled network."""
+    paths = problem.config.paths
+    return {
+        name: folder for name, folder in ((CONTINUED, paths.continued), (DISTILLED, paths.distilled)) if folder.is_dir()
+    }
 
 
 def _known(file: Path, made_from: str) -> dict[str, Score]:

@@ -1,7 +1,6 @@
 """What is searched: the candidates of a run, and the objectives that tell them apart."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -163,8 +162,7 @@ class Problem:
                 prompts = load_prompts(sample.prompts, sample.prompt_column)
         size = self.network.config.sample_size
         shape = (self.network.config.in_channels, size, size)
-        autocast = nullcontext if sample.mixed_precision == "no" else self.accelerator.autocast
-        drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.accelerator.device, autocast)
+        drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.accelerator.device)
         resolution = sample.size_on_disk or config.data.resolution
         return FrechetDistance(self.accelerator, drawing, space, prompts, resolution)
 

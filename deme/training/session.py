@@ -16,7 +16,7 @@ from deme.config.sections import WEIGHTINGS, Training
 from deme.errors import naming
 from deme.job.files import atomic_folder, checkpoint_steps, make_folder
 from deme.job.locks import clear_lock
-from deme.job.records import DATA, RUN, Record, changes, provenance, read_record
+from deme.job.records import DATA, IMAGE_COLUMN, RUN, Record, changes, provenance, read_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,9 +54,9 @@ class Run:
     output: Path  # the folder that it makes
     record: Record
 
-    def reading(self, data_fingerprint: str) -> "Run":
+    def reading(self, data_fingerprint: str, image_column: str) -> "Run":
         """The same run, now that it is known which data it reads."""
-        made_from = self.record.made_from | {DATA: data_fingerprint}
+        made_from = self.record.made_from | {DATA: data_fingerprint, IMAGE_COLUMN: image_column}
         return replace(self, record=replace(self.record, made_from=made_from))
 
 
@@ -96,6 +96,7 @@ class Session:
         left_out = {key for key, weightings in OF_WEIGHTING.items() if settings.loss_weighting not in weightings}
         left_out |= set(OF_TEXT) if self.config.data.caption_column is None else set()
         left_out |= {"uncertainty_learning_rate"}  # which the task that it counts for names
+        left_out |= {"image_column"}  # which `reading` names
         left_out |= {key for key, usual in UNNAMED.items() if getattr(settings, key) == usual}
         values = {
             names.get(f"{section}.{key}", f"{section}.{key}"): value
@@ -119,6 +120,12 @@ class Session:
 
         return data_fingerprint(self.config.data, with_captions=True)
 
+    def reading(self, run: Run) -> Run:
+        """A run, now that its data has been read."""
+        from deme.data.sources import as_opened
+
+        return run.reading(self.data_fingerprint, as_opened(self.config.data).image_column)
+
     def is_complete(self, run: Run) -> bool:
         """Whether there is nothing left to do, which is said.
 
@@ -128,7 +135,7 @@ class Session:
         check_same_run(run)
         if not run.output.exists():
             return False
-        check_same_run(run.reading(self.data_fingerprint))
+        check_same_run(self.reading(run))
         clear_lock(run.folder)
         if os.environ.get("RANK", "0") == "0":  # all processes find the same, before they know each other
             print(f"{run.output} is complete")

@@ -125,8 +125,7 @@ class Trainer:
             self.student.enable_gradient_checkpointing()
         self.teacher: nn.Module | None = None
         if networks.teacher is not None:
-            teacher = freeze(networks.teacher, self.device, settings.mixed_precision)
-            self.teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
+            self.teacher = freeze(networks.teacher, self.device, settings.mixed_precision)
         self.weighting = self._make_weighting()
         learned = self.weighting if objective.uncertainty_learning_rate is not None else None
         beside = [] if learned is None else list(learned.parameters())

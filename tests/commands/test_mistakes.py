@@ -1217,8 +1217,8 @@ MISTAKES = [
     Mistake(
         "an unknown column",
         "finetune.py",
-        [*OWN_DATA, "data.image_column=img"],
-        "data.image_column=img: data has the columns image",
+        [*OWN_DATA, "data.label_column=kind"],
+        "data.label_column=kind: data has the columns image",
         images(lambda kind: None),
     ),
     Mistake(

@@ -140,7 +140,7 @@ def test_the_objective_is_the_distance_that_evaluate_py_measures(config_file, ro
 
 
 def test_the_report_follows_what_it_is_drawn_with(config_file, root):
-    """Other steps, other blocks, another control: scored again; the search is not repeated."""
+    """Other steps or blocks: scored again. Another control, or a distilled network: these rows alone. No new search."""
     options = ["search.method=closed_form", "search.images=32", "search.report_images=12"]
     continued = root / "tiny" / "finetuned" / "continued" / "unet"
     reports = []
@@ -160,6 +160,10 @@ def test_the_report_follows_what_it_is_drawn_with(config_file, root):
         assert [len(row["blocks"]) for row in reports[-1]] == [2] * 5
     assert reports[-1][1]["pooled"] != reports[-2][1]["pooled"]
     assert reports[-1][2] == reports[-2][2]
+    disturbed(with_projections(tiny_unet()), 20).save_pretrained(continued.parents[1] / "distilled" / "unet")
+    search("evaluate.blocks=2")
+    assert [row["samples"] for row in reports[-1]][2] == "distilled"
+    assert [row for row in reports[-1] if row["samples"] != "distilled"] == reports[-2]
     assert (root / "tiny" / "search" / "best.yaml").read_bytes() == solved
 
 

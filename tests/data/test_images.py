@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deme.data.ahead import ahead
 from deme.data.draws import batch_indices
-from deme.data.images import CroppedImages, MicroBatches, StreamedImages
+from deme.data.images import CachedImages, CroppedImages, MicroBatches, StreamedImages
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 9, 12, 3), dtype=np.uint8)
 
@@ -36,7 +36,8 @@ def streamed(threads: int, decode=PIXELS.__getitem__) -> CroppedImages:
 
 
 def decoded() -> CroppedImages:
-    images = [torch.from_numpy(image).permute(2, 0, 1) for image in PIXELS]
+    images = CachedImages(PIXELS.reshape(-1), np.full((len(PIXELS), 2), PIXELS.shape[1:3]), np.arange(len(PIXELS)), 3)
+    assert images.stacked is not None
     return CroppedImages(images, 9, center_crop=False, random_flip=True)
 
 

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from deme.config.sections import Data
 from deme.data.decoding import as_seen
 from deme.data.images import CroppedImages, StreamedImages
-from deme.data.sources import data_fingerprint, load_evaluation_images, load_training_images
+from deme.data.sources import as_opened, data_fingerprint, load_evaluation_images, load_training_images
 from deme.errors import UserError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -82,7 +82,6 @@ def test_centre_crop_without_flip_ignores_the_generator():
     ("change", "message"),
     [
         ({"name": "/nowhere/at/all"}, r"data\.name=/nowhere/at/all"),
-        ({"image_column": "img"}, r"data\.image_column=img: .* has the columns image, label"),
         ({"label_column": "class"}, r"data\.label_column=class: .* has the columns image, label"),
         ({"image_column": "label"}, r"data\.image_column=label: holds no images"),
         ({"split": "test"}, r"data\.split=test"),
@@ -91,6 +90,34 @@ def test_centre_crop_without_flip_ignores_the_generator():
 def test_mistakes_name_the_key(folder, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         load_training_images(Data(**({"name": folder, "resolution": 8} | change)), 3, tmp_path)
+
+
+def table(tmp_path, name: str, columns: dict) -> str:
+    """A folder of one parquet file, whose columns are datasets' images where the values are."""
+    (tmp_path / name).mkdir()
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / name / "train.parquet")
+    return str(tmp_path / name)
+
+
+def test_the_only_column_of_images_is_read_where_another_is_named(tmp_path, capsys):
+    """Whether the file says that it holds images or not; said once; records name the column that was read."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), RED).save(content, "PNG")
+    rows = [{"bytes": content.getvalue(), "path": None}] * 2
+    as_images = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    told = datasets.Dataset.from_dict({"image": rows, "label": [0, 1]}, as_images)
+    (tmp_path / "told").mkdir()
+    told.to_parquet(tmp_path / "told" / "train.parquet")
+    for name in (str(tmp_path / "told"), table(tmp_path, "untold", {"image": rows, "label": [0, 1]})):
+        data = Data(name=name, image_column="img")
+        assert as_opened(data).image_column == "image"
+        assert data_fingerprint(data) == data_fingerprint(Data(name=name))
+        assert load_training_images(data, 3, tmp_path).training.batch([0], random_state()).shape == (1, 3, 8, 8)
+        assert capsys.readouterr().out == f"data.image_column=img: {name} has none; image, its only images, is read\n"
+    for columns in ({"a": rows, "b": rows}, {"label": [0, 1]}):
+        data = Data(name=table(tmp_path, "+".join(columns), columns), image_column="img", label_column=None)
+        with pytest.raises(UserError, match=f"data.image_column=img: .* has the columns {', '.join(columns)}"):
+            as_opened(data)
 
 
 def with_exif_rotation() -> Image.Image:

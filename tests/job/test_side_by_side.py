@@ -217,6 +217,7 @@ def test_places_are_gpus_or_else_cores(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert places(1) == [{"CUDA_VISIBLE_DEVICES": str(k)} for k in range(4)]
+    assert places(2, jobs_per_gpu=2) == [{"CUDA_VISIBLE_DEVICES": pair} for pair in ("0,1", "2,3", "0,1", "2,3")]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,5,7")
     assert places(2) == [{"CUDA_VISIBLE_DEVICES": "1,5"}]
     assert places(4) == []

@@ -144,18 +144,19 @@ def test_what_a_sampler_can_not_do_is_found_by_trying():
         try_sampler(DDPMScheduler(beta_schedule="sigmoid"), "euler", 4, SHAPE)
 
 
-def test_autocast_is_for_the_network_alone():
-    """UniPC's own products stay in float32."""
+def test_the_sampler_computes_in_float32():
+    """UniPC's own products do, also around a network that computes in bf16."""
     unet = tiny_unet()
 
-    class Upcast(torch.nn.Module):
-        def forward(self, *args, **kwargs):
-            assert torch.is_autocast_enabled("cpu")
-            with torch.autocast("cpu", enabled=False):
-                return unet(*args, **kwargs)
+    def predict(images, *timesteps, **named):
+        assert images.dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu")
+        return (unet(images, *timesteps, **named)[0].bfloat16(),)
 
-    settings = {"sampler": "unipc", "around_network": lambda: torch.autocast("cpu", torch.bfloat16)}
-    assert torch.equal(sample(single(Upcast()), **settings), sample(single(unet), sampler="unipc"))
+    def rounded(*inputs, **named):
+        return (predict(*inputs, **named)[0].float(),)
+
+    assert torch.equal(sample(single(predict), sampler="unipc"), sample(single(rounded), sampler="unipc"))
 
 
 def test_one_network_call_per_step_at_the_leading_timesteps():

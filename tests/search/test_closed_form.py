@@ -54,11 +54,12 @@ def test_a_linear_network_is_solved_exactly_in_one_step(name, tmp_path):
         assert objective.value(network) > trace.values[trace.best]
 
 
-def test_the_normal_equations_are_those_of_finite_differences():
-    """Of a network that is not linear, about coefficients that are not 0."""
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_normal_equations_are_those_of_finite_differences(layout):
+    """Of a network that is not linear, about coefficients that are not 0; channels last, as on a GPU, too."""
     base, experts = tiny_unet(), {f"range {k}": tiny_unet(k + 1).state_dict() for k in range(2)}
     made = Candidates(base.state_dict(), experts, dict.fromkeys(base.state_dict(), 0), "cpu")
-    network, about, step = tiny_unet(7), np.array([[0.3, 0.1]]), 1e-2
+    network, about, step = tiny_unet(7).to(memory_format=layout), np.array([[0.3, 0.1]]), 1e-2
     batch = squares("match", made, network).batches[0]
 
     def prediction(w: np.ndarray) -> torch.Tensor:
