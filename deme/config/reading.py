@@ -195,7 +195,8 @@ def read_override(override: str, kind: type[Section] = Config) -> Any:
         raise UserError(f"{override}: overrides are written section.key=value")
     if len(re.findall(r"[^.\[\]]+", key)) > DEEPEST:
         raise UserError(f"{key[:60]}…: nested more than {DEEPEST} deep")
-    with naming(override if len(override) < LONGEST_SHOWN else f"{override[:LONGEST_SHOWN]}…"):
+    said = override if len(override) < LONGEST_SHOWN else f"{override[:LONGEST_SHOWN]}…"
+    with naming(said if key != "search.storage" else key):  # which may hold a password
         node = checked_yaml(text)
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]

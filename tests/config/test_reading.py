@@ -284,5 +284,7 @@ def test_a_password_is_written_nowhere(empty, url):
     assert config.search.storage == url
     shown = yaml.safe_dump(config.recorded) + report.command_line(["--config", "a.yaml", f"search.storage={url}"])
     assert not any(part in shown for part in ("secret", "se?cr", "et/"))
+    with pytest.raises(UserError, match=r"^search\.storage: not YAML: [^@]*$"):
+        load_config(empty, [f"search.storage=[{url}"])
     plain = load_config(empty, ["search.storage=sqlite:///a.db"])
     assert plain.recorded["search"]["storage"] == "sqlite:///a.db"
