@@ -160,7 +160,6 @@ def main(config: Config) -> None:
     import gc
 
     from deme.data.examples import load_examples
-    from deme.data.sources import as_opened, data_fingerprint
     from deme.job.processes import make_accelerator
     from deme.method.distillation import Experts
     from deme.models.encoders import load_encoder
@@ -186,7 +185,7 @@ def main(config: Config) -> None:
     loaded = Networks(unet, Experts(teachers) if teachers else None, scheduler, encoder)
     accelerator.wait_for_everyone()
     watched.check()  # all processes have read the same
-    fingerprint = data_fingerprint(config.data, with_captions=True)
+    fingerprint = session.data_fingerprint
     images = load_examples(config, config.finetune, encoder, {DATA: fingerprint, **hashes}, accelerator).training
     accelerator.print(
         f"{source}: {unet.num_parameters():,} parameters; {len(images):,} images; "
@@ -194,9 +193,8 @@ def main(config: Config) -> None:
     )
 
     # --- one run per task
-    column = as_opened(config.data).image_column
     for task, run in runs:
-        if not finetune(session, task, run.reading(fingerprint, column), loaded, images):
+        if not finetune(session, task, session.reading(run), loaded, images):
             return
         gc.collect()  # autocast's wrappers tie this run's networks into cycles, which would keep their memory
 

@@ -80,7 +80,6 @@ def main(config: Config) -> None:
     import torch
 
     from deme.data.examples import load_examples
-    from deme.data.sources import as_opened, data_fingerprint
     from deme.job.processes import make_accelerator
     from deme.models.encoders import Pixels, load_encoder
     from deme.models.networks import load_scheduler, try_out
@@ -110,7 +109,7 @@ def main(config: Config) -> None:
         try_out(unet, scheduler, encoder)
     accelerator.wait_for_everyone()
     watched.check()  # all processes have read the same
-    fingerprint = data_fingerprint(config.data, with_captions=True)
+    fingerprint = session.data_fingerprint
     images, held_out_images = load_examples(config, settings, encoder, {DATA: fingerprint, **others}, accelerator)
     counts = f"{unet.num_parameters():,} parameters, {len(images):,} images, {len(held_out_images):,} held out"
     accelerator.print(counts)
@@ -130,7 +129,7 @@ def main(config: Config) -> None:
 
     trainer = session.train(
         accelerator,
-        run.reading(fingerprint, as_opened(config.data).image_column),
+        session.reading(run),
         lambda: Trainer(accelerator, networks, images, objective, settings, run.folder, held_out),
         write,
     )

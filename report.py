@@ -14,6 +14,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
+from deme.config.reading import override
+from deme.config.section import without_password
 from deme.config.sections import range_name
 from deme.errors import UserError
 from deme.job.command import run_script
@@ -70,6 +72,11 @@ def command_line(arguments: list[str]) -> str:
         if argument.startswith("--config="):
             file = given.pop(place).removeprefix("--config=")
             break
+    file = override("base", file).removeprefix("base=")
+    for place, argument in enumerate(given):
+        key, found, value = argument.partition("=")
+        if found and key == "search.storage":
+            given[place] = override(key, without_password(value))
     return shlex.join([file, *given])
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme.config.experiment import Config
+from deme.config.section import without_password
 from deme.config.sections import EXAMPLE_KEYS, range_name
 from deme.errors import naming
 from deme.job.command import run_script
@@ -95,7 +96,7 @@ def main(config: Config) -> None:
         url = settings.storage or f"sqlite:///{output / 'study.db'}"
 
         def make_tables() -> None:
-            with naming("search.storage", settings.storage or output / "study.db"):
+            with naming("search.storage", without_password(settings.storage) or output / "study.db"):
                 open_storage(url)
 
         with locked_by_all(accelerator, output / "storage", "search.output", wait=True):  # two at once would fail

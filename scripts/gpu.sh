@@ -99,5 +99,5 @@ if [ -n "$quick" ]; then
   export QUICK=1 ACCELERATE_USE_CPU=true OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 [ "$call" = cifar10 ] || "$python" benchmarks/gpu_first.py "${first[@]}" --output "$output"
-[ "$call" = first ] || RUNS=$output/runs bash scripts/cifar10_first.sh "$within" "$output" "data.name=$data" \
+[ "$call" = first ] || RUNS=$output/runs bash scripts/cifar10_first.sh "$within" "$output" "data.name='${data//\'/\'\'}'" \
   ${overrides[@]+"${overrides[@]}"}

@@ -4,15 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
-from typing import Optional
+from typing import ClassVar, Optional
 
-import yaml
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from deme.config.experiment import Config
-from deme.config.reading import load_config
-from deme.config.section import Section, one_of
+from deme.config.paths import for_shell
+from deme.config.reading import READING_ERRORS, load_config, override, read_mapping, read_override
+from deme.config.section import Section, at_home, is_folder_name, one_of
 from deme.config.sections import Evaluate
 from deme.errors import UserError, naming, one_line
 
@@ -53,6 +52,7 @@ class Variation:
 class Comparison(Section):
     """What is compared."""
 
+    path_keys: ClassVar[tuple[str, ...]] = ("base", "reference")
     base: str = MISSING  # the experiment's YAML file
     seeds: list[int] = field(default_factory=lambda: [0])  # of the trainings, whose spread is measured
     reference: Optional[str] = None  # another experiment's YAML file: that of the images FID compares with
@@ -95,8 +95,8 @@ class ComparedRun:
 def is_comparison(file: str | Path) -> bool:
     """Whether a YAML file lists runs; others are experiments, which load_config reads."""
     try:
-        return "runs" in OmegaConf.load(file)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, OmegaConfBaseException):
+        return "runs" in read_mapping(file)
+    except UserError:
         return False  # what is wrong with it is told where it is read
 
 
@@ -113,15 +113,19 @@ def load_comparison(file: str | Path, overrides: list[str], known: tuple[str, ..
     Raises:
         UserError: a file that can't be read, an unknown key, a wrong type or value.
     """
-    own = [override for override in overrides if override.partition("=")[0] in OWN_KEYS]
-    try:
-        content = OmegaConf.merge(OmegaConf.structured(Comparison), OmegaConf.load(file), OmegaConf.from_dotlist(own))
-        comparison = OmegaConf.to_object(content)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, OmegaConfBaseException) as error:
-        raise UserError(f"--config {file}: {one_line(error)}") from None
+    own = [text for text in overrides if text.partition("=")[0] in OWN_KEYS]
+    given = read_mapping(file, Comparison)
     with naming(f"--config {file}"):
+        if not is_folder_name(Path(file).stem):
+            raise UserError("its table's folder can't be called so")
+        try:
+            mine = {text.partition("=")[0]: read_override(text, Comparison) for text in own}
+            comparison = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Comparison), given, mine))
+        except READING_ERRORS as error:
+            raise UserError(one_line(error)) from None
+        comparison = at_home(comparison)
         comparison.check_models(known)
-    return comparison, [override for override in overrides if override not in own]
+    return comparison, [text for text in overrides if text not in own]
 
 
 def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[ComparedRun]:
@@ -132,7 +136,7 @@ def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Comp
     """
     if comparison.reference is not None:
         statistics = load_config(comparison.reference, []).paths.reference
-        overrides = [*overrides, f"evaluate.reference={statistics}"]
+        overrides = [*overrides, override("evaluate.reference", str(statistics))]
     base = load_config(comparison.base, overrides)
     names = set()
     variations = sorted(comparison.runs.items(), key=lambda item: len(item[1].overrides) > 0)
@@ -151,7 +155,7 @@ def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Comp
             if config.name in names:
                 raise UserError(f"runs.{name}: its run is called {config.name}, as another one; choose another name")
             names.add(config.name)
-            yield ComparedRun(name, seed, models, ["--config", comparison.base, *given], config)
+            yield ComparedRun(name, seed, models, ["--config", for_shell(comparison.base), *given], config)
 
 
 def check_no_shared_output(config: Config) -> None:
@@ -199,11 +203,11 @@ def varied(
         parts.append(name.replace(", ", "-").replace(" ", "_"))
     if seed != base.seed:
         parts.append(f"seed{seed}")
-    given = [*overrides, *variation.overrides, f"name={'-'.join(parts)}", f"seed={seed}"]
-    given.append(f"model.pretrained={base.paths.pretrained}")
+    given = [*overrides, *variation.overrides, override("name", "-".join(parts)), override("seed", seed)]
+    given.append(override("model.pretrained", base.paths.pretrained))
     config = load_config(file, given)
     count, usual = len(config.timesteps.ranges), len(base.timesteps.ranges)
     if count != usual and not any(text.startswith("finetune.max_steps=") for text in variation.overrides):
-        given.append(f"finetune.max_steps={max(1, base.finetune.max_steps * usual // count)}")
+        given.append(override("finetune.max_steps", max(1, base.finetune.max_steps * usual // count)))
         config = load_config(file, given)
     return given, config

@@ -1,10 +1,11 @@
 """The whole configuration of an experiment, and what has to hold between its sections."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 from deme.config.paths import Paths
-from deme.config.section import Section, one_of
+from deme.config.section import LONGEST_NAME, Section, is_folder_name, one_of, without_password
 from deme.config.sections import (
     ANT_UW,
     DISTILLED,
@@ -29,6 +30,7 @@ from deme.config.sections import (
 class Config(Section):
     """One experiment."""
 
+    path_keys: ClassVar[tuple[str, ...]] = ("output_dir",)
     name: str = "digits"
     output_dir: str = "runs"
     seed: int = 0
@@ -46,7 +48,8 @@ class Config(Section):
 
     def __post_init__(self):
         self.check_seed("seed")
-        self.check("name", self.name not in ("", ".", "..") and "/" not in self.name, "must be a plain folder name")
+        rule = f"must be a plain folder name: no control characters, at most {LONGEST_NAME} bytes"
+        self.check("name", is_folder_name(self.name), rule)
         count = len(self.timesteps.ranges)
         chosen = self.finetune.range
         is_range = isinstance(chosen, int) and 0 <= chosen < count
@@ -68,6 +71,13 @@ class Config(Section):
     def paths(self) -> Paths:
         """Where everything of it lies."""
         return Paths(self)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """All settings as they are shown and written beside outputs: without the password in `search.storage`."""
+        values = asdict(self)
+        values["search"]["storage"] = without_password(self.search.storage)
+        return values
 
     @property
     def coefficient_groups(self) -> dict[str, list[float]]:

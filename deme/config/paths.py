@@ -3,6 +3,7 @@
 python finetune.py --path merged        # prints one, for shell scripts
 """
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -170,7 +171,12 @@ class Paths:
     def lines(self, name: str) -> str:
         """The path of this name; several, one a line."""
         found = getattr(self, name)
-        return "\n".join(map(str, found)) if isinstance(found, list) else str(found)
+        return "\n".join(map(for_shell, found)) if isinstance(found, list) else for_shell(found)
+
+
+def for_shell(path: str | Path) -> str:
+    """A path that no command takes for an option, or for anything else but a path."""
+    return str(path) if re.match(r"[\w/.]", str(path)) else f"./{path}"
 
 
 def image_path(folder: Path, seed: int) -> Path:

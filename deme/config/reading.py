@@ -4,23 +4,26 @@ OmegaConf checks keys and types; every mistake is a `UserError` of one line that
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deme.config.experiment import Config
-from deme.errors import UserError, one_line, shown
+from deme.config.plain_yaml import DEEPEST, checked_yaml, reason
+from deme.config.section import Section, at_home
+from deme.errors import UserError, naming, one_line, shown
 
 for resolver in ("oc.env", "oc.decode", "oc.deprecated"):  # a secret in the environment must not get into a record
     OmegaConf.clear_resolver(resolver)
 
-PRECISION_KEYS = ("pretrain.mixed_precision", "finetune.mixed_precision", "sample.mixed_precision")
-PRECISION_KEYS += ("evaluate.classifier_precision",)
+LONGEST_SHOWN = 200  # characters of an override that can't be read
+READING_ERRORS = (yaml.YAMLError, ValueError, TypeError, OverflowError, AssertionError, OmegaConfBaseException)
 
 
 def load_config(file: str | Path, overrides: list[str]) -> Config:
@@ -29,30 +32,24 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
     Raises:
         UserError: unreadable file, unknown key, wrong type or a value out of bounds.
     """
-    values = {override: _value(override) for override in overrides}
-    given = OmegaConf.create({})
+    values = {override: read_override(override) for override in overrides}
+    given = read_mapping(file)
     try:
-        content = OmegaConf.load(file)
-        if not OmegaConf.is_dict(content):
-            raise UserError(f"--config {file}: not a YAML mapping")
-        given = content
         for override, value in values.items():  # a list or mapping replaces the file's, it is not merged into it
+            key = override.partition("=")[0]
             try:
-                OmegaConf.update(given, override.split("=", 1)[0], value, merge=False, force_add=True)
+                OmegaConf.update(given, key, value, merge=False, force_add=True)
             except (ValueError, TypeError, IndexError, OmegaConfBaseException):  # below a value without such keys
-                parent = override.split("=", 1)[0].rpartition(".")[0]
+                parent = key.rpartition(".")[0]
                 raise UserError(f"{override}: can't be set in {parent}={_raw(given, parent)}") from None
+        for key in OmegaConf.missing_keys(given):
+            raise UserError(f"{key}=???: has no value")
         for field in fields(Config):
             if is_dataclass(field.default_factory) and field.name in given and not OmegaConf.is_dict(given[field.name]):
                 raise UserError(f"{field.name}={shown(given[field.name])}: not a mapping")
-        for key in PRECISION_KEYS:
-            if OmegaConf.select(given, key) is False:
-                OmegaConf.update(given, key, "no")  # which YAML reads as false
-        config = OmegaConf.to_object(OmegaConf.merge(_defaults(), given))
+        config = at_home(OmegaConf.to_object(OmegaConf.merge(_defaults(), given)))
         _check_texts("", asdict(config))
         return config
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file}: {one_line(error)}") from None
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0]
         key = error.full_key
@@ -60,15 +57,119 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
         raise UserError(f"{key}={shown(value)}: {message}" if key else message) from None
     except TypeError as error:  # a mapping for a list, or the reverse: OmegaConf does not say where
         raise UserError(f"{_first_misfit(given)}: {error}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, AssertionError) as error:
+    except (ValueError, OverflowError, RecursionError, AssertionError) as error:
         raise UserError(f"--config {file}: {one_line(error)}") from None
+
+
+def read_mapping(file: str | Path, kind: type[Section] = Config) -> Any:
+    """The mapping in a YAML file, as OmegaConf has it.
+
+    Args:
+        kind: what the file is to hold.
+
+    Raises:
+        UserError: unreadable, not YAML or not a mapping; names the file.
+    """
+    with naming(f"--config {file}"):
+        try:
+            text = Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:  # not there, not UTF-8, no such user
+            raise UserError(one_line(error)) from None
+        return OmegaConf.create(_values(text, kind))
+
+
+@cache
+def _values(text: str, kind: type[Section]) -> dict:
+    """The plain values of a configuration's text, as OmegaConf reads it: ${…} as it stands.
+
+    Raises:
+        UserError: it can't, or there is no mapping.
+    """
+    node = checked_yaml(text)
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text))
+    except READING_ERRORS as error:
+        raise UserError(f"not YAML: {reason(error)}") from None
+    if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode | None):
+        raise UserError("not a YAML mapping")
+    for key, written in _settings(node):
+        section, _, name = key.rpartition(".")
+        if key in _texts(kind):
+            part = content[section] if section else content
+            part[name] = _as_written(part[name], written)
+    return content
+
+
+def _settings(node: yaml.Node | None, section: str = "") -> Iterator[tuple[str, yaml.Node]]:
+    """The settings in a configuration's nodes: section.key → how it is written."""
+    for key, value in [] if node is None else node.value:
+        if isinstance(value, yaml.MappingNode) and not section:
+            yield from _settings(value, f"{key.value}.")
+        else:
+            yield f"{section}{key.value}", value
+
+
+def _as_written(value: Any, node: yaml.Node | None) -> Any:
+    """What stands there for a text, or a list of texts, that YAML takes for numbers or truth values."""
+    if isinstance(value, list) and isinstance(node, yaml.SequenceNode):
+        return [_as_written(part, written) for part, written in zip(value, node.value, strict=True)]
+    return node.value if isinstance(value, bool | int | float) and isinstance(node, yaml.ScalarNode) else value
+
+
+@cache
+def _texts(kind: type[Section]) -> set[str]:
+    """The settings of a configuration that are texts, or lists of texts."""
+    parts = [("", kind), *((f"{part.name}.", part.type) for part in fields(kind) if is_dataclass(part.type))]
+    kinds = (str, Optional[str], list[str], Optional[list[str]])
+    return {f"{name}{setting.name}" for name, part in parts for setting in fields(part) if setting.type in kinds}
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value`, written so that `load_config` reads this very value: the only place that writes one.
+
+    Texts stand in quotes where YAML would read something else.
+    """
+    plain = f"{key}={value}"
+    if isinstance(value, str) and "${" not in value and _is_read_as(plain, value):
+        return plain
+    text = yaml.dump(_escaped(value), Dumper=_Quoting, default_flow_style=True, width=float("inf"))
+    return f"{key}={text.strip().removesuffix('...').strip()}"  # which ends a text that is one word
+
+
+class _Quoting(yaml.SafeDumper):
+    """Puts all texts in double quotes, as YAML has many words and numbers that are none to others."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+
+
+_Quoting.add_representer(str, _Quoting.represent_text)
+
+
+def _escaped(value: Any) -> Any:
+    """A value whose texts name no other setting by ${…}."""
+    if isinstance(value, dict):
+        return {key: _escaped(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_escaped(part) for part in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _is_read_as(override: str, value: str) -> bool:
+    try:
+        return read_override(override) == value
+    except UserError:
+        return False
 
 
 def _check_texts(key: str, value: Any) -> None:
     """Look through all values.
 
     Raises:
-        UserError: a text that no file can be named by; names its key.
+        UserError: a text that no file can be named by or that can't be written to one; names its key.
     """
     if isinstance(value, dict):
         for name, part in value.items():
@@ -76,12 +177,15 @@ def _check_texts(key: str, value: Any) -> None:
     elif isinstance(value, list):
         for part in value:
             _check_texts(key, part)
-    elif isinstance(value, str) and "\0" in value:
+    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
         raise UserError(f"{key}={value!a}: holds a character that no file can be named by")
 
 
-def _value(override: str) -> Any:
-    """The value of an override as YAML gives it.
+def read_override(override: str, kind: type[Section] = Config) -> Any:
+    """The value of an override, as YAML gives it.
+
+    Args:
+        kind: what it is an override of.
 
     Raises:
         UserError: not an override.
@@ -89,10 +193,18 @@ def _value(override: str) -> Any:
     key, _, text = override.partition("=")
     if not key or "=" not in override:
         raise UserError(f"{override}: overrides are written section.key=value")
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{override}: not YAML: {getattr(error, 'problem', None) or one_line(error)}") from None
+    if len(re.findall(r"[^.\[\]]+", key)) > DEEPEST:
+        raise UserError(f"{key[:60]}…: nested more than {DEEPEST} deep")
+    said = override if len(override) < LONGEST_SHOWN else f"{override[:LONGEST_SHOWN]}…"
+    with naming(said if key != "search.storage" else key):  # which may hold a password
+        node = checked_yaml(text)
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        except READING_ERRORS as error:
+            raise UserError(f"not YAML: {reason(error)}") from None
+        if isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None:
+            return text.strip()  # also what follows a #, as no comments are written there
+        return _as_written(value, node) if key in _texts(kind) else value
 
 
 def _raw(given: Any, key: str | None) -> Any:

@@ -45,6 +45,7 @@ class Model(Section):
     """What is finetuned."""
 
     section: ClassVar[str] = "model"
+    path_keys: ClassVar[tuple[str, ...]] = ("pretrained",)
     pretrained: Optional[str] = None  # pipeline folder or Hub id; null: what pretrain.py made in this run
     license: Optional[str] = None  # of the pretrained weights, for the merged network's card; null: not stated
     projection: bool = True  # finetune with channel-wise projections
@@ -55,6 +56,7 @@ class Data(Section):
     """Which images, and how they become squares."""
 
     section: ClassVar[str] = "data"
+    path_keys: ClassVar[tuple[str, ...]] = ("name",)
     name: str = "digits"  # digits (embedded), a Hub id, or a local folder of images or of tables
     split: str = "train"
     image_column: str = "image"
@@ -195,6 +197,7 @@ class Pretrain(Training):
     """Training a network from nothing."""
 
     section: ClassVar[str] = "pretrain"
+    path_keys: ClassVar[tuple[str, ...]] = ("encoders",)
     held_out_every: int = 1000  # optimizer steps between two measurements of the held-out loss
     patience: Optional[int] = None  # stop once so many of them in a row did not fall by 0.1 %; null: max_steps
     encoders: Optional[str] = None  # pipeline folder whose VAE and text encoder a text-to-image model works with
@@ -239,6 +242,7 @@ class Merge(Section):
     """What is merged, how, and into what."""
 
     section: ClassVar[str] = "merge"
+    path_keys: ClassVar[tuple[str, ...]] = ("coefficients", "finetuned", "output")
     method: str = "task_arithmetic"  # or ties
     # w, one per range, lowest range first; null: 1/N each; or name pattern -> such a list, the first pattern that fits
     # a tensor counts: {"down_blocks.*": [...], "mid_block.*": [...], "up_blocks.*": [...], "*": [...]}; or a file that
@@ -273,6 +277,7 @@ class Search(Section):
     """How the merging coefficients are found."""
 
     section: ClassVar[str] = "search"
+    path_keys: ClassVar[tuple[str, ...]] = ("output",)
     method: str = "multi_fidelity"  # or closed_form, gradient, optuna
     objective: str = "match"  # or loss, or for optuna alone fd; multi_fidelity starts from it and ends with fd
     # which tensors share a coefficient: range (all), block, tensor, or a list of name patterns as in merge.coefficients
@@ -340,6 +345,7 @@ class Sample(Section):
     """Which images are drawn from what."""
 
     section: ClassVar[str] = "sample"
+    path_keys: ClassVar[tuple[str, ...]] = ("model", "prompts", "output")
     model: str = "merged"  # merged, pretrained, continued, ensemble, distilled, or a folder
     num_images: int = 1000
     seed_offset: int = 0  # the images' seeds, and names, are seed_offset … seed_offset + num_images - 1
@@ -401,6 +407,7 @@ class Evaluate(Section):
     """What is scored against what."""
 
     section: ClassVar[str] = "evaluate"
+    path_keys: ClassVar[tuple[str, ...]] = ("samples", "reference", "clip_model", "output")
     features: str = "inception"  # inception (FID) or classifier (classifier FD; the data needs labels)
     samples: Optional[list[str]] = None  # folders of images; null: every folder in samples/ of this run
     reference: Optional[str] = None  # npz of statistics; null: made from the configured data
@@ -426,6 +433,7 @@ class Analyze(Section):
     """What is looked at beside the scores."""
 
     section: ClassVar[str] = "analyze"
+    path_keys: ClassVar[tuple[str, ...]] = ("output",)
     analyses: Optional[list[str]] = None  # which of ANALYSES; null: all
     timesteps: int = 40  # evenly spread over [0, T): gradient_conflict, loss_by_timestep
     images: int = 256  # of each of these timesteps; of each range: activation_change

@@ -6,6 +6,7 @@ Those of a text-to-image model also hold prompts.jsonl: a line for each image, i
 import glob
 import io
 import math
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +44,10 @@ def check_apart_from_other_jobs(folder: Path, seeds: range) -> None:
     own = block_of(folder, seeds).name
     for lock in folder.parent.glob(f".{glob.escape(folder.name)}.seeds-*-*.lock-*"):
         name = lock.name.removeprefix(".").rpartition(".lock-")[0]
-        start, stop = map(int, name.rsplit("-", 2)[1:])
+        numbers = re.fullmatch(r"([0-9]{1,20})-([0-9]{1,20})", name.rpartition(".seeds-")[2])
+        if numbers is None or lock.is_dir():  # none of ours
+            continue
+        start, stop = map(int, numbers.groups())
         if name != own and max(start, seeds.start) < min(stop, seeds.stop):
             clear_lock(lock.with_name(name))
             if lock.exists():

@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 from deme.config.experiment import Config
@@ -42,7 +41,7 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
         if arguments.path is not None:
             print(config.paths.lines(arguments.path))
         elif arguments.dry_run:
-            print(to_yaml(asdict(config)), plan(config), sep="\n")
+            print(to_yaml(config.recorded), plan(config), sep="\n")
         else:
             main(config)
             _leave_process_group()

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,8 @@ from pathlib import Path
 import yaml
 from safetensors import SafetensorError
 
-from deme.errors import RunError, UserError, one_line
+from deme.config.plain_yaml import read_yaml_text
+from deme.errors import RunError, UserError, naming, one_line
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TEMPORARY = ".writing-"  # prefix of unfinished siblings; remove_leftovers deletes those of a killed run
@@ -196,6 +198,13 @@ def make_folder(path: Path, key: str) -> None:
         raise UserError(f"{key}: cannot create the folder {path}: {one_line(error)}") from None
 
 
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints that lie in a folder, if there is one, rising; other names are left alone."""
+    names = [name for name in (os.listdir(folder) if folder.is_dir() else []) if (folder / name).is_dir()]
+    found = (re.fullmatch(r"step-([0-9]{8}|[1-9][0-9]{8,17})", name) for name in names)
+    return sorted(int(match[1]) for match in found if match)
+
+
 def to_yaml(values: dict) -> str:
     """A mapping as YAML, its keys in their order."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -213,10 +222,12 @@ def read_yaml(path: Path) -> dict:
     Raises:
         UserError: missing, unreadable or not a mapping.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {one_line(error)}") from None
+    with naming(path):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(one_line(error)) from None
+        values = read_yaml_text(text)
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a YAML mapping")
     return values

@@ -113,7 +113,8 @@ def clear_lock(output: Path) -> None:
 
 def claims(output: Path) -> list[Path]:
     """The claims of living and dead jobs to an output."""
-    return list(output.parent.glob(f".{glob.escape(output.name)}.lock-*"))
+    found = output.parent.glob(f".{glob.escape(output.name)}.lock-*")
+    return [path for path in found if not path.is_dir()]  # a folder is none of ours
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
 from importlib import metadata
@@ -38,7 +38,7 @@ class Kind:
     policy: Policy
     file: str | None = None  # YAML in the output's folder; None: the output carries its record itself
     key: str | None = None  # of that file, below which the record stands; None: at its top, beside the provenance
-    beside: dict[str, type] = field(default_factory=dict, hash=False)  # what else the file must hold
+    beside: dict[str, type] = field(default_factory=dict, hash=False)  # what else the file must hold, not below `key`
     defaults: dict[str, Any] = field(default_factory=dict, hash=False)  # of what older records do not name
     later: tuple[str, ...] = ()  # what older records do not say, or what is not known yet: compared where both say it
 
@@ -124,16 +124,27 @@ def read_record(kind: Kind, folder: Path) -> Record | None:
     if not file.exists():
         return None
     content = read_yaml(file)
-    required = kind.beside if kind.key is None else {kind.key: dict} | kind.beside
-    for key, expected in required.items():
-        if not isinstance(content.get(key), expected):
-            raise UserError(f"{file}: not the record of {kind.name}: {key} is missing")
+    check_shape(content, kind.beside if kind.key is None else {kind.key: dict} | kind.beside, kind.name, file)
+    check_shape(content, {key: kind for key, kind in OF_PROVENANCE.items() if key in content}, kind.name, file)
     made_from = content.pop(kind.key) if kind.key is not None else content
     if not all(isinstance(key, str) for key in (*content, *made_from)):
         raise UserError(f"{file}: not the record of {kind.name}: a key is not a text")
     not_compared = [key for key in content if kind.key is not None or key in (*PROVENANCE, WEIGHTS_HASH)]
     beside = {key: content.pop(key) for key in not_compared}
     return Record(kind, kind.defaults | made_from, beside)
+
+
+def check_shape(content: dict[str, Any], wanted: dict[str, type], name: str, file: Path) -> None:
+    """Make sure that what was read has these keys, each with a value of its type.
+
+    Raises:
+        UserError: names the file and the key.
+    """
+    for key, expected in wanted.items():
+        value = content.get(key)
+        if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+            what = "is missing" if value is None else f"is {shown(value)[:LONGEST_VALUE]}"
+            raise UserError(f"{file}: not the record of {name}: {key} {what}")
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], later: tuple[str, ...] = ()) -> list[str]:
@@ -153,7 +164,8 @@ def changes(before: dict[str, Any], now: dict[str, Any], later: tuple[str, ...] 
     return found
 
 
-PROVENANCE = ("git_commit", "versions", "processor", "config")
+OF_PROVENANCE = {"git_commit": str | None, "versions": dict, "processor": str | None, "config": dict}
+PROVENANCE = tuple(OF_PROVENANCE)
 WEIGHTS_HASH = "weights (SHA-256)"  # of a merged network, beside its record
 
 
@@ -161,7 +173,7 @@ def provenance(config: Config) -> dict[str, Any]:
     """What is written beside every output: git commit, package versions, processor, the resolved configuration."""
     packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy")
     versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}
-    values = (_git_commit(), versions, processor(), asdict(config))
+    values = (_git_commit(), versions, processor(), config.recorded)
     return dict(zip(PROVENANCE, values, strict=True))
 
 

@@ -31,7 +31,8 @@ class Jobs:
         self.logs = folder
         self.free = list(places)
         self.processes = processes
-        self.running: dict[int, tuple[subprocess.Popen, dict[str, str], float, Job]] = {}  # by process id
+        # by process id: where it runs, since when, what it is made of
+        self.running: dict[int, tuple[subprocess.Popen, dict[str, str], float, Job, str]] = {}
         make_folder(folder, "output_dir")
 
     def run(self) -> None:
@@ -69,7 +70,7 @@ class Jobs:
         if command is None:
             job.state = "dropped"
             return
-        place = self.free.pop(0)
+        place, made_of = self.free.pop(0), self.ledger.begin(job)
         with self._log(job).open("ab") as log, noted_signals() as signals:  # else one might run on, unknown to us
             process = subprocess.Popen(
                 command,
@@ -81,7 +82,7 @@ class Jobs:
                 preexec_fn=end_with_parent,
             )
             job.state = "running"
-            self.running[process.pid] = (process, place, time.monotonic(), job)
+            self.running[process.pid] = (process, place, time.monotonic(), job, made_of)
         print(f"{job.name}: started", flush=True)
         if signals:
             raise Interrupted(signals[0])
@@ -92,7 +93,7 @@ class Jobs:
         Args:
             stopped: by us.
         """
-        for pid, (process, place, since, job) in list(self.running.items()):
+        for pid, (process, place, since, job, made_of) in list(self.running.items()):
             status = process.poll()
             if status is None:
                 continue
@@ -100,7 +101,7 @@ class Jobs:
             self.free.append(place)
             if status == 0 and (job.output is None or job.output.exists()):
                 job.state = "done"
-                self.ledger.note(job)
+                self.ledger.note(job, made_of)
                 print(f"{job.name}: done in {time.monotonic() - since:.0f} s", flush=True)
             else:
                 job.state = "stopped" if stopped else "failed"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deme.config.paths import for_shell
 from deme.errors import RunError, UserError
 from deme.job.graph import Job, Ledger
 from deme.job.signals import Interrupted, noted_signals
@@ -30,10 +31,11 @@ class Queue:
     has_answered: bool = False
 
     def __post_init__(self):
-        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []:
-            parts = line.split("\t")
+        content = self.file.read_bytes().decode(errors="replace") if self.file.exists() else ""
+        for line in content.removesuffix("\n").split("\n") if content else []:
+            parts = line.rsplit("\t", 2)
             if len(parts) != 3:
-                raise UserError(f"{self.file}: not a line of a job: {line!a}")
+                raise UserError(f"{self.file}: not a line of a job: {line!a}; delete it")
             self.keys[parts[0]], self.numbers[parts[0]] = parts[1:]
 
     def ask(self) -> None:
@@ -45,7 +47,9 @@ class Queue:
         if not self.numbers or shutil.which("squeue") is None:
             return
         command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i %T"]
-        states = dict(line.split() for line in answer_of(command).splitlines())
+        states = {
+            number: state for number, _, state in (line.partition(" ") for line in answer_of(command).splitlines())
+        }
         self.states = {name: states[number] for name, number in self.numbers.items() if number in states}
         self.has_answered = True
 
@@ -101,6 +105,8 @@ def submit(jobs: Sequence[Job], ledger: Ledger, queue: Queue, logs: Path, is_dry
             print(shlex.join(line))
             queue.note(group, f"{group[0].run}-{group[0].stage}".upper())
             continue
+        for job in group:
+            ledger.plan(job)
         with noted_signals() as signals:  # what Slurm has taken is noted
             queue.note(group, answer_of(line).strip().partition(";")[0])  # behind it, the name of a cluster
             with queue.file.open("a", encoding="utf-8") as file:
@@ -128,7 +134,10 @@ def sbatch_line(group: Sequence[Job], logs: Path, ledger: Ledger, queue: Queue) 
     except ValueError as error:
         raise UserError(f"OPTIONS={given['OPTIONS']}: {error}") from None
     line += ["--export=ALL", "--requeue", "--open-mode=append", f"--signal=B:USR1@{given['NOTICE']}"]
-    line += [f"--output={logs / ('%x-%A_%a.log' if first.own else '%x-%j.log')}"]
+    if "\\" in str(logs):
+        raise UserError(f"output_dir: {logs}: Slurm writes no logs where a name holds a backslash")
+    folder = str(logs).replace("%", "%%")  # %j stands for a number
+    line += [f"--output={folder}/{'%x-%A_%a.log' if first.own else '%x-%j.log'}"]
     line += [f"--array=0-{len(group) - 1}"] if first.own else []
     # those that must succeed, and those that must end before: where they are under way
     kinds = {"afterok": first.needed, "afterany": [job for job in first.after_all if job not in first.needed]}
@@ -138,7 +147,7 @@ def sbatch_line(group: Sequence[Job], logs: Path, ledger: Ledger, queue: Queue) 
     waits = ",".join(":".join([kind, *numbers]) for kind, numbers in under_way.items() if numbers)
     line += [f"--dependency={waits}", "--kill-on-invalid-dep=yes"] if waits else []
     processes = "1" if first.is_alone else given["NUM_PROCESSES"]
-    command = ["scripts/slurm/job.sh", str(ledger.folder), nodes, processes, first.script]
+    command = ["scripts/slurm/job.sh", for_shell(ledger.folder), nodes, processes, first.script]
     tasks = [part for job in group for part in (job.name, job.key, job.own)]
     return [*line, *command, *first.arguments_after(first.after_all), "--", *tasks]
 

@@ -10,13 +10,15 @@ from typing import Any
 
 from deme.config.comparison import ComparedRun, Comparison
 from deme.config.experiment import Config
-from deme.config.paths import image_path
-from deme.config.reading import load_config
+from deme.config.paths import for_shell, image_path
+from deme.config.reading import load_config, override
 from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS
-from deme.job.graph import Job
+from deme.job.files import REPOSITORY, sha256
+from deme.job.graph import Job, files_below, state_of
 
 LAST = ("card", "report")  # stages that take seconds, and no GPU
 AFTERWARDS = ("merge", "search", "sample", "evaluate", "analyze")
+LINKED = ("vae", "text_encoder")  # parts of a pipeline whose weights merge.py gives another name
 # sections that a script does not read: where these change, its jobs are not started again
 UNREAD = {
     "pretrain.py": ("finetune", "distill", *AFTERWARDS),
@@ -53,6 +55,7 @@ class Stages:
         self.base = base
         self.blocks = blocks
         self.by_name: dict[str, Job] = {}
+        self.states: dict[str, str] = {}  # of what no job makes, looked at once
         self.pretrained: list[Job] = []  # before images of it
         self.first: list[Job] = []  # before trainings
         self.reference: list[Job] = []  # before scores
@@ -77,29 +80,37 @@ class Stages:
             arguments = [*run.arguments, *overrides]
             if overrides or own:
                 load_config(arguments[1], [*arguments[2:], *([own] if own else [])])
-            read = {part: values for part, values in asdict(run.config).items() if part not in UNREAD.get(script, ())}
-            settings = json.dumps([read, overrides, own], sort_keys=True)
-            inputs = [*others.pop("inputs", []), *outside(run.config, script)]
-            made = Job(run.config.name, stage, script, arguments, output, settings, own=own, inputs=inputs, **others)
+            settings = self.settings(run.config, script, overrides, own, others.pop("inputs", ()))
+            made = Job(run.config.name, stage, script, arguments, output, settings, own=own, **others)
             self.by_name[name] = made
         return self.by_name[name]
+
+    def settings(self, config: Config, script: str, *others: Any) -> str:
+        """All that a job's output depends on but for what other jobs make, as a text."""
+        read = {part: values for part, values in config.recorded.items() if part not in UNREAD.get(script, ())}
+        made = None if self.base.config.model.pretrained else str(self.base.config.paths.pretrained_here)
+        given = [path for path in outside(config, script) if path != made]
+        for path in given:
+            self.states[path] = self.states.get(path) or state_outside(path)
+        return json.dumps([read, others, [self.states[path] for path in given]], sort_keys=True)
 
     def add_what_all_need(self, reference: str | None, has_cache: bool) -> None:
         """The pretrained network, the data, and the statistics that images are compared with."""
         base, paths = self.base, self.base.config.paths
         if paths.pretrained == str(paths.pretrained_here):
-            self.pretrained = [self.add(base, "pretrain", "pretrain.py", output=paths.pretrained_here)]
+            parts = [paths.pretrained_here / part for part in ("unet", "scheduler", "pretrain.yaml")]
+            made = {"output": paths.pretrained_here, "parts": parts}  # merge.py gives the encoders' files another name
+            self.pretrained = [self.add(base, "pretrain", "pretrain.py", **made)]
         cache: list[Job] = []
         if has_cache:
             cache = [self.add(base, "cache", "scripts/cache.py", output=None, after=self.pretrained)]
         self.first = [*self.pretrained, *cache]
         if reference is not None:
-            base = replace(base, config=load_config(reference, []), arguments=["--config", reference])
+            base = replace(base, config=load_config(reference, []), arguments=["--config", for_shell(reference)])
             cache = []
         output = base.config.paths.reference
-        self.reference = [
-            self.add(base, "statistics", "evaluate.py", "evaluate.samples=[]", output=output, after=cache)
-        ]
+        made = {"output": output, "parts": [output, base.config.paths.classifier]}
+        self.reference = [self.add(base, "statistics", "evaluate.py", "evaluate.samples=[]", after=cache, **made)]
 
     def add_rows(self, run: ComparedRun) -> None:
         """The images and scores of a run's models, and what is told of them."""
@@ -109,29 +120,30 @@ class Stages:
         def arguments(there: Sequence[Job]) -> list[str] | None:
             """In the base's features; of the folders whose images are all there."""
             folders = [str(paths.all_samples / model) for model, jobs in drawn.items() if set(jobs) <= set(there)]
-            scored = [f"evaluate.samples={json.dumps(folders)}", f"evaluate.output={paths.results}"]
+            scored = [override("evaluate.samples", folders), override("evaluate.output", str(paths.results))]
             return [*self.base.arguments, *scored] if folders else None
 
         waited = [job for jobs in drawn.values() for job in jobs]
-        settings = json.dumps([asdict(run.config), asdict(self.base.config.evaluate), run.models], sort_keys=True)
+        settings = self.settings(run.config, "evaluate.py", asdict(self.base.config.evaluate), run.models)
         named = (run.config.name, "evaluate", "evaluate.py")
         scores = Job(*named, arguments, paths.results, settings, self.reference, waited)
         self.by_name[scores.name] = scores
         if "merged" in run.models:  # once more, for its model card
             self.add(run, "card", "merge.py", output=paths.merged / "README.md", after=[scores], is_alone=True)
         if run is self.base:
-            told = {"inputs": sorted(paths.plots.glob("*.png")), "is_alone": True}
-            self.add(run, "report", "report.py", output=paths.report, after=[scores], **told)
+            pictures = state_of(map(str, paths.plots.glob("analysis-*.png")))
+            told = {"after": [scores], "inputs": pictures, "is_alone": True}
+            self.add(run, "report", "report.py", output=paths.report, **told)
 
     def drawn(self, run: ComparedRun, model: str) -> list[Job]:
         """The jobs that draw a model's images, one for each block of seeds."""
-        folder, override = run.config.paths.all_samples / model, f"sample.model={model}"
-        draw = partial(self.add, run, f"sample-{model}", "sample_ddp.py", override, after=self.made(run, model))
+        folder, chosen = run.config.paths.all_samples / model, f"sample.model={model}"
+        draw = partial(self.add, run, f"sample-{model}", "sample_ddp.py", chosen, after=self.made(run, model))
         parts = replace(run.config.sample, blocks=self.blocks).chosen_blocks
         files = [[image_path(folder, seed) for seed in part] for part in parts]
         jobs = []
         for number, images in enumerate(files):
-            block = {"output": images[-1], "is_whole": partial(are_there, images)}
+            block = {"output": images[-1], "parts": images}
             if self.blocks > 1:
                 block["own"] = f"sample.block={number}"
             jobs.append(draw(*([f"sample.blocks={self.blocks}"] if self.blocks > 1 else []), **block))
@@ -155,8 +167,8 @@ class Stages:
             controls = [self.trained(run, "train", name, self.first) for name in run.models if name == CONTINUED]
             before = {"after": [*experts, *self.reference], "after_all": controls}
             experts = [self.add(run, "search", "search.py", output=paths.best_coefficients, **before)]
-        output = paths.merged / "merge.yaml"
-        return [self.add(run, "merge", "merge.py", output=output, after=experts, is_alone=True)]
+        parts = [paths.merged / part for part in ("merge.yaml", "unet", "scheduler", "model_index.json")]
+        return [self.add(run, "merge", "merge.py", output=parts[0], parts=parts, after=experts, is_alone=True)]
 
     def trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
         """The training of a range, by its number, or one that has a name."""
@@ -165,19 +177,25 @@ class Stages:
         return self.add(run, stage, "finetune.py", own=f"finetune.range={chosen}", output=output, after=list(after))
 
 
-def outside(config: Config, script: str) -> list[Path]:
+def outside(config: Config, script: str) -> list[str]:
     """Files and folders that a script reads and no job makes: where they change, it is started again."""
-    given = [config.data.name]
-    if config.model.pretrained is not None:
-        given += Path(config.model.pretrained).glob("*/*")
+    given: list[Any] = [] if script in ("merge.py", "sample_ddp.py") else [config.data.name]
+    pipelines = [config.model.pretrained, config.pretrain.encoders if script == "pretrain.py" else None]
+    for source in pipelines:  # as find_pipeline looks for them
+        given += [folder for folder in (source, REPOSITORY / source) if os.path.isdir(folder)][:1] if source else []
     if script in ("merge.py", "search.py") and config.merge.coefficients != "search":
         given.append(config.merge.coefficients)
     if script in ("sample_ddp.py", "search.py"):
         given.append(config.sample.prompts)
-    return [Path(path) for path in given if isinstance(path, (str, Path)) and Path(path).exists()]
+    if script in ("evaluate.py", "search.py"):
+        given.append(config.evaluate.clip_model)
+    return [str(path) for path in given if isinstance(path, str | Path) and os.path.exists(path)]
 
 
-def are_there(files: Sequence[Path]) -> bool:
-    """Whether all files of a folder are there: it is listed once."""
-    folder = files[0].parent
-    return folder.is_dir() and {file.name for file in files} <= set(os.listdir(folder))
+def state_outside(path: str) -> str:
+    """What stands for a file or folder that no job makes, as `state_of`.
+
+    Where merge.py gives a pipeline's weights a second name, that is noted as a change of theirs: they are hashed.
+    """
+    linked = sorted(str(file) for part in LINKED for file in Path(path, part).glob("*.safetensors"))
+    return " ".join([state_of(set(files_below(path)) - set(linked)), *(sha256(Path(file)) for file in linked)])

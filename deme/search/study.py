@@ -19,6 +19,7 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from deme.config.section import without_password
 from deme.data.draws import Stream
 from deme.errors import RunError, UserError, one_line
 from deme.job.locks import POLLED_EVERY, signs_of_life
@@ -45,7 +46,8 @@ def open_storage(url: str) -> RDBStorage:
     try:
         return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
     except Exception as error:  # SQLAlchemy and the databases' drivers raise their own
-        raise UserError(f"no Optuna storage can be opened there: {one_line(error)}") from None
+        reason = one_line(error).replace(url, without_password(url))
+        raise UserError(f"no Optuna storage can be opened there: {reason}") from None
 
 
 class Study:

@@ -5,7 +5,6 @@
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deme.errors import RunError, UserError, one_line
-from deme.job.files import REPLACED, atomic_folder, make_folder, remove_unfinished, settle_replacement, sha256
+from deme.job.files import (
+    REPLACED,
+    atomic_folder,
+    checkpoint_steps,
+    make_folder,
+    remove_unfinished,
+    settle_replacement,
+    sha256,
+)
 
 WRONG = (ValueError, TypeError, AttributeError, RuntimeError)  # as damaged content leads to
 STUDENT = "student.safetensors"
@@ -151,7 +158,7 @@ def _scalars(state: TrainingState) -> dict:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest first."""
-    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)), reverse=True)
+    return [folder / f"step-{step:08d}" for step in reversed(checkpoint_steps(folder))]
 
 
 def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -> Path | None:

@@ -74,7 +74,7 @@ def logged_step(line: str) -> int:
     """The step of a line of log.jsonl; 0 where the line is not whole."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return 0
 
 

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deme.config.experiment import Config
 from deme.config.sections import WEIGHTINGS, Training
 from deme.errors import naming
-from deme.job.files import atomic_folder, make_folder
+from deme.job.files import atomic_folder, checkpoint_steps, make_folder
 from deme.job.locks import clear_lock
 from deme.job.records import DATA, IMAGE_COLUMN, RUN, Record, changes, provenance, read_record
 
@@ -113,15 +114,29 @@ class Session:
         }
         return Run(folder, output, Record(RUN, made_from, {"free": free, **provenance(self.config)}))
 
+    @cached_property
+    def data_fingerprint(self) -> str:
+        """A SHA-256 of the data and its captions; torch is imported for it, as nothing else reads images."""
+        from deme.data.sources import data_fingerprint
+
+        return data_fingerprint(self.config.data, with_captions=True)
+
+    def reading(self, run: Run) -> Run:
+        """A run, now that its data has been read."""
+        from deme.data.sources import as_opened
+
+        return run.reading(self.data_fingerprint, as_opened(self.config.data).image_column)
+
     def is_complete(self, run: Run) -> bool:
         """Whether there is nothing left to do, which is said.
 
         Raises:
-            UserError: the folder holds a run of other settings; names those that differ, and which of them may.
+            UserError: the folder holds a run of other settings, or of other data; names what differs, and what may.
         """
         check_same_run(run)
         if not run.output.exists():
             return False
+        check_same_run(self.reading(run))
         clear_lock(run.folder)
         if os.environ.get("RANK", "0") == "0":  # all processes find the same, before they know each other
             print(f"{run.output} is complete")
@@ -176,7 +191,7 @@ def check_same_run(run: Run) -> None:
 
 def has_trained(run: Run) -> bool:
     """Whether a run's folder holds anything that its settings matter to: a checkpoint, or what it makes."""
-    return run.output.exists() or any((run.folder / "checkpoints").glob("step-*"))
+    return run.output.exists() or checkpoint_steps(run.folder / "checkpoints") != []
 
 
 def claim(run: Run) -> None:

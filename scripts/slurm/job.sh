@@ -4,7 +4,8 @@
 #   sbatch … scripts/slurm/job.sh LEDGER NODES PROCESSES SCRIPT --config CONFIG [overrides] -- NAME KEY OVERRIDE…
 #
 # PROCESSES of each node; empty: one per GPU, or 1. A task of an array has the NAME, KEY and OVERRIDE of its number; once
-# it is done, the file LEDGER/NAME holds KEY, which deme/job/graph.py reads. Slurm sends USR1 before the time limit, and
+# it is done, the file LEDGER/NAME holds KEY, what stands for the entries of the jobs in LEDGER/../before/NAME, and what
+# stands for the files in LEDGER/../made/NAME: as deme/job/graph.py has it, where Python may be a container's. Slurm sends USR1 before the time limit, and
 # where it is so configured before another job takes the nodes: the script then saves, and the job queues itself again, at
 # most MAX_REQUEUES times.
 set -euo pipefail
@@ -47,6 +48,20 @@ name=$1
 key=$2
 [ -z "$3" ] || arguments+=("$3")
 
+# made_of: what stands for the entries of the jobs before this one
+made_of() {
+  local before
+  while IFS= read -r before; do
+    ! [ -f "$ledger/$before" ] || cat "$ledger/$before"
+  done <"${ledger%/*}/before/$name" | sha256sum | cut -d ' ' -f 1
+}
+
+# state_of_made: what stands for the files that it has made
+state_of_made() {
+  xargs -r -d '\n' -a "${ledger%/*}/made/$name" \
+    sh -c 'find -L "$@" -type f -printf "%p %s %i %C@\n" 2>/dev/null || :' sh | LC_ALL=C sort | sha256sum | cut -d ' ' -f 1
+}
+
 # free_port: one that nothing listens on here; jobs that share a node begin their search at different ones
 free_port() {
   local port=$((20000 + SLURM_JOB_ID % 10000))
@@ -69,6 +84,8 @@ run() {
   return $status
 }
 
+made_of=$(made_of)
+rm -f "$ledger/$name" # what there was of it no longer counts
 status=143
 if [ $must_stop = false ]; then
   status=0
@@ -76,7 +93,7 @@ if [ $must_stop = false ]; then
 fi
 if [ $status = 0 ]; then
   mkdir -p "$ledger"
-  echo "$key" >"$ledger/$name"
+  printf '%s\n' "$key" "$made_of" "$(state_of_made)" >"$ledger/$name"
 fi
 
 # another job takes the nodes: the grace time began with a SIGTERM to all processes, and Slurm counts a job that ends

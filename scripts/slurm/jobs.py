@@ -17,9 +17,10 @@ import shlex
 from contextlib import nullcontext
 
 from deme.config.comparison import ComparedRun, compared_runs, is_comparison, load_comparison
+from deme.config.reading import override
 from deme.errors import RunError
 from deme.job.command import ended_in_one_line
-from deme.job.files import make_folder
+from deme.job.files import checkpoint_steps, make_folder
 from deme.job.graph import Job, Ledger
 from deme.job.locks import locked
 from deme.job.slurm import JOBS, Queue, missing_jobs, submit
@@ -32,7 +33,7 @@ MODELS = "configs/comparison/models.yaml"
 def plan_jobs(file: str, overrides: list[str]) -> tuple[Path, list[Job]]:
     """The folder of the jobs' files, and the jobs; the last one does what takes seconds, and makes the table."""
     if not is_comparison(file):
-        file, overrides = MODELS, [f"base={file}", *overrides]
+        file, overrides = MODELS, [override("base", file), *overrides]
     comparison, others = load_comparison(file, overrides, ORDER)
     runs = list(compared_runs(comparison, others))
     check_runs(runs)
@@ -114,7 +115,7 @@ def how_far(job: Job) -> str:
     if job.output.exists():
         return "not checked"  # made by other means: the job would find out
     training = folder.with_name("pretraining") if job.stage == "pretrain" else folder.parent
-    steps = [int(checkpoint.name.removeprefix("step-")) for checkpoint in training.glob("checkpoints/step-*")]
+    steps = checkpoint_steps(training / "checkpoints")
     return f"step {max(steps)}" if steps else "missing"
 
 

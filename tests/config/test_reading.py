@@ -1,11 +1,16 @@
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 
 import pytest
+import yaml
 from conftest import REPOSITORY
+from hypothesis import example, given, settings
+from hypothesis import strategies as some
 
+import report
 from deme.config.experiment import Config
-from deme.config.reading import load_config
+from deme.config.reading import load_config, override, read_override
 from deme.config.sections import Finetune, range_name
 from deme.errors import UserError
 
@@ -152,3 +157,134 @@ def test_dry_run_prints_the_configuration_and_writes_nothing(script, tmp_path):
     assert "seed: 7" in result.stdout
     assert "runs/digits" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+# lone surrogates are no characters, and ??? is how OmegaConf writes that there is no value
+TEXTS = some.text(some.characters(exclude_categories=["Cs"])).filter(lambda text: text != "???")
+TEXTS |= some.text("${}\\'\"# :\n~-[]&*!%@,0x1_e", max_size=8).filter(lambda text: text != "???")
+VALUES = some.recursive(
+    TEXTS | some.none() | some.booleans() | some.integers(-(10**9), 10**9) | some.floats(allow_nan=False),
+    lambda inner: some.lists(inner, max_size=3) | some.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=30)
+@given(VALUES)
+@example("model #2")
+@example("0x10")
+@example("1_000")
+@example("on")
+@example("\U0001f600 'a' \"b\": {c} ${seed} \\${d} \\\\${e}")
+def test_an_override_is_read_as_the_value_that_was_written(value):
+    written = override("pretrain.unet.given", value)
+    assert "\n" not in written
+    assert load_config(REPOSITORY / "configs/digits.yaml", [written]).pretrain.unet["given"] == value
+
+
+@settings(max_examples=30)
+@given(TEXTS.filter(lambda text: "\0" not in text))
+def test_a_text_is_read_as_the_one_that_was_written(value):
+    assert load_config(REPOSITORY / "configs/digits.yaml", [override("data.split", value)]).data.split == value
+
+
+@pytest.mark.parametrize("text", ["on", "0x10", "1_000", "007", "1e3", "no", ".5"])
+def test_a_text_stands_for_itself_though_it_looks_like_a_number(tmp_path, text):
+    """In the file and on the command line, alone and in a list."""
+    file = tmp_path / "a.yaml"
+    file.write_text(f"name: {text}\nevaluate: {{samples: [{text}, b]}}\n")
+    config = load_config(file, [f"data.split={text}"])
+    assert (config.name, config.data.split, config.evaluate.samples) == (text, text, [text, "b"])
+
+
+def test_an_override_holds_no_comments(empty):
+    config = load_config(empty, ["model.pretrained=model #2", "sample.prompts=a # b.txt", "seed=3 # as before"])
+    assert (config.model.pretrained, config.sample.prompts, config.seed) == ("model #2", "a # b.txt", 3)
+
+
+def settings_of(kind=Config, section=""):
+    """section.key → its type."""
+    for setting in fields(kind):
+        if is_dataclass(setting.type):
+            yield from settings_of(setting.type, f"{setting.name}.")
+        else:
+            yield f"{section}{setting.name}", setting.type
+
+
+OTHER_TEXTS = {"name", "model.license", "merge.push_to_hub", "search.storage", "finetune.range"}
+OTHER_TEXTS |= {"search.groups", "sample.negative_prompt", "sample.prompt_column", "sample.scheduler"}
+
+
+def test_every_key_that_is_a_path_takes_the_home_folder(empty, monkeypatch):
+    """Tried with all that a text may be given to: those that are no paths are listed here, or are one of few words."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    tried = set()
+    for key, kind in settings_of():
+        for value in ("~/a", ["~/a"]) if key not in OTHER_TEXTS else ():
+            try:
+                config = load_config(empty, [override(key, value)])
+            except UserError:
+                continue
+            section, _, name = key.rpartition(".")
+            found = getattr(getattr(config, section) if section else config, name)
+            columns = section == "data" and (name.endswith("_column") or name == "split")
+            if not columns and not (kind in (list[str],) or (key == "sample.prompts" and value == ["~/a"])):
+                tried.add(key)
+                assert found == ("/home/somebody/a" if value == "~/a" else ["/home/somebody/a"]), key
+    assert tried >= {"output_dir", "model.pretrained", "data.name", "merge.coefficients", "merge.output"}
+    assert tried >= {"sample.model", "sample.prompts", "sample.output", "evaluate.samples", "evaluate.reference"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("output_dir", "~nobody-of-that-name/runs", "no such user"),
+        ("output_dir", "a\nb", "control character"),
+        ("data.name", "a\u2028b", "control character"),
+        ("name", "a\tb", "must be a plain folder name"),
+        ("name", "a\nb", "must be a plain folder name"),
+        ("name", "a\x85b", "must be a plain folder name"),
+        ("name", "é" * 91, "at most 180 bytes"),
+        ("name", "a\udc80", "not YAML"),
+        ("data.split", "???", "has no value"),
+        ("a" + ".a" * 2000, 1, "nested more than 40 deep"),
+    ],
+)
+def test_names_that_would_fail_later_are_refused(empty, key, value, reason):
+    with pytest.raises(UserError, match=reason):
+        load_config(empty, [override(key, value)])
+
+
+BOMB = "a: &a [1, 1]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{f'*{chr(97 + i)}, ' * 3}]\n" for i in range(14))
+BOMBS = {"deep": "a: " + "[" * 5000, "endless": "a: &a [*a]", "bomb": BOMB, "merged": "a: &a {<<: *a}"}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_yaml_that_stands_for_more_than_it_says_is_refused(tmp_path, kind):
+    file = tmp_path / "a.yaml"
+    file.write_text(BOMBS[kind])
+    with pytest.raises(UserError, match=r"nested more than 40 deep|aliases"):
+        load_config(file, [])
+    if kind in ("deep", "endless"):
+        with pytest.raises(UserError, match="nested more than 40 deep"):
+            read_override(BOMBS[kind].replace(": ", "=", 1))
+
+
+def test_aliases_are_written_out(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("sample: {num_images: &count 12}\nsearch: {report_images: *count}\n")
+    assert load_config(file, []).search.report_images == 12
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:secret@host/db", "mysql://h/db?password=secret", "me:secret@h", "a://u:se?cr@et/@h"]
+)
+def test_a_password_is_written_nowhere(empty, url):
+    config = load_config(empty, [override("search.storage", url)])
+    assert config.search.storage == url
+    shown = yaml.safe_dump(config.recorded) + report.command_line(["--config", "a.yaml", f"search.storage={url}"])
+    assert not any(part in shown for part in ("secret", "se?cr", "et/"))
+    with pytest.raises(UserError, match=r"^search\.storage: not YAML: [^@]*$"):
+        load_config(empty, [f"search.storage=[{url}"])
+    plain = load_config(empty, ["search.storage=sqlite:///a.db"])
+    assert plain.recorded["search"]["storage"] == "sqlite:///a.db"

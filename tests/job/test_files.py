@@ -1,6 +1,7 @@
 import importlib
 import multiprocessing
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from deme.job.files import (
     atomic_file,
     atomic_folder,
     check_apart,
+    checkpoint_steps,
     make_folder,
     read_yaml,
     remove_leftovers,
@@ -180,3 +182,32 @@ def test_yaml_that_is_no_plain_mapping_is_refused(tmp_path, content):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: " + "[" * 5000,
+        "a: &a [*a]",
+        "a: &a {<<: *a}",
+        "a: &a [1, 1]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{f'*{chr(97 + i)}, ' * 9}]\n" for i in range(20)),
+        "a: 2020-13-45",
+        "a: " + "9" * 5000,
+        "? [a]\n: 1",
+        "a: \udc80",
+    ],
+)
+def test_a_record_that_stands_for_more_than_it_says_or_for_nothing_is_named(tmp_path, text):
+    file = tmp_path / "best.yaml"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=re.escape(str(file))) as error:
+        read_yaml(file)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_checkpoints_are_those_that_have_such_a_name(tmp_path):
+    for name in ("step-x", "step-00000005", "step-100000000", "step-7", "step-\u0661" * 8, "step-00000006 (copy)"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000009").touch()
+    assert checkpoint_steps(tmp_path) == [5, 100_000_000]
+    assert checkpoint_steps(tmp_path / "missing") == []

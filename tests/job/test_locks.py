@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from deme.data.samples import check_apart_from_other_jobs
 from deme.errors import UserError
 from deme.job import locks
 from deme.job.locks import _boot_id, claims, clear_lock, locked
@@ -196,3 +197,16 @@ def test_a_job_that_slurm_started_again_waits_for_its_earlier_self(tmp_path, mon
         ended.append("first")
     thread.join()
     assert ended == ["first", "second"]
+
+
+def test_names_that_only_look_like_locks_are_left_alone(tmp_path):
+    """Folders, links to nothing and other people's names; also among those of blocks of seeds."""
+    output = tmp_path / "out"
+    for name in (".out.lock-abcd1234", ".out.seeds-1-2.lock-1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.lock-link").symlink_to("nowhere")
+    for name in ("x-y", "1-2-3-", "\uff11-\uff12", f"1-{'9' * 30}"):
+        (tmp_path / f".out.seeds-{name}.lock-1").touch()
+    with locked(output, "key"):
+        check_apart_from_other_jobs(output, range(5))
+    assert (tmp_path / ".out.lock-abcd1234").is_dir()

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from deme.config.experiment import Config
+from deme.config.sections import Search
 from deme.errors import UserError
 from deme.job import records
 from deme.job.records import IMAGES, MERGED, PROVENANCE, RUN, SAMPLES, STATISTICS, Record, provenance, read_record
@@ -63,6 +64,16 @@ def test_damaged_records_are_named(tmp_path, content):
         read_record(SAMPLES, tmp_path)
 
 
+@pytest.mark.parametrize("line", ["num_images: true", "num_images: [1]", "versions: 3", "config: []", "git_commit: {}"])
+def test_what_stands_beside_a_record_has_its_type(tmp_path, line):
+    """Pages and messages rely on it."""
+    (tmp_path / SAMPLES.file).write_text(
+        f"identity: {{}}\nnum_images: 3\n{line}\n".replace("num_images: 3\nnum", "num")
+    )
+    with pytest.raises(UserError, match=f"not the record of samples: {line.split(':')[0]} is "):
+        read_record(SAMPLES, tmp_path)
+
+
 def test_caches_keep_their_names():
     """Decoded images of 30 GB are found again: the name is that of the values alone, in their order."""
     values = {"fingerprint": "abc", "image_column": "image", "resolution": 256, "channels": 3, "skip_unreadable": False}
@@ -77,6 +88,8 @@ def test_provenance_is_plain_yaml():
     assert record["versions"]["numpy"] == np.__version__
     assert record["processor"]
     assert record["config"]["finetune"]["range"] is None
+    secret = provenance(Config(search=Search(storage="postgresql://me:secret@host/db")))
+    assert "secret" not in str(secret)
 
 
 def test_the_commit_is_read_without_writing_into_the_repository(tmp_path, monkeypatch):

@@ -87,6 +87,46 @@ def test_what_is_made_of_something_new_is_made_anew_though_the_first_attempt_fai
     assert again(writes(tmp_path / "second")) == ["unchanged", "done"]
 
 
+def rewrite_in_place(file, text):
+    """By a program that keeps the time of modification."""
+    times = file.stat()
+    file.write_text(text)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def replace_by_older(file, text):
+    other = file.with_name("older")
+    other.write_text(text)
+    os.utime(other, (1, 1))
+    other.rename(file)
+
+
+@pytest.mark.parametrize("change", [rewrite_in_place, replace_by_older])
+@pytest.mark.parametrize("name", ["folder/weights", "second"])
+def test_an_output_that_somebody_replaces_is_noticed_whatever_its_times(tmp_path, change, name):
+    def again():
+        folder = tmp_path / "folder"
+        first = job(
+            folder, f"import os; os.makedirs({str(folder)!r}, exist_ok=True); open({str(folder / 'weights')!r}, 'w')"
+        )
+        return go(tmp_path, [first, writes(tmp_path / "second", before=[first])])
+
+    assert again() == ["done", "done"]
+    assert again() == ["unchanged", "unchanged"]
+    change(tmp_path / name, "MADE")
+    assert again() == (["done", "done"] if name != "second" else ["unchanged", "done"])
+
+
+def test_what_is_done_again_without_a_change_does_not_concern_others(tmp_path):
+    """As a script that finds its output complete."""
+    first = job(tmp_path / "first", f"open({str(tmp_path / 'first')!r}, 'a')")
+    second = writes(tmp_path / "second", before=[first])
+    assert go(tmp_path, [first, second]) == ["done", "done"]
+    Ledger(tmp_path / "done").entry(first).write_text("damaged")
+    first.state = second.state = "waiting"
+    assert go(tmp_path, [first, second]) == ["done", "unchanged"]
+
+
 def test_a_failure_drops_what_needs_it_and_nothing_else(tmp_path):
     broken = fails(tmp_path / "broken")
     dropped = writes(tmp_path / "dropped", before=[broken])
@@ -97,6 +137,20 @@ def test_a_failure_drops_what_needs_it_and_nothing_else(tmp_path):
     assert go(tmp_path, jobs, CPU[:1]) == ["failed", "dropped", "done", "done"]
     assert broken.error == "the reason"
     assert not (tmp_path / "dropped").exists()
+
+
+def test_what_fails_at_last_is_no_longer_scored_though_it_was_made_before(tmp_path):
+    """Else a table would go on showing what the old files gave."""
+    first, other = writes(tmp_path / "first"), writes(tmp_path / "other")
+    scores = job(tmp_path / "scores", f"import sys; open({str(tmp_path / 'scores')!r}, 'w').write(' '.join(sys.argv))")
+    scores.arguments = lambda there: [one.output.name for one in there] or None
+    scores.after_all = [first, other]
+    assert go(tmp_path, [first, other, scores]) == ["done"] * 3
+    again = fails(tmp_path / "first")
+    again.settings = "others"
+    scores.after_all, scores.state, other.state = [again, other], "waiting", "waiting"
+    assert go(tmp_path, [again, other, scores]) == ["failed", "unchanged", "done"]
+    assert (tmp_path / "scores").read_text().endswith("scores.py other")
 
 
 def test_arguments_that_are_known_when_its_turn_comes(tmp_path):

@@ -1,7 +1,10 @@
 import os
+import shlex
 import signal
+import subprocess
 
 import pytest
+from conftest import REPOSITORY
 
 from deme.errors import UserError
 from deme.job import slurm
@@ -22,7 +25,7 @@ def make(ledger: Ledger, *jobs: Job) -> None:
     for job in jobs:
         if job.output is not None:
             job.output.touch()
-        ledger.note(job)
+        ledger.note(job, ledger.made_of(job))
 
 
 def missing(jobs, ledger, queue) -> list[str]:
@@ -90,3 +93,85 @@ def test_a_damaged_list_of_jobs_is_named(tmp_path):
     file.write_text("run train\tkey\t12\nrun sam")
     with pytest.raises(UserError, match=f"{file}: not a line of a job: 'run sam'"):
         Queue(file)
+
+
+def test_names_that_would_spoil_the_list_of_jobs_do_not(tmp_path):
+    """Line breaks of other alphabets, and what an older version wrote: a tab in a name, bytes that are no text."""
+    file = tmp_path / "jobs.tsv"
+    file.write_bytes("a\u2028b train\tkey\t12\na\tb train\tkey\t13\n".encode() + b"\xff train\tkey\t14\n")
+    assert list(Queue(file).numbers.items()) == [("a\u2028b train", "12"), ("a\tb train", "13"), ("\ufffd train", "14")]
+
+
+@pytest.fixture
+def job_sh(tmp_path, monkeypatch):
+    """scripts/slurm/job.sh without a Slurm: srun only runs what it is given, and the script writes a file."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"srun": f'cd {shlex.quote(str(tmp_path))} && eval "$MAKE"', "scontrol": "true"}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    settings = {"AS_IT_IS": "1", "SLURM_JOB_ID": "7", "PATH": f"{programs}:{os.environ['PATH']}"}
+
+    def run(line: list[str], make: str, task: int = 0) -> int:
+        place = line.index("scripts/slurm/job.sh")
+        of_task = {"MAKE": make, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_JOB_ID": "7"}
+        command = ["bash", str(REPOSITORY / line[place]), *line[place + 1 :]]
+        environment = os.environ | settings | of_task
+        return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True).returncode
+
+    for name in ("NODES", "GPUS", "NUM_PROCESSES", "PARTITION", "ACCOUNT", "TIME", "CPUS", "OPTIONS", "NOTICE"):
+        monkeypatch.setenv(name, {"NODES": "1", "GPUS": "0", "NOTICE": "5"}.get(name, ""))
+    return run
+
+
+def test_what_a_job_s_shell_notes_is_what_python_reads(tmp_path, monkeypatch, job_sh):
+    """Of files, folders with links in them and names of all kinds; of jobs before it that have an entry, or none."""
+    output = tmp_path / "-a b %j 'é'"
+    job = Job("-r #1", "train", "a.py", [], output, "settings", own="a=1")
+    job.after = [Job("r", "before", "a.py", [], None, "settings"), Job("r", "without an entry", "a.py", [], None, "")]
+    ledger, queue = Ledger(tmp_path / "jobs" / "done"), Queue(tmp_path / "jobs.tsv")
+    ledger.note(job.after[0], "nothing")
+    monkeypatch.setattr(slurm, "answer_of", lambda command: "12\n")
+    slurm.submit([job], ledger, queue, tmp_path / "%j")
+    line = slurm.sbatch_line([job], tmp_path / "%j", ledger, queue)
+    assert f"--output={tmp_path}/%%j/%x-%A_%a.log" in line
+    quoted = shlex.quote(output.name)
+    make = (
+        f"mkdir ./{quoted}; echo 1 > ./{quoted}/a; echo 22 > '-'; ln -s ../- ./{quoted}/link; ln -s . ./{quoted}/self"
+    )
+    assert job_sh(line, "exit 1") != 0
+    assert not ledger.is_done(job)
+    assert job_sh(line, make) == 0
+    assert ledger.is_done(job)
+    ledger.note(job.after[0], "something else")
+    assert not ledger.is_done(job)
+    ledger.note(job.after[0], "nothing")
+    assert ledger.is_done(job)
+    (output / "a").write_text("2\n")
+    assert not ledger.is_done(job)
+
+
+def test_a_job_that_makes_nothing_of_its_own_is_noted(tmp_path, monkeypatch, job_sh):
+    job = Job("run", "cache", "a.py", [], None, "settings")
+    ledger, queue = Ledger(tmp_path / "jobs" / "done"), Queue(tmp_path / "jobs.tsv")
+    monkeypatch.setattr(slurm, "answer_of", lambda command: "12\n")
+    slurm.submit([job], ledger, queue, tmp_path)
+    assert job_sh(slurm.sbatch_line([job], tmp_path, ledger, queue), "true") == 0
+    assert ledger.is_done(job)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"key\n", b"\0" * 100])
+def test_an_entry_that_says_nothing_is_none(tmp_path, content):
+    """Damaged, or of a version that noted the key alone: the job is started again, and finds that all is there."""
+    job, ledger = Job("run", "train", "a.py", [], None, "settings"), Ledger(tmp_path / "done")
+    ledger.note(job, ledger.made_of(job))
+    assert ledger.is_done(job)
+    ledger.entry(job).write_bytes(content.replace(b"key", job.key.encode()))
+    assert not ledger.is_done(job)
+    assert ledger.done([job]) == set()
+
+
+def test_a_name_that_sbatch_would_not_write_a_log_to_is_refused(tmp_path, job_sh):
+    job = Job("run", "train", "a.py", [], None, "settings")
+    with pytest.raises(UserError, match="backslash"):
+        slurm.sbatch_line([job], tmp_path / "a\\b", Ledger(tmp_path), Queue(tmp_path / "jobs.tsv"))

@@ -1,10 +1,12 @@
+import os
 from pathlib import Path
 
 import yaml
 
 from deme.config.comparison import compared_runs, load_comparison
 from deme.config.paths import image_path
-from deme.job.stages import stages_of
+from deme.config.reading import load_config, override
+from deme.job.stages import stages_of, state_outside
 from deme.models.variants import ORDER
 
 MODELS = {"models": {"models": ["pretrained", "continued", "ensemble", "merged", "distilled"]}}
@@ -79,24 +81,80 @@ def test_images_may_be_compared_with_those_of_another_experiment(tmp_path):
         assert f"evaluate.reference={job.output}" in jobs[user].arguments_after(jobs[user].after_all)
 
 
-def test_what_is_read_from_elsewhere_is_looked_at(tmp_path):
-    """Coefficients in a file, the pretrained pipeline's files, prompts."""
-    coefficients, prompts = tmp_path / "best.yaml", tmp_path / "prompts.txt"
-    for file in (coefficients, prompts):
-        file.touch()
-    jobs = stages(tmp_path, f"merge.coefficients={coefficients}", f"sample.prompts={prompts}")
-    unet = Path("assets/digits/unet/config.json")
-    assert unet.is_file()
-    assert coefficients in jobs["merge"].inputs
-    assert coefficients not in jobs["sample-merged"].inputs
-    assert prompts in jobs["sample-merged"].inputs
-    assert all(unet in jobs[name].inputs for name in ("train finetune.range=0", "sample-pretrained", "merge"))
+def test_what_no_job_makes_counts_for_the_jobs_that_read_it(tmp_path):
+    """Coefficients and prompts in a file, a flat pipeline, images: changed in place, their times kept, or replaced by
+    older ones."""
+    files = {name: tmp_path / name for name in ("best.yaml", "prompts.txt", "flat/weights", "data/a/0.png")}
+    for file in files.values():
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_text("before")
+    given = [f"merge.coefficients={files['best.yaml']}", f"sample.prompts={files['prompts.txt']}"]
+    given += [f"model.pretrained={tmp_path / 'flat'}", f"data.name={tmp_path / 'data'}", "timesteps.num_ranges=2"]
+
+    def keys() -> dict[str, str]:
+        runs = {"models": {"models": ["pretrained", "merged"]}}
+        return {name: job.key for name, job in stages(tmp_path, *given, runs=runs).items()}
+
+    def rewrite(file: Path) -> None:
+        times = file.stat()
+        file.write_text("after!")
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def replace_by_older(file: Path) -> None:
+        other = tmp_path / "older"
+        other.write_text("after!")
+        os.utime(other, (1, 1))
+        other.rename(file)
+
+    for change in (rewrite, replace_by_older):
+        concerned = {}
+        for name, file in files.items():
+            before = keys()
+            assert before == keys()
+            change(file)
+            concerned[name] = {job.split()[0] for job, key in keys().items() if key != before[job]}
+        assert concerned["best.yaml"] == {"merge", "card"}
+        assert concerned["prompts.txt"] == {name for name in concerned["flat/weights"] if name.startswith("sample-")}
+        assert concerned["data/a/0.png"] == {"train", "statistics", "evaluate", "report"}
+        assert concerned["flat/weights"] == {name.split()[0] for name in before}
 
 
-def test_images_are_there_when_all_of_a_block_are(tmp_path):
+def test_a_second_name_of_an_encoder_s_weights_is_no_change(tmp_path):
+    file = tmp_path / "pipeline" / "vae" / "a.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_text("before")
+    before = state_outside(str(tmp_path / "pipeline"))
+    os.link(file, tmp_path / "other")
+    assert state_outside(str(tmp_path / "pipeline")) == before
+    file.write_text("after!")
+    assert state_outside(str(tmp_path / "pipeline")) != before
+
+
+def test_what_pretraining_makes_is_no_input_from_elsewhere(tmp_path):
+    """Its job's entry says what it made: keys are the same before and after it."""
+    runs = MODELS | {"two": {"models": ["merged"], "overrides": ["timesteps.num_ranges=2"]}}
+    given = ["model.pretrained=null", f"output_dir={tmp_path}", "seeds=[0, 1]"]
+    before = {name: job.key for name, job in stages(tmp_path, *given, runs=runs).items()}
+    (tmp_path / "digits" / "pretrained" / "unet").mkdir(parents=True)
+    (tmp_path / "digits" / "pretrained" / "unet" / "config.json").touch()
+    assert {name: job.key for name, job in stages(tmp_path, *given, runs=runs).items()} == before
+
+
+def test_names_of_every_kind_reach_the_scripts(tmp_path):
+    """Each job's arguments are read as the configuration that it was made for."""
+    name = "-\U0001f600 #2: 'a'"
+    jobs = stages(tmp_path, override("name", name), override("output_dir", "-o ${a}"), "seeds=[0, 1]", blocks=2)
+    for job in jobs.values():
+        arguments = job.arguments_after(job.after_all)
+        config = load_config(arguments[1], [*arguments[2:], *([job.own] if job.own else [])])
+        assert config.output_dir == "-o ${a}"
+        assert config.name.removesuffix("-seed1") == name
+        for folder in config.evaluate.samples or []:
+            assert Path(folder).is_relative_to(Path("-o ${a}") / job.run / "samples")
+
+
+def test_a_block_s_output_is_its_images(tmp_path):
     jobs = stages(tmp_path, f"output_dir={tmp_path}", "sample.num_images=4", blocks=2)
     folder = tmp_path / "digits" / "samples" / "pretrained"
-    folder.mkdir(parents=True)
-    for seed in (1, 2, 3):
-        image_path(folder, seed).touch()
-    assert [jobs[f"sample-pretrained sample.block={block}"].is_whole() for block in (0, 1)] == [False, True]
+    made = [jobs[f"sample-pretrained sample.block={block}"].made for block in (0, 1)]
+    assert made == [[str(image_path(folder, seed)) for seed in seeds] for seeds in ((0, 1), (2, 3))]
