@@ -8,9 +8,8 @@ import numpy as np
 
 from deme.config.comparison import PRETRAINED, ComparedRun
 from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS, range_name
-from deme.job.files import read_yaml
 from deme.measure.scores import Score, load_scores, mean_and_deviation
-from deme.models.searched import seconds_of
+from deme.models.searched import read_searched, seconds_of
 from deme.report.story import Curve, read_curve
 from deme.report.tables import NAMES, markdown_table, number
 
@@ -110,7 +109,7 @@ def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
     passes = sum(curve.passes(config) for curve in curves)
     seconds = sum(curve.seconds for curve in curves)
     if model in ("merged", DISTILLED) and config.paths.searched:
-        passes += read_yaml(config.paths.best_coefficients).get("passes", 0)
+        passes += read_searched(config.paths.best_coefficients).passes or 0
         searched = seconds_of(config.paths.search)
         seconds = None if searched is None else seconds + searched
     return passes, seconds

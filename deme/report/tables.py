@@ -10,7 +10,8 @@ NAMES = {"inception": ("FID", "KID"), "classifier": ("classifier FD", "classifie
 
 def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
     """A table whose first column is text and whose others are numbers."""
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

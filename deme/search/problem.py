@@ -166,6 +166,8 @@ class Problem:
         autocast = nullcontext if sample.mixed_precision == "no" else self.accelerator.autocast
         drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.accelerator.device, autocast)
         resolution = sample.size_on_disk or config.data.resolution
+        with naming("evaluate.reference", config.evaluate.reference):
+            space.reference.check_size(resolution, resolution)
         return FrechetDistance(self.accelerator, drawing, space, prompts, resolution)
 
     @cached_property

@@ -1,6 +1,8 @@
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 import merge
 from deme.config.reading import load_config
+from deme.errors import UserError
 from deme.job.files import sha256
 from deme.measure.scores import Score, save_scores
 from deme.models.networks import with_projections
@@ -140,6 +143,20 @@ def test_the_merged_folder_is_uploaded_whole(config_file, experts, monkeypatch):
     names = {}
     exec(card.split("```python\n")[1].split("```")[0], names)
     assert len(names["images"]) == 16
+
+
+@pytest.mark.parametrize("is_private", [True, False])
+def test_nothing_private_is_uploaded_to_a_public_repository(tmp_path, monkeypatch, is_private):
+    """Made private where it does not exist; one that was public before stays so, which is looked at first."""
+    asked, uploaded = [], []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **options: asked.append(options))
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda self, name: SimpleNamespace(private=is_private))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **given: uploaded.append(given))
+    expected = nullcontext() if is_private else pytest.raises(UserError, match=r"push_to_hub=a/b: .* public")
+    with expected:
+        merge.push_to_hub(tmp_path, "a/b", private=True)
+    assert asked == [{"exist_ok": True, "private": True}]
+    assert len(uploaded) == is_private
 
 
 def test_an_upload_that_fails_loses_nothing(config_file, experts, monkeypatch):

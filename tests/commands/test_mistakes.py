@@ -1108,7 +1108,7 @@ MISTAKES = [
         "coefficients from a file of another kind",
         "merge.py",
         ["merge.coefficients=tiny.yaml"],
-        "merge.coefficients=tiny.yaml: tiny.yaml: not the coefficients of search.py",
+        "merge.coefficients=tiny.yaml: tiny.yaml: not the coefficients of search.py: coefficients is missing",
         experts,
     ),
     Mistake(
@@ -1510,7 +1510,7 @@ MISTAKES = [
         "a reference that does not exist",
         "evaluate.py",
         [REFERENCE, "evaluate.samples=[]"],
-        "evaluate.reference=reference.npz: no such file",
+        "evaluate.reference=reference.npz: no such file or folder",
     ),
     Mistake(
         "a reference of Python objects",
