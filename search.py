@@ -75,7 +75,7 @@ def main(config: Config) -> None:
     from deme.report.tables import score_table
     from deme.search.fresh import score_fresh, verdict
     from deme.search.problem import Problem
-    from deme.search.study import open_storage
+    from deme.search.storage import open_storage
     from deme.search.ways import find
 
     # --- what is searched

@@ -4,6 +4,7 @@ import json
 import random
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def storage(choose: random.Random, folder: Path) -> Readers:
     """A search's study.db: damaged, or another program's."""
     from accelerate import Accelerator
 
-    from deme.search.study import Study, open_storage
+    from deme.search.storage import open_storage
+    from deme.search.study import Study
 
     file = folder / "study.db"
     url = f"sqlite:///{file}"
@@ -104,9 +106,7 @@ def storage(choose: random.Random, folder: Path) -> Readers:
             elif choose.random() < 0.2:
                 database.execute(f"alter table {table} rename column {choose.choice(columns)} to other")
             else:
-                try:
+                with suppress(sqlite3.Error):  # the table's own rules
                     database.execute(f"update {table} set {choose.choice(columns)} = ?", [value])
-                except sqlite3.Error:  # the table's own rules
-                    pass
         database.close()
     yield lambda: search(3)
