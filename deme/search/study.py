@@ -20,7 +20,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from deme.data.draws import Stream
-from deme.errors import RunError, UserError
+from deme.errors import UserError
 from deme.job.locks import POLLED_EVERY, signs_of_life
 from deme.job.processes import in_main_process
 from deme.search.state import Evaluated
@@ -208,8 +208,7 @@ class Study:
 
     def _tell(self, place: int, coefficients: np.ndarray, value: float, passes: int, said: str) -> None:
         self._alive.close()
-        if math.isnan(value):  # Optuna would have it tried again and again
-            raise RunError(f"candidate {place + 1}, of the coefficients {coefficients.tolist()}, has no value: NaN")
+        value = math.inf if math.isnan(value) else value  # of a NaN Optuna would have the place tried for ever
         with reading(), suppress(optuna.exceptions.UpdateFinishedTrialError):  # taken for dead: another job's now
             self.trial.set_user_attr(PASSES, passes)
             self.study.tell(self.trial, value)
