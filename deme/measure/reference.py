@@ -54,8 +54,10 @@ class Reference:
             UserError: they are not.
         """
         if self.size not in (None, [width, height]):
-            other = "the reference's have {} x {}: other numbers than those of images of one size".format(*self.size)
-            raise UserError(f"images of {width} x {height} pixels, {other}")
+            mine = "{} x {}".format(*self.size)
+            raise UserError(
+                f"images of {width} x {height} pixels, a reference of {mine} pixels: scores would not compare"
+            )
 
     @classmethod
     def of(cls, parts: Iterable[np.ndarray], count: int) -> "Reference":

@@ -8,6 +8,7 @@ import numpy as np
 
 from deme.config.comparison import PRETRAINED, ComparedRun
 from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS, range_name
+from deme.errors import UserError
 from deme.measure.scores import Score, load_scores, mean_and_deviation
 from deme.models.searched import read_searched, seconds_of
 from deme.report.story import Curve, read_curve
@@ -50,7 +51,14 @@ def difference(blocks: Sequence[Sequence[float]]) -> tuple[float, float | None]:
 
 
 def differences(rows: Sequence[Score], others: Sequence[Score]) -> list[list[float]]:
-    """Of each row's blocks to those of its counterpart."""
+    """Of each row's blocks to those of its counterpart.
+
+    Raises:
+        UserError: they were scored in other numbers of blocks.
+    """
+    for row, other in zip(rows, others, strict=True):
+        if len(row.blocks) != len(other.blocks):
+            raise UserError(f"{row.samples}: {len(row.blocks)} blocks, {other.samples} has {len(other.blocks)}")
     return [np.subtract(row.blocks, other.blocks).tolist() for row, other in zip(rows, others, strict=True)]
 
 

@@ -134,7 +134,7 @@ def test_images_of_another_size_than_the_references_are_refused(tmp_path):
     write(tmp_path / "a.npz", {"data": DIGITS, **CLASSIFIER})
     reference = given(tmp_path / "a.npz")
     reference.check_size(8, 8)
-    with pytest.raises(UserError, match="images of 16 x 8 pixels, the reference's have 8 x 8"):
+    with pytest.raises(UserError, match="images of 16 x 8 pixels, a reference of 8 x 8 pixels"):
         reference.check_size(16, 8)
 
 

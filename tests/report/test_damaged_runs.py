@@ -30,6 +30,8 @@ DAMAGES = {
     "deeply nested": b"[" * 100_000,
     "an empty mapping": b"{}\n",
 }
+BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'x'}]\n" for n in range(30))
+DAMAGES["an alias bomb"] = f"{BOMB}coefficients: {{'*': *a29}}\nprocessor: *a29\npasses: *a29\n".encode()
 VALUES = [None, True, "x", -1.0, float("nan"), float("inf"), 1e300, 10**400, [], {}, [[]], {"a": 1}, ["x"]]
 
 
