@@ -53,6 +53,19 @@ def check_replaceable(output: Path) -> None:
             raise UserError("is not a file of this script, so it is not replaced")
 
 
+def reference_files(config: Config) -> list[Path]:
+    """The file evaluate.reference, or the images in that folder; none where the data is the reference."""
+    from deme.data.samples import list_images
+
+    given = config.evaluate.reference
+    if given is None:
+        return []
+    with naming("evaluate.reference", given):
+        if not config.paths.reference.exists():
+            raise UserError("no such file or folder")
+        return list_images(config.paths.reference) if config.paths.reference.is_dir() else [config.paths.reference]
+
+
 def with_differences(
     scores: list["Score"], files: dict[Path, list[Path]], prompts: dict[Path, list[str] | None]
 ) -> list["Score"]:
@@ -96,8 +109,7 @@ def main(config: Config) -> None:
     config.check_classified()
     with naming("evaluate.output", output):
         check_replaceable(output)
-    if settings.reference is not None and not config.paths.reference.exists():
-        raise UserError(f"evaluate.reference={settings.reference}: no such file or folder")
+    given = reference_files(config)
     folders = sample_folders(config)
     if not folders and settings.samples is None:
         raise UserError(f"evaluate.samples=null: no sample folders in {config.paths.all_samples}")
@@ -115,7 +127,7 @@ def main(config: Config) -> None:
             rule = f"evaluate.features=classifier needs at least {LEAST_CLASSIFIED} pixels"
             raise UserError(f"evaluate.samples={folder}: images of {size[0]} x {size[1]} pixels, {rule}")
     beside_images = [folder / name for folder in files for name in (SAMPLES.file, PROMPTS)]
-    watched = Watched([*beside_images, *(path for paths in files.values() for path in paths)])
+    watched = Watched([*given, *beside_images, *(path for paths in files.values() for path in paths)])
     prompts: dict[Path, list[str] | None] = dict.fromkeys(files)
     if settings.clip_model is not None:
         for folder, paths in files.items():
