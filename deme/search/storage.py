@@ -47,10 +47,11 @@ class Kept:
 
 
 @contextmanager
-def reading() -> Iterator[None]:
-    """
+def reading(storage: RDBStorage) -> Iterator[None]:
+    """Say what is wrong with the storage where the block can't read or write it; never its password.
+
     Raises:
-        RunError: the storage is gone, locked for long or full.
+        RunError: it is gone, locked for long or full.
         UserError: it holds what no search has written.
     """
     try:
@@ -60,10 +61,13 @@ def reading() -> Iterator[None]:
     except (RunError, UpdateFinishedTrialError):
         raise
     except Exception as error:  # Optuna and SQLAlchemy raise whatever damaged rows lead to
-        raise UserError(f"search.storage: damaged, or not of this search: {one_line(error)}") from error
+        place = storage.engine.url.render_as_string(hide_password=True)
+        raise UserError(f"search.storage={place}: damaged, or not of this search: {one_line(error)}") from error
 
 
-def read_trials(study: Study, names: Sequence[str], *states: TrialState) -> list[FrozenTrial]:
+def read_trials(
+    storage: RDBStorage, study: Study, names: Sequence[str], states: Sequence[TrialState]
+) -> list[FrozenTrial]:
     """The trials of these states, of which those that are complete hold all that is read of them.
 
     Args:
@@ -73,7 +77,7 @@ def read_trials(study: Study, names: Sequence[str], *states: TrialState) -> list
         UserError: they do not, or the storage is damaged.
         RunError: it can't be reached.
     """
-    with reading():
+    with reading(storage):
         if study.directions != [StudyDirection.MINIMIZE]:
             raise UserError(f"study {study.study_name} does not minimize one value")
         found = study.get_trials(deepcopy=False, states=states)

@@ -71,7 +71,7 @@ class Study:
         self.sampler = sampler
         self.stream = stream
         self.count = count
-        with reading():
+        with reading(self.storage):
             self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         self._alive = ExitStack()  # holds the signs of life of the running trial
         self.space = {name: FloatDistribution(*interval) for name in self.names}
@@ -86,7 +86,7 @@ class Study:
         return [complete[place] for place in sorted(complete)]
 
     def _read(self, *states: TrialState) -> list[FrozenTrial]:
-        return read_trials(self.study, self.names, *states)
+        return read_trials(self.storage, self.study, self.names, states)
 
     def coefficients(self, trial: FrozenTrial) -> np.ndarray:
         """Of a trial: shape (groups, ranges)."""
@@ -179,7 +179,7 @@ class Study:
             return None if all(trial.state is TrialState.COMPLETE for trial in mine) else (None, None)
         place = free[0]
         self.study.sampler = self._sampler(place)
-        with reading():
+        with reading(self.storage):
             trial = self._begin({OWNER: _owner(), PLACE: place})
         if trial is None:
             return self._start()
@@ -209,7 +209,10 @@ class Study:
     def _tell(self, place: int, coefficients: np.ndarray, value: float, passes: int, said: str) -> None:
         self._alive.close()
         value = math.inf if math.isnan(value) else value  # of a NaN Optuna would have the place tried for ever
-        with reading(), suppress(optuna.exceptions.UpdateFinishedTrialError):  # taken for dead: another job's now
+        with (
+            reading(self.storage),
+            suppress(optuna.exceptions.UpdateFinishedTrialError),
+        ):  # taken for dead: another job's now
             self.trial.set_user_attr(PASSES, passes)
             self.study.tell(self.trial, value)
         best = min(trial.value for trial in self.trials())
@@ -222,7 +225,7 @@ class Study:
 
     def _fail_the_dead(self) -> None:
         """Give up the trials of jobs that were killed: at once where they were on this machine."""
-        with reading():
+        with reading(self.storage):
             optuna.storages.fail_stale_trials(self.study)
         for trial in self._read(TrialState.RUNNING):
             if _has_ended(str(trial.user_attrs.get(OWNER, ""))):

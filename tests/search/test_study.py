@@ -222,5 +222,5 @@ def test_a_study_of_another_program_is_refused(tmp_path):
     optuna.create_study(storage=url, study_name="s").optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=1)
     optuna.create_study(storage=url, study_name="two", directions=["minimize", "maximize"])
     for name in ("s", "two"):
-        with pytest.raises(UserError, match=r"search\.storage: damaged, or not of this search: "):
+        with pytest.raises(UserError, match=r"search\.storage=sqlite:.*/study\.db: damaged, or not of this search: "):
             search(make(tmp_path, name=name))
