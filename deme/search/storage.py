@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import BaseModel
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import create_engine, inspect
@@ -27,9 +28,9 @@ def open_storage(url: str) -> RDBStorage:
     try:
         if url.startswith("sqlite"):
             engine = create_engine(url)
-            tables = inspect(engine).get_table_names()
+            tables = set(inspect(engine).get_table_names())
             engine.dispose()
-            if tables and not set(tables) >= TABLES:
+            if tables - BaseModel.metadata.tables.keys() and not tables >= TABLES:  # a few of Optuna's: it was killed
                 raise UserError("a database of another program")
         return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
     except UserError:

@@ -224,3 +224,15 @@ def test_a_study_of_another_program_is_refused(tmp_path):
     for name in ("s", "two"):
         with pytest.raises(UserError, match=r"search\.storage=sqlite:.*/study\.db: damaged, or not of this search: "):
             search(make(tmp_path, name=name))
+
+
+def test_a_storage_whose_tables_were_not_all_made_is_completed(tmp_path):
+    """By a job that was killed, or whose disk was full."""
+    make(tmp_path)
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        [*tables] = database.execute("select name from sqlite_master where type = 'table' and name != 'studies'")
+        for (name,) in tables:
+            database.execute(f"drop table {name}")
+        database.execute("delete from studies")
+    database.close()
+    assert len(search(make(tmp_path, count=1))) == 1
