@@ -43,6 +43,7 @@ def main(config: Config) -> None:
 
     from deme.report.page import html_page, markdown_page
     from deme.report.story import Story, missing_stages, read_run
+    from deme.report.tables import public
 
     with locked(output, "output_dir"):
         make_folder(config.paths.plots, "output_dir")
@@ -55,7 +56,7 @@ def main(config: Config) -> None:
         page = html_page(story)
         for file, text in ((output, page), (output.with_suffix(".md"), markdown_page(story, output.parent))):
             with atomic_file(file) as temporary:
-                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+                temporary.write_text(public(text), encoding="utf-8", errors="backslashreplace")
     print(f"wrote {output}: {len(page) / 1e6:.1f} MB; {len(story.missing)} stage(s) not there yet")
     for reason in (reason for reasons in run.unreadable.values() for reason in reasons):
         print(f"unreadable: {reason}")

@@ -1,11 +1,17 @@
 """Tables as Markdown."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from deme.measure.scores import BASELINES, Score
 
 NAMES = {"inception": ("FID", "KID"), "classifier": ("classifier FD", "classifier KID")}  # of the two distances
+
+
+def public(text: str) -> str:
+    """A text that others will read, without the names and passwords that stand in URLs."""
+    return re.sub(r"://[^\s/@<>\"']+@", "://***@", text)
 
 
 def markdown_table(titles: list[str], rows: list[list[str]]) -> str:

@@ -122,6 +122,16 @@ def test_a_value_of_a_file_is_taken_as_it_stands(config, monkeypatch):
     assert "a-secret" not in "".join(sections.values())
 
 
+def test_passwords_in_urls_are_not_told(config, monkeypatch):
+    """Neither those of the command nor those of the configuration."""
+    monkeypatch.setattr("sys.argv", ["report.py", "search.storage=postgresql://me:secret@host/db"])
+    data = replace(config.data, name="https://you:hidden@host/images")
+    text = page(replace(config, data=data))["How it was made"]
+    assert "search.storage=postgresql://***@host/db" in text
+    assert "https://***@host/images" in text
+    assert not re.search("secret|hidden", text + config.paths.report.with_suffix(".md").read_text())
+
+
 def test_names_stay_in_their_cell(config):
     """Also those that matplotlib would take for formulas, and Markdown for two cells."""
     file = config.paths.results
