@@ -1115,7 +1115,8 @@ MISTAKES = [
         "coefficients in a file that are no numbers",
         "merge.py",
         ["merge.coefficients=bad.yaml"],
-        "bad.yaml: merge.coefficients={'*': ['a', 'b']}: must be a list of finite numbers, a mapping from …",
+        "merge.coefficients=bad.yaml: bad.yaml: not the coefficients of search.py: coefficients.*[0] is not a "
+        "finite number",
         both(experts, yaml_file("coefficients: {'*': [a, b]}")),
     ),
     Mistake(
