@@ -1,10 +1,11 @@
 """What fuzz.py tries of a run's own files: those that report.py tells of, and a search's storage."""
 
+import io
 import json
 import random
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def storage(choose: random.Random, folder: Path) -> Readers:
         study.best(2)
         study.evaluated("a", "b", 0)
 
-    search(2)
+    with redirect_stdout(io.StringIO()):
+        search(2)
     if choose.random() < 0.4:
         file.write_bytes(damaged(choose, file.read_bytes()))
     else:
