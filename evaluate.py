@@ -26,8 +26,6 @@ from deme.job.records import SAMPLES, provenance
 from deme.models.variants import ORDER
 
 if TYPE_CHECKING:
-    import torch
-
     from deme.measure.scores import Score
 
 
@@ -55,11 +53,17 @@ def check_replaceable(output: Path) -> None:
             raise UserError("is not a file of this script, so it is not replaced")
 
 
-def read_part(paths: list[Path], part: slice) -> "torch.Tensor":
-    """The images of a part of the files: uint8 RGB (B, 3, H, W)."""
-    from deme.data.samples import read_images
+def reference_files(config: Config) -> list[Path]:
+    """The file evaluate.reference, or the images in that folder; none where the data is the reference."""
+    from deme.data.samples import list_images
 
-    return read_images(paths[part])
+    given = config.evaluate.reference
+    if given is None:
+        return []
+    with naming("evaluate.reference", given):
+        if not config.paths.reference.exists():
+            raise UserError("no such file or folder")
+        return list_images(config.paths.reference) if config.paths.reference.is_dir() else [config.paths.reference]
 
 
 def with_differences(
@@ -96,7 +100,7 @@ def plan(config: Config) -> str:
 def main(config: Config) -> None:
     """Score all folders."""
     from deme.data.prompts import PROMPTS, read_prompts
-    from deme.data.samples import check_sizes, drawn_from, list_images
+    from deme.data.samples import check_sizes, drawn_from, list_images, read_images
 
     settings = config.evaluate
     output = config.paths.results
@@ -105,12 +109,12 @@ def main(config: Config) -> None:
     config.check_classified()
     with naming("evaluate.output", output):
         check_replaceable(output)
-    if settings.reference is not None and not config.paths.reference.is_file():
-        raise UserError(f"evaluate.reference={settings.reference}: no such file")
+    given = reference_files(config)
     folders = sample_folders(config)
     if not folders and settings.samples is None:
         raise UserError(f"evaluate.samples=null: no sample folders in {config.paths.all_samples}")
     files: dict[Path, list[Path]] = {}
+    sizes: dict[Path, tuple[int, int]] = {}  # width and height of the images
     for folder in folders:
         with naming("evaluate.samples", folder):
             files[folder] = list_images(folder)
@@ -118,12 +122,12 @@ def main(config: Config) -> None:
         if rest or block < 2:
             least = f"which is not {settings.blocks} equal block(s) of at least 2"
             raise UserError(f"evaluate.blocks={settings.blocks}: {folder} holds {len(files[folder])} image(s), {least}")
-        size = check_sizes(files[folder])
+        size = sizes[folder] = check_sizes(files[folder])
         if settings.features == "classifier" and min(size) < LEAST_CLASSIFIED:
             rule = f"evaluate.features=classifier needs at least {LEAST_CLASSIFIED} pixels"
             raise UserError(f"evaluate.samples={folder}: images of {size[0]} x {size[1]} pixels, {rule}")
     beside_images = [folder / name for folder in files for name in (SAMPLES.file, PROMPTS)]
-    watched = Watched([*beside_images, *(path for paths in files.values() for path in paths)])
+    watched = Watched([*given, *beside_images, *(path for paths in files.values() for path in paths)])
     prompts: dict[Path, list[str] | None] = dict.fromkeys(files)
     if settings.clip_model is not None:
         for folder, paths in files.items():
@@ -152,25 +156,23 @@ def main(config: Config) -> None:
         space = load_feature_space(config, accelerator)
         reference = space.reference
         beside = {} if space.accuracy is None else {"held_out_accuracy": space.accuracy}
+        for folder in folders:
+            with naming("evaluate.samples", folder):
+                reference.check_size(*sizes[folder])
         if not folders:
             return
 
         # --- scores of all images together and of each block, in seed order
         scores = []
         for folder, paths in files.items():
-            read = partial(read_part, paths)
+            share = (len(paths), settings.batch_size, available_threads())
             with naming("evaluate.samples", folder):
-                features = extract(
-                    accelerator, space.network, read, len(paths), settings.batch_size, available_threads()
-                )
-            if features.shape[1] != len(reference.mu):
-                size = f"{len(reference.mu)} features, {settings.features} has {features.shape[1]}"
-                raise UserError(f"evaluate.reference={settings.reference}: holds statistics of {size}")
+                features = extract(accelerator, space.network, lambda part, of=paths: read_images(of[part]), *share)
             fit = None  # of each image to its prompt
             if prompts[folder] is not None:
                 read = partial(clip.read, paths, prompts[folder])
                 with naming("evaluate.clip_model", settings.clip_model):
-                    fit = extract(accelerator, clip, read, len(paths), settings.batch_size, available_threads())[:, 0]
+                    fit = extract(accelerator, clip, read, *share)[:, 0]
             if accelerator.is_main_process:
                 found = score(folder, drawn_from(folder), features, reference, settings.features, settings.blocks)
                 scores.append(found if fit is None else with_clip(found, fit))

@@ -109,7 +109,7 @@ def main(config: Config) -> None:
 
     # --- share
     if settings.push_to_hub is not None:
-        push_to_hub(output, settings.push_to_hub)
+        push_to_hub(output, settings.push_to_hub, settings.push_private)
 
 
 def searched_file(config: Config) -> Path | None:
@@ -207,16 +207,18 @@ def write_card(config: Config, record: Record) -> None:
         temporary.write_text(model_card(config, record.made_from, scores), encoding="utf-8")
 
 
-def push_to_hub(folder: Path, name: str) -> None:
+def push_to_hub(folder: Path, name: str, private: bool) -> None:
     """Upload a pipeline folder; the Hub's repository is made where it does not exist.
 
     Raises:
-        UserError: no network, no permission.
+        UserError: no network, no permission, a public repository where a private one is asked for.
     """
     from huggingface_hub import HfApi
 
     try:
-        HfApi().create_repo(name, exist_ok=True)
+        HfApi().create_repo(name, exist_ok=True, **({"private": True} if private else {}))
+        if private and not HfApi().repo_info(name).private:  # it was there before
+            raise UserError("the Hub's repository is public, merge.push_private=true: nothing is uploaded")
         commit = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Merged by Decouple-then-Merge")
     except Exception as error:  # network, token and permission errors have no common class
         raise UserError(f"merge.push_to_hub={name}: {one_line(error)}") from None

@@ -11,6 +11,7 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
@@ -44,18 +45,23 @@ def main(config: Config) -> None:
 
     from deme.report.page import html_page, markdown_page
     from deme.report.story import Story, missing_stages, read_run
+    from deme.report.tables import public
 
     with locked(output, "output_dir"):
         make_folder(config.paths.plots, "output_dir")
         run = read_run(config, command_line(sys.argv[1:]))
         parts = [results(run), samples(run), training(run), merging(run), search(run), analyses(run), made(run)]
+        for section in parts:
+            section.parts[:0] = [f"Unreadable: {reason}." for reason in run.unreadable.get(section.title, [])]
         sections = [section for section in parts if section.parts]
         story = Story(config.name, sections, list(missing_stages(run)))
         page = html_page(story)
         for file, text in ((output, page), (output.with_suffix(".md"), markdown_page(story, output.parent))):
             with atomic_file(file) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(public(text), encoding="utf-8", errors="backslashreplace")
     print(f"wrote {output}: {len(page) / 1e6:.1f} MB; {len(story.missing)} stage(s) not there yet")
+    for reason in (reason for reasons in run.unreadable.values() for reason in reasons):
+        print(f"unreadable: {reason}")
     if len(page) > LARGEST_PAGE:
         print(f"{output}: larger than {LARGEST_PAGE / 1e6:.0f} MB; fewer or smaller pictures in {config.paths.plots}")
 
@@ -93,10 +99,10 @@ def picture(run: "Run", name: str, figure: "Figure", caption: str) -> "Picture":
 def results(run: "Run") -> "Section":
     """The table, its plot, and what they say."""
     from deme.report import run_plots
-    from deme.report.story import Section, Table, score_part, verdict
+    from deme.report.story import RESULTS, Section, Table, score_part, verdict
     from deme.report.tables import NAMES, difference_lines
 
-    section = Section("Results")
+    section = Section(RESULTS)
     if run.scores:
         distance = NAMES[run.features][0]
         said = verdict(run.scores, run.features)
@@ -116,27 +122,31 @@ def samples(run: "Run") -> "Section":
 
     section = Section("Samples at equal seeds")
     names = run_plots.common_images(run.samples)
+    strips = run_plots.Strips(run.config.paths.run)
     if names:
-        strip = run_plots.sample_strip(run.samples, names[:SHOWN])
-        section.parts.append(picture(run, "samples", strip, "The first seeds: each row starts from the same noise."))
+        figure = strips.draw(run.samples, names[:SHOWN])
+        section.parts.append(picture(run, "samples", figure, "The first seeds: each row starts from the same noise."))
     by_name = {folder.name: folder for folder in run.samples}
     if names and {"pretrained", "merged"} <= by_name.keys():
-        others = run_plots.most_different(by_name["pretrained"], by_name["merged"], names, SHOWN)
-        strip = run_plots.sample_strip(run.samples, others)
-        looked = min(len(names), run_plots.MOST_COMPARED)
-        caption = f"Of {looked:,} seeds those where the pretrained and the merged network differ most."
-        section.parts.append(picture(run, "differences", strip, caption))
+        looked = names[: run_plots.MOST_COMPARED]
+        others = strips.most_different(by_name["pretrained"], by_name["merged"], looked, SHOWN)
+        if others:
+            caption = f"Of {len(looked):,} seeds those where the pretrained and the merged network differ most."
+            section.parts.append(picture(run, "differences", strips.draw(run.samples, others), caption))
+    section.parts += [f"Left out: {reason}." for reason in list(strips.left_out)[:SHOWN]]
+    more = len(strips.left_out) - SHOWN
+    section.parts += [f"Left out: {more:,} more such images."] if more > 0 else []
     return section
 
 
 def training(run: "Run") -> "Section":
     """The curves of all ranges on one axis."""
     from deme.report import run_plots
-    from deme.report.story import Section
+    from deme.report.story import TRAINING, Section
 
-    section = Section("Training")
-    if run.curves:
-        curves = [(curve.name, curve.steps, curve.losses) for curve in run.curves if curve.steps]
+    section = Section(TRAINING)
+    curves = [(curve.name, curve.steps, curve.losses) for curve in run.curves if curve.steps]
+    if curves:
         caption = "Training loss as logged; at low timesteps most of the noise can't be told from the image."
         section.parts.append(picture(run, "training", run_plots.training_curves(curves), caption))
     return section
@@ -147,9 +157,9 @@ def merging(run: "Run") -> "Section":
     import numpy as np
 
     from deme.report import search_plots
-    from deme.report.story import Section, coefficient_table
+    from deme.report.story import MERGING, Section, coefficient_table
 
-    section = Section("Merging coefficients")
+    section = Section(MERGING)
     if run.coefficients is not None:
         if len(run.coefficients) <= search_plots.SHOWN_CELLS:
             section.parts.append(coefficient_table(run))
@@ -163,7 +173,7 @@ def merging(run: "Run") -> "Section":
 
 def search(run: "Run") -> "Section":
     """How the coefficients were found, and what they are worth on fresh seeds."""
-    from deme.report.story import Picture, Section, score_part
+    from deme.report.story import SEARCH, Section, score_part
 
     captions = {
         "cost": "Objective of each candidate against the UNet passes spent.",
@@ -171,25 +181,38 @@ def search(run: "Run") -> "Section":
         "pairs": "The objective over pairs of coefficients; the best candidate is ringed.",
         "fresh": "The search's result and its rivals on seeds that no candidate was drawn from.",
     }
-    section = Section("Search")
-    if run.search is not None:
-        value, pretrained = run.search["value"], run.search["value of the pretrained network"]
-        said = f"Objective {run.search['objective']}: {value:.4f}, the pretrained network's {pretrained:.4f}"
-        passes = "" if run.search_passes is None else f"; {run.search_passes:,} UNet passes"
-        section.parts.append(f"{said}, where it was searched{passes}.")
-        files = {name: run.config.paths.search_picture(name) for name in captions}
-        section.parts += [Picture(file, captions[name]) for name, file in files.items() if file.is_file()]
+    section = Section(SEARCH)
+    found = run.search
+    if found is not None and None not in (found.objective, found.value, found.value_of_pretrained):
+        said = f"Objective {found.objective}: {found.value:.4f}, the pretrained network's "
+        passes = "" if found.passes is None else f"; {found.passes:,} UNet passes"
+        section.parts.append(f"{said}{found.value_of_pretrained:.4f}, where it was searched{passes}.")
+    if found is not None:
+        files = {run.config.paths.search_picture(name): caption for name, caption in captions.items()}
+        section.parts += [shown(run, file, caption) for file, caption in files.items() if file.is_file()]
         if run.search_scores:
-            section.parts.append(score_part(run.search_scores, run.config.evaluate.features))
+            section.parts.append(score_part(run.search_scores, run.search_features))
     return section
 
 
 def analyses(run: "Run") -> "Section":
     """The pictures of analyze.py."""
-    from deme.report.story import Picture, Section
+    from deme.report.story import Section
 
-    pictures = [(file, file.stem.removeprefix("analysis-").replace("-", " ")) for file in run.analyses]
-    return Section("Analyses", [Picture(file, caption) for file, caption in pictures])
+    pictures = {file: file.stem.removeprefix("analysis-").replace("-", " ") for file in run.analyses}
+    return Section("Analyses", [shown(run, file, caption) for file, caption in pictures.items()])
+
+
+def shown(run: "Run", file: Path, caption: str) -> "Picture | str":
+    """A picture that stands in plots/, or why it is left out."""
+    from deme.report.figures import check_own
+    from deme.report.story import Picture
+
+    try:
+        check_own(file, run.config.paths.run)
+    except UserError as error:
+        return f"Left out: {error}."
+    return Picture(file, caption)
 
 
 def made(run: "Run") -> "Section":
@@ -203,10 +226,10 @@ def made(run: "Run") -> "Section":
         ["timestep ranges", ", ".join(map(range_name, config.timesteps.ranges))],
         ["finetuning, per range", f"{config.finetune.max_steps:,} steps of {config.finetune.batch_size} images"],
         ["sampling", f"{config.sample.scheduler}, {config.sample.num_inference_steps} steps"],
-        ["processor", str(run.provenance.get("processor", "not recorded"))],
-        ["git commit", str(run.provenance.get("git_commit", "not recorded"))],
+        ["processor", run.provenance.processor or "not recorded"],
+        ["git commit", run.provenance.git_commit or "not recorded"],
     ]
-    versions = run.provenance.get("versions", {})
+    versions = run.provenance.versions or {}
     facts += [["versions", ", ".join(f"{name} {version}" for name, version in versions.items())]] if versions else []
     parts = [Table(["", ""], facts), "This makes it again, from the pretrained pipeline to this page:"]
     parts += [Commands([f"python compare.py base={run.options}"])]

@@ -24,11 +24,11 @@ from deme.config.section import without_password
 from deme.config.sections import EXAMPLE_KEYS, range_name
 from deme.errors import naming
 from deme.job.command import run_script
-from deme.job.files import make_folder, sha256, write_yaml
+from deme.job.files import make_folder, write_yaml
 from deme.job.records import DATA, IMAGE_COLUMN, SEARCH, Record, provenance, read_record
 from deme.models.inputs import Inputs
 from deme.models.pipelines import takes_text, unet_folder
-from deme.models.searched import SECONDS, timed
+from deme.models.searched import OF_PRETRAINED, SECONDS, timed
 from deme.models.variants import find_finetuned, find_pretrained
 from deme.models.weights import weights_hash
 
@@ -76,7 +76,7 @@ def main(config: Config) -> None:
     from deme.report.tables import score_table
     from deme.search.fresh import score_fresh, verdict
     from deme.search.problem import Problem
-    from deme.search.study import open_storage
+    from deme.search.storage import open_storage
     from deme.search.ways import find
 
     # --- what is searched
@@ -132,6 +132,8 @@ def by_images(config: Config) -> bool:
 
 def searched(config: Config) -> dict[str, Any]:
     """The settings that determine what is found."""
+    from deme.measure.reference import content_hash
+
     settings = asdict(config.search)
     free = [key for key in FREE_KEYS if not (key == "trials" and config.search.sampler == "grid")]
     parts = {"search": {key: value for key, value in settings.items() if key not in free}}
@@ -144,10 +146,11 @@ def searched(config: Config) -> dict[str, Any]:
     parts["evaluate"] = {k: v for k, v in evaluated.items() if k in ("features", "reference") or "classifier" in k}
     parts["data"] = {key: getattr(config.data, key) for key in EXAMPLE_KEYS}
     parts["finetune"] = {"caption_dropout": config.finetune.caption_dropout}
-    for section, key in (("sample", "prompts"), ("evaluate", "reference")):  # files: what they hold counts
+    for section, key in (("sample", "prompts"), ("evaluate", "reference")):  # files or folders: what they hold counts
         given = parts[section][key]
-        if isinstance(given, str) and Path(given).is_file():
-            parts[section][key] = f"SHA-256 {sha256(Path(given))}"
+        if isinstance(given, str) and Path(given).exists():
+            with naming(f"{section}.{key}", given):
+                parts[section][key] = f"SHA-256 {content_hash(Path(given))}"
     values = {f"{section}.{key}": value for section, part in parts.items() for key, value in part.items()}
     return {"seed": config.seed, "timesteps": [list(edges) for edges in config.timesteps.ranges], **values}
 
@@ -176,7 +179,7 @@ def best_yaml(problem: "Problem", found: "Found", weights: dict[str, Any]) -> di
         "coefficients": dict(rows),
         "objective": found.objective,
         "value": found.value,
-        "value of the pretrained network": found.pretrained,
+        OF_PRETRAINED: found.pretrained,
         "passes": found.evaluated[-1].passes,
         **weights,
     }

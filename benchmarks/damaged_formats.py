@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+from benchmarks.damaged_runs import run_files, storage
 from benchmarks.mutations import VALUES, as_json, changed, damaged, with_other_chunks
 from deme.config.experiment import Config
 from deme.config.reading import load_config
@@ -331,5 +332,17 @@ def make_pipeline(folder: Path) -> None:
 
 FORMATS = {
     read.__name__: read
-    for read in (configuration, record, pipeline, safetensors, checkpoint, npz, parquet, png, pickles)
+    for read in (
+        configuration,
+        record,
+        pipeline,
+        safetensors,
+        checkpoint,
+        npz,
+        parquet,
+        png,
+        pickles,
+        run_files,
+        storage,
+    )
 }

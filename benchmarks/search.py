@@ -40,7 +40,7 @@ from deme.models.variants import find_pretrained
 from deme.models.weights import load_tensors, write_unet
 from deme.report.tables import markdown_table, number
 from deme.search.problem import Problem
-from deme.search.study import open_storage
+from deme.search.storage import open_storage
 from deme.search.ways import find
 
 SEEDS = 3  # of the search

@@ -253,6 +253,7 @@ class Merge(Section):
     finetuned: Optional[str] = None  # folder that holds 0000-0250/ …; null: this run's
     output: Optional[str] = None  # null: merged/ of this run
     push_to_hub: Optional[str] = None  # also upload the merged folder to this Hub id, owner/name
+    push_private: bool = False  # make the Hub's repository private; one that is public already is refused
 
     def __post_init__(self):
         self.check_choice("method", ("task_arithmetic", "ties"))

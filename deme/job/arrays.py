@@ -1,5 +1,6 @@
 """Arrays that take long to compute, each set kept in an npz file with the record of what it was made from."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from deme.errors import one_line
+from deme.errors import UserError, one_line
 from deme.job.files import atomic_file, make_folder
 from deme.job.processes import in_main_process
 from deme.job.records import Record
@@ -15,6 +16,7 @@ from deme.job.records import Record
 Arrays = dict[str, np.ndarray]
 Keep = Callable[[str, Callable[[], Arrays]], Arrays]  # name, what makes it → the same, perhaps from a file
 MADE_FROM = "made_from"  # the array that holds the record, as JSON
+CONTENT = "arrays (SHA-256)"  # in the record's JSON; older files have none
 
 
 def kept(accelerator: Accelerator, file: Path, wanted: Record, make: Callable[[], Arrays]) -> Arrays:
@@ -41,6 +43,8 @@ def read_arrays(file: Path, wanted: Record) -> Arrays | None:
         with np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
         record = Record(wanted.kind, json.loads(str(arrays.pop(MADE_FROM))))
+        if record.made_from.pop(CONTENT, content_hash(arrays)) != content_hash(arrays):
+            raise UserError("its arrays are not those that were written")
         return arrays if record.fits(Record(wanted.kind, _as_json(wanted)), file) else None
     except Exception as error:  # numpy, zipfile and json raise whatever a damaged file leads to
         print(f"{file}: unreadable, made anew ({one_line(error)})")
@@ -54,8 +58,18 @@ def write_arrays(file: Path, arrays: Arrays, record: Record) -> None:
         RunError: the disk is full, or the like.
     """
     make_folder(file.parent, "output_dir")
+    made_from = record.made_from | {CONTENT: content_hash(arrays)}
     with atomic_file(file) as temporary, temporary.open("wb") as opened:
-        np.savez_compressed(opened, **arrays, **{MADE_FROM: np.array(json.dumps(record.made_from))})
+        np.savez_compressed(opened, **arrays, **{MADE_FROM: np.array(json.dumps(made_from))})
+
+
+def content_hash(arrays: Arrays) -> str:
+    """The SHA-256 of arrays with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _as_json(record: Record) -> dict:

@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from deme.config.sections import CONTINUED
-from deme.errors import UserError, one_line
+from deme.errors import UserError, naming
+from deme.job.checked import checked
 from deme.job.files import atomic_file, read_json
 from deme.measure.metrics import (
     NEIGHBORHOOD,
@@ -41,15 +40,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Score:
-    """The scores of one folder of samples. None: can't be had."""
+    """The scores of one folder of samples. None: can't be had, or not in an older file."""
 
     samples: str  # the folder
     weights: list[str] | None  # SHA-256 of those that the images were drawn from
     images: int
     pooled: float  # Fréchet distance of all images
     blocks: list[float]  # Fréchet distance of each of the equal blocks, in seed order
-    mean: float  # over the blocks
-    standard_deviation: float | None
+    mean: float | None = None  # over the blocks
+    standard_deviation: float | None = None
     kid: float | None = None  # mean over disjoint subsets of the images
     kid_standard_error: float | None = None
     kid_blocks: list[float] | None = None
@@ -174,20 +173,49 @@ def save_scores(path: Path, features_name: str, scores: Sequence[Score], beside:
         temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Results:
+    """What a results.json holds, beside the provenance."""
+
+    features: str
+    rows: list[Score]
+
+
 def load_scores(path: Path) -> tuple[str, list[Score]]:
     """The features' name and the scores in a results.json.
 
     Raises:
-        UserError: evaluate.py did not make it.
+        UserError: evaluate.py did not make it; names what does not fit.
     """
     content = read_json(path)
-    known = {field.name for field in fields(Score)}
-    derived = {"mean": float("nan"), "standard_deviation": None}  # older files may lack them
-    try:
-        rows = [derived | {key: row[key] for key in row if key in known} for row in content["rows"]]
-        scores = [OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Score), row)) for row in rows]
-        if content["features"] not in DISTANCES or not scores:
-            raise ValueError(f"{len(scores)} rows of {content['features']} features")
-        return content["features"], scores
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not the results of evaluate.py: {one_line(error)}") from None
+    with naming(path), naming("not the results of evaluate.py"):
+        found = checked(content, Results)
+        if found.features not in DISTANCES or not found.rows:
+            raise UserError(f"{len(found.rows)} rows of {found.features} features")
+        for place, row in enumerate(found.rows):
+            check_row(row, len(found.rows[0].blocks), f"rows[{place}]")
+    return found.features, [row if row.mean is not None else with_mean(row) for row in found.rows]
+
+
+def with_mean(row: Score) -> Score:
+    """A row of an older file, with the mean of its blocks."""
+    mean, deviation = mean_and_deviation(row.blocks)
+    return replace(row, mean=mean, standard_deviation=deviation)
+
+
+def check_row(row: Score, blocks: int, name: str) -> None:
+    """
+    Raises:
+        UserError: numbers that no images give.
+    """
+    errors = {key: value for key, value in asdict(row).items() if key.endswith(("deviation", "_error"))}
+    errors |= {f"differences.{key}": found.standard_error for key, found in (row.differences or {}).items()}
+    for key, value in errors.items():
+        if value is not None and value < 0:
+            raise UserError(f"{name}.{key} is negative")
+    if row.images < 1:
+        raise UserError(f"{name}.images is {row.images}")
+    for key in ("blocks", "kid_blocks", "clip_blocks"):
+        found = getattr(row, key)
+        if found is not None and len(found) != max(1, blocks):
+            raise UserError(f"{name}.{key} holds {len(found)} numbers, not {max(1, blocks)}")

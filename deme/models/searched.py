@@ -1,53 +1,60 @@
 """Merging coefficients that search.py wrote, the networks that it found them for, and the time that it took."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from deme.config.experiment import Config
 from deme.errors import UserError, naming
+from deme.job.checked import checked
 from deme.job.files import read_yaml
 
 SECONDS = "seconds.txt"  # in the search's folder: a line for each command; none where the first ones noted nothing
+OF_PRETRAINED = "value of the pretrained network"
 
 
 @dataclass(frozen=True)
 class Searched:
-    """What a best.yaml holds."""
+    """What a best.yaml holds; one that a person wrote may hold the coefficients alone."""
 
-    file: Path
-    content: dict[str, Any]
+    file: str
+    coefficients: dict[str, list[float]]  # by name pattern
+    pretrained: str | None  # SHA-256 of the networks' weights
+    finetuned: list[str] | None
+    objective: str | None
+    value: float | None  # of the objective
+    value_of_pretrained: float | None
+    passes: int | None  # through the UNet
 
     def groups(self, config: Config) -> dict[str, list[float]]:
         """Name pattern → coefficients, one per range.
 
         Raises:
-            UserError: no such lists, or of another number of ranges; names the file.
+            UserError: they are of another number of ranges; names the file.
         """
         with naming(self.file):
-            merge = replace(config.merge, coefficients=self.content["coefficients"])
+            merge = replace(config.merge, coefficients=self.coefficients)
             return replace(config, merge=merge).coefficient_groups
 
     def is_of(self, pretrained: str, finetuned: list[str]) -> bool:
         """Whether they were found for networks of these hashes."""
-        return (self.content.get("pretrained"), self.content.get("finetuned")) == (pretrained, finetuned)
+        return (self.pretrained, self.finetuned) == (pretrained, finetuned)
 
 
 def read_searched(file: Path) -> Searched:
     """Read such a file.
 
     Raises:
-        UserError: there is none, or search.py did not write it.
+        UserError: there is none, or search.py did not write it; names what does not fit.
     """
     if not file.is_file():
         raise UserError(f"{file} is missing; search.py makes it")
     content = read_yaml(file)
-    if not isinstance(content.get("coefficients"), dict):
-        raise UserError(f"{file}: not the coefficients of search.py")
-    return Searched(file, content)
+    with naming(file), naming("not the coefficients of search.py"):
+        return checked(content | {"file": str(file), "value_of_pretrained": content.get(OF_PRETRAINED)}, Searched)
 
 
 @contextmanager
@@ -65,6 +72,7 @@ def timed(folder: Path) -> Iterator[None]:
 def seconds_of(folder: Path) -> float | None:
     """What all commands of a search took together; None where it is not known."""
     try:
-        return sum(map(float, (folder / SECONDS).read_text(encoding="utf-8").split()))
+        taken = [float(line) for line in (folder / SECONDS).read_text(encoding="utf-8").split()]
     except (OSError, ValueError):
         return None
+    return sum(taken) if all(0 <= seconds < math.inf for seconds in taken) else None

@@ -8,9 +8,9 @@ import numpy as np
 
 from deme.config.comparison import PRETRAINED, ComparedRun
 from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS, range_name
-from deme.job.files import read_yaml
+from deme.errors import UserError
 from deme.measure.scores import Score, load_scores, mean_and_deviation
-from deme.models.searched import seconds_of
+from deme.models.searched import read_searched, seconds_of
 from deme.report.story import Curve, read_curve
 from deme.report.tables import NAMES, markdown_table, number
 
@@ -51,7 +51,14 @@ def difference(blocks: Sequence[Sequence[float]]) -> tuple[float, float | None]:
 
 
 def differences(rows: Sequence[Score], others: Sequence[Score]) -> list[list[float]]:
-    """Of each row's blocks to those of its counterpart."""
+    """Of each row's blocks to those of its counterpart.
+
+    Raises:
+        UserError: they were scored in other numbers of blocks.
+    """
+    for row, other in zip(rows, others, strict=True):
+        if len(row.blocks) != len(other.blocks):
+            raise UserError(f"{row.samples}: {len(row.blocks)} blocks, {other.samples} has {len(other.blocks)}")
     return [np.subtract(row.blocks, other.blocks).tolist() for row, other in zip(rows, others, strict=True)]
 
 
@@ -110,7 +117,7 @@ def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
     passes = sum(curve.passes(config) for curve in curves)
     seconds = sum(curve.seconds for curve in curves)
     if model in ("merged", DISTILLED) and config.paths.searched:
-        passes += read_yaml(config.paths.best_coefficients).get("passes", 0)
+        passes += read_searched(config.paths.best_coefficients).passes or 0
         searched = seconds_of(config.paths.search)
         seconds = None if searched is None else seconds + searched
     return passes, seconds

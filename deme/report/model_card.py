@@ -9,7 +9,7 @@ from deme.config.sections import range_name
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import Score, load_scores
 from deme.models.pipelines import hub_name, is_hub_id, is_projected, takes_text
-from deme.report.tables import NAMES, markdown_table
+from deme.report.tables import NAMES, markdown_table, public
 
 PAPER = "[Decouple-then-Merge](https://arxiv.org/abs/2410.06664)"
 
@@ -59,7 +59,7 @@ def model_card(config: Config, made_from: dict[str, Any], scores: Sequence[tuple
     if scores:
         sections += ["## Scores", "\n".join(f"- {score_line(*row)}" for row in scores)]
     sections += ["## How to load it", "\n".join(["```python", *loading, "```"])]
-    return "\n\n".join(sections) + "\n"
+    return public("\n\n".join(sections) + "\n")
 
 
 def header(config: Config) -> dict[str, Any]:

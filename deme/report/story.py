@@ -1,17 +1,20 @@
 """What a run's page tells, gathered from the run's files: sections of texts, tables and pictures."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.sections import BASELINES, CONTINUED, DISTILLED, GRADIENT_PASSES, NAMED_TRAININGS, range_name
-from deme.errors import UserError
-from deme.job.files import read_json, read_yaml
+from deme.errors import UserError, naming, one_line
+from deme.job.checked import checked
+from deme.job.files import read_json
+from deme.job.records import MERGED, read_record
 from deme.measure.scores import CLEARLY, Score, load_scores
-from deme.models.searched import seconds_of
+from deme.models.searched import Searched, read_searched, seconds_of
 from deme.models.variants import MAKERS, ORDER, made_unets
 from deme.report.tables import NAMES, number, score_lines
 
@@ -38,6 +41,9 @@ class Commands:
     """Lines for a shell."""
 
     lines: Sequence[str]
+
+
+RESULTS, TRAINING, MERGING, SEARCH = "Results", "Training", "Merging coefficients", "Search"  # titles of sections
 
 
 @dataclass
@@ -83,81 +89,133 @@ class Story:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """What files say of how they were made; older ones may say less."""
+
+    processor: str | None
+    git_commit: str | None
+    versions: dict[str, str] | None  # of packages
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What a merge.yaml says that is told."""
+
+    coefficients: dict[str, list[float]]  # by name pattern, one per range
+
+
+@dataclass
 class Run:
-    """What the files of a run hold."""
+    """What the files of a run hold. None and nothing: it is not there, or unreadable, which `unreadable` tells."""
 
     config: Config
     options: str  # the configuration's file and the overrides
-    curves: list[Curve]
-    features: str | None  # inception or classifier
-    scores: list[Score]
-    coefficients: dict[str, list[float]] | None  # of the merge
-    search: dict[str, Any] | None  # best.yaml
-    search_scores: list[Score]
-    search_passes: int | None
-    search_seconds: float | None
-    samples: list[Path]
-    analyses: list[Path]
-    provenance: dict[str, Any]
+    curves: list[Curve] = field(default_factory=list)
+    features: str | None = None  # inception or classifier
+    scores: list[Score] = field(default_factory=list)
+    coefficients: dict[str, list[float]] | None = None  # of the merge
+    search: Searched | None = None
+    search_features: str | None = None
+    search_scores: list[Score] = field(default_factory=list)
+    search_seconds: float | None = None
+    samples: list[Path] = field(default_factory=list)
+    analyses: list[Path] = field(default_factory=list)
+    provenance: Provenance = Provenance(None, None, None)
+    unreadable: dict[str, list[str]] = field(default_factory=dict)  # title of a section → which files, and why
+
+    def read(self, section: str, file: Path, reader: Callable[[Path], Any]) -> Any:
+        """What a reader gives of a file; None where there is none, or where it is unreadable, which is noted."""
+        try:
+            return reader(file) if file.is_file() else None
+        except UserError as error:
+            self.unreadable.setdefault(section, []).append(str(error))
+            return None
 
 
 def read_run(config: Config, options: str) -> Run:
-    """Read what there is of a run; a stage that has not run leaves nothing.
+    """Read what there is of a run; a stage that has not run leaves nothing, an unreadable file its reason."""
+    paths = config.paths
+    run = Run(config, options)
+    for name in [*map(range_name, config.timesteps.ranges), *NAMED_TRAININGS]:
+        read = partial(read_curve, name, batch_size=config.finetune.batch_size)
+        curve = run.read(TRAINING, paths.finetuning(name) / "log.jsonl", read)
+        run.curves += [curve] if curve is not None else []
+    run.features, run.scores = run.read(RESULTS, paths.results, load_scores) or (None, [])
+    merge = paths.merged / MERGED.file
+    run.coefficients = run.read(MERGING, merge, partial(read_merge, config=config))
+    run.search = run.read(SEARCH, paths.best_coefficients, read_searched)
+    run.search_features, run.search_scores = run.read(SEARCH, paths.search / "report.json", load_scores) or (None, [])
+    run.search_seconds = seconds_of(paths.search)
+    run.samples = [paths.all_samples / name for name in ORDER if (paths.all_samples / name).is_dir()]
+    run.analyses = sorted(paths.plots.glob("analysis-*.png"))
+    if run.scores:
+        run.provenance = run.read(RESULTS, paths.results, lambda file: provenance_of(file, read_json(file)))
+    elif run.coefficients is not None:
+        beside = read_record(MERGED, paths.merged).beside
+        run.provenance = run.read(MERGING, merge, lambda file: provenance_of(file, beside))
+    run.provenance = run.provenance or Provenance(None, None, None)
+    return run
+
+
+def provenance_of(file: Path, content: dict[str, Any]) -> Provenance:
+    """What a file's content says of how it was made.
 
     Raises:
-        UserError: a damaged file; names it.
+        UserError: it is of no known form; names the file.
     """
-    paths = config.paths
-    names = [*map(range_name, config.timesteps.ranges), *NAMED_TRAININGS]
-    logs = {name: paths.finetuning(name) / "log.jsonl" for name in names}
-    curves = [read_curve(name, file, config.finetune.batch_size) for name, file in logs.items() if file.is_file()]
-    features, scores = load_scores(paths.results) if paths.results.is_file() else (None, [])
-    merge = paths.merged / "merge.yaml"
-    merged = read_yaml(merge) if merge.is_file() else {}
-    best = read_yaml(paths.best_coefficients) if paths.best_coefficients.is_file() else None
-    report = paths.search / "report.json"
-    fresh = load_scores(report)[1] if report.is_file() else []
-    samples = [paths.all_samples / name for name in ORDER if (paths.all_samples / name).is_dir()]
-    analyses = sorted(paths.plots.glob("analysis-*.png"))
-    provenance = read_json(paths.results) if scores else merged
-    return Run(
-        config,
-        options,
-        curves,
-        features,
-        scores,
-        merged.get("coefficients"),
-        best,
-        fresh,
-        None if best is None else best.get("passes"),
-        seconds_of(paths.search),
-        samples,
-        analyses,
-        provenance,
-    )
+    with naming(file):
+        return checked(content, Provenance)
+
+
+def read_merge(file: Path, config: Config) -> dict[str, list[float]]:
+    """The coefficients in a merge.yaml, by name pattern.
+
+    Raises:
+        UserError: it is damaged, or of another number of ranges than is configured.
+    """
+    record = read_record(MERGED, file.parent)
+    with naming(file):
+        found = checked(record.made_from, Merge).coefficients
+        count = len(config.timesteps.ranges)
+        if not found or any(len(values) != count for values in found.values()):
+            raise UserError(f"its coefficients are not those of timesteps.num_ranges={count}")
+    return found
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """What is read of a line of a log."""
+
+    step: int
+    loss: float | None  # None: it was not finite
+    images_per_second: float
 
 
 def read_curve(name: str, file: Path, batch_size: int) -> Curve:
     """A run's log.jsonl.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged; names the line.
     """
     steps, losses, seconds, before = [], [], 0.0, 0
-    try:
-        for text in file.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            steps.append(int(line["step"]))
-            losses.append(float("nan") if line["loss"] is None else float(line["loss"]))
-            seconds += (steps[-1] - before) * batch_size / line["images_per_second"]
-            before = steps[-1]
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise UserError(f"{file}: not the log of a training run: {error}") from None
+    with naming(file), naming("not the log of a training run"):
+        try:
+            lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(one_line(error)) from None
+        for number, content in enumerate(lines, 1):
+            line = checked(content, LogLine, f"line {number}")
+            if line.step <= before or line.images_per_second <= 0:
+                raise UserError(f"line {number}: step {line.step} at {line.images_per_second} images per second")
+            steps.append(line.step)
+            losses.append(float("nan") if line.loss is None else line.loss)
+            seconds += (line.step - before) * batch_size / line.images_per_second
+            before = line.step
     return Curve(name, steps, losses, seconds, before * batch_size)
 
 
 def missing_stages(run: Run) -> Iterator[Missing]:
-    """What has not run, with the command that does."""
+    """What has not run, with the command that does; what is unreadable is told in its place."""
     trained = {curve.name for curve in run.curves}
     paths = run.config.paths
     for k, timestep_range in enumerate(run.config.timesteps.ranges):
@@ -166,14 +224,14 @@ def missing_stages(run: Run) -> Iterator[Missing]:
     for name in (CONTINUED, DISTILLED):
         if not made_unets(name, paths)[0].is_dir():
             yield Missing(name, MAKERS[name])
-    if run.search is None:
+    if run.search is None and SEARCH not in run.unreadable:
         yield Missing("the search for coefficients", "search.py")
-    if run.coefficients is None:
+    if run.coefficients is None and MERGING not in run.unreadable:
         yield Missing("the merged network", MAKERS["merged"])
     for name in ORDER:
         if name not in BASELINES and paths.all_samples / name not in run.samples:
             yield Missing(f"samples of {name}", f"sample_ddp.py sample.model={name}")
-    if not run.scores:
+    if not run.scores and RESULTS not in run.unreadable:
         yield Missing("scores", "evaluate.py")
     if not run.analyses:
         yield Missing("analyses", "analyze.py")
@@ -208,9 +266,9 @@ def passes_of(run: Run) -> Table:
     rows = [
         [f"training {curve.name}", f"{curve.passes(config):,}", f"{curve.seconds / 60:.1f}"] for curve in run.curves
     ]
-    if run.search_passes is not None:
+    if run.search is not None and run.search.passes is not None:
         minutes = "-" if run.search_seconds is None else f"{run.search_seconds / 60:.1f}"
-        rows.append(["search, without its report", f"{run.search_passes:,}", minutes])
+        rows.append(["search, without its report", f"{run.search.passes:,}", minutes])
     for row in run.scores:
         drawn = row.images * config.sample.num_inference_steps
         rows.append([f"drawing {Path(row.samples).name}", f"{drawn:,}", "-"])

@@ -1,5 +1,6 @@
 """Tables as Markdown."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,9 +9,15 @@ from deme.measure.scores import BASELINES, Score
 NAMES = {"inception": ("FID", "KID"), "classifier": ("classifier FD", "classifier KID")}  # of the two distances
 
 
+def public(text: str) -> str:
+    """A text that others will read, without the names and passwords that stand in URLs."""
+    return re.sub(r"://[^\s/@<>\"']+@", "://***@", text)
+
+
 def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
     """A table whose first column is text and whose others are numbers."""
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -115,7 +115,7 @@ def closed_form(
         "pull": torch.zeros((), dtype=torch.float64),
         "spent": torch.zeros((), dtype=torch.int64),  # passes
     }
-    found = load_state(accelerator, file, state)
+    found = load_state(accelerator, file, state, candidates.shape)
     trace = Trace()
     if found is None:
         state["spent"] += squares.spent

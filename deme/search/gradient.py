@@ -48,7 +48,7 @@ def gradient_descent(
         "mean": torch.zeros_like(origin),
         "square": torch.zeros_like(origin),
     }
-    found = load_state(accelerator, file, state)
+    found = load_state(accelerator, file, state, candidates.shape)
     trace = Trace()
     if found is not None:
         trace = Trace.of(found)

@@ -168,6 +168,8 @@ class Problem:
                 prompts = load_prompts(sample.prompts, sample.prompt_column)
         drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.accelerator.device)
         resolution = sample.size_on_disk or config.data.resolution
+        with naming("evaluate.reference", config.evaluate.reference):
+            space.reference.check_size(resolution, resolution)
         return FrechetDistance(self.accelerator, drawing, space, prompts, resolution)
 
     @cached_property

@@ -5,8 +5,8 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -15,19 +15,17 @@ import numpy as np
 import optuna
 from accelerate import Accelerator
 from optuna.distributions import FloatDistribution
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from deme.config.section import without_password
 from deme.data.draws import Stream
-from deme.errors import RunError, UserError, one_line
+from deme.errors import UserError
 from deme.job.locks import POLLED_EVERY, signs_of_life
 from deme.job.processes import in_main_process
 from deme.search.state import Evaluated
+from deme.search.storage import HEARTBEAT, read_trials, reading
 
-HEARTBEAT = 30  # seconds between two signs of life of a running trial
-GRACE = 300  # seconds without one after which it is taken for dead
 SIGMA = 0.25  # of the bounds' distance: CMA-ES's first step size
 PLACE = "place"  # of a trial: which of the candidates it is, in the order of the search
 OWNER = "owner"  # of a trial: the process that tries it
@@ -35,19 +33,6 @@ PASSES = "passes"
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
-
-
-def open_storage(url: str) -> RDBStorage:
-    """An Optuna storage by its URL.
-
-    Raises:
-        UserError: it can't be reached.
-    """
-    try:
-        return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
-    except Exception as error:  # SQLAlchemy and the databases' drivers raise their own
-        reason = one_line(error).replace(url, without_password(url))
-        raise UserError(f"no Optuna storage can be opened there: {reason}") from None
 
 
 class Study:
@@ -86,7 +71,8 @@ class Study:
         self.sampler = sampler
         self.stream = stream
         self.count = count
-        self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        with reading(self.storage):
+            self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         self._alive = ExitStack()  # holds the signs of life of the running trial
         self.space = {name: FloatDistribution(*interval) for name in self.names}
 
@@ -95,9 +81,12 @@ class Study:
     def trials(self) -> list[FrozenTrial]:
         """The tried candidates, by their place."""
         complete = {}
-        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        for trial in self._read(TrialState.COMPLETE):
             complete.setdefault(trial.user_attrs[PLACE], trial)  # two jobs may have tried the same one
         return [complete[place] for place in sorted(complete)]
+
+    def _read(self, *states: TrialState) -> list[FrozenTrial]:
+        return read_trials(self.storage, self.study, self.names, states)
 
     def coefficients(self, trial: FrozenTrial) -> np.ndarray:
         """Of a trial: shape (groups, ranges)."""
@@ -178,12 +167,11 @@ class Study:
 
     def _next(self) -> tuple[int | None, np.ndarray | None] | None:
         """The next candidate's place and coefficients; no place while others try the last, None when all are tried."""
-        with _reaching():
-            return self._start()
+        return self._start()
 
     def _start(self) -> tuple[int | None, np.ndarray | None] | None:
         self._fail_the_dead()
-        trials = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.RUNNING])
+        trials = self._read(TrialState.COMPLETE, TrialState.RUNNING)
         taken = {trial.user_attrs.get(PLACE) for trial in trials}
         free = [place for place in range(self.count) if place not in taken]
         if not free:
@@ -191,7 +179,8 @@ class Study:
             return None if all(trial.state is TrialState.COMPLETE for trial in mine) else (None, None)
         place = free[0]
         self.study.sampler = self._sampler(place)
-        trial = self._begin({OWNER: _owner(), PLACE: place})
+        with reading(self.storage):
+            trial = self._begin({OWNER: _owner(), PLACE: place})
         if trial is None:
             return self._start()
         self.trial = trial
@@ -219,7 +208,11 @@ class Study:
 
     def _tell(self, place: int, coefficients: np.ndarray, value: float, passes: int, said: str) -> None:
         self._alive.close()
-        with _reaching(), suppress(optuna.exceptions.UpdateFinishedTrialError):  # taken for dead: another job's now
+        value = math.inf if math.isnan(value) else value  # of a NaN Optuna would have the place tried for ever
+        with (
+            reading(self.storage),
+            suppress(optuna.exceptions.UpdateFinishedTrialError),
+        ):  # taken for dead: another job's now
             self.trial.set_user_attr(PASSES, passes)
             self.study.tell(self.trial, value)
         best = min(trial.value for trial in self.trials())
@@ -232,9 +225,10 @@ class Study:
 
     def _fail_the_dead(self) -> None:
         """Give up the trials of jobs that were killed: at once where they were on this machine."""
-        optuna.storages.fail_stale_trials(self.study)
-        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            if _has_ended(trial.user_attrs.get(OWNER, "")):
+        with reading(self.storage):
+            optuna.storages.fail_stale_trials(self.study)
+        for trial in self._read(TrialState.RUNNING):
+            if _has_ended(str(trial.user_attrs.get(OWNER, ""))):
                 with suppress(Exception):  # another job did it
                     self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
@@ -307,18 +301,6 @@ def grid_values(count: int, dimensions: int) -> int:
     if values < 2:
         raise UserError(f"a grid of {dimensions} coefficients has at least 2 ** {dimensions} candidates")
     return values
-
-
-@contextmanager
-def _reaching() -> Iterator[None]:
-    """
-    Raises:
-        RunError: the storage is gone, locked for long or full.
-    """
-    try:
-        yield
-    except StorageInternalError as error:
-        raise RunError(f"search.storage: {one_line(error)}; the same command goes on") from error
 
 
 def _owner() -> str:

@@ -2,7 +2,9 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import merge
 from deme.config.reading import load_config
+from deme.errors import UserError
 from deme.job.files import sha256
 from deme.measure.scores import Score, save_scores
 from deme.method.projection import PROJECTION_SUFFIX
@@ -220,6 +223,20 @@ def test_weights_that_can_not_be_merged_are_told_before_they_are_trained(config_
     result = run("finetune.py", config_file, f"model.pretrained={folder}", status=2)
     assert "is of type torch.float8_e4m3fn" in result.stderr
     assert not (config_file.parent / "tiny" / "finetuned").exists()
+
+
+@pytest.mark.parametrize("is_private", [True, False])
+def test_nothing_private_is_uploaded_to_a_public_repository(tmp_path, monkeypatch, is_private):
+    """Made private where it does not exist; one that was public before stays so, which is looked at first."""
+    asked, uploaded = [], []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **options: asked.append(options))
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda self, name: SimpleNamespace(private=is_private))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **given: uploaded.append(given))
+    expected = nullcontext() if is_private else pytest.raises(UserError, match=r"push_to_hub=a/b: .* public")
+    with expected:
+        merge.push_to_hub(tmp_path, "a/b", private=True)
+    assert asked == [{"exist_ok": True, "private": True}]
+    assert len(uploaded) == is_private
 
 
 def test_an_upload_that_fails_loses_nothing(config_file, experts, monkeypatch):

@@ -1106,14 +1106,15 @@ MISTAKES = [
         "coefficients from a file of another kind",
         "merge.py",
         ["merge.coefficients=tiny.yaml"],
-        "merge.coefficients=tiny.yaml: tiny.yaml: not the coefficients of search.py",
+        "merge.coefficients=tiny.yaml: tiny.yaml: not the coefficients of search.py: coefficients is missing",
         experts,
     ),
     Mistake(
         "coefficients in a file that are no numbers",
         "merge.py",
         ["merge.coefficients=bad.yaml"],
-        "bad.yaml: merge.coefficients={'*': ['a', 'b']}: must be a list of finite numbers, a mapping from …",
+        "merge.coefficients=bad.yaml: bad.yaml: not the coefficients of search.py: coefficients.*[0] is not a "
+        "finite number",
         both(experts, yaml_file("coefficients: {'*': [a, b]}")),
     ),
     Mistake(
@@ -1508,7 +1509,7 @@ MISTAKES = [
         "a reference that does not exist",
         "evaluate.py",
         [REFERENCE, "evaluate.samples=[]"],
-        "evaluate.reference=reference.npz: no such file",
+        "evaluate.reference=reference.npz: no such file or folder",
     ),
     Mistake(
         "a reference of Python objects",

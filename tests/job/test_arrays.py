@@ -1,7 +1,10 @@
+import json
+
 import numpy as np
+import pytest
 from accelerate import Accelerator
 
-from deme.job.arrays import kept
+from deme.job.arrays import CONTENT, MADE_FROM, kept
 from deme.job.records import ANALYSIS, Record
 
 
@@ -30,3 +33,51 @@ def test_arrays_are_made_once_for_each_record(tmp_path, capsys):
     assert len(calls) == 3
     assert "unreadable, made anew" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "deeper").iterdir()] == ["a.npz"]
+
+
+ARRAYS = {"a": np.array([1.5, 2.5]), "b": np.arange(6).reshape(2, 3)}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"a": None},
+        {"a": np.array([1.5, np.nan])},
+        {"a": np.array([1.5, 2.4])},
+        {"a": np.array([1.5])},
+        {"a": np.array(["1.5", "2.5"])},
+        {"b": np.arange(6).reshape(3, 2)},
+        {"b": np.arange(6.0).reshape(2, 3)},
+        {"a": np.array([1.5, {}], dtype=object)},
+        {"c": np.zeros(1)},
+        {MADE_FROM: np.array("[]")},
+        {MADE_FROM: None},
+    ],
+)
+def test_arrays_that_were_not_written_so_are_made_anew(tmp_path, damage, capsys):
+    """One that is missing, new, NaN, of another value, type or shape, or of Python objects."""
+    file = tmp_path / "a.npz"
+    calls = []
+
+    def get():
+        return kept(Accelerator(cpu=True), file, Record(ANALYSIS, {"seed": 0}), lambda: calls.append(1) or dict(ARRAYS))
+
+    get()
+    with np.load(file) as content:
+        found = {name: content[name] for name in content.files}
+    np.savez(file, **{name: array for name, array in (found | damage).items() if array is not None})
+    again = get()
+    assert len(calls) == 2
+    assert "unreadable, made anew" in capsys.readouterr().out
+    assert all(np.array_equal(again[name], array) for name, array in ARRAYS.items())
+    get()
+    assert len(calls) == 2
+
+
+def test_older_files_without_a_hash_are_read(tmp_path):
+    file = tmp_path / "a.npz"
+    record = Record(ANALYSIS, {"seed": 0})
+    np.savez(file, **ARRAYS, **{MADE_FROM: np.array(json.dumps(record.made_from))})
+    found = kept(Accelerator(cpu=True), file, record, lambda: {})
+    assert found.keys() == ARRAYS.keys()
+    assert CONTENT not in found

@@ -1,15 +1,18 @@
 import os
+import sqlite3
 import subprocess
 import sys
 
 import numpy as np
+import optuna
 import pytest
 from accelerate import Accelerator
 from optuna.trial import TrialState
 
 from deme.errors import UserError
 from deme.search import study as module
-from deme.search.study import Study, grid_point, grid_values, open_storage
+from deme.search.storage import open_storage
+from deme.search.study import Study, grid_point, grid_values
 from deme.search.ways import CONTROLS, first_candidates
 
 FIRST = [np.zeros((1, 2)), np.full((1, 2), 0.25)]
@@ -184,7 +187,8 @@ def test_a_value_that_is_not_a_number_or_infinite_is_the_worst(tmp_path):
     """And not tried for ever; the samplers go on from it."""
     for sampler in ("tpe", "gp", "cmaes"):
         study = make(tmp_path, sampler, 4, name=sampler)
-        found = search(study, lambda w: np.inf if w.max() < 0.1 else distance(w))
+        nothing = np.nan if sampler == "tpe" else np.inf
+        found = search(study, lambda w, nothing=nothing: nothing if w.max() < 0.1 else distance(w))
         assert found[0][2] == np.inf
         assert study.best(1)[0].max() >= 0.1
         assert np.isfinite(list(study.importance().values())).all()
@@ -199,3 +203,36 @@ def test_a_search_starts_from_what_lies_within_the_bounds():
     assert narrow == [[0, 0], [0.2, 0.9], [0.4, 0.9], [0.5] * 2]
     four = [row.tolist() for row in first_candidates(np.full((2, 4), 0.3), (0.0, 1.5))]
     assert [[0.1, 0.1, 0.2, 0.5]] * 2 in four
+
+
+def test_another_programs_database_is_refused_and_stays_as_it_is(tmp_path):
+    file = tmp_path / "study.db"
+    with sqlite3.connect(file) as database:
+        database.execute("create table papers (title text)")
+    database.close()
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="a database of another program"):
+        open_storage(f"sqlite:///{file}")
+    assert file.read_bytes() == before
+
+
+def test_a_study_of_another_program_is_refused(tmp_path):
+    """Its trials hold other coefficients and notes, or it has two values: Optuna's, but not a search's."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    optuna.create_study(storage=url, study_name="s").optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=1)
+    optuna.create_study(storage=url, study_name="two", directions=["minimize", "maximize"])
+    for name in ("s", "two"):
+        with pytest.raises(UserError, match=r"search\.storage=sqlite:.*/study\.db: damaged, or not of this search: "):
+            search(make(tmp_path, name=name))
+
+
+def test_a_storage_whose_tables_were_not_all_made_is_completed(tmp_path):
+    """By a job that was killed, or whose disk was full."""
+    make(tmp_path)
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        [*tables] = database.execute("select name from sqlite_master where type = 'table' and name != 'studies'")
+        for (name,) in tables:
+            database.execute(f"drop table {name}")
+        database.execute("delete from studies")
+    database.close()
+    assert len(search(make(tmp_path, count=1))) == 1
