@@ -21,7 +21,6 @@ from deme.config.experiment import Config
 from deme.config.sections import CONTINUED, DISTILLED, GRADIENT_PASSES, range_name
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
-from deme.job.records import DATA
 from deme.method.coefficients import PUBLISHED
 from deme.models.inputs import Inputs
 from deme.models.pipelines import unet_folder
@@ -62,12 +61,12 @@ def main(config: Config) -> None:
     watched = inputs.watched()
 
     # --- torch is imported after what can be answered without it
-    from deme.data.sources import data_fingerprint
+    from deme.data.sources import data_hashes
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.measure.material import Material
 
     # --- what it is made from
-    made_of = {DATA: data_fingerprint(config.data, with_captions=True), **inputs.hashes()}
+    made_of = data_hashes(config.data, config.paths.image_cache, with_captions=True) | inputs.hashes()
     accelerator = make_accelerator("no", "analyze")
     material = Material(config, accelerator, pretrained, networks, made_of)
     watched.check()  # what was hashed was read

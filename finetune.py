@@ -21,7 +21,7 @@ from deme.config.sections import ANT_UW, BASELINES, CONTINUED, DISTILLED, Finetu
 from deme.errors import UserError, naming
 from deme.job.command import run_script
 from deme.job.files import sha256
-from deme.job.records import ARCHITECTURE, DATA
+from deme.job.records import ARCHITECTURE
 from deme.models.inputs import Inputs
 from deme.models.variants import find_finetuned, find_variant
 from deme.models.weights import weights_hash
@@ -185,8 +185,8 @@ def main(config: Config) -> None:
     loaded = Networks(unet, Experts(teachers) if teachers else None, scheduler, encoder)
     accelerator.wait_for_everyone()
     watched.check()  # all processes have read the same
-    fingerprint = session.data_fingerprint
-    images = load_examples(config, config.finetune, encoder, {DATA: fingerprint, **hashes}, accelerator).training
+    made_of = session.data_hashes | hashes
+    images = load_examples(config, config.finetune, encoder, made_of, accelerator).training
     accelerator.print(
         f"{source}: {unet.num_parameters():,} parameters; {len(images):,} images; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"

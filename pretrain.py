@@ -16,7 +16,7 @@ from deme.config.experiment import Config
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, sha256, write_yaml
-from deme.job.records import DATA, ENCODER, SCHEDULE, provenance
+from deme.job.records import ENCODER, SCHEDULE, provenance
 from deme.models.kinds import check_pipeline
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
@@ -109,8 +109,8 @@ def main(config: Config) -> None:
         try_out(unet, scheduler, encoder)
     accelerator.wait_for_everyone()
     watched.check()  # all processes have read the same
-    fingerprint = session.data_fingerprint
-    images, held_out_images = load_examples(config, settings, encoder, {DATA: fingerprint, **others}, accelerator)
+    made_of = session.data_hashes | others
+    images, held_out_images = load_examples(config, settings, encoder, made_of, accelerator)
     counts = f"{unet.num_parameters():,} parameters, {len(images):,} images, {len(held_out_images):,} held out"
     accelerator.print(counts)
 

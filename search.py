@@ -25,7 +25,7 @@ from deme.config.sections import EXAMPLE_KEYS, range_name
 from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
-from deme.job.records import DATA, IMAGE_COLUMN, SEARCH, Record, provenance, read_record
+from deme.job.records import IMAGE_COLUMN, SEARCH, Record, provenance, read_record
 from deme.models.inputs import Inputs
 from deme.models.pipelines import takes_text, unet_folder
 from deme.models.searched import OF_PRETRAINED, SECONDS, timed
@@ -71,7 +71,7 @@ def main(config: Config) -> None:
     watched = inputs.watched()
 
     # --- torch is imported after what can be answered without it
-    from deme.data.sources import as_opened, data_fingerprint
+    from deme.data.sources import as_opened, data_hashes
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.report.tables import score_table
     from deme.search.fresh import score_fresh, verdict
@@ -80,7 +80,7 @@ def main(config: Config) -> None:
     from deme.search.ways import find
 
     # --- what is searched
-    made_of = {DATA: data_fingerprint(config.data, with_captions=True), **inputs.hashes()}
+    made_of = data_hashes(config.data, config.paths.image_cache, with_captions=True) | inputs.hashes()
     column = {IMAGE_COLUMN: as_opened(config.data).image_column}
     weights = {"pretrained": weights_hash(networks[0]), "finetuned": list(map(weights_hash, finetuned))}
     made_from = searched(config) | column | inputs.spacing(config.sample) | weights | made_of

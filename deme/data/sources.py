@@ -1,6 +1,8 @@
 """Images and labels of a data set: decoded once into memory or a cache, or on the fly."""
 
+import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,9 +21,9 @@ from deme.data.draws import held_out_order
 from deme.data.images import CachedImages, CroppedImages, StreamedImages, TrainingImages
 from deme.data.opening import Source, open_source
 from deme.errors import UserError, shown
-from deme.job.files import atomic_folder
+from deme.job.files import atomic_file, atomic_folder, make_folder, read_json
 from deme.job.locks import locked
-from deme.job.records import IMAGES, Record
+from deme.job.records import CONTENTS, DATA, IMAGES, Record
 
 FINGERPRINTED = 1_000  # images
 
@@ -81,11 +83,40 @@ def load_evaluation_images(data: Data, cache: Path) -> tuple[CroppedImages, torc
     return CroppedImages(images, data.resolution, center_crop=True, random_flip=False), labels
 
 
+def data_hashes(data: Data, cache: Path, with_labels: bool = False, with_captions: bool = False) -> dict[str, str]:
+    """What tells the data from others, for records: `data_fingerprint`, and where that looks at some of the images of a
+    local folder alone, the hash of all their bytes.
+
+    Args:
+        cache: folder that keeps that hash, which is made again when a file may have changed.
+    """
+    found = {DATA: data_fingerprint(data, with_labels, with_captions)}
+    if Path(data.name).is_dir():
+        source = open_source(data)
+        if len(source.rows) > FINGERPRINTED:
+            found[CONTENTS] = _contents(source, cache)
+    return found
+
+
+def _contents(source: Source, cache: Path) -> str:
+    """`Source.contents`, kept in a file that is called by the state of the images' files."""
+    file = cache / f"contents-{hashlib.sha256(source.fingerprint().encode()).hexdigest()[:16]}.json"
+    with contextlib.suppress(UserError):
+        known = read_json(file) if file.exists() else {}
+        if isinstance(known.get("contents"), str):
+            return known["contents"]
+    found = source.contents()
+    make_folder(cache, "output_dir")
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps({"contents": found}), encoding="utf-8")
+    return found
+
+
 def data_fingerprint(data: Data, with_labels: bool = False, with_captions: bool = False) -> str:
     """A SHA-256 of what is read: how many images there are, up to FINGERPRINTED of them, evenly spread.
 
-    Another set behind the same name shows, whatever cache the images come from; a few changed images of a large set
-    may not.
+    Another set behind the same name shows, whatever cache the images come from; of a few changed images of a large set
+    `data_hashes` tells.
 
     Args:
         with_labels: all of them too; not for a training run, which may change its label_column.

@@ -43,13 +43,14 @@ class Kind:
     later: tuple[str, ...] = ()  # what older records do not say, or what is not known yet: compared where both say it
 
 
-DATA = "data (SHA-256)"  # of what was read
+DATA = "data (SHA-256)"  # of what was read: of many images, some
+CONTENTS = "data files (SHA-256)"  # of all of them, where they are many and in a local folder
 SCHEDULE = "noise schedule (SHA-256)"
 ARCHITECTURE = "architecture (SHA-256)"
 IMAGE_COLUMN = "data.image_column"  # the one that was read, which is known once the data is open
 ENCODER = "encoders (SHA-256)"  # of a text-to-image pipeline
 SAMPLED_BEFORE = {"sample.scheduler": "ddim", "size_on_disk": None}  # of samples whose records do not name it
-RUN_LATER = (DATA, SCHEDULE, ARCHITECTURE, IMAGE_COLUMN)
+RUN_LATER = (DATA, CONTENTS, SCHEDULE, ARCHITECTURE, IMAGE_COLUMN)
 RUN = Kind("a run", Policy.REFUSE, "config.yaml", "trained_from", {"free": dict}, later=RUN_LATER)
 MERGED = Kind("a merged network", Policy.REPLACE, "merge.yaml", later=(SCHEDULE,))
 SAMPLES = Kind("samples", Policy.REFUSE, "samples.yaml", "identity", {"num_images": int}, SAMPLED_BEFORE)
@@ -60,10 +61,10 @@ SEARCH = Kind(
     "search.yaml",
     "searched",
     defaults=SEARCHED_BEFORE,
-    later=(DATA, "search.num_inference_steps"),
+    later=(DATA, CONTENTS, "search.num_inference_steps"),
 )
-CLASSIFIER = Kind("a classifier", Policy.REBUILD, defaults={"batch_size": 64}, later=(DATA,))
-STATISTICS = Kind("statistics", Policy.REBUILD, later=(DATA,))
+CLASSIFIER = Kind("a classifier", Policy.REBUILD, defaults={"batch_size": 64}, later=(DATA, CONTENTS))
+STATISTICS = Kind("statistics", Policy.REBUILD, later=(DATA, CONTENTS))
 IMAGES = Kind("decoded images", Policy.REBUILD)
 LATENTS = Kind("encoded images", Policy.REBUILD)
 ANALYSIS = Kind("an analysis", Policy.REBUILD)

@@ -17,11 +17,11 @@ from torchvision.models.resnet import BasicBlock
 from tqdm import trange
 
 from deme.config.experiment import Config
-from deme.data.sources import data_fingerprint, load_evaluation_images
+from deme.data.sources import data_hashes, load_evaluation_images
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file, sha256
 from deme.job.processes import in_main_process
-from deme.job.records import CLASSIFIER, DATA, Record
+from deme.job.records import CLASSIFIER, Record
 from deme.measure.reference import evaluated_data
 
 HELD_OUT_SHARE = 0.2  # of the data
@@ -152,7 +152,8 @@ def trained_classifier(config: Config, accelerator: Accelerator) -> tuple[Classi
         "precision": config.evaluate.classifier_precision,
         "seed": config.seed,
     }
-    data = {"data": evaluated_data(config.data), DATA: data_fingerprint(config.data, with_labels=True)}
+    data = {"data": evaluated_data(config.data)}
+    data |= data_hashes(config.data, config.paths.image_cache, with_labels=True)
     wanted = Record(CLASSIFIER, data | training)
 
     def train() -> None:

@@ -16,11 +16,11 @@ from deme.config.experiment import Config
 from deme.config.sections import LEAST_CLASSIFIED, Data
 from deme.data.ahead import available_threads
 from deme.data.samples import check_sizes, list_images, read_images
-from deme.data.sources import as_opened, data_fingerprint, load_evaluation_images
+from deme.data.sources import as_opened, data_hashes, load_evaluation_images
 from deme.errors import UserError, naming, one_line, shown
 from deme.job.checked import LARGEST, checked
 from deme.job.files import atomic_file, sha256
-from deme.job.records import DATA, STATISTICS, Record
+from deme.job.records import STATISTICS, Record
 from deme.measure.features import extract
 
 KEPT_FEATURES = 10_000  # images whose features are kept for the scores that need more than mean and covariance
@@ -156,7 +156,8 @@ def source_of_data(config: Config) -> Source:
         return len(images), lambda part: images.batch(range(part.start, part.stop)), images.threads
 
     made_from = {"data": evaluated_data(config.data)}
-    return Source(made_from | {DATA: data_fingerprint(config.data)}, config.paths.reference, opened)
+    made_from |= data_hashes(config.data, config.paths.image_cache)
+    return Source(made_from, config.paths.reference, opened)
 
 
 def source_of_folder(config: Config) -> Source:

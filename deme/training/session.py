@@ -16,7 +16,7 @@ from deme.config.sections import WEIGHTINGS, Training
 from deme.errors import naming
 from deme.job.files import atomic_folder, checkpoint_steps, make_folder
 from deme.job.locks import clear_lock
-from deme.job.records import DATA, IMAGE_COLUMN, RUN, Record, changes, provenance, read_record
+from deme.job.records import IMAGE_COLUMN, RUN, Record, changes, provenance, read_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,9 +55,9 @@ class Run:
     output: Path  # the folder that it makes
     record: Record
 
-    def reading(self, data_fingerprint: str, image_column: str) -> "Run":
+    def reading(self, data_hashes: dict[str, str], image_column: str) -> "Run":
         """The same run, now that it is known which data it reads."""
-        made_from = self.record.made_from | {DATA: data_fingerprint, IMAGE_COLUMN: image_column}
+        made_from = self.record.made_from | data_hashes | {IMAGE_COLUMN: image_column}
         return replace(self, record=replace(self.record, made_from=made_from))
 
 
@@ -115,17 +115,17 @@ class Session:
         return Run(folder, output, Record(RUN, made_from, {"free": free, **provenance(self.config)}))
 
     @cached_property
-    def data_fingerprint(self) -> str:
-        """A SHA-256 of the data and its captions; torch is imported for it, as nothing else reads images."""
-        from deme.data.sources import data_fingerprint
+    def data_hashes(self) -> dict[str, str]:
+        """What tells the data and its captions from others; torch is imported for it, as nothing else reads images."""
+        from deme.data.sources import data_hashes
 
-        return data_fingerprint(self.config.data, with_captions=True)
+        return data_hashes(self.config.data, self.config.paths.image_cache, with_captions=True)
 
     def reading(self, run: Run) -> Run:
         """A run, now that its data has been read."""
         from deme.data.sources import as_opened
 
-        return run.reading(self.data_fingerprint, as_opened(self.config.data).image_column)
+        return run.reading(self.data_hashes, as_opened(self.config.data).image_column)
 
     def is_complete(self, run: Run) -> bool:
         """Whether there is nothing left to do, which is said.

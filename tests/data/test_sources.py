@@ -11,10 +11,13 @@ from PIL import Image, ImageCms
 from sklearn.datasets import load_digits
 
 from deme.config.sections import Data
+from deme.data import sources
 from deme.data.decoding import as_seen
 from deme.data.images import CroppedImages, StreamedImages
-from deme.data.sources import as_opened, data_fingerprint, load_evaluation_images, load_training_images
+from deme.data.opening import Source
+from deme.data.sources import as_opened, data_fingerprint, data_hashes, load_evaluation_images, load_training_images
 from deme.errors import UserError
+from deme.job.records import CONTENTS, DATA
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -325,6 +328,30 @@ def test_the_fingerprint_tells_other_images_and_where_asked_for_other_labels(fol
     before = data_fingerprint(data[None])
     Image.effect_noise((12, 9), 90).save(tmp_path / "images" / "train" / "cat" / "0.png")
     assert data_fingerprint(data[None]) != before
+
+
+def test_one_image_of_many_is_not_changed_without_being_noticed(tmp_path, monkeypatch):
+    """Also one that the fingerprint does not look at; all bytes are read once for each state of the files."""
+    monkeypatch.setattr(sources, "FINGERPRINTED", 2)
+    images, cache = tmp_path / "images", tmp_path / "cache"
+    images.mkdir()
+    for number in range(4):
+        Image.effect_noise((8, 8), 90).save(images / f"{number}.png")
+    data = Data(name=str(images), label_column=None)
+    before = data_hashes(data, cache)
+    read = []
+    monkeypatch.setattr(Source, "contents", lambda self, original=Source.contents: read.append(1) or original(self))
+    assert data_hashes(data, cache) == before
+    assert not read
+    Image.effect_noise((8, 8), 90).save(images / "1.png")
+    after = data_hashes(data, cache)
+    assert (after[DATA], read) == (before[DATA], [1])
+    assert after[CONTENTS] != before[CONTENTS]
+    [file, _] = cache.iterdir()
+    file.write_text("damaged")
+    assert data_hashes(data, cache)[CONTENTS] in {before[CONTENTS], after[CONTENTS]}
+    monkeypatch.setattr(sources, "FINGERPRINTED", 4)
+    assert data_hashes(data, cache).keys() == {DATA}  # which looks at all
 
 
 def test_data_larger_than_the_caches_are_decoded_on_the_fly(folder, tmp_path):

@@ -33,7 +33,7 @@ def make_samples(folder: Path, prompts: list[str] | None, brightness: int = 100)
     random = np.random.default_rng(brightness)
     paths = [folder / f"{seed:06d}.png" for seed in range(12 if prompts is None else len(prompts))]
     for path in paths:
-        Image.fromarray(random.normal(brightness, 50, (12, 10, 3)).clip(0, 255).astype(np.uint8)).save(path)
+        Image.fromarray(random.normal(brightness, 50, (8, 8, 3)).clip(0, 255).astype(np.uint8)).save(path)
     if prompts is not None:
         rows = [{"file": path.name, "prompt": prompt} for path, prompt in zip(paths, prompts, strict=True)]
         (folder / PROMPTS).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
