@@ -14,6 +14,7 @@ share the candidates.
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
+import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -148,7 +149,7 @@ def searched(config: Config) -> dict[str, Any]:
     parts["finetune"] = {"caption_dropout": config.finetune.caption_dropout}
     for section, key in (("sample", "prompts"), ("evaluate", "reference")):  # files or folders: what they hold counts
         given = parts[section][key]
-        if isinstance(given, str) and Path(given).exists():
+        if isinstance(given, str) and os.path.exists(given):
             with naming(f"{section}.{key}", given):
                 parts[section][key] = f"SHA-256 {content_hash(Path(given))}"
     values = {f"{section}.{key}": value for section, part in parts.items() for key, value in part.items()}
