@@ -121,7 +121,7 @@ def disturb(
     start_over(prepared, work)
     for script, arguments in target.before:
         complete(Run(script, [*SMALL, *arguments], work))
-    shutil.copytree(work, prepared)
+    shutil.copytree(work, prepared, symlinks=True)
 
     started = time.monotonic()
     undisturbed = begin(target, work)
@@ -242,7 +242,7 @@ def check_launcher(folder: Path, kills: int, moments: random.Random) -> dict:
     complete(Run("pretrain.py", [*SMALL, "pretrain.max_steps=1", "pretrain.batch_size=8"], work))
     prepared = folder / "prepared"
     shutil.rmtree(prepared, ignore_errors=True)
-    shutil.copytree(work, prepared)
+    shutil.copytree(work, prepared, symlinks=True)
     command = ["bash", str(REPOSITORY / "scripts" / "launch.sh"), "2", str(REPOSITORY / "finetune.py"), *SMALL, *RANGE]
     command += ["finetune.micro_batch_size=4", "finetune.max_steps=200", "model.pretrained=null"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -276,16 +276,21 @@ def complete(run: Run) -> None:
 
 
 def start_over(prepared: Path, work: Path) -> None:
-    """Make `work` anew from `prepared`, or (where there is none yet) with a folder of images."""
+    """Make `work` anew from `prepared`, or (where there is none yet) with a link to a folder of images beside it.
+
+    They stay the same files, as caches are told by inodes and times of change.
+    """
     shutil.rmtree(work, ignore_errors=True)
     if prepared.exists():
-        shutil.copytree(prepared, work)
+        shutil.copytree(prepared, work, symlinks=True)
         return
     (work / "assets").mkdir(parents=True)
     (work / "assets" / "digits").symlink_to(REPOSITORY / "assets" / "digits")
+    images = work.with_name("images")
+    (work / "data").symlink_to(images)
     pixels = np.random.default_rng(0)
     for number in range(500):
-        path = work / "data" / "train" / str(number % 2) / f"{number:04d}.png"
+        path = images / "train" / str(number % 2) / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.integers(0, 256, (24, 24), dtype=np.uint8)).save(path)
 

@@ -1164,8 +1164,8 @@ MISTAKES = [
         "an unknown kind of prediction to pretrain for",
         "pretrain.py",
         ["pretrain.scheduler.prediction_type=foo"],
-        "pretrain.unet={…}, pretrain.scheduler={'prediction_type': 'foo'}, data.resolution=8: unknown "
-        "prediction_type 'foo'",
+        "pretrain.unet={…}, pretrain.scheduler={'prediction_type': 'foo'}, data.resolution=8: "
+        "prediction_type=foo: not one of epsilon, sample, v_prediction",
     ),
     Mistake(
         "a number for an activation",
@@ -1685,7 +1685,7 @@ def test_damaged_results_are_named(start, config_file, pretrained):
     for text, reason in {
         "": "JSONDecodeError: Expecting value: line 1 column 1 …",
         "[]": "not a JSON object",
-        '{"rows": [1]}': "not the results of evaluate.py: TypeError: 'int' object is not iterable",
+        '{"rows": [1]}': "not the results of evaluate.py: features is missing",
     }.items():
         (root / "tiny" / "results.json").write_text(text)
         assert_refused(start, root, "merge.py", [], "{root}/tiny/results.json: " + reason)
