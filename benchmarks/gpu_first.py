@@ -104,14 +104,14 @@ def run(planned: list[Cell], seconds: float, file: Path) -> list[str]:
                 emit({"cell": name, "left out": f"{left:.0f} s are left, {estimate:.0f} s may be needed"})
                 continue
             try:
+                gc.collect()
+                torch.cuda.empty_cache()
                 row = measure()
             except Exception as error:  # out of memory, or whatever a new machine raises: the others are measured
                 row = {"error": f"{type(error).__name__}: {error}"[:500]}
             if "error" in row or row.get("wrong"):
                 failed.append(name)
             emit({"cell": name} | row)
-            gc.collect()
-            torch.cuda.empty_cache()
     return failed
 
 
@@ -122,11 +122,12 @@ def read(file: Path) -> list[dict]:
 
 def write_tables(rows: list[dict]) -> None:
     """Print the tables of a run, and write them into README.md and its rows into results/."""
-    machine = next(row for row in rows if row["cell"] == "machine")
-    table = f"`{rows[0]['command']}` on {machine['gpu']}, torch {machine['torch']}:\n\n{tables(rows)}"
+    machine = next((row for row in rows if row["cell"] == "machine"), {})
+    gpu = machine.get("gpu", "a machine that was not told")
+    table = f"`{rows[0]['command']}` on {gpu}, torch {machine.get('torch', '?')}:\n\n{tables(rows)}"
     print(table)
     folder = Path(__file__).resolve().parent
-    write_results(PLACE, {"command": rows[0]["command"], "machine": machine["gpu"], "rows": rows})
+    write_results(PLACE, {"command": rows[0]["command"], "machine": gpu, "rows": rows})
     put(folder / "README.md", PLACE, table)
 
 

@@ -6,14 +6,16 @@
 #   QUICK=1 bash scripts/cifar10_first.sh SECONDS FOLDER [overrides]               # a few steps of each, to see that it runs
 #
 # After every stage FOLDER is brought up to date, so that a time limit loses the stage under way alone. It takes the
-# Python that it finds. RUNS (default runs) is where networks, logs and decoded images lie.
+# Python that it finds. RUNS (default runs/gpu) is where networks, logs and decoded images lie; run again with the same one,
+# it goes on.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:?SECONDS} back=${2:?FOLDER}
 shift 2
+runs=${RUNS:-runs/gpu}
 python=$(command -v python || command -v python3)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-3} HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PYTHONUNBUFFERED=1
-arguments=(--config configs/cifar10_first.yaml "output_dir=${RUNS:-runs}" "$@")
+arguments=(--config configs/cifar10_first.yaml "output_dir=$runs" "$@")
 run=$("$python" pretrain.py --path run "${arguments[@]}") || exit
 logs=$run/logs
 mkdir -p "$logs" "$back"
@@ -25,40 +27,59 @@ left() { # left [KEPT]: how many seconds are left, less those that are kept for 
 }
 
 pack() { # logs, records, tables and pictures; no weights, no images
+  local log table
+  for log in "$logs/search.log" "$logs/search-distilled.log"; do # the second has a row more
+    [ ! -f "$log" ] || table=$(grep '^| ' "$log" || echo "${table:-}")
+  done
   { echo "# CIFAR-10 at 32×32 in $SECONDS seconds"; cat "$logs/stages.txt"; "$python" scripts/first_numbers.py converged "$run"
-    sed -n '/^| /p' "$logs/search.log"; } >"$back/summary.md" 2>/dev/null
+    echo "${table:-}"; } >"$back/summary.md" 2>/dev/null
   (cd "$run" && find . -type f -size -3M \( -name '*.log' -o -name '*.json' -o -name '*.jsonl' -o -name '*.yaml' \
-    -o -name '*.txt' -o -path './plots/*.png' -o -name 'classifier.npz' \) -print0 | tar --null -T - -czf - 2>/dev/null) \
-    >"$back/results.tmp" && mv "$back/results.tmp" "$back/results.tgz"
+    -o -name '*.txt' -o -path './plots/*.png' \) -print0 | tar --null -T - -czf - 2>/dev/null) >"$back/results.tmp" &&
+    mv "$back/results.tmp" "$back/results.tgz"
 }
 
 stage() { # stage NAME KEPT COMMAND…: run it within what is left, less the seconds that are KEPT for later stages
-  local name=$1 limit status=0 start=$SECONDS
+  local name=$1 limit status=0 start=$SECONDS child
   limit=$(left "$2")
   shift 2
   if [ "$limit" -lt 1 ]; then
     echo "$name: left out, no time is left" | tee -a "$logs/stages.txt"
     return 1
   fi
-  timeout -k 5 "$limit" "$python" "$@" >"$logs/$name.log" 2>&1 || status=$?
+  timeout -k 5 "$limit" "$python" "$@" >"$logs/$name.log" 2>&1 &
+  child=$!
+  trap 'kill $child 2>/dev/null; exit 143' TERM INT # a trap runs during wait, not during a command
+  wait $child || status=$?
+  trap 'exit 143' TERM INT
   echo "$name: $((SECONDS - start)) s, until $SECONDS s, status $status" | tee -a "$logs/stages.txt"
   [ $status = 0 ] || tail -c 400 "$logs/$name.log" | tr '\r' '\n' | tail -n 3
   return $status
 }
 
+finish() { # end what still runs beside, and pack
+  local running
+  running=$(jobs -p)
+  [ -z "$running" ] || kill $running 2>/dev/null
+  pack
+}
+
 : >"$logs/stages.txt"
-trap pack EXIT
+trap finish EXIT
 trap 'exit 143' TERM INT
-# --- the classifier and the data's statistics, beside the pretraining; a probe tells how many steps fit
+# --- a probe tells how many steps fit; a run that goes on keeps its number
+if [ ! -f "$run/steps" ]; then
+  stage probe 20 pretrain.py "${arguments[@]}" name=probe "pretrain.max_steps=$probe" pretrain.lr_warmup_steps=1 \
+    data.held_out_images=0 || exit 1
+  steps=$("$python" scripts/first_numbers.py steps "$runs/probe" "$(left $rest)") || exit 1
+  [ -z "${QUICK:-}" ] || steps=4
+  echo "$steps" >"$run/steps"
+fi
+arguments+=("pretrain.max_steps=$(cat "$run/steps")")
+echo "pretraining: $(cat "$run/steps") steps" | tee -a "$logs/stages.txt"
+# --- the classifier and the data's statistics, beside the pretraining
 stage statistics 20 evaluate.py "${arguments[@]}" "evaluate.samples=[]" &
 statistics=$!
-stage probe 20 pretrain.py "${arguments[@]}" name=probe "pretrain.max_steps=$probe" pretrain.lr_warmup_steps=1 \
-  data.held_out_images=0 || exit 1
-steps=$("$python" scripts/first_numbers.py steps "${RUNS:-runs}/probe" "$(left $rest)") || exit 1
-[ -z "${QUICK:-}" ] || steps=4
-echo "pretraining: $steps steps" | tee -a "$logs/stages.txt"
-arguments+=("pretrain.max_steps=$steps")
-stage pretrain 60 pretrain.py "${arguments[@]}" || exit 1
+stage pretrain $((rest - 40)) pretrain.py "${arguments[@]}" || exit 1
 pack
 # --- the experts and the control, side by side
 trainings=()
@@ -77,6 +98,6 @@ stage search 2 search.py "${arguments[@]}" || exit 1
 pack
 # --- one row more: the merged network, held to all experts
 stage merge 30 merge.py "${arguments[@]}" && stage distill 20 finetune.py "${arguments[@]}" finetune.range=distilled &&
-  stage search 2 search.py "${arguments[@]}"
+  stage search-distilled 2 search.py "${arguments[@]}"
 pack
 cat "$back/summary.md"

@@ -8,12 +8,13 @@
 #   bash scripts/gpu.sh --quick [first | cifar10] [--output FOLDER]        # both or one, small and on the CPU
 #
 # --prepare fetches into WHEELS what that machine lacks: FILE holds what `python3 -m pip list --format=freeze` prints
-# there. PARQUET is a folder with uoft-cs/cifar10's train-*.parquet. Results are a few small files in FOLDER. The calls
-# take the Python that they find, with the wheels in front of its packages.
+# there. PARQUET is a folder with uoft-cs/cifar10's train-*.parquet. Results are a few small files in FOLDER (default
+# runs/gpu-results); networks and caches are left in RUNS (default runs/gpu). The calls take the Python that they find, with
+# the wheels in front of its packages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wrong() { echo "scripts/gpu.sh: error: $*" >&2; exit 2; }
-call= quick= output=runs/gpu wheels= seconds= data= has= version=3.12 overrides=()
+call= quick= output=runs/gpu-results wheels= seconds= data= has= version=3.12 overrides=()
 while [ $# -gt 0 ]; do
   case $1 in
     first | cifar10) call=$1 ;;
@@ -73,7 +74,7 @@ use_wheels() {
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
   fi
   missing=$("$python" scripts/missing_wheels.py | tr '\n' ' ')
-  [ -z "$missing" ] || wrong "this Python lacks $missing(--prepare fetches them)"
+  [ -z "$missing" ] || echo "scripts/gpu.sh: this Python lacks $missing(--prepare fetches them)" >&2
 }
 
 if [ "$call" = prepare ]; then
@@ -96,8 +97,8 @@ if [ -n "$quick" ]; then
     evaluate.classifier_epochs=1)
   overrides=("${small[@]}" ${overrides[@]+"${overrides[@]}"})
   data=${data:-digits}
-  export QUICK=1 ACCELERATE_USE_CPU=true OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  export QUICK=1 RUNS=${RUNS:-runs/gpu-quick} ACCELERATE_USE_CPU=true OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 [ "$call" = cifar10 ] || "$python" benchmarks/gpu_first.py "${first[@]}" --output "$output"
-[ "$call" = first ] || RUNS=$output/runs bash scripts/cifar10_first.sh "$within" "$output" "data.name='${data//\'/\'\'}'" \
+[ "$call" = first ] || bash scripts/cifar10_first.sh "$within" "$output" "data.name='${data//\'/\'\'}'" \
   ${overrides[@]+"${overrides[@]}"}

@@ -357,7 +357,7 @@ class Sample(Section):
     timestep_spacing: Optional[str] = None
     eta: float = 0.0  # of ddim: 0 is deterministic, 1 has DDPM's variance
     mixed_precision: str = "no"  # no, fp16 or bf16: on a CPU that has it 1.6 times as fast for large networks
-    prompts: Any = None  # text-to-image: a list, or a file: text, csv, jsonl or parquet. Seed i is drawn from the i-th
+    prompts: Any = None  # text-to-image: a list, or a file: .txt, .csv, .json, .parquet … Seed i is drawn from the i-th
     prompt_column: str = "prompt"  # of a csv, jsonl or parquet file
     negative_prompt: str = ""  # what guidance leads away from
     guidance_scale: float = 7.5  # of classifier-free guidance; 1: none, in half the time
@@ -411,7 +411,7 @@ class Evaluate(Section):
     path_keys: ClassVar[tuple[str, ...]] = ("samples", "reference", "clip_model", "output")
     features: str = "inception"  # inception (FID) or classifier (classifier FD; the data needs labels)
     samples: Optional[list[str]] = None  # folders of images; null: every folder in samples/ of this run
-    reference: Optional[str] = None  # npz of statistics; null: made from the configured data
+    reference: Optional[str] = None  # npz of statistics or folder of images; null: made from the configured data
     blocks: int = 1  # equal blocks of images in seed order, for the spread of the score
     batch_size: int = 50  # images per pass through the feature network
     classifier_width: int = 16  # channels before its first stage; its features are 8 times as many

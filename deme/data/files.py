@@ -15,6 +15,7 @@ from deme.data.tables import TABLES
 from deme.errors import UserError, one_line
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+DATA_SETS = (".arrow", ".parquet", ".tar")  # files that hold whole data sets
 NO_IMAGES = (".h5", ".hdf", ".mpg", ".mpeg")  # suffixes of formats that PIL knows but can't draw
 
 
@@ -125,11 +126,23 @@ def _members(archive: str, prefix: str) -> Iterator[File]:
 
 
 def holds_images(files: list[File]) -> bool:
-    """Whether a folder is one of images, rather than of tables that a few pictures stand beside."""
-    tables = (".arrow", ".tar", *TABLES)
-    others = Counter(file.suffix for file in files if file.suffix in tables and not file.is_metadata)
-    images = sum(file.is_image for file in files)
-    return images > 0 and images >= max(others.values(), default=0)
+    """Whether a folder is one of images, rather than of tables that a few pictures stand beside.
+
+    Tables that are called as images are, such as 0.json beside 0.png, do not count.
+
+    Raises:
+        UserError: which are the data can't be told: there are parquet, arrow or tar files, and more images.
+    """
+    images = [file for file in files if file.is_image]
+    stems = {splitext(file.name)[0] for file in images}
+    others = [file for file in files if file.suffix in (*DATA_SETS, *TABLES) and not file.is_metadata]
+    others = [file for file in others if splitext(file.name)[0] not in stems and not file.is_hidden]
+    whole = [file for file in others if file.suffix in DATA_SETS]
+    if whole and len(images) > len(whole):
+        names = f"{whole[0].name} beside {images[0].name}"
+        raise UserError(f"holds {names}: which are the data? Name the folder of one of them, or move the others")
+    most = max(Counter(file.suffix for file in others).values(), default=0)
+    return len(images) > 0 and not whole and len(images) >= most
 
 
 def stamp(paths: Iterable[str]) -> str:

@@ -166,7 +166,12 @@ def _with_names(row: dict[str, Any], folder: str, images: dict[str, File]) -> di
     found = {}
     for key, value in row.items():
         if key == "file_name" or key.endswith("_file_name"):
-            key = key.removesuffix("file_name").removesuffix("_") or "image"
+            renamed = key.removesuffix("file_name").removesuffix("_") or "image"
+            if renamed in row:
+                raise UserError(f"has a column {renamed} beside {key}, which is read as {renamed}; rename it")
+            if value is None:
+                raise UserError(f"{key} is missing")
+            key = renamed
             value = _Name(normpath(join(folder, str(value).replace("\\", "/"))))
             if value not in images:
                 raise UserError(f"names {value}, which is no image in this folder")
@@ -202,7 +207,7 @@ def _sidecar(file: File) -> list[str] | None:
             with open_file(file.path) as opened:
                 lines = read_lines(opened.read())
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot be read: {one_line(error)}") from None
+            raise UserError(f"cannot be read as UTF-8: {one_line(error)}") from None
     return [line.strip() for line in lines if line.strip()] or None
 
 

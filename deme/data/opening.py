@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from deme.config.sections import Data
+from deme.data.ahead import ahead, available_threads
 from deme.data.files import File, holds_images, image_suffixes, list_files, open_file, stamp
 from deme.data.folders import named, read_folder
 from deme.data.prompts import DIGIT_CAPTIONS
@@ -71,13 +73,16 @@ class Source:
     def contents(self) -> str:
         """A SHA-256 of all images, as they lie in files and tables: reads everything."""
         digest = hashlib.sha256()
-        for content in self.rows:
-            if isinstance(content, dict):
-                content = _file_content(content)
-            else:
-                content = b"" if content is None else np.asarray(content).tobytes()
+        read = ahead(_bytes_of, self.rows, available_threads())
+        for content in tqdm(read, "hashing images", len(self.rows), mininterval=1, delay=2):
             digest.update(f"{len(content)}\n".encode() + content)
         return digest.hexdigest()
+
+
+def _bytes_of(image: Any) -> bytes:
+    if isinstance(image, dict):
+        return _file_content(image)
+    return b"" if image is None else np.asarray(image).tobytes()
 
 
 def _file_content(image: dict) -> bytes:

@@ -101,14 +101,15 @@ def data_hashes(data: Data, cache: Path, with_labels: bool = False, with_caption
 def _contents(source: Source, cache: Path) -> str:
     """`Source.contents`, kept in a file that is called by the state of the images' files."""
     file = cache / f"contents-{hashlib.sha256(source.fingerprint().encode()).hexdigest()[:16]}.json"
-    with contextlib.suppress(UserError):
-        known = read_json(file) if file.exists() else {}
-        if isinstance(known.get("contents"), str):
-            return known["contents"]
-    found = source.contents()
     make_folder(cache, "output_dir")
-    with atomic_file(file) as temporary:
-        temporary.write_text(json.dumps({"contents": found}), encoding="utf-8")
+    with locked(file, "output_dir", wait=True):  # one process reads it all, others wait
+        with contextlib.suppress(UserError):
+            known = read_json(file) if file.exists() else {}
+            if isinstance(known.get("contents"), str):
+                return known["contents"]
+        found = source.contents()
+        with atomic_file(file) as temporary:
+            temporary.write_text(json.dumps({"contents": found}), encoding="utf-8")
     return found
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import PurePath
 from typing import Any
 
-from deme.errors import UserError, one_line
+from deme.errors import UserError, naming, one_line
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # that `read_rows` reads
 
@@ -30,7 +30,7 @@ def read_rows(name: str, content: bytes, column: str = "") -> list[dict[str, Any
             case ".tsv":
                 return _read_csv(content, "\t")
             case ".jsonl" | ".ndjson":
-                rows = [json.loads(line) for line in read_lines(content)]
+                rows = _read_json_lines(content)
             case ".json":
                 rows = json.loads(content.decode("utf-8-sig"))
             case ".parquet":
@@ -51,11 +51,27 @@ def read_rows(name: str, content: bytes, column: str = "") -> list[dict[str, Any
     return rows
 
 
+def _read_json_lines(content: bytes) -> list[Any]:
+    """
+    Raises:
+        UserError: a line is no JSON; names it.
+    """
+    rows = []
+    for number, line in enumerate(read_lines(content), start=1):
+        with naming(f"line {number}"):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except (ValueError, RecursionError) as error:
+                raise UserError(one_line(error)) from None
+    return rows
+
+
 def _read_csv(content: bytes, delimiter: str) -> list[dict[str, Any]]:
     """
     Raises:
         UserError: a row has more values than there are columns, as after a comma in a text without quotes.
     """
+    csv.field_size_limit(len(content) + 1)  # not Python's 131,072 characters
     lines = io.StringIO(content.decode("utf-8-sig"), newline="")
     rows = []
     for number, row in enumerate(csv.DictReader(lines, delimiter=delimiter, strict=True)):

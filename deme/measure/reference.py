@@ -142,7 +142,7 @@ def reference_statistics(
             return made_once(config, accelerator, network, source_of_folder(config), features)
         reference, record = load_reference(file)
         check_dimensions(reference, network, config.evaluate.features, accelerator.device)
-        accelerator.print(f"{file}: {compared(record, features, config.data)}")
+        accelerator.print(f"{file}: {compared(record, features, as_opened(config.data))}")
         return reference
 
 

@@ -57,7 +57,7 @@ def compute_in(dtype: torch.dtype, network: nn.Module, whole: bool) -> None:
     """
     for module in [network] if whole else network.modules():
         if whole or isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.to(dtype)
+            nn.Module.to(module, dtype)  # diffusers' own warns
     network.forward = partial(_predict, network.forward, dtype, whole)
 
 

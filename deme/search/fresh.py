@@ -93,7 +93,10 @@ def trained(problem: Problem) -> dict[str, Path]:
 def _known(file: Path, made_from: str) -> dict[str, Score]:
     """The rows that stand in the file."""
     try:
-        if not file.exists() or read_json(file).get("made_from") != made_from:
+        if not file.exists():
+            return {}
+        if read_json(file).get("made_from") != made_from:
+            print(f"{file} was made from something else, or by an older version: all rows are scored anew")
             return {}
         return {row.samples: row for row in load_scores(file)[1]}
     except UserError:  # damaged

@@ -135,9 +135,15 @@ def test_a_wrong_call_is_one_line(options, message):
 
 def test_the_second_call_runs_from_nothing_to_the_table(tmp_path, forked_python):
     """Small and on the digits; a row for each model, and everything in an archive."""
-    output = run_script("gpu.sh", "--quick", "cifar10", "--output", str(tmp_path), PATH=forked_python)
+    variables = {"PATH": forked_python, "RUNS": str(tmp_path / "runs")}
+    back = tmp_path / "back"
+    output = run_script("gpu.sh", "--quick", "cifar10", "--output", str(back), **variables)
     rows = [line.split(" | ")[0].removeprefix("| ") for line in output.splitlines() if line.startswith("| ")]
     uniform = ["uniform 0.25", "published coefficients"]
     assert rows[-7:] == ["pretrained", "continued", "distilled", "ensemble", *uniform, "best"]
-    assert (tmp_path / "results.tgz").stat().st_size > 1000
-    assert "Held-out loss of the base: " in (tmp_path / "summary.md").read_text()
+    assert {file.name for file in back.iterdir()} == {"results.tgz", "summary.md"}
+    assert (back / "results.tgz").stat().st_size > 1000
+    assert "Held-out loss of the base: " in (back / "summary.md").read_text()
+    again = run_script("gpu.sh", "--quick", "cifar10", "--output", str(back), **variables)
+    assert "pretraining: 4 steps" in again
+    assert "probe:" not in again

@@ -69,7 +69,7 @@ def test_captions_are_part_of_what_is_read():
         ("a.csv", "a,b\n1,2\n", "has no column prompt"),
         ("a.jsonl", '{"prompt": 1}\n', "row 0 holds the prompt 1"),
         ("a.jsonl", '{"prompt": "\\ud800"}\n', "row 0 holds the prompt"),
-        ("a.jsonl", "{", "cannot be read: JSONDecodeError"),
+        ("a.jsonl", "{", "line 1: JSONDecodeError"),
         ("a.txt", "a\n\nb\n", "row 1 holds the prompt"),
         ("a.txt", "", "holds no prompts"),
         ("a.parquet", "PAR1", "cannot be read"),

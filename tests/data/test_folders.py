@@ -140,6 +140,8 @@ def test_metadata_says_which_images_are_read_and_what_they_show(tmp_path, capsys
         ([{"file_name": "x.png"}], r"metadata\.csv: row 0: names x\.png, which is no image in this folder"),
         ([{"file_name": "../a.png"}], r"names \.\./a\.png"),
         ([{"name": "a.png"}], "row 0: has no column file_name"),
+        ([{"file_name": "a.png", "image": "b.png"}], "row 0: has a column image beside file_name"),
+        ([{"file_name": "a.png", "mask_file_name": ""}], "row 0: mask_file_name is missing"),
         ([{"file_name": "a.png", "text": ""}], r"row 0 has the caption null; data\.skip_uncaptioned=true leaves"),
     ],
 )
@@ -148,6 +150,16 @@ def test_metadata_that_does_not_fit_is_refused_by_row(tmp_path, rows, reason):
     with_metadata(tmp_path, rows)
     with pytest.raises(UserError, match=reason):
         read(tmp_path, caption_column="text" if "text" in rows[0] else None)
+
+
+def test_lines_of_metadata_that_are_no_rows_are_passed_over_or_named(tmp_path):
+    draw(tmp_path, "a.png")
+    file = tmp_path / "metadata.jsonl"
+    file.write_text('{"file_name": "a.png"}\n\n')
+    assert read(tmp_path) == ["a.png"]
+    file.write_text('{"file_name": "a.png"}\n{')
+    with pytest.raises(UserError, match=r"metadata\.jsonl: .*line 2: "):
+        read(tmp_path)
 
 
 def test_columns_of_numbers_are_numbers_but_for_captions(tmp_path):
@@ -267,6 +279,22 @@ def test_tables_are_read_by_datasets_and_what_it_leaves_out_is_named(tmp_path, c
     (tmp_path / "other.parquet").rename(tmp_path / "set[1]" / "train.parquet")
     with pytest.raises(UserError, match="for a pattern; rename or link the folder"):
         open_source(Data(name=str(tmp_path / "set[1]")))
+
+
+def test_pictures_beside_tables_are_not_the_data(tmp_path):
+    """As many as there are tables; where there are more, a person decides. A table for each image is no data set."""
+    draw(tmp_path, "preview.png")
+    rows = {"image": [{"bytes": (tmp_path / "preview.png").read_bytes(), "path": None}] * 3}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    assert len(open_source(Data(name=str(tmp_path), label_column=None)).rows) == 3
+    draw(tmp_path, "logo.png")
+    with pytest.raises(UserError, match=r"holds train\.parquet beside logo\.png: which are the data\?"):
+        read(tmp_path)
+    (tmp_path / "train.parquet").unlink()
+    for name in ("preview", "logo"):
+        (tmp_path / f"{name}.json").write_text("{}")
+        (tmp_path / f"{name}.parquet").write_text("")
+    assert read(tmp_path) == ["logo.png", "preview.png"]
 
 
 def test_texts_of_a_csv_table_stay_texts(tmp_path):

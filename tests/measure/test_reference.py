@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 from accelerate import Accelerator
@@ -86,6 +87,17 @@ def test_a_reference_of_this_feature_network_is_taken(tmp_path, capsys):
     write(tmp_path / "a.npz", {"data": DIGITS, **CLASSIFIER})
     assert given(tmp_path / "a.npz").size == [8, 8]
     assert "statistics of digits, split train, 8 pixels" in capsys.readouterr().out
+
+
+def test_a_reference_of_the_column_that_is_read_is_taken(tmp_path):
+    """Though the configuration names another, as that of the Hub, which the data set lacks."""
+    (tmp_path / "set").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "0.png")
+    row = {"bytes": (tmp_path / "0.png").read_bytes(), "path": None}
+    datasets.Dataset.from_dict({"picture": [row, row]}).to_parquet(tmp_path / "set" / "train.parquet")
+    name = str(tmp_path / "set")
+    write(tmp_path / "a.npz", {"data": DIGITS | {"name": name, "image_column": "picture"}, **CLASSIFIER})
+    assert given(tmp_path / "a.npz", name=name, image_column="img", label_column=None).size == [8, 8]
 
 
 @pytest.mark.parametrize(
