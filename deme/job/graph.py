@@ -50,8 +50,8 @@ class Job:
 
     @property
     def before(self) -> list["Job"]:
-        """All that it waits for."""
-        return [*self.after, *self.after_all]
+        """The jobs whose output it may read: not those of caches, which only a cluster has and which change nothing."""
+        return [job for job in (*self.after, *self.after_all) if job.output is not None]
 
     @property
     def is_made(self) -> bool:

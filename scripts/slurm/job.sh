@@ -5,9 +5,9 @@
 #
 # PROCESSES of each node; empty: one per GPU, or 1. A task of an array has the NAME, KEY and OVERRIDE of its number; once
 # it is done, the file LEDGER/NAME holds KEY, what stands for the entries of the jobs in LEDGER/../before/NAME, and what
-# stands for the files in LEDGER/../made/NAME: as deme/job/graph.py has it, where Python may be a container's. Slurm sends USR1 before the time limit, and
-# where it is so configured before another job takes the nodes: the script then saves, and the job queues itself again, at
-# most MAX_REQUEUES times.
+# stands for the files in LEDGER/../made/NAME: as deme/job/graph.py has it, as Python may be a container's. Slurm sends
+# USR1 before the time limit, and where it is so configured before another job takes the nodes: the script then saves, and
+# the job queues itself again, at most MAX_REQUEUES times.
 set -euo pipefail
 
 # of a task of an array, by its number: the last one's SLURM_JOB_ID also stands for the whole array
@@ -48,17 +48,21 @@ name=$1
 key=$2
 [ -z "$3" ] || arguments+=("$3")
 
+# planned KIND: the lines of LEDGER/../KIND/NAME; none where submit.sh wrote no such file
+planned() {
+  ! [ -f "${ledger%/*}/$1/$name" ] || cat "${ledger%/*}/$1/$name"
+}
+
 # made_of: what stands for the entries of the jobs before this one
 made_of() {
-  local before
-  while IFS= read -r before; do
+  planned before | while IFS= read -r before; do
     ! [ -f "$ledger/$before" ] || cat "$ledger/$before"
-  done <"${ledger%/*}/before/$name" | sha256sum | cut -d ' ' -f 1
+  done | sha256sum | cut -d ' ' -f 1
 }
 
 # state_of_made: what stands for the files that it has made
 state_of_made() {
-  xargs -r -d '\n' -a "${ledger%/*}/made/$name" \
+  planned made | xargs -r -d '\n' \
     sh -c 'find -L "$@" -type f -printf "%p %s %i %C@\n" 2>/dev/null || :' sh | LC_ALL=C sort | sha256sum | cut -d ' ' -f 1
 }
 

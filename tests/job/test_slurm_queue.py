@@ -128,7 +128,8 @@ def test_what_a_job_s_shell_notes_is_what_python_reads(tmp_path, monkeypatch, jo
     """Of files, folders with links in them and names of all kinds; of jobs before it that have an entry, or none."""
     output = tmp_path / "-a b %j 'é'"
     job = Job("-r #1", "train", "a.py", [], output, "settings", own="a=1")
-    job.after = [Job("r", "before", "a.py", [], None, "settings"), Job("r", "without an entry", "a.py", [], None, "")]
+    there, cache = tmp_path / "there", Job("r", "cache", "a.py", [], None, "settings")
+    job.after = [Job("r", name, "a.py", [], there, "settings") for name in ("before", "without an entry")] + [cache]
     ledger, queue = Ledger(tmp_path / "jobs" / "done"), Queue(tmp_path / "jobs.tsv")
     ledger.note(job.after[0], "nothing")
     monkeypatch.setattr(slurm, "answer_of", lambda command: "12\n")
@@ -146,6 +147,7 @@ def test_what_a_job_s_shell_notes_is_what_python_reads(tmp_path, monkeypatch, jo
     ledger.note(job.after[0], "something else")
     assert not ledger.is_done(job)
     ledger.note(job.after[0], "nothing")
+    ledger.note(cache, "nothing")  # which changes nothing
     assert ledger.is_done(job)
     (output / "a").write_text("2\n")
     assert not ledger.is_done(job)
