@@ -90,11 +90,10 @@ def data_hashes(data: Data, cache: Path, with_labels: bool = False, with_caption
     Args:
         cache: folder that keeps that hash, which is made again when a file may have changed.
     """
-    found = {DATA: data_fingerprint(data, with_labels, with_captions)}
-    if Path(data.name).is_dir():
-        source = open_source(data)
-        if len(source.rows) > FINGERPRINTED:
-            found[CONTENTS] = _contents(source, cache)
+    source = open_source(data)
+    found = {DATA: _fingerprint(data, source, with_labels, with_captions)}
+    if Path(data.name).is_dir() and len(source.rows) > FINGERPRINTED:
+        found[CONTENTS] = _contents(source, cache)
     return found
 
 
@@ -123,7 +122,10 @@ def data_fingerprint(data: Data, with_labels: bool = False, with_captions: bool 
         with_labels: all of them too; not for a training run, which may change its label_column.
         with_captions: all of them too.
     """
-    source = open_source(data)
+    return _fingerprint(data, open_source(data), with_labels, with_captions)
+
+
+def _fingerprint(data: Data, source: Source, with_labels: bool, with_captions: bool) -> str:
     count = len(source.rows)
     digest = hashlib.sha256(f"{count} images".encode())
     if with_labels and source.labels is not None:
