@@ -34,11 +34,7 @@ from deme.models.variants import ORDER
 
 
 def number_given(name: str) -> int:
-    """A whole number of the environment, or 1.
-
-    Raises:
-        UserError: it is none, or below 1.
-    """
+    """A whole number of the environment, or 1."""
     given = os.environ.get(name) or "1"
     if not given.isdecimal() or int(given) < 1:
         raise UserError(f"{name}={given}: must be a whole number above 0")

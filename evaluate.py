@@ -38,11 +38,7 @@ def sample_folders(config: Config) -> list[Path]:
 
 
 def check_replaceable(output: Path) -> None:
-    """Make sure that nothing but results of this script is replaced.
-
-    Raises:
-        UserError: something else stands there.
-    """
+    """Make sure that nothing but results of this script is replaced."""
     if output.is_dir():
         raise UserError("is a folder; results are a JSON file")
     if os.path.lexists(output):

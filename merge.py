@@ -121,11 +121,7 @@ def searched_file(config: Config) -> Path | None:
 
 
 def is_complete(output: Path, wanted: Record) -> bool:
-    """Whether the folder that stands there, if any, was merged so, and holds what was merged.
-
-    Raises:
-        UserError: merge.py did not make it.
-    """
+    """Whether the folder that stands there, if any, was merged so, and holds what was merged."""
     if not output.exists():
         return False
     found = read_record(MERGED, output)
@@ -208,11 +204,7 @@ def write_card(config: Config, record: Record) -> None:
 
 
 def push_to_hub(folder: Path, name: str, private: bool) -> None:
-    """Upload a pipeline folder; the Hub's repository is made where it does not exist.
-
-    Raises:
-        UserError: no network, no permission, a public repository where a private one is asked for.
-    """
+    """Upload a pipeline folder; the Hub's repository is made where it does not exist."""
     from huggingface_hub import HfApi
 
     try:

@@ -34,11 +34,7 @@ from deme.training.session import Session
 
 
 def find_encoders(config: Config) -> Path:
-    """The pipeline folder whose encoders and noise schedule are taken.
-
-    Raises:
-        UserError: there is none, or they don't fit what is configured.
-    """
+    """The pipeline folder whose encoders and noise schedule are taken."""
     pipeline = find_folder(config.pretrain.encoders)
     if pipeline is None:
         raise UserError("no such folder")

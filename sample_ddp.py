@@ -168,11 +168,7 @@ def main(config: Config) -> None:
 
 
 def prompts_of(settings: Sample, takes_text: bool, seeds: range) -> dict[int, str]:
-    """The prompt of each seed, which take them in turn; none where the model takes none.
-
-    Raises:
-        UserError: prompts that are missing, unreadable, or not wanted.
-    """
+    """The prompt of each seed, which take them in turn; none where the model takes none."""
     has_prompts = settings.prompts is not None
     settings.check("prompts", takes_text or not has_prompts, f"sample.model={settings.model} takes none")
     settings.check("prompts", has_prompts or not takes_text, f"sample.model={settings.model} needs prompts")

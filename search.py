@@ -157,11 +157,7 @@ def searched(config: Config) -> dict[str, Any]:
 
 
 def claim(output: Path, wanted: Record) -> None:
-    """Create the search's folder, or make sure that what stands there is the same search.
-
-    Raises:
-        UserError: it is another one; names what differs.
-    """
+    """Create the search's folder, or make sure that what stands there is the same search."""
     make_folder(output, "search.output")
     found = read_record(SEARCH, output)
     has_begun = any(output.glob("*.safetensors")) or (output / "study.db").exists()

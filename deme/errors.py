@@ -9,7 +9,10 @@ NOTHING = object()
 
 
 class UserError(Exception):
-    """A mistake in the configuration, the command line or a file: one line on stderr."""
+    """Invalid input: a setting, an argument or a file. Printed as one line on stderr.
+
+    Every function of the package raises it for bad input; docstrings list other exceptions only.
+    """
 
     status: ClassVar[int] = 2  # that the script exits with
 
@@ -40,9 +43,6 @@ def naming(name: str | Path, value: object = NOTHING) -> Iterator[None]:
     """Put `name=value`, or the name of a file alone, before the reason of a mistake that the block finds.
 
     The library knows the reason; who read the key knows its name.
-
-    Raises:
-        UserError: instead of one that the block raises.
     """
     try:
         yield

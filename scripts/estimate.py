@@ -116,11 +116,7 @@ def searched_images(config: Config) -> tuple[int, int]:
 
 
 def from_environment(name: str, default: float) -> float:
-    """A number in the environment.
-
-    Raises:
-        UserError: not a number above 0.
-    """
+    """A number in the environment."""
     try:
         value = float(os.environ.get(name, default))
     except ValueError:

@@ -59,11 +59,7 @@ class Comparison(Section):
     runs: dict[str, Variation] = field(default_factory=dict)  # by name
 
     def check_models(self, known: tuple[str, ...]) -> None:
-        """Make sure that there are rows, and one that the others are compared with.
-
-        Raises:
-            UserError: names what is missing or unknown.
-        """
+        """Make sure that there are rows, and one that the others are compared with."""
         self.check("seeds", len(self.seeds) == len(set(self.seeds)) > 0, "must be a list of different seeds")
         self.check("runs", len(self.runs) > 0, "must be a mapping from names to `models` and `overrides`")
         for name, variation in self.runs.items():
@@ -109,9 +105,6 @@ def load_comparison(file: str | Path, overrides: list[str], known: tuple[str, ..
 
     Returns:
         it, and the experiment's overrides.
-
-    Raises:
-        UserError: a file that can't be read, an unknown key, a wrong type or value.
     """
     own = [text for text in overrides if text.partition("=")[0] in OWN_KEYS]
     given = read_mapping(file, Comparison)
@@ -129,11 +122,7 @@ def load_comparison(file: str | Path, overrides: list[str], known: tuple[str, ..
 
 
 def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[ComparedRun]:
-    """The runs, the base first, from whose pretrained network all others start.
-
-    Raises:
-        UserError: as load_config; names the variation.
-    """
+    """The runs, the base first, from whose pretrained network all others start."""
     if comparison.reference is not None:
         statistics = load_config(comparison.reference, []).paths.reference
         overrides = [*overrides, override("evaluate.reference", str(statistics))]
@@ -159,11 +148,7 @@ def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Comp
 
 
 def check_no_shared_output(config: Config) -> None:
-    """Make sure that nothing is written to, or read from, one place by all runs.
-
-    Raises:
-        UserError: names the key.
-    """
+    """Make sure that nothing is written to, or read from, one place by all runs."""
     for name in OF_ONE_RUN:
         section, key = name.split(".")
         settings = getattr(config, section)
@@ -171,11 +156,7 @@ def check_no_shared_output(config: Config) -> None:
 
 
 def check_what_all_share(base: Config, config: Config) -> None:
-    """Make sure that a variation has the base's settings where all runs must.
-
-    Raises:
-        UserError: names the key.
-    """
+    """Make sure that a variation has the base's settings where all runs must."""
     for key in OF_ALL_RUNS:
         value, usual = (attrgetter(key)(one) for one in (config, base))
         if value != usual:
@@ -193,9 +174,6 @@ def varied(
     Args:
         overrides: of all runs.
         name: of the variation.
-
-    Raises:
-        UserError: as load_config, and check_what_all_share.
     """
     check_what_all_share(base, load_config(file, [*overrides, *variation.overrides]))
     parts = [base.name]

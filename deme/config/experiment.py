@@ -151,9 +151,6 @@ class Config(Section):
             sample_sizes: UNet folder → the resolution that it is made for.
             scheduler_folder: where the noise schedule lies.
             num_train_timesteps: its T.
-
-        Raises:
-            UserError: another resolution, another number of timesteps.
         """
         for folder, size in sample_sizes.items():
             fits = size == self.data.resolution

@@ -15,9 +15,6 @@ def checked_yaml(text: str) -> yaml.Node | None:
 
     Aliases are followed by whoever reads or writes the values: a few lines of them can stand for more than any memory
     holds.
-
-    Raises:
-        UserError: not YAML, nested too deeply, or aliases that repeat too much.
     """
     try:
         node = yaml.compose(text, yaml.SafeLoader)
@@ -34,11 +31,7 @@ def checked_yaml(text: str) -> yaml.Node | None:
 
 
 def read_yaml_text(text: str) -> Any:
-    """The plain values of a YAML text.
-
-    Raises:
-        UserError: as `checked_yaml`.
-    """
+    """The plain values of a YAML text."""
     checked_yaml(text)
     try:
         return yaml.safe_load(text)

@@ -27,11 +27,7 @@ READING_ERRORS = (yaml.YAMLError, ValueError, TypeError, OverflowError, Assertio
 
 
 def load_config(file: str | Path, overrides: list[str]) -> Config:
-    """Read `file` and apply `overrides` (`section.key=value`, the value in YAML).
-
-    Raises:
-        UserError: unreadable file, unknown key, wrong type or a value out of bounds.
-    """
+    """Read `file` and apply `overrides` (`section.key=value`, the value in YAML)."""
     values = {override: read_override(override) for override in overrides}
     given = read_mapping(file)
     try:
@@ -66,9 +62,6 @@ def read_mapping(file: str | Path, kind: type[Section] = Config) -> Any:
 
     Args:
         kind: what the file is to hold.
-
-    Raises:
-        UserError: unreadable, not YAML or not a mapping; names the file.
     """
     with naming(f"--config {file}"):
         try:
@@ -80,11 +73,7 @@ def read_mapping(file: str | Path, kind: type[Section] = Config) -> Any:
 
 @cache
 def _values(text: str, kind: type[Section]) -> dict:
-    """The plain values of a configuration's text, as OmegaConf reads it: ${…} as it stands.
-
-    Raises:
-        UserError: it can't, or there is no mapping.
-    """
+    """The plain values of a configuration's text, as OmegaConf reads it: ${…} as it stands."""
     node = checked_yaml(text)
     try:
         content = OmegaConf.to_container(OmegaConf.create(text))
@@ -166,11 +155,7 @@ def _is_read_as(override: str, value: str) -> bool:
 
 
 def _check_texts(key: str, value: Any) -> None:
-    """Look through all values.
-
-    Raises:
-        UserError: a text that no file can be named by or that can't be written to one; names its key.
-    """
+    """Look through all values."""
     if isinstance(value, dict):
         for name, part in value.items():
             _check_texts(f"{key}.{name}" if key else str(name), part)
@@ -186,9 +171,6 @@ def read_override(override: str, kind: type[Section] = Config) -> Any:
 
     Args:
         kind: what it is an override of.
-
-    Raises:
-        UserError: not an override.
     """
     key, _, text = override.partition("=")
     if not key or "=" not in override:

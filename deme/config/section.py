@@ -67,11 +67,7 @@ def one_of(choices: Iterable[str], given: object) -> str:
 
 
 def at_home(section: AnySection) -> AnySection:
-    """A section, or the whole configuration, with the ~ and ~user of its paths replaced by the home folder.
-
-    Raises:
-        UserError: no such user; a path with characters that no line of a list can hold.
-    """
+    """A section, or the whole configuration, with the ~ and ~user of its paths replaced by the home folder."""
     changed = {}
     for setting in fields(section):
         key, value = setting.name, getattr(section, setting.name)

@@ -175,11 +175,7 @@ class Training(Section):
         )
 
     def check_shares(self, processes: int) -> None:
-        """Make sure that so many processes can share the micro-batches of a step equally.
-
-        Raises:
-            UserError: they can't; says what to set.
-        """
+        """Make sure that so many processes can share the micro-batches of a step equally."""
         size = self.micro_batch_size or self.batch_size
         micro_batches = self.batch_size // size
         share, rest = divmod(self.batch_size, processes)

@@ -22,10 +22,7 @@ TRANSPARENT_LEVEL = {"L;2": 85, "L;4": 17}  # PIL scales such pixels to 8 bits, 
 
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """
-    Raises:
-        UserError: instead of whatever PIL raises on a damaged or hostile file; names it.
-    """
+    """"""
     try:
         yield
     except Exception as error:
@@ -69,9 +66,6 @@ def _of_array(pixels: np.ndarray) -> Image.Image:
 def as_seen(image: Image.Image, channels: int) -> Image.Image:
     """What a viewer shows, grayscale or RGB: upright by EXIF, transparent pixels over white, colours as sRGB by the
     image's profile, 16 bits scaled to 8.
-
-    Raises:
-        UserError: values whose range is not known: floating point, 32-bit integers.
     """
     from deme.models.encoders import MODES  # with torch, which the names of samples do not need
 
@@ -88,11 +82,7 @@ def as_seen(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _check_range(image: Image.Image) -> None:
-    """Make sure that it is known which values are black and white.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Make sure that it is known which values are black and white."""
     tags = getattr(image, "tag_v2", {})  # of TIFF: 258 is the bits per sample, 262 whether 0 is white
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floating-point" if image.mode == "F" else "32-bit or signed"
@@ -104,11 +94,7 @@ def _check_range(image: Image.Image) -> None:
 
 
 def _mend_transparency(image: Image.Image) -> None:
-    """Scale the transparent grey value of a PNG as PIL scales its pixels; only before it is loaded.
-
-    Raises:
-        UserError: a transparent colour whose 16 bits PIL cuts off.
-    """
+    """Scale the transparent grey value of a PNG as PIL scales its pixels; only before it is loaded."""
     if image.format != "PNG" or "transparency" not in image.info or not image.tile:
         return
     kind = image.tile[0].args

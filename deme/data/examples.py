@@ -40,9 +40,6 @@ def load_examples(
     Args:
         settings: the run's own.
         made_of: what tells the data, and the encoders if there are any, from others, as in the run's record.
-
-    Raises:
-        UserError: data that can't be read, or captions for a network that takes none, or the reverse.
     """
     data = config.data
     check_captions(data, encoder)
@@ -55,10 +52,7 @@ def load_examples(
 
 
 def check_captions(data: Data, encoder: Encoder) -> None:
-    """
-    Raises:
-        UserError: captions for a network that takes none, or the reverse.
-    """
+    """"""
     has_captions = data.caption_column is not None
     data.check("caption_column", has_captions or not encoder.takes_text, "a text-to-image model needs captions")
     data.check("caption_column", encoder.takes_text or not has_captions, "the model takes no captions")

@@ -82,11 +82,7 @@ def _archive(path: str, _: int) -> zipfile.ZipFile:
 
 
 def list_files(folder: Path) -> list[File]:
-    """All files of a folder, of those that links lead to, and of zip archives, sorted by name.
-
-    Raises:
-        UserError: a folder that can't be read, a link that leads in a circle, a damaged archive.
-    """
+    """All files of a folder, of those that links lead to, and of zip archives, sorted by name."""
     files = sorted(_walk(os.path.realpath(folder), "", ()), key=lambda file: file.name)
     if len({file.name for file in files}) < len(files):
         [(name, _)] = Counter(file.name for file in files).most_common(1)
@@ -129,9 +125,6 @@ def holds_images(files: list[File]) -> bool:
     """Whether a folder is one of images, rather than of tables that a few pictures stand beside.
 
     Tables that are called as images are, such as 0.json beside 0.png, do not count.
-
-    Raises:
-        UserError: which are the data can't be told: there are parquet, arrow or tar files, and more images.
     """
     images = [file for file in files if file.is_image]
     stems = {splitext(file.name)[0] for file in images}

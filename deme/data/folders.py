@@ -35,9 +35,6 @@ def splits_of(folders: set[str]) -> dict[str, tuple[str, int]]:
 
     Where the folders at one depth all tell a split, they are splits; else all images are train, whatever a class or a
     file is called. Names of files tell nothing.
-
-    Raises:
-        UserError: folders of several splits stand beside others.
     """
     parts = {folder: folder.split("/") if folder else [] for folder in folders}
     depths = range(max(map(len, parts.values())))
@@ -90,9 +87,6 @@ def read_folder(files: list[File], caption_column: str | None) -> Rows:
 
     Args:
         caption_column: that holds texts alone; `sidecar`: of those in NAME.txt beside NAME.png.
-
-    Raises:
-        UserError: metadata that names what is not there, or splits that can't be told; names the file.
     """
     images = {file.name: file for file in files if file.is_image}
     metadata = [file for file in files if file.is_metadata]
@@ -156,11 +150,7 @@ class _Name(str):
 
 
 def _with_names(row: dict[str, Any], folder: str, images: dict[str, File]) -> dict[str, Any]:
-    """A row of metadata: file_name becomes the column image, and any_file_name becomes any.
-
-    Raises:
-        UserError: it has no file_name, or names a file that is none of the folder's images.
-    """
+    """A row of metadata: file_name becomes the column image, and any_file_name becomes any."""
     if "file_name" not in row:
         raise UserError("has no column file_name")
     found = {}
@@ -197,11 +187,7 @@ def _numbers(texts: list[str | None]) -> list:
 
 
 def _sidecar(file: File) -> list[str] | None:
-    """The captions in a text file, one a line; None where there are none.
-
-    Raises:
-        UserError: it can't be read.
-    """
+    """The captions in a text file, one a line; None where there are none."""
     with naming(file.path):
         try:
             with open_file(file.path) as opened:

@@ -127,11 +127,7 @@ class CachedLatents:
         return Encoded(torch.stack(moments), torch.stack([self._embedding(*place, random) for place in places]))
 
     def _check(self, part: int, i: int) -> None:
-        """Compare image i of a part with its checksum, once.
-
-        Raises:
-            UserError: it is not what was written.
-        """
+        """Compare image i of a part with its checksum, once."""
         if self.checked[part * PART + i]:
             return
         tensors = self.parts[part]
@@ -169,9 +165,6 @@ def _read(file: Path, dimensions: dict[str, int]) -> dict[str, torch.Tensor]:
 
     Args:
         dimensions: how many each has that has to be there.
-
-    Raises:
-        UserError: the file is damaged, or holds something else.
     """
     try:
         tensors = load_file(file)
@@ -235,11 +228,7 @@ def write_state(folder: Path, source: Source) -> None:
 
 
 def count_images(folder: Path) -> int:
-    """How many images a complete folder holds.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """How many images a complete folder holds."""
     count = read_json(folder / INDEX).get("images")
     if not isinstance(count, int) or count < 1:
         raise UserError(f"{folder / INDEX}: images={count}; delete the folder, it is made again")

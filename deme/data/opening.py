@@ -97,11 +97,7 @@ def _file_content(image: dict) -> bytes:
 
 
 def open_source(data: Data) -> Source:
-    """Open the data set; nothing is decoded.
-
-    Raises:
-        UserError: data that can't be read.
-    """
+    """Open the data set; nothing is decoded."""
     if data.name == "digits":
         from sklearn.datasets import load_digits  # 1,797 handwritten digits inside the package, values 0 … 16
 
@@ -204,11 +200,7 @@ def _open_tables(data: Data, files: list[File]) -> tuple["datasets.Dataset", str
 
 @contextmanager
 def _loading() -> Iterator[None]:
-    """Name what `datasets` can't load.
-
-    Raises:
-        UserError: instead of whatever its loaders raise.
-    """
+    """Name what `datasets` can't load."""
     try:
         yield
     except UserError:
@@ -231,11 +223,7 @@ def _holds_images(feature: Any) -> bool:
 
 
 def _undecoded(data: Data, rows: "datasets.Dataset") -> Rows:
-    """The column of images.
-
-    Raises:
-        UserError: it holds none, or arrays of numbers whose range is not known.
-    """
+    """The column of images."""
     import datasets
     from pyarrow import ArrowException
 
@@ -264,11 +252,7 @@ def _array_type(feature: Any) -> str | None:
 
 
 def _captions(data: Data, column: Iterable) -> list[list[str]]:
-    """The captions of each row: a text, or a list of them.
-
-    Raises:
-        UserError: a row without, or with something else.
-    """
+    """The captions of each row: a text, or a list of them."""
     found = [[row] if isinstance(row, str) else row for row in column]
     for row, captions in enumerate(found):
         if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):

@@ -17,11 +17,7 @@ PROMPTS = "prompts.jsonl"  # in a sample folder: which image was drawn from whic
 
 
 def load_prompts(source: str | list[str], column: str) -> list[str]:
-    """The prompts in a list, in a text file (one a line), or in a column of a table as `read_rows` takes it.
-
-    Raises:
-        UserError: a file that can't be read, no such column, no prompts, or an empty one; names the row.
-    """
+    """The prompts in a list, in a text file (one a line), or in a column of a table as `read_rows` takes it."""
     prompts = source if isinstance(source, list) else _read(Path(source), column)
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip() or not is_encodable(prompt):
@@ -60,9 +56,6 @@ def claim_prompts(folder: Path, images: Sequence[Path], prompts: Iterable[str], 
     """Write which image of a sample folder belongs to which prompt; those of other prompts go, or are refused.
 
     So are those of which prompts.jsonl, lost or cut short, does not say which they belong to.
-
-    Raises:
-        UserError: the folder holds images of other prompts.
     """
     named = dict(zip((image.name for image in images), prompts, strict=True))
     before = dict(_read_pairs(folder, overwrite))
@@ -92,9 +85,6 @@ def read_prompts(folder: Path, paths: Sequence[Path]) -> list[str] | None:
 
     Args:
         paths: the images, as `list_images` gives them.
-
-    Raises:
-        UserError: unreadable, or not one line per image in their order; names the line.
     """
     if not (folder / PROMPTS).exists():
         return None
@@ -137,11 +127,7 @@ def _read_pairs(folder: Path, passing_over: bool = False) -> Iterator[tuple[str,
 
 
 def _parse_prompt(line: str) -> tuple[str, str]:
-    """The image's name and the prompt in a line of prompts.jsonl.
-
-    Raises:
-        UserError: not a JSON object with these two texts.
-    """
+    """The image's name and the prompt in a line of prompts.jsonl."""
     try:
         values = json.loads(line)
         pair = values["file"], values["prompt"]

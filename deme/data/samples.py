@@ -62,9 +62,6 @@ def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool, m
         seeds: of all images that the folder is to hold.
         overwrite: delete what does not belong instead of refusing.
         mine: those that this job draws, while other jobs may draw the rest; None: all.
-
-    Raises:
-        UserError: the folder holds something else; says what differs.
     """
     mine = seeds if mine is None else mine
     check_apart_from_other_jobs(folder, mine)
@@ -148,11 +145,7 @@ def as_read(images: "torch.Tensor", size: int | None = None) -> "torch.Tensor":
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images directly in a folder, by name: for our folders, in seed order.
-
-    Raises:
-        UserError: no such folder, no images, or a sample folder that sample_ddp.py has not finished.
-    """
+    """The images directly in a folder, by name: for our folders, in seed order."""
     if not folder.is_dir():
         raise UserError("no such folder")
     paths = [path for path in folder.glob("[!.]*") if path.suffix.lower() in image_suffixes()]
@@ -175,11 +168,7 @@ def drawn_from(folder: Path) -> list[str] | None:
 
 
 def check_sizes(paths: Sequence[Path]) -> tuple[int, int]:
-    """Open every image for its size alone, in pixels: (width, height), the same for all.
-
-    Raises:
-        UserError: an unreadable file, or images of different sizes.
-    """
+    """Open every image for its size alone, in pixels: (width, height), the same for all."""
 
     def size_of(path: Path) -> tuple[int, int]:
         with decoding(str(path)), Image.open(path) as image:
@@ -199,9 +188,6 @@ def read_images(paths: Sequence[Path]) -> "torch.Tensor":
     """Image files of one size as uint8 RGB, shape (N, 3, H, W), as a person sees them, which is how data is read, too.
 
     pytorch_fid reads the PNGs of sample_ddp.py the same.
-
-    Raises:
-        UserError: an unreadable file.
     """
     import torch
 

@@ -42,9 +42,6 @@ def load_training_images(data: Data, channels: int, cache: Path, caption_dropout
         channels: 1 (grayscale) or 3 (RGB), as the UNet expects.
         cache: folder for images that don't fit into `data.cache_gb` of memory.
         caption_dropout: the probability of an empty caption, where the data has any.
-
-    Raises:
-        UserError: data that can't be read; names the key, and the file or row.
     """
     source = open_source(data)
     images = _load(data, source, channels, cache)
@@ -57,11 +54,7 @@ def load_training_images(data: Data, channels: int, cache: Path, caption_dropout
 
 
 def split_held_out(data: Data, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `count` images are trained on, in rising order, and which `data.held_out_images` are not.
-
-    Raises:
-        UserError: there would be none to train on.
-    """
+    """Which of `count` images are trained on, in rising order, and which `data.held_out_images` are not."""
     held_out = data.held_out_images
     if held_out >= count:
         raise UserError(f"data.held_out_images={held_out}: {data.name} has {count} images")
@@ -147,11 +140,7 @@ def _fingerprint(data: Data, source: Source, with_labels: bool, with_captions: b
 
 
 def _classes(data: Data, labels: list) -> np.ndarray:
-    """The labels as an array of numbers, texts or truth values, shape (N,).
-
-    Raises:
-        UserError: one that is missing, NaN, or no such value.
-    """
+    """The labels as an array of numbers, texts or truth values, shape (N,)."""
     for row, label in enumerate(labels):
         if not isinstance(label, (int, str, float)) or label != label:
             raise UserError(f"data.label_column={data.label_column}: row {row} has the label {shown(label)}")
@@ -159,11 +148,7 @@ def _classes(data: Data, labels: list) -> np.ndarray:
 
 
 def as_opened(data: Data) -> Data:
-    """The same settings with the column that the images are really read from, which records name.
-
-    Raises:
-        UserError: data that can't be read.
-    """
+    """The same settings with the column that the images are really read from, which records name."""
     return replace(data, image_column=open_source(data).image_column)
 
 
@@ -225,11 +210,7 @@ def _write_rows(folder: Path, data: Data, source: Source) -> None:
 
 
 def _readable(data: Data, source: Source, channels: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Row number and pixels, uint8 (H, W, C), of every image that can be read.
-
-    Raises:
-        UserError: an unreadable image, unless `data.skip_unreadable`; or none that can be read.
-    """
+    """Row number and pixels, uint8 (H, W, C), of every image that can be read."""
 
     def decode(item: tuple[int, Any]) -> np.ndarray | None:
         try:
@@ -262,9 +243,6 @@ def _decode(data: Data, row: int, content: Any, channels: int) -> np.ndarray:
 
     Args:
         content: of the row, as `decode_image` takes it.
-
-    Raises:
-        UserError: it can't be read; names the row, and its file.
     """
     path = content.get("path") if isinstance(content, dict) else None
     name = f"data.name={data.name}: row {row}" + (f" ({path})" if path else "")

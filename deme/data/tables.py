@@ -19,9 +19,6 @@ def read_rows(name: str, content: bytes, column: str = "") -> list[dict[str, Any
     Args:
         name: of the file; its suffix, in any case, tells the format.
         column: that a text stands in which is no row, but an item of a json list.
-
-    Raises:
-        UserError: no such format, or a damaged file.
     """
     try:
         match PurePath(name).suffix.lower():
@@ -52,10 +49,7 @@ def read_rows(name: str, content: bytes, column: str = "") -> list[dict[str, Any
 
 
 def _read_json_lines(content: bytes) -> list[Any]:
-    """
-    Raises:
-        UserError: a line is no JSON; names it.
-    """
+    """"""
     rows = []
     for number, line in enumerate(read_lines(content), start=1):
         with naming(f"line {number}"):
@@ -67,10 +61,7 @@ def _read_json_lines(content: bytes) -> list[Any]:
 
 
 def _read_csv(content: bytes, delimiter: str) -> list[dict[str, Any]]:
-    """
-    Raises:
-        UserError: a row has more values than there are columns, as after a comma in a text without quotes.
-    """
+    """"""
     csv.field_size_limit(len(content) + 1)  # not Python's 131,072 characters
     lines = io.StringIO(content.decode("utf-8-sig"), newline="")
     rows = []

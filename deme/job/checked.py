@@ -19,9 +19,6 @@ def checked(value: Any, kind: Any, name: str = "") -> Any:
         kind: str, int, float, bool, a dataclass of such, which is made of a mapping whose other keys are passed over,
             or list[T], dict[str, T], T | None of them; the mapping may lack what may be None or has a default.
         name: of the value, for messages.
-
-    Raises:
-        UserError: it is something else; names the part that is.
     """
     origin, parts = get_origin(kind), get_args(kind)
     if origin is UnionType:

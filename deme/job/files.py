@@ -145,11 +145,7 @@ def remove_unfinished(folder: Path, pattern: str) -> None:
 
 
 def check_apart(key: str, output: Path, inputs: Iterable[Path]) -> None:
-    """Make sure that writing an output can't touch an input, whatever links lead to them.
-
-    Raises:
-        UserError: the output is an input, lies inside of one, or holds one.
-    """
+    """Make sure that writing an output can't touch an input, whatever links lead to them."""
     place = output.resolve()
     for path in inputs:
         source = path.resolve()
@@ -187,11 +183,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 def make_folder(path: Path, key: str) -> None:
-    """Create a folder and its parents.
-
-    Raises:
-        UserError: it can't be created; names the configuration's `key`.
-    """
+    """Create a folder and its parents."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -217,11 +209,7 @@ def write_yaml(path: Path, values: dict) -> None:
 
 
 def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: missing, unreadable or not a mapping.
-    """
+    """The mapping in a YAML file."""
     with naming(path):
         try:
             text = path.read_text(encoding="utf-8")
@@ -234,11 +222,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: missing, unreadable or not a JSON object.
-    """
+    """The object in a JSON file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

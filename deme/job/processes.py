@@ -26,9 +26,6 @@ def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
     Args:
         mixed_precision: no, fp16 or bf16; bf16 on a CPU that does not compute in it is warned of.
         key: the configuration key it comes from, for the error.
-
-    Raises:
-        UserError: fp16 on a CPU, which accelerate would accept silently; a port that another program uses.
     """
     # the training loop accumulates by itself; without the plugin accelerate takes a divisor from the environment
     plugin = GradientAccumulationPlugin(num_steps=1)

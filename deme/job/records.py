@@ -92,9 +92,6 @@ class Record:
 
         Returns:
             False: it has to be made anew.
-
-        Raises:
-            UserError: refused; names what differs.
         """
         changed = changes(self.made_from, wanted.made_from, self.kind.later)
         policy = Policy.REPLACE if overwrite else self.kind.policy
@@ -116,11 +113,7 @@ class Record:
 
 
 def read_record(kind: Kind, folder: Path) -> Record | None:
-    """The record in an output's folder, or None where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """The record in an output's folder, or None where there is none."""
     file = folder / kind.file
     if not file.exists():
         return None
@@ -136,11 +129,7 @@ def read_record(kind: Kind, folder: Path) -> Record | None:
 
 
 def check_shape(content: dict[str, Any], wanted: dict[str, type], name: str, file: Path) -> None:
-    """Make sure that what was read has these keys, each with a value of its type.
-
-    Raises:
-        UserError: names the file and the key.
-    """
+    """Make sure that what was read has these keys, each with a value of its type."""
     for key, expected in wanted.items():
         value = content.get(key)
         if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):

@@ -18,11 +18,7 @@ JOBS = "jobs.tsv"  # a line for each that was submitted: its name, its key and S
 
 @dataclass
 class Queue:
-    """What Slurm knows of jobs that were submitted before.
-
-    Raises:
-        UserError: the file of those is damaged.
-    """
+    """What Slurm knows of jobs that were submitted before."""
 
     file: Path
     numbers: dict[str, str] = field(default_factory=dict)  # by the job's name
@@ -65,9 +61,6 @@ def missing_jobs(jobs: Sequence[Job], ledger: Ledger, queue: Queue) -> list[Job]
 
     Args:
         jobs: none before one that it needs.
-
-    Raises:
-        UserError: some are under way with other settings, or with what has to be made anew; says how to end them.
     """
     missing: list[Job] = []
     outdated: list[str] = []
@@ -92,9 +85,6 @@ def submit(jobs: Sequence[Job], ledger: Ledger, queue: Queue, logs: Path, is_dry
         jobs: none before one that it needs.
         logs: folder.
         is_dry: print what would be submitted.
-
-    Raises:
-        UserError, RunError: sbatch is not there, or refuses a job; says why.
     """
     by_stage: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
@@ -118,11 +108,7 @@ def submit(jobs: Sequence[Job], ledger: Ledger, queue: Queue, logs: Path, is_dry
 
 
 def sbatch_line(group: Sequence[Job], logs: Path, ledger: Ledger, queue: Queue) -> list[str]:
-    """sbatch's command line for the jobs of a stage, by the settings of scripts/slurm/settings.sh.
-
-    Raises:
-        UserError: OPTIONS can't be taken apart.
-    """
+    """sbatch's command line for the jobs of a stage, by the settings of scripts/slurm/settings.sh."""
     given, first = os.environ, group[0]
     nodes = "1" if first.is_alone else given["NODES"]
     line = ["sbatch", "--parsable", f"--job-name={first.run}-{first.stage}", f"--nodes={nodes}", "--ntasks-per-node=1"]
@@ -156,7 +142,6 @@ def answer_of(command: list[str]) -> str:
     """What a command of Slurm's prints.
 
     Raises:
-        UserError: there is no such command.
         RunError: it failed; says why.
     """
     if shutil.which(command[0]) is None:

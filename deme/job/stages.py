@@ -37,9 +37,6 @@ def stages_of(
         runs: the base first.
         blocks: jobs that draw from each model.
         has_cache: a job decodes and encodes the data before others read it.
-
-    Raises:
-        UserError: of any job's configuration, before anything starts.
     """
     stages = Stages(runs[0], blocks)
     stages.add_what_all_need(comparison.reference, has_cache)

@@ -138,11 +138,7 @@ def _augment(pixels: torch.Tensor, random_flip: bool) -> torch.Tensor:
 
 
 def trained_classifier(config: Config, accelerator: Accelerator) -> tuple[Classifier, float, dict[str, str]]:
-    """The classifier of the configured data, trained once and kept: on the device, its held-out accuracy, its hash.
-
-    Raises:
-        UserError: the data has no labels.
-    """
+    """The classifier of the configured data, trained once and kept: on the device, its held-out accuracy, its hash."""
     file = config.paths.classifier
     training = {
         "width": config.evaluate.classifier_width,

@@ -46,11 +46,7 @@ class ClipScores(nn.Module):
         self.image_processor = image_processor
 
     def read(self, paths: Sequence[Path], prompts: Sequence[str], part: slice) -> PromptedImages:
-        """A part of a folder's images, resized, cropped and normalized as the model was trained; threads may call it.
-
-        Raises:
-            UserError: an unreadable file.
-        """
+        """A part of a folder's images, resized, cropped and normalized as the model was trained; thread-safe."""
         images = read_images(paths[part])
         processed = self.image_processor(images, input_data_format="channels_first", return_tensors="pt")
         return PromptedImages(processed["pixel_values"], prompts[part])
@@ -76,9 +72,6 @@ def load_clip(source: str) -> ClipScores:
 
     Args:
         source: a folder relative to the working directory or else to the repository, or owner/name on the Hub.
-
-    Raises:
-        UserError: no such folder, a Hub id that can't be reached, or missing, damaged or ill-fitting files.
     """
     place: str | Path = source
     if not is_hub_id(source):

@@ -25,11 +25,7 @@ class FeatureSpace:
 
 
 def load_feature_space(config: Config, accelerator: Accelerator) -> FeatureSpace:
-    """The configured feature space, made once and kept in stats/; where another job is making it, it is waited for.
-
-    Raises:
-        UserError: weights or labels that can't be had, or as `reference_statistics`.
-    """
+    """The configured feature space, made once and kept in stats/; where another job is making it, it is waited for."""
     name = config.evaluate.features
     made_by: dict[str, str] = {}
     accuracy = None

@@ -29,11 +29,7 @@ class InceptionFeatures(nn.Module):
 
 
 def load_inception() -> InceptionFeatures:
-    """pytorch_fid's feature network in eval mode, its weights downloaded once into torch hub's folder.
-
-    Raises:
-        UserError: the weights are not on this machine and can't be downloaded, or are damaged; names the file.
-    """
+    """pytorch_fid's feature network in eval mode, its weights downloaded once into torch hub's folder."""
     from pytorch_fid import inception
 
     # pytorch_fid would unpickle the downloaded file; it holds plain tensors, so weights_only loads it
@@ -67,9 +63,6 @@ def extract(
         network: has `features`, uint8 RGB (B, 3, H, W) → float32 (B, D).
         read: slice → uint8 RGB images (B, 3, H, W), or what else the network's `features` takes and `to` moves.
         threads: that read ahead.
-
-    Raises:
-        UserError: features that are not finite.
     """
     edges = [count * rank // accelerator.num_processes for rank in range(accelerator.num_processes + 1)]
     first = edges[accelerator.process_index]

@@ -85,11 +85,7 @@ class Material:
         return found
 
     def tensors(self, name: str) -> Tensors:
-        """A network's weights, with identity projections where only others have some.
-
-        Raises:
-            UserError: they do not fit the experts', or are not finite.
-        """
+        """A network's weights, with identity projections where only others have some."""
         folder = self.networks[name]
         like = load_tensors(self.architecture)
         tensors = with_identity_projections(load_tensors(folder), like)
@@ -111,11 +107,7 @@ class Material:
 
     @cached_property
     def architecture(self) -> Path:
-        """The folder whose config.json is that of all networks, with projections where any has some.
-
-        Raises:
-            UserError: one computes otherwise than the others.
-        """
+        """The folder whose config.json is that of all networks, with projections where any has some."""
         return common_architecture(list(self.networks.values()))
 
     @cached_property

@@ -48,11 +48,7 @@ class Reference:
     size: list[int] | None = None
 
     def check_size(self, width: int, height: int) -> None:
-        """Make sure that images are of the size of these: the feature network would scale either, which shows.
-
-        Raises:
-            UserError: they are not.
-        """
+        """Make sure that images are of the size of these: the feature network would scale either, which shows."""
         if self.size not in (None, [width, height]):
             mine = "{} x {}".format(*self.size)
             raise UserError(
@@ -128,10 +124,6 @@ def reference_statistics(
     Args:
         network: as `extract` takes it.
         made_by: what tells it from other networks of its kind.
-
-    Raises:
-        UserError: a reference that can't be read, of other features or of other images of the same data; data of one
-            image.
     """
     file = config.paths.reference
     features = {"features": config.evaluate.features, **made_by}
@@ -161,11 +153,7 @@ def source_of_data(config: Config) -> Source:
 
 
 def source_of_folder(config: Config) -> Source:
-    """The images directly in the folder evaluate.reference, as they are, read as samples are.
-
-    Raises:
-        UserError: fewer than two, of different sizes, or too small for the features.
-    """
+    """The images directly in the folder evaluate.reference, as they are, read as samples are."""
     folder = config.paths.reference
     paths = list_images(folder)
     width, height = check_sizes(paths)
@@ -180,11 +168,7 @@ def source_of_folder(config: Config) -> Source:
 
 
 def content_hash(path: Path) -> str:
-    """The SHA-256 of a file, or of the images directly in a folder.
-
-    Raises:
-        UserError: no images.
-    """
+    """The SHA-256 of a file, or of the images directly in a folder."""
     if path.is_dir():
         return hashlib.sha256("".join(map(sha256, list_images(path))).encode()).hexdigest()
     return sha256(path)
@@ -227,11 +211,7 @@ def made_once(
 
 @torch.inference_mode()
 def check_dimensions(reference: Reference, network: nn.Module, name: str, device: torch.device) -> None:
-    """Make sure that statistics are of as many features as a network gives.
-
-    Raises:
-        UserError: they are not.
-    """
+    """Make sure that statistics are of as many features as a network gives."""
     image = torch.zeros(1, 3, LEAST_CLASSIFIED, LEAST_CLASSIFIED, dtype=torch.uint8, device=device)
     count = network.features(image).shape[1]
     if len(reference.mu) != count:
@@ -246,9 +226,6 @@ def compared(record: Record, features: dict[str, str], data: Data) -> str:
 
     Returns:
         what is known of them.
-
-    Raises:
-        UserError: they are of another feature network, or of other images of the configured data set.
     """
     name = features["features"]
     if not record.made_from and name == "inception":
@@ -282,11 +259,7 @@ def save_reference(path: Path, reference: Reference, record: Record) -> None:
 
 
 def load_reference(path: Path) -> tuple[Reference, Record]:
-    """The statistics in an npz file, and their record (empty where the file has none).
-
-    Raises:
-        UserError: not an npz file that holds mu (D,) and sigma (D, D), finite, and a record of known form.
-    """
+    """The statistics in an npz file, and their record (empty where the file has none)."""
     try:
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
@@ -307,10 +280,7 @@ def load_reference(path: Path) -> tuple[Reference, Record]:
 
 
 def check_statistics(reference: Reference) -> None:
-    """
-    Raises:
-        UserError: shapes that do not fit, numbers that are not finite, or a sigma that is no covariance.
-    """
+    """"""
     mu, sigma, features = reference.mu, reference.sigma, reference.features
     given = [array for array in (mu, sigma, features) if array is not None]
     numbers = all(np.issubdtype(a.dtype, np.floating) and (np.abs(a) < LARGEST).all() for a in given)

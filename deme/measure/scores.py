@@ -182,11 +182,7 @@ class Results:
 
 
 def load_scores(path: Path) -> tuple[str, list[Score]]:
-    """The features' name and the scores in a results.json.
-
-    Raises:
-        UserError: evaluate.py did not make it; names what does not fit.
-    """
+    """The features' name and the scores in a results.json."""
     content = read_json(path)
     with naming(path), naming("not the results of evaluate.py"):
         found = checked(content, Results)
@@ -204,10 +200,7 @@ def with_mean(row: Score) -> Score:
 
 
 def check_row(row: Score, blocks: int, name: str) -> None:
-    """
-    Raises:
-        UserError: numbers that no images give.
-    """
+    """"""
     errors = {key: value for key, value in asdict(row).items() if key.endswith(("deviation", "_error"))}
     errors |= {f"differences.{key}": found.standard_error for key, found in (row.differences or {}).items()}
     for key, value in errors.items():

@@ -18,9 +18,6 @@ class Candidates:
         finetuned: model name → state dict, in the order of the ranges.
         group_of: tensor name → number of its group.
         device: where networks are formed; on a GPU the weights are copied there, once.
-
-    Raises:
-        UserError: models of different tensors or shapes, NaN or infinite values; names the model and the tensor.
     """
 
     def __init__(

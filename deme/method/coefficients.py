@@ -15,19 +15,12 @@ def coefficients_of(name: str, groups: Mapping[str, Sequence[float]]) -> Sequenc
 
     Args:
         groups: name pattern → coefficients.
-
-    Raises:
-        UserError: none fits.
     """
     return groups[pattern_of(name, groups)]
 
 
 def pattern_of(name: str, patterns: Iterable[str]) -> str:
-    """The first name pattern that fits a tensor's name.
-
-    Raises:
-        UserError: none fits.
-    """
+    """The first name pattern that fits a tensor's name."""
     for pattern in patterns:
         if fnmatchcase(name, pattern):
             return pattern
@@ -40,9 +33,6 @@ def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
     Args:
         groups: range (one group of all), block (of the UNet; what is outside is one more), tensor, or the patterns.
         names: of all tensors.
-
-    Raises:
-        UserError: a tensor that no pattern fits, or a pattern that no tensor is left for.
     """
     match groups:
         case "range":

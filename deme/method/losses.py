@@ -18,9 +18,6 @@ def prediction_target(
     Args:
         clean, noise: shape (B, C, H, W).
         timesteps: int64, shape (B,).
-
-    Raises:
-        UserError: another prediction_type.
     """
     match scheduler.config.prediction_type:
         case "epsilon":

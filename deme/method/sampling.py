@@ -46,9 +46,6 @@ def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | 
         name: one of SHORT_NAMES, or a class of diffusers'.
         timestep_spacing: leading, trailing or linspace; None: the pretrained one, where none is named for DDIM
             "leading", so that 3 steps of 1000 visit t = 666, 333, 0, and for others their own.
-
-    Raises:
-        UserError: diffusers has no such class, or it can't take the noise schedule or the spacing.
     """
     fitting = {kind.__name__: kind for kind in pretrained.compatibles if "beta_schedule" in _parameters(kind.__init__)}
     class_name = SHORT_NAMES.get(name, name)
@@ -89,9 +86,6 @@ def try_sampler(
 
     Returns:
         The sampler.
-
-    Raises:
-        UserError: as `make_sampler`, or too few steps.
     """
     stepper = make_sampler(pretrained, name, timestep_spacing)
     images = torch.zeros(1, *shape)

@@ -71,9 +71,6 @@ def check_compatible(pretrained: Tensors, finetuned: Tensors, name: str) -> None
 
     Args:
         name: of the finetuned model, for the error.
-
-    Raises:
-        UserError: a tensor that only one of the two has, of different shapes, or of other numbers than floats.
     """
     for key in sorted({*pretrained, *finetuned}):
         for tensors, owner in ((pretrained, "the pretrained model"), (finetuned, name)):
@@ -90,10 +87,7 @@ def check_compatible(pretrained: Tensors, finetuned: Tensors, name: str) -> None
 
 
 def check_finite(name: str, key: str, tensor: torch.Tensor) -> None:
-    """
-    Raises:
-        UserError: a model's tensor holds NaN or infinite values; names both.
-    """
+    """"""
     if not torch.isfinite(tensor).all():
         raise UserError(f"{name}: tensor {key} holds NaN or infinite values")
 
@@ -114,7 +108,6 @@ def merge_tensors(
         (tensor name, merged tensor).
 
     Raises:
-        UserError: models of different tensors or shapes, or a NaN or infinite value; names the model and the tensor.
         OverflowError: coefficients that are too large.
     """
     for name, tensors in finetuned.items():

@@ -32,9 +32,6 @@ def loss_weights(
         alphas_cumprod: ᾱ, shape (T,).
         prediction_type: epsilon, sample or v_prediction.
         normalized: divide by the mean over the timesteps.
-
-    Raises:
-        UserError: a weight is infinite, as of the error of the noise where there is no signal; names the timestep.
     """
     signal = alphas_cumprod.double().clamp(min=SMALLEST)
     noise = (1 - alphas_cumprod.double()).clamp(min=SMALLEST)

@@ -212,11 +212,7 @@ class LatentsAndText:
 
 
 def load_encoder(pipeline: Path, unet: nn.Module) -> Encoder:
-    """What stands between images and a pipeline's network.
-
-    Raises:
-        UserError: a part of a text-to-image pipeline that is missing or damaged, or a class that is not known.
-    """
+    """What stands between images and a pipeline's network."""
     asks_for_text = hasattr(unet.config, "cross_attention_dim")
     if asks_for_text != takes_text(pipeline):
         wants = "needs a text encoder, which the folder lacks" if asks_for_text else "takes no text"
@@ -234,9 +230,6 @@ def _try_parts(encoder: LatentsAndText, pipeline: Path, width: Any) -> None:
 
     Args:
         width: of the texts' embeddings, as the network takes them; a list where its blocks take several.
-
-    Raises:
-        UserError: it does not; says why.
     """
     with blaming(pipeline / "tokenizer"):
         tokens = encoder.tokens([""])

@@ -26,9 +26,6 @@ def download(name: str, revision: str | None, check: Callable[[Path], object]) -
         name: owner/name.
         revision: a branch, a tag or a commit; None: the newest.
         check: raises where a folder of settings is no pipeline's; called before the weights are downloaded.
-
-    Raises:
-        UserError: no such pipeline, or no network and not all of it in the cache.
     """
     from huggingface_hub import snapshot_download
 

@@ -33,11 +33,7 @@ class Inputs:
         return scheduler_folder(self.pipeline) / SCHEDULER_CONFIG
 
     def check_fits(self, config: Config) -> None:
-        """Compare resolution and number of timesteps with what is configured.
-
-        Raises:
-            UserError: others.
-        """
+        """Compare resolution and number of timesteps with what is configured."""
         sizes = {folder: sample_size(folder, self.pipeline) for folder in self.unets}
         config.check_fits(sizes, scheduler_folder(self.pipeline), num_train_timesteps(self.pipeline))
 

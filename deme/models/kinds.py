@@ -79,9 +79,6 @@ def check_pipeline(pipeline: Path, unet: Path, scheduler: Path) -> None:
 
     Args:
         unet, scheduler: the folders of these parts.
-
-    Raises:
-        UserError: one is not supported; names the file and what is.
     """
     index = read_index(pipeline)
     entries = {name: entry for name, entry in index.items() if name in CLASSES or isinstance(entry, list)}
@@ -105,10 +102,7 @@ def check_pipeline(pipeline: Path, unet: Path, scheduler: Path) -> None:
 
 
 def _check_parts(pipeline: Path, parts: dict[str, str], name: str) -> None:
-    """
-    Raises:
-        UserError: a part between images and the network, or of a kind that is not known, that its class has not.
-    """
+    """"""
     there = {path.parent.name for path in pipeline.glob("*/config.json")}
     if parts:  # the index says which ones count; these would be passed over
         there &= {"vae", "vqvae"}
@@ -123,9 +117,6 @@ def check_part(part: str, file: Path, named: str | None = None) -> None:
     Args:
         part: unet, scheduler or vae.
         named: its class, where the file itself names none.
-
-    Raises:
-        UserError: one is not supported; names the file and what is.
     """
     settings = read_json(file)
     given = settings.get("_class_name", named or ("UNet2DModel" if part == "unet" else None))
@@ -139,9 +130,6 @@ def check_settings(part: str, settings: Mapping[str, Any]) -> None:
 
     Args:
         part: unet, scheduler or vae.
-
-    Raises:
-        UserError: one is not supported; names it and what is.
     """
     for key, supported in SETTINGS[part].items():
         if key in settings:
@@ -153,10 +141,7 @@ def check_settings(part: str, settings: Mapping[str, Any]) -> None:
 
 
 def _look_up(what: str, given: Any, supported: Any) -> None:
-    """
-    Raises:
-        UserError: it is none of those that are supported.
-    """
+    """"""
     if isinstance(given, (list, dict)) or given not in supported:
         names = [shown(value) for value in supported if not str(value).startswith(PROJECTED)]
         raise UserError(f"{what}={shown(given)}: not {'one of ' * (len(names) > 1)}{', '.join(names)}")

@@ -55,11 +55,7 @@ def with_projections(unet: nn.Module) -> nn.Module:
 
 
 def load_unet(folder: Path) -> nn.Module:
-    """The UNet in a folder, float32, in eval mode; with projections where its configuration says so.
-
-    Raises:
-        UserError: missing or damaged files, projections that the configuration does not name, NaN or infinite weights.
-    """
+    """The UNet in a folder, float32, in eval mode; with projections where its configuration says so."""
     file = folder / "config.json"
     settings = read_json(file)
     check_part("unet", file)
@@ -76,11 +72,7 @@ def load_unet(folder: Path) -> nn.Module:
 
 
 def _fill(unet: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Copy a folder's tensors into a network.
-
-    Raises:
-        UserError: they don't fit, or are not finite.
-    """
+    """Copy a folder's tensors into a network."""
     expected = unet.state_dict()
     if odd := sorted(expected.keys() ^ tensors.keys()):
         raise UserError(f"{folder}: weights and config.json do not fit each other ({', '.join(odd[:3])} …)")
@@ -101,9 +93,6 @@ def load_scheduler(pipeline: Path) -> DDPMScheduler:
 
     Latents are never clipped and steps begin one later, whatever the folder says or leaves out, as
     StableDiffusionPipeline sees to.
-
-    Raises:
-        UserError: a class that is not supported, or values that diffusers can't use.
     """
     file = scheduler_folder(pipeline) / SCHEDULER_CONFIG
     named = index_class(read_index(pipeline), "scheduler")
@@ -119,11 +108,7 @@ def load_scheduler(pipeline: Path) -> DDPMScheduler:
 
 
 def try_out(unet: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None:
-    """Predict once and take one step, so that what does not work together shows before anything is written.
-
-    Raises:
-        UserError: it does not; says why.
-    """
+    """Predict once and take one step, so that what does not work together shows before anything is written."""
     channels = unet.config.in_channels
     size = unet.config.sample_size
     check_settings("unet", unet.config)  # of one that was made from settings, and not loaded

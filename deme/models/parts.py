@@ -17,11 +17,7 @@ LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
 
 @contextmanager
 def blaming(folder: Path) -> Iterator[None]:
-    """Name the folder of a part in front of whatever diffusers, transformers and torch raise of what does not fit.
-
-    Raises:
-        UserError: instead of it.
-    """
+    """Name the folder of a part in front of whatever diffusers, transformers and torch raise of what does not fit."""
     with naming(folder):
         try:
             yield
@@ -32,11 +28,7 @@ def blaming(folder: Path) -> Iterator[None]:
 
 
 def load_parts(pipeline: Path) -> tuple[nn.Module, nn.Module, Any]:
-    """The VAE, the text encoder and the tokenizer, whose model_max_length is that of both.
-
-    Raises:
-        UserError: one is missing or damaged, or two do not fit each other; names its folder.
-    """
+    """The VAE, the text encoder and the tokenizer, whose model_max_length is that of both."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
     from transformers.utils import logging
@@ -79,11 +71,7 @@ def _load(folder: Path, kind: Any, **dtype: torch.dtype) -> Any:
 
 
 def check_filled(report: dict) -> None:
-    """Look at what diffusers or transformers report of a network that they loaded.
-
-    Raises:
-        UserError: weights that are missing, or of another size, which the libraries would draw at random.
-    """
+    """Look at what diffusers or transformers report of a network that they loaded."""
     missing = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
     if missing:
         raise UserError(f"weights and config.json do not fit each other ({', '.join(sorted(missing)[:3])} …)")

@@ -43,9 +43,6 @@ def find_pipeline(source: str) -> Path:
     Args:
         source: a folder relative to the working directory or else to the repository, or owner/name on the Hub, with
             @revision (a branch, a tag or a commit) where it is not the newest.
-
-    Raises:
-        UserError: neither, a folder that holds no UNet and scheduler, or a kind of model that is not supported.
     """
     folder = find_folder(source)
     if folder is not None:
@@ -57,11 +54,7 @@ def find_pipeline(source: str) -> Path:
 
 
 def check_folder(pipeline: Path) -> Path:
-    """The folder itself, if it is a pipeline's whose classes are known.
-
-    Raises:
-        UserError: it is not.
-    """
+    """The folder itself, if it is a pipeline's whose classes are known."""
     unet, scheduler = unet_folder(pipeline), scheduler_folder(pipeline)
     check_pipeline(pipeline, unet, scheduler)
     for part in (unet / "config.json", scheduler / SCHEDULER_CONFIG):
@@ -163,9 +156,6 @@ def _link_part(source: Path, target: Path) -> None:
 def common_architecture(folders: Sequence[Path]) -> Path:
     """Which of the UNet folders has the config.json of all of them: the first with projections behind the first folder,
     where only some have any (`with_identity_projections` fills the others' weights).
-
-    Raises:
-        UserError: one computes otherwise than the first; names the setting.
     """
     first, *others = (folder / "config.json" for folder in folders)
     settings = read_json(first)
@@ -195,11 +185,7 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def is_projected(folder: Path) -> bool:
-    """Whether the UNet in a folder has channel-wise projections: its config.json names the class that has them.
-
-    Raises:
-        UserError: config.json is missing or damaged.
-    """
+    """Whether the UNet in a folder has channel-wise projections: its config.json names the class that has them."""
     return str(read_json(folder / "config.json").get("_class_name")).startswith(PROJECTED)
 
 
@@ -215,9 +201,6 @@ def sample_size(folder: Path, pipeline: Path) -> int | None:
 
     Args:
         pipeline: whose encoders, if any, it works with.
-
-    Raises:
-        UserError: missing or damaged files.
     """
     weights_files(folder)
     size = read_json(folder / "config.json").get("sample_size")
@@ -225,11 +208,7 @@ def sample_size(folder: Path, pipeline: Path) -> int | None:
 
 
 def latent_factor(pipeline: Path) -> int:
-    """Pixels for each entry of a latent, along each side; 1 where the network works on pixels.
-
-    Raises:
-        UserError: vae/config.json is missing or damaged.
-    """
+    """Pixels for each entry of a latent, along each side; 1 where the network works on pixels."""
     if not takes_text(pipeline):
         return 1
     file = pipeline / "vae" / "config.json"
@@ -240,11 +219,7 @@ def latent_factor(pipeline: Path) -> int:
 
 
 def encoder_files(pipeline: Path) -> dict[str, Path]:
-    """What is read of a text-to-image pipeline's encoders, by name; nothing where the network works on pixels.
-
-    Raises:
-        UserError: one of them is missing.
-    """
+    """What is read of a text-to-image pipeline's encoders, by name; nothing where the network works on pixels."""
     found = {}
     for part in ENCODERS if takes_text(pipeline) else ():
         if not (pipeline / part).is_dir():
@@ -260,10 +235,6 @@ def encoders_hash(pipeline: Path) -> str:
 
 
 def num_train_timesteps(pipeline: Path) -> int:
-    """T of a pipeline's noise schedule.
-
-    Raises:
-        UserError: missing or damaged files.
-    """
+    """T of a pipeline's noise schedule."""
     default = 1000  # diffusers' own
     return read_json(scheduler_folder(pipeline) / SCHEDULER_CONFIG).get("num_train_timesteps", default)

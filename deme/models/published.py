@@ -121,11 +121,7 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 def read_published(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a published file, under the names that they have in it.
-
-    Raises:
-        UserError: not a file of torch.save, damaged, or neither a module nor a state dict.
-    """
+    """The tensors of a published file, under the names that they have in it."""
     try:
         with zipfile.ZipFile(path) as archive:
             [prefix] = {name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")}
@@ -155,11 +151,7 @@ def _module_tensors(module: Inert, prefix: str = "") -> Iterator[tuple[str, torc
 
 
 def rename_projections(tensors: dict[str, torch.Tensor], num_down_blocks: int, num_up_blocks: int) -> dict:
-    """Give the projections our names: `adapter_list.{i}.weight` counts down blocks, mid block, up blocks.
-
-    Raises:
-        UserError: another number of projections than blocks.
-    """
+    """Give the projections our names: `adapter_list.{i}.weight` counts down blocks, mid block, up blocks."""
     down = [f"down_blocks.{i}" for i in range(num_down_blocks)]
     up = [f"up_blocks.{i}" for i in range(num_up_blocks)]
     blocks = [*down, "mid_block", *up]

@@ -30,11 +30,7 @@ class Searched:
     passes: int | None  # through the UNet
 
     def groups(self, config: Config) -> dict[str, list[float]]:
-        """Name pattern → coefficients, one per range.
-
-        Raises:
-            UserError: they are of another number of ranges; names the file.
-        """
+        """Name pattern → coefficients, one per range."""
         with naming(self.file):
             merge = replace(config.merge, coefficients=self.coefficients)
             return replace(config, merge=merge).coefficient_groups
@@ -45,11 +41,7 @@ class Searched:
 
 
 def read_searched(file: Path) -> Searched:
-    """Read such a file.
-
-    Raises:
-        UserError: there is none, or search.py did not write it; names what does not fit.
-    """
+    """Read such a file."""
     if not file.is_file():
         raise UserError(f"{file} is missing; search.py makes it")
     content = read_yaml(file)

@@ -29,11 +29,7 @@ class Variant:
 
 
 def find_variant(model: str, paths: Paths) -> Variant:
-    """The model of this name, or in this folder: a pipeline, or a UNet alone, which has the pretrained noise schedule.
-
-    Raises:
-        UserError: it is unknown or not made yet; says how it is made.
-    """
+    """The model of this name, or in this folder: a pipeline, or a UNet with the pretrained noise schedule."""
     if model == "pretrained":
         pipeline = find_pretrained(paths)
         return Variant([unet_folder(pipeline)], pipeline)
@@ -60,11 +56,7 @@ def made_unets(model: str, paths: Paths) -> list[Path]:
 
 
 def find_finetuned(paths: Paths) -> list[Path]:
-    """The folders of the finetuned UNets, lowest range first, with weights in any form.
-
-    Raises:
-        UserError: one is not trained yet.
-    """
+    """The folders of the finetuned UNets, lowest range first, with weights in any form."""
     for k, folder in enumerate(paths.finetuned):
         if not has_weights(folder):
             raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={k}")
@@ -72,11 +64,7 @@ def find_finetuned(paths: Paths) -> list[Path]:
 
 
 def find_pretrained(paths: Paths) -> Path:
-    """The folder of the pipeline that finetuning starts from.
-
-    Raises:
-        UserError: it is missing, and can't be downloaded.
-    """
+    """The folder of the pipeline that finetuning starts from."""
     if paths.pretrained == str(paths.pretrained_here) and not paths.pretrained_here.is_dir():
         raise UserError(f"model.pretrained=null: {paths.pretrained} is missing; pretrain.py makes it")
     with naming("model.pretrained", paths.pretrained):

@@ -34,9 +34,6 @@ def weights_files(folder: Path, stem: str = STEM) -> list[Path]:
 
     Args:
         stem: how their names begin.
-
-    Raises:
-        UserError: there are none; a file beside an index, of which nobody knows which one counts; a damaged index.
     """
     for name, index_name in FORMS:
         file = folder / f"{stem}{name}"
@@ -82,11 +79,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def load_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
-    """The tensors of a network's folder under today's names, mapped from the files: memory is used for what is touched.
-
-    Raises:
-        UserError: the weights are missing or damaged.
-    """
+    """The tensors of a network's folder under today's names, memory-mapped from the files."""
     tensors: dict[str, torch.Tensor] = {}
     for file in weights_files(folder):
         try:

@@ -51,11 +51,7 @@ def difference(blocks: Sequence[Sequence[float]]) -> tuple[float, float | None]:
 
 
 def differences(rows: Sequence[Score], others: Sequence[Score]) -> list[list[float]]:
-    """Of each row's blocks to those of its counterpart.
-
-    Raises:
-        UserError: they were scored in other numbers of blocks.
-    """
+    """Of each row's blocks to those of its counterpart."""
     for row, other in zip(rows, others, strict=True):
         if len(row.blocks) != len(other.blocks):
             raise UserError(f"{row.samples}: {len(row.blocks)} blocks, {other.samples} has {len(other.blocks)}")

@@ -26,11 +26,7 @@ def save_figure(figure: Figure, file: Path) -> None:
 
 
 def check_own(file: Path, folder: Path) -> None:
-    """Make sure that a file can be shown: a PNG, and not a link to what lies outside of a folder.
-
-    Raises:
-        UserError: it is something else; names it.
-    """
+    """Make sure that a file can be shown: a PNG, and not a link to what lies outside of a folder."""
     if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{file} is a link to a file outside of the run")
     if not file.is_file():

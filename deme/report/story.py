@@ -158,21 +158,13 @@ def read_run(config: Config, options: str) -> Run:
 
 
 def provenance_of(file: Path, content: dict[str, Any]) -> Provenance:
-    """What a file's content says of how it was made.
-
-    Raises:
-        UserError: it is of no known form; names the file.
-    """
+    """What a file's content says of how it was made."""
     with naming(file):
         return checked(content, Provenance)
 
 
 def read_merge(file: Path, config: Config) -> dict[str, list[float]]:
-    """The coefficients in a merge.yaml, by name pattern.
-
-    Raises:
-        UserError: it is damaged, or of another number of ranges than is configured.
-    """
+    """The coefficients in a merge.yaml, by name pattern."""
     record = read_record(MERGED, file.parent)
     with naming(file):
         found = checked(record.made_from, Merge).coefficients
@@ -192,11 +184,7 @@ class LogLine:
 
 
 def read_curve(name: str, file: Path, batch_size: int) -> Curve:
-    """A run's log.jsonl.
-
-    Raises:
-        UserError: it is damaged; names the line.
-    """
+    """A run's log.jsonl."""
     steps, losses, seconds, before = [], [], 0.0, 0
     with naming(file), naming("not the log of a training run"):
         try:

@@ -70,9 +70,6 @@ def make_squares(
     Args:
         probes: as `draw_probes` gives them.
         network: that candidates are formed in.
-
-    Raises:
-        UserError: an expert that predicts what the pretrained network does, so that there is nothing to match.
     """
     if name == "match":
         targets = [torch.empty_like(batch.target) for batch in probes]

@@ -44,9 +44,6 @@ class Problem:
         pretrained: pipeline folder.
         made_of: what tells data and encoders from others, for the cache of latents.
         folder: the search's, which keeps what was drawn once.
-
-    Raises:
-        UserError: networks that do not fit, or groups that their tensors do not have.
     """
 
     def __init__(

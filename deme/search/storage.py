@@ -21,11 +21,7 @@ TABLES = {"studies", "trials", "version_info"}  # some of Optuna's
 
 
 def open_storage(url: str) -> RDBStorage:
-    """An Optuna storage by its URL.
-
-    Raises:
-        UserError: it can't be reached, or is a file of another program, to which nothing is added.
-    """
+    """An Optuna storage by its URL."""
     try:
         if url.startswith("sqlite"):
             engine = create_engine(url)
@@ -55,7 +51,6 @@ def reading(storage: RDBStorage) -> Iterator[None]:
 
     Raises:
         RunError: it is gone, locked for long or full.
-        UserError: it holds what no search has written.
     """
     try:
         yield
@@ -77,7 +72,6 @@ def read_trials(
         names: of the coefficients.
 
     Raises:
-        UserError: they do not, or the storage is damaged.
         RunError: it can't be reached.
     """
     with reading(storage):

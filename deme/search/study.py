@@ -292,11 +292,7 @@ def grid_point(number: int, values: int, dimensions: int, interval: tuple[float,
 
 
 def grid_values(count: int, dimensions: int) -> int:
-    """How many values per coefficient a grid of at most `count` points has.
-
-    Raises:
-        UserError: fewer than two.
-    """
+    """How many values per coefficient a grid of at most `count` points has."""
     values = int(count ** (1 / dimensions) + 1e-9)
     if values < 2:
         raise UserError(f"a grid of {dimensions} coefficients has at least 2 ** {dimensions} candidates")

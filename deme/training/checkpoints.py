@@ -165,7 +165,6 @@ def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -
     """Fill `state` from the newest checkpoint that is whole and sound; others are reported and passed over.
 
     Raises:
-        UserError: there are checkpoints but none can be read.
         RunError: the disk does not let them be read, which may pass: going on from an older one would be for good.
     """
     checkpoints = list_checkpoints(folder)

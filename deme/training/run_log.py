@@ -23,7 +23,6 @@ class RunLog:
         settings: that Weights & Biases shows beside the curves.
 
     Raises:
-        UserError: Weights & Biases can't be started.
         RunError: from all methods, where the disk is full or the like.
     """
 
@@ -79,11 +78,7 @@ def logged_step(line: str) -> int:
 
 
 def wandb_tracker(folder: Path, settings: Mapping[str, Any]) -> WandBTracker:
-    """Weights & Biases' run of a folder, which stays the same one after a resume.
-
-    Raises:
-        UserError: it can't be started, as where nobody has logged in.
-    """
+    """Weights & Biases' run of a folder, which stays the same one after a resume."""
     import wandb
 
     file = folder / "wandb-id.txt"

@@ -66,9 +66,6 @@ class Session:
 
     Args:
         settings: config.pretrain or config.finetune.
-
-    Raises:
-        UserError: a tracker is not installed.
     """
 
     def __init__(self, config: Config, settings: Training):
@@ -128,11 +125,7 @@ class Session:
         return run.reading(self.data_hashes, as_opened(self.config.data).image_column)
 
     def is_complete(self, run: Run) -> bool:
-        """Whether there is nothing left to do, which is said.
-
-        Raises:
-            UserError: the folder holds a run of other settings, or of other data; names what differs, and what may.
-        """
+        """Whether there is nothing left to do, which is said."""
         check_same_run(run)
         if not run.output.exists():
             return False
@@ -149,9 +142,6 @@ class Session:
 
         Args:
             write: fills the output's folder.
-
-        Raises:
-            UserError: another job trains there, or as `is_complete`.
         """
         from deme.job.processes import in_main_process, locked_by_all
 
@@ -172,11 +162,7 @@ class Session:
 
 
 def check_same_run(run: Run) -> None:
-    """Compare a run with the one that its folder holds, if any.
-
-    Raises:
-        UserError: that is of other settings.
-    """
+    """Compare a run with the one that its folder holds, if any."""
     found = read_record(RUN, run.folder)
     if found is None or not has_trained(run):
         return

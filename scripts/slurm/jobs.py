@@ -55,11 +55,7 @@ def plan_jobs(file: str, overrides: list[str]) -> tuple[Path, list[Job]]:
 
 
 def check_runs(runs: list[ComparedRun]) -> None:
-    """Make sure that a job's processes can share a step, and that nothing but Slurm's time limit ends a training.
-
-    Raises:
-        UserError: names the key.
-    """
+    """Make sure that a job's processes can share a step, and that nothing but Slurm's time limit ends a training."""
     of_each_node = os.environ["NUM_PROCESSES"] or max(1, int(os.environ["GPUS"]))
     for config in (run.config for run in runs):
         for settings in [config.finetune, *([config.pretrain] if config.model.pretrained is None else [])]:
