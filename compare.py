@@ -22,14 +22,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from deme.config.comparison import ComparedRun, compared_runs, load_comparison
+from deme.compare.comparison import ComparedRun, compared_runs, load_comparison
 from deme.errors import RunError, UserError
 from deme.job.command import ended_in_one_line
 from deme.job.files import REPOSITORY, atomic_file, make_folder
-from deme.job.graph import Job, Ledger
+from deme.compare.graph import Job, Ledger
 from deme.job.locks import locked
-from deme.job.side_by_side import Jobs, places
-from deme.job.stages import LAST, stages_of
+from deme.compare.side_by_side import Jobs, places
+from deme.compare.stages import LAST, stages_of
 from deme.models.variants import ORDER
 
 
@@ -84,8 +84,8 @@ def write_table(runs: list[ComparedRun], output: Path) -> None:
     Args:
         runs: that have scores, the base first.
     """
+    from deme.compare.table import compared_rows, comparison_table
     from deme.measure.scores import load_scores
-    from deme.report.comparison import compared_rows, comparison_table
     from deme.report.tables import score_table
 
     results = runs[0].config.paths.results

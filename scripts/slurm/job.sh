@@ -5,7 +5,7 @@
 #
 # PROCESSES of each node; empty: one per GPU, or 1. A task of an array has the NAME, KEY and OVERRIDE of its number; once
 # it is done, the file LEDGER/NAME holds KEY, what stands for the entries of the jobs in LEDGER/../before/NAME, and what
-# stands for the files in LEDGER/../made/NAME: as deme/job/graph.py has it, as Python may be a container's. Slurm sends
+# stands for the files in LEDGER/../made/NAME: as deme/compare/graph.py has it, as Python may be a container's. Slurm sends
 # USR1 before the time limit, and where it is so configured before another job takes the nodes: the script then saves, and
 # the job queues itself again, at most MAX_REQUEUES times.
 set -euo pipefail

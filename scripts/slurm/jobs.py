@@ -16,15 +16,15 @@ import os
 import shlex
 from contextlib import nullcontext
 
-from deme.config.comparison import ComparedRun, compared_runs, is_comparison, load_comparison
+from deme.compare.comparison import ComparedRun, compared_runs, is_comparison, load_comparison
 from deme.config.reading import override
 from deme.errors import RunError
 from deme.job.command import ended_in_one_line
 from deme.job.files import checkpoint_steps, make_folder
-from deme.job.graph import Job, Ledger
+from deme.compare.graph import Job, Ledger
 from deme.job.locks import locked
-from deme.job.slurm import JOBS, Queue, missing_jobs, submit
-from deme.job.stages import LAST, stages_of
+from deme.compare.slurm import JOBS, Queue, missing_jobs, submit
+from deme.compare.stages import LAST, stages_of
 from deme.models.variants import ORDER
 
 MODELS = "configs/comparison/models.yaml"

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from deme.job.graph import Job, Ledger
-from deme.job.side_by_side import Jobs, places
+from deme.compare.graph import Job, Ledger
+from deme.compare.side_by_side import Jobs, places
 from deme.job.signals import Interrupted
 
 CPU = [{}, {}]

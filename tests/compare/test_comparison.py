@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from deme.config.comparison import compared_runs, load_comparison
+from deme.compare.comparison import compared_runs, load_comparison
 from deme.errors import UserError
 from deme.models.variants import ORDER
 

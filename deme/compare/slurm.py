@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deme.compare.graph import Job, Ledger
 from deme.config.paths import for_shell
 from deme.errors import RunError, UserError
-from deme.job.graph import Job, Ledger
 from deme.job.signals import Interrupted, noted_signals
 
 JOBS = "jobs.tsv"  # a line for each that was submitted: its name, its key and Slurm's number

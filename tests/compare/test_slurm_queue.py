@@ -6,11 +6,11 @@ import subprocess
 import pytest
 from conftest import REPOSITORY
 
+from deme.compare import slurm
+from deme.compare.graph import Job, Ledger
+from deme.compare.slurm import Queue, missing_jobs
 from deme.errors import UserError
-from deme.job import slurm
-from deme.job.graph import Job, Ledger
 from deme.job.signals import Interrupted
-from deme.job.slurm import Queue, missing_jobs
 
 
 def chain(tmp_path) -> list[Job]:

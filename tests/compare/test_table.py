@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from deme.report.comparison import Row, comparison_table, difference
+from deme.compare.table import Row, comparison_table, difference
 
 
 def row(name, to_pretrained, to_continued=None) -> Row:

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deme.config.comparison import ComparedRun, Comparison
+from deme.compare.comparison import ComparedRun, Comparison
+from deme.compare.graph import Job, files_below, state_of
 from deme.config.experiment import Config
 from deme.config.paths import for_shell, image_path
 from deme.config.reading import load_config, override
 from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.job.files import REPOSITORY, sha256
-from deme.job.graph import Job, files_below, state_of
 
 LAST = ("card", "report")  # stages that take seconds, and no GPU
 AFTERWARDS = ("merge", "search", "sample", "evaluate", "analyze")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deme.config.comparison import PRETRAINED, ComparedRun
+from deme.compare.comparison import PRETRAINED, ComparedRun
 from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS, range_name
 from deme.errors import UserError
 from deme.measure.scores import Score, load_scores, mean_and_deviation

@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from deme.compare.graph import Job, Ledger
 from deme.job.files import make_folder
-from deme.job.graph import Job, Ledger
 from deme.job.signals import Interrupted, end_with_parent, noted_signals
 
 POLLED_EVERY = 0.2  # seconds between two looks at the commands that run

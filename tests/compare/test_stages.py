@@ -3,10 +3,10 @@ from pathlib import Path
 
 import yaml
 
-from deme.config.comparison import compared_runs, load_comparison
+from deme.compare.comparison import compared_runs, load_comparison
+from deme.compare.stages import stages_of, state_outside
 from deme.config.paths import image_path
 from deme.config.reading import load_config, override
-from deme.job.stages import stages_of, state_outside
 from deme.models.variants import ORDER
 
 MODELS = {"models": {"models": ["pretrained", "continued", "ensemble", "merged", "distilled"]}}
