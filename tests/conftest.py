@@ -11,10 +11,9 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from forked_python import ForkedPython
 from hypothesis import settings
-
-from benchmarks.forked import Run
+from robustness.forked import Run
+from robustness.forked_python import ForkedPython
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")

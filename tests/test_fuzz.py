@@ -4,15 +4,14 @@ import subprocess
 import sys
 
 from conftest import REPOSITORY, environment
-
-from benchmarks.damaged_formats import FORMATS
+from robustness.damaged_formats import FORMATS
 
 EXAMPLES = 60
 
 
 def test_damaged_files_lead_to_no_fault():
-    """`python benchmarks/fuzz.py` tries more."""
-    command = [sys.executable, REPOSITORY / "benchmarks" / "fuzz.py", "--examples", str(EXAMPLES)]
+    """`python tests/robustness/fuzz.py` tries more."""
+    command = [sys.executable, REPOSITORY / "tests" / "robustness" / "fuzz.py", "--examples", str(EXAMPLES)]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=REPOSITORY)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines() == [f"{name}: {EXAMPLES} examples, 0 faults" for name in FORMATS]

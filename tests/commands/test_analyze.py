@@ -7,10 +7,10 @@ import pytest
 from conftest import run, tiny_unet
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from robustness.forked import Run
 from test_search import disturbed, root  # noqa: F401  a fixture
 from test_text_to_image import text_config, text_to_image  # noqa: F401  fixtures
 
-from benchmarks.forked import Run
 from deme.config.sections import ANALYSES
 from deme.models.networks import with_projections
 

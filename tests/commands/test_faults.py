@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import command, environment, run
+from robustness import faults
+from robustness.forked import Run
 from safetensors.torch import load_file
 
-from benchmarks import faults
-from benchmarks.forked import Run
 from deme.job.locks import claims, locked
 from deme.models.weights import WEIGHTS
 
@@ -205,7 +205,7 @@ def test_a_second_job_on_the_same_folder_is_refused(config_file):
 
 @pytest.mark.parametrize("target", faults.TARGETS, ids=[target.name for target in faults.TARGETS])
 def test_faults_lose_nothing(target, tmp_path):
-    """Two kills at random moments, one before a call, a full disk, damaged checkpoints: as benchmarks/faults.py."""
+    """Two kills at random moments, one before a call, a full disk, damaged checkpoints: as robustness/faults.py."""
     found = faults.disturb(target, tmp_path, 2, 1, 1, 1, random.Random(target.name))
     assert found["kills"] >= 2
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from conftest import run
 from PIL import Image
+from robustness.forked import Run
 
-from benchmarks.forked import Run
 from deme.data.samples import block_of
 from deme.job.locks import locked
 

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from conftest import run, tiny_unet
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from robustness.forked import Run
 from safetensors.torch import load_file
 from test_text_to_image import text_config, text_to_image  # noqa: F401  fixtures
 
-from benchmarks.forked import Run
 from deme.config.reading import load_config
 from deme.models.networks import with_projections
 from deme.models.searched import SECONDS, seconds_of

@@ -217,7 +217,7 @@ def test_images_are_shrunk_on_the_disk(text_config, tmp_path):
 
 @pytest.mark.parametrize("cached", ["true", "false"])
 def test_a_killed_run_resumes_bit_for_bit(text_config, tmp_path, cached):
-    from benchmarks.forked import Run
+    from robustness.forked import Run
 
     options = [
         "finetune.range=0",

@@ -11,8 +11,8 @@ import torch
 from conftest import old_name
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
+from robustness.forked import Run
 
-from benchmarks.forked import Run
 from deme.errors import UserError
 from deme.method.projection import PROJECTION_SUFFIX
 from deme.models.networks import ProjectedUNet2DModel, load_unet, with_projections

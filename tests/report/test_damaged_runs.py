@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import yaml
 from PIL import Image
+from robustness.damaged_runs import make_run
 
 import report
-from benchmarks.damaged_runs import make_run
 from deme.errors import UserError
 from deme.measure.scores import load_scores
 from deme.models.searched import read_searched

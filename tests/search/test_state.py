@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from robustness.mutations import damaged
 from safetensors.torch import load_file, save_file
 
-from benchmarks.mutations import damaged
 from deme.search.state import Trace, load_state, save_state
 
 LIKE = {"step": torch.tensor(3), "mean": torch.ones(2, 2, dtype=torch.float64)}

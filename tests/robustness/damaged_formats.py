@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from robustness.damaged_runs import run_files, storage
+from robustness.mutations import VALUES, as_json, changed, damaged, with_other_chunks
 
-from benchmarks.damaged_runs import run_files, storage
-from benchmarks.mutations import VALUES, as_json, changed, damaged, with_other_chunks
 from deme.config.experiment import Config
 from deme.config.reading import load_config
 from deme.config.sections import Data

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
+from robustness.mutations import as_json, changed, damaged
 
-from benchmarks.mutations import as_json, changed, damaged
 from deme.config.experiment import Config
 
 Readers = Iterator[Callable[[], Any]]

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -43,7 +43,7 @@ class ForkedPython:
 
     def _run(self, client: socket.socket) -> None:
         """Fork one script, and send it the client's signals: SIGKILL when the client is gone."""
-        from benchmarks.forked import Run  # the client knows no other module
+        from robustness.forked import Run  # the client knows no other module
 
         _, streams, _, _ = socket.recv_fds(client, 1, 2)
         lines = client.makefile("r")

@@ -1,8 +1,8 @@
 """Feed damaged files of every format that is read from outside to the functions that read them.
 
-    python benchmarks/fuzz.py                       # ten minutes of each format
-    python benchmarks/fuzz.py png npz --seconds 60
-    python benchmarks/fuzz.py png --start 12345 --examples 1     # one again, with its traceback
+    python tests/robustness/fuzz.py                       # ten minutes of each format
+    python tests/robustness/fuzz.py png npz --seconds 60
+    python tests/robustness/fuzz.py png --start 12345 --examples 1     # one again, with its traceback
 
 A damaged file is read, or refused in one line as a user's mistake or a run that can't go on. Every other end is a
 fault: another error, a crash, ten seconds of a processor, 4 GiB. Example i of a format is a function of i alone.
@@ -25,11 +25,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from robustness.damaged_formats import FORMATS
 
-from benchmarks.damaged_formats import FORMATS
 from deme.errors import RunError, UserError
 
 SECONDS = 10  # of a processor that an example may take
