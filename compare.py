@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deme.compare.comparison import ComparedRun, compared_runs, load_comparison
+from deme.config.paths import Paths
 from deme.errors import RunError, UserError
 from deme.job.command import ended_in_one_line
 from deme.job.files import REPOSITORY, atomic_file, make_folder
@@ -69,6 +70,7 @@ def main(file: str, runs: list[ComparedRun], jobs: list[Job], processes: int, ta
         scored = [run for run in runs if evaluations[run.config.name].is_made]
         if base in scored:
             write_table(scored, paths.comparison(file))
+            print(f"page: {paths.report}\npictures:", *pictures(paths), sep="\n")
 
     # --- what failed
     failed = [f"{job.name}: {job.error}" for job in jobs if job.state == "failed"]
@@ -99,6 +101,11 @@ def write_table(runs: list[ComparedRun], output: Path) -> None:
     with atomic_file(output / "table.md") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n{output / 'table.md'}")
+
+
+def pictures(paths: Paths) -> list[Path]:
+    """Grids of samples, and previews of the trainings."""
+    return sorted([*paths.run.glob("samples/**/grid-*.png"), *paths.run.glob("finetuned/**/previews/*.png")])
 
 
 if __name__ == "__main__":

@@ -7,4 +7,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
-compare configs/cifar10_scratch.yaml "$@"
+compare base=configs/cifar10_scratch.yaml "$@"

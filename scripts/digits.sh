@@ -12,4 +12,4 @@ export ACCELERATE_USE_CPU=true # so small a network is no faster on a GPU
 name=${DIGITS:-digits} # or digits_captions, which scripts/digits_captions.sh sets
 
 [ "${PRETRAIN:-0}" != 1 ] || set -- name=${name}_from_scratch model.pretrained=null "$@"
-compare configs/$name.yaml "$@"
+compare base=configs/$name.yaml "$@"

@@ -4,8 +4,8 @@
 
 Opens the pretrained pipeline and the data (a Hub id is downloaded first) to count parameters, operations and images.
 In the environment GPU_TFLOPS is the rate that one GPU reaches on these networks in 10¹² operations per second, and
-NUM_PROCESSES the number of processes, which must be able to share a step; MODELS how many models are drawn from (1;
-with more, the control is trained, too; with 5, so is the network that is distilled from the experts).
+NUM_PROCESSES the number of processes, which must be able to share a step; MODELS the models that are compared
+("pretrained merged").
 """
 
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deme.config.experiment import Config
+from deme.config.sections import CONTINUED, DISTILLED
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
@@ -51,9 +52,8 @@ def main(config: Config) -> None:
     print(f"{config.paths.pretrained}: {parameters:,} parameters; {config.data.name}: {images:,} images")
 
     # --- disk
-    models = int(from_environment("MODELS", 1))
-    has_control = models > 1
-    has_distilled = models > 4
+    models = os.environ.get("MODELS", "pretrained merged").split()
+    has_control, has_distilled = CONTINUED in models, DISTILLED in models
     ranges = len(config.timesteps.ranges)
     trained = ranges + has_control + has_distilled
     raw = channels * config.data.resolution**2
@@ -67,7 +67,7 @@ def main(config: Config) -> None:
         "finetuned networks": trained * FLOAT * parameters,
         "their checkpoints": (trained * config.finetune.checkpoints_kept + 1) * checkpoint,
         "merged network": FLOAT * parameters,
-        "samples": models * config.sample.num_images * max(DISK_BLOCK, drawn * PNG_SHARE),
+        "samples": len(models) * config.sample.num_images * max(DISK_BLOCK, drawn * PNG_SHARE),
     }
     for name, size in disk.items():
         print(f"{size / 1e9:9.1f} GB  {name}")
@@ -82,7 +82,7 @@ def main(config: Config) -> None:
     per_step = 1 + (takes_text(pretrained) and config.sample.guidance_scale != 1)
     calls, in_search = (steps * per_step for steps in (config.sample.num_inference_steps, config.search_steps))
     searched, reported = searched_images(config)
-    count = models * config.sample.num_images
+    count = len(models) * config.sample.num_images
     distilled = has_distilled * config.distill.max_steps * config.finetune.batch_size
     coded = images * config.data.cached_views if config.data.cache_latents else seen * (1 + has_control) + distilled
     work = {
