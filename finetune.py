@@ -14,83 +14,88 @@ The same command again resumes, or does nothing when all is done. The last one i
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
 from deme.config.sections import ANT_UW, BASELINES, CONTINUED, DISTILLED, Finetune, range_name
-from deme.errors import UserError, naming
 from deme.job.command import run_script
 from deme.job.files import sha256
 from deme.job.records import ARCHITECTURE
 from deme.models.inputs import Inputs
 from deme.models.variants import find_finetuned, find_variant
 from deme.models.weights import weights_hash
-from deme.training.session import Run, Session
+from deme.training.session import Objective, Session, TrainingRun
 
 if TYPE_CHECKING:
     from deme.data.images import Examples
-    from deme.training.trainer import Networks
+    from deme.training.setup import Start
 
 PRETRAINED, MERGED = "pretrained", "merged"  # models to start from, as sample.model names them
 
 
 @dataclass(frozen=True)
 class Task:
-    """One network that this command trains."""
+    """One network to train."""
 
-    name: str  # of its folder below finetuned/
-    stream: tuple[int, ...]  # of its random draws; (seed, 0) is that of pretrain.py, (seed, 3) that of search.py
+    objective: Objective
     settings: Finetune
-    ranges: list[tuple[int, int]]  # of timesteps; each micro-batch is spread evenly over them
-    is_projected: bool
-    start: str = PRETRAINED  # the model that it starts from
-    is_held_to_experts: bool = False  # each part of a micro-batch to that of its range, and to nothing else
-    uncertainty_learning_rate: float | None = None  # of learned weights of the ranges; None: there are none
-    names: dict[str, str] = field(default_factory=dict)  # of settings that do not come from `finetune`
+    is_projected: bool = False
+    start: str = PRETRAINED  # or MERGED, which is held to the experts alone
+    renamed: dict[str, str] = field(default_factory=dict)  # section.key → the key that its value comes from
+
+    @property
+    def name(self) -> str:
+        """The name of its folder in finetuned/."""
+        return self.objective.name
 
 
 def expert(config: Config, timestep_range: tuple[int, int]) -> Task:
     """The copy of one timestep range, held to the pretrained network."""
-    stream = (config.seed, 2, *timestep_range)
-    return Task(range_name(timestep_range), stream, config.finetune, [timestep_range], config.model.projection)
+    settings = config.finetune
+    objective = Objective(
+        range_name(timestep_range),
+        (config.seed, 2, *timestep_range),
+        [timestep_range],
+        settings.global_probability,
+        consistency_weight=settings.consistency_weight,
+    )
+    return Task(objective, settings, config.model.projection)
 
 
 def control(config: Config, name: str = CONTINUED) -> Task:
-    """The control, or a baseline: training on all timesteps without a teacher, at the cost of all ranges together.
+    """The control or a baseline: training on all timesteps without a teacher, at the cost of all ranges together.
 
-    All of them see the same images, and but for ANT-UW, whose timesteps are spread over the ranges, the same timesteps
-    and noise.
+    All of them see the same images. All but ANT-UW, which spreads its timesteps over the ranges, also see the same
+    timesteps and noise.
     """
     steps = len(config.timesteps.ranges) * config.finetune.max_steps
     settings = replace(config.finetune, max_steps=steps, global_probability=1.0, consistency_weight=0.0)
-    task = Task(name, (config.seed, 1), settings, [(0, config.timesteps.num_train_timesteps)], is_projected=False)
+    objective = Objective(name, (config.seed, 1), [(0, config.timesteps.num_train_timesteps)], global_probability=1.0)
     if name == ANT_UW:
-        return replace(
-            task,
-            settings=replace(settings, global_probability=0.0, loss_weighting=None),
-            ranges=config.timesteps.ranges,
-            uncertainty_learning_rate=config.finetune.uncertainty_learning_rate,
-        )
-    return task if name == CONTINUED else replace(task, settings=replace(settings, loss_weighting=name))
+        rate = settings.uncertainty_learning_rate
+        ranges = config.timesteps.ranges
+        objective = replace(objective, ranges=ranges, global_probability=0.0, uncertainty_learning_rate=rate)
+        settings = replace(settings, global_probability=0.0, loss_weighting=None)
+    elif name != CONTINUED:
+        settings = replace(settings, loss_weighting=name)
+    return Task(objective, settings)
 
 
 def distillation(config: Config) -> Task:
     """The merged network, held to each range's expert in its range: ours, a step beyond the paper."""
     steps = config.distill.max_steps
     return Task(
-        DISTILLED,
-        (config.seed, 4),
+        Objective(DISTILLED, (config.seed, 4), config.timesteps.ranges, denoising_weight=0.0, consistency_weight=1.0),
         replace(config.finetune, max_steps=steps, global_probability=0.0, consistency_weight=1.0, loss_weighting=None),
-        config.timesteps.ranges,
         config.model.projection,
         start=MERGED,
-        is_held_to_experts=True,
-        names={"finetune.max_steps": "distill.max_steps"},
+        renamed={"finetune.max_steps": "distill.max_steps"},
     )
 
 
 def chosen_tasks(config: Config) -> list[Task]:
-    """What this command trains; all of them start from the same network."""
+    """The networks that this command trains; all of them start from the same one."""
     chosen = config.finetune.range
     ranges = config.timesteps.ranges
     if chosen in (CONTINUED, *BASELINES):
@@ -101,24 +106,24 @@ def chosen_tasks(config: Config) -> list[Task]:
 
 
 def source_of(task: Task, config: Config) -> tuple[str, str]:
-    """The pipeline that a task starts from, behind the key that names it."""
+    """The key and the value that name the pipeline that a task starts from."""
     if task.start == MERGED:
         return "merge.output", str(config.paths.merged)
     return "model.pretrained", config.paths.pretrained
 
 
-def run_of(session: Session, task: Task, hashes: dict[str, str]) -> Run:
-    """The run of a task, and everything that determines its weights.
+def run_of(session: Session, task: Task, hashes: dict[str, str]) -> TrainingRun:
+    """The run of a task.
 
     Args:
-        hashes: of what it starts from and is held to.
+        hashes: of the networks that it starts from and is held to.
     """
     folder = session.config.paths.finetuning(task.name)
-    others = {"finetune.range": task.name, "model.projection": task.is_projected, **hashes}
-    if task.uncertainty_learning_rate is not None:
-        others["finetune.uncertainty_learning_rate"] = task.uncertainty_learning_rate
-        others["timestep ranges"] = [list(edges) for edges in task.ranges]
-    return session.run(folder, folder / "unet", task.settings, others, task.names)
+    made_from = {"finetune.range": task.name, "model.projection": task.is_projected, **hashes}
+    if task.objective.uncertainty_learning_rate is not None:
+        made_from["finetune.uncertainty_learning_rate"] = task.objective.uncertainty_learning_rate
+        made_from["timestep ranges"] = [list(edges) for edges in task.objective.ranges]
+    return session.new_run(task.objective, task.settings, folder, folder / "unet", made_from, task.renamed)
 
 
 def plan(config: Config) -> str:
@@ -136,19 +141,17 @@ def main(config: Config) -> None:
     # --- what is left to do
     session = Session(config, config.finetune)
     tasks = chosen_tasks(config)
-    first = tasks[0]
-    start = find_variant(first.start, config.paths)
-    pipeline, folder = start.pipeline, start.unets[0]
-    experts = {}
-    if first.is_held_to_experts:
-        experts = dict(zip(map(range_name, first.ranges), find_finetuned(config.paths), strict=True))
-    unets = {first.start: folder, **experts}
-    inputs = Inputs(pipeline, list(unets.values()))
+    model = tasks[0].start
+    variant = find_variant(model, config.paths)
+    unets = {model: variant.unets[0]}
+    if model == MERGED:
+        unets |= zip(map(range_name, tasks[0].objective.ranges), find_finetuned(config.paths), strict=True)
+    inputs = Inputs(variant.pipeline, list(unets.values()))
     inputs.check_fits(config)
     watched = inputs.watched(*(unet / "config.json" for unet in inputs.unets))
     hashes = {
         **{f"{name} weights (SHA-256)": weights_hash(unet) for name, unet in unets.items()},
-        ARCHITECTURE: sha256(folder / "config.json"),
+        ARCHITECTURE: sha256(inputs.unets[0] / "config.json"),
         **inputs.hashes(),
     }
     runs = [(task, run_of(session, task, hashes)) for task in tasks]
@@ -156,86 +159,40 @@ def main(config: Config) -> None:
     if not runs:
         return
 
-    # --- torch is imported after what can be answered without it
+    # --- the networks and the images; torch is imported only now, as the lines above do not need it
     import gc
 
-    from deme.data.examples import load_examples
-    from deme.job.processes import make_accelerator
-    from deme.method.distillation import Experts
-    from deme.models.encoders import load_encoder
-    from deme.models.networks import load_scheduler, load_unet, try_out
-    from deme.training.trainer import Networks
+    from deme.training.setup import load_start, open_training
 
-    # --- the networks and the images
-    accelerator = make_accelerator(config.finetune.mixed_precision, "finetune.mixed_precision")
-    config.finetune.check_shares(accelerator.num_processes)
-    key, source = source_of(first, config)
-    with naming(key, source):
-        unet = load_unet(folder)
-        scheduler = load_scheduler(pipeline)
-        encoder = load_encoder(pipeline, unet)
-        try_out(unet, scheduler, encoder)
-    teachers = [load_unet(path) for path in experts.values()]
-    for path, teacher in zip(experts.values(), teachers, strict=True):
-        with naming(path):
-            try_out(teacher, scheduler, encoder)
-            channels = teacher.config.in_channels
-            if channels != unet.config.in_channels:
-                raise UserError(f"in_channels={channels}: {folder} has {unet.config.in_channels}")
-    loaded = Networks(unet, Experts(teachers) if teachers else None, scheduler, encoder)
-    accelerator.wait_for_everyone()
-    watched.check()  # all processes have read the same
-    made_of = session.data_hashes | hashes
-    images = load_examples(config, config.finetune, encoder, made_of, accelerator).training
+    key, source = source_of(tasks[0], config)
+    load = partial(load_start, inputs, key, source)
+    accelerator, start, (images, _) = open_training(session, load, watched, hashes)
     accelerator.print(
-        f"{source}: {unet.num_parameters():,} parameters; {len(images):,} images; "
+        f"{source}: {start.denoiser.num_parameters():,} parameters; {len(images):,} images; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
 
     # --- one run per task
     for task, run in runs:
-        if not finetune(session, task, session.reading(run), loaded, images):
+        if not finetune(session, task, session.with_data(run), start, images):
             return
         gc.collect()  # autocast's wrappers tie this run's networks into cycles, which would keep their memory
 
 
-def finetune(session: Session, task: Task, run: Run, loaded: "Networks", images: "Examples") -> bool:
-    """Train one copy of the network that a task starts from and write it; False when time was up before.
-
-    Args:
-        loaded: as `student`, the network that it starts from; as `teacher`, the experts where it has any.
-    """
+def finetune(session: Session, task: Task, run: TrainingRun, start: "Start", images: "Examples") -> bool:
+    """Train a copy of the network that a task starts from and write it; False if time was up first."""
     import copy
-    from functools import partial
 
-    from deme.job.processes import make_accelerator
     from deme.models.networks import with_projections
-    from deme.training.trainer import Objective, Trainer
+    from deme.training.setup import train
+    from deme.training.trainer import Networks
 
-    settings = task.settings
-
-    # --- the teacher is the network that the student starts from, or else the experts
-    student = with_projections(loaded.student) if task.is_projected else copy.deepcopy(loaded.student)
-    teacher = loaded.teacher
-    if teacher is None and settings.consistency_weight > 0:
-        teacher = copy.deepcopy(loaded.student)
-    networks = replace(loaded, student=student, teacher=teacher)
-
-    # --- which timesteps it sees, and what it is held to
-    objective = Objective(
-        name=task.name,
-        stream=task.stream,
-        ranges=task.ranges,
-        global_probability=settings.global_probability,
-        denoising_weight=0.0 if task.is_held_to_experts else 1.0,
-        consistency_weight=settings.consistency_weight,
-        uncertainty_learning_rate=task.uncertainty_learning_rate,
-    )
-
-    # --- train; the output holds the EMA weights
-    accelerator = make_accelerator(settings.mixed_precision, "finetune.mixed_precision")  # one loss scale per run
-    make_trainer = partial(Trainer, accelerator, networks, images, objective, settings, run.folder)
-    return session.train(accelerator, run, make_trainer, write=student.save_pretrained) is not None
+    student = with_projections(start.denoiser) if task.is_projected else copy.deepcopy(start.denoiser)
+    teacher = start.experts
+    if teacher is None and task.objective.consistency_weight > 0:
+        teacher = copy.deepcopy(start.denoiser)
+    networks = Networks(student, teacher, start.scheduler, start.encoder)
+    return train(session, run, networks, images, write=student.save_pretrained) is not None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ The same command again resumes, or does nothing when all is done.
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
 from deme.errors import UserError, naming, one_line
@@ -30,7 +32,10 @@ from deme.models.pipelines import (
     unet_folder,
     write_pipeline_files,
 )
-from deme.training.session import Session
+from deme.training.session import Objective, Session
+
+if TYPE_CHECKING:
+    from deme.training.setup import Start
 
 
 def find_encoders(config: Config) -> Path:
@@ -53,38 +58,20 @@ def plan(config: Config) -> str:
     return f"pretrain for {config.pretrain.max_steps} steps -> {config.paths.pretrained_here}"
 
 
-def main(config: Config) -> None:
-    """Pretrain, unless it is done."""
-    # --- what is left to do
-    settings = config.pretrain
-    session = Session(config, settings)
-    encoders = None
-    others = {}
-    watched = Watched([])
-    if settings.encoders is not None:
-        with naming("pretrain.encoders", settings.encoders):
-            encoders = find_encoders(config)
-        schedule = scheduler_folder(encoders) / SCHEDULER_CONFIG
-        watched = Watched([*encoder_files(encoders).values(), schedule])
-        others = {ENCODER: encoders_hash(encoders), SCHEDULE: sha256(schedule)}
-    run = session.run(config.paths.pretraining, config.paths.pretrained_here, settings, others)
-    if session.is_complete(run):
-        return
+def make_start(config: Config, encoders: Path | None) -> "Start":
+    """A network with random weights and the noise schedule, as configured.
 
-    # --- torch is imported after what can be answered without it
+    Args:
+        encoders: the pipeline folder of a text-to-image model's encoders.
+    """
     import diffusers
     import torch
 
-    from deme.data.examples import load_examples
-    from deme.job.processes import make_accelerator
     from deme.models.encoders import Pixels, load_encoder
     from deme.models.networks import load_scheduler, try_out
-    from deme.training.held_out import HeldOut
-    from deme.training.trainer import Networks, Objective, Trainer
+    from deme.training.setup import Start
 
-    # --- network and noise schedule from the configuration
-    accelerator = make_accelerator(settings.mixed_precision, "pretrain.mixed_precision")
-    settings.check_shares(accelerator.num_processes)
+    settings = config.pretrain
     torch.manual_seed(config.seed)
     given = f"pretrain.unet={settings.unet}, pretrain.scheduler={settings.scheduler}, data.resolution"
     with naming(given, config.data.resolution):
@@ -103,32 +90,56 @@ def main(config: Config) -> None:
             raise UserError(one_line(error)) from None
         encoder = Pixels(unet.config.in_channels) if encoders is None else load_encoder(encoders, unet)
         try_out(unet, scheduler, encoder)
-    accelerator.wait_for_everyone()
-    watched.check()  # all processes have read the same
-    made_of = session.data_hashes | others
-    images, held_out_images = load_examples(config, settings, encoder, made_of, accelerator)
-    counts = f"{unet.num_parameters():,} parameters, {len(images):,} images, {len(held_out_images):,} held out"
-    accelerator.print(counts)
+    return Start(unet, scheduler, encoder)
+
+
+def write_pipeline(config: Config, start: "Start", encoders: Path | None, folder: Path) -> None:
+    """Fill a pipeline folder with the trained network, the noise schedule and the encoders, if there are any."""
+    import diffusers
+
+    if encoders is None:
+        diffusers.DDPMPipeline(start.denoiser, start.scheduler).save_pretrained(folder)
+    else:
+        start.denoiser.save_pretrained(folder / "unet")
+        write_pipeline_files(folder, encoders)
+    write_yaml(folder / "pretrain.yaml", provenance(config))
+
+
+def main(config: Config) -> None:
+    """Pretrain, unless it is done."""
+    # --- what is left to do
+    settings = config.pretrain
+    session = Session(config, settings)
+    encoders = None
+    hashes = {}
+    watched = Watched([])
+    if settings.encoders is not None:
+        with naming("pretrain.encoders", settings.encoders):
+            encoders = find_encoders(config)
+        schedule = scheduler_folder(encoders) / SCHEDULER_CONFIG
+        watched = Watched([*encoder_files(encoders).values(), schedule])
+        hashes = {ENCODER: encoders_hash(encoders), SCHEDULE: sha256(schedule)}
+    objective = Objective("pretraining", (config.seed, 0), [(0, config.timesteps.num_train_timesteps)])
+    run = session.new_run(objective, settings, config.paths.pretraining, config.paths.pretrained_here, hashes)
+    if session.is_complete(run):
+        return
+
+    # --- network, noise schedule and images; torch is imported only now, as the lines above do not need it
+    from deme.training.held_out import HeldOut
+    from deme.training.setup import open_training, train
+    from deme.training.trainer import Networks
+
+    accelerator, start, images = open_training(session, partial(make_start, config, encoders), watched, hashes)
+    accelerator.print(
+        f"{start.denoiser.num_parameters():,} parameters, {len(images.training):,} images, "
+        f"{len(images.held_out):,} held out"
+    )
 
     # --- train on all timesteps, without a teacher
-    objective = Objective("pretraining", stream=(config.seed, 0), ranges=[(0, config.timesteps.num_train_timesteps)])
-    held_out = HeldOut(held_out_images, settings.held_out_every, settings.patience) if held_out_images else None
-    networks = Networks(unet, None, scheduler, encoder)
-
-    def write(folder: Path) -> None:
-        if encoders is None:
-            diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
-        else:
-            unet.save_pretrained(folder / "unet")
-            write_pipeline_files(folder, encoders)
-        write_yaml(folder / "pretrain.yaml", provenance(config))
-
-    trainer = session.train(
-        accelerator,
-        session.reading(run),
-        lambda: Trainer(accelerator, networks, images, objective, settings, run.folder, held_out),
-        write,
-    )
+    networks = Networks(start.denoiser, None, start.scheduler, start.encoder)
+    held_out = HeldOut(images.held_out, settings.held_out_every, settings.patience) if images.held_out else None
+    write = partial(write_pipeline, config, start, encoders)
+    trainer = train(session, session.with_data(run), networks, images.training, write, held_out)
     if trainer is None:
         return
     has_converged = trainer.state.step < settings.max_steps

@@ -14,7 +14,8 @@ from deme.data.images import CroppedImages
 from deme.models.encoders import Pixels
 from deme.models.networks import with_projections
 from deme.training.held_out import HeldOut
-from deme.training.trainer import Networks, Objective, Trainer
+from deme.training.session import Objective
+from deme.training.trainer import Networks, Trainer
 
 OBJECTIVE = Objective("benchmark", (0, 2, 0, 250), [(0, 250)], global_probability=0.3, consistency_weight=1.0)
 

@@ -8,18 +8,18 @@ processes that can't share a step.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import deme.job.early  # noqa: F401  Ctrl-C may come while the rest is imported
 from deme.config.experiment import Config
-from deme.errors import naming
 from deme.job.command import run_script
-from deme.job.records import DATA
 from deme.models.inputs import Inputs
 from deme.models.pipelines import unet_folder
 from deme.models.variants import find_pretrained
+from deme.training.session import Session
 
 
 def plan(config: Config) -> str:
@@ -33,19 +33,11 @@ def main(config: Config) -> None:
     inputs = Inputs(pipeline, [unet_folder(pipeline)])
     inputs.check_fits(config)
 
-    from deme.data.examples import load_examples
-    from deme.data.sources import data_fingerprint
-    from deme.job.processes import make_accelerator
-    from deme.models.encoders import load_encoder
-    from deme.models.networks import load_unet
+    from deme.training.setup import load_start, open_training
 
-    accelerator = make_accelerator(config.finetune.mixed_precision, "finetune.mixed_precision")
-    config.finetune.check_shares(accelerator.num_processes)
-    with naming("model.pretrained", config.paths.pretrained):
-        encoder = load_encoder(pipeline, load_unet(inputs.unets[0]))
-    made_of = {DATA: data_fingerprint(config.data, with_captions=True), **inputs.hashes()}
-    images = load_examples(config, config.finetune, encoder, made_of, accelerator).training
-    accelerator.print(f"{config.data.name}: {len(images):,} images")
+    load = partial(load_start, inputs, "model.pretrained", config.paths.pretrained)
+    accelerator, _, images = open_training(Session(config, config.finetune), load, inputs.watched(), inputs.hashes())
+    accelerator.print(f"{config.data.name}: {len(images.training):,} images")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,21 @@
-"""What stands around the training loop in every command that trains: is this the run that stands there, is it complete,
-lock, train, write. torch is imported after what can be answered without it."""
+"""The record and the completeness of a training run. Imports no torch, so that a finished run is reported at once."""
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.sections import WEIGHTINGS, Training
 from deme.errors import naming
-from deme.job.files import atomic_folder, checkpoint_steps, make_folder
+from deme.job.files import checkpoint_steps, make_folder
 from deme.job.locks import clear_lock
 from deme.job.records import IMAGE_COLUMN, RUN, Record, changes, provenance, read_record
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from deme.training.trainer import Trainer
 
 FREE_KEYS = (  # of the sections data, pretrain and finetune: may change in the middle of a run
     "label_column",
@@ -48,21 +42,63 @@ OF_TEXT += ("preview_prompts", "encoders")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training run: where it lies, what it makes, what determines that."""
+class Objective:
+    """Which timesteps a run trains on, and which losses it minimizes."""
 
+    name: str  # for messages: "0000-0250"
+    stream: tuple[int, ...]  # of random draws; (seed, 3) is that of search.py
+    ranges: Sequence[tuple[int, int]]  # of timesteps; a micro-batch is spread evenly over them
+    global_probability: float = 0.0  # p
+    denoising_weight: float = 1.0
+    consistency_weight: float = 0.0  # λ
+    uncertainty_learning_rate: float | None = None  # of learned loss weights, one per range (ANT-UW); None: not learned
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training run, and everything that determines its weights."""
+
+    objective: Objective
+    settings: Training
     folder: Path  # checkpoints, logs and previews
-    output: Path  # the folder that it makes
+    output: Path  # the folder that it writes at its end
     record: Record
 
-    def reading(self, data_hashes: dict[str, str], image_column: str) -> "Run":
-        """The same run, now that it is known which data it reads."""
-        made_from = self.record.made_from | data_hashes | {IMAGE_COLUMN: image_column}
-        return replace(self, record=replace(self.record, made_from=made_from))
+    @property
+    def has_trained(self) -> bool:
+        """True if the run has a checkpoint or final weights."""
+        return self.output.exists() or checkpoint_steps(self.folder / "checkpoints") != []
+
+    def check_same(self) -> None:
+        """Compare the run with the one in its folder, if any."""
+        found = read_record(RUN, self.folder)
+        if found is None or not self.has_trained:
+            return
+        changed = changes(found.made_from, self.record.made_from, RUN.later)
+        free = found.beside["free"]
+        allowed = changes(free, {key: value for key, value in self.record.beside["free"].items() if key in free})
+        remedy = f"set {'it' if len(changed) == 1 else 'them'} back, or give this run another name"
+        also = f"; {', '.join(allowed)} may change" if allowed else ""
+        with naming(self.folder):
+            found.fits(self.record, self.folder, remedy + also)
+
+    def claim(self) -> None:
+        """Create the run's folder with its record, or check that the run in it is the same.
+
+        A run without a checkpoint, for example after running out of memory, is replaced.
+        """
+        self.check_same()
+        found = read_record(RUN, self.folder)
+        if found is not None and not self.has_trained and changes(found.made_from, self.record.made_from, RUN.later):
+            print(f"{self.folder}: a run of other settings ended before its first checkpoint; starting again")
+            found = None
+        if found is None:
+            make_folder(self.folder, "output_dir")
+            self.record.write(self.folder)
 
 
 class Session:
-    """One command that trains, from its start to its deadline.
+    """One training command, from its start to its deadline.
 
     Args:
         settings: config.pretrain or config.finetune.
@@ -71,33 +107,33 @@ class Session:
     def __init__(self, config: Config, settings: Training):
         self.config = config
         self.settings = settings
-        there = "wandb" not in settings.log_with or find_spec("wandb") is not None
-        settings.check("log_with", there, "Weights & Biases is not installed: pip install wandb")
+        is_installed = "wandb" not in settings.log_with or find_spec("wandb") is not None
+        settings.check("log_with", is_installed, "Weights & Biases is not installed: pip install wandb")
         self.deadline = None if settings.max_minutes is None else time.monotonic() + 60 * settings.max_minutes
 
-    def run(
+    def new_run(
         self,
+        objective: Objective,
+        settings: Training,
         folder: Path,
         output: Path,
-        settings: Training,
-        others: dict[str, Any],
-        names: Mapping[str, str] = MappingProxyType({}),
-    ) -> Run:
-        """A run of this command.
+        made_from: dict[str, Any],
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ) -> TrainingRun:
+        """A run with its record, except for the hashes of the data.
 
         Args:
-            settings: the run's own.
-            others: what else determines its weights.
-            names: of settings whose values come from elsewhere: section.key → what the configuration calls it.
+            made_from: what determines the weights beside seed, data and settings.
+            renamed: section.key of a setting → the key that its value comes from.
         """
         parts = {part.section: asdict(part) for part in (self.config.data, settings)}
         left_out = {key for key, weightings in OF_WEIGHTING.items() if settings.loss_weighting not in weightings}
         left_out |= set(OF_TEXT) if self.config.data.caption_column is None else set()
-        left_out |= {"uncertainty_learning_rate"}  # which the task that it counts for names
-        left_out |= {"image_column"}  # which `reading` names
+        left_out |= {"uncertainty_learning_rate"}  # in `made_from` where it is used
+        left_out |= {"image_column"}  # added with the hashes of the data
         left_out |= {key for part in parts.values() for key, usual in UNNAMED.items() if part.get(key, ...) == usual}
         values = {
-            names.get(f"{section}.{key}", f"{section}.{key}"): value
+            renamed.get(f"{section}.{key}", f"{section}.{key}"): value
             for section, part in parts.items()
             for key, value in part.items()
             if key not in left_out
@@ -107,89 +143,33 @@ class Session:
             "seed": self.config.seed,
             "timesteps.num_train_timesteps": self.config.timesteps.num_train_timesteps,
             **{name: value for name, value in values.items() if name not in free},
-            **others,
+            **made_from,
         }
-        return Run(folder, output, Record(RUN, made_from, {"free": free, **provenance(self.config)}))
+        record = Record(RUN, made_from, {"free": free, **provenance(self.config)})
+        return TrainingRun(objective, settings, folder, output, record)
 
     @cached_property
     def data_hashes(self) -> dict[str, str]:
-        """What tells the data and its captions from others; torch is imported for it, as nothing else reads images."""
+        """SHA-256 of the images and captions. Imports torch, as nothing else reads images."""
         from deme.data.sources import data_hashes
 
         return data_hashes(self.config.data, self.config.paths.image_cache, with_captions=True)
 
-    def reading(self, run: Run) -> Run:
-        """A run, now that its data has been read."""
+    def with_data(self, run: TrainingRun) -> TrainingRun:
+        """The run with the hashes of the data in its record."""
         from deme.data.sources import as_opened
 
-        return run.reading(self.data_hashes, as_opened(self.config.data).image_column)
+        made_from = run.record.made_from | self.data_hashes
+        made_from[IMAGE_COLUMN] = as_opened(self.config.data).image_column
+        return replace(run, record=replace(run.record, made_from=made_from))
 
-    def is_complete(self, run: Run) -> bool:
-        """Whether there is nothing left to do, which is said."""
-        check_same_run(run)
+    def is_complete(self, run: TrainingRun) -> bool:
+        """True, and printed, if the run has written its output."""
+        run.check_same()
         if not run.output.exists():
             return False
-        check_same_run(self.reading(run))
+        self.with_data(run).check_same()
         clear_lock(run.folder)
-        if os.environ.get("RANK", "0") == "0":  # all processes find the same, before they know each other
+        if os.environ.get("RANK", "0") == "0":  # accelerate is not imported yet
             print(f"{run.output} is complete")
         return True
-
-    def train(
-        self, accelerator: "Accelerator", run: Run, make_trainer: Callable[[], "Trainer"], write: Callable[[Path], None]
-    ) -> "Trainer | None":
-        """Train to the end and write the output; None where time was up before, which is said.
-
-        Args:
-            write: fills the output's folder.
-        """
-        from deme.job.processes import in_main_process, locked_by_all
-
-        def finish() -> None:
-            with atomic_folder(run.output) as temporary:
-                write(temporary)
-            print(f"wrote {run.output}")
-
-        with locked_by_all(accelerator, run.folder, "output_dir"):
-            in_main_process(accelerator, lambda: claim(run))
-            trainer = make_trainer()
-            if trainer.run(self.deadline):
-                in_main_process(accelerator, finish)
-                return trainer
-        key = f"{self.settings.section}.max_minutes"
-        accelerator.print(f"stopped after {key}={self.settings.max_minutes}; the same command resumes")
-        return None
-
-
-def check_same_run(run: Run) -> None:
-    """Compare a run with the one that its folder holds, if any."""
-    found = read_record(RUN, run.folder)
-    if found is None or not has_trained(run):
-        return
-    changed = changes(found.made_from, run.record.made_from, RUN.later)
-    free = found.beside["free"]
-    allowed = changes(free, {key: value for key, value in run.record.beside["free"].items() if key in free})
-    remedy = f"set {'it' if len(changed) == 1 else 'them'} back, or give this run another name"
-    also = f"; {', '.join(allowed)} may change" if allowed else ""
-    with naming(run.folder):
-        found.fits(run.record, run.folder, remedy + also)
-
-
-def has_trained(run: Run) -> bool:
-    """Whether a run's folder holds anything that its settings matter to: a checkpoint, or what it makes."""
-    return run.output.exists() or checkpoint_steps(run.folder / "checkpoints") != []
-
-
-def claim(run: Run) -> None:
-    """Create a run's folder with its record, or make sure that the run in it is the same.
-
-    One that ended before its first checkpoint, as after running out of memory, starts again under other settings.
-    """
-    check_same_run(run)
-    found = read_record(RUN, run.folder)
-    if found is not None and not has_trained(run) and changes(found.made_from, run.record.made_from, RUN.later):
-        print(f"{run.folder}: a run of other settings ended before its first checkpoint; it starts again under these")
-        found = None
-    if found is None:
-        make_folder(run.folder, "output_dir")
-        run.record.write(run.folder)

@@ -7,7 +7,6 @@ interruption changes what is trained on. The loop never waits for the device bet
 
 import signal
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -21,14 +20,13 @@ from torch import nn
 from tqdm import tqdm
 
 from deme.config.sections import Training
-from deme.data.draws import Stream
 from deme.data.images import Examples, MicroBatch, MicroBatches
 from deme.errors import RunError, naming
 from deme.job.machine import keep_freed_memory, peak_memory
 from deme.job.processes import Agreement, in_main_process
 from deme.job.signals import Interrupted, noted_signals
 from deme.method.losses import decoupled_loss
-from deme.method.timesteps import Range, choose_ranges, spread_timesteps
+from deme.method.timesteps import choose_ranges, spread_timesteps
 from deme.method.weighting import TimestepWeights, UncertaintyWeights, loss_weights
 from deme.models.encoders import Encoder
 from deme.models.inference import freeze, memory_format
@@ -52,6 +50,7 @@ from deme.training.optimizer import (
 )
 from deme.training.preview import save_preview
 from deme.training.run_log import RunLog
+from deme.training.session import Objective
 
 
 class Stop(IntEnum):
@@ -64,21 +63,6 @@ class Stop(IntEnum):
 
 
 SIGNALS = {Stop.INTERRUPTED: signal.SIGINT, Stop.TERMINATED: signal.SIGTERM}
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What one run trains: which timesteps, and how strongly it is held to the teacher."""
-
-    name: str  # for messages: "timesteps 0000-0250"
-    stream: Stream
-    ranges: Sequence[Range]  # of timesteps; a micro-batch is spread evenly over them
-    global_probability: float = 0.0  # p
-    denoising_weight: float = 1.0
-    consistency_weight: float = 0.0  # λ
-    uncertainty_learning_rate: float | None = (
-        None  # of learned weights of `ranges`, as ANT-UW has them; None: it has none
-    )
 
 
 @dataclass(frozen=True)

@@ -1776,7 +1776,7 @@ def test_merged_weights_that_are_no_longer_those_are_merged_again(start, config_
 
 RACES = {  # what reads the file that another program writes meanwhile
     "merge.py": ("deme.models.weights.load_tensors", WEIGHTS),
-    "finetune.py": ("deme.models.networks.load_unet", WEIGHTS),
+    "finetune.py": ("deme.training.setup.load_unet", WEIGHTS),
     "sample_ddp.py": ("deme.models.networks.load_unet", WEIGHTS),
     "evaluate.py": ("deme.data.samples.read_images", "000001.png"),
 }

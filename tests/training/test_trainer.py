@@ -21,7 +21,8 @@ from deme.training import preview
 from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_newest_checkpoint
 from deme.training.held_out import HeldOut
 from deme.training.meter import MAX_SKIPPED_STEPS
-from deme.training.trainer import Objective, Trainer
+from deme.training.session import Objective
+from deme.training.trainer import Trainer
 
 OBJECTIVE = Objective(
     "test", stream=(0, 2, 250, 500), ranges=[(250, 500)], global_probability=0.3, consistency_weight=1.0
