@@ -1,8 +1,8 @@
-"""Jobs that depend on each other, and which of them have been done."""
+"""Jobs that depend on each other, and a ledger of those that are done."""
 
 import hashlib
 import os
-import stat
+import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,77 +13,74 @@ from deme.job.files import REPOSITORY, make_folder, write_small_file
 
 @dataclass(eq=False)
 class Job:
-    """A script's run that makes something.
+    """One run of a script.
 
-    Jobs of one run and stage that wait for the same differ in `own` alone: a cluster takes them as an array.
+    Jobs of the same run and stage that wait for the same jobs differ in `own` alone: they are an array on a cluster.
     """
 
     run: str
     stage: str
-    script: str  # from the repository's root
-    # what is called when its turn comes gets those of `after_all` that have been done; None: nothing to do
-    arguments: Sequence[str] | Callable[[Sequence["Job"]], Sequence[str] | None]
-    output: Path | None  # what it makes; None: a cache that may not be needed
-    settings: str  # everything else that the output depends on: also what is read that no job makes
-    after: list["Job"] = field(default_factory=list)  # must have been done
-    after_all: list["Job"] = field(default_factory=list)  # must have ended, however
+    script: str  # relative to the repository
+    # a function gets the jobs of `after_all` that are done; it returns None if there is nothing to do
+    arguments: list[str] | Callable[[Sequence["Job"]], list[str] | None]
+    output: Path | None  # None: a cache, which may not be needed
+    settings: str  # everything else that the output depends on, including files that no job makes
+    after: list["Job"] = field(default_factory=list)  # must be done before
+    after_all: list["Job"] = field(default_factory=list)  # must have ended before, done or not
     own: str = ""  # one more override
-    parts: Sequence[Path] = ()  # the files and folders of the output that others read; none: the output itself
-    is_alone: bool = False  # knows one process
-    state: str = "waiting"  # running, done, unchanged (done before), failed, stopped, dropped (one before it failed)
+    parts: Sequence[Path] = ()  # files and folders of the output that other jobs read; empty: the output itself
+    is_alone: bool = False  # runs in a single process
+    state: str = "waiting"  # running, done, unchanged (done earlier), failed, stopped, dropped (a job before it failed)
     error: str = ""
 
     @property
     def name(self) -> str:
-        """For messages, and of its log."""
+        """For messages and log files."""
         return f"{self.run} {self.stage} {self.own}".rstrip()
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits that stand for the settings."""
+        """A hash of the settings, 16 hexadecimal digits."""
         return hashlib.sha256(self.settings.encode()).hexdigest()[:16]
 
     @property
     def made(self) -> list[str]:
-        """The files and folders that it makes."""
+        """The files and folders that the job makes."""
         return [for_shell(path) for path in self.parts or ([] if self.output is None else [self.output])]
 
     @property
     def before(self) -> list["Job"]:
-        """The jobs whose output it may read: not those of caches, which only a cluster has and which change nothing."""
+        """The jobs whose output this one may read. Caches, which only a cluster has, change no result."""
         return [job for job in (*self.after, *self.after_all) if job.output is not None]
 
     @property
     def is_made(self) -> bool:
-        """Whether it has succeeded, now or before."""
+        """True if the job has succeeded, now or earlier."""
         return self.state in ("done", "unchanged")
 
     @property
     def needed(self) -> list["Job"]:
-        """All that must have succeeded, if it is to make all that it can."""
+        """The jobs that must succeed for a complete output."""
         return [*self.after, *(self.after_all if callable(self.arguments) else [])]
 
     def arguments_after(self, there: Sequence["Job"]) -> list[str] | None:
-        """What the script gets where these of `after_all` have been done, but for `own`."""
-        found = self.arguments(there) if callable(self.arguments) else self.arguments
-        return None if found is None else list(found)
+        """The arguments without `own`, given the jobs of `after_all` that are done."""
+        return self.arguments(there) if callable(self.arguments) else self.arguments
 
     def command(self, processes: int) -> list[str] | None:
-        """The command line that starts it, over so many processes, once those before it have ended."""
+        """The command line, once the jobs before this one have ended; None if there is nothing to do."""
         arguments = self.arguments_after([job for job in self.after_all if job.is_made])
         if arguments is None:
             return None
-        launcher = str(REPOSITORY / "scripts" / "launch.sh")
-        number = "1" if self.is_alone else str(processes)
-        own = [self.own] if self.own else []
-        return ["bash", launcher, number, str(REPOSITORY / self.script), *arguments, *own]
+        launch = ["bash", str(REPOSITORY / "scripts/launch.sh"), "1" if self.is_alone else str(processes)]
+        return [*launch, str(REPOSITORY / self.script), *arguments, *([self.own] if self.own else [])]
 
 
 class Ledger:
-    """Which jobs have been done: a file for each in `folder`, with three lines.
+    """The jobs that are done: a file of three lines for each, in `folder`.
 
-    Its key; what stands for the entries of the jobs before it, as they were when it began; what stands for the files
-    that it made, as they were when it ended. On a cluster a job's shell writes its own (scripts/slurm/job.sh).
+    The lines are the job's key, a hash of the entries of the jobs before it when it began, and the state of its output
+    when it ended. On a cluster scripts/slurm/job.sh writes them.
     """
 
     def __init__(self, folder: Path):
@@ -94,55 +91,50 @@ class Ledger:
         return self.folder / job.name
 
     def made_of(self, job: Job) -> str:
-        """What stands for the entries of the jobs before it."""
+        """A hash of the entries of the jobs before this one."""
         return hashlib.sha256(b"".join(map(self._read, job.before))).hexdigest()
 
-    def note(self, job: Job, made_of: str) -> None:
-        """It has been done.
-
-        Args:
-            made_of: as it was when the job began.
-        """
-        make_folder(self.folder, "output_dir")
-        write_small_file(self.entry(job), f"{job.key}\n{made_of}\n{state_of(job.made)}\n".encode())
-
     def begin(self, job: Job) -> str:
-        """It starts, and what there was of it no longer counts; `made_of` at this moment."""
+        """Note that a job starts, which invalidates its earlier output; returns `made_of` at this moment."""
         self.entry(job).unlink(missing_ok=True)
         return self.made_of(job)
 
+    def note(self, job: Job, made_of: str) -> None:
+        """Note that a job is done; `made_of` is what `begin` returned."""
+        make_folder(self.folder, "output_dir")
+        write_small_file(self.entry(job), self._lines(job, made_of))
+
     def plan(self, job: Job) -> None:
-        """Write down what its shell needs to note that it has been done: the jobs before it, and what it makes."""
+        """Write what scripts/slurm/job.sh needs for the entry: the jobs before this one, and what it makes."""
         for kind, lines in (("before", [one.name for one in job.before]), ("made", job.made)):
             folder = self.folder.with_name(kind)
             make_folder(folder, "output_dir")
             write_small_file(folder / job.name, os.fsencode("".join(f"{line}\n" for line in lines)))
 
     def is_done(self, job: Job) -> bool:
-        """Whether a job was done with these settings, of what there is now, and its output stands as it was made.
+        """True if a job was done with these settings and inputs, and its output has not changed since.
 
-        What it was made from is taken to be done.
+        The jobs before it are taken to be done.
         """
-        found = self._read(job)
-        if not found.startswith(job.key.encode()) or (job.output is not None and not job.output.exists()):
+        entry = self._read(job)
+        if not entry.startswith(job.key.encode()) or (job.output is not None and not job.output.exists()):
             return False
-        return found == f"{job.key}\n{self.made_of(job)}\n{state_of(job.made)}\n".encode()
+        return entry == self._lines(job, self.made_of(job))
 
     def done(self, jobs: Sequence[Job]) -> set[Job]:
-        """Those that have been done, as everything has that they were made from.
-
-        Args:
-            jobs: none before one that it needs.
-        """
-        found: set[Job] = set()
+        """The jobs that are done, and so are all jobs before them; each job must follow those that it needs."""
+        done: set[Job] = set()
         for job in jobs:
             noted = [one for one in job.after_all if self._read(one).startswith(one.key.encode())]
-            if found.issuperset([*job.after, *noted]) and self.is_done(job):
-                found.add(job)
-        return found
+            if done.issuperset([*job.after, *noted]) and self.is_done(job):
+                done.add(job)
+        return done
+
+    def _lines(self, job: Job, made_of: str) -> bytes:
+        return f"{job.key}\n{made_of}\n{state_of(job.made)}\n".encode()
 
     def _read(self, job: Job) -> bytes:
-        """A job's entry; empty where there is none."""
+        """A job's entry; empty if there is none."""
         try:
             return self.entry(job).read_bytes()
         except OSError:
@@ -150,33 +142,7 @@ class Ledger:
 
 
 def state_of(paths: Iterable[str]) -> str:
-    """What stands for files and folders: of each file its path, size, inode and the time of its last change.
-
-    Any writing sets that time, which can't be set back, unlike that of modification, which copies and archives keep.
-    """
-    lines = []
-    for path in paths:
-        for file in files_below(path):
-            try:
-                found = os.stat(file)
-            except OSError:
-                continue
-            if stat.S_ISREG(found.st_mode):
-                seconds, rest = divmod(found.st_ctime_ns, 10**9)
-                lines.append(os.fsencode(f"{file} {found.st_size} {found.st_ino} {seconds}.{rest:09d}0\n"))
-    return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
-
-
-def files_below(path: str) -> Iterable[str]:
-    """A file itself, or all files in a folder and the folders in it, each once, also where links lead there."""
-    if not os.path.isdir(path):
-        yield path
-        return
-    seen = set()
-    for folder, inner, files in os.walk(path, followlinks=True):
-        found = os.stat(folder)
-        if (found.st_dev, found.st_ino) in seen:
-            inner.clear()
-            continue
-        seen.add((found.st_dev, found.st_ino))
-        yield from (os.path.join(folder, name) for name in files)
+    """A hash of files and folders that changes with every write to them, by scripts/state_of.sh."""
+    lines = os.fsencode("".join(f"{path}\n" for path in paths))
+    script = ["bash", str(REPOSITORY / "scripts/state_of.sh")]
+    return subprocess.run(script, input=lines, stdout=subprocess.PIPE, check=True).stdout.decode().strip()

@@ -5,11 +5,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from deme.compare.comparison import ComparedRun, Comparison
-from deme.compare.graph import Job, files_below, state_of
+from deme.compare.graph import Job, state_of
 from deme.config.experiment import Config
 from deme.config.paths import for_shell, image_path
 from deme.config.reading import load_config, override
@@ -128,7 +129,7 @@ class Stages:
         if "merged" in run.models:  # once more, for its model card
             self.add(run, "card", "merge.py", output=paths.merged / "README.md", after=[scores], is_alone=True)
         if run is self.base:
-            pictures = state_of(map(str, paths.plots.glob("analysis-*.png")))
+            pictures = state_of(map(for_shell, paths.plots.glob("analysis-*.png")))
             told = {"after": [scores], "inputs": pictures, "is_alone": True}
             self.add(run, "report", "report.py", output=paths.report, **told)
 
@@ -190,9 +191,12 @@ def outside(config: Config, script: str) -> list[str]:
 
 
 def state_outside(path: str) -> str:
-    """What stands for a file or folder that no job makes, as `state_of`.
+    """The state of a file or folder that no job makes.
 
-    Where merge.py gives a pipeline's weights a second name, that is noted as a change of theirs: they are hashed.
+    merge.py may hard-link a pipeline's encoders, which sets their ctime: their weights are hashed instead.
     """
-    linked = sorted(str(file) for part in LINKED for file in Path(path, part).glob("*.safetensors"))
-    return " ".join([state_of(set(files_below(path)) - set(linked)), *(sha256(Path(file)) for file in linked)])
+    linked = [file for part in LINKED for file in sorted(Path(path, part).glob("*.safetensors"))]
+    if not linked:
+        return state_of([for_shell(path)])
+    others = {Path(path, name) for name in glob("**", root_dir=path, recursive=True, include_hidden=True)} - set(linked)
+    return " ".join([state_of(for_shell(file) for file in others if file.is_file()), *map(sha256, linked)])

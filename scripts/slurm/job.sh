@@ -60,12 +60,6 @@ made_of() {
   done | sha256sum | cut -d ' ' -f 1
 }
 
-# state_of_made: what stands for the files that it has made
-state_of_made() {
-  planned made | xargs -r -d '\n' \
-    sh -c 'find -L "$@" -type f -printf "%p %s %i %C@\n" 2>/dev/null || :' sh | LC_ALL=C sort | sha256sum | cut -d ' ' -f 1
-}
-
 # free_port: one that nothing listens on here; jobs that share a node begin their search at different ones
 free_port() {
   local port=$((20000 + SLURM_JOB_ID % 10000))
@@ -97,7 +91,7 @@ if [ $must_stop = false ]; then
 fi
 if [ $status = 0 ]; then
   mkdir -p "$ledger"
-  printf '%s\n' "$key" "$made_of" "$(state_of_made)" >"$ledger/$name"
+  printf '%s\n' "$key" "$made_of" "$(planned made | bash scripts/state_of.sh)" >"$ledger/$name"
 fi
 
 # another job takes the nodes: the grace time began with a SIGTERM to all processes, and Slurm counts a job that ends
