@@ -22,10 +22,9 @@ from deme.config.sections import CONTINUED, DISTILLED, GRADIENT_PASSES, range_na
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
 from deme.method.coefficients import PUBLISHED
-from deme.models.inputs import Inputs
-from deme.models.pipelines import unet_folder
+from deme.models.pipelines import denoiser_folder
 from deme.models.searched import read_searched
-from deme.models.variants import MAKERS, find_finetuned, find_pretrained, made_unets
+from deme.models.variants import MAKERS, ModelFiles, find_finetuned, find_pretrained, made_denoisers
 from deme.models.weights import has_weights
 
 if TYPE_CHECKING:
@@ -49,14 +48,14 @@ def main(config: Config) -> None:
     settings = config.analyze
     output = config.paths.analysis
     pretrained = find_pretrained(config.paths)
-    networks = {"pretrained": unet_folder(pretrained)}
+    networks = {"pretrained": denoiser_folder(pretrained)}
     left_out: list[str] = []
     if settings.chosen != ["gradient_conflict"]:
         experts = find_finetuned(config.paths)
         networks |= {range_name(edges): folder for edges, folder in zip(config.timesteps.ranges, experts, strict=True)}
         later, left_out = found_later(config)
         networks |= later
-    inputs = Inputs(pretrained, list(networks.values()))
+    inputs = ModelFiles(pretrained, list(networks.values()))
     inputs.check_fits(config)
     watched = inputs.watched()
 
@@ -88,7 +87,7 @@ def main(config: Config) -> None:
 
 def found_later(config: Config) -> tuple[dict[str, Path], list[str]]:
     """The networks that were made of or beside the experts, by name, and lines that tell which are not there."""
-    places = {name: made_unets(name, config.paths)[0] for name in (CONTINUED, "merged", DISTILLED)}
+    places = {name: made_denoisers(name, config.paths)[0] for name in (CONTINUED, "merged", DISTILLED)}
     found = {name: folder for name, folder in places.items() if has_weights(folder)}
     return found, [f"{name}, which {MAKERS[name]} makes" for name in places if name not in found]
 

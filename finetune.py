@@ -22,8 +22,7 @@ from deme.config.sections import ANT_UW, BASELINES, CONTINUED, DISTILLED, Finetu
 from deme.job.command import run_script
 from deme.job.files import sha256
 from deme.job.records import ARCHITECTURE
-from deme.models.inputs import Inputs
-from deme.models.variants import find_finetuned, find_variant
+from deme.models.variants import ModelFiles, find_finetuned, find_model
 from deme.models.weights import weights_hash
 from deme.training.session import Objective, Session, TrainingRun
 
@@ -118,19 +117,20 @@ def run_of(session: Session, task: Task, hashes: dict[str, str]) -> TrainingRun:
     Args:
         hashes: of the networks that it starts from and is held to.
     """
-    folder = session.config.paths.finetuning(task.name)
+    paths = session.config.paths
+    folder, output = paths.finetuning(task.name), paths.trained(task.name)
     made_from = {"finetune.range": task.name, "model.projection": task.is_projected, **hashes}
     if task.objective.uncertainty_learning_rate is not None:
         made_from["finetune.uncertainty_learning_rate"] = task.objective.uncertainty_learning_rate
         made_from["timestep ranges"] = [list(edges) for edges in task.objective.ranges]
-    return session.new_run(task.objective, task.settings, folder, folder / "unet", made_from, task.renamed)
+    return session.new_run(task.objective, task.settings, folder, output, made_from, task.renamed)
 
 
 def plan(config: Config) -> str:
     """What this command would do."""
     lines = []
     for task in chosen_tasks(config):
-        unet = config.paths.finetuning(task.name) / "unet"
+        unet = config.paths.trained(task.name)
         state = "complete" if unet.exists() else f"{task.settings.max_steps} steps"
         lines.append(f"finetune {source_of(task, config)[1]}: {task.name} -> {unet}: {state}")
     return "\n".join(lines)
@@ -142,16 +142,16 @@ def main(config: Config) -> None:
     session = Session(config, config.finetune)
     tasks = chosen_tasks(config)
     model = tasks[0].start
-    variant = find_variant(model, config.paths)
-    unets = {model: variant.unets[0]}
+    variant = find_model(model, config.paths)
+    unets = {model: variant.denoisers[0]}
     if model == MERGED:
         unets |= zip(map(range_name, tasks[0].objective.ranges), find_finetuned(config.paths), strict=True)
-    inputs = Inputs(variant.pipeline, list(unets.values()))
+    inputs = ModelFiles(variant.pipeline, list(unets.values()))
     inputs.check_fits(config)
-    watched = inputs.watched(*(unet / "config.json" for unet in inputs.unets))
+    watched = inputs.watched(*(unet / "config.json" for unet in inputs.denoisers))
     hashes = {
         **{f"{name} weights (SHA-256)": weights_hash(unet) for name, unet in unets.items()},
-        ARCHITECTURE: sha256(inputs.unets[0] / "config.json"),
+        ARCHITECTURE: sha256(inputs.denoisers[0] / "config.json"),
         **inputs.hashes(),
     }
     runs = [(task, run_of(session, task, hashes)) for task in tasks]
@@ -183,7 +183,7 @@ def finetune(session: Session, task: Task, run: TrainingRun, start: "Start", ima
     """Train a copy of the network that a task starts from and write it; False if time was up first."""
     import copy
 
-    from deme.models.networks import with_projections
+    from deme.models.denoisers import with_projections
     from deme.training.setup import train
     from deme.training.trainer import Networks
 

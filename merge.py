@@ -19,24 +19,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
+from deme.config.paths import DENOISER
 from deme.config.sections import range_name
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, sha256
 from deme.job.locks import locked
 from deme.job.records import ENCODER, MERGED, SCHEDULE, WEIGHTS_HASH, Record, provenance, read_record
-from deme.models.inputs import Inputs
 from deme.models.pipelines import (
     SCHEDULER_CONFIG,
     common_architecture,
     encoders_hash,
     scheduler_folder,
-    unet_folder,
+    denoiser_folder,
     write_pipeline_files,
 )
 from deme.models.searched import read_searched
-from deme.models.variants import find_finetuned, find_pretrained
-from deme.models.weights import WEIGHTS, load_tensors, weights_hash, write_unet
+from deme.models.variants import ModelFiles, find_finetuned, find_pretrained
+from deme.models.weights import WEIGHTS, load_tensors, weights_hash, write_denoiser
 
 if TYPE_CHECKING:
     from deme.method.task_vectors import MergeMethod
@@ -69,10 +69,10 @@ def main(config: Config) -> None:
         groups = searched.groups(config)
         if config.merge.method == "ties":
             print(f"{file}: found for the sum of task vectors, used with merge.method=ties")
-    check_apart("merge.output", output, [unet_folder(pretrained), *inputs])
-    networks = [unet_folder(pretrained), *inputs]
+    check_apart("merge.output", output, [denoiser_folder(pretrained), *inputs])
+    networks = [denoiser_folder(pretrained), *inputs]
     common_architecture(networks)  # also where the output is complete: another version may have merged it
-    sources = Inputs(pretrained, networks)
+    sources = ModelFiles(pretrained, networks)
     watched = sources.watched(*(folder / "config.json" for folder in networks))
     with ThreadPoolExecutor() as pool:
         hashing = pool.map(weights_hash, networks)  # takes about as long as importing torch
@@ -129,7 +129,7 @@ def is_complete(output: Path, wanted: Record) -> bool:
         raise UserError(f"merge.output={output}: exists without a {MERGED.file}, so it is not replaced")
     if not found.fits(wanted, output):
         return False
-    weights = output / "unet" / WEIGHTS
+    weights = output / DENOISER / WEIGHTS
     scheduler = scheduler_folder(output) / SCHEDULER_CONFIG
     merged_hash = found.beside.get(WEIGHTS_HASH)  # older records have none
     whole = weights.is_file() and scheduler.is_file() and sha256(scheduler) == wanted.made_from[SCHEDULE]
@@ -169,10 +169,10 @@ def write_merged(
     from deme.method.projection import with_identity_projections
     from deme.method.task_vectors import merge_tensors
 
-    architecture = common_architecture([unet_folder(pretrained), *inputs])
+    architecture = common_architecture([denoiser_folder(pretrained), *inputs])
     like = load_tensors(architecture)
     base, *experts = (
-        with_identity_projections(load_tensors(folder), like) for folder in (unet_folder(pretrained), *inputs)
+        with_identity_projections(load_tensors(folder), like) for folder in (denoiser_folder(pretrained), *inputs)
     )
     finetuned = dict(zip(map(str, inputs), experts, strict=True))
     with naming("merge.coefficients", groups):
@@ -186,10 +186,10 @@ def write_merged(
             merged = dict(merge_tensors(base, finetuned, coefficients, method))
         except OverflowError as error:
             raise UserError(f"merge.coefficients={error}") from None
-        write_unet(temporary / "unet", merged, unet_config)
+        write_denoiser(temporary / DENOISER, merged, unet_config)
         write_pipeline_files(temporary, pretrained)
         watched.check()
-        merged_hash = {WEIGHTS_HASH: sha256(temporary / "unet" / WEIGHTS)}
+        merged_hash = {WEIGHTS_HASH: sha256(temporary / DENOISER / WEIGHTS)}
         replace(record, beside=record.beside | merged_hash).write(temporary)
 
 
@@ -198,7 +198,7 @@ def write_card(config: Config, record: Record) -> None:
     from deme.report.model_card import find_scores, model_card
 
     output = config.paths.merged
-    scores = find_scores(config.paths.results, output / "unet" / WEIGHTS)
+    scores = find_scores(config.paths.results, output / DENOISER / WEIGHTS)
     with atomic_file(output / "README.md") as temporary:
         temporary.write_text(model_card(config, record.made_from, scores), encoding="utf-8")
 

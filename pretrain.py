@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
+from deme.config.paths import DENOISER
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, sha256, write_yaml
@@ -29,7 +30,7 @@ from deme.models.pipelines import (
     num_train_timesteps,
     scheduler_folder,
     takes_text,
-    unet_folder,
+    denoiser_folder,
     write_pipeline_files,
 )
 from deme.training.session import Objective, Session
@@ -45,7 +46,7 @@ def find_encoders(config: Config) -> Path:
         raise UserError("no such folder")
     if not takes_text(pipeline):
         raise UserError(f"{pipeline / 'text_encoder'}: missing")
-    check_pipeline(pipeline, unet_folder(pipeline), scheduler_folder(pipeline))
+    check_pipeline(pipeline, denoiser_folder(pipeline), scheduler_folder(pipeline))
     factor = latent_factor(pipeline)
     config.data.check("resolution", config.data.resolution % factor == 0, f"must be a multiple of {factor}, as latents")
     config.check_fits({}, scheduler_folder(pipeline), num_train_timesteps(pipeline))
@@ -67,8 +68,8 @@ def make_start(config: Config, encoders: Path | None) -> "Start":
     import diffusers
     import torch
 
+    from deme.models.denoisers import load_scheduler, try_out
     from deme.models.encoders import Pixels, load_encoder
-    from deme.models.networks import load_scheduler, try_out
     from deme.training.setup import Start
 
     settings = config.pretrain
@@ -100,7 +101,7 @@ def write_pipeline(config: Config, start: "Start", encoders: Path | None, folder
     if encoders is None:
         diffusers.DDPMPipeline(start.denoiser, start.scheduler).save_pretrained(folder)
     else:
-        start.denoiser.save_pretrained(folder / "unet")
+        start.denoiser.save_pretrained(folder / DENOISER)
         write_pipeline_files(folder, encoders)
     write_yaml(folder / "pretrain.yaml", provenance(config))
 

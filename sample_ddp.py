@@ -26,9 +26,8 @@ from deme.errors import RunError, naming
 from deme.job.command import run_script
 from deme.job.files import check_apart, sha256
 from deme.job.records import ENCODER, SAMPLES, Record, provenance
-from deme.models.inputs import Inputs
 from deme.models.pipelines import encoders_hash, takes_text
-from deme.models.variants import find_variant
+from deme.models.variants import find_model
 from deme.models.weights import weights_hash
 
 if TYPE_CHECKING:
@@ -60,17 +59,16 @@ def main(config: Config) -> None:
     settings = config.sample
     output = config.paths.samples
     with naming("sample.model", settings.model):
-        variant = find_variant(settings.model, config.paths)
-    check_apart("sample.output", output, variant.unets)
-    inputs = Inputs(variant.pipeline, variant.unets)
-    watched = inputs.watched()
-    inputs.check_fits(config)
+        model = find_model(settings.model, config.paths)
+    check_apart("sample.output", output, model.denoisers)
+    watched = model.watched()
+    model.check_fits(config)
 
     # --- what is drawn: image i from seed i and, where the model takes text, prompt i
     seeds = settings.seeds
     shares = settings.block is not None  # the folder, with jobs that draw other blocks
     block = settings.chosen_blocks[0] if shares else seeds
-    texts = prompts_of(settings, takes_text(variant.pipeline), seeds)
+    texts = prompts_of(settings, takes_text(model.pipeline), seeds)
 
     # --- torch is imported after what can be answered without it
     from deme.data.samples import (
@@ -83,17 +81,17 @@ def main(config: Config) -> None:
     )
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.method.sampling import ensemble, passed_over, sampler_name, try_sampler
+    from deme.models.denoisers import load_denoiser, load_scheduler, try_out
     from deme.models.encoders import load_encoder
     from deme.models.inference import freeze
-    from deme.models.networks import load_scheduler, load_unet, try_out
 
     # --- networks and noise schedule
     accelerator = make_accelerator(settings.mixed_precision, "sample.mixed_precision")
     with naming("sample.model", settings.model):
-        scheduler = load_scheduler(variant.pipeline)
-        unets = [load_unet(folder) for folder in variant.unets]
-        encoder = load_encoder(variant.pipeline, unets[0])
-        for folder, unet in zip(variant.unets, unets, strict=True):
+        scheduler = load_scheduler(model.pipeline)
+        unets = [load_denoiser(folder) for folder in model.denoisers]
+        encoder = load_encoder(model.pipeline, unets[0])
+        for folder, unet in zip(model.denoisers, unets, strict=True):
             with naming(folder):
                 try_out(unet, scheduler, encoder)
     size = unets[0].config.sample_size
@@ -109,20 +107,20 @@ def main(config: Config) -> None:
 
     # --- the folder: what it is made from, and which images are missing
     made_from = {
-        "weights": list(map(weights_hash, variant.unets)),
+        "weights": list(map(weights_hash, model.denoisers)),
         "timesteps": [list(edges) for edges in ranges],
-        "scheduler": sha256(inputs.schedule),
+        "scheduler": sha256(model.schedule),
         "num_inference_steps": settings.num_inference_steps,
         "sample.scheduler": sampler_name(settings.scheduler),
         "eta": settings.eta,
         "mixed_precision": settings.mixed_precision,
         "resolution": config.data.resolution,
         "size_on_disk": settings.size_on_disk,
-        **inputs.spacing(settings),
+        **model.spacing(settings),
     }
     if texts:
         made_from |= {
-            ENCODER: encoders_hash(variant.pipeline),
+            ENCODER: encoders_hash(model.pipeline),
             "negative_prompt": settings.negative_prompt,
             "guidance_scale": settings.guidance_scale,
         }

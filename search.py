@@ -27,10 +27,9 @@ from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, provenance, read_record
-from deme.models.inputs import Inputs
-from deme.models.pipelines import takes_text, unet_folder
+from deme.models.pipelines import takes_text, denoiser_folder
 from deme.models.searched import OF_PRETRAINED, SECONDS, timed
-from deme.models.variants import find_finetuned, find_pretrained
+from deme.models.variants import ModelFiles, find_finetuned, find_pretrained
 from deme.models.weights import weights_hash
 
 if TYPE_CHECKING:
@@ -60,8 +59,8 @@ def main(config: Config) -> None:
     output = config.paths.search
     pretrained = find_pretrained(config.paths)
     finetuned = find_finetuned(config.paths)
-    networks = [unet_folder(pretrained), *finetuned]
-    inputs = Inputs(pretrained, networks)
+    networks = [denoiser_folder(pretrained), *finetuned]
+    inputs = ModelFiles(pretrained, networks)
     inputs.check_fits(config)
     config.check_classified()
     draws = by_images(config) or settings.report_images > 0

@@ -24,9 +24,9 @@ from benchmarks.unets import CHURCH, CIFAR10, SMALL
 from deme.config.sections import Finetune, Sample
 from deme.method.losses import decoupled_loss
 from deme.method.sampling import sample_images
+from deme.models.denoisers import load_denoiser, load_scheduler
 from deme.models.encoders import Pixels, to_bytes
 from deme.models.inference import AUTOCAST_TYPES, freeze
-from deme.models.networks import load_scheduler, load_unet
 from sample_ddp import draw
 
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits"
@@ -92,7 +92,7 @@ class Machine:
 
     def compare_images(self, precision: str) -> dict:
         """Digits from the same seeds as on the CPU in float32, ten steps."""
-        scheduler, unet = load_scheduler(DIGITS), load_unet(DIGITS / "unet")
+        scheduler, unet = load_scheduler(DIGITS), load_denoiser(DIGITS / "unet")
         seeds, shape = range(64), (unet.config.in_channels, 8, 8)
 
         def drawn(device: str, precision: str) -> torch.Tensor:
@@ -105,7 +105,7 @@ class Machine:
 
     def compare_gradients(self, precision: str) -> dict:
         """Loss and gradient of the same tensors as on the CPU in float32: each device draws its own random numbers."""
-        scheduler, unet = load_scheduler(DIGITS), load_unet(DIGITS / "unet")
+        scheduler, unet = load_scheduler(DIGITS), load_denoiser(DIGITS / "unet")
         generator = torch.Generator().manual_seed(0)
         clean, noise = (torch.randn(32, unet.config.in_channels, 8, 8, generator=generator) for _ in range(2))
         timesteps = torch.randint(0, 1000, (32,), generator=generator)
@@ -126,7 +126,7 @@ class Machine:
 
     def compare_resumed(self, precision: str) -> dict:
         """Largest difference between weights of a resumed training, of a repeated one, and of one that ran through."""
-        unet = load_unet(DIGITS / "unet")
+        unet = load_denoiser(DIGITS / "unet")
         generator = torch.Generator().manual_seed(0)
         pixels = [torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8, generator=generator) for _ in range(64)]
         settings = Finetune(max_steps=8, checkpoint_every=4, log_every=4, batch_size=32, mixed_precision=precision)

@@ -34,10 +34,10 @@ from deme.measure.scores import DISTANCES, paired_difference
 from deme.method.candidates import Candidates
 from deme.method.coefficients import PUBLISHED
 from deme.method.sampling import NetworkAt
+from deme.models.denoisers import load_denoiser
 from deme.models.inference import freeze
-from deme.models.networks import load_unet
 from deme.models.variants import find_pretrained
-from deme.models.weights import load_tensors, write_unet
+from deme.models.weights import load_tensors, write_denoiser
 from deme.report.tables import markdown_table, number
 from deme.search.problem import Problem
 from deme.search.storage import open_storage
@@ -82,7 +82,7 @@ def forming(arguments: Namespace) -> None:
         for number_ in range(5):
             place = folder / str(number_)
             noise = {key: tensor + 1e-3 * torch.randn_like(tensor) for key, tensor in unet.state_dict().items()}
-            write_unet(place, noise, {})
+            write_denoiser(place, noise, {})
             models.append(load_tensors(place))
         device = torch.device(arguments.device)
         experts = {str(k): tensors for k, tensors in enumerate(models[1:])}
@@ -258,7 +258,7 @@ class Bench:
 
     def continued(self) -> NetworkAt:
         """The control."""
-        unet = freeze(load_unet(self.config.paths.continued), self.accelerator.device, "no")
+        unet = freeze(load_denoiser(self.config.paths.continued), self.accelerator.device, "no")
         return lambda _: unet
 
     def line(self, row: dict, rivals: list[list[float]]) -> list[str]:

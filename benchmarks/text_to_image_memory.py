@@ -27,8 +27,8 @@ from benchmarks.report import save
 from benchmarks.trainers import OBJECTIVE
 from benchmarks.unets import STABLE_DIFFUSION
 from deme.config.sections import Finetune
+from deme.models.denoisers import with_projections
 from deme.models.encoders import Encoded, LatentsAndText
-from deme.models.networks import with_projections
 from deme.report.tables import markdown_table
 from deme.training.trainer import Networks, Trainer
 

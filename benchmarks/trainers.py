@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from deme.config.sections import Training
 from deme.data.images import CroppedImages
+from deme.models.denoisers import with_projections
 from deme.models.encoders import Pixels
-from deme.models.networks import with_projections
 from deme.training.held_out import HeldOut
 from deme.training.session import Objective
 from deme.training.trainer import Networks, Trainer

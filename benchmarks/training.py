@@ -37,7 +37,7 @@ from benchmarks.trainers import make_accelerator, make_trainer
 from benchmarks.unets import CHURCH, SMALL
 from deme.config.sections import Finetune
 from deme.job.machine import peak_memory
-from deme.models.networks import with_projections
+from deme.models.denoisers import with_projections
 from deme.report.tables import markdown_table
 from deme.training import trainer as training_loop
 from deme.training.trainer import Trainer

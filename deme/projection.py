@@ -6,6 +6,6 @@ names must stay here.
 
 from diffusers import ModelMixin
 
-from deme.models.networks import ProjectedUNet2DConditionModel, ProjectedUNet2DModel
+from deme.models.denoisers import ProjectedUNet2DConditionModel, ProjectedUNet2DModel
 
 __all__ = ["ModelMixin", "ProjectedUNet2DConditionModel", "ProjectedUNet2DModel"]

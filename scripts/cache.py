@@ -16,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import deme.job.early  # noqa: F401  Ctrl-C may come while the rest is imported
 from deme.config.experiment import Config
 from deme.job.command import run_script
-from deme.models.inputs import Inputs
-from deme.models.pipelines import unet_folder
-from deme.models.variants import find_pretrained
+from deme.models.pipelines import denoiser_folder
+from deme.models.variants import ModelFiles, find_pretrained
 from deme.training.session import Session
 
 
@@ -30,7 +29,7 @@ def plan(config: Config) -> str:
 def main(config: Config) -> None:
     """Load the data as finetune.py does."""
     pipeline = find_pretrained(config.paths)
-    inputs = Inputs(pipeline, [unet_folder(pipeline)])
+    inputs = ModelFiles(pipeline, [denoiser_folder(pipeline)])
     inputs.check_fits(config)
 
     from deme.training.setup import load_start, open_training

@@ -20,7 +20,7 @@ from deme.config.sections import CONTINUED, DISTILLED
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
-from deme.models.pipelines import takes_text, unet_folder
+from deme.models.pipelines import denoiser_folder, takes_text
 from deme.models.variants import find_pretrained
 
 GPU_TFLOPS = 50.0  # a guess for an A100 in half precision
@@ -47,7 +47,7 @@ def main(config: Config) -> None:
     config.finetune.check_shares(int(from_environment("NUM_PROCESSES", 1)))
     pretrained = find_pretrained(config.paths)
     images = count_images(config.data)
-    parameters, flops = unet_cost(read_json(unet_folder(pretrained) / "config.json"))
+    parameters, flops = unet_cost(read_json(denoiser_folder(pretrained) / "config.json"))
     channels, coding, encoded = encoder_cost(pretrained, config.data.resolution)
     print(f"{config.paths.pretrained}: {parameters:,} parameters; {config.data.name}: {images:,} images")
 
@@ -131,7 +131,7 @@ def unet_cost(config: dict) -> tuple[int, int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from deme.models.networks import PROJECTED_UNETS, UNETS
+    from deme.models.denoisers import PROJECTED_UNETS, UNETS
 
     with torch.device("meta"):
         unet = (UNETS | PROJECTED_UNETS)[config.get("_class_name", "UNet2DModel")].from_config(config)
@@ -145,7 +145,7 @@ def unet_cost(config: dict) -> tuple[int, int]:
 
 def encoder_cost(pipeline: Path, resolution: int) -> tuple[int, float, int]:
     """Channels of an image, operations to encode or decode it, and bytes of it encoded, with a caption."""
-    unet = read_json(unet_folder(pipeline) / "config.json")
+    unet = read_json(denoiser_folder(pipeline) / "config.json")
     if not takes_text(pipeline):
         return unet["in_channels"], 0.0, 0
     import torch

@@ -14,23 +14,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from deme.config.paths import DENOISER
 from deme.errors import UserError, naming
 from deme.job.command import ended_in_one_line
 from deme.job.files import atomic_folder, make_folder, read_json
-from deme.models.pipelines import PROJECTED, find_pipeline, unet_folder, write_pipeline_files
-from deme.models.weights import write_unet
+from deme.models.pipelines import PROJECTED, denoiser_folder, find_pipeline, write_pipeline_files
+from deme.models.weights import write_denoiser
 
 
 def main(weights: Path, pretrained: str, output: Path) -> None:
     """Read the published file, and write a pipeline folder."""
     from deme.method.projection import PROJECTION_SUFFIX
-    from deme.models.networks import load_unet
-    from deme.models.published import read_published, rename_projections
+    from deme.models.denoisers import load_denoiser
+    from scripts.published import read_published, rename_projections
 
     # --- tensors and architecture
     with naming("--pretrained", pretrained):
         pipeline = find_pipeline(pretrained)
-        settings = read_json(unet_folder(pipeline) / "config.json")
+        settings = read_json(denoiser_folder(pipeline) / "config.json")
     blocks = [settings.get(key) for key in ("down_block_types", "up_block_types")]
     if not all(isinstance(types, list) for types in blocks):
         raise UserError(f"--pretrained={pretrained}: its config.json names no down_block_types or up_block_types")
@@ -46,13 +47,13 @@ def main(weights: Path, pretrained: str, output: Path) -> None:
     make_folder(output.parent, "--output")
     with atomic_folder(output) as temporary:
         folder = temporary / "published"
-        write_unet(folder, {name: tensor.float().contiguous() for name, tensor in tensors.items()}, settings)
+        write_denoiser(folder, {name: tensor.float().contiguous() for name, tensor in tensors.items()}, settings)
         try:
-            unet = load_unet(folder)
+            unet = load_denoiser(folder)
         except UserError as error:
             raise UserError(f"--weights={weights}: {str(error).replace(str(temporary), '')}") from None
         shutil.rmtree(folder)
-        unet.save_pretrained(temporary / "unet")
+        unet.save_pretrained(temporary / DENOISER)
         write_pipeline_files(temporary, pipeline)
     print(f"wrote {output}: {unet.num_parameters():,} parameters")
 

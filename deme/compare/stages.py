@@ -12,7 +12,7 @@ from typing import Any
 from deme.compare.comparison import ComparedRun, Comparison
 from deme.compare.graph import Job, state_of
 from deme.config.experiment import Config
-from deme.config.paths import for_shell, image_path
+from deme.config.paths import DENOISER, for_shell, image_path
 from deme.config.reading import load_config, override
 from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.job.files import REPOSITORY, sha256
@@ -96,7 +96,7 @@ class Stages:
         """The pretrained network, the data, and the statistics that images are compared with."""
         base, paths = self.base, self.base.config.paths
         if paths.pretrained == str(paths.pretrained_here):
-            parts = [paths.pretrained_here / part for part in ("unet", "scheduler", "pretrain.yaml")]
+            parts = [paths.pretrained_here / part for part in (DENOISER, "scheduler", "pretrain.yaml")]
             made = {"output": paths.pretrained_here, "parts": parts}  # merge.py gives the encoders' files another name
             self.pretrained = [self.add(base, "pretrain", "pretrain.py", **made)]
         cache: list[Job] = []
@@ -165,13 +165,13 @@ class Stages:
             controls = [self.trained(run, "train", name, self.first) for name in run.models if name == CONTINUED]
             before = {"after": [*experts, *self.reference], "after_all": controls}
             experts = [self.add(run, "search", "search.py", output=paths.best_coefficients, **before)]
-        parts = [paths.merged / part for part in ("merge.yaml", "unet", "scheduler", "model_index.json")]
+        parts = [paths.merged / part for part in ("merge.yaml", DENOISER, "scheduler", "model_index.json")]
         return [self.add(run, "merge", "merge.py", output=parts[0], parts=parts, after=experts, is_alone=True)]
 
     def trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
         """The training of a range, by its number, or one that has a name."""
         paths = run.config.paths
-        output = paths.finetuning(chosen) / "unet" if chosen in NAMED_TRAININGS else paths.finetuned[int(chosen)]
+        output = paths.trained(chosen) if chosen in NAMED_TRAININGS else paths.finetuned[int(chosen)]
         return self.add(run, stage, "finetune.py", own=f"finetune.range={chosen}", output=output, after=list(after))
 
 

@@ -12,6 +12,8 @@ from deme.config.sections import CONTINUED, DISTILLED, range_name
 if TYPE_CHECKING:
     from deme.config.experiment import Config
 
+DENOISER = "unet"  # the sub-folder of the network, as diffusers' pipelines call it
+
 
 class Paths:
     """The paths of one experiment; each public property has a name that `--path` takes."""
@@ -54,22 +56,26 @@ class Paths:
         """Checkpoints, logs, previews and unet/ of what finetune.py trains under this name: a range's, or another."""
         return self.run / "finetuned" / name
 
+    def trained(self, name: str) -> Path:
+        """The folder of the network that finetune.py writes under this name."""
+        return self.finetuning(name) / DENOISER
+
     @property
     def continued(self) -> Path:
         """The control's UNet folder."""
-        return self.finetuning(CONTINUED) / "unet"
+        return self.trained(CONTINUED)
 
     @property
     def distilled(self) -> Path:
         """The UNet folder of the network that is distilled from the experts."""
-        return self.finetuning(DISTILLED) / "unet"
+        return self.trained(DISTILLED)
 
     @property
     def finetuned(self) -> list[Path]:
         """The UNet folders that are merged, lowest range first."""
         given = self._config.merge.finetuned
         root = Path(given) if given is not None else self.run / "finetuned"
-        return [root / range_name(timestep_range) / "unet" for timestep_range in self._config.timesteps.ranges]
+        return [root / range_name(timestep_range) / DENOISER for timestep_range in self._config.timesteps.ranges]
 
     @property
     def search(self) -> Path:

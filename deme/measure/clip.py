@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from deme.data.samples import read_images
 from deme.errors import UserError, one_line
-from deme.models.parts import LEAST_VOCABULARY, check_filled
+from deme.models.encoders import LEAST_VOCABULARY, check_filled
 from deme.models.pipelines import find_folder, is_hub_id
 
 

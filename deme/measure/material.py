@@ -20,10 +20,10 @@ from deme.job.records import ANALYSIS, Record
 from deme.measure.noisy import ENCODED_AT_ONCE, Batch, CleanImages, draw_clean, draw_probes, regrouped
 from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import Tensors, check_compatible
+from deme.models.denoisers import load_denoiser, load_scheduler, try_out
 from deme.models.encoders import Encoder, load_encoder
 from deme.models.inference import freeze
-from deme.models.networks import load_scheduler, load_unet, try_out
-from deme.models.pipelines import common_architecture, unet_folder
+from deme.models.pipelines import common_architecture, denoiser_folder
 from deme.models.weights import load_tensors, weights_hash
 
 STREAM = 4  # of the analyses' random draws, beside those of training and of the search
@@ -98,12 +98,12 @@ class Material:
 
     def load(self, name: str) -> nn.Module:
         """A network as it is, on the device, ready to predict."""
-        return freeze(load_unet(self.networks[name]), self.accelerator.device, "no", may_pack=False)
+        return freeze(load_denoiser(self.networks[name]), self.accelerator.device, "no", may_pack=False)
 
     @cached_property
     def network(self) -> nn.Module:
         """One of the architecture of all, whose weights change from use to use."""
-        return freeze(load_unet(self.architecture), self.accelerator.device, "no", may_pack=False)
+        return freeze(load_denoiser(self.architecture), self.accelerator.device, "no", may_pack=False)
 
     @cached_property
     def architecture(self) -> Path:
@@ -118,7 +118,7 @@ class Material:
     @cached_property
     def encoder(self) -> Encoder:
         """What stands between images and networks."""
-        network = load_unet(unet_folder(self.pretrained))
+        network = load_denoiser(denoiser_folder(self.pretrained))
         encoder = load_encoder(self.pretrained, network)
         try_out(network, self.scheduler, encoder)
         encoder.prepare(self.accelerator.device, "no")

@@ -1,22 +1,28 @@
-"""What a network works on, and back: images as they are, or latents with a text. Nothing else knows the difference."""
+"""Between images and what a network works on: pixels, or latents and text. Nothing else knows the difference.
+
+`Pixels` and `LatentsAndText` have the same methods. Their condition is what a network is told beside its noisy input,
+by the name of its argument.
+"""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from deme.errors import RunError, UserError
+from deme.errors import RunError, UserError, naming, one_line
 from deme.models.inference import AUTOCAST_TYPES, memory_format
-from deme.models.parts import blaming, load_parts
-from deme.models.pipelines import latent_factor, takes_text
+from deme.models.pipelines import has_full_precision, latent_factor, takes_text
 
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for a number of channels
 CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
-Condition = dict[str, torch.Tensor]  # what a network is told beside its noisy input, by the name of its argument
+LEAST_VOCABULARY = 256  # tokens: one for each byte
+LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
+Condition = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,38 +35,10 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The same, encoded before."""
+    """Captioned images that were encoded before."""
 
     moments: torch.Tensor  # mean and log variance of the VAE's posterior, shape (B, 2 · latent channels, h, w)
     embeddings: torch.Tensor  # of the captions, shape (B, tokens, D)
-
-
-class Encoder(Protocol):
-    """Between what people see and what a network works on."""
-
-    image_channels: int
-    takes_text: bool
-
-    def check_fits(self, channels: int) -> None:
-        """Make sure that a network of so many input channels works on what this gives; UserError where not."""
-
-    def prepare(self, device: torch.device, mixed_precision: str) -> None:
-        """Where, and how precisely, to work."""
-
-    def rest(self) -> None:
-        """Leave the device's memory to others until the next use."""
-
-    def encode(self, examples: Any) -> tuple[torch.Tensor, Condition]:
-        """What a network is trained on: clean float32 tensors (B, C, H, W) on the device, and their condition.
-
-        What is random in it comes from torch's generator of the device.
-        """
-
-    def condition(self, texts: Sequence[str]) -> Condition:
-        """The condition that these texts make, on the device."""
-
-    def decode(self, tensors: torch.Tensor) -> torch.Tensor:
-        """Float32 tensors (B, C, H, W), as the network sees them, to uint8 images (B, C', H', W') on the CPU."""
 
 
 class Pixels:
@@ -77,32 +55,32 @@ class Pixels:
         self.device = torch.device("cpu")
 
     def check_fits(self, channels: int) -> None:
-        """UserError where images have another number of channels."""
+        """Check that a network with this number of input channels works on images."""
         if channels not in MODES:
             raise UserError(f"in_channels={channels}: images have {' or '.join(map(str, MODES))} channels")
 
     def prepare(self, device: torch.device, mixed_precision: str) -> None:
-        """Where to work."""
+        """Set the device."""
         self.device = device
 
     def rest(self) -> None:
-        """Nothing is held."""
+        """Free the device's memory: nothing is held."""
 
     def encode(self, examples: torch.Tensor) -> tuple[torch.Tensor, Condition]:
-        """uint8 images (B, C, H, W) to [−1, 1], same shape."""
+        """uint8 images (B, C, H, W) to [−1, 1] on the device, same shape, and no condition."""
         return to_unit_range(examples, self.device), {}
 
     def condition(self, texts: Sequence[str]) -> Condition:
-        """There is none."""
+        """No condition."""
         return {}
 
     def decode(self, tensors: torch.Tensor) -> torch.Tensor:
-        """Images in [−1, 1] to uint8 on the CPU, what lies outside clipped."""
+        """Images in [−1, 1] to uint8 on the CPU, clipped."""
         return to_bytes(tensors)
 
 
 class LatentsAndText:
-    """Latents of a VAE, which stand for images, and embeddings of captions (Rombach et al. 2022).
+    """Latents of a VAE and embeddings of captions (Rombach et al. 2022).
 
     Args:
         vae: diffusers' AutoencoderKL.
@@ -122,7 +100,7 @@ class LatentsAndText:
         self.has_warned = os.environ.get("RANK", "0") != "0"  # one process does
 
     def check_fits(self, channels: int) -> None:
-        """UserError where latents have another number of channels, or images one that PIL does not know."""
+        """Check that a network with this number of input channels works on the latents, and PIL on the images."""
         latents = self.vae.config.latent_channels
         if channels != latents:
             raise UserError(f"in_channels={channels}: the VAE's latents have {latents} channels")
@@ -130,27 +108,27 @@ class LatentsAndText:
             raise UserError(f"vae: in_channels={self.image_channels}: images have 1 or 3 channels")
 
     def prepare(self, device: torch.device, mixed_precision: str) -> None:
-        """Where to work; on a GPU in half precision where the networks are. A part moves when it is first used."""
+        """Set device and type: on a GPU that of the networks. A part moves there when it is first used."""
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else AUTOCAST_TYPES[mixed_precision] or torch.float32
 
     def rest(self) -> None:
-        """VAE and text encoder go back to main memory."""
+        """Free the device's memory until the next use."""
         for part in (self.vae, self.text_encoder):
             nn.Module.to(part, "cpu")
 
     @property
     def _shift(self) -> float:
-        """What the VAE's latents are shifted by before they are scaled; most are not."""
+        """Subtracted from latents before they are scaled; most VAEs have none."""
         return self.vae.config.get("shift_factor") or 0.0
 
     def _ready(self, part: nn.Module) -> nn.Module:
-        """A part where and how it is to work."""
+        """A part on its device, in its type."""
         return nn.Module.to(part, self.device, self.dtype)  # diffusers' own warns of every change of the type
 
     @torch.no_grad()
     def encode(self, examples: Captioned | Encoded) -> tuple[torch.Tensor, Condition]:
-        """Images with captions, encoded before or not, to scaled samples of the posterior, and the embeddings."""
+        """Scaled samples of the posterior, drawn from torch's generator of the device, and the embeddings."""
         if isinstance(examples, Captioned):
             examples = Encoded(self.moments(examples.pixels), self.embed(examples.captions))
         moments = examples.moments.to(self.device, non_blocking=True)
@@ -168,13 +146,13 @@ class LatentsAndText:
         """A sample of the posterior, as the network sees latents: float32, (B, latent channels, h, w)."""
         mean, log_variance = moments.float().contiguous().chunk(2, dim=1)
         deviation = torch.exp(log_variance.clamp(-30, 20) / 2)
-        noise = torch.randn(mean.shape, device=mean.device)  # randn_like fills in the order in which a tensor lies
+        noise = torch.randn(mean.shape, device=mean.device)  # randn_like's order depends on the memory format
         latents = (mean + deviation * noise - self._shift) * self.vae.config.scaling_factor
         return latents.to(memory_format=memory_format(self.device))
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts to the text encoder's last hidden states, (B, tokens, D); too long ones are cut, which is said once."""
+        """The text encoder's last hidden states, (B, tokens, D); texts that are too long are cut, with one warning."""
         length = self.tokenizer.model_max_length
         if not self.has_warned:
             for text in texts:
@@ -195,7 +173,7 @@ class LatentsAndText:
 
     @torch.no_grad()
     def decode(self, tensors: torch.Tensor) -> torch.Tensor:
-        """Latents to uint8 images on the CPU, a few at a time.
+        """Latents to uint8 images on the CPU.
 
         Raises:
             RunError: the VAE gives NaN or infinite values, as some do in half precision.
@@ -211,33 +189,98 @@ class LatentsAndText:
         return torch.cat(images)
 
 
-def load_encoder(pipeline: Path, unet: nn.Module) -> Encoder:
-    """What stands between images and a pipeline's network."""
-    asks_for_text = hasattr(unet.config, "cross_attention_dim")
+Encoder = Pixels | LatentsAndText
+
+
+def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
+    """The encoder of a pipeline, tried out."""
+    asks_for_text = hasattr(denoiser.config, "cross_attention_dim")
     if asks_for_text != takes_text(pipeline):
         wants = "needs a text encoder, which the folder lacks" if asks_for_text else "takes no text"
-        raise UserError(f"{pipeline}: its network, a {type(unet).__name__}, {wants}")
+        raise UserError(f"{pipeline}: its network, a {type(denoiser).__name__}, {wants}")
     if not asks_for_text:
-        return Pixels(unet.config.in_channels)
-    encoder = LatentsAndText(*load_parts(pipeline))
-    _try_parts(encoder, pipeline, unet.config.cross_attention_dim)
+        return Pixels(denoiser.config.in_channels)
+    encoder = LatentsAndText(*_load_parts(pipeline))
+    _try_parts(encoder, pipeline, denoiser.config.cross_attention_dim)
     return encoder
+
+
+@contextmanager
+def _blaming(folder: Path) -> Iterator[None]:
+    """Name a part's folder before whatever diffusers, transformers or torch raise."""
+    with naming(folder):
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(one_line(error)) from None
+
+
+def _load_parts(pipeline: Path) -> tuple[nn.Module, nn.Module, Any]:
+    """VAE, text encoder and tokenizer; the tokenizer's model_max_length fits the text encoder."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # errors are told below, in one line
+    vae = _load(pipeline / "vae", AutoencoderKL, torch_dtype=torch.float32)
+    text_encoder = _load(pipeline / "text_encoder", CLIPTextModel, dtype=torch.float32)
+    tokenizer = _load(pipeline / "tokenizer", CLIPTokenizer)
+    with naming(pipeline / "tokenizer"):
+        vocabulary = text_encoder.config.vocab_size
+        if not LEAST_VOCABULARY <= len(tokenizer) <= vocabulary:  # transformers makes an empty one where it is missing
+            raise UserError(f"{len(tokenizer)} tokens, the text encoder has {vocabulary}")
+        length = tokenizer.model_max_length  # 1e30 where the folder names none
+        if not isinstance(length, (int, float)) or not length >= LEAST_LENGTH:
+            raise UserError(f"model_max_length={length}: must be a number of at least {LEAST_LENGTH}")
+        tokenizer.model_max_length = int(min(length, text_encoder.config.max_position_embeddings))
+    return vae, text_encoder, tokenizer
+
+
+def _load(folder: Path, kind: Any, **dtype: torch.dtype) -> Any:
+    """A part of this class.
+
+    Args:
+        dtype: of a network, by the name of its argument; a tokenizer has none.
+    """
+    with _blaming(folder):
+        if not folder.is_dir():
+            raise UserError("missing")
+        if not dtype:
+            return kind.from_pretrained(str(folder), local_files_only=True)
+        variant = {} if has_full_precision(folder) else {"variant": "fp16"}
+        options = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True, **variant}
+        part, report = kind.from_pretrained(str(folder), **options, **dtype)
+        check_filled(report)
+        for name, tensor in part.state_dict().items():
+            if not tensor.isfinite().all():
+                raise UserError(f"tensor {name} holds NaN or infinite values")
+        return part
+
+
+def check_filled(report: dict) -> None:
+    """Check the report of diffusers or transformers on a network that they loaded: no tensor is missing."""
+    missing = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    if missing:
+        raise UserError(f"weights and config.json do not fit each other ({', '.join(sorted(missing)[:3])} …)")
 
 
 @torch.no_grad()
 def _try_parts(encoder: LatentsAndText, pipeline: Path, width: Any) -> None:
-    """Use each part once, so that what does not work is named after the part.
+    """Use each part once, so that an error names the part.
 
     Args:
-        width: of the texts' embeddings, as the network takes them; a list where its blocks take several.
+        width: the network's cross_attention_dim; a list where its blocks differ.
     """
-    with blaming(pipeline / "tokenizer"):
+    with _blaming(pipeline / "tokenizer"):
         tokens = encoder.tokens([""])
-    with blaming(pipeline / "text_encoder"):
-        found = encoder.text_encoder(tokens)[0].shape[2]
-        if isinstance(width, int) and found != width:
-            raise UserError(f"its embeddings have {found} entries, the network's cross_attention_dim is {width}")
-    with blaming(pipeline / "vae"):
+    with _blaming(pipeline / "text_encoder"):
+        entries = encoder.text_encoder(tokens)[0].shape[2]
+        if isinstance(width, int) and entries != width:
+            raise UserError(f"its embeddings have {entries} entries, the network's cross_attention_dim is {width}")
+    with _blaming(pipeline / "vae"):
         side = 2 * latent_factor(pipeline)
         pixels = torch.zeros(1, encoder.image_channels, side, side, dtype=torch.uint8)
         mean, _ = encoder.moments(pixels).chunk(2, dim=1)
@@ -247,7 +290,7 @@ def _try_parts(encoder: LatentsAndText, pipeline: Path, width: Any) -> None:
 
 
 def to_unit_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 images (B, C, H, W) to [−1, 1] on the device, same shape, in its memory format; a GPU is not waited for."""
+    """uint8 images (B, C, H, W) to [−1, 1] on the device, same shape, in its memory format, without waiting for it."""
     if device.type == "cuda":
         pixels = pixels.pin_memory()
     pixels = pixels.to(device, non_blocking=True, memory_format=memory_format(device))
@@ -255,5 +298,5 @@ def to_unit_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:
-    """Images in [−1, 1] (B, C, H, W) to uint8 on the CPU, what lies outside clipped."""
+    """Images in [−1, 1] (B, C, H, W) to uint8 on the CPU, clipped."""
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deme.config.paths import DENOISER
 from deme.errors import UserError, naming, shown
 from deme.job.files import read_json
 
@@ -28,16 +29,16 @@ SCHEDULERS = (  # all of them say the same of the noise: betas, and what is pred
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
 )
 CLASSES = {
-    "unet": (*DENOISERS, *(f"{PROJECTED}{name}" for name in DENOISERS)),
+    DENOISER: (*DENOISERS, *(f"{PROJECTED}{name}" for name in DENOISERS)),
     "scheduler": SCHEDULERS,
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 NEVER_RUN = ("safety_checker", "feature_extractor", "image_encoder")  # no image depends on them
-FILES = {"unet": "config.json", "scheduler": "scheduler_config.json", "vae": "config.json"}  # that name their class
+FILES = {DENOISER: "config.json", "scheduler": "scheduler_config.json", "vae": "config.json"}  # that name their class
 SETTINGS = {  # the values that are supported; what a file leaves out is diffusers' default, which is
-    "unet": {
+    DENOISER: {
         "class_embed_type": (None,),  # labels
         "num_class_embeds": (None,),
         "time_cond_proj_dim": (None,),  # guidance, as in latent consistency models
@@ -69,7 +70,7 @@ def index_class(index: dict[str, Any], part: str) -> Any:
     return entry[-1] if isinstance(entry, list) and entry else entry
 
 
-def denoiser(settings: dict[str, Any]) -> str:
+def denoiser_class(settings: dict[str, Any]) -> str:
     """The class of a UNet, without projections, by its config.json; files of long ago name none."""
     return str(settings.get("_class_name", "UNet2DModel")).removeprefix(PROJECTED)
 
@@ -90,12 +91,12 @@ def check_pipeline(pipeline: Path, unet: Path, scheduler: Path) -> None:
         if name not in NEVER_RUN:
             _look_up(f"{pipeline / INDEX}: the part", name, CLASSES)
             _look_up(f"{pipeline / INDEX}: {name}", given, CLASSES[name])
-    folders = {"unet": unet, "scheduler": scheduler, "vae": pipeline / "vae"}
+    folders = {DENOISER: unet, "scheduler": scheduler, "vae": pipeline / "vae"}
     for name, folder in folders.items():
         if (folder / FILES[name]).is_file():
             check_part(name, folder / FILES[name], parts.get(name))
-    if (unet / FILES["unet"]).is_file():
-        name = denoiser(read_json(unet / FILES["unet"]))
+    if (unet / FILES[DENOISER]).is_file():
+        name = denoiser_class(read_json(unet / FILES[DENOISER]))
         if index and PIPELINES[index["_class_name"]] != name:
             raise UserError(f"{pipeline / INDEX}: _class_name={index['_class_name']}: its network is a {name}")
         _check_parts(pipeline, parts, name)
@@ -107,7 +108,7 @@ def _check_parts(pipeline: Path, parts: dict[str, str], name: str) -> None:
     if parts:  # the index says which ones count; these would be passed over
         there &= {"vae", "vqvae"}
     for part in sorted(there | {part for part in parts if part in ENCODERS}):
-        if part not in ("unet", "scheduler", *NEVER_RUN, *DENOISERS[name]):
+        if part not in (DENOISER, "scheduler", *NEVER_RUN, *DENOISERS[name]):
             raise UserError(f"{pipeline / part}: a {name} is supported without one")
 
 
@@ -119,7 +120,7 @@ def check_part(part: str, file: Path, named: str | None = None) -> None:
         named: its class, where the file itself names none.
     """
     settings = read_json(file)
-    given = settings.get("_class_name", named or ("UNet2DModel" if part == "unet" else None))
+    given = settings.get("_class_name", named or ("UNet2DModel" if part == DENOISER else None))
     _look_up(f"{file}: _class_name", given, CLASSES[part])
     with naming(file):
         check_settings(part, settings)

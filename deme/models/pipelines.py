@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deme.config.paths import DENOISER
 from deme.config.sections import HUB_ID
 from deme.errors import UserError, shown
 from deme.job.files import REPOSITORY, read_json, sha256
-from deme.models.hub import download
 from deme.models.kinds import (
     DENOISERS,
     ENCODERS,
@@ -28,11 +28,11 @@ from deme.models.kinds import (
     PIPELINES,
     PROJECTED,
     check_pipeline,
-    denoiser,
+    denoiser_class,
     index_class,
     read_index,
 )
-from deme.models.weights import weights_files
+from deme.models.weights import download, weights_files
 
 SCHEDULER_CONFIG = "scheduler_config.json"
 
@@ -55,7 +55,7 @@ def find_pipeline(source: str) -> Path:
 
 def check_folder(pipeline: Path) -> Path:
     """The folder itself, if it is a pipeline's whose classes are known."""
-    unet, scheduler = unet_folder(pipeline), scheduler_folder(pipeline)
+    unet, scheduler = denoiser_folder(pipeline), scheduler_folder(pipeline)
     check_pipeline(pipeline, unet, scheduler)
     for part in (unet / "config.json", scheduler / SCHEDULER_CONFIG):
         if not part.is_file():
@@ -68,14 +68,14 @@ def find_folder(source: str) -> Path | None:
     return next((folder for folder in (Path(source), REPOSITORY / source) if folder.is_dir()), None)
 
 
-def unet_folder(pipeline: Path) -> Path:
+def denoiser_folder(pipeline: Path) -> Path:
     """Where a pipeline's network lies: in unet/, or flat beside all else."""
-    return pipeline / "unet" if (pipeline / "unet").is_dir() else pipeline
+    return pipeline / DENOISER if (pipeline / DENOISER).is_dir() else pipeline
 
 
 def scheduler_folder(pipeline: Path) -> Path:
     """Where a pipeline's noise schedule lies: in scheduler/, or flat beside all else."""
-    has_parts = any((pipeline / part).is_dir() for part in ("unet", "scheduler"))
+    has_parts = any((pipeline / part).is_dir() for part in (DENOISER, "scheduler"))
     return pipeline / "scheduler" if has_parts else pipeline
 
 
@@ -99,20 +99,20 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
     Args:
         pretrained: pipeline folder.
     """
-    unet = read_json(folder / "unet" / "config.json")
+    unet = read_json(folder / DENOISER / "config.json")
     schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
     given = read_index(pretrained)
-    kinds = [kind for kind, network in PIPELINES.items() if network == denoiser(unet)]
+    kinds = [kind for kind, network in PIPELINES.items() if network == denoiser_class(unet)]
     kind = given["_class_name"] if given.get("_class_name") in kinds else kinds[0]
     scheduler = read_json(schedule).get("_class_name", index_class(given, "scheduler"))
-    library = "deme.projection" if is_projected(folder / "unet") else "diffusers"
+    library = "deme.projection" if is_projected(folder / DENOISER) else "diffusers"
     index = {"_class_name": kind, "scheduler": ["diffusers", scheduler]}
-    index["unet"] = [library, unet.get("_class_name", denoiser(unet))]
-    if DENOISERS[denoiser(unet)]:
+    index[DENOISER] = [library, unet.get("_class_name", denoiser_class(unet))]
+    if DENOISERS[denoiser_class(unet)]:
         index |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"]}
         index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "requires_safety_checker": False}
         index |= {part: [None, None] for part in NEVER_RUN}
-    for part in DENOISERS[denoiser(unet)]:
+    for part in DENOISERS[denoiser_class(unet)]:
         _link_part(pretrained / part, folder / part)
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     (folder / "scheduler").mkdir()
@@ -161,12 +161,12 @@ def common_architecture(folders: Sequence[Path]) -> Path:
     settings = read_json(first)
     for file in others:
         given = read_json(file)
-        if denoiser(given) != denoiser(settings):
-            raise UserError(f"{file}: _class_name={denoiser(given)}, but {denoiser(settings)} in {first}")
+        if denoiser_class(given) != denoiser_class(settings):
+            raise UserError(f"{file}: _class_name={denoiser_class(given)}, but {denoiser_class(settings)} in {first}")
         for key in sorted({*given, *settings} - {"dropout"}):  # which is of training alone
             if key.startswith("_") or (key in given and key in settings and given[key] == settings[key]):
                 continue
-            defaults = {} if key in given and key in settings else _defaults(denoiser(settings))
+            defaults = {} if key in given and key in settings else _defaults(denoiser_class(settings))
             value, expected = (found.get(key, defaults.get(key)) for found in (given, settings))
             if value != expected and (key in defaults or not defaults):  # what diffusers does not know it passes over
                 raise UserError(f"{file}: {key}={shown(value)}, but {shown(expected)} in {first}")
@@ -191,7 +191,7 @@ def is_projected(folder: Path) -> bool:
 
 def takes_text(pipeline: Path) -> bool:
     """Whether a pipeline's images follow a text: it has a text encoder, or a network that needs one."""
-    config = unet_folder(pipeline) / "config.json"
+    config = denoiser_folder(pipeline) / "config.json"
     needs_text = config.is_file() and "Condition" in str(read_json(config).get("_class_name"))
     return (pipeline / "text_encoder").is_dir() or needs_text
 

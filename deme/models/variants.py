@@ -1,19 +1,29 @@
-"""The models of a run that can be sampled: pretrained, continued (the control), the baselines, ensemble, merged,
-distilled, or any folder."""
+"""The models of a run that can be sampled (sample.model), and the files that identify them."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from deme.config.paths import Paths
-from deme.config.sections import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS
+from deme.config.experiment import Config
+from deme.config.paths import DENOISER, Paths
+from deme.config.sections import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, Sample
 from deme.errors import UserError, naming
-from deme.models.pipelines import find_pipeline, unet_folder
-from deme.models.weights import WEIGHTS, has_weights
+from deme.job.files import Watched, read_json, sha256
+from deme.job.records import ENCODER, SCHEDULE
+from deme.models.pipelines import (
+    SCHEDULER_CONFIG,
+    denoiser_folder,
+    encoder_files,
+    encoders_hash,
+    find_pipeline,
+    num_train_timesteps,
+    sample_size,
+    scheduler_folder,
+    takes_text,
+)
+from deme.models.weights import WEIGHTS, has_weights, weights_files
 
-# of the rows of a table; others follow by name
-ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED)
-
-MAKERS = {  # of the models that a run makes: its command
+ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED)  # of a table's rows; others by name
+MAKERS = {  # the command that makes each model of a run
     **{name: f"finetune.py finetune.range={name}" for name in NAMED_TRAININGS},
     "ensemble": "finetune.py",
     "merged": "merge.py",
@@ -21,42 +31,70 @@ MAKERS = {  # of the models that a run makes: its command
 
 
 @dataclass(frozen=True)
-class Variant:
-    """Where a model's networks and noise schedule lie."""
+class ModelFiles:
+    """The files of a model, examined before anything is loaded."""
 
-    unets: list[Path]  # one UNet folder, or one per timestep range
-    pipeline: Path  # whose noise schedule is used
+    pipeline: Path  # its noise schedule and encoders are used
+    denoisers: list[Path]  # folders: one, or one per timestep range
+
+    @property
+    def schedule(self) -> Path:
+        """The file of the noise schedule."""
+        return scheduler_folder(self.pipeline) / SCHEDULER_CONFIG
+
+    def check_fits(self, config: Config) -> None:
+        """Compare resolution and number of timesteps with the configuration."""
+        sizes = {folder: sample_size(folder, self.pipeline) for folder in self.denoisers}
+        config.check_fits(sizes, scheduler_folder(self.pipeline), num_train_timesteps(self.pipeline))
+
+    def watched(self, *more: Path) -> Watched:
+        """The files whose hash and content are read, and `more`."""
+        weights = [file for folder in self.denoisers for file in weights_files(folder)]
+        return Watched([*weights, self.schedule, *encoder_files(self.pipeline).values(), *more])
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the noise schedule and, for text-to-image, of the encoders, as records name them."""
+        encoders = {ENCODER: encoders_hash(self.pipeline)} if takes_text(self.pipeline) else {}
+        return {SCHEDULE: sha256(self.schedule), **encoders}
+
+    def spacing(self, settings: Sample) -> dict[str, str]:
+        """The timestep spacing for the record of samples; nothing where it is the sampler's default."""
+        given = settings.timestep_spacing
+        if settings.is_ddim:
+            given = given or read_json(self.schedule).get("timestep_spacing", "leading")
+            given = None if given == "leading" else given
+        return {} if given is None else {"sample.timestep_spacing": given}
 
 
-def find_variant(model: str, paths: Paths) -> Variant:
-    """The model of this name, or in this folder: a pipeline, or a UNet with the pretrained noise schedule."""
+def find_model(model: str, paths: Paths) -> ModelFiles:
+    """The model of this name or folder: a pipeline, or a denoiser that takes the pretrained noise schedule."""
     if model == "pretrained":
         pipeline = find_pretrained(paths)
-        return Variant([unet_folder(pipeline)], pipeline)
+        return ModelFiles(pipeline, [denoiser_folder(pipeline)])
     if model in MAKERS:
-        unets = made_unets(model, paths)
-        for folder in unets:
+        denoisers = made_denoisers(model, paths)
+        for folder in denoisers:
             if not folder.is_dir():
                 raise UserError(f"{folder} is missing; {MAKERS[model]} makes it")
-        return Variant(unets, find_pipeline(str(paths.merged)) if model == "merged" else find_pretrained(paths))
+        return ModelFiles(find_pipeline(str(paths.merged)) if model == "merged" else find_pretrained(paths), denoisers)
     folder = Path(model)
-    if (folder / "unet").is_dir():
+    if (folder / DENOISER).is_dir():
         has_scheduler = (folder / "scheduler").is_dir()
-        return Variant([folder / "unet"], find_pipeline(model) if has_scheduler else find_pretrained(paths))
+        return ModelFiles(find_pipeline(model) if has_scheduler else find_pretrained(paths), [folder / DENOISER])
     if (folder / "config.json").is_file():
-        return Variant([folder], find_pretrained(paths))
+        return ModelFiles(find_pretrained(paths), [folder])
     raise UserError(f"not {', '.join(ORDER)}, or a folder that holds a UNet")
 
 
-def made_unets(model: str, paths: Paths) -> list[Path]:
-    """Where the UNet folders of a model of MAKERS lie, made or not."""
+def made_denoisers(model: str, paths: Paths) -> list[Path]:
+    """The denoiser folders of a model in MAKERS, whether they exist or not."""
     if model == "ensemble":
         return paths.finetuned
-    return [(paths.merged if model == "merged" else paths.finetuning(model)) / "unet"]
+    return [paths.merged / DENOISER if model == "merged" else paths.trained(model)]
 
 
 def find_finetuned(paths: Paths) -> list[Path]:
-    """The folders of the finetuned UNets, lowest range first, with weights in any form."""
+    """The folders of the finetuned denoisers, lowest range first."""
     for k, folder in enumerate(paths.finetuned):
         if not has_weights(folder):
             raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={k}")

@@ -1,67 +1,58 @@
-"""The weights in a network's folder, in every form that the Hub has them: read once, by name, without unpickling code.
+"""The weights in a network's folder or on the Hub, in every form that the Hub has them, read without running code.
 
-safetensors in one file or in several with an index, in full or half precision, or a `.bin`; under today's names or
-those of diffusers up to 0.15. Only files are looked at: torch is imported where tensors are read, diffusers not at all.
+Forms: safetensors in one file or in shards with an index, in full or half precision, or a `.bin`; tensor names are
+today's or those of diffusers up to 0.15. torch is imported only where tensors are read, diffusers not at all.
 """
 
 import hashlib
 import json
 import re
 import zipfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deme.config.paths import DENOISER
 from deme.errors import UserError, one_line
 from deme.job.files import read_json, sha256
 
 if TYPE_CHECKING:
     import torch
 
-STEM = "diffusion_pytorch_model"  # how the names of the files begin
+STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
 PICKLED_WEIGHTS = f"{STEM}.bin"
-FORMS = (  # in the order in which they are looked for, behind the stem: a file, or an index that names several
-    (".safetensors", ".safetensors.index.json"),
-    (".fp16.safetensors", ".safetensors.index.fp16.json"),
+FORMS = (  # in order of preference, after the stem: a file, or an index and patterns of its shards
+    (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors"),
+    (".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16-*-of-*.safetensors", "-*-of-*.fp16.safetensors"),
     (".bin", None),
+)
+STEMS = {DENOISER: STEM, "vae": STEM, "text_encoder": "model"}  # of a pipeline's parts that have weights
+SETTINGS = (  # files of a pipeline on the Hub that are read beside the weights
+    *("model_index.json", "config.json", "scheduler_config.json", "scheduler/scheduler_config.json"),
+    *(f"{part}/config.json" for part in STEMS),
+    *("tokenizer/*.json", "tokenizer/*.txt"),
 )
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # up to diffusers 0.15
 OLD_ATTENTION_NAME = re.compile(rf"(?<=\.)({'|'.join(ATTENTION_NAMES)})(?=\.(weight|bias)$)")
 
 
 def weights_files(folder: Path, stem: str = STEM) -> list[Path]:
-    """The files that hold the weights of a network's folder: one, or those that an index names.
-
-    Args:
-        stem: how their names begin.
-    """
-    for name, index_name in FORMS:
+    """The files of the weights in a network's folder: one, or the shards that an index names."""
+    for name, index_name, *_ in FORMS:
         file = folder / f"{stem}{name}"
         index = None if index_name is None else folder / f"{stem}{index_name}"
         if index is not None and index.is_file():
             if file.is_file():
                 raise UserError(f"{index}: stands beside {file.name}; delete the one that does not count")
-            return _indexed(index)
+            return _shards(index)
         if file.is_file():
             return [file]
     raise UserError(f"{folder / stem}.safetensors: missing")
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether a network's folder has weights, in any form; what is damaged or cut short shows when they are read."""
-    return any((folder / f"{STEM}{name}").is_file() for form in FORMS for name in form if name is not None)
-
-
-def is_whole(folder: Path, stem: str = STEM) -> bool:
-    """Whether `weights_files` finds them."""
-    try:
-        return bool(weights_files(folder, stem))
-    except UserError:
-        return False
-
-
-def _indexed(index: Path) -> list[Path]:
-    """The files that an index names, in their order."""
+def _shards(index: Path) -> list[Path]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index}: names no files of weights")
@@ -72,19 +63,24 @@ def _indexed(index: Path) -> list[Path]:
     return files
 
 
+def has_weights(folder: Path) -> bool:
+    """True if a network's folder has weights in any form, damaged or incomplete ones included."""
+    return any((folder / f"{STEM}{name}").is_file() for form in FORMS for name in form[:2] if name is not None)
+
+
 def weights_hash(folder: Path) -> str:
-    """What tells a folder's weights from all others: the SHA-256 of their file, or that of those of several."""
+    """SHA-256 of the weights in a network's folder: of the file, or of its shards' SHA-256."""
     hashes = [sha256(file) for file in weights_files(folder)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def load_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
-    """The tensors of a network's folder under today's names, memory-mapped from the files."""
+    """The tensors of a network's folder under today's names, memory-mapped."""
     tensors: dict[str, torch.Tensor] = {}
     for file in weights_files(folder):
         try:
             tensors |= {todays_name(name): tensor for name, tensor in _read(file).items()}
-        except Exception as error:  # a damaged file leads to errors of zip, pickle, safetensors and torch
+        except Exception as error:  # zip, pickle, safetensors and torch raise anything for a damaged file
             raise UserError(f"{file}: cannot be read: {one_line(error)}") from None
     return tensors
 
@@ -100,18 +96,67 @@ def _read(file: Path) -> dict[str, "torch.Tensor"]:
 
 
 def todays_name(name: str) -> str:
-    """A tensor's name in a UNet of today's diffusers, from that or from the name up to 0.15 (attention layers)."""
-    return OLD_ATTENTION_NAME.sub(lambda found: ATTENTION_NAMES[found[1]], name)
+    """A tensor's name in today's diffusers; up to 0.15 attention layers had other names."""
+    return OLD_ATTENTION_NAME.sub(lambda match: ATTENTION_NAMES[match[1]], name)
 
 
-def write_unet(folder: Path, tensors: dict[str, "torch.Tensor"], config: dict) -> None:
-    """Write a UNet's folder.
-
-    Args:
-        config: the content of its config.json.
-    """
+def write_denoiser(folder: Path, tensors: dict[str, "torch.Tensor"], config: dict) -> None:
+    """Write a denoiser's folder: weights and config.json."""
     from safetensors.torch import save_file
 
     folder.mkdir()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def download(name: str, revision: str | None, check: Callable[[Path], object]) -> Path:
+    """The folder in the Hub's cache of a pipeline; only the files that are read are downloaded.
+
+    Without a connection the cache is enough, if it has those files.
+
+    Args:
+        name: owner/name.
+        revision: a branch, tag or commit; None: the newest.
+        check: called with the settings alone, before the weights: raises UserError if this is no pipeline.
+    """
+    from huggingface_hub import snapshot_download
+
+    reasons = []  # why the Hub could not be reached
+
+    def fetch(revision: str | None, patterns: list[str]) -> Path:
+        wanted = {"repo_id": name, "revision": revision, "allow_patterns": patterns}
+        if not reasons:
+            try:
+                return Path(snapshot_download(**wanted))
+            except Exception as error:  # network, name and permission errors have no common class
+                reasons.append(one_line(error))
+        try:
+            return Path(snapshot_download(**wanted, local_files_only=True))
+        except Exception as error:
+            if not hasattr(error, "snapshot_path"):  # the cache has nothing of it
+                raise UserError(f"neither a pipeline folder nor a reachable Hub id: {reasons[0]}") from None
+            return Path(error.snapshot_path)
+
+    folder = fetch(revision, list(SETTINGS))
+    try:
+        check(folder)
+        parts = [part for part in STEMS if (folder / part).is_dir()]
+        for part in parts if DENOISER in parts else [""]:
+            _fetch_weights(folder, part, fetch)
+    except UserError as error:
+        why = f"; the Hub's cache does not hold all of it, and the rest cannot be had: {reasons[0]}" if reasons else ""
+        raise UserError(f"{error}{why}") from None
+    return folder
+
+
+def _fetch_weights(folder: Path, part: str, fetch: Callable[[str, list[str]], Path]) -> None:
+    """Download a part's weights in the first form that the Hub has."""
+    stem = STEMS.get(part, STEM)
+    for form in FORMS if part in (DENOISER, "") else FORMS[:-1]:
+        ends = [end for end in form if end is not None]
+        # config.json is asked for too: the Hub's client warns where no file fits
+        fetch(folder.name, [str(Path(part, file)) for file in ("config.json", *(f"{stem}{end}" for end in ends))])
+        with suppress(UserError):
+            weights_files(folder / part, stem)
+            return
+    weights_files(folder / part, stem)  # says what is missing

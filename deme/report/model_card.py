@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
+from deme.config.paths import DENOISER
 from deme.config.sections import range_name
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import Score, load_scores
@@ -23,7 +24,7 @@ def model_card(config: Config, made_from: dict[str, Any], scores: Sequence[tuple
     """
     from_hub = config.merge.push_to_hub is not None
     name = config.merge.push_to_hub if from_hub else str(config.paths.merged)
-    projected = is_projected(config.paths.merged / "unet")
+    projected = is_projected(config.paths.merged / DENOISER)
     folder = f'"{name}"'
     if projected and from_hub:  # diffusers would look for the class in the Hub's repository
         folder = f'snapshot_download("{name}")'

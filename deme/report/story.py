@@ -15,7 +15,7 @@ from deme.job.files import read_json
 from deme.job.records import MERGED, read_record
 from deme.measure.scores import CLEARLY, Score, load_scores
 from deme.models.searched import Searched, read_searched, seconds_of
-from deme.models.variants import MAKERS, ORDER, made_unets
+from deme.models.variants import MAKERS, ORDER, made_denoisers
 from deme.report.tables import NAMES, number, score_lines
 
 
@@ -210,7 +210,7 @@ def missing_stages(run: Run) -> Iterator[Missing]:
         if range_name(timestep_range) not in trained and not paths.finetuned[k].is_dir():
             yield Missing(f"the expert of timesteps {range_name(timestep_range)}", f"finetune.py finetune.range={k}")
     for name in (CONTINUED, DISTILLED):
-        if not made_unets(name, paths)[0].is_dir():
+        if not made_denoisers(name, paths)[0].is_dir():
             yield Missing(name, MAKERS[name])
     if run.search is None and SEARCH not in run.unreadable:
         yield Missing("the search for coefficients", "search.py")

@@ -14,8 +14,8 @@ from deme.job.processes import in_main_process
 from deme.measure.scores import CLEARLY, Score, load_scores, paired, save_scores, score
 from deme.method.coefficients import PUBLISHED
 from deme.method.sampling import NetworkAt
+from deme.models.denoisers import load_denoiser
 from deme.models.inference import freeze
-from deme.models.networks import load_unet
 from deme.models.weights import weights_hash
 from deme.search.problem import Problem
 from deme.search.ways import Found
@@ -69,7 +69,7 @@ def contenders(problem: Problem, found: Found) -> dict[str, Callable[[], Network
         return lambda: problem.merged(np.broadcast_to(row, problem.shape))
 
     def loaded(folder: Path) -> NetworkAt:
-        unet = freeze(load_unet(folder), problem.accelerator.device, problem.config.sample.mixed_precision)
+        unet = freeze(load_denoiser(folder), problem.accelerator.device, problem.config.sample.mixed_precision)
         return lambda _: unet
 
     found_at = {"pretrained": merged(np.zeros(ranges))}

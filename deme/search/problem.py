@@ -23,11 +23,11 @@ from deme.method.candidates import Candidates
 from deme.method.coefficients import pattern_of, patterns_of
 from deme.method.projection import with_identity_projections
 from deme.method.sampling import NetworkAt, ensemble, try_sampler
+from deme.models.denoisers import load_denoiser, load_scheduler, try_out
 from deme.models.drawing import Drawing
 from deme.models.encoders import load_encoder
 from deme.models.inference import freeze
-from deme.models.networks import load_scheduler, load_unet, try_out
-from deme.models.pipelines import common_architecture, unet_folder
+from deme.models.pipelines import common_architecture, denoiser_folder
 from deme.models.weights import load_tensors
 from deme.search.distance import FrechetDistance
 from deme.search.probes import PROBES, Squares, make_squares
@@ -54,7 +54,7 @@ class Problem:
         self.settings = config.search
         self.accelerator = accelerator
         self.made_of = made_of
-        folders = [unet_folder(pretrained), *config.paths.finetuned]
+        folders = [denoiser_folder(pretrained), *config.paths.finetuned]
         self.architecture = common_architecture(folders)
         like = load_tensors(self.architecture)
         base, *experts = (with_identity_projections(load_tensors(folder), like) for folder in folders)
@@ -64,7 +64,7 @@ class Problem:
         group_of = {name: self.patterns.index(pattern_of(name, self.patterns)) for name in base}
         self.candidates = Candidates(base, finetuned, group_of, accelerator.device)
         self.scheduler = load_scheduler(pretrained)
-        network = load_unet(self.architecture)
+        network = load_denoiser(self.architecture)
         self.encoder = load_encoder(pretrained, network)
         try_out(network, self.scheduler, self.encoder)
         self.encoder.prepare(accelerator.device, config.sample.mixed_precision)
@@ -175,7 +175,7 @@ class Problem:
         precision = self.config.sample.mixed_precision
         if precision == "no":
             return self.network
-        network = load_unet(self.architecture)
+        network = load_denoiser(self.architecture)
         return freeze(network, self.accelerator.device, precision, may_pack=False)
 
     def merged(self, coefficients: Coefficients) -> NetworkAt:

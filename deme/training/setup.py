@@ -15,9 +15,9 @@ from deme.errors import UserError, naming
 from deme.job.files import Watched, atomic_folder
 from deme.job.processes import in_main_process, locked_by_all, make_accelerator
 from deme.method.distillation import Experts
+from deme.models.denoisers import load_denoiser, load_scheduler, try_out
 from deme.models.encoders import Encoder, load_encoder
-from deme.models.inputs import Inputs
-from deme.models.networks import load_scheduler, load_unet, try_out
+from deme.models.variants import ModelFiles
 from deme.training.held_out import HeldOut
 from deme.training.session import Session, TrainingRun
 from deme.training.trainer import Networks, Trainer
@@ -41,22 +41,22 @@ class Opened(NamedTuple):
     images: TrainingImages
 
 
-def load_start(inputs: Inputs, key: str, source: str) -> Start:
+def load_start(inputs: ModelFiles, key: str, source: str) -> Start:
     """Load and try out a pipeline, and the experts if `inputs` has more than one denoiser.
 
     Args:
         key, source: the setting that names the pipeline, for errors.
     """
-    folder, *expert_folders = inputs.unets
+    folder, *expert_folders = inputs.denoisers
     with naming(key, source):
-        denoiser = load_unet(folder)
+        denoiser = load_denoiser(folder)
         scheduler = load_scheduler(inputs.pipeline)
         encoder = load_encoder(inputs.pipeline, denoiser)
         try_out(denoiser, scheduler, encoder)
     experts = []
     for path in expert_folders:
         with naming(path):
-            expert = load_unet(path)
+            expert = load_denoiser(path)
             try_out(expert, scheduler, encoder)
             channels = expert.config.in_channels
             if channels != denoiser.config.in_channels:

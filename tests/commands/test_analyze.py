@@ -12,7 +12,7 @@ from test_search import disturbed, root  # noqa: F401  a fixture
 from test_text_to_image import text_config, text_to_image  # noqa: F401  fixtures
 
 from deme.config.sections import ANALYSES
-from deme.models.networks import with_projections
+from deme.models.denoisers import with_projections
 
 SMALL = ["analyze.timesteps=6", "analyze.images=8", "analyze.batch_size=4", "analyze.sketch=1000"]
 SMALL += ["analyze.landscape_points=3", "analyze.landscape_images=8"]

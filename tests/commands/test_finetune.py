@@ -7,7 +7,7 @@ import yaml
 from conftest import run, tiny_unet
 from safetensors.torch import load_file
 
-from deme.models.networks import with_projections
+from deme.models.denoisers import with_projections
 from deme.models.weights import WEIGHTS
 
 DISTILLED = ["finetune.range=distilled", "distill.max_steps=6"]

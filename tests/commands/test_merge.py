@@ -19,7 +19,7 @@ from deme.errors import UserError
 from deme.job.files import sha256
 from deme.measure.scores import Score, save_scores
 from deme.method.projection import PROJECTION_SUFFIX
-from deme.models.networks import load_unet, with_projections
+from deme.models.denoisers import load_denoiser, with_projections
 from deme.models.weights import PICKLED_WEIGHTS, WEIGHTS
 
 
@@ -153,12 +153,12 @@ def test_experts_in_any_form_are_found_and_merged_alike(config_file, experts, fo
     """By merge.py, search.py and analyze.py; the values are ones that half precision holds."""
     output = config_file.parent / "tiny" / "merged" / "unet" / WEIGHTS
     for folder in experts:
-        unet = load_unet(folder).half().float()
+        unet = load_denoiser(folder).half().float()
         unet.save_pretrained(folder)
     run("merge.py", config_file)
     expected = load_file(output)
     for folder in experts:
-        unet = load_unet(folder)
+        unet = load_denoiser(folder)
         (folder / WEIGHTS).unlink()
         if form == "shards":
             unet.save_pretrained(folder, max_shard_size="20KB")
@@ -181,7 +181,7 @@ def test_experts_some_of_which_have_projections_are_merged_as_if_all_had(config_
     root = config_file.parent / "tiny"
     [folder] = [folder for folder in experts if projected not in str(folder)]
     tensors = load_file(folder / WEIGHTS)
-    plain = UNet2DModel.from_config(load_unet(folder).config)
+    plain = UNet2DModel.from_config(load_denoiser(folder).config)
     plain.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.endswith(PROJECTION_SUFFIX)})
     with_projections(plain).save_pretrained(folder)  # all have some: identities here
     run("merge.py", config_file)
@@ -194,7 +194,7 @@ def test_experts_some_of_which_have_projections_are_merged_as_if_all_had(config_
     found = load_file(root / "merged" / "unet" / WEIGHTS)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert type(load_unet(root / "merged" / "unet")).__name__ == "ProjectedUNet2DModel"
+    assert type(load_denoiser(root / "merged" / "unet")).__name__ == "ProjectedUNet2DModel"
     again = yaml.safe_load(best(root).read_text())
     assert again["coefficients"]["*"] == pytest.approx(coefficients["coefficients"]["*"], rel=1e-4)
     run("analyze.py", config_file, "analyze.analyses=[task_vectors,activation_change]", "analyze.images=4")

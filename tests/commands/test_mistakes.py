@@ -30,7 +30,7 @@ from pytorch_fid import inception
 from safetensors.torch import load_file, save_file
 
 from deme.job.signals import SIGNALS
-from deme.models.networks import with_projections
+from deme.models.denoisers import with_projections
 from deme.models.weights import WEIGHTS
 
 
@@ -1776,8 +1776,8 @@ def test_merged_weights_that_are_no_longer_those_are_merged_again(start, config_
 
 RACES = {  # what reads the file that another program writes meanwhile
     "merge.py": ("deme.models.weights.load_tensors", WEIGHTS),
-    "finetune.py": ("deme.training.setup.load_unet", WEIGHTS),
-    "sample_ddp.py": ("deme.models.networks.load_unet", WEIGHTS),
+    "finetune.py": ("deme.training.setup.load_denoiser", WEIGHTS),
+    "sample_ddp.py": ("deme.models.denoisers.load_denoiser", WEIGHTS),
     "evaluate.py": ("deme.data.samples.read_images", "000001.png"),
 }
 

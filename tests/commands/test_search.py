@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_text_to_image import text_config, text_to_image  # noqa: F401  fixtures
 
 from deme.config.reading import load_config
-from deme.models.networks import with_projections
+from deme.models.denoisers import with_projections
 from deme.models.searched import SECONDS, seconds_of
 from deme.models.variants import find_pretrained
 from deme.models.weights import WEIGHTS

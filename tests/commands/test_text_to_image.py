@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from text_to_image import tiny_clip, tiny_conditional_unet, tiny_pipeline
 
 import deme.projection  # noqa: F401  for loading what has projections
-from deme.models.networks import ProjectedUNet2DConditionModel
+from deme.models.denoisers import ProjectedUNet2DConditionModel
 from deme.models.weights import WEIGHTS
 
 PROMPTS = ["a handwritten three", "zero", "a red cube", "nine", "a cat", "the end"]

@@ -14,7 +14,7 @@ from deme.measure.activation_change import (
     relative_change,
     split_squares,
 )
-from deme.models.networks import with_projections
+from deme.models.denoisers import with_projections
 
 BLOCKS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
 

@@ -9,7 +9,7 @@ from diffusers.models import ModelMixin
 from text_to_image import tiny_conditional_unet
 
 from deme.method.projection import PROJECTION_SUFFIX, with_identity_projections
-from deme.models.networks import ProjectedUNet2DConditionModel, load_unet, with_projections
+from deme.models.denoisers import ProjectedUNet2DConditionModel, load_denoiser, with_projections
 from deme.projection import ProjectedUNet2DModel
 
 INPUT = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -161,7 +161,7 @@ def test_projections_fit_text_to_image_networks_too(tmp_path, settings):
         expected = projected(*inputs).sample
         assert not torch.allclose(expected, unet(*inputs).sample)
         projected.save_pretrained(tmp_path)
-        found = load_unet(tmp_path)
+        found = load_denoiser(tmp_path)
         assert type(found) is ProjectedUNet2DConditionModel
         assert torch.equal(found(*inputs).sample, expected)
     names = [name for name in found.state_dict() if name.endswith(PROJECTION_SUFFIX)]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from text_to_image import tiny_pipeline
 
 from deme.errors import UserError
-from deme.models.networks import load_unet
-from deme.models.pipelines import encoder_files, find_pipeline, unet_folder
+from deme.models.denoisers import load_denoiser
+from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline
 from deme.models.weights import PICKLED_WEIGHTS, WEIGHTS, weights_files
 
 COMMIT = "a" * 40
@@ -81,7 +81,7 @@ def test_weights_of_any_form_are_enough_offline(cached, pretrained, tmp_path, fo
     elif form == "pickled":
         torch.save(tensors, made / PICKLED_WEIGHTS)
     else:
-        load_unet(pretrained / "unet").save_pretrained(made, max_shard_size="20KB")
+        load_denoiser(pretrained / "unet").save_pretrained(made, max_shard_size="20KB")
         (made / "config.json").unlink()
     here |= {f"unet/{name}": path for name, path in files(made).items()}
     folder = cached([*here, UNET, *OTHERS], here)
@@ -101,7 +101,7 @@ def test_a_text_to_image_pipeline_is_found_offline_part_by_part(cached, text_to_
 def test_a_flat_pipeline_is_found_offline(cached, pretrained):
     flat = {Path(name).name: path for name, path in files(pretrained).items()}
     folder = cached([*flat, PICKLED_WEIGHTS, "samples.png"], flat)
-    assert unet_folder(find_pipeline("tester/model")) == folder
+    assert denoiser_folder(find_pipeline("tester/model")) == folder
 
 
 @pytest.mark.parametrize("lacking", [UNET, "scheduler/scheduler_config.json", "unet/config.json"])

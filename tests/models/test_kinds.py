@@ -9,9 +9,9 @@ from diffusers import UNet2DModel
 from text_to_image import tiny_pipeline
 
 from deme.errors import UserError
+from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
 from deme.models.encoders import load_encoder
 from deme.models.kinds import DENOISERS, PIPELINES, SCHEDULERS, SETTINGS
-from deme.models.networks import load_scheduler, load_unet, with_projections
 from deme.models.pipelines import common_architecture, find_pipeline, write_pipeline_files
 
 NO_CLASSES = ("SchedulerMixin", "KarrasDiffusionSchedulers")
@@ -82,7 +82,7 @@ def test_settings_that_change_what_an_input_means_are_refused_by_name(text_to_im
         refused(folder, f"{file}: {key}=another: not ")
         if part == "unet":
             with pytest.raises(UserError, match=f"{key}=another: not "):
-                load_unet(folder / "unet")
+                load_denoiser(folder / "unet")
 
 
 @pytest.mark.parametrize("value", [0, float("nan"), "large", None, True])
@@ -176,7 +176,7 @@ def test_the_length_of_texts_is_the_least_of_tokenizer_and_text_encoder(text_to_
     settings = json.loads(file.read_text())
     settings.pop("model_max_length")
     file.write_text(json.dumps(settings if given is ... else settings | {"model_max_length": given}))
-    network = load_unet(folder / "unet")
+    network = load_denoiser(folder / "unet")
     if expected is None:
         with pytest.raises(UserError, match=f"^{folder / 'tokenizer'}: "):
             load_encoder(folder, network)
@@ -197,7 +197,7 @@ def test_the_length_of_texts_is_the_least_of_tokenizer_and_text_encoder(text_to_
 def test_a_fault_is_named_after_the_part_that_has_it(text_to_image, tmp_path, part, message, settings):
     """And not after the network, which is tried with what the parts give."""
     folder = shutil.copytree(text_to_image, tmp_path / "copy")
-    network = load_unet(folder / "unet")
+    network = load_denoiser(folder / "unet")
     if settings:
         edit(folder / part / ("tokenizer_config.json" if part == "tokenizer" else "config.json"), **settings)
     else:
@@ -249,7 +249,7 @@ def test_what_a_file_leaves_out_is_the_default_and_dropout_is_of_training_alone(
 def test_the_architecture_of_all_has_projections_where_any_has(pretrained, tmp_path):
     plain = plain_folder(pretrained, tmp_path / "plain")
     projected = tmp_path / "projected"
-    with_projections(load_unet(plain)).save_pretrained(projected)
+    with_projections(load_denoiser(plain)).save_pretrained(projected)
     assert common_architecture([plain, plain, projected]) == projected
     assert common_architecture([projected, plain]) == projected
     assert common_architecture([plain]) == plain

@@ -12,9 +12,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, EulerDiscreteS
 from deme.config.sections import Sample
 from deme.errors import UserError
 from deme.method.sampling import ensemble, initial_noise, make_sampler, passed_over, sample_images
+from deme.models.denoisers import load_scheduler
 from deme.models.encoders import to_bytes
-from deme.models.inputs import Inputs
-from deme.models.networks import load_scheduler
+from deme.models.variants import ModelFiles
 
 SHAPE = (1, 8, 8)
 ZERO_TERMINAL = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
@@ -114,7 +114,7 @@ def test_only_spacings_that_images_did_not_have_before_are_recorded(pretrained, 
     folder = shutil.copytree(pretrained, tmp_path / "copy")
     content = {"_class_name": "DDPMScheduler"} | ({} if named is None else {"timestep_spacing": named})
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(content))
-    found = Inputs(folder, [folder / "unet"]).spacing(Sample(**settings))
+    found = ModelFiles(folder, [folder / "unet"]).spacing(Sample(**settings))
     assert found == ({} if recorded is None else {"sample.timestep_spacing": recorded})
 
 

@@ -8,8 +8,8 @@ from diffusers import DDIMPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from deme.errors import UserError
-from deme.models.networks import load_scheduler, load_unet, with_projections
-from deme.models.pipelines import find_pipeline, unet_folder
+from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
+from deme.models.pipelines import denoiser_folder, find_pipeline
 from deme.models.weights import PICKLED_WEIGHTS, WEIGHTS, load_tensors
 from deme.projection import ProjectedUNet2DModel
 
@@ -37,8 +37,8 @@ def flat(request, pretrained, tmp_path):
 def test_every_form_gives_the_same_network_and_schedule(flat, pretrained):
     pipeline = find_pipeline(str(flat))
     expected = load_file(pretrained / "unet" / WEIGHTS)
-    found = load_unet(unet_folder(pipeline)).state_dict()
-    for tensors in (found, load_tensors(unet_folder(pipeline))):
+    found = load_denoiser(denoiser_folder(pipeline)).state_dict()
+    for tensors in (found, load_tensors(denoiser_folder(pipeline))):
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
     assert load_scheduler(pipeline).config.beta_end == 0.03
@@ -71,7 +71,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(flat, tmp_path):
         (flat / name).unlink(missing_ok=True)
     torch.save({"conv_in.weight": Hostile(tmp_path / "executed")}, flat / PICKLED_WEIGHTS)
     with pytest.raises(UserError, match="flat"):
-        load_unet(flat)
+        load_denoiser(flat)
     assert not (tmp_path / "executed").exists()
 
 
@@ -80,7 +80,7 @@ def test_projections_are_never_dropped(pretrained, tmp_path):
     with_projections(UNet2DModel.from_pretrained(pretrained / "unet")).save_pretrained(tmp_path)
     shutil.copy(pretrained / "unet" / "config.json", tmp_path)
     with pytest.raises(UserError, match=r"holds projections, but its config\.json does not name ProjectedUNet2DModel"):
-        load_unet(tmp_path)
+        load_denoiser(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -101,5 +101,5 @@ def test_incomplete_folders_are_named(pretrained, tmp_path, change, message):
     shutil.copytree(pretrained, folder)
     change(folder)
     with pytest.raises(UserError, match=message) as error:
-        load_unet(unet_folder(find_pipeline(str(folder))))
+        load_denoiser(denoiser_folder(find_pipeline(str(folder))))
     assert "\n" not in str(error.value)

@@ -87,8 +87,8 @@ def record(choose: random.Random, folder: Path) -> Readers:
 def pipeline(choose: random.Random, folder: Path) -> Readers:
     """The JSON files of a pipeline folder."""
     from deme.method.sampling import try_sampler
+    from deme.models.denoisers import load_denoiser, load_scheduler, try_out
     from deme.models.encoders import load_encoder
-    from deme.models.networks import load_scheduler, load_unet, try_out
     from deme.models.pipelines import find_pipeline, num_train_timesteps, sample_size, write_pipeline_files
 
     make_pipeline(folder)
@@ -99,7 +99,7 @@ def pipeline(choose: random.Random, folder: Path) -> Readers:
         found = find_pipeline(str(folder))
         sizes = {folder: sample_size(found / "unet", found)}
         load_config("configs/digits.yaml", []).check_fits(sizes, folder, num_train_timesteps(found))
-        unet = load_unet(found / "unet")
+        unet = load_denoiser(found / "unet")
         scheduler = load_scheduler(found)
         try_out(unet, scheduler, load_encoder(found, unet))
         try_sampler(scheduler, choose.choice(["ddim", "pndm", "dpmsolver++", "unipc", "euler"]), 10, (1, 8, 8))
@@ -114,7 +114,7 @@ def safetensors(choose: random.Random, folder: Path) -> Readers:
     from deme.job.records import CLASSIFIER, Record
     from deme.measure.classifier import Classifier, load_classifier, save_classifier
     from deme.method.task_vectors import TaskArithmetic, merge_tensors
-    from deme.models.networks import load_unet
+    from deme.models.denoisers import load_denoiser
     from deme.models.weights import WEIGHTS, load_tensors
 
     make_pipeline(folder)
@@ -141,7 +141,7 @@ def safetensors(choose: random.Random, folder: Path) -> Readers:
             pass
 
     yield merge
-    yield lambda: load_unet(folder / "unet")
+    yield lambda: load_denoiser(folder / "unet")
     yield lambda: load_classifier(classifier, wanted)
 
 
@@ -301,8 +301,8 @@ def png(choose: random.Random, folder: Path) -> Readers:
 
 def pickles(choose: random.Random, folder: Path) -> Readers:
     """A published file, and pretrained weights that torch.save wrote."""
-    from deme.models.published import read_published, rename_projections
     from deme.models.weights import PICKLED_WEIGHTS, load_tensors
+    from scripts.published import read_published, rename_projections
 
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
     state = network.state_dict() | {"adapter_list.0.weight": torch.ones(1)}

@@ -26,7 +26,7 @@ LIBRARIES = [
     "datasets",
     "deme.training.trainer",
     "deme.data.sources",
-    "deme.models.networks",
+    "deme.models.denoisers",
     "deme.search.ways",
     "deme.report.search_plots",
     "alembic.command",  # these are imported when they are first used

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from deme.config.paths import DENOISER
 from deme.errors import UserError, one_line
 from deme.job.files import read_json
 from deme.method.losses import prediction_target
@@ -16,7 +17,7 @@ from deme.method.projection import PROJECTION_SUFFIX, add_projections
 from deme.method.sampling import SCHEDULE
 from deme.method.task_vectors import FLOATS
 from deme.models.encoders import Encoder
-from deme.models.kinds import PROJECTED, check_part, check_settings, denoiser, index_class, read_index
+from deme.models.kinds import PROJECTED, check_part, check_settings, denoiser_class, index_class, read_index
 from deme.models.pipelines import SCHEDULER_CONFIG, is_projected, scheduler_folder, takes_text
 from deme.models.weights import load_tensors, weights_files
 
@@ -54,12 +55,12 @@ def with_projections(unet: nn.Module) -> nn.Module:
     return projected.train(unet.training)
 
 
-def load_unet(folder: Path) -> nn.Module:
+def load_denoiser(folder: Path) -> nn.Module:
     """The UNet in a folder, float32, in eval mode; with projections where its configuration says so."""
     file = folder / "config.json"
     settings = read_json(file)
-    check_part("unet", file)
-    name = settings.get("_class_name", denoiser(settings))
+    check_part(DENOISER, file)
+    name = settings.get("_class_name", denoiser_class(settings))
     tensors = load_tensors(folder)
     if not is_projected(folder) and any(key.endswith(PROJECTION_SUFFIX) for key in tensors):
         raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED}{name}")
@@ -111,7 +112,7 @@ def try_out(unet: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None
     """Predict once and take one step, so that what does not work together shows before anything is written."""
     channels = unet.config.in_channels
     size = unet.config.sample_size
-    check_settings("unet", unet.config)  # of one that was made from settings, and not loaded
+    check_settings(DENOISER, unet.config)  # of one that was made from settings, and not loaded
     check_settings("scheduler", scheduler.config)
     encoder.check_fits(channels)
     condition = encoder.condition([""])  # load_encoder has tried it

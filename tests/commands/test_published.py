@@ -15,8 +15,8 @@ from robustness.forked import Run
 
 from deme.errors import UserError
 from deme.method.projection import PROJECTION_SUFFIX
-from deme.models.networks import ProjectedUNet2DModel, load_unet, with_projections
-from deme.models.published import read_published, rename_projections
+from deme.models.denoisers import ProjectedUNet2DModel, load_denoiser, with_projections
+from scripts.published import read_published, rename_projections
 
 FORK = """
 import torch
@@ -93,7 +93,7 @@ def test_both_kinds_become_a_pipeline_of_the_same_network(kind, projected, pretr
     weights, output = request.getfixturevalue(kind), tmp_path / "imported"
     result = import_published(weights, pretrained, output)
     assert "the fork's code runs" not in result.stdout
-    found, noisy = load_unet(output / "unet"), torch.randn(2, 1, 8, 8)
+    found, noisy = load_denoiser(output / "unet"), torch.randn(2, 1, 8, 8)
     assert isinstance(found, ProjectedUNet2DModel)
     with torch.no_grad():
         assert torch.equal(found(noisy, 500).sample, projected(noisy, 500).sample)
