@@ -21,7 +21,7 @@ from deme.data.files import image_suffixes
 from deme.data.prompts import PROMPTS
 from deme.errors import UserError
 from deme.job.files import TEMPORARY, atomic_file, make_folder, unfinished, write_small_file
-from deme.job.locks import InUse, clear_lock
+from deme.job.locks import InUse, locked
 from deme.job.records import SAMPLES, Record, read_record
 
 if TYPE_CHECKING:
@@ -42,16 +42,19 @@ def check_apart_from_other_jobs(folder: Path, seeds: range) -> None:
         InUse: one is; names the lock.
     """
     own = block_of(folder, seeds).name
-    for lock in folder.parent.glob(f".{glob.escape(folder.name)}.seeds-*-*.lock-*"):
-        name = lock.name.removeprefix(".").rpartition(".lock-")[0]
+    for lock in folder.parent.glob(f".{glob.escape(folder.name)}.seeds-*-*.lock"):
+        name = lock.name.removeprefix(".").removesuffix(".lock")
         numbers = re.fullmatch(r"([0-9]{1,20})-([0-9]{1,20})", name.rpartition(".seeds-")[2])
         if numbers is None or lock.is_dir():  # none of ours
             continue
         start, stop = map(int, numbers.groups())
         if name != own and max(start, seeds.start) < min(stop, seeds.stop):
-            clear_lock(lock.with_name(name))
-            if lock.exists():
-                raise InUse(f"another job draws the seeds {start} … {stop - 1}; if that has ended, `rm {lock}`")
+            try:
+                with locked(lock.with_name(name), "sample.output"):  # it may be a dead job's
+                    pass
+            except InUse:
+                message = f"another job draws the seeds {start} … {stop - 1}; if that has ended, `rm {lock}`"
+                raise InUse(message) from None
 
 
 def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool, mine: range | None = None) -> None:

@@ -115,7 +115,7 @@ def test_a_kill_between_any_two_calls_of_a_replacement_loses_nothing(tmp_path, c
             ended.start()
             ended.join()
             with locked(folder / "a", "key"):
-                assert [path.name for path in folder.iterdir() if ".lock-" not in path.name] == ["a"]
+                assert [path.name for path in folder.iterdir() if path.suffix != ".lock"] == ["a"]
                 [file] = (folder / "a").iterdir()
                 assert file.name == file.read_text() in ("old", "new")
 

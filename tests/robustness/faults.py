@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from robustness.forked import REPOSITORY, Run
 
 from deme.job.files import TEMPORARY
-from deme.job.locks import LEASE
+from deme.job.locks import LEASE, lock_file
 from deme.report.tables import markdown_table
 
 TIMED = ("images_per_second", "peak_memory_gib")  # of log.jsonl
@@ -219,18 +219,19 @@ def check_inputs(folder: Path) -> None:
 
 
 def check_hosts(folder: Path) -> None:
-    """What a process of another host is writing is refused; one without a sign of life for ten minutes is dead."""
+    """What a process of another host is writing is refused; one without a sign of life for five minutes is dead."""
     work = folder / "hosts"
     start_over(work, work)
     options = [*SMALL, *RANGE, "model.pretrained=null"]
     complete(Run("pretrain.py", [*SMALL, "pretrain.max_steps=1", "pretrain.batch_size=8"], work))
-    lock = work / "runs" / "digits" / "finetuned" / ".0000-0250.lock-elsewhere"
+    lock = lock_file(work / "runs" / "digits" / "finetuned" / "0000-0250")
     lock.parent.mkdir()
-    lock.write_text("process 1 on elsewhere\nanother boot")
+    lock.write_text(f"filelock/2\npid=1\nhost=elsewhere\nmode=lease\ntoken=a\nduration={LEASE}\n")
     run = Run("finetune.py", options, work)
+    while run.wait(1) is None:
+        os.utime(lock)
     assert run.wait() == 2, run.stderr
     assert "in use by process 1 on elsewhere" in run.stderr, run.stderr
-    os.utime(lock, (time.time() - LEASE - 1,) * 2)
     complete(Run("finetune.py", options, work))
     assert not lock.exists()
 
