@@ -1,24 +1,22 @@
-"""Checkpoints of a training run: student, EMA and optimizer as safetensors, scalars as JSON.
+"""Checkpoints of a training run: `checkpoints/step-00005000/`, each whole or absent.
 
-`checkpoints/step-00005000/` appears whole or not at all; only the newest few are kept.
+Student, EMA and optimizer are safetensors; `state.json` holds the scalars and the SHA-256 of the other files.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deme.errors import RunError, UserError, one_line
+from deme.job.checked import checked
 from deme.job.files import (
     REPLACED,
     atomic_folder,
@@ -29,13 +27,18 @@ from deme.job.files import (
     sha256,
 )
 
-WRONG = (ValueError, TypeError, AttributeError, RuntimeError)  # as damaged content leads to
 STUDENT = "student.safetensors"
 EMA = "ema.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-WEIGHTING = "loss_weighting.safetensors"  # where it is learned
+WEIGHTING = "loss_weighting.safetensors"  # only if it is learned
 STATE = "state.json"
-SCALARS = ("step", "skipped_steps", "lowest_held_out_loss", "held_out_losses_since")  # of TrainingState
+SCALARS = {  # of TrainingState
+    "step": int,
+    "skipped_steps": int,
+    "lowest_held_out_loss": float | None,
+    "held_out_losses_since": int,
+}
+SAVED = SCALARS | {"ema_step": int, "sha256": dict[str, str]}  # in state.json, beside the state of the loss scaler
 
 
 @dataclass
@@ -46,7 +49,7 @@ class TrainingState:
     ema: EMAModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None  # fp16's loss scale
-    weighting: nn.Module | None = None  # of the loss, where it is learned
+    weighting: nn.Module | None = None  # of the loss, if it is learned
     step: int = 0  # optimizer steps done
     skipped_steps: int = 0  # fp16: steps skipped in a row
     lowest_held_out_loss: float | None = None
@@ -58,12 +61,33 @@ class TrainingState:
         weights = {} if self.weighting is None else dict(self.weighting.named_parameters(prefix="loss_weighting"))
         return dict(self.student.named_parameters()) | weights
 
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """File name → tensors."""
+        of_student = [name for name, _ in self.student.named_parameters()]
+        names = list(self.trained)
+        moments = self.optimizer.state_dict()["state"]
+        learned = {} if self.weighting is None else {WEIGHTING: self.weighting.state_dict()}
+        return {
+            STUDENT: self.student.state_dict(),
+            EMA: dict(zip(of_student, self.ema.shadow_params, strict=True)),
+            **learned,
+            OPTIMIZER: {f"{names[i]}/{key}": value for i, values in moments.items() for key, value in values.items()},
+        }
+
+    def scalars(self) -> dict:
+        """The content of state.json, without the hashes."""
+        return {
+            **{name: getattr(self, name) for name in SCALARS},
+            "ema_step": self.ema.optimization_step,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
+
 
 class CheckpointWriter:
-    """Writes `folder`/step-… behind the training: the state is copied, and a thread brings the copy to the disk.
+    """Writes `folder`/step-… in the background: the state is copied, and a thread writes the copy to disk.
 
-    One checkpoint at a time; then all but it and the `keep` − 1 before it are deleted. The copy stays allocated: memory
-    that is new to the process is slow to fill.
+    One checkpoint is written at a time; then all but it and the `keep` − 1 before it are deleted. The copy stays
+    allocated, as a process fills new memory slowly.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -77,11 +101,11 @@ class CheckpointWriter:
         """Copy the state and have the copy written.
 
         Args:
-            before: what has to be done in the thread before the checkpoint gets its name.
-            last: the run stops after it, so that it is tried even where the one before could not be written.
+            before: called in the thread before the checkpoint gets its name.
+            last: the run stops after this checkpoint, so it is tried even if the previous one failed.
 
         Raises:
-            RunError: the one before could not be written.
+            RunError: the previous checkpoint could not be written.
         """
         try:
             self.wait()
@@ -89,20 +113,20 @@ class CheckpointWriter:
             if not last:
                 raise
             print(error)
-        for file, tensors in _tensors(state).items():
+        for file, tensors in state.tensors().items():
             if self.copies.get(file, {}).keys() != tensors.keys():
                 pinned = any(tensor.is_cuda for tensor in tensors.values())
                 self.copies[file] = {
                     name: torch.empty_like(tensor, device="cpu", pin_memory=pinned) for name, tensor in tensors.items()
                 }
             torch._foreach_copy_(list(self.copies[file].values()), list(tensors.values()))
-        self.unfinished = self.thread.submit(self._write, state.step, _scalars(state), before)
+        self.unfinished = self.thread.submit(self._write, state.step, state.scalars(), before)
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written, if any.
 
         Raises:
-            RunError: the checkpoint that was being written could not be.
+            RunError: it could not be written.
         """
         unfinished = self.unfinished
         self.unfinished = None
@@ -110,7 +134,7 @@ class CheckpointWriter:
             unfinished.result()
 
     def check(self) -> None:
-        """Like `wait`, but does not wait."""
+        """Like `wait`, but returns at once if the checkpoint is still being written."""
         if self.unfinished is not None and self.unfinished.done():
             self.wait()
 
@@ -122,7 +146,7 @@ class CheckpointWriter:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / file)
             hashes = {"sha256": {file: sha256(temporary / file) for file in self.copies}}
             (temporary / STATE).write_text(json.dumps(scalars | hashes, indent=2), encoding="utf-8")
-        for newer in list_checkpoints(self.folder):  # could not be read, or the run would have gone on from there
+        for newer in list_checkpoints(self.folder):  # unreadable, or the run would have resumed from it
             if newer > path:
                 shutil.rmtree(newer, ignore_errors=True)
         self.delete_older(path)
@@ -134,50 +158,28 @@ class CheckpointWriter:
             shutil.rmtree(other, ignore_errors=True)  # what is left of it goes the next time
 
 
-def _tensors(state: TrainingState) -> dict[str, dict[str, torch.Tensor]]:
-    """File name → tensors."""
-    of_student = [name for name, _ in state.student.named_parameters()]
-    names = list(state.trained)
-    moments = state.optimizer.state_dict()["state"]
-    learned = {} if state.weighting is None else {WEIGHTING: state.weighting.state_dict()}
-    return {
-        STUDENT: state.student.state_dict(),
-        EMA: dict(zip(of_student, state.ema.shadow_params, strict=True)),
-        **learned,
-        OPTIMIZER: {f"{names[i]}/{key}": value for i, values in moments.items() for key, value in values.items()},
-    }
-
-
-def _scalars(state: TrainingState) -> dict:
-    return {
-        **{name: getattr(state, name) for name in SCALARS},
-        "ema_step": state.ema.optimization_step,
-        "scaler": state.scaler.state_dict() if state.scaler is not None else None,
-    }
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest first."""
     return [folder / f"step-{step:08d}" for step in reversed(checkpoint_steps(folder))]
 
 
 def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -> Path | None:
-    """Fill `state` from the newest checkpoint that is whole and sound; others are reported and passed over.
+    """Fill `state` from the newest intact checkpoint. Damaged ones are reported and skipped.
 
     Raises:
-        RunError: the disk does not let them be read, which may pass: going on from an older one would be for good.
+        RunError: the disk fails to read one. That may pass, and resuming from an older one would delete it.
     """
     checkpoints = list_checkpoints(folder)
     for path in checkpoints:
         try:
             load_checkpoint(path, state, max_steps)
             return path
-        except torch.OutOfMemoryError:
+        except (MemoryError, torch.OutOfMemoryError):
             raise
-        except (FileNotFoundError, SafetensorError, ArithmeticError, LookupError, *WRONG) as error:
+        except Exception as error:  # a damaged file leads to errors of json, safetensors and torch
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise RunError(f"{path}: cannot be read: {one_line(error)}") from error
             print(f"{path}: unreadable, trying the one before it ({one_line(error)})")
-        except OSError as error:
-            raise RunError(f"{path}: cannot be read: {one_line(error)}") from error
     if checkpoints:
         raise UserError(
             f"{folder}: none of the {len(checkpoints)} checkpoints can be read; delete the folder to restart"
@@ -189,25 +191,26 @@ def load_checkpoint(path: Path, state: TrainingState, max_steps: int) -> None:
     """Fill `state` from a checkpoint.
 
     Raises:
-        Exception: whatever a damaged one leads to; nothing of it gets into `state`.
+        Exception: of any type if the checkpoint is damaged.
     """
-    # read and check everything before changing anything: a damaged file must not leave half a state
-    scalars = json.loads((path / STATE).read_text(encoding="utf-8"))
-    _check_scalars(scalars, path, max_steps)
-    for file, expected in scalars.get("sha256", {}).items():  # which checkpoints of before did not have
-        if sha256(path / file) != expected:
-            raise ValueError(f"{file} is not what was written")
-    student, ema, moments = (load_file(path / file) for file in (STUDENT, EMA, OPTIMIZER))
-    learned = {} if state.weighting is None else load_file(path / WEIGHTING)
-    parameters = state.trained
-    _check_tensors(state, student, ema, learned, moments)
+    content = json.loads((path / STATE).read_text(encoding="utf-8"))
+    scalars = {name: checked(content[name], kind, name) for name, kind in SAVED.items()}
+    step = scalars["step"]
+    if step != int(path.name.removeprefix("step-")) or step > max_steps:
+        raise ValueError(f"step={step}")
+    files = [STUDENT, EMA, OPTIMIZER] + ([WEIGHTING] if state.weighting is not None else [])
+    for file in files:
+        if sha256(path / file) != scalars["sha256"].get(file):
+            raise ValueError(f"the SHA-256 of {file} differs from the one in {STATE}")
+    tensors = {file: load_file(path / file) for file in files}
 
-    state.student.load_state_dict(student)
+    state.student.load_state_dict(tensors[STUDENT])
     if state.weighting is not None:
-        state.weighting.load_state_dict(learned)
-    for name, shadow in zip(dict(state.student.named_parameters()), state.ema.shadow_params, strict=True):
-        shadow.copy_(ema[name])
-    for key, value in moments.items():
+        state.weighting.load_state_dict(tensors[WEIGHTING])
+    for (name, _), shadow in zip(state.student.named_parameters(), state.ema.shadow_params, strict=True):
+        shadow.copy_(tensors[EMA][name])
+    parameters = state.trained
+    for key, value in tensors[OPTIMIZER].items():
         name, moment = key.rsplit("/", 1)
         parameter = parameters[name]
         # a fused step needs everything on the parameter's device, and the moments in its memory format
@@ -216,53 +219,8 @@ def load_checkpoint(path: Path, state: TrainingState, max_steps: int) -> None:
     for name in SCALARS:
         setattr(state, name, scalars[name])
     state.ema.optimization_step = scalars["ema_step"]
-    if state.scaler is not None and scalars["scaler"] is not None:
-        state.scaler.load_state_dict(scalars["scaler"])
-
-
-def _check_scalars(scalars: dict[str, Any], path: Path, max_steps: int) -> None:
-    """
-    Raises:
-        Exception: values that no run of so many steps has in a checkpoint of this name.
-    """
-    for name in ("step", "skipped_steps", "held_out_losses_since", "ema_step"):
-        if type(scalars[name]) is not int or scalars[name] < 0:
-            raise ValueError(f"{name}={scalars[name]!r}")
-    if scalars["step"] != int(path.name.removeprefix("step-")) or scalars["step"] > max_steps:
-        raise ValueError(f"step={scalars['step']}")
-    lowest = scalars["lowest_held_out_loss"]
-    if lowest is not None and not (isinstance(lowest, float) and math.isfinite(lowest)):
-        raise ValueError(f"lowest_held_out_loss={lowest!r}")
-
-
-def _check_tensors(
-    state: TrainingState,
-    student: dict[str, torch.Tensor],
-    ema: dict[str, torch.Tensor],
-    learned: dict[str, torch.Tensor],
-    moments: dict[str, torch.Tensor],
-) -> None:
-    """
-    Raises:
-        ValueError: tensors that are missing, of other shapes or not finite.
-    """
-    parameters = state.trained
-    expected = dict(state.student.named_parameters())
-    of_weighting = {} if state.weighting is None else dict(state.weighting.named_parameters())
-    for file, tensors, wanted in (
-        (STUDENT, student, expected),
-        (EMA, ema, expected),
-        (WEIGHTING, learned, of_weighting),
-    ):
-        if any(name not in tensors or tensors[name].shape != weight.shape for name, weight in wanted.items()):
-            raise ValueError(f"{file} is of another network")
-    kinds = {key.rsplit("/", 1)[1] for key in moments}  # none where fp16 has skipped all steps
-    if moments.keys() != {f"{name}/{kind}" for name in parameters for kind in kinds}:
-        raise ValueError(f"{OPTIMIZER} is not whole")
-    for file, tensors in ((STUDENT, student), (EMA, ema), (WEIGHTING, learned), (OPTIMIZER, moments)):
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{file}: tensor {name} holds NaN or infinite values")
+    if state.scaler is not None and content["scaler"] is not None:
+        state.scaler.load_state_dict(content["scaler"])
 
 
 def prepare_checkpoints(folder: Path) -> None:

@@ -1,6 +1,8 @@
-"""The loss on images that no training sees: what tells when a network has stopped improving."""
+"""What a run shows of its network while it trains: the loss on held-out images, and preview images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,16 +12,22 @@ from torch import nn
 
 from deme.data.draws import torch_seed
 from deme.data.images import Examples
+from deme.data.samples import save_grid
+from deme.job.files import make_folder
 from deme.method.losses import decoupled_loss
+from deme.method.sampling import guided, sample_images
 from deme.models.encoders import Encoder
 
-NOISE = 2  # what the generators are for
-LEAST_FALL = 1e-3  # a loss that is lower by a smaller fraction has not fallen
+NOISE = 2  # the purpose that the generators' seeds name
+LEAST_FALL = 1e-3  # relative: a smaller decrease of the loss does not count
+PREVIEW_IMAGES = 64  # of a network that takes no text
+PREVIEW_STEPS = 50
+PREVIEW_GUIDANCE = 7.5
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The images, and when their loss is measured."""
+    """The held-out images, and when their loss is measured."""
 
     images: Examples
     every: int  # optimizer steps
@@ -28,7 +36,7 @@ class HeldOut:
 
 @torch.no_grad()
 def held_out_loss(
-    unet: nn.Module,
+    denoiser: nn.Module,
     scheduler: DDPMScheduler,
     encoder: Encoder,
     images: Examples,
@@ -38,7 +46,7 @@ def held_out_loss(
     """The denoising loss on all images, over all processes, always with the same timesteps and noise.
 
     Args:
-        unet: in eval mode, on the accelerator's device.
+        denoiser: in eval mode, on the accelerator's device.
         batch_size: images per forward pass.
     """
     device = accelerator.device
@@ -55,11 +63,41 @@ def held_out_loss(
             # evenly spread over [0, T), so that few images give a steady mean
             timesteps = torch.arange(start, batch.stop) * scheduler.config.num_train_timesteps // len(images)
             noise = torch.randn(clean.shape, generator=generator).to(device)
-            loss, _ = decoupled_loss(unet, None, scheduler, clean, noise, timesteps.to(device), condition)
+            loss, _ = decoupled_loss(denoiser, None, scheduler, clean, noise, timesteps.to(device), condition)
             total += loss * len(batch)
     return float(accelerator.reduce(total, "sum")) / len(images)
 
 
 def has_fallen(loss: float, lowest: float | None) -> bool:
-    """Whether a loss is clearly below the lowest of those measured before, if any."""
+    """True if a loss is clearly below the lowest one so far, or the first."""
     return lowest is None or loss < (1 - LEAST_FALL) * lowest
+
+
+def save_preview(
+    denoiser: nn.Module,
+    scheduler: DDPMScheduler,
+    encoder: Encoder,
+    prompts: Sequence[str],
+    device: torch.device,
+    batch_size: int,
+    path: Path,
+) -> None:
+    """Save a grid of images, drawn from the same seeds each time.
+
+    Args:
+        prompts: one per image, if the network takes text.
+        batch_size: images that fit into memory.
+    """
+    size = denoiser.config.sample_size
+    shape = (denoiser.config.in_channels, size, size)
+    steps = min(PREVIEW_STEPS, scheduler.config.num_train_timesteps)
+    parts = []
+    for part in torch.arange(len(prompts) if encoder.takes_text else PREVIEW_IMAGES).split(batch_size):
+        seeds = part.tolist()
+        texts = [prompts[seed] for seed in seeds] if encoder.takes_text else []
+        conditions = encoder.condition(texts), encoder.condition([""])
+        network_at = guided(lambda _: denoiser, *conditions, PREVIEW_GUIDANCE)
+        parts.append(encoder.decode(sample_images(network_at, scheduler, seeds, shape, device, steps)))
+    encoder.rest()
+    make_folder(path.parent, "output_dir")
+    save_grid(torch.cat(parts), path)

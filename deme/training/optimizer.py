@@ -1,6 +1,6 @@
-"""The optimizer of a run, its learning rate as a function of the step, and the EMA of the weights."""
+"""AdamW, the learning rate as a function of the step, and the EMA of the weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,17 +14,17 @@ from deme.config.sections import Training
 def make_optimizer(
     network: nn.Module,
     settings: Training,
-    beside: Sequence[nn.Parameter] = (),
-    their_learning_rate: float | None = None,
+    weighting: nn.Module | None = None,
+    weighting_learning_rate: float | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over all weights, fused into one pass over the memory.
 
     Args:
-        beside: what else is trained, at a rate of its own and without decay.
+        weighting: learned weights of the loss, with a learning rate of their own and without decay.
     """
     groups: list[dict] = [{"params": list(network.parameters())}]
-    if beside:
-        groups.append({"params": list(beside), "lr": their_learning_rate, "weight_decay": 0.0})
+    if weighting is not None:
+        groups.append({"params": list(weighting.parameters()), "lr": weighting_learning_rate, "weight_decay": 0.0})
     return torch.optim.AdamW(
         groups,
         lr=settings.learning_rate,
@@ -36,21 +36,17 @@ def make_optimizer(
 
 
 def learning_rate_factor(optimizer: torch.optim.Optimizer, settings: Training) -> Callable[[int], float]:
-    """Optimizer step → what the learning rate is multiplied with.
+    """Optimizer step → factor of the learning rate.
 
-    A function of the step: a scheduler that is stepped through accelerate would count processes.
+    A scheduler that is stepped through accelerate would count the steps of all processes.
     """
-    schedule = get_scheduler(
-        settings.lr_scheduler,
-        optimizer,
-        num_warmup_steps=settings.lr_warmup_steps,
-        num_training_steps=settings.max_steps,
-    )
+    steps = {"num_warmup_steps": settings.lr_warmup_steps, "num_training_steps": settings.max_steps}
+    schedule = get_scheduler(settings.lr_scheduler, optimizer, **steps)
     return schedule.lr_lambdas[0]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Multiply the rates that the optimizer began with, of which its schedule has taken note."""
+    """Set each group's rate to its initial rate times a factor."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
@@ -77,7 +73,7 @@ def update_ema(ema: EMAModel, network: nn.Module) -> None:
 
 @contextmanager
 def ema_weights(ema: EMAModel, network: nn.Module) -> Iterator[nn.Module]:
-    """The network in eval mode with the EMA weights, for as long as the block lasts."""
+    """The network in eval mode with the EMA weights, inside the block."""
     ema.store(network.parameters())
     ema.copy_to(network.parameters())
     try:

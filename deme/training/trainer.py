@@ -1,8 +1,8 @@
-"""The training loop that pretrain.py and finetune.py share.
+"""The training loop of pretrain.py and finetune.py.
 
-A run is a function of its configuration: every random draw of micro-batch m of optimizer step s comes from a
-generator seeded with (seed, stream, s, m), whichever process computes it, so neither the number of processes nor an
-interruption changes what is trained on. The loop never waits for the device between two log lines.
+Every random draw of micro-batch m of optimizer step s comes from a generator seeded with (seed, stream, s, m). So
+neither the number of processes nor an interruption changes what a run is trained on. Between two log lines the loop
+never waits for the device.
 """
 
 import signal
@@ -38,8 +38,7 @@ from deme.training.checkpoints import (
     load_newest_checkpoint,
     prepare_checkpoints,
 )
-from deme.training.held_out import HeldOut, has_fallen, held_out_loss
-from deme.training.meter import Meter
+from deme.training.held_out import HeldOut, has_fallen, held_out_loss, save_preview
 from deme.training.optimizer import (
     ema_weights,
     learning_rate_factor,
@@ -48,13 +47,12 @@ from deme.training.optimizer import (
     set_learning_rate,
     update_ema,
 )
-from deme.training.preview import save_preview
-from deme.training.run_log import RunLog
+from deme.training.run_log import Meter, RunLog
 from deme.training.session import Objective
 
 
 class Stop(IntEnum):
-    """Why a run stops before its end. Where processes differ, the greatest counts for all."""
+    """Why a run stops before its end. If processes differ, the greatest value counts for all."""
 
     NO = 0
     TIME_IS_UP = 1
@@ -67,19 +65,19 @@ SIGNALS = {Stop.INTERRUPTED: signal.SIGINT, Stop.TERMINATED: signal.SIGTERM}
 
 @dataclass(frozen=True)
 class Networks:
-    """What is trained, and what it is held to."""
+    """The networks of one run."""
 
     student: nn.Module  # trained in place; float32
-    teacher: nn.Module | None  # frozen: the pretrained network, or all experts
+    teacher: nn.Module | None  # frozen: the pretrained network, or all experts as one
     scheduler: DDPMScheduler  # the noise schedule
-    encoder: Encoder  # what they work on
+    encoder: Encoder
 
 
 class Trainer:
     """One training run in `folder`: checkpoints/, previews/, log.jsonl and the trackers' files.
 
     Args:
-        held_out: images whose loss is measured, and may end the training.
+        held_out: its loss may end the training early.
     """
 
     def __init__(
@@ -107,13 +105,11 @@ class Trainer:
         self.student = networks.student.to(self.device, memory_format=memory_format(self.device)).train()
         if settings.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
-        self.teacher: nn.Module | None = None
-        if networks.teacher is not None:
-            self.teacher = freeze(networks.teacher, self.device, settings.mixed_precision)
+        teacher = networks.teacher
+        self.teacher = None if teacher is None else freeze(teacher, self.device, settings.mixed_precision)
         self.weighting = self._make_weighting()
-        learned = self.weighting if objective.uncertainty_learning_rate is not None else None
-        beside = [] if learned is None else list(learned.parameters())
-        optimizer = make_optimizer(self.student, settings, beside, objective.uncertainty_learning_rate)
+        learned = self.weighting if isinstance(self.weighting, UncertaintyWeights) else None
+        optimizer = make_optimizer(self.student, settings, learned, objective.uncertainty_learning_rate)
         self.learning_rate_factor = learning_rate_factor(optimizer, settings)
         ema = make_ema(self.student, settings)
         self.state = TrainingState(self.student, ema, optimizer, accelerator.scaler, learned)
@@ -125,10 +121,10 @@ class Trainer:
         self.batches = MicroBatches(images, objective.stream, settings.batch_size, self.micro_batch_size, mine)
         self.meter = Meter(accelerator)
         self.writer = CheckpointWriter(self.checkpoints, settings.checkpoints_kept)
-        self.log: RunLog | None = None  # which the main process has while it runs
+        self.log: RunLog | None = None  # in the main process, while the run lasts
 
     def _make_weighting(self) -> TimestepWeights | UncertaintyWeights | None:
-        """How the denoising loss is weighted; None: not at all."""
+        """The weighting of the denoising loss; None: not weighted."""
         settings = self.settings
         if self.objective.uncertainty_learning_rate is not None:
             return UncertaintyWeights(self.objective.ranges).to(self.device)
@@ -158,22 +154,22 @@ class Trainer:
             deadline: time.monotonic() at which to stop with a checkpoint.
 
         Returns:
-            True when training is over (`student` then holds the EMA weights), False when stopped by the deadline.
+            True if training is over (`student` then has the EMA weights), False if stopped by the deadline.
 
         Raises:
-            RunError: the loss, its gradient or the weights are not finite; the disk is full.
-            Interrupted: by a signal, with a checkpoint.
+            RunError: the loss, its gradient or the weights are not finite, or the disk is full.
+            Interrupted: by a signal, after a checkpoint.
         """
         in_main_process(self.accelerator, lambda: prepare_checkpoints(self.checkpoints))
         self._resume()
-        with noted_signals() as signals, self.writer.thread:  # which is waited for also where an error ends the run
+        with noted_signals() as signals, self.writer.thread:  # an error, too, waits for the thread
             try:
                 stop = self._train(deadline, signals)
             finally:
                 self.batches.close()
             in_main_process(self.accelerator, self.writer.wait)
             in_main_process(self.accelerator, lambda: self.log.close())
-            if stop not in SIGNALS:  # one may have come during the wait
+            if stop not in SIGNALS:  # a signal may have come during the wait
                 stop = max(stop, _wish(signals))
         if stop in SIGNALS:
             raise Interrupted(SIGNALS[stop], f"checkpoint of step {self.state.step} saved, the same command resumes")
@@ -183,10 +179,10 @@ class Trainer:
         return True
 
     def _train(self, deadline: float | None, signals: list[int]) -> Stop:
-        """The loop, to its end or to where all processes stop with a checkpoint.
+        """The loop, to its end or until all processes stop with a checkpoint.
 
         Args:
-            signals: numbers of those received, appended as they come.
+            signals: numbers of the signals received so far; grows.
         """
         settings = self.settings
         state = self.state
@@ -195,7 +191,7 @@ class Trainer:
         silent = not self.accelerator.is_main_process
         bar = {"total": settings.max_steps, "initial": state.step, "desc": self.objective.name, "mininterval": 1}
         with tqdm(**bar, disable=silent) as progress:
-            self.meter.start(state.skipped_steps)
+            self.meter.restart_clock()
             while not (stop or self._is_over()):
                 self.step()
                 progress.update()
@@ -212,9 +208,9 @@ class Trainer:
                     in_main_process(self.accelerator, self.writer.check)
                 if settings.preview_every is not None and state.step % settings.preview_every == 0:
                     in_main_process(self.accelerator, self._preview)
-                if self.meter.steps == 0:
+                if self.meter.steps == 0:  # what was done since the last step was no training
                     self.meter.restart_clock()
-        return Stop(max(stop, agree(_wish(signals)), agree.close()))  # one may have come in the last step
+        return Stop(max(stop, agree(_wish(signals)), agree.close()))  # a signal may have come in the last step
 
     def step(self) -> None:
         """One optimizer step, from the images to the EMA of the weights."""
@@ -230,7 +226,7 @@ class Trainer:
                 loss = objective.denoising_weight * denoising + objective.consistency_weight * consistency
                 accelerator.backward(loss / share)
             losses += torch.stack([loss, denoising, consistency]).detach() / share
-        if self.state.weighting is not None:  # which is not in the model whose gradients are exchanged
+        if self.state.weighting is not None:  # it is not part of the model whose gradients are exchanged
             for weight in self.state.weighting.parameters():
                 weight.grad = accelerator.reduce(weight.grad, "mean")
         gradient_norm = accelerator.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
@@ -241,14 +237,10 @@ class Trainer:
         self.meter.add(self.state.step, losses, gradient_norm)
 
     def losses(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both terms of the objective on one micro-batch: denoising and consistency loss, float32 scalars."""
+        """Denoising and consistency loss of one micro-batch, float32 scalars."""
         objective = self.objective
-        ranges = choose_ranges(
-            objective.ranges,
-            self.scheduler.config.num_train_timesteps,
-            objective.global_probability,
-            batch.uniform,
-        )
+        total = self.scheduler.config.num_train_timesteps
+        ranges = choose_ranges(objective.ranges, total, objective.global_probability, batch.uniform)
         torch.manual_seed(batch.seed)  # for the draws on the device: dropout takes no generator
         clean, condition = self.encoder.encode(batch.examples)
         timesteps = spread_timesteps(len(clean), ranges, self.device, antithetic=self.settings.antithetic)
@@ -257,13 +249,13 @@ class Trainer:
         return decoupled_loss(self.model, self.teacher, *inputs, self.weighting)
 
     def save(self, last: bool = False) -> None:
-        """Have a checkpoint written behind the training; bad weights never replace good ones.
+        """Have a checkpoint written in the background.
 
         Args:
             last: the run stops here.
 
         Raises:
-            RunError: the weights are not finite (a last step can do that without another's loss to show it); full disk.
+            RunError: the disk is full, or the weights are not finite, as the last step may make them.
         """
         weights = [*self.state.trained.values(), *self.state.ema.shadow_params]
         if not torch.isfinite(torch.stack(torch._foreach_norm(weights))).all():
@@ -276,26 +268,27 @@ class Trainer:
         return has_converged or self.state.step >= self.settings.max_steps
 
     def _resume(self) -> None:
-        """Load the newest checkpoint; cut the logs back to it, so that they neither repeat nor skip a step."""
+        """Load the newest checkpoint and cut the logs back to it."""
         steps = self.settings.max_steps
-        found = in_main_process(self.accelerator, lambda: load_newest_checkpoint(self.checkpoints, self.state, steps))
-        if found is not None and not self.accelerator.is_main_process:
-            load_checkpoint(found, self.state, steps)  # the same one, whatever this process can read
+        newest = in_main_process(self.accelerator, lambda: load_newest_checkpoint(self.checkpoints, self.state, steps))
+        if newest is not None and not self.accelerator.is_main_process:
+            load_checkpoint(newest, self.state, steps)  # the same one in every process
+        self.meter.skipped_steps.fill_(self.state.skipped_steps)
 
         def open_log() -> None:
-            if found is not None:
-                print(f"{self.objective.name}: resuming from {found}")
-                self.writer.delete_older(found)  # where a kill came between the last one and that
+            if newest is not None:
+                print(f"{self.objective.name}: resuming from {newest}")
+                self.writer.delete_older(newest)  # if the run was killed before it could
             with naming(f"{self.settings.section}.log_with", self.settings.log_with):
                 self.log = RunLog(self.folder, self.state.step, self.settings.log_with, asdict(self.settings))
 
         in_main_process(self.accelerator, open_log)
 
     def _log(self, progress: tqdm, measuring: bool) -> None:
-        """Write the means since the last log line; the only place that waits for the device.
+        """Write a log line. Nothing else waits for the device.
 
         Args:
-            measuring: the held-out loss too.
+            measuring: measure the held-out loss, too.
 
         Raises:
             RunError: the loss or its gradient was not finite.
@@ -329,11 +322,11 @@ class Trainer:
         )
 
     def measure_held_out(self) -> float:
-        """The held-out loss of the EMA weights; the state remembers the lowest, and how long ago it was."""
+        """The held-out loss of the EMA weights. Updates the lowest one in the state."""
         state = self.state
-        with ema_weights(state.ema, self.student) as unet:
+        with ema_weights(state.ema, self.student) as denoiser:
             measured = (self.held_out.images, self.micro_batch_size, self.accelerator)
-            loss = held_out_loss(unet, self.scheduler, self.encoder, *measured)
+            loss = held_out_loss(denoiser, self.scheduler, self.encoder, *measured)
         if has_fallen(loss, state.lowest_held_out_loss):
             state.lowest_held_out_loss = loss
             state.held_out_losses_since = 0
@@ -342,9 +335,10 @@ class Trainer:
         return loss
 
     def _preview(self) -> None:
-        with ema_weights(self.state.ema, self.student) as unet:
-            drawn = (self.settings.preview_prompts, self.device, self.micro_batch_size)
-            save_preview(unet, self.scheduler, self.encoder, *drawn, self.folder, self.state.step)
+        with ema_weights(self.state.ema, self.student) as denoiser:
+            path = self.folder / "previews" / f"step-{self.state.step:08d}.png"
+            prompts = self.settings.preview_prompts
+            save_preview(denoiser, self.scheduler, self.encoder, prompts, self.device, self.micro_batch_size, path)
 
     def _fail(self, what: str) -> NoReturn:
         self.writer.wait()
@@ -353,5 +347,5 @@ class Trainer:
 
 
 def _wish(signals: list[int]) -> Stop:
-    """What the first signal asks for, if one came."""
+    """What the first signal asks for."""
     return next((stop for stop, number in SIGNALS.items() if signals[:1] == [number]), Stop.NO)

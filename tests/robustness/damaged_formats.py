@@ -169,8 +169,6 @@ def checkpoint(choose: random.Random, folder: Path) -> Readers:
         file.write_bytes(as_json(choose, changed(choose, content)))
     else:
         file.write_bytes(damaged(choose, file.read_bytes()))
-        if choose.random() < 0.5:  # as older checkpoints, which had no hashes
-            scalars.write_text(json.dumps({key: value for key, value in content.items() if key != "sha256"}))
     yield lambda: load_newest_checkpoint(folder, state(), 10)
 
 

@@ -17,10 +17,9 @@ from benchmarks.trainers import make_trainer
 from deme.config.sections import Finetune, Pretrain
 from deme.data.images import CroppedImages
 from deme.errors import RunError, UserError
-from deme.training import preview
 from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_newest_checkpoint
 from deme.training.held_out import HeldOut
-from deme.training.meter import MAX_SKIPPED_STEPS
+from deme.training.run_log import MAX_SKIPPED_STEPS
 from deme.training.session import Objective
 from deme.training.trainer import Trainer
 
@@ -102,8 +101,8 @@ def test_the_student_ends_with_the_ema_weights(tmp_path):
 
 @pytest.fixture
 def short_previews(monkeypatch):
-    monkeypatch.setattr(preview, "IMAGES", 8)
-    monkeypatch.setattr(preview, "STEPS", 3)
+    monkeypatch.setattr("deme.training.held_out.PREVIEW_IMAGES", 8)
+    monkeypatch.setattr("deme.training.held_out.PREVIEW_STEPS", 3)
 
 
 def test_the_teacher_never_changes(tmp_path, short_previews):
@@ -180,15 +179,12 @@ def edited(**values):
 
 
 def changed_tensors(change):
-    """A file of tensors, changed, its checksum left out of state.json as checkpoints of before had none."""
+    """A file of tensors, changed."""
 
     def damage(path) -> None:
         tensors = load_file(path)
         change(tensors)
         save_file(tensors, path)
-        state = path.with_name("state.json")
-        scalars = json.loads(state.read_text())
-        state.write_text(json.dumps({key: value for key, value in scalars.items() if key != "sha256"}))
 
     return damage
 
