@@ -3,8 +3,8 @@
     accelerate launch search.py                                  # by the distance itself, from few images to many
     accelerate launch search.py search.method=closed_form search.output=runs/digits/search-match    # in seconds
     accelerate launch search.py search.method=gradient search.groups=tensor search.output=runs/digits/search-tensor
-    accelerate launch search.py search.method=optuna search.objective=fd search.sampler=cmaes search.trials=100 \
-        search.output=runs/digits/search-cmaes
+    accelerate launch search.py search.method=optuna search.objective=fd search.sampler=tpe search.trials=100 \
+        search.output=runs/digits/search-tpe
     python merge.py merge.coefficients=search
 
 Writes runs/<name>/search/best.yaml, which merge.coefficients takes, report.json, curves for TensorBoard, and pictures

@@ -202,7 +202,6 @@ class Bench:
             "multi_fidelity, per range": {"method": "multi_fidelity", "trials": trials},
             "multi_fidelity, per block": {"method": "multi_fidelity", "trials": trials, "groups": "block"},
             "fd, tpe, per range": {**fd, "sampler": "tpe"},
-            "fd, cmaes, per range": {**fd, "sampler": "cmaes"},
             "random search of equal cost": {**fd, "sampler": "random", "trials": equal},
             "grid of equal cost": {**fd, "sampler": "grid", "trials": equal},
             "grid of all": {**fd, "sampler": "grid", "trials": many},

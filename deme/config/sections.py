@@ -288,7 +288,7 @@ class Search(Section):
     gradient_learning_rate: float = 0.05
     gradient_patience: int = 5  # stop once so many measurements on held-out images in a row found nothing better
     pull: float = 1e-3  # gradient: weight of the mean squared distance to where it starts, the closed form
-    sampler: str = "gp"  # optuna, multi_fidelity: tpe, gp, cmaes, random or grid
+    sampler: str = "gp"  # optuna, multi_fidelity: tpe, gp, random or grid
     trials: int = 32  # optuna, multi_fidelity: candidates that are tried
     num_images: int = 1000  # fd: drawn from each candidate
     control_images: int = 10_000  # fd: of the pretrained network, with which fewer of a candidate tell as much
@@ -303,7 +303,7 @@ class Search(Section):
     def __post_init__(self):
         self.check_choice("method", ("closed_form", "gradient", "optuna", "multi_fidelity"))
         self.check_choice("objective", ("match", "loss", "fd"))
-        self.check_choice("sampler", ("tpe", "gp", "cmaes", "random", "grid"))
+        self.check_choice("sampler", ("tpe", "gp", "random", "grid"))
         cheap = self.objective != "fd" or self.method == "optuna"
         self.check("objective", cheap, f"search.method={self.method} needs match or loss")
         lists = isinstance(self.groups, list) and len(self.groups) > 0 and all(isinstance(g, str) for g in self.groups)

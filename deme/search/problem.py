@@ -32,6 +32,7 @@ from deme.models.weights import load_tensors
 from deme.search.distance import FrechetDistance
 from deme.search.probes import PROBES, Squares, make_squares
 from deme.search.state import load_state, save_state
+from deme.search.study import Space
 
 HELD_OUT_SHARE = 0.25  # of search.images, more of them, which tell the gradient's way when to stop
 Coefficients = np.ndarray  # float64, shape (groups, ranges)
@@ -83,6 +84,11 @@ class Problem:
         if len(self.patterns) == 1:
             return ranges
         return [f"{pattern} {name}" for pattern in self.patterns for name in ranges]
+
+    @property
+    def space(self) -> Space:
+        """The coefficients that are searched."""
+        return Space(self.names, self.shape, self.settings.interval)
 
     @property
     def stream(self) -> Stream:

@@ -104,8 +104,7 @@ def one_after_another(problem: Problem, folder: Path, storage: RDBStorage, diges
             grid_values(settings.trials, len(problem.names))
     seeds = problem.seeds(settings.num_images)
     name = f"{digest}-{objective}-{len(seeds)}"
-    bounded = (problem.names, problem.shape, settings.interval)
-    study = Study(storage, name, *bounded, first, settings.sampler, problem.stream, settings.trials)
+    study = Study(storage, name, problem.space, first, settings.sampler, problem.stream, settings.trials)
     spent = evaluated[-1].passes if evaluated else 0
     if objective == "fd":
         spent += problem.distance.passes(settings.control_images)
@@ -128,7 +127,7 @@ def multi_fidelity(problem: Problem, folder: Path, storage: RDBStorage, digest: 
     settings = problem.settings
     few = one_after_another(problem, folder, storage, digest, "fd")
     seeds = problem.seeds(settings.finalist_images)
-    finals = Study(storage, f"{digest}-finalists-{len(seeds)}", problem.names, problem.shape, settings.interval)
+    finals = Study(storage, f"{digest}-finalists-{len(seeds)}", problem.space)
     zeros = np.zeros(problem.shape)
     in_main_process(problem.accelerator, lambda: finals.extend([zeros, *few.study.best(settings.finalists)]))
 

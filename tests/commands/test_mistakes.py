@@ -1002,7 +1002,7 @@ MISTAKES = [
         "an unknown sampler of candidates",
         "search.py",
         ["search.sampler=nelder"],
-        "search.sampler=nelder: must be one of tpe, gp, cmaes, random, grid",
+        "search.sampler=nelder: must be one of tpe, gp, random, grid",
     ),
     Mistake(
         "unknown groups",

@@ -81,13 +81,13 @@ def storage(choose: random.Random, folder: Path) -> Readers:
     from accelerate import Accelerator
 
     from deme.search.storage import open_storage
-    from deme.search.study import Study
+    from deme.search.study import Space, Study
 
     file = folder / "study.db"
     url = f"sqlite:///{file}"
 
     def search(count: int) -> None:
-        study = Study(open_storage(url), "s", ["a", "b"], (1, 2), (0.0, 1.0), (), "random", (0,), count)
+        study = Study(open_storage(url), "s", Space(["a", "b"], (1, 2), (0.0, 1.0)), count=count)
         study.run(Accelerator(cpu=True), lambda w: float(w.sum()), lambda _: 1, "s")
         study.table()
         study.best(2)
