@@ -22,7 +22,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from deme.compare.comparison import ComparedRun, compared_runs, load_comparison
+from deme.compare.comparison import ComparedRun, load_comparison
 from deme.config.paths import Paths
 from deme.errors import RunError, UserError
 from deme.job.command import ended_in_one_line
@@ -31,7 +31,6 @@ from deme.compare.graph import Job, Ledger
 from deme.job.locks import locked
 from deme.compare.side_by_side import Jobs, places
 from deme.compare.stages import LAST, stages_of
-from deme.models.variants import ORDER
 
 
 def number_given(name: str) -> int:
@@ -116,8 +115,7 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     with ended_in_one_line(parser.prog) as run_folder:
         arguments = parser.parse_intermixed_args()
-        comparison, overrides = load_comparison(arguments.config, arguments.overrides, ORDER)
-        runs = list(compared_runs(comparison, overrides))
+        comparison, runs = load_comparison(arguments.config, arguments.overrides)
         run_folder.append(runs[0].config.paths.run)
         processes = number_given("NUM_PROCESSES")
         jobs = stages_of(comparison, runs, number_given("BLOCKS"))

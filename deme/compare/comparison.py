@@ -1,4 +1,4 @@
-"""A table of many runs: which models of which variations of one experiment are compared (configs/comparison/)."""
+"""Which runs are compared: variations of one experiment, each with its models (configs/comparison/)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -14,8 +14,9 @@ from deme.config.reading import READING_ERRORS, load_config, override, read_mapp
 from deme.config.section import Section, at_home, is_folder_name, one_of
 from deme.config.sections import Evaluate
 from deme.errors import UserError, naming, one_line
+from deme.models.variants import ORDER
 
-OWN_KEYS = ("base", "seeds", "reference")  # that overrides set here; all others are the experiment's
+OWN_KEYS = ("base", "seeds", "reference")  # overrides of the comparison; all others are the experiment's
 PRETRAINED = "pretrained"
 OF_ONE_RUN = (
     "merge.finetuned",
@@ -42,24 +43,23 @@ OF_ALL_RUNS = (
 
 @dataclass(frozen=True)
 class Variation:
-    """The base configuration with overrides; a run of its own for each seed."""
+    """The base configuration with overrides; each seed makes a run of its own."""
 
-    models: list[str] = field(default_factory=list)  # as sample.model names them, a row each
-    overrides: list[str] = field(default_factory=list)  # section.key=value; none: the base as it stands
+    models: list[str] = field(default_factory=list)  # as in sample.model; a row for each
+    overrides: list[str] = field(default_factory=list)  # section.key=value; none: the base itself
 
 
 @dataclass(frozen=True)
 class Comparison(Section):
-    """What is compared."""
+    """A file of configs/comparison/."""
 
     path_keys: ClassVar[tuple[str, ...]] = ("base", "reference")
     base: str = MISSING  # the experiment's YAML file
-    seeds: list[int] = field(default_factory=lambda: [0])  # of the trainings, whose spread is measured
-    reference: Optional[str] = None  # another experiment's YAML file: that of the images FID compares with
+    seeds: list[int] = field(default_factory=lambda: [0])  # of the trainings
+    reference: Optional[str] = None  # YAML file of another experiment, whose images FID compares with
     runs: dict[str, Variation] = field(default_factory=dict)  # by name
 
-    def check_models(self, known: tuple[str, ...]) -> None:
-        """Make sure that there are rows, and one that the others are compared with."""
+    def __post_init__(self):
         self.check("seeds", len(self.seeds) == len(set(self.seeds)) > 0, "must be a list of different seeds")
         self.check("runs", len(self.runs) > 0, "must be a mapping from names to `models` and `overrides`")
         for name, variation in self.runs.items():
@@ -67,21 +67,20 @@ class Comparison(Section):
             if not variation.models:
                 raise UserError(f"{key}={variation.models}: must be a list of models")
             for model in variation.models:
-                if model not in known:
-                    raise UserError(f"{key}={model}: {one_of(known, model)}")
+                if model not in ORDER:
+                    raise UserError(f"{key}={model}: {one_of(ORDER, model)}")
                 if model == PRETRAINED and variation.overrides:
                     raise UserError(f"{key}={model}: all runs start from the base's, which has the only such row")
         plain = [variation for variation in self.runs.values() if not variation.overrides]
-        there = any(PRETRAINED in variation.models for variation in plain)
         rule = "a run without overrides must have the model pretrained, which all rows are compared with"
-        self.check("runs", len(plain) == 1 and there, rule)
+        self.check("runs", len(plain) == 1 and PRETRAINED in plain[0].models, rule)
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One variation with one seed: a run."""
+    """A variation with one seed."""
 
-    name: str  # of the variation
+    name: str  # the variation's
     seed: int
     models: list[str]
     arguments: list[str]  # of its scripts: --config FILE section.key=value …
@@ -89,40 +88,38 @@ class ComparedRun:
 
 
 def is_comparison(file: str | Path) -> bool:
-    """Whether a YAML file lists runs; others are experiments, which load_config reads."""
+    """True if a YAML file lists runs, false if it is an experiment."""
     try:
         return "runs" in read_mapping(file)
     except UserError:
-        return False  # what is wrong with it is told where it is read
+        return False  # whoever reads it next says what is wrong
 
 
-def load_comparison(file: str | Path, overrides: list[str], known: tuple[str, ...]) -> tuple[Comparison, list[str]]:
+def load_comparison(file: str | Path, overrides: list[str]) -> tuple[Comparison, list[ComparedRun]]:
     """Read a comparison.
 
     Args:
-        overrides: `base=FILE`, `seeds=[…]` and `reference=FILE` are its own; the others are the experiment's.
-        known: the models that there are.
+        overrides: those of OWN_KEYS change the comparison, all others go to every run.
 
     Returns:
-        it, and the experiment's overrides.
+        the comparison, and its runs. The first one is the base, from whose pretrained network the others start.
     """
     own = [text for text in overrides if text.partition("=")[0] in OWN_KEYS]
     given = read_mapping(file, Comparison)
     with naming(f"--config {file}"):
         if not is_folder_name(Path(file).stem):
-            raise UserError("its table's folder can't be called so")
+            raise UserError("no folder, such as its table's, can have this name")
         try:
             mine = {text.partition("=")[0]: read_override(text, Comparison) for text in own}
             comparison = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Comparison), given, mine))
         except READING_ERRORS as error:
             raise UserError(one_line(error)) from None
         comparison = at_home(comparison)
-        comparison.check_models(known)
-    return comparison, [text for text in overrides if text not in own]
+    return comparison, list(compared_runs(comparison, [text for text in overrides if text not in own]))
 
 
 def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[ComparedRun]:
-    """The runs, the base first, from whose pretrained network all others start."""
+    """The runs, the base first; `overrides` go to all of them."""
     if comparison.reference is not None:
         statistics = load_config(comparison.reference, []).paths.reference
         overrides = [*overrides, override("evaluate.reference", str(statistics))]
@@ -148,7 +145,7 @@ def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Comp
 
 
 def check_no_shared_output(config: Config) -> None:
-    """Make sure that nothing is written to, or read from, one place by all runs."""
+    """Refuse settings that would have all runs write to one place, or read from it."""
     for name in OF_ONE_RUN:
         section, key = name.split(".")
         settings = getattr(config, section)
@@ -156,7 +153,7 @@ def check_no_shared_output(config: Config) -> None:
 
 
 def check_what_all_share(base: Config, config: Config) -> None:
-    """Make sure that a variation has the base's settings where all runs must."""
+    """Refuse a variation of a setting that all runs share."""
     for key in OF_ALL_RUNS:
         value, usual = (attrgetter(key)(one) for one in (config, base))
         if value != usual:
@@ -168,12 +165,8 @@ def varied(
 ) -> tuple[list[str], Config]:
     """The overrides of a variation's run, and its configuration.
 
-    Where it has another number of ranges, and no finetune.max_steps of its own, its ranges together take as many steps
-    as the base's.
-
-    Args:
-        overrides: of all runs.
-        name: of the variation.
+    If it has another number of ranges, all ranges together take as many steps as the base's, unless the variation sets
+    finetune.max_steps.
     """
     check_what_all_share(base, load_config(file, [*overrides, *variation.overrides]))
     parts = [base.name]

@@ -1,11 +1,10 @@
-"""Jobs on a Slurm cluster, as arrays, each behind those that it needs: scripts/slurm/jobs.py."""
+"""Submit jobs to Slurm, each behind the jobs that it needs (scripts/slurm/jobs.py)."""
 
 import os
 import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from deme.compare.graph import Job, Ledger
@@ -13,54 +12,56 @@ from deme.config.paths import for_shell
 from deme.errors import RunError, UserError
 from deme.job.signals import Interrupted, noted_signals
 
-JOBS = "jobs.tsv"  # a line for each that was submitted: its name, its key and Slurm's number
+JOBS = "jobs.tsv"  # a line for each submitted job: its name, its key and Slurm's number
+OPTIONS = {
+    "PARTITION": "partition",
+    "ACCOUNT": "account",
+    "TIME": "time",
+    "CPUS": "cpus-per-task",
+}  # sbatch's names
 
 
-@dataclass
 class Queue:
-    """What Slurm knows of jobs that were submitted before."""
+    """The jobs that were submitted, by name, and what Slurm says of them."""
 
-    file: Path
-    numbers: dict[str, str] = field(default_factory=dict)  # by the job's name
-    keys: dict[str, str] = field(default_factory=dict)  # the same
-    states: dict[str, str] = field(default_factory=dict)  # Slurm's word for what is queued or runs
-    has_answered: bool = False
-
-    def __post_init__(self):
-        content = self.file.read_bytes().decode(errors="replace") if self.file.exists() else ""
+    def __init__(self, file: Path):
+        self.file = file
+        self.numbers: dict[str, str] = {}  # Slurm's
+        self.keys: dict[str, str] = {}
+        self.states: dict[str, str] = {}  # Slurm's word for a job that is queued or runs
+        self.has_answered = False
+        content = file.read_bytes().decode(errors="replace") if file.exists() else ""
         for line in content.removesuffix("\n").split("\n") if content else []:
             parts = line.rsplit("\t", 2)
             if len(parts) != 3:
-                raise UserError(f"{self.file}: not a line of a job: {line!a}; delete it")
+                raise UserError(f"{file}: not a line of a job: {line!a}; delete it")
             self.keys[parts[0]], self.numbers[parts[0]] = parts[1:]
 
     def ask(self) -> None:
-        """Ask Slurm, where it is there and there are jobs to ask for.
+        """Ask Slurm for the jobs' states, if it is installed and there are any jobs.
 
         Raises:
             RunError: it does not answer.
         """
         if not self.numbers or shutil.which("squeue") is None:
             return
-        command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i %T"]
-        states = {
-            number: state for number, _, state in (line.partition(" ") for line in answer_of(command).splitlines())
-        }
+        answer = answer_of(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i %T"])
+        states = dict(line.split(maxsplit=1) for line in answer.splitlines())
         self.states = {name: states[number] for name, number in self.numbers.items() if number in states}
         self.has_answered = True
 
     def note(self, group: Sequence[Job], number: str) -> None:
-        """A job has been submitted, or an array of them."""
+        """A job has been submitted, or an array of jobs."""
         for place, job in enumerate(group):
             self.numbers[job.name] = f"{number}_{place}" if job.own else number
             self.keys[job.name], self.states[job.name] = job.key, "SUBMITTED"
 
 
 def missing_jobs(jobs: Sequence[Job], ledger: Ledger, queue: Queue) -> list[Job]:
-    """Those that have not been done, or whose inputs are to be made, and that are neither queued nor running.
+    """The jobs that are neither in the queue nor done, or that read what is still to be made.
 
     Args:
-        jobs: none before one that it needs.
+        jobs: each behind those that it needs.
     """
     missing: list[Job] = []
     outdated: list[str] = []
@@ -79,26 +80,25 @@ def missing_jobs(jobs: Sequence[Job], ledger: Ledger, queue: Queue) -> list[Job]
 
 
 def submit(jobs: Sequence[Job], ledger: Ledger, queue: Queue, logs: Path, is_dry: bool = False) -> None:
-    """Submit jobs, those of one stage as an array.
+    """Submit jobs, those of one stage of a run as an array; or print sbatch's command lines if `is_dry`.
 
     Args:
-        jobs: none before one that it needs.
+        jobs: each behind those that it needs.
         logs: folder.
-        is_dry: print what would be submitted.
     """
     by_stage: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         by_stage.setdefault((job.run, job.stage), []).append(job)
-    for group in by_stage.values():
+    for (run, stage), group in by_stage.items():
         line = sbatch_line(group, logs, ledger, queue)
         if is_dry:
             print(shlex.join(line))
-            queue.note(group, f"{group[0].run}-{group[0].stage}".upper())
+            queue.note(group, f"{run}-{stage}".upper())
             continue
         for job in group:
             ledger.plan(job)
-        with noted_signals() as signals:  # what Slurm has taken is noted
-            queue.note(group, answer_of(line).strip().partition(";")[0])  # behind it, the name of a cluster
+        with noted_signals() as signals:  # a job that Slurm has taken is noted
+            queue.note(group, answer_of(line).strip().partition(";")[0])  # a cluster's name may follow
             with queue.file.open("a", encoding="utf-8") as file:
                 file.writelines(f"{job.name}\t{job.key}\t{queue.numbers[job.name]}\n" for job in group)
         for job in group:
@@ -110,36 +110,38 @@ def submit(jobs: Sequence[Job], ledger: Ledger, queue: Queue, logs: Path, is_dry
 def sbatch_line(group: Sequence[Job], logs: Path, ledger: Ledger, queue: Queue) -> list[str]:
     """sbatch's command line for the jobs of a stage, by the settings of scripts/slurm/settings.sh."""
     given, first = os.environ, group[0]
-    nodes = "1" if first.is_alone else given["NODES"]
-    line = ["sbatch", "--parsable", f"--job-name={first.run}-{first.stage}", f"--nodes={nodes}", "--ntasks-per-node=1"]
-    options = {"PARTITION": "partition", "ACCOUNT": "account", "TIME": "time", "CPUS": "cpus-per-task"}
-    line += [f"--{option}={given[setting]}" for setting, option in options.items() if given[setting]]
-    line += [f"--gpus-per-node={given['GPUS']}"] if given["GPUS"] != "0" else []
+    nodes, processes = ("1", "1") if first.is_alone else (given["NODES"], given["NUM_PROCESSES"])
+    if "\\" in str(logs):
+        raise UserError(f"output_dir: {logs}: Slurm writes no logs to a folder with a backslash in its name")
     try:
-        line += shlex.split(given["OPTIONS"])
+        own_options = shlex.split(given["OPTIONS"])
     except ValueError as error:
         raise UserError(f"OPTIONS={given['OPTIONS']}: {error}") from None
-    line += ["--export=ALL", "--requeue", "--open-mode=append", f"--signal=B:USR1@{given['NOTICE']}"]
-    if "\\" in str(logs):
-        raise UserError(f"output_dir: {logs}: Slurm writes no logs where a name holds a backslash")
-    folder = str(logs).replace("%", "%%")  # %j stands for a number
-    line += [f"--output={folder}/{'%x-%A_%a.log' if first.own else '%x-%j.log'}"]
+    line = ["sbatch", "--parsable", f"--job-name={first.run}-{first.stage}", f"--nodes={nodes}", "--ntasks-per-node=1"]
+    line += [f"--{option}={given[setting]}" for setting, option in OPTIONS.items() if given[setting]]
+    line += [f"--gpus-per-node={given['GPUS']}"] if given["GPUS"] != "0" else []
+    line += [*own_options, "--export=ALL", "--requeue", "--open-mode=append", f"--signal=B:USR1@{given['NOTICE']}"]
+    log = "%x-%A_%a.log" if first.own else "%x-%j.log"
+    line.append(f"--output={str(logs).replace('%', '%%')}/{log}")
     line += [f"--array=0-{len(group) - 1}"] if first.own else []
-    # those that must succeed, and those that must end before: where they are under way
-    kinds = {"afterok": first.needed, "afterany": [job for job in first.after_all if job not in first.needed]}
-    under_way = {
-        kind: [queue.numbers[j.name] for j in before if j.name in queue.states] for kind, before in kinds.items()
-    }
-    waits = ",".join(":".join([kind, *numbers]) for kind, numbers in under_way.items() if numbers)
-    line += [f"--dependency={waits}", "--kill-on-invalid-dep=yes"] if waits else []
-    processes = "1" if first.is_alone else given["NUM_PROCESSES"]
-    command = ["scripts/slurm/job.sh", for_shell(ledger.folder), nodes, processes, first.script]
+    line += dependencies(first, queue)
+    line += ["scripts/slurm/job.sh", for_shell(ledger.folder), nodes, processes, first.script]
     tasks = [part for job in group for part in (job.name, job.key, job.own)]
-    return [*line, *command, *first.arguments_after(first.after_all), "--", *tasks]
+    return [*line, *first.arguments_after(first.after_all), "--", *tasks]
+
+
+def dependencies(job: Job, queue: Queue) -> list[str]:
+    """sbatch's options that make a job wait: for the success of those it needs, and for the end of the others."""
+    others = [before for before in job.after_all if before not in job.needed]
+    waits = []
+    for kind, jobs in (("afterok", job.needed), ("afterany", others)):
+        numbers = [queue.numbers[before.name] for before in jobs if before.name in queue.states]
+        waits += [":".join([kind, *numbers])] if numbers else []
+    return [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
 
 
 def answer_of(command: list[str]) -> str:
-    """What a command of Slurm's prints.
+    """The standard output of a command of Slurm's.
 
     Raises:
         RunError: it failed; says why.

@@ -1,7 +1,7 @@
-"""Submit an experiment or a comparison to Slurm, or tell where it stands: submit.sh and status.sh start this.
+"""Submit an experiment or a comparison to Slurm, or print its status; submit.sh and status.sh start this.
 
-Their settings are in the environment, and the repository's root is the working directory. The jobs are those of
-compare.py; an experiment alone is compared as configs/comparison/models.yaml has it.
+Their settings are environment variables; the working directory is the repository. The jobs are those of compare.py. An
+experiment alone has the rows of configs/comparison/models.yaml.
 """
 
 import sys
@@ -16,7 +16,7 @@ import os
 import shlex
 from contextlib import nullcontext
 
-from deme.compare.comparison import ComparedRun, compared_runs, is_comparison, load_comparison
+from deme.compare.comparison import ComparedRun, is_comparison, load_comparison
 from deme.config.reading import override
 from deme.errors import RunError
 from deme.job.command import ended_in_one_line
@@ -25,29 +25,29 @@ from deme.compare.graph import Job, Ledger
 from deme.job.locks import locked
 from deme.compare.slurm import JOBS, Queue, missing_jobs, submit
 from deme.compare.stages import LAST, stages_of
-from deme.models.variants import ORDER
 
 MODELS = "configs/comparison/models.yaml"
 
 
 def plan_jobs(file: str, overrides: list[str]) -> tuple[Path, list[Job]]:
-    """The folder of the jobs' files, and the jobs; the last one does what takes seconds, and makes the table."""
+    """The folder of the jobs' files, and the jobs. The last one makes the table, the model card and the page."""
     if not is_comparison(file):
         file, overrides = MODELS, [override("base", file), *overrides]
-    comparison, others = load_comparison(file, overrides, ORDER)
-    runs = list(compared_runs(comparison, others))
+    comparison, runs = load_comparison(file, overrides)
     check_runs(runs)
     jobs = stages_of(comparison, runs, int(os.environ["BLOCKS"]), has_cache=True)
     jobs = [job for job in jobs if job.stage not in LAST]
     scores = [job for job in jobs if job.stage == "evaluate"]
     paths = runs[0].config.paths
+    arguments = ["--config", file, *overrides, "--table"]
+    settings = "\n".join(job.settings for job in scores)
     table = Job(
         runs[0].config.name,
         f"table-{Path(file).stem}",
         "compare.py",
-        ["--config", file, *overrides, "--table"],
+        arguments,
         paths.comparison(file) / "table.md",
-        "\n".join(job.settings for job in scores),
+        settings,
         after_all=scores,
         is_alone=True,
     )
@@ -55,18 +55,17 @@ def plan_jobs(file: str, overrides: list[str]) -> tuple[Path, list[Job]]:
 
 
 def check_runs(runs: list[ComparedRun]) -> None:
-    """Make sure that a job's processes can share a step, and that nothing but Slurm's time limit ends a training."""
+    """Refuse trainings whose steps the processes can't share, or that a setting would end early."""
     of_each_node = os.environ["NUM_PROCESSES"] or max(1, int(os.environ["GPUS"]))
+    rule = "TIME limits a job, which then goes on by itself"
     for config in (run.config for run in runs):
         for settings in [config.finetune, *([config.pretrain] if config.model.pretrained is None else [])]:
-            settings.check(
-                "max_minutes", settings.max_minutes is None, "TIME limits a job, which then goes on by itself"
-            )
+            settings.check("max_minutes", settings.max_minutes is None, rule)
             settings.check_shares(int(os.environ["NODES"]) * int(of_each_node))
 
 
 def submit_missing(folder: Path, jobs: list[Job], again: str) -> None:
-    """Submit what is missing, or print its sbatch lines."""
+    """Submit the jobs that are missing, or print their sbatch lines."""
     ledger, logs = Ledger(folder / "done"), folder / "logs"
     is_dry = bool(os.environ.get("DRY_RUN"))
     if not is_dry:
@@ -81,27 +80,26 @@ def submit_missing(folder: Path, jobs: list[Job], again: str) -> None:
 
 
 def show(folder: Path, jobs: list[Job]) -> None:
-    """A line for each job."""
-    ledger, queue = Ledger(folder / "done"), Queue(folder / JOBS)
+    """Print a line for each job."""
+    queue = Queue(folder / JOBS)
     try:
         queue.ask()
     except RunError:
         print("Slurm does not answer: the files alone")
-    done = ledger.done(jobs)
+    done = Ledger(folder / "done").done(jobs)
     for job in jobs:
-        state = "complete" if job in done else how_far(job)
         slurm = ""
         if job not in done and job.name in queue.numbers:
-            said = queue.states.get(job.name, "ended").lower() if queue.has_answered else ""
-            slurm = f"job {queue.numbers[job.name]} {said}"
-        print(f"{job.name:<50} {state:<16} {slurm}".rstrip())
+            state = queue.states.get(job.name, "ended").lower() if queue.has_answered else ""
+            slurm = f"job {queue.numbers[job.name]} {state}"
+        print(f"{job.name:<50} {'complete' if job in done else progress(job):<16} {slurm}".rstrip())
     print(f"{len(done)} of {len(jobs)} complete")
     if queue.numbers:
-        print(f"what the jobs said: {folder / 'logs'}/")
+        print(f"logs: {folder / 'logs'}/")
 
 
-def how_far(job: Job) -> str:
-    """What there is of a job's output."""
+def progress(job: Job) -> str:
+    """What there is of the output of a job that is not done."""
     if job.output is None:
         return "not checked"
     folder = job.output.parent if job.output.suffix else job.output
@@ -109,7 +107,7 @@ def how_far(job: Job) -> str:
     if images:
         return f"{images} images"
     if job.output.exists():
-        return "not checked"  # made by other means: the job would find out
+        return "not checked"  # made by other means; the job itself finds out
     training = folder.with_name("pretraining") if job.stage == "pretrain" else folder.parent
     steps = checkpoint_steps(training / "checkpoints")
     return f"step {max(steps)}" if steps else "missing"

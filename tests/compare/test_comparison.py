@@ -1,9 +1,8 @@
 import pytest
 import yaml
 
-from deme.compare.comparison import compared_runs, load_comparison
+from deme.compare.comparison import load_comparison
 from deme.errors import UserError
-from deme.models.variants import ORDER
 
 BASE = "configs/digits.yaml"
 
@@ -11,8 +10,7 @@ BASE = "configs/digits.yaml"
 def runs_of(folder, runs, *overrides, base=BASE) -> list:
     file = folder / "comparison.yaml"
     file.write_text(yaml.safe_dump({"base": base, "runs": runs}, sort_keys=False))
-    comparison, others = load_comparison(file, list(overrides), ORDER)
-    return list(compared_runs(comparison, others))
+    return load_comparison(file, list(overrides))[1]
 
 
 def test_each_variation_and_seed_is_a_run_that_starts_from_the_base(tmp_path):

@@ -3,11 +3,10 @@ from pathlib import Path
 
 import yaml
 
-from deme.compare.comparison import compared_runs, load_comparison
+from deme.compare.comparison import load_comparison
 from deme.compare.stages import stages_of, state_outside
 from deme.config.paths import image_path
 from deme.config.reading import load_config, override
-from deme.models.variants import ORDER
 
 MODELS = {"models": {"models": ["pretrained", "continued", "ensemble", "merged", "distilled"]}}
 
@@ -16,8 +15,8 @@ def stages(folder, *overrides, runs=MODELS, **options) -> dict:
     """Stage and own override → job."""
     file = folder / "comparison.yaml"
     file.write_text(yaml.safe_dump({"base": "configs/digits.yaml", "runs": runs}))
-    comparison, others = load_comparison(file, ["merge.coefficients=null", *overrides], ORDER)
-    jobs = stages_of(comparison, list(compared_runs(comparison, others)), **options)
+    comparison, runs = load_comparison(file, ["merge.coefficients=null", *overrides])
+    jobs = stages_of(comparison, runs, **options)
     return {job.name.removeprefix("digits").strip(): job for job in jobs}
 
 
