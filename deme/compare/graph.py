@@ -29,7 +29,7 @@ class Job:
     after_all: list["Job"] = field(default_factory=list)  # must have ended before, done or not
     own: str = ""  # one more override
     parts: Sequence[Path] = ()  # files and folders of the output that other jobs read; empty: the output itself
-    is_alone: bool = False  # runs in a single process
+    single_process: bool = False
     state: str = "waiting"  # running, done, unchanged (done earlier), failed, stopped, dropped (a job before it failed)
     error: str = ""
 
@@ -72,7 +72,7 @@ class Job:
         arguments = self.arguments_after([job for job in self.after_all if job.is_made])
         if arguments is None:
             return None
-        launch = ["bash", str(REPOSITORY / "scripts/launch.sh"), "1" if self.is_alone else str(processes)]
+        launch = ["bash", str(REPOSITORY / "scripts/launch.sh"), "1" if self.single_process else str(processes)]
         return [*launch, str(REPOSITORY / self.script), *arguments, *([self.own] if self.own else [])]
 
 

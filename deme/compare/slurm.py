@@ -110,7 +110,7 @@ def submit(jobs: Sequence[Job], ledger: Ledger, queue: Queue, logs: Path, is_dry
 def sbatch_line(group: Sequence[Job], logs: Path, ledger: Ledger, queue: Queue) -> list[str]:
     """sbatch's command line for the jobs of a stage, by the settings of scripts/slurm/settings.sh."""
     given, first = os.environ, group[0]
-    nodes, processes = ("1", "1") if first.is_alone else (given["NODES"], given["NUM_PROCESSES"])
+    nodes, processes = ("1", "1") if first.single_process else (given["NODES"], given["NUM_PROCESSES"])
     if "\\" in str(logs):
         raise UserError(f"output_dir: {logs}: Slurm writes no logs to a folder with a backslash in its name")
     try:

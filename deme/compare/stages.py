@@ -127,10 +127,10 @@ class Stages:
         scores = Job(*named, arguments, paths.results, settings, self.reference, waited)
         self.by_name[scores.name] = scores
         if "merged" in run.models:  # once more, for its model card
-            self.add(run, "card", "merge.py", output=paths.merged / "README.md", after=[scores], is_alone=True)
+            self.add(run, "card", "merge.py", output=paths.merged / "README.md", after=[scores], single_process=True)
         if run is self.base:
             pictures = state_of(map(for_shell, paths.plots.glob("analysis-*.png")))
-            told = {"after": [scores], "inputs": pictures, "is_alone": True}
+            told = {"after": [scores], "inputs": pictures, "single_process": True}
             self.add(run, "report", "report.py", output=paths.report, **told)
 
     def drawn(self, run: ComparedRun, model: str) -> list[Job]:
@@ -166,7 +166,7 @@ class Stages:
             before = {"after": [*experts, *self.reference], "after_all": controls}
             experts = [self.add(run, "search", "search.py", output=paths.best_coefficients, **before)]
         parts = [paths.merged / part for part in ("merge.yaml", DENOISER, "scheduler", "model_index.json")]
-        return [self.add(run, "merge", "merge.py", output=parts[0], parts=parts, after=experts, is_alone=True)]
+        return [self.add(run, "merge", "merge.py", output=parts[0], parts=parts, after=experts, single_process=True)]
 
     def trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
         """The training of a range, by its number, or one that has a name."""

@@ -49,7 +49,7 @@ def plan_jobs(file: str, overrides: list[str]) -> tuple[Path, list[Job]]:
         paths.comparison(file) / "table.md",
         settings,
         after_all=scores,
-        is_alone=True,
+        single_process=True,
     )
     return paths.jobs, [*jobs, table]
 
