@@ -131,7 +131,7 @@ def main(config: Config) -> None:
                 prompts[folder] = read_prompts(folder, paths)
 
     # --- torch is imported after what can be answered without it
-    from deme.data.ahead import available_threads
+    from deme.data.decoding import available_threads
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.measure.feature_space import load_feature_space
     from deme.measure.features import extract

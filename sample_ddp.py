@@ -42,12 +42,12 @@ GRID_IMAGES = 100
 
 def plan(config: Config) -> str:
     """What this command would do."""
-    from deme.data.samples import count_images
+    from deme.data.samples import count_samples
 
     output = config.paths.samples
     lines = []
     for seeds in config.sample.chosen_blocks:
-        count = count_images(output, seeds)
+        count = count_samples(output, seeds)
         state = "complete" if count == len(seeds) else f"{count} of {len(seeds)} images"
         lines.append(f"draw seeds {seeds[0]} ... {seeds[-1]} from {config.sample.model} -> {output}: {state}")
     return "\n".join(lines)
@@ -74,7 +74,7 @@ def main(config: Config) -> None:
     from deme.data.samples import (
         block_of,
         claim_samples,
-        count_images,
+        count_samples,
         missing_seeds,
         read_images,
         save_grid,
@@ -133,13 +133,15 @@ def main(config: Config) -> None:
         with naming("sample.output", output):
             claim_samples(output, wanted, seeds, settings.overwrite, block)
             if texts:
-                claim_prompts(output, [image_path(output, seed) for seed in seeds], texts.values(), settings.overwrite)
+                claim_prompts(
+                    output, {image_path(output, seed).name: texts[seed] for seed in seeds}, settings.overwrite
+                )
 
     def finish() -> None:
         left = [seed for seed in block if not image_path(output, seed).exists()]
         if left:
             raise RunError(f"{output}: {len(left):,} of {len(block):,} images are not there; the same command goes on")
-        count = count_images(output, seeds)
+        count = count_samples(output, seeds)
         if count < len(seeds):
             print(f"{output}: {count:,} of {len(seeds):,} images, with those of other blocks")
             return

@@ -71,7 +71,8 @@ def main(config: Config) -> None:
     watched = inputs.watched()
 
     # --- torch is imported after what can be answered without it
-    from deme.data.sources import as_opened, data_hashes
+    from deme.data.opening import open_source
+    from deme.data.sources import data_hashes
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.report.tables import score_table
     from deme.search.fresh import score_fresh, verdict
@@ -81,7 +82,7 @@ def main(config: Config) -> None:
 
     # --- what is searched
     made_of = data_hashes(config.data, config.paths.image_cache, with_captions=True) | inputs.hashes()
-    column = {IMAGE_COLUMN: as_opened(config.data).image_column}
+    column = {IMAGE_COLUMN: open_source(config.data).data.image_column}
     weights = {"pretrained": weights_hash(networks[0]), "finetuned": list(map(weights_hash, finetuned))}
     made_from = searched(config) | column | inputs.spacing(config.sample) | weights | made_of
     wanted = Record(SEARCH, made_from, provenance(config))

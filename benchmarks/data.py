@@ -22,7 +22,7 @@ from benchmarks.measure import alternate, parse, ratios, seconds, spread
 from benchmarks.report import save
 from benchmarks.unets import CHURCH
 from deme.config.sections import Data
-from deme.data.ahead import ahead, available_threads
+from deme.data.decoding import ahead, available_threads
 from deme.data.images import CroppedImages
 from deme.data.sources import load_training_images
 from deme.report.tables import markdown_table

@@ -41,12 +41,12 @@ def plan(config: Config) -> str:
 
 def main(config: Config) -> None:
     """Print the estimate."""
-    from deme.data.sources import count_images
+    from deme.data.opening import open_source
 
     rate = 1e12 * from_environment("GPU_TFLOPS", GPU_TFLOPS)
     config.finetune.check_shares(int(from_environment("NUM_PROCESSES", 1)))
     pretrained = find_pretrained(config.paths)
-    images = count_images(config.data)
+    images = len(open_source(config.data).rows)
     parameters, flops = unet_cost(read_json(denoiser_folder(pretrained) / "config.json"))
     channels, coding, encoded = encoder_cost(pretrained, config.data.resolution)
     print(f"{config.paths.pretrained}: {parameters:,} parameters; {config.data.name}: {images:,} images")

@@ -1,10 +1,13 @@
-"""Image files: opened, shown as a viewer shows them, resized."""
+"""Image files decoded as a viewer shows them and resized, and threads that do so ahead of their use."""
 
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -12,17 +15,49 @@ from PIL import Image, ImageOps
 from deme.data.files import open_file
 from deme.errors import UserError, one_line
 
-if TYPE_CHECKING:
-    from PIL.ImageCms import ImageCmsTransform
-
 LARGEST_16_BITS = 65535
 SAME_LEVEL = 2  # of 255: a profile that changes no colour by more is taken for sRGB
 TRANSPARENT_LEVEL = {"L;2": 85, "L;4": 17}  # PIL scales such pixels to 8 bits, but not the transparent one among them
+LEAST_THREADED_RESOLUTION = 64  # pixels; below it, Python's own work on an image takes longer than the decoding
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """`map(work, items)` by threads that store at most two results each; without threads for 0."""
+    if threads == 0:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(threads)
+    pending: deque[Future] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def decoding_threads(resolution: int) -> int:
+    """How many threads decode images of a resolution."""
+    return available_threads() if resolution >= LEAST_THREADED_RESOLUTION else 0
+
+
+def available_threads() -> int:
+    """The cores that this process may use, divided by the number of processes on this host."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+# --- one image
 
 
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """"""
+    """Turn whatever PIL raises for a damaged image into a UserError that names it."""
     try:
         yield
     except Exception as error:
@@ -30,29 +65,30 @@ def decoding(name: str) -> Iterator[None]:
 
 
 def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
-    """An image, its shorter side resized to `resolution`: uint8, shape (H, W, C).
+    """An image as a viewer shows it, its shorter side resized to `resolution`: uint8, shape (H, W, C).
 
     Args:
-        content: a PIL image, an array of uint8 values (H, W) or (H, W, 1, 3 or 4), or a row of datasets' undecoded
-            images: a dictionary of `bytes` or `path`.
+        content: a PIL image, a uint8 array (H, W) or (H, W, 1, 3 or 4), or a dictionary of `bytes` and `path`.
 
     Raises:
-        Exception: it can't be read.
+        Exception: PIL raises many types for a damaged image.
     """
-    return _resize(as_seen(_open_image(content), channels), resolution, channels)
-
-
-def _open_image(content: Any) -> Image.Image:
-    if isinstance(content, Image.Image):
-        return content
-    if isinstance(content, np.ndarray):
-        return _of_array(content)
-    if content is None or (content["bytes"] is None and not content["path"]):
+    if isinstance(content, dict):
+        encoded = read_bytes(content)
+        content = None if encoded is None else Image.open(BytesIO(encoded))
+    elif isinstance(content, np.ndarray):
+        content = _of_array(content)
+    if content is None:
         raise ValueError("no image in this row")
-    if content["bytes"] is not None:
-        return Image.open(BytesIO(content["bytes"]))
+    return _resize(as_seen(content, channels), resolution, channels)
+
+
+def read_bytes(content: dict) -> bytes | None:
+    """The encoded image in a dictionary of `bytes` and `path`, as `datasets` gives it; None where it has neither."""
+    if content["bytes"] is not None or not content["path"]:
+        return content["bytes"]
     with open_file(content["path"]) as file:
-        return Image.open(BytesIO(file.read()))
+        return file.read()
 
 
 def _of_array(pixels: np.ndarray) -> Image.Image:
@@ -64,11 +100,10 @@ def _of_array(pixels: np.ndarray) -> Image.Image:
 
 
 def as_seen(image: Image.Image, channels: int) -> Image.Image:
-    """What a viewer shows, grayscale or RGB: upright by EXIF, transparent pixels over white, colours as sRGB by the
-    image's profile, 16 bits scaled to 8.
-    """
-    from deme.models.encoders import MODES  # with torch, which the names of samples do not need
+    """An image as a viewer shows it, grayscale or RGB, 8 bits.
 
+    It is upright by EXIF, its transparent pixels over white, its colours as sRGB by its profile.
+    """
     _check_range(image)
     _mend_transparency(image)
     profile = image.info.get("icc_profile")
@@ -78,18 +113,17 @@ def as_seen(image: Image.Image, channels: int) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(MODES[channels])
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def _check_range(image: Image.Image) -> None:
-    """Make sure that it is known which values are black and white."""
-    tags = getattr(image, "tag_v2", {})  # of TIFF: 258 is the bits per sample, 262 whether 0 is white
+    """Refuse images whose values for black and white are not known."""
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floating-point" if image.mode == "F" else "32-bit or signed"
         raise UserError(f"{kind} values, whose range is not known; save it with 8 or 16 bits")
-    if image.mode.startswith("I;16"):
-        is_whole = image.format in (None, "PNG", "PPM", "JPEG2000")
-        if not is_whole and not (image.format == "TIFF" and tags.get(258) == (16,) and tags.get(262) == 1):
+    if image.mode.startswith("I;16") and image.format not in (None, "PNG", "PPM", "JPEG2000"):
+        tags = getattr(image, "tag_v2", {})  # of TIFF: 258 is the bits per sample, 262 whether 0 is white
+        if image.format != "TIFF" or tags.get(258) != (16,) or tags.get(262) != 1:
             raise UserError(f"{image.format} with more than 8 bits, whose range is not known; save it as PNG")
 
 
@@ -104,7 +138,7 @@ def _mend_transparency(image: Image.Image) -> None:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """The same with 8 bits per channel, and a transparent value made alpha."""
+    """An image of 16 bits with 8, and its transparent value made alpha; others as they are."""
     if not image.mode.startswith("I"):
         return image
     transparent = image.info.get("transparency")
@@ -116,26 +150,22 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _as_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Its colours as sRGB shows them; as they are where the profile is of no use, as viewers do.
-
-    Args:
-        profile: an ICC profile, of grey, RGB, CMYK or Lab values as the image's.
-    """
+    """The colours converted to sRGB; unchanged where the ICC profile is of no use, as in viewers."""
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     mode = "L" if image.mode in ("1", "L", "LA", "La") else image.mode if image.mode in ("CMYK", "LAB") else "RGB"
     transform = _to_srgb(profile, mode)
     if transform is None:
         return image
     plain = image.convert("RGBA") if alpha is not None and mode == "RGB" else image
-    seen = transform.apply(plain if plain.mode == mode else plain.convert(mode))
+    converted = transform.apply(plain if plain.mode == mode else plain.convert(mode))
     if alpha is not None:
-        seen.putalpha(alpha)
-    return seen
+        converted.putalpha(alpha)
+    return converted
 
 
 @lru_cache(maxsize=64)
-def _to_srgb(profile: bytes, mode: str) -> "ImageCmsTransform | None":
-    """From the colours of a profile to sRGB; None where that changes nothing, or the profile is not of such values."""
+def _to_srgb(profile: bytes, mode: str) -> Any:
+    """PIL's transform from a profile's colours to sRGB; None if it changes nothing or the profile is not of `mode`."""
     from PIL import ImageCms
 
     try:
@@ -160,5 +190,4 @@ def _resize(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
         if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} would become {size[0]} x {size[1]}")
         image = image.resize(size, Image.Resampling.BILINEAR)
-    pixels = np.asarray(image)
-    return pixels.reshape(*pixels.shape[:2], channels)
+    return np.asarray(image).reshape(image.height, image.width, channels)

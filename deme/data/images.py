@@ -1,27 +1,79 @@
-"""Images as training takes them: decoded once or on the fly, square crops in batches, micro-batches by step."""
+"""Training batches: which images a step sees, and its random draws; crops, captions, micro-batches.
+
+A run is a function of its seed: each generator is seeded with the stream of its run, its purpose, and where in the run
+it is used. So neither the number of processes nor an interruption changes what is trained on.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from deme.data.ahead import ahead
-from deme.data.draws import Stream, batch_indices, micro_batch_generator, torch_seed
+from deme.data.decoding import ahead
+from deme.models.encoders import Captioned
+
+Stream = tuple[int, ...]  # the experiment's seed, then numbers that tell its runs apart
+PERMUTATION, MICRO_BATCH, HELD_OUT_CHOICE = 0, 1, 2  # purposes of a generator
+
+
+# --- random draws
+
+
+def batch_indices(stream: Stream, num_images: int, start: int, size: int) -> np.ndarray:
+    """Images start … start + size − 1 of an endless shuffled stream: int64, shape (size,).
+
+    Each pass over the data is a permutation seeded with its number.
+    """
+    epochs, offsets = np.divmod(np.arange(start, start + size), num_images)
+    indices = np.empty(size, dtype=np.int64)
+    for epoch in np.unique(epochs).tolist():
+        in_epoch = epochs == epoch
+        indices[in_epoch] = _permutation(stream, epoch, num_images)[offsets[in_epoch]]
+    return indices
+
+
+@lru_cache(maxsize=4)
+def _permutation(stream: Stream, epoch: int, num_images: int) -> np.ndarray:
+    return np.random.default_rng((*stream, PERMUTATION, epoch)).permutation(num_images)
+
+
+def held_out_order(num_images: int) -> np.ndarray:
+    """A permutation whose first entries are the held-out images, the same for every seed and script."""
+    return np.random.default_rng(HELD_OUT_CHOICE).permutation(num_images)
+
+
+def torch_seed(generator: np.random.Generator) -> int:
+    """A seed for torch's generator."""
+    return int(generator.integers(2**63))
+
+
+def choose_caption(count: int, dropout: float, random: np.random.Generator | None) -> int | None:
+    """Which of `count` captions an image has; None with probability `dropout` (Ho and Salimans 2022, algorithm 1).
+
+    Without a generator it is the first.
+    """
+    if random is None:
+        return 0
+    number = int(random.integers(count)) if count > 1 else 0
+    return None if dropout > 0 and random.random() < dropout else number
+
+
+# --- images
 
 
 class CachedImages(Sequence):
-    """Images of different sizes, decoded into one flat uint8 array, in memory or mapped from a file.
+    """Images decoded into one flat uint8 array, in memory or mapped from a file, each in (H, W, C) order.
 
     Args:
-        pixels: all images after one another, each in (H, W, C) order.
         sizes: (height, width) of each, shape (N, 2).
-        rows: the data set's row of each, shape (N,): rows are missing where unreadable images were skipped.
+        rows: the data set's row of each, shape (N,); unreadable rows may be missing.
     """
 
-    threads = 0  # that help to load a batch: it only has to be copied
+    threads = 0  # that load batches ahead: a batch only has to be copied
 
     def __init__(self, pixels: np.ndarray, sizes: np.ndarray, rows: np.ndarray, channels: int):
         self.pixels = pixels
@@ -29,7 +81,7 @@ class CachedImages(Sequence):
         self.rows = rows
         self.channels = channels
         self.ends = np.cumsum(sizes.prod(axis=1, dtype=np.int64) * channels)
-        self.stacked: np.ndarray | None = None  # all of them as one array, where they have one size
+        self.stacked: np.ndarray | None = None  # (N, H, W, C), if all have one size
         if len(sizes) and (sizes == sizes[0]).all():
             self.stacked = pixels.reshape(len(sizes), *sizes[0].tolist(), channels)
 
@@ -38,19 +90,19 @@ class CachedImages(Sequence):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """uint8, shape (C, H, W); shares memory with `pixels`."""
-        height, width = self.sizes[index]
+        height, width = map(int, self.sizes[index])
         end = self.ends[index]
-        pixels = self.pixels[end - int(height) * int(width) * self.channels : end]
+        pixels = self.pixels[end - height * width * self.channels : end]
         return torch.from_numpy(pixels.reshape(height, width, self.channels)).permute(2, 0, 1)
 
 
 class StreamedImages(Sequence):
-    """Images that are decoded each time they are asked for, by threads ahead of the step that needs them.
+    """Images decoded each time they are read.
 
     Args:
         decode: row of the data set → uint8 (H, W, C).
-        rows: of the images, shape (N,).
-        threads: that help to load batches.
+        rows: the data set's row of each, shape (N,).
+        threads: that load batches ahead.
     """
 
     def __init__(self, decode: Callable[[int], np.ndarray], rows: np.ndarray, threads: int):
@@ -71,7 +123,7 @@ class CroppedImages:
     """Square crops of images whose shorter side is `resolution`.
 
     Args:
-        chosen: which of `images` they are; None: all.
+        chosen: indices of the images to use; None: all.
     """
 
     def __init__(
@@ -87,58 +139,46 @@ class CroppedImages:
         self.center_crop = center_crop
         self.random_flip = random_flip
         self.chosen = np.arange(len(images)) if chosen is None else chosen
+        self.threads = getattr(images, "threads", 0)
 
     def __len__(self) -> int:
         return len(self.chosen)
-
-    @property
-    def threads(self) -> int:
-        """How many help to load batches ahead."""
-        return getattr(self.images, "threads", 0)
 
     def row(self, index: int) -> int:
         """The data set's row of an image."""
         return int(self.images.rows[self.chosen[index]])
 
     def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> torch.Tensor:
-        """The images at `indices`: uint8, shape (B, C, R, R), in the channels-last format, as they lie in the cache.
+        """The images at `indices`: uint8, shape (B, C, R, R), channels-last.
 
-        Args:
-            random: draws the crops and flips; not needed for centre crops without flips.
+        `random` draws crops and flips; centre crops without flips need none.
         """
+        chosen = self.chosen[np.asarray(indices)]
         stacked = getattr(self.images, "stacked", None)
         if stacked is not None:
-            return self._stacked_batch(stacked, self.chosen[np.asarray(indices)], random)
-        images = [self._augment(self.images[self.chosen[index]], random) for index in indices]
-        shape = (len(images), len(images[0]), self.resolution, self.resolution)
-        batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-        for place, image in zip(batch, images, strict=True):
-            place.copy_(image)
-        return batch
-
-    def _stacked_batch(self, stacked: np.ndarray, rows: np.ndarray, random: np.random.Generator | None) -> torch.Tensor:
-        """The batch, cut out of all images at once, which takes a third of the time for small ones.
-
-        Args:
-            stacked: all images, shape (N, H, W, C).
-            rows: of the wanted ones, shape (B,).
-        """
+            return self._stacked_batch(stacked, chosen, random)
         size = self.resolution
-        draws = [self._draw(*stacked.shape[1:3], random) for _ in rows]
+        crops = []
+        for image in map(self.images.__getitem__, chosen):
+            top, left, is_flipped = self._draw(*image.shape[1:], random)
+            crop = image[:, top : top + size, left : left + size]
+            crops.append((crop.flip(-1) if is_flipped else crop).permute(1, 2, 0))
+        return torch.stack(crops).permute(0, 3, 1, 2)
+
+    def _stacked_batch(
+        self, stacked: np.ndarray, chosen: np.ndarray, random: np.random.Generator | None
+    ) -> torch.Tensor:
+        """The same from images of one size, (N, H, W, C): three times as fast for small ones."""
+        size = self.resolution
+        draws = [self._draw(*stacked.shape[1:3], random) for _ in chosen]
         tops, lefts, flipped = (np.array(values) for values in zip(*draws, strict=True))
         windows = sliding_window_view(stacked, (size, size), (1, 2)).transpose(0, 1, 2, 4, 5, 3)
-        crops = windows[rows, tops, lefts]  # (B, R, R, C)
+        crops = windows[chosen, tops, lefts]  # (B, R, R, C)
         crops[flipped] = crops[flipped, :, ::-1]
         return torch.from_numpy(np.ascontiguousarray(crops)).permute(0, 3, 1, 2)
 
-    def _augment(self, image: torch.Tensor, random: np.random.Generator | None) -> torch.Tensor:
-        size = self.resolution
-        top, left, is_flipped = self._draw(*image.shape[1:], random)
-        image = image[:, top : top + size, left : left + size]
-        return image.flip(-1) if is_flipped else image
-
     def _draw(self, height: int, width: int, random: np.random.Generator | None) -> tuple[int, int, bool]:
-        """Where an image is cropped, and whether it is mirrored."""
+        """Top and left of an image's crop, and whether it is flipped."""
         size = self.resolution
         top, left = ((side - size) // 2 for side in (height, width))
         if not self.center_crop:
@@ -146,16 +186,50 @@ class CroppedImages:
         return top, left, self.random_flip and random.random() < 0.5
 
 
-class Examples(Protocol):
-    """What a run is trained on, in the form that the network's encoder takes."""
+class CaptionedImages:
+    """Square crops, each with one of its captions.
 
-    threads: int  # that help to load batches ahead
+    Args:
+        captions: of each row of the data set, one or more.
+        dropout: the probability of an empty caption.
+    """
+
+    def __init__(self, images: CroppedImages, captions: Sequence[list[str]], dropout: float):
+        self.images = images
+        self.captions = captions
+        self.dropout = dropout
+        self.threads = images.threads
 
     def __len__(self) -> int:
-        """How many there are."""
+        return len(self.images)
+
+    def captions_of(self, index: int) -> list[str]:
+        """All captions of an image."""
+        return self.captions[self.images.row(index)]
+
+    def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> Captioned:
+        """The images at `indices`; `random` draws crops and flips, then captions."""
+        pixels = self.images.batch(indices, random)
+        texts = []
+        for index in indices:
+            captions = self.captions_of(index)
+            number = choose_caption(len(captions), self.dropout, random)
+            texts.append("" if number is None else captions[number])
+        return Captioned(pixels, texts)
+
+
+# --- micro-batches
+
+
+class Examples(Protocol):
+    """Training data in the form that the network's encoder takes."""
+
+    threads: int  # that load batches ahead
+
+    def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> Any:
-        """Those at `indices`; `random` draws what is random about them."""
+        """The examples at `indices`, augmented by `random`."""
 
 
 class TrainingImages(NamedTuple):
@@ -171,17 +245,17 @@ class MicroBatch:
 
     step: int
     number: int  # within the step, over all processes
-    examples: Any  # as the encoder takes them: uint8 images (B, C, R, R), or with captions, or encoded before
+    examples: Any  # as the encoder takes them
     uniform: float  # in [0, 1): decides between the run's range and all timesteps
     seed: int  # of torch's generator: timesteps, noise, dropout
 
 
 class MicroBatches:
-    """The micro-batches of a run that one process works on, loaded ahead where images have to be decoded.
+    """The micro-batches of one process, loaded ahead where images have to be decoded.
 
     Args:
         batch_size: images per optimizer step, over all processes.
-        numbers: of this process's micro-batches within each step.
+        numbers: this process's micro-batches of each step.
     """
 
     def __init__(self, images: Examples, stream: Stream, batch_size: int, micro_batch_size: int, numbers: range):
@@ -195,18 +269,18 @@ class MicroBatches:
     def of_step(self, step: int) -> Iterator[MicroBatch]:
         """This process's micro-batches of an optimizer step."""
         for number in self.numbers:
-            found = next(self._loaded, None)
-            if found is None or (found.step, found.number) != (step, number):  # the first step, or a resumed one
+            batch = next(self._loaded, None)
+            if batch is None or (batch.step, batch.number) != (step, number):  # the first step, or a resumed one
                 self._loaded = ahead(self._load, self._places(step, number), self.images.threads)
-                found = next(self._loaded)
-            yield found
+                batch = next(self._loaded)
+            yield batch
 
     def close(self) -> None:
         """Stop loading ahead."""
         self._loaded = iter(())
 
     def _places(self, step: int, number: int) -> Iterator[tuple[int, int]]:
-        """(step, number) of all that follow, without an end."""
+        """All (step, number) from here on, without an end."""
         numbers = self.numbers[self.numbers.index(number) :]
         while True:
             yield from ((step, number) for number in numbers)
@@ -215,7 +289,7 @@ class MicroBatches:
 
     def _load(self, place: tuple[int, int]) -> MicroBatch:
         step, number = place
-        random = micro_batch_generator(self.stream, step, number)
+        random = np.random.default_rng((*self.stream, MICRO_BATCH, step, number))
         start = step * self.batch_size + number * self.micro_batch_size
         indices = batch_indices(self.stream, len(self.images), start, self.micro_batch_size)
         uniform = random.random()

@@ -1,7 +1,4 @@
-"""Folders of samples: one PNG per seed, named by it, and samples.yaml, which says what they were drawn from.
-
-Those of a text-to-image model also hold prompts.jsonl: a line for each image, in seed order.
-"""
+"""Sample folders: one PNG per seed and samples.yaml, the record; prompts.jsonl for text-to-image models."""
 
 import glob
 import io
@@ -31,16 +28,12 @@ TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and he
 
 
 def block_of(folder: Path, seeds: range) -> Path:
-    """What a job holds that draws these seeds into a folder beside other jobs: `locks.locked` puts its file there."""
+    """The path that a job locks while it draws these seeds into a folder next to other jobs."""
     return folder.with_name(f"{folder.name}.seeds-{seeds.start}-{seeds.stop}")
 
 
 def check_apart_from_other_jobs(folder: Path, seeds: range) -> None:
-    """Make sure that none of these seeds is drawn by another job that holds its own `block_of` the folder.
-
-    Raises:
-        InUse: one is; names the lock.
-    """
+    """Raise InUse if another job draws some of these seeds into the folder."""
     own = block_of(folder, seeds).name
     for lock in folder.parent.glob(f".{glob.escape(folder.name)}.seeds-*-*.lock"):
         name = lock.name.removeprefix(".").removesuffix(".lock")
@@ -57,33 +50,32 @@ def check_apart_from_other_jobs(folder: Path, seeds: range) -> None:
                 raise InUse(message) from None
 
 
-def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool, mine: range | None = None) -> None:
-    """Create a sample folder, or make sure that what stands there belongs to the same model, settings and seeds.
+def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool, block: range | None = None) -> None:
+    """Create a sample folder, or check that an existing one belongs to the same model, settings and seeds.
 
     Args:
-        wanted: the images' record: weights, noise schedule, steps, eta, precision, resolution.
         seeds: of all images that the folder is to hold.
         overwrite: delete what does not belong instead of refusing.
-        mine: those that this job draws, while other jobs may draw the rest; None: all.
+        block: the seeds of this job, while other jobs may draw the rest; None: all.
     """
-    mine = seeds if mine is None else mine
-    check_apart_from_other_jobs(folder, mine)
+    block = seeds if block is None else block
+    check_apart_from_other_jobs(folder, block)
     if folder.exists() and not folder.is_dir():
         raise UserError("is not a folder")
     remedy = "choose another folder or set sample.overwrite=true"
     if folder.exists() and any(not path.name.startswith(f"{TEMPORARY}{SAMPLES.file}-") for path in folder.iterdir()):
-        found = read_record(SAMPLES, folder)
-        if found is None:
+        record = read_record(SAMPLES, folder)
+        if record is None:
             raise UserError(f"holds files but no {SAMPLES.file}; choose another folder")
-        if not found.fits(wanted, folder, remedy, overwrite):
+        if not record.fits(wanted, folder, remedy, overwrite):
             for path in (*folder.glob("*.png"), folder / SAMPLES.file, folder / PROMPTS):
                 path.unlink(missing_ok=True)
     make_folder(folder, "sample.output")
     for leftover in unfinished(folder, "*.png"):  # now that these seeds are ours
-        if mine == seeds or _seed(leftover.name.removeprefix(TEMPORARY)) in mine:
+        if block == seeds or _seed(leftover.name.removeprefix(TEMPORARY)) in block:
             leftover.unlink()
-    own = {image_path(folder, seed) for seed in seeds}
-    surplus = [path for path in folder.glob("*.png") if path not in own]
+    images = {image_path(folder, seed) for seed in seeds}
+    surplus = [path for path in folder.glob("*.png") if path not in images]
     if surplus and not overwrite:
         raise UserError(f"holds {len(surplus)} images of other seeds than {seeds.start} … {seeds.stop - 1}; {remedy}")
     for path in surplus:
@@ -97,13 +89,13 @@ def _seed(name: str) -> int | None:
     return int(stem) if stem.isdecimal() else None
 
 
-def count_images(folder: Path, seeds: range) -> int:
-    """How many of these seeds have an image in the folder, if there is one."""
+def count_samples(folder: Path, seeds: range) -> int:
+    """How many of these seeds have an image in the folder, if it exists."""
     return sum(_seed(path.name) in seeds for path in folder.glob("[!.]*.png"))
 
 
 def missing_seeds(folder: Path, seeds: range) -> list[int]:
-    """The seeds whose image is absent or does not decode (a machine that crashed may leave such files)."""
+    """The seeds whose image is absent or does not decode, as after a machine crashed."""
 
     def is_whole(seed: int) -> bool:
         try:
@@ -117,19 +109,8 @@ def missing_seeds(folder: Path, seeds: range) -> list[int]:
         return [seed for seed, whole in zip(seeds, pool.map(is_whole, seeds), strict=True) if not whole]
 
 
-def write_image(folder: Path, seed: int, image: "torch.Tensor", size: int | None = None) -> None:
-    """Save one uint8 image (C, H, W), C = 1 (grayscale) or 3 (RGB).
-
-    Args:
-        size: pixels of its sides on disk, by PIL's best filter; None: as it is.
-    """
-    file = io.BytesIO()
-    as_picture(image, size).save(file, format="PNG")
-    write_small_file(image_path(folder, seed), file.getvalue())
-
-
-def as_picture(image: "torch.Tensor", size: int | None = None) -> Image.Image:
-    """One uint8 image (C, H, W) as PIL's, shrunk to `size` as on disk."""
+def to_picture(image: "torch.Tensor", size: int | None = None) -> Image.Image:
+    """One uint8 image (C, H, W), grayscale or RGB, as PIL's, resized to `size` pixels by PIL's best filter."""
     pixels = image.permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     if size is not None and size != picture.width:
@@ -137,18 +118,28 @@ def as_picture(image: "torch.Tensor", size: int | None = None) -> Image.Image:
     return picture
 
 
+def write_image(folder: Path, seed: int, image: "torch.Tensor", size: int | None = None) -> None:
+    """Save `to_picture` of an image under its seed."""
+    file = io.BytesIO()
+    to_picture(image, size).save(file, format="PNG")
+    write_small_file(image_path(folder, seed), file.getvalue())
+
+
 def as_read(images: "torch.Tensor", size: int | None = None) -> "torch.Tensor":
-    """uint8 images (N, C, H, W) as `read_images` would read them from their PNGs: uint8 RGB (N, 3, size, size)."""
+    """uint8 images (N, C, H, W) as `read_images` would read them after `write_image`: RGB (N, 3, size, size)."""
     import torch
 
     if size is None or size == images.shape[-1]:
         return images.expand(-1, 3, -1, -1)
-    pictures = [np.array(as_picture(image, size).convert("RGB")) for image in images]
+    pictures = [np.array(to_picture(image, size).convert("RGB")) for image in images]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
+# --- reading
+
+
 def list_images(folder: Path) -> list[Path]:
-    """The images directly in a folder, by name: for our folders, in seed order."""
+    """The images directly in a folder, by name: in seed order, if sample_ddp.py drew them."""
     if not folder.is_dir():
         raise UserError("no such folder")
     paths = [path for path in folder.glob("[!.]*") if path.suffix.lower() in image_suffixes()]
@@ -165,13 +156,13 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def drawn_from(folder: Path) -> list[str] | None:
-    """SHA-256 of the weights that a folder's images were drawn from, or None where sample_ddp.py did not make it."""
+    """SHA-256 of the weights that a folder's images were drawn from; None if sample_ddp.py did not draw them."""
     record = read_record(SAMPLES, folder)
     return None if record is None else record.made_from.get("weights")
 
 
 def check_sizes(paths: Sequence[Path]) -> tuple[int, int]:
-    """Open every image for its size alone, in pixels: (width, height), the same for all."""
+    """The size in pixels, (width, height), that all images must have; only their headers are read."""
 
     def size_of(path: Path) -> tuple[int, int]:
         with decoding(str(path)), Image.open(path) as image:
@@ -188,7 +179,7 @@ def check_sizes(paths: Sequence[Path]) -> tuple[int, int]:
 
 
 def read_images(paths: Sequence[Path]) -> "torch.Tensor":
-    """Image files of one size as uint8 RGB, shape (N, 3, H, W), as a person sees them, which is how data is read, too.
+    """Image files of one size as uint8 RGB, shape (N, 3, H, W), decoded as data is.
 
     pytorch_fid reads the PNGs of sample_ddp.py the same.
     """
@@ -202,7 +193,7 @@ def read_images(paths: Sequence[Path]) -> "torch.Tensor":
 
 
 def save_grid(images: "torch.Tensor", path: Path) -> None:
-    """Write a nearly square contact sheet of uint8 images (N, C, H, W); small ones are magnified to 32 pixels."""
+    """Write a nearly square contact sheet of uint8 images (N, C, H, W), magnified to at least 32 pixels."""
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 

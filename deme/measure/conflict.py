@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from deme.data.draws import Stream
+from deme.data.images import Stream
 from deme.job.arrays import Arrays, Keep
 from deme.measure.noisy import Batch, CleanImages
 from deme.method.coefficients import pattern_of, patterns_of

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from deme.data.ahead import ahead
+from deme.data.decoding import ahead
 from deme.errors import UserError, one_line
 
 

@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import nn
 
-from deme.data.draws import Stream, batch_indices, torch_seed
-from deme.data.images import Examples
+from deme.data.images import Examples, Stream, batch_indices, torch_seed
 from deme.method.losses import prediction_target
 from deme.models.encoders import Condition, Encoder
 

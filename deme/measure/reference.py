@@ -14,9 +14,10 @@ from torch import nn
 
 from deme.config.experiment import Config
 from deme.config.sections import LEAST_CLASSIFIED, Data
-from deme.data.ahead import available_threads
+from deme.data.decoding import available_threads
+from deme.data.opening import open_source
 from deme.data.samples import check_sizes, list_images, read_images
-from deme.data.sources import as_opened, data_hashes, load_evaluation_images
+from deme.data.sources import data_hashes, load_evaluation_images
 from deme.errors import UserError, naming, one_line, shown
 from deme.job.checked import LARGEST, checked
 from deme.job.files import atomic_file, sha256
@@ -113,7 +114,7 @@ class Source:
 
 def evaluated_data(data: Data) -> dict[str, Any]:
     """The settings that decide which images the statistics are made of."""
-    return {key: value for key, value in asdict(as_opened(data)).items() if key not in NOT_IN_EVALUATION}
+    return {key: value for key, value in asdict(open_source(data).data).items() if key not in NOT_IN_EVALUATION}
 
 
 def reference_statistics(
@@ -134,7 +135,7 @@ def reference_statistics(
             return made_once(config, accelerator, network, source_of_folder(config), features)
         reference, record = load_reference(file)
         check_dimensions(reference, network, config.evaluate.features, accelerator.device)
-        accelerator.print(f"{file}: {compared(record, features, as_opened(config.data))}")
+        accelerator.print(f"{file}: {compared(record, features, open_source(config.data).data)}")
         return reference
 
 

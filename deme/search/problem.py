@@ -12,8 +12,8 @@ from torch import nn
 
 from deme.config.experiment import Config
 from deme.config.sections import range_name
-from deme.data.draws import Stream
 from deme.data.examples import load_examples
+from deme.data.images import Stream
 from deme.data.prompts import load_prompts
 from deme.errors import naming
 from deme.job.processes import locked_by_all

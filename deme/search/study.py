@@ -16,7 +16,7 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from deme.data.draws import Stream
+from deme.data.images import Stream
 from deme.errors import UserError
 from deme.job.locks import POLLED_EVERY
 from deme.job.processes import in_main_process

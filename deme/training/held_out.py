@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import nn
 
-from deme.data.draws import torch_seed
-from deme.data.images import Examples
+from deme.data.images import Examples, torch_seed
 from deme.data.samples import save_grid
 from deme.job.files import make_folder
 from deme.method.losses import decoupled_loss

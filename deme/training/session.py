@@ -157,10 +157,10 @@ class Session:
 
     def with_data(self, run: TrainingRun) -> TrainingRun:
         """The run with the hashes of the data in its record."""
-        from deme.data.sources import as_opened
+        from deme.data.opening import open_source
 
         made_from = run.record.made_from | self.data_hashes
-        made_from[IMAGE_COLUMN] = as_opened(self.config.data).image_column
+        made_from[IMAGE_COLUMN] = open_source(self.config.data).data.image_column
         return replace(run, record=replace(run.record, made_from=made_from))
 
     def is_complete(self, run: TrainingRun) -> bool:

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from deme.config.sections import Data
-from deme.data.captions import CaptionedImages, choose_caption
-from deme.data.images import CachedImages, CroppedImages
-from deme.data.prompts import PROMPTS, claim_prompts, load_prompts, read_prompts, write_prompts
-from deme.data.sources import data_fingerprint, load_training_images
+from deme.data.images import CachedImages, CaptionedImages, CroppedImages, choose_caption
+from deme.data.prompts import PROMPTS, claim_prompts, load_prompts, read_prompts
+from deme.data.sources import data_hashes, load_training_images
 from deme.errors import UserError
 
 COUNT = 20_000
@@ -56,11 +55,12 @@ def test_digits_have_captions(tmp_path):
     assert torch.equal(images.batch([3]).pixels, load_training_images(Data(), 1, tmp_path).training.batch([3]))
 
 
-def test_captions_are_part_of_what_is_read():
+def test_captions_are_part_of_what_is_read(tmp_path):
     """Of a training run; statistics of images do not depend on them."""
     captioned = Data(caption_column="caption")
-    assert data_fingerprint(captioned, with_captions=True) != data_fingerprint(Data(), with_captions=True)
-    assert data_fingerprint(captioned) == data_fingerprint(Data())
+    with_captions, without = (data_hashes(data, tmp_path, with_captions=True) for data in (captioned, Data()))
+    assert with_captions != without
+    assert data_hashes(captioned, tmp_path) == data_hashes(Data(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,14 @@ def test_prompt_files_are_read_by_their_suffix_in_any_case(tmp_path, name, conte
 def test_images_whose_prompts_are_not_recorded_are_refused_or_drawn_again(tmp_path, lost):
     """Old images never pass for those of other prompts, whatever became of prompts.jsonl."""
     images = [tmp_path / f"{i:06d}.png" for i in range(3)]
-    claim_prompts(tmp_path, images, "abc", overwrite=False)
+
+    def claim(prompts: str, overwrite: bool = False) -> None:
+        claim_prompts(tmp_path, dict(zip((image.name for image in images), prompts, strict=True)), overwrite)
+
+    claim("abc")
     for image in images[:2]:
         image.touch()
-    claim_prompts(tmp_path, images, "abd", overwrite=False)  # only of an image that is not there
+    claim("abd")  # only of an image that is not there
     file = tmp_path / PROMPTS
     lines = file.read_text().splitlines(keepends=True)
     file.write_text({"all": "", "a line": "".join(lines[1:]), "its end": "".join(lines)[:-50]}[lost])
@@ -119,8 +123,8 @@ def test_images_whose_prompts_are_not_recorded_are_refused_or_drawn_again(tmp_pa
     with pytest.raises(
         UserError, match=r"line 2: not a JSON|of prompts that prompts\.jsonl does not tell, such as 0000"
     ):
-        claim_prompts(tmp_path, images, "xbd", overwrite=False)
-    claim_prompts(tmp_path, images, "xbd", overwrite=True)
+        claim("xbd")
+    claim("xbd", overwrite=True)
     assert not images[0].exists()
     assert read_prompts(tmp_path, images) == ["x", "b", "d"]
 
@@ -135,7 +139,7 @@ def test_prompts_are_read_as_they_were_written(tmp_path):
     """Quotes, line separators that are none to files, other alphabets."""
     prompts = ['a "quoted" one', "one\u2028two", "模型"]
     images = [tmp_path / f"{i:06d}.png" for i in range(3)]
-    write_prompts(tmp_path, dict(zip((image.name for image in images), prompts, strict=True)))
+    claim_prompts(tmp_path, dict(zip((image.name for image in images), prompts, strict=True)), overwrite=False)
     assert read_prompts(tmp_path, images) == prompts
     (tmp_path / "prompts.txt").write_text("\r\n".join(prompts) + "\n", encoding="utf-8-sig")
     assert load_prompts(str(tmp_path / "prompts.txt"), "") == prompts

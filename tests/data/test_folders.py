@@ -15,7 +15,7 @@ from deme.config.sections import Data
 from deme.data.files import list_files
 from deme.data.folders import read_folder, splits_of
 from deme.data.opening import open_source
-from deme.data.sources import as_opened, load_training_images
+from deme.data.sources import load_training_images
 from deme.errors import UserError
 
 
@@ -195,7 +195,7 @@ def test_a_column_of_other_images_can_be_named(tmp_path):
         .endswith("ks/a.png")
     )
     with pytest.raises(UserError, match=r"data\.image_column=img: .* has the columns image, mask"):
-        as_opened(Data(name=str(tmp_path), image_column="img", label_column=None))
+        open_source(Data(name=str(tmp_path), image_column="img", label_column=None))
 
 
 def test_sidecars_are_captions(tmp_path, capsys):

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deme.data.ahead import ahead
-from deme.data.draws import batch_indices
-from deme.data.images import CachedImages, CroppedImages, MicroBatches, StreamedImages
+from deme.data.decoding import ahead
+from deme.data.images import CachedImages, CroppedImages, MicroBatches, StreamedImages, batch_indices
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 9, 12, 3), dtype=np.uint8)
 

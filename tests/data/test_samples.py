@@ -79,7 +79,7 @@ def test_what_other_jobs_are_writing_is_left_alone(folder):
     for seed in (0, 3):
         (folder / f"{TEMPORARY}{seed:06d}.png-0123abcd").touch()
     record = Record(SAMPLES, IDENTITY, {"num_images": 4})
-    claim_samples(folder, record, range(4), overwrite=False, mine=range(2, 4))
+    claim_samples(folder, record, range(4), overwrite=False, block=range(2, 4))
     assert [path.name for path in folder.glob(f"{TEMPORARY}*")] == [f"{TEMPORARY}000000.png-0123abcd"]
 
 

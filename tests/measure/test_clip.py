@@ -199,10 +199,10 @@ def line(name: str, prompt: object = "a cube") -> str:
 FIRST, SECOND = line("000000.png"), line("000001.png")
 TEXTS_NEEDED = 'not a JSON object of two texts, {"file": "000000.png", "prompt": "…"}'
 DAMAGED_PROMPTS = {
-    "a line short": (f"{FIRST}\n", "line 2: missing, the one of 000001.png"),
-    "a line too many": (f"{FIRST}\n{SECOND}\n{line('000002.png')}\n", "line 3: there are only 2 images"),
-    "another order": (f"{SECOND}\n{FIRST}\n", "line 1: is of 000001.png instead of 000000.png"),
-    "empty": ("", "line 1: missing, the one of 000000.png"),
+    "a line short": (f"{FIRST}\n", "line 2: names no image instead of 000001.png"),
+    "a line too many": (f"{FIRST}\n{SECOND}\n{line('000002.png')}\n", "line 3: names 000002.png instead of none"),
+    "another order": (f"{SECOND}\n{FIRST}\n", "line 1: names 000001.png instead of 000000.png"),
+    "empty": ("", "line 1: names no image instead of 000000.png"),
     "an empty line": (f"{FIRST}\n\n{SECOND}\n", f"line 2: {TEXTS_NEEDED}"),
     "a line cut short": (f"{FIRST}\n{SECOND[:-5]}", f"line 2: {TEXTS_NEEDED}"),
     "a list": (f"{FIRST}\n[1, 2]\n", f"line 2: {TEXTS_NEEDED}"),
@@ -245,6 +245,6 @@ def test_damaged_prompts_stop_the_script_before_anything_is_computed(config_file
     (folder / PROMPTS).write_text(f"{FIRST}\n")
     result = run("evaluate.py", config_file, status=2)
     assert result.stderr == (
-        f"evaluate.py: error: evaluate.samples={folder}: prompts.jsonl, line 2: missing, the one of 000001.png\n"
+        f"evaluate.py: error: evaluate.samples={folder}: prompts.jsonl, line 2: names no image instead of 000001.png\n"
     )
     assert not (config_file.parent / "tiny" / "stats").exists()

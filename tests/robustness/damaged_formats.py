@@ -212,7 +212,7 @@ def parquet(choose: random.Random, folder: Path) -> Readers:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from deme.data.sources import data_fingerprint, load_evaluation_images, load_training_images
+    from deme.data.sources import data_hashes, load_evaluation_images, load_training_images
 
     buffer = io.BytesIO()
     Image.effect_noise((9, 8), 50).save(buffer, "PNG")
@@ -257,7 +257,7 @@ def parquet(choose: random.Random, folder: Path) -> Readers:
 
     yield train
     yield lambda: load_evaluation_images(data, folder / "cache")
-    yield lambda: data_fingerprint(data, with_labels=True)
+    yield lambda: data_hashes(data, folder / "cache", with_labels=True)
 
 
 def png(choose: random.Random, folder: Path) -> Readers:
