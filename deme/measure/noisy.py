@@ -1,4 +1,4 @@
-"""Noisy images, the same for every network that is measured on them, whatever the number of processes."""
+"""Noisy images that are the same for every network measured on them, for any number of processes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from deme.data.images import Examples, Stream, batch_indices, torch_seed
 from deme.method.losses import prediction_target
 from deme.models.encoders import Condition, Encoder
 
-ENCODED_AT_ONCE = 32  # images; not a setting, as what is random in the encoding depends on it
-NOISE, ENCODING = 5, 6  # what a generator is for; the others are in data/draws.py
+ENCODED_AT_ONCE = 32  # images; not a setting, because the encoder's random draws depend on it
+NOISE, ENCODING = 5, 6  # purposes of generators; deme/data/images.py has the others
 
 
 @dataclass(frozen=True)
@@ -24,66 +24,56 @@ class Batch:
     noisy: torch.Tensor  # shape (B, C, H, W)
     timesteps: torch.Tensor  # int64, shape (B,)
     condition: Condition  # of the network
-    ranges: torch.Tensor  # int64, shape (B,): the number of the range that the timestep belongs to
+    ranges: torch.Tensor  # int64, shape (B,): index of the timestep's range
     target: torch.Tensor  # shape (B, C, H, W): noise, x₀ or v, as the network predicts
     weights: torch.Tensor  # shape (B,); of the squared distances, such that their sum is the objective
 
     def predict(self, network: nn.Module) -> torch.Tensor:
-        """What a network predicts: float32, shape (B, C, H, W)."""
+        """The network's prediction: float32, shape (B, C, H, W)."""
         return network(self.noisy, self.timesteps, **self.condition, return_dict=False)[0].float()
 
     def part(self, chosen: torch.Tensor | slice) -> "Batch":
-        """Those images that a mask of shape (B,), or a slice, chooses."""
+        """The images selected by a mask of shape (B,) or by a slice."""
         condition = {name: value[chosen] for name, value in self.condition.items()}
         rest = (self.ranges, self.target, self.weights)
         return Batch(self.noisy[chosen], self.timesteps[chosen], condition, *(value[chosen] for value in rest))
 
     def losses(self, network: nn.Module) -> torch.Tensor:
-        """The denoising loss of each image, the mean over its elements: float32, shape (B,)."""
+        """The denoising loss of each image, averaged over its elements: float32, shape (B,)."""
         return (self.predict(network) - self.target).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
 class CleanImages:
-    """One process's share of images that are encoded once, to which noise is added at any timestep.
+    """One process's share of images that are encoded once and can be noised at any timestep.
 
-    The noise of an image at a timestep is always the same, and independent of that at another.
+    An image always gets the same noise at a timestep, independent of its noise at other timesteps.
     """
 
     clean: torch.Tensor  # as the network sees images, shape (S, C, H, W), on the device
     condition: Condition  # of the network
-    places: torch.Tensor  # int64, shape (S,): which of all images they are
-    count: int  # of the images of all processes
+    places: torch.Tensor  # int64, shape (S,): positions among the images of all processes
+    count: int  # images of all processes
     scheduler: DDPMScheduler
-    stream: Stream  # determines all that is random
+    stream: Stream  # determines all random draws
     batch_size: int  # of a process
 
     def at(self, timestep: int, among: range) -> Iterator[tuple[torch.Tensor, Batch]]:
-        """Places, int64 (B,), and noisy images of one timestep, in batches.
+        """Positions, int64 (B,), and noisy images of one timestep, in batches.
 
         Args:
-            among: which places, over all processes.
+            among: positions to use, over all processes.
         """
-        generator = torch.Generator().manual_seed(torch_seed(np.random.default_rng((*self.stream, NOISE, timestep))))
-        noise = torch.randn(self.count, *self.clean.shape[1:], generator=generator)  # of all, whoever needs which
+        random = np.random.default_rng((*self.stream, NOISE, timestep))
+        noise = _noise((self.count, *self.clean.shape[1:]), random)  # for all images, whichever process has them
         noise = noise[self.places.cpu()].to(self.clean.device)
         inside = ((self.places >= among.start) & (self.places < among.stop)).nonzero().flatten()
         for chosen in inside.split(self.batch_size):
-            if len(chosen) == 0:  # the share is empty
-                continue
-            clean = self.clean[chosen]
-            timesteps = torch.full_like(chosen, timestep)
-            yield (
-                self.places[chosen],
-                Batch(
-                    noisy=self.scheduler.add_noise(clean, noise[chosen], timesteps),
-                    timesteps=timesteps,
-                    condition={name: value[chosen] for name, value in self.condition.items()},
-                    ranges=torch.zeros_like(chosen),
-                    target=prediction_target(self.scheduler, clean, noise[chosen], timesteps),
-                    weights=torch.ones(len(chosen), device=clean.device),
-                ),
-            )
+            if len(chosen) > 0:  # the share may be empty
+                condition = {name: value[chosen] for name, value in self.condition.items()}
+                at, ranges = torch.full_like(chosen, timestep), torch.zeros_like(chosen)
+                batch = _batch(self.scheduler, self.clean[chosen], noise[chosen], at, condition, ranges)
+                yield self.places[chosen], batch
 
 
 def draw_clean(
@@ -95,11 +85,7 @@ def draw_clean(
     batch_size: int,
     accelerator: Accelerator,
 ) -> CleanImages:
-    """The first `count` of the shuffled images, encoded.
-
-    Args:
-        batch_size: images per forward pass of a process.
-    """
+    """Encode the first `count` of the shuffled images, `batch_size` per process at a time later on."""
     random = np.random.default_rng((*stream, ENCODING))
     indices = batch_indices(stream, len(images), 0, count)
     share = torch.arange(accelerator.process_index, count, accelerator.num_processes)
@@ -107,15 +93,13 @@ def draw_clean(
     conditions: list[Condition] = []
     for start in range(0, count, ENCODED_AT_ONCE):
         part = indices[start : start + ENCODED_AT_ONCE]
-        torch.manual_seed(torch_seed(random))  # for the encoder's draws
-        clean, condition = encoder.encode(images.batch(part, random))
+        clean, condition = _encode(encoder, images, part, random)
         mine = share[(share >= start) & (share < start + len(part))] - start
         tensors.append(clean[mine])
-        conditions.append({name: value[mine].float() for name, value in condition.items()})  # half on a GPU
+        conditions.append({name: value[mine] for name, value in condition.items()})
     encoder.rest()
     clean = torch.cat(tensors)
-    condition = {name: torch.cat([part[name] for part in conditions]) for name in conditions[0]}
-    return CleanImages(clean, condition, share.to(clean.device), count, scheduler, stream, batch_size)
+    return CleanImages(clean, _joined(conditions), share.to(clean.device), count, scheduler, stream, batch_size)
 
 
 def draw_probes(
@@ -128,15 +112,12 @@ def draw_probes(
     batch_size: int,
     accelerator: Accelerator,
 ) -> list[Batch]:
-    """Noisy images, whose timesteps are spread evenly over every range, so that few of them give a steady mean.
+    """Noisy images with weights 1 whose timesteps are spread evenly over every range, so that few give a steady mean.
 
     Args:
-        stream: with `places` it determines all that is random.
-        places: which positions of the shuffled images; the images are taken in turn for each range.
+        stream: determines all random draws, together with `places`.
+        places: positions in the shuffled images, which are assigned to the ranges in turn.
         batch_size: over all processes, each of which gets its share.
-
-    Returns:
-        batches whose weights are 1 and whose targets are what the network is trained to predict.
     """
     count = len(places)
     random = np.random.default_rng((*stream, places.start, count))
@@ -147,37 +128,51 @@ def draw_probes(
         strata = random.permutation(mine.sum())
         timesteps[mine] = low + (strata + 0.5) / max(1, len(strata)) * (high - low)
     indices = batch_indices(stream, len(images), places.start, count)
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
     batches = []
     for start in range(0, count, batch_size):
-        part = slice(start, min(start + batch_size, count))
-        torch.manual_seed(torch_seed(random))  # for the encoder's draws
-        clean, condition = encoder.encode(images.batch(indices[part], random))
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(torch_seed(random)))
-        noise = noise.to(clean.device)
-        share = slice(accelerator.process_index, None, accelerator.num_processes)
-        clean, noise = clean[share], noise[share]
+        part = slice(start, start + batch_size)
+        clean, condition = _encode(encoder, images, indices[part], random)
+        noise = _noise(clean.shape, random).to(clean.device)
         at, number = (torch.from_numpy(values[part][share]).to(clean.device) for values in (timesteps, numbers))
-        batches.append(
-            Batch(
-                noisy=scheduler.add_noise(clean, noise, at),
-                timesteps=at,
-                condition={name: value[share].float() for name, value in condition.items()},  # half on a GPU
-                ranges=number,
-                target=prediction_target(scheduler, clean, noise, at),
-                weights=torch.ones(len(clean), device=clean.device),
-            )
-        )
+        condition = {name: value[share] for name, value in condition.items()}
+        batches.append(_batch(scheduler, clean[share], noise[share], at, condition, number))
     encoder.rest()
     return batches
 
 
 def regrouped(batches: Sequence[Batch], batch_size: int) -> list[Batch]:
     """The same noisy images in batches of another size."""
-
-    def joined(name: str) -> torch.Tensor:
-        return torch.cat([getattr(batch, name) for batch in batches])
-
-    condition = {name: torch.cat([batch.condition[name] for batch in batches]) for name in batches[0].condition}
-    rest = map(joined, ("ranges", "target", "weights"))
-    whole = Batch(joined("noisy"), joined("timesteps"), condition, *rest)
+    names = ("noisy", "timesteps", "ranges", "target", "weights")
+    columns = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    whole = Batch(condition=_joined([batch.condition for batch in batches]), **columns)
     return [whole.part(slice(start, start + batch_size)) for start in range(0, len(whole.noisy), batch_size)]
+
+
+def _joined(conditions: Sequence[Condition]) -> Condition:
+    return {name: torch.cat([part[name] for part in conditions]) for name in conditions[0]}
+
+
+def _encode(
+    encoder: Encoder, images: Examples, indices: np.ndarray, random: np.random.Generator
+) -> tuple[torch.Tensor, Condition]:
+    torch.manual_seed(torch_seed(random))  # for the encoder's draws
+    clean, condition = encoder.encode(images.batch(indices, random))
+    return clean, {name: value.float() for name, value in condition.items()}  # half precision on a GPU
+
+
+def _noise(shape: Sequence[int], random: np.random.Generator) -> torch.Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(torch_seed(random)))
+
+
+def _batch(
+    scheduler: DDPMScheduler,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    condition: Condition,
+    ranges: torch.Tensor,
+) -> Batch:
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    target = prediction_target(scheduler, clean, noise, timesteps)
+    return Batch(noisy, timesteps, condition, ranges, target, torch.ones(len(clean), device=clean.device))

@@ -1,8 +1,11 @@
 """Tables as Markdown."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from deme.measure.scores import BASELINES, Score
 
@@ -21,11 +24,22 @@ def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def headed_table(heading: str, note: str, titles: list[str], rows: list[list[str]]) -> str:
+    """A table under a heading and a sentence about what was measured."""
+    return f"### {heading}\n\n{note[0].upper()}{note[1:]}.\n\n{markdown_table(titles, rows)}"
+
+
 def number(value: float | None, error: float | None = None, form: str = ".4f") -> str:
-    """A number with its error, or - where there is none."""
-    if value is None:
+    """A number with its error; "-" for None and NaN."""
+    if value is None or math.isnan(value):
         return "-"
-    return f"{value:{form}}" + (f" ± {error:{form.lstrip('+')}}" if error is not None else "")
+    return f"{value:{form}}" + ("" if error is None or math.isnan(error) else f" ± {error:{form.lstrip('+')}}")
+
+
+def mean_of(values: np.ndarray) -> float:
+    """The mean of the finite values; NaN if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
 
 
 def score_table(scores: Sequence[Score], features_name: str) -> str:

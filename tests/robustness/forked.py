@@ -35,7 +35,7 @@ LIBRARIES = [
     "sklearn.ensemble",
     "torch._decomp.decompositions_for_jvp",
     "torch_fidelity",
-    "deme.report.analysis_plots",
+    "deme.analysis.gradient_conflict",
 ]
 
 

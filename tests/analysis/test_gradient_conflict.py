@@ -7,10 +7,10 @@ from diffusers import DDPMScheduler
 from noisy_images import Images
 from torch import nn
 
-from deme.measure.conflict import (
+from deme.analysis.gradient_conflict import (
     corrected_cosines,
     count_sketch,
-    gradient_conflict,
+    gradient_products,
     measured_cosines,
     pairs_within,
     products_of_ranges,
@@ -44,7 +44,7 @@ def made(name, make):
 
 
 def conflict(network, images, size=10**6, keep=made) -> np.ndarray:
-    return gradient_conflict(network, images, TIMESTEPS, size, Accelerator(cpu=True), keep)
+    return gradient_products(network, images, TIMESTEPS, size, Accelerator(cpu=True), keep)
 
 
 def test_cosines_of_a_linear_network_are_those_of_its_gradients_in_closed_form():
@@ -131,12 +131,12 @@ def test_gradients_of_ranges_are_sums_over_their_timesteps():
     vectors = np.random.default_rng(0).normal(size=(2, 4, 5))
     products = np.einsum("htd,kud->htku", vectors, vectors)
     sums = np.stack([vectors[:, :1].sum(1), vectors[:, 1:].sum(1)], axis=1)
-    found = products_of_ranges(products[None], np.array([10, 20, 30, 40]), [(0, 15), (15, 50)])
+    found = products_of_ranges(products[None], [10, 20, 30, 40], [(0, 15), (15, 50)])
     assert found[0] == pytest.approx(np.einsum("hrd,ksd->hrks", sums, sums))
 
 
 def test_pairs_within_a_range_are_those_of_different_timesteps_in_it():
-    found = pairs_within(np.array([1, 2, 3, 4]), 2, 4)
+    found = pairs_within([1, 2, 3, 4], 2, 4)
     assert np.argwhere(found).tolist() == [[1, 2]]
 
 

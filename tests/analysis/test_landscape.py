@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from noisy_images import RANGES, Linear, probes
 
-from deme.measure.landscape import axis, image_losses, landscape, range_sums
+from deme.analysis.landscape import axis, image_losses, plane_losses, range_sums
 from deme.method.candidates import Candidates
 
 
@@ -14,7 +14,7 @@ def measured(points: int, keep=lambda name, make: make()):
     base, first, second = (network.state_dict() for network in networks)
     candidates = Candidates(base, {"a": first, "b": second}, dict.fromkeys(base, 0), "cpu")
     batches = probes(accelerator)
-    found = landscape(Linear(7), candidates, batches, len(RANGES), points, accelerator, keep)
+    found = plane_losses(Linear(7), candidates, batches, len(RANGES), points, accelerator, keep)
     return found, [image_losses(network, batches) for network in networks], batches
 
 

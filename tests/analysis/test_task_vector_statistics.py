@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from deme.measure.task_vector_statistics import cosines, norms, opposed_shares, task_vector_statistics
+from deme.analysis.task_vectors import cosines, norms, opposed_shares, statistics
 
 BASE = {"mid_block.a.weight": torch.zeros(2, 2), "down_blocks.0.b": torch.ones(3), "conv_in.bias": torch.ones(1)}
 
@@ -14,7 +14,7 @@ def moved(mid, down, rest):
 
 def test_norms_cosines_signs_and_values_in_closed_form():
     networks = {"a": moved([3.0, 0, 0, 4], [1.0, 1, -1], [0.0]), "b": moved([-4.0, 0, 0, 3], [1.0, -1, 0], [2.0])}
-    found = task_vector_statistics(BASE, networks)
+    found = statistics(BASE, list(networks.values()))
     assert found["groups"].tolist() == ["mid_block", "down_blocks.0", "rest"]
     assert found["sizes"].tolist() == [4, 3, 1]
     assert norms(found["products"]) == pytest.approx(np.array([[5, 5], [3**0.5, 2**0.5], [0, 2]]))

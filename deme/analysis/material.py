@@ -1,4 +1,4 @@
-"""What the analyses of a run work on: its networks, its images, and what of them is measured already."""
+"""What the analyses work on: a run's networks, its images, and the arrays that were measured before."""
 
 import shutil
 from collections.abc import Callable
@@ -26,16 +26,16 @@ from deme.models.inference import freeze
 from deme.models.pipelines import common_architecture, denoiser_folder
 from deme.models.weights import load_tensors, weights_hash
 
-STREAM = 4  # of the analyses' random draws, beside those of training and of the search
+STREAM = 4  # of the analyses' random draws, apart from those of training and of the search
 
 
 class Material:
-    """What the analyses work on. It is loaded when it is first asked for: what is kept already needs none of it.
+    """Networks, images and kept arrays of a run. What is kept needs none of the others, so they are loaded on demand.
 
     Args:
         pretrained: pipeline folder.
-        networks: name → UNet folder: pretrained, the experts by their ranges, and others.
-        made_of: what tells data, noise schedule and encoders from others.
+        networks: UNet folders by name: "pretrained", the experts by their ranges, other models.
+        made_of: hashes of the data, the noise schedule and the encoders.
     """
 
     def __init__(
@@ -47,45 +47,43 @@ class Material:
         made_of: dict[str, str],
     ):
         self.config = config
+        self.settings = config.analyze
         self.accelerator = accelerator
         self.pretrained = pretrained
         self.networks = networks
         self.made_of = made_of
         self.hashes = {name: weights_hash(folder) for name, folder in networks.items()}
         self.ranges = config.timesteps.ranges
-        self.experts = [name for name in map(range_name, self.ranges) if name in networks]
-        self.batch_size = config.analyze.batch_size
+        self.range_names = list(map(range_name, self.ranges))  # the experts' names, too
+        self.timesteps = config.analyzed_timesteps
 
-    def keep(self, name: str, networks: list[str], keys: tuple[str, ...], make: Callable[[], Arrays]) -> Arrays:
-        """What `make` gives, kept in NAME.npz.
+    def keep(self, name: str, networks: list[str], keys: tuple[str, ...], make: Callable[[Keep], Arrays]) -> Arrays:
+        """The arrays in NAME.npz if they are up to date, else those that `make` returns.
 
         Args:
-            networks: that it is made from.
-            keys: of the section analyze that determine it.
+            networks: that the arrays are measured on.
+            keys: settings of the section analyze that determine the arrays.
+            make: is given a function that keeps parts in a folder NAME until the whole is there.
         """
         config = self.config
         made_from: dict[str, Any] = {"seed": config.seed, "ranges": self.ranges}
-        made_from |= {f"analyze.{key}": getattr(config.analyze, key) for key in keys}
+        made_from |= {f"analyze.{key}": getattr(self.settings, key) for key in keys}
         made_from |= {f"data.{key}": getattr(config.data, key) for key in EXAMPLE_KEYS}
         made_from |= {"finetune.caption_dropout": config.finetune.caption_dropout}
         made_from |= {"weights": [self.hashes[network] for network in networks]} | self.made_of
-        return kept(self.accelerator, config.paths.analysis / f"{name}.npz", Record(ANALYSIS, made_from), make)
-
-    def keep_parts(
-        self, name: str, networks: list[str], keys: tuple[str, ...], make: Callable[[Keep], Arrays]
-    ) -> Arrays:
-        """The same of what is made in parts, each of which is kept in a folder NAME until the whole is there."""
+        record = Record(ANALYSIS, made_from)
+        parts = config.paths.analysis / name
 
         def keep_part(part: str, make_part: Callable[[], Arrays]) -> Arrays:
-            return self.keep(f"{name}/{part}", networks, keys, make_part)
+            return kept(self.accelerator, parts / f"{part}.npz", record, make_part)
 
-        found = self.keep(name, networks, keys, lambda: make(keep_part))
+        arrays = kept(self.accelerator, parts.with_name(f"{name}.npz"), record, lambda: make(keep_part))
         if self.accelerator.is_main_process:
-            shutil.rmtree(self.config.paths.analysis / name, ignore_errors=True)
-        return found
+            shutil.rmtree(parts, ignore_errors=True)
+        return arrays
 
     def tensors(self, name: str) -> Tensors:
-        """A network's weights, with identity projections where only others have some."""
+        """A network's weights, with identity projections if only other networks have projections."""
         folder = self.networks[name]
         like = load_tensors(self.architecture)
         tensors = with_identity_projections(load_tensors(folder), like)
@@ -96,18 +94,18 @@ class Material:
                     raise UserError(f"tensor {key} holds NaN or infinite values")
         return tensors
 
-    def load(self, name: str) -> nn.Module:
-        """A network as it is, on the device, ready to predict."""
-        return freeze(load_denoiser(self.networks[name]), self.accelerator.device, "no", may_pack=False)
+    def load(self, folder: Path) -> nn.Module:
+        """The network in a folder, on the device, ready to predict; its weights may be changed."""
+        return freeze(load_denoiser(folder), self.accelerator.device, "no", may_pack=False)
 
     @cached_property
     def network(self) -> nn.Module:
-        """One of the architecture of all, whose weights change from use to use."""
-        return freeze(load_denoiser(self.architecture), self.accelerator.device, "no", may_pack=False)
+        """A network of the common architecture, which every analysis fills with weights of its own."""
+        return self.load(self.architecture)
 
     @cached_property
     def architecture(self) -> Path:
-        """The folder whose config.json is that of all networks, with projections where any has some."""
+        """The folder whose config.json fits all networks: one with projections if any network has them."""
         return common_architecture(list(self.networks.values()))
 
     @cached_property
@@ -117,7 +115,7 @@ class Material:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """What stands between images and networks."""
+        """Turns images into what the network sees."""
         network = load_denoiser(denoiser_folder(self.pretrained))
         encoder = load_encoder(self.pretrained, network)
         try_out(network, self.scheduler, encoder)
@@ -126,7 +124,7 @@ class Material:
 
     @cached_property
     def data(self) -> TrainingImages:
-        """The images that training sees, and those that it does not."""
+        """The training images and the held-out ones."""
         config = self.config
         return load_examples(config, config.finetune, self.encoder, self.made_of, self.accelerator)
 
@@ -137,23 +135,21 @@ class Material:
 
     @property
     def measured_images(self) -> Examples:
-        """Those images."""
+        """These images."""
         return self.data.held_out if self.measured_on == "held-out" else self.data.training
 
     def clean(self, images: Examples, number: int) -> CleanImages:
-        """As many as are asked for, or as there are.
-
-        Args:
-            number: keeps the random draws of different analyses apart.
-        """
-        count = min(self.config.analyze.images, len(images) // 2 * 2)
+        """`analyze.images` of the images, or all if there are fewer; `number` seeds the draws of an analysis."""
+        count = min(self.settings.images, len(images) // 2 * 2)
         if count == 0:
             raise UserError(f"data.name={self.config.data.name}: {len(images)} image, an analysis needs at least 2")
         stream = (self.config.seed, STREAM, number)
-        return draw_clean(images, self.encoder, self.scheduler, stream, count, self.batch_size, self.accelerator)
+        drawn = (stream, count, self.settings.batch_size, self.accelerator)
+        return draw_clean(images, self.encoder, self.scheduler, *drawn)
 
     def spread(self, count: int, number: int) -> list[Batch]:
         """This process's share of `count` noisy images, spread evenly over the timesteps, in batches."""
         stream = (self.config.seed, STREAM, number)
         drawn = (self.ranges, stream, range(count), ENCODED_AT_ONCE, self.accelerator)
-        return regrouped(draw_probes(self.measured_images, self.encoder, self.scheduler, *drawn), self.batch_size)
+        probes = draw_probes(self.measured_images, self.encoder, self.scheduler, *drawn)
+        return regrouped(probes, self.settings.batch_size)

@@ -5,14 +5,14 @@ from accelerate import Accelerator
 from conftest import tiny_unet
 from noisy_images import probes
 
-from deme.measure.activation_change import (
+from deme.analysis.activation_change import (
     PARTS,
-    activation_change,
     blocks_of,
     change_shares,
     projection_distances,
     relative_change,
     split_squares,
+    squared_change,
 )
 from deme.models.denoisers import with_projections
 
@@ -37,7 +37,7 @@ def test_a_projection_scales_what_is_behind_it():
     with torch.no_grad():
         after.up_blocks[1].projection.weight.mul_(1.5)
     batches = probes(Accelerator(cpu=True))
-    found = activation_change(before, after, batches, Accelerator(cpu=True))
+    found = squared_change(before, after, batches, Accelerator(cpu=True))
     assert list(blocks_of(before)) == BLOCKS
     assert found["shapes"].tolist() == [[8, 16], [16, 16], [16, 16], [16, 64], [8, 64]]
     assert (found["squares"][:4, 1] == 0).all()

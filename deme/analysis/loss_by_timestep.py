@@ -1,0 +1,139 @@
+"""Loss by timestep: the denoising loss of all networks at the same timesteps, on the same noisy images."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+from torch import nn
+
+from deme.analysis.material import Material
+from deme.config.sections import CONTINUED, DISTILLED
+from deme.job.arrays import Arrays
+from deme.measure.noisy import CleanImages
+from deme.report.figures import model_style, noted
+from deme.report.tables import headed_table, number
+
+MOST_BLOCKS = 8  # of images, whose spread gives the standard errors
+WHOLE = ("pretrained", CONTINUED, "ensemble", "merged", DISTILLED)  # models for all timesteps
+Range = tuple[int, int]  # [low, high)
+
+
+def measure(material: Material) -> Arrays:
+    """Losses of shape (n, images) by model: whole models first, then the experts."""
+
+    @cache
+    def images() -> CleanImages:
+        return material.clean(material.measured_images, 1)
+
+    def make(name: str) -> Arrays:
+        material.network.load_state_dict(material.tensors(name))
+        return {"losses": losses_by_timestep(material.network, images(), material.timesteps, material.accelerator)}
+
+    keys = ("timesteps", "images")
+    losses = {
+        name: material.keep(f"loss_by_timestep-{name}", [name], keys, lambda _, name=name: make(name))["losses"]
+        for name in material.networks
+    }
+    experts = [losses[name] for name in material.range_names]
+    losses["ensemble"] = ensemble_losses(experts, material.timesteps, material.ranges)
+    return {name: losses[name] for name in (*WHOLE, *material.range_names) if name in losses}
+
+
+@torch.no_grad()
+def losses_by_timestep(
+    network: nn.Module, images: CleanImages, timesteps: Sequence[int], accelerator: Accelerator
+) -> np.ndarray:
+    """The loss of each image at each of n timesteps: float64, shape (n, images), the same in every process."""
+    losses = torch.zeros(len(timesteps), images.count, dtype=torch.float64, device=accelerator.device)
+    for row, timestep in zip(losses, timesteps, strict=True):
+        for places, batch in images.at(timestep, range(images.count)):
+            row[places] = batch.losses(network).double()
+    return accelerator.reduce(losses, "sum").cpu().numpy()
+
+
+def ensemble_losses(experts: Sequence[np.ndarray], timesteps: Sequence[int], ranges: Sequence[Range]) -> np.ndarray:
+    """The ensemble's losses, at each timestep those of its range's expert: shape (n, images)."""
+    numbers = [next(k for k, (low, high) in enumerate(ranges) if low <= t < high) for t in timesteps]
+    return np.stack([experts[number][row] for row, number in enumerate(numbers)])
+
+
+def relative_loss(losses: np.ndarray, pretrained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean loss at each timestep relative to the pretrained network's, and its standard error: shapes (n,).
+
+    The error is NaN if there is a single block of images.
+
+    Args:
+        losses, pretrained: shape (n, images), on the same noisy images.
+    """
+    return losses.mean(axis=1) / pretrained.mean(axis=1), _error(_block_ratios(losses, pretrained))
+
+
+def relative_means(
+    losses: np.ndarray, pretrained: np.ndarray, timesteps: np.ndarray, ranges: Sequence[Range]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means of the relative loss over each range, and over all timesteps, with standard errors: shapes (ranges + 1,).
+
+    These are means of ratios. The ratio of the means would be that of the lowest timesteps, whose loss is largest.
+    """
+    total = (0, ranges[-1][1])
+    chosen = [(timesteps >= low) & (timesteps < high) for low, high in [*ranges, total]]
+    by_timestep, _ = relative_loss(losses, pretrained)
+    ratios = _block_ratios(losses, pretrained)
+    errors = [_error(ratios[part].mean(axis=0)) for part in chosen]
+    return np.array([by_timestep[part].mean() for part in chosen]), np.array(errors)
+
+
+def _block_ratios(losses: np.ndarray, pretrained: np.ndarray) -> np.ndarray:
+    """The relative loss at each timestep in each block of images: shape (n, blocks)."""
+    blocks = np.array_split(np.arange(losses.shape[1]), min(MOST_BLOCKS, losses.shape[1]))
+    return np.stack([losses[:, part].mean(axis=1) / pretrained[:, part].mean(axis=1) for part in blocks], axis=1)
+
+
+def _error(ratios: np.ndarray) -> np.ndarray:
+    """The standard error of the mean over the last axis."""
+    count = ratios.shape[-1]
+    return ratios.std(axis=-1, ddof=1) / count**0.5 if count > 1 else np.full(ratios.shape[:-1], np.nan)
+
+
+def table(found: Arrays, material: Material) -> str:
+    """Means of the relative loss in each range and over all timesteps."""
+    rows = []
+    for name, losses in found.items():
+        means = relative_means(losses, found["pretrained"], np.array(material.timesteps), material.ranges)
+        rows.append([name, *(number(*pair) for pair in zip(*means, strict=True))])
+    titles = ["loss relative to pretrained", *material.range_names, "all timesteps"]
+    return headed_table("Loss by timestep", _note(found, material), titles, rows)
+
+
+def plot(found: Arrays, material: Material) -> dict[str, Figure]:
+    """The relative loss of whole models, and of each expert in and out of its range."""
+    timesteps = np.array(material.timesteps)
+    figure = noted(9.2, 7.6, f"{_note(found, material)}; bands: ± 2 standard errors over blocks of images")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for row, name in enumerate(name for name in found if name not in material.range_names):
+        mean, error = relative_loss(found[name], found["pretrained"])
+        [line] = upper.plot(timesteps, mean, label=name, markersize=3.5, **model_style(name, row))
+        band = 2 * np.nan_to_num(error)
+        upper.fill_between(timesteps, mean - band, mean + band, color=line.get_color(), alpha=0.2, linewidth=0)
+    for row, (name, (low, high)) in enumerate(zip(material.range_names, material.ranges, strict=True)):
+        mean, _ = relative_loss(found[name], found["pretrained"])
+        inside = (timesteps >= low) & (timesteps < high)
+        style = {"markersize": 3.5, "linewidth": 2} | model_style(name, row)
+        lower.plot(timesteps, mean, color=style["color"], linewidth=1, linestyle="--")
+        lower.plot(timesteps[inside], mean[inside], label=f"expert of {name}", **style)
+    lower.axhline(1, color="black", linewidth=0.8)
+    for axes, title in ((upper, "whole models"), (lower, "experts: thick in their range, dashed outside of it")):
+        for low, _ in material.ranges[1:]:
+            axes.axvline(low, color="black", linewidth=0.8, linestyle=":")
+        axes.set(title=title, ylabel="denoising loss / pretrained's")
+        axes.legend(ncols=3)
+    lower.set_xlabel("timestep")
+    return {"loss-by-timestep": figure}
+
+
+def _note(found: Arrays, material: Material) -> str:
+    images = f"{found['pretrained'].shape[1]} {material.measured_on} images"
+    return f"{len(material.timesteps)} timesteps × {images}, the same noise for all networks"
