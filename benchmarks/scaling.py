@@ -3,7 +3,6 @@
     python benchmarks/scaling.py                     # 1, 2 and 4 processes of one thread
     python benchmarks/scaling.py --device cuda       # 1, 2, 4 and all GPUs
     python benchmarks/scaling.py --quick
-    python benchmarks/scaling.py --plan              # measures nothing: computes docs/clusters.md's table
 
 Whole commands on CIFAR-10's network, three rounds in which each has a turn. Efficiency: the gain in speed over
 the first row, per gain in cores or GPUs; processes that share a core are marked.
@@ -25,8 +24,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import parse, spread
-from benchmarks.report import put, save
-from benchmarks.scale_out import sent_by_each, tables
+from benchmarks.report import save
 from benchmarks.unets import CIFAR10, SMALL
 from deme.report.tables import markdown_table
 from scripts.estimate import FLOAT, unet_cost
@@ -35,10 +33,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    arguments = parse(__doc__, plan={"action": "store_true", "help": "compute how far a published benchmark scales"})
-    if arguments.plan:
-        write_plan(arguments.quick)
-        return
+    arguments = parse(__doc__)
     on_gpu = arguments.device == "cuda"
     cores = torch.cuda.device_count() if on_gpu else len(os.sched_getaffinity(0))  # or GPUs
     most = cores if on_gpu else 4  # processes
@@ -104,20 +99,12 @@ def exchanged(rows: list[dict], batch: int, size: int) -> str:
     for row in rows:
         if row["what"].startswith("finetuning") and row["threads"] == 1:
             row["seconds_per_step"] = batch / statistics.median(row["speed"])
-            row["sent_bytes"] = sent_by_each(size, row["processes"])
+            row["sent_bytes"] = 2 * (row["processes"] - 1) / row["processes"] * size  # a ring's all-reduce
             sent, taken = row["sent_bytes"] / 1e6, row["seconds_per_step"]
             lines.append([str(row["processes"]), f"{taken:.3g}", f"{sent:.0f}", f"{sent / taken:.0f}"])
     titles = ["processes", "s per optimizer step", "MB that each sends, of a ring", "MB/s, over the step"]
     what = f"An optimizer step of {batch} images has {size / 1e6:.0f} MB of float32 gradients, exchanged once:"
     return f"{what}\n\n{markdown_table(titles, lines)}"
-
-
-def write_plan(is_quick: bool) -> None:
-    """Print what is computed, and put it into docs/clusters.md unless --quick is given."""
-    computed = tables()
-    if not is_quick:
-        put(REPOSITORY / "docs" / "clusters.md", "plan", computed)
-    print(computed)
 
 
 def start(

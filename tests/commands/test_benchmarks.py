@@ -5,7 +5,7 @@ import sys
 import pytest
 from conftest import REPOSITORY, environment
 
-from benchmarks import report, scale_out, scaling, startup
+from benchmarks import report, scaling, startup
 from deme.report.tables import markdown_table
 
 
@@ -71,38 +71,6 @@ def test_a_quick_run_prints_its_table_and_writes_nothing(name):
     assert len(table) >= 3
     assert len(table[0]) == len(table[1]) == len(table[2])
     assert {path: path.read_bytes() for path in before} == before
-
-
-CLUSTER = scale_out.Cluster(rate=100.0, node=2, inside=50.0, between=10.0, start=0.0, least_images=1)
-RANGES = scale_out.Training(count=2, steps=10, batch_size=4, image_flops=25.0, gradient_bytes=20)
-
-
-def test_a_step_on_many_gpus_takes_its_share_and_the_ring():
-    """Two GPUs of a node halve the second that one computes; four of two nodes exchange over the slower link."""
-    assert scale_out.step_seconds(RANGES, 1, CLUSTER) == (1.0, 0.0)
-    assert scale_out.step_seconds(RANGES, 2, CLUSTER) == (0.5, 2 * (1 / 2) * 20 / 50)
-    assert scale_out.step_seconds(RANGES, 4, CLUSTER) == (0.25, 2 * (3 / 4) * 20 / 10)
-    part = scale_out.trained(RANGES, 2, CLUSTER)
-    assert (part.gpus, part.hours * 3600) == (4, pytest.approx(10 * 0.9))
-    assert part.computing * 3600 == pytest.approx(20)  # on one GPU
-    assert part.efficiency == pytest.approx(0.5 / 0.9)
-    assert scale_out.shared_out(3600.0, 3, CLUSTER).hours == pytest.approx(12 / 3600)
-
-
-def test_trainings_get_the_gpus_with_which_the_last_ends_first():
-    """The longer one first; four GPUs would exchange for longer than they save, so that the others stay idle."""
-    control = RANGES._replace(count=1, steps=20)
-    assert scale_out.best_shares([RANGES, control], 3, CLUSTER) == (1, 1)
-    assert scale_out.best_shares([RANGES, control], 4, CLUSTER) == (1, 2)
-    assert scale_out.best_shares([RANGES, control], 100, CLUSTER) == (1, 2)
-    with pytest.raises(ValueError, match="empty"):
-        scale_out.best_shares([RANGES, control], 2, CLUSTER)
-
-
-def test_the_page_on_clusters_shows_what_is_computed():
-    """`python benchmarks/scaling.py --plan` writes it there."""
-    page = (REPOSITORY / "docs" / "clusters.md").read_text()
-    assert f"<!-- plan -->\n{scale_out.tables()}\n<!-- end of plan -->" in page
 
 
 def test_gradients_of_a_step_stand_against_its_time():
