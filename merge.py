@@ -2,14 +2,14 @@
 
     python merge.py
     python merge.py "merge.coefficients=[0.1,0.1,0.2,0.5]" merge.output=runs/digits/merged-by-hand
-    python merge.py merge.method=ties merge.output=runs/digits/merged-ties
+    python merge.py merge.method=ties merge.settings.fraction=0.1 merge.output=runs/digits/merged-ties
     python merge.py merge.coefficients=search           # what search.py found
     python merge.py "merge.coefficients={up_blocks.*: [0.5,0.5,0.5,0.5], '*': [0.1,0.1,0.1,0.1]}"
     python merge.py merge.push_to_hub=owner/name        # upload it
 
 Writes a diffusers pipeline folder, runs/<name>/merged/, with the pretrained scheduler's configuration, merge.yaml (the
-inputs with their SHA-256, the coefficients) and the model card README.md. An output that the same merge made is left
-alone, but its card gets the scores that evaluate.py has found since.
+inputs with their SHA-256, the coefficients) and the model card README.md. If the output is complete, only its card is
+written again, with the scores that evaluate.py has found since.
 """
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
@@ -25,25 +25,21 @@ from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, sha256
 from deme.job.locks import locked
-from deme.job.records import ENCODER, MERGED, SCHEDULE, WEIGHTS_HASH, Record, provenance, read_record
-from deme.models.pipelines import (
-    SCHEDULER_CONFIG,
-    common_architecture,
-    encoders_hash,
-    scheduler_folder,
-    denoiser_folder,
-    write_pipeline_files,
-)
-from deme.models.searched import read_searched
+from deme.job.records import MERGED, WEIGHTS_HASH, Record, provenance, read_record
+from deme.models.pipelines import common_architecture, denoiser_folder, write_pipeline_files
+from deme.models.searched import Searched, read_searched
 from deme.models.variants import ModelFiles, find_finetuned, find_pretrained
 from deme.models.weights import WEIGHTS, load_tensors, weights_hash, write_denoiser
 
 if TYPE_CHECKING:
     from deme.method.task_vectors import MergeMethod
 
+Groups = dict[str, list[float]]  # name pattern → coefficients, one per range
+
 
 def plan(config: Config) -> str:
     """What this command would do."""
+    method_of(config)
     file = searched_file(config)
     groups = config.coefficient_groups if file is None else {"those in": file}
     coefficients = [f"  {pattern}: {coefficients}" for pattern, coefficients in groups.items()]
@@ -60,56 +56,56 @@ def main(config: Config) -> None:
     # --- inputs
     output = config.paths.merged
     pretrained = find_pretrained(config.paths)
-    inputs = find_finetuned(config.paths)
-    groups, searched = config.coefficient_groups, None
-    file = searched_file(config)
-    if file is not None:
-        with naming("merge.coefficients", config.merge.coefficients):
-            searched = read_searched(file)
-        groups = searched.groups(config)
-        if config.merge.method == "ties":
-            print(f"{file}: found for the sum of task vectors, used with merge.method=ties")
-    check_apart("merge.output", output, [denoiser_folder(pretrained), *inputs])
-    networks = [denoiser_folder(pretrained), *inputs]
-    common_architecture(networks)  # also where the output is complete: another version may have merged it
-    sources = ModelFiles(pretrained, networks)
-    watched = sources.watched(*(folder / "config.json" for folder in networks))
+    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *find_finetuned(config.paths)])
+    searched = find_searched(config)
+    groups = config.coefficient_groups if searched is None else searched.groups(config)
+    check_apart("merge.output", output, inputs.denoisers)
+    common_architecture(inputs.denoisers)  # also where the output is complete: another version may have merged it
+    watched = inputs.watched(*(folder / "config.json" for folder in inputs.denoisers))
     with ThreadPoolExecutor() as pool:
-        hashing = pool.map(weights_hash, networks)  # takes about as long as importing torch
+        hashing = pool.map(weights_hash, inputs.denoisers)  # takes about as long as importing torch
+        method = method_of(config)
+        hashes = list(hashing)
 
-        from deme.method.task_vectors import TaskArithmetic
-        from deme.method.ties import Ties
-
-        base_hash, *hashes = hashing
-
-    # --- what the result is made from
-    settings = config.merge
-    method = TaskArithmetic() if settings.method != "ties" else Ties(settings.ties_fraction, settings.ties_combine)
-    names = map(range_name, config.timesteps.ranges)
-    experts = [
-        {"timesteps": name, "path": str(folder), "sha256": weights_hash}
-        for name, folder, weights_hash in zip(names, inputs, hashes, strict=True)
-    ]
-    base = {"path": config.paths.pretrained, "sha256": base_hash}
-    made_from = {"coefficients": groups, "pretrained": base, "finetuned": experts}
-    if searched is not None and not searched.is_of(base_hash, hashes):
+    # --- the record: what the result is made from
+    if searched is not None and not searched.is_of(hashes[0], hashes[1:]):
         remedy = "search again, or write its coefficients into the configuration"
         raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
-    made_from |= sources.hashes()
-    wanted = Record(MERGED, method.describe() | made_from, provenance(config))
+    names = map(range_name, config.timesteps.ranges)
+    made_from = {
+        **method.describe(),
+        "coefficients": groups,
+        "pretrained": {"path": config.paths.pretrained, "sha256": hashes[0]},
+        "finetuned": [
+            {"timesteps": name, "path": str(folder), "sha256": weights}
+            for name, folder, weights in zip(names, inputs.denoisers[1:], hashes[1:], strict=True)
+        ],
+        **inputs.hashes(),
+    }
+    wanted = Record(MERGED, made_from, provenance(config))
 
     # --- merge, unless the output is complete
     with locked(output, "merge.output"):
         if is_complete(output, wanted):
             print(f"{output} is complete")
         else:
-            write_merged(output, pretrained, inputs, groups, method, wanted, watched)
+            write_merged(output, inputs, groups, method, wanted, watched)
             print(f"wrote {output}")
         write_card(config, wanted)
 
     # --- share
-    if settings.push_to_hub is not None:
-        push_to_hub(output, settings.push_to_hub, settings.push_private)
+    if config.merge.push_to_hub is not None:
+        push_to_hub(output, config.merge.push_to_hub, config.merge.push_private)
+
+
+def method_of(config: Config) -> "MergeMethod":
+    """The configured merge method."""
+    from deme.method.merging import merge_method
+
+    try:
+        return merge_method(config.merge.method, config.merge.settings)
+    except UserError as error:
+        raise UserError(f"merge.settings.{error}") from None
 
 
 def searched_file(config: Config) -> Path | None:
@@ -120,77 +116,70 @@ def searched_file(config: Config) -> Path | None:
     return config.paths.best_coefficients if given == "search" else Path(given)
 
 
+def find_searched(config: Config) -> Searched | None:
+    """The coefficients of search.py, if merge.coefficients asks for them."""
+    file = searched_file(config)
+    if file is None:
+        return None
+    if config.merge.method != "task_arithmetic":
+        print(f"{file}: found for the sum of task vectors, used with merge.method={config.merge.method}")
+    with naming("merge.coefficients", config.merge.coefficients):
+        return read_searched(file)
+
+
 def is_complete(output: Path, wanted: Record) -> bool:
-    """Whether the folder that stands there, if any, was merged so, and holds what was merged."""
+    """True if the output exists, was merged from the same inputs, and still holds what was merged."""
     if not output.exists():
         return False
-    found = read_record(MERGED, output)
-    if found is None:
+    record = read_record(MERGED, output)
+    if record is None:
         raise UserError(f"merge.output={output}: exists without a {MERGED.file}, so it is not replaced")
-    if not found.fits(wanted, output):
+    if not record.fits(wanted, output):
         return False
-    weights = output / DENOISER / WEIGHTS
-    scheduler = scheduler_folder(output) / SCHEDULER_CONFIG
-    merged_hash = found.beside.get(WEIGHTS_HASH)  # older records have none
-    whole = weights.is_file() and scheduler.is_file() and sha256(scheduler) == wanted.made_from[SCHEDULE]
-    whole = whole and (ENCODER not in wanted.made_from or holds_encoders(output, wanted.made_from[ENCODER]))
-    if whole and merged_hash in (None, sha256(weights)):
-        return True
+    files = ModelFiles(output, [output / DENOISER])
+    try:
+        weights = sha256(output / DENOISER / WEIGHTS)
+        if weights == record.beside.get(WEIGHTS_HASH) and wanted.made_from | files.hashes() == wanted.made_from:
+            return True
+    except (OSError, UserError):  # a file is missing
+        pass
     print(f"{output} no longer holds what was merged: replacing it")
     return False
 
 
-def holds_encoders(output: Path, expected: str) -> bool:
-    """Whether a merged folder has the encoders of this hash."""
-    try:
-        return encoders_hash(output) == expected
-    except UserError:  # one is missing
-        return False
-
-
 def write_merged(
-    output: Path,
-    pretrained: Path,
-    inputs: list[Path],
-    groups: dict[str, list[float]],
-    method: "MergeMethod",
-    record: Record,
-    watched: Watched,
+    output: Path, inputs: ModelFiles, groups: Groups, method: "MergeMethod", record: Record, watched: Watched
 ) -> None:
-    """Merge UNet folders into a pipeline folder: the weights are read by memory map, only the sum is held in memory.
+    """Merge denoisers into a pipeline folder; their weights are memory-mapped, only the result is held in memory.
 
     Args:
-        pretrained: pipeline folder.
-        inputs: the finetuned UNets' folders, in the order of the coefficients.
-        groups: name pattern → coefficients.
-        watched: what the record names by its hash.
+        inputs: the pretrained denoiser, then the finetuned ones in the order of the coefficients.
+        watched: the files that the record names by their hashes.
     """
     from deme.method.coefficients import coefficients_of
     from deme.method.projection import with_identity_projections
     from deme.method.task_vectors import merge_tensors
 
-    architecture = common_architecture([denoiser_folder(pretrained), *inputs])
+    architecture = common_architecture(inputs.denoisers)
     like = load_tensors(architecture)
-    base, *experts = (
-        with_identity_projections(load_tensors(folder), like) for folder in (denoiser_folder(pretrained), *inputs)
-    )
-    finetuned = dict(zip(map(str, inputs), experts, strict=True))
+    base, *experts = (with_identity_projections(load_tensors(folder), like) for folder in inputs.denoisers)
+    finetuned = dict(zip(map(str, inputs.denoisers[1:]), experts, strict=True))
     with naming("merge.coefficients", groups):
         coefficients = {name: coefficients_of(name, groups) for name in base}
 
-    unet_config = read_json(architecture / "config.json")
-    unet_config.pop("_name_or_path", None)  # where that copy was loaded from: a path that means nothing elsewhere
+    settings = read_json(architecture / "config.json")
+    settings.pop("_name_or_path", None)  # a path of the machine that trained it
 
     with atomic_folder(output) as temporary:
         try:
             merged = dict(merge_tensors(base, finetuned, coefficients, method))
         except OverflowError as error:
             raise UserError(f"merge.coefficients={error}") from None
-        write_denoiser(temporary / DENOISER, merged, unet_config)
-        write_pipeline_files(temporary, pretrained)
+        write_denoiser(temporary / DENOISER, merged, settings)
+        write_pipeline_files(temporary, inputs.pipeline)
         watched.check()
-        merged_hash = {WEIGHTS_HASH: sha256(temporary / DENOISER / WEIGHTS)}
-        replace(record, beside=record.beside | merged_hash).write(temporary)
+        weights = {WEIGHTS_HASH: sha256(temporary / DENOISER / WEIGHTS)}
+        replace(record, beside=record.beside | weights).write(temporary)
 
 
 def write_card(config: Config, record: Record) -> None:

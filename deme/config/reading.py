@@ -22,6 +22,10 @@ from deme.errors import UserError, naming, one_line, shown
 for resolver in ("oc.env", "oc.decode", "oc.deprecated"):  # a secret in the environment must not get into a record
     OmegaConf.clear_resolver(resolver)
 
+RENAMED = {  # settings that have another name now
+    "merge.ties_fraction": "merge.settings.fraction",
+    "merge.ties_combine": "merge.settings.combine",
+}
 LONGEST_SHOWN = 200  # characters of an override that can't be read
 READING_ERRORS = (yaml.YAMLError, ValueError, TypeError, OverflowError, AssertionError, OmegaConfBaseException)
 
@@ -38,6 +42,9 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
             except (ValueError, TypeError, IndexError, OmegaConfBaseException):  # below a value without such keys
                 parent = key.rpartition(".")[0]
                 raise UserError(f"{override}: can't be set in {parent}={_raw(given, parent)}") from None
+        for key, name in RENAMED.items():
+            if _raw(given, key) is not None:
+                raise UserError(f"{key}={shown(_raw(given, key))}: is {name} now")
         for key in OmegaConf.missing_keys(given):
             raise UserError(f"{key}=???: has no value")
         for field in fields(Config):

@@ -7,6 +7,7 @@ imports torch, so that a mistake is answered at once.
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Optional, Union
 
 from deme.config.section import Section
@@ -14,6 +15,7 @@ from deme.config.section import Section
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
 CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # that of the paper's text-to-image scores
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+MERGE_METHODS = tuple(sorted(file.stem for file in Path(__file__).parents[1].glob("method/merging/[!_]*.py")))
 WEIGHTINGS = ("constant", "snr_plus_one", "truncated_snr", "min_snr", "p2")  # of the loss by timestep
 # what `finetune.range` takes beside a range
 CONTINUED = "continued"  # the control: plain training on all timesteps at the ranges' total cost
@@ -239,24 +241,21 @@ class Merge(Section):
 
     section: ClassVar[str] = "merge"
     path_keys: ClassVar[tuple[str, ...]] = ("coefficients", "finetuned", "output")
-    method: str = "task_arithmetic"  # or ties
+    method: str = "task_arithmetic"  # one of MERGE_METHODS
+    settings: dict[str, Any] = field(default_factory=dict)  # of the method: the fields of its class
     # w, one per range, lowest range first; null: 1/N each; or name pattern -> such a list, the first pattern that fits
     # a tensor counts: {"down_blocks.*": [...], "mid_block.*": [...], "up_blocks.*": [...], "*": [...]}; or a file that
     # search.py wrote; search: that of this run
     coefficients: Any = None
-    ties_fraction: float = 0.2  # ties: the share of each task vector, largest magnitudes first, that is kept
-    ties_combine: str = "mean"  # ties: mean or sum of the task vectors that agree with the elected sign
     finetuned: Optional[str] = None  # folder that holds 0000-0250/ …; null: this run's
     output: Optional[str] = None  # null: merged/ of this run
     push_to_hub: Optional[str] = None  # also upload the merged folder to this Hub id, owner/name
     push_private: bool = False  # make the Hub's repository private; one that is public already is refused
 
     def __post_init__(self):
-        self.check_choice("method", ("task_arithmetic", "ties"))
-        self.check_choice("ties_combine", ("mean", "sum"))
+        self.check_choice("method", MERGE_METHODS)
         named = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub) is not None
         self.check("push_to_hub", named, "must be a Hub id, owner/name")
-        self.check("ties_fraction", 0 < self.ties_fraction <= 1, "must lie in (0, 1]")
         rule = "must be a list of finite numbers, a mapping from name patterns to such lists, or a file of search.py"
         if isinstance(self.coefficients, str):
             self.check("coefficients", self.coefficients != "", rule)

@@ -7,17 +7,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from deme.method.task_vectors import Tensors, add_task_vectors, check_compatible, check_finite
+from deme.method.merging.task_arithmetic import TaskArithmetic
+from deme.method.task_vectors import MergeMethod, Tensors, check_compatible, check_finite
 
 
 class Candidates:
-    """All networks pretrained + Σ_k w_gk (finetuned_k − pretrained), g the group of a tensor.
+    """The networks that merging gives with any coefficients w_gk: pretrained + Σ_k w_gk (finetuned_k − pretrained).
 
     Args:
-        pretrained: state dict; mapped tensors stay mapped, so that the processes of a host share them.
-        finetuned: model name → state dict, in the order of the ranges.
-        group_of: tensor name → number of its group.
-        device: where networks are formed; on a GPU the weights are copied there, once.
+        finetuned: model name → state dict, in the order of the ranges. Mapped tensors stay mapped on a CPU, so that the
+            processes of a host share them.
+        group_of: tensor name → number g of its group, whose coefficients it has.
+        device: where networks are formed; a GPU gets a copy of all weights.
+        method: None: the sum of task vectors. `task_vector` and `gradient` are of that sum.
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class Candidates:
         finetuned: Mapping[str, Tensors],
         group_of: Mapping[str, int],
         device: torch.device | str,
+        method: MergeMethod | None = None,
     ):
         for name, tensors in finetuned.items():
             check_compatible(pretrained, tensors, name)
@@ -36,6 +39,8 @@ class Candidates:
         self.finetuned = [{name: tensors[name].to(device) for name in pretrained} for tensors in finetuned.values()]
         self.group_of = group_of
         self.shape = (max(group_of.values()) + 1, len(self.finetuned))
+        self.method = TaskArithmetic() if method is None else method
+        self.method.prepare(self.pretrained, self.finetuned)
 
     def ungrouped(self) -> "Candidates":
         """The same weights with one coefficient per range for all tensors."""
@@ -57,13 +62,7 @@ class Candidates:
         rows = np.asarray(coefficients, dtype=np.float64).reshape(self.shape).tolist()
         for name, target in network.state_dict().items():
             experts = [tensors[name] for tensors in self.finetuned]
-            row = rows[self.group_of[name]]
-            if target.is_contiguous():
-                add_task_vectors(target, self.pretrained[name], experts, row)
-            else:  # channels last, on a GPU
-                merged = torch.empty_like(target, memory_format=torch.contiguous_format, dtype=torch.float32)
-                add_task_vectors(merged, self.pretrained[name], experts, row)
-                target.copy_(merged)
+            target.copy_(self.method.merge_tensor(self.pretrained[name], experts, rows[self.group_of[name]]))
 
     def form_expert(self, network: nn.Module, number: int) -> None:
         """Make a network the copy that was finetuned on a range, up to rounding."""
@@ -80,17 +79,13 @@ class Candidates:
         }
 
     def gradient(self, network: nn.Module) -> torch.Tensor:
-        """The gradient by the coefficients, from that by the weights: float64, shape (groups, ranges).
+        """The gradient by the coefficients, from that of a network's parameters: float64, shape (groups, ranges).
 
         ∂L/∂w_gk = Σ over the tensors θ of group g of ⟨∂L/∂θ, finetuned_k − pretrained⟩.
-
-        Args:
-            network: whose parameters hold their gradients.
         """
-        found = torch.zeros(self.shape, dtype=torch.float64, device=next(network.parameters()).device)
+        gradient = torch.zeros(self.shape, dtype=torch.float64, device=next(network.parameters()).device)
         for name, parameter in network.named_parameters():
             base = self.pretrained[name].float()
             for k, tensors in enumerate(self.finetuned):
-                product = (parameter.grad.float() * (tensors[name].float() - base)).sum()
-                found[self.group_of[name], k] += product
-        return found
+                gradient[self.group_of[name], k] += (parameter.grad.float() * (tensors[name].float() - base)).sum()
+        return gradient

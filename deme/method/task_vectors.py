@@ -1,7 +1,9 @@
-"""The paper's model merging: task vectors (finetuned − pretrained) and their sum, as pure functions on state dicts."""
+"""Merging whole models tensor by tensor, and what every merge method has in common."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -9,61 +11,29 @@ from deme.errors import UserError
 
 Tensors = Mapping[str, torch.Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PART = 2**18  # elements merged at a time: what lies between stays in the processor's cache
 
 
-class MergeMethod(Protocol):
-    """What makes one network of a pretrained one and its finetuned copies."""
+class MergeMethod(ABC):
+    """Base of the dataclasses in deme/method/merging/, which make one network of a pretrained one and its copies."""
 
-    def prepare(self, pretrained: Tensors, finetuned: Sequence[Tensors]) -> None:
+    def prepare(self, pretrained: Tensors, finetuned: Sequence[Tensors]) -> None:  # noqa: B027  not every method needs it
         """Look at the whole models once, before their tensors are merged one by one."""
 
+    @abstractmethod
     def merge_tensor(
         self, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
     ) -> torch.Tensor:
-        """Merge one tensor; the result has the pretrained tensor's type and shape."""
+        """The merged tensor, in float32, contiguous; it is stored in the pretrained tensor's type.
 
-    def describe(self) -> dict[str, str | float]:
-        """The method and its settings, for the record of a merge."""
+        Args:
+            pretrained, finetuned: of any floating-point type; all have the same shape.
+            coefficients: one per finetuned model.
+        """
 
-
-class TaskArithmetic:
-    """pretrained + Σ_k w_k (finetuned_k − pretrained), as the paper merges."""
-
-    def prepare(self, pretrained: Tensors, finetuned: Sequence[Tensors]) -> None:
-        """Nothing: each tensor is merged by itself."""
-
-    def merge_tensor(
-        self, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
-    ) -> torch.Tensor:
-        """The sum, taken in float32, in the pretrained tensor's type and shape."""
-        merged = torch.empty_like(pretrained, memory_format=torch.contiguous_format)
-        add_task_vectors(merged, pretrained, finetuned, coefficients)
-        return merged
-
-    def describe(self) -> dict[str, str | float]:
-        """The method's name, for the record of a merge."""
-        return {"method": "task_arithmetic"}
-
-
-def add_task_vectors(
-    target: torch.Tensor, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
-) -> None:
-    """Write pretrained + Σ_k w_k (finetuned_k − pretrained) into a contiguous tensor, summed in float32.
-
-    Args:
-        target: of any floating-point type, on the device of the others.
-    """
-    size = PART if target.device.type == "cpu" else max(1, target.numel())  # a GPU is called once for all
-    parts = [tensor.reshape(-1).split(size) for tensor in (target.view(-1), pretrained, *finetuned)]
-    for place, base, *experts in zip(*parts, strict=True):
-        base = base.float()
-        total = place.copy_(base) if place.dtype == torch.float32 else base.clone()
-        for expert, coefficient in zip(experts, coefficients, strict=True):
-            if coefficient != 0:
-                total.add_(expert.float() - base, alpha=float(coefficient))
-        if total is not place:
-            place.copy_(total)
+    def describe(self) -> dict[str, Any]:
+        """The method and its settings, for the record of a merge: {method: ties, ties_fraction: 0.2, ...}."""
+        name = type(self).__module__.rpartition(".")[2]
+        return {"method": name, **{f"{name}_{key}": value for key, value in asdict(self).items()}}
 
 
 def check_compatible(pretrained: Tensors, finetuned: Tensors, name: str) -> None:
@@ -87,7 +57,7 @@ def check_compatible(pretrained: Tensors, finetuned: Tensors, name: str) -> None
 
 
 def check_finite(name: str, key: str, tensor: torch.Tensor) -> None:
-    """"""
+    """Check that a model's tensor holds no NaN and no infinity."""
     if not torch.isfinite(tensor).all():
         raise UserError(f"{name}: tensor {key} holds NaN or infinite values")
 
@@ -98,14 +68,11 @@ def merge_tensors(
     coefficients: Mapping[str, Sequence[float]],
     method: MergeMethod,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Merge whole models, tensor by tensor.
+    """Merge whole models: yields (tensor name, merged tensor), of the pretrained tensors' types.
 
     Args:
         finetuned: model name → state dict, in the order of the coefficients.
         coefficients: tensor name → one coefficient per finetuned model.
-
-    Yields:
-        (tensor name, merged tensor).
 
     Raises:
         OverflowError: coefficients that are too large.
@@ -115,8 +82,8 @@ def merge_tensors(
     method.prepare(pretrained, list(finetuned.values()))
     for key, base in pretrained.items():
         experts = [tensors[key] for tensors in finetuned.values()]
-        merged = method.merge_tensor(base, experts, coefficients[key])
-        if not torch.isfinite(merged.sum()):  # what is wrong with an input shows here, in one pass over the result
+        merged = method.merge_tensor(base, experts, coefficients[key]).to(base.dtype)
+        if not torch.isfinite(merged.sum()):  # one pass over the result finds any input that is not finite
             for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
                 check_finite(name, key, tensors[key])
             if not torch.isfinite(merged).all():

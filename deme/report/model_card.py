@@ -42,7 +42,8 @@ def model_card(config: Config, made_from: dict[str, Any], scores: Sequence[tuple
         loading.insert(1, "from huggingface_hub import snapshot_download")
     ranges = [range_name(timestep_range) for timestep_range in config.timesteps.ranges]
     coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in made_from["coefficients"].items()]
-    settings = [f"{key} {made_from[key]}" for key in ("ties_fraction", "ties_combine") if key in made_from]
+    method = made_from["method"]
+    settings = [f"{key} {value}" for key, value in made_from.items() if key.startswith(f"{method}_")]
     pretrained = made_from["pretrained"]
     size = config.data.resolution
     sections = [
@@ -52,7 +53,7 @@ def model_card(config: Config, made_from: dict[str, Any], scores: Sequence[tuple
         "finetuned on one range of timesteps, merged into one that costs as much to sample from as the pretrained one.",
         f"- pretrained: `{pretrained['path']}` (SHA-256 of its weights `{pretrained['sha256']}`)\n"
         f"- data: `{config.data.name}`, split `{config.data.split}`, {size}×{size}\n"
-        f"- merged by {', '.join([made_from['method'], *settings])}\n"
+        f"- merged by {', '.join([method, *settings])}\n"
         f"- channel-wise projections: {'yes' if projected else 'no'}",
         "## Merging coefficients",
         markdown_table(["tensors", f"timesteps {ranges[0]}", *ranges[1:]], coefficients),

@@ -9,7 +9,8 @@ from torch.func import functional_call
 from deme.errors import UserError
 from deme.method.candidates import Candidates
 from deme.method.coefficients import pattern_of, patterns_of
-from deme.method.task_vectors import TaskArithmetic, merge_tensors
+from deme.method.merging.ties import Ties
+from deme.method.task_vectors import merge_tensors
 
 BASE = tiny_unet().state_dict()
 EXPERTS = {f"range {k}": tiny_unet(k + 1).state_dict() for k in range(2)}
@@ -17,16 +18,16 @@ GROUPS = ["range", "block", ["conv_*", "*.bias", "*"]]
 numbers = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(-3, 3))
 
 
-def candidates(groups="block") -> Candidates:
+def candidates(groups="block", method=None) -> Candidates:
     patterns = patterns_of(groups, list(BASE))
     group_of = {name: patterns.index(pattern_of(name, patterns)) for name in BASE}
-    return Candidates(BASE, EXPERTS, group_of, "cpu")
+    return Candidates(BASE, EXPERTS, group_of, "cpu", method)
 
 
 def merged(made: Candidates, coefficients: np.ndarray) -> dict[str, torch.Tensor]:
     """What merge.py writes."""
     rows = {name: coefficients[made.group_of[name]].tolist() for name in BASE}
-    return dict(merge_tensors(BASE, EXPERTS, rows, TaskArithmetic()))
+    return dict(merge_tensors(BASE, EXPERTS, rows, made.method))
 
 
 def some(made: Candidates, seed: int = 0) -> np.ndarray:
@@ -34,10 +35,10 @@ def some(made: Candidates, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@given(data=st.data(), groups=st.sampled_from(GROUPS))
-def test_a_candidate_is_bit_for_bit_what_merge_py_writes(dtype, data, groups):
+@given(data=st.data(), groups=st.sampled_from(GROUPS), method=st.sampled_from([None, Ties(0.5)]))
+def test_a_candidate_is_bit_for_bit_what_merge_py_writes(dtype, data, groups, method):
     """In half precision that, rounded once; nothing stays of what the network held."""
-    made = candidates(groups)
+    made = candidates(groups, method)
     row = st.lists(numbers, min_size=2, max_size=2)
     coefficients = np.array(data.draw(st.lists(row, min_size=made.shape[0], max_size=made.shape[0])))
     network = tiny_unet(7).to(dtype)

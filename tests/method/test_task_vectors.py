@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deme.errors import UserError
-from deme.method.task_vectors import TaskArithmetic, merge_tensors
-from deme.method.ties import Ties
+from deme.method.merging.task_arithmetic import TaskArithmetic
+from deme.method.merging.ties import Ties
+from deme.method.task_vectors import merge_tensors
 
 numbers = st.floats(-10, 10, width=32)
 tensors = st.lists(numbers, min_size=3, max_size=3).map(torch.tensor)
@@ -13,7 +14,16 @@ models = st.lists(st.tuples(tensors, numbers), min_size=1, max_size=5)
 
 
 METHODS = [TaskArithmetic(), Ties(0.5, "mean")]
-merge_tensor = TaskArithmetic().merge_tensor
+
+
+def merge_tensor(base, finetuned, coefficients):
+    [(_, merged)] = merge_tensors(
+        {"w": base},
+        {str(k): {"w": tensor} for k, tensor in enumerate(finetuned)},
+        {"w": coefficients},
+        TaskArithmetic(),
+    )
+    return merged
 
 
 def merge(pretrained, finetuned, coefficients, method=METHODS[0]):

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deme.method.merging.ties import Ties, magnitude_threshold
 from deme.method.task_vectors import merge_tensors
-from deme.method.ties import Ties, magnitude_threshold
 
 
 def ties_in_numpy(base, finetuned, coefficients, fraction, combine):

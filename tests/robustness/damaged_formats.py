@@ -113,7 +113,8 @@ def safetensors(choose: random.Random, folder: Path) -> Readers:
     """The weights of a pretrained network, a finetuned one, a checkpoint or a classifier."""
     from deme.job.records import CLASSIFIER, Record
     from deme.measure.classifier import Classifier, load_classifier, save_classifier
-    from deme.method.task_vectors import TaskArithmetic, merge_tensors
+    from deme.method.merging.task_arithmetic import TaskArithmetic
+    from deme.method.task_vectors import merge_tensors
     from deme.models.denoisers import load_denoiser
     from deme.models.weights import WEIGHTS, load_tensors
 

@@ -1,0 +1,70 @@
+"""TIES-Merging (Yadav et al. 2023): trimmed task vectors, combined where they have the elected sign."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from deme.errors import UserError
+from deme.method.task_vectors import MergeMethod, Tensors
+
+
+@dataclass
+class Ties(MergeMethod):
+    """Task vectors are trimmed to their largest values and scaled; where they disagree, the sign of their sum wins."""
+
+    fraction: float = 0.2  # of each task vector that is kept, largest magnitudes first
+    combine: Literal["mean", "sum"] = "mean"  # of the task vectors that have the elected sign
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"fraction={self.fraction}: must lie in (0, 1]")
+
+    def prepare(self, pretrained: Tensors, finetuned: Sequence[Tensors]) -> None:
+        """Find the smallest magnitude that is kept of each task vector."""
+        self.thresholds = [
+            magnitude_threshold(
+                lambda tensors=tensors: (tensors[key].float() - base.float() for key, base in pretrained.items()),
+                self.fraction,
+            )
+            for tensors in finetuned
+        ]
+
+    def merge_tensor(
+        self, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
+    ) -> torch.Tensor:
+        """The merged tensor, in float32."""
+        base = pretrained.float()
+        vectors = torch.stack([tensor.float() - base for tensor in finetuned])
+        columns = (-1, *[1] * base.dim())
+        vectors[vectors.abs() < base.new_tensor(self.thresholds).view(columns)] = 0
+        vectors *= base.new_tensor(coefficients).view(columns)
+        agrees = (vectors.sign() == vectors.sum(dim=0).sign()) & (vectors != 0)
+        combined = (vectors * agrees).sum(dim=0)
+        if self.combine == "mean":
+            combined /= agrees.sum(dim=0).clamp(min=1)
+        return base + combined
+
+
+def magnitude_threshold(vectors: Callable[[], Iterable[torch.Tensor]], fraction: float) -> float:
+    """The smallest magnitude among the largest `fraction` of all values, exactly, with one tensor in memory at a time.
+
+    The first pass counts magnitudes by the upper 16 bits of their float32, whose order is that of the numbers; the
+    second pass looks at the values of the one bin that holds the threshold.
+
+    Args:
+        vectors: starts a pass over the tensors, float32.
+    """
+
+    def bins(vector: torch.Tensor) -> torch.Tensor:
+        return vector.abs().flatten().view(torch.int32) >> 15
+
+    counts = sum(torch.bincount(bins(vector), minlength=2**16) for vector in vectors())
+    keep = math.ceil(fraction * int(counts.sum()))
+    at_least = counts.flip(0).cumsum(0).flip(0)  # how many values lie in a bin or above it
+    threshold_bin = int((at_least >= keep).nonzero()[-1])
+    inside = torch.cat([vector.abs().flatten()[bins(vector) == threshold_bin] for vector in vectors()])
+    above = int(at_least[threshold_bin]) - len(inside)
+    return float(inside.sort(descending=True).values[keep - above - 1])
