@@ -68,7 +68,7 @@ def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
     """An image as a viewer shows it, its shorter side resized to `resolution`: uint8, shape (H, W, C).
 
     Args:
-        content: a PIL image, a uint8 array (H, W) or (H, W, 1, 3 or 4), or a dictionary of `bytes` and `path`.
+        content: a PIL image, values (H, W) or (H, W, 1, 3 or 4) as lists, or a dictionary of `bytes` and `path`.
 
     Raises:
         Exception: PIL raises many types for a damaged image.
@@ -76,8 +76,8 @@ def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
     if isinstance(content, dict):
         encoded = read_bytes(content)
         content = None if encoded is None else Image.open(BytesIO(encoded))
-    elif isinstance(content, np.ndarray):
-        content = _of_array(content)
+    elif isinstance(content, (list, np.ndarray)):
+        content = _of_array(np.array(content, dtype=np.uint8))
     if content is None:
         raise ValueError("no image in this row")
     return _resize(as_seen(content, channels), resolution, channels)
@@ -94,7 +94,7 @@ def read_bytes(content: dict) -> bytes | None:
 def _of_array(pixels: np.ndarray) -> Image.Image:
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+    if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (3, 4)):
         raise UserError(f"an array of {pixels.dtype}, {pixels.shape}; uint8 (H, W) or (H, W, 1, 3 or 4) is read")
     return Image.fromarray(pixels)
 

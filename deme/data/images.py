@@ -5,7 +5,7 @@ it is used. So neither the number of processes nor an interruption changes what 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -96,19 +96,13 @@ class CachedImages(Sequence):
         return torch.from_numpy(pixels.reshape(height, width, self.channels)).permute(2, 0, 1)
 
 
+@dataclass(frozen=True)
 class StreamedImages(Sequence):
-    """Images decoded each time they are read.
+    """Images decoded each time they are read."""
 
-    Args:
-        decode: row of the data set → uint8 (H, W, C).
-        rows: the data set's row of each, shape (N,).
-        threads: that load batches ahead.
-    """
-
-    def __init__(self, decode: Callable[[int], np.ndarray], rows: np.ndarray, threads: int):
-        self.decode = decode
-        self.rows = rows
-        self.threads = threads
+    decode: Callable[[int], np.ndarray]  # row of the data set → uint8 (H, W, C)
+    rows: np.ndarray  # the data set's row of each, shape (N,)
+    threads: int  # that load batches ahead
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -119,34 +113,22 @@ class StreamedImages(Sequence):
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
+@dataclass
 class CroppedImages:
-    """Square crops of images whose shorter side is `resolution`.
+    """Square crops of images whose shorter side is `resolution`."""
 
-    Args:
-        chosen: indices of the images to use; None: all.
-    """
+    images: Sequence[torch.Tensor]
+    resolution: int
+    center_crop: bool
+    random_flip: bool
+    chosen: np.ndarray | None = None  # indices of the images to use; None: all
 
-    def __init__(
-        self,
-        images: Sequence[torch.Tensor],
-        resolution: int,
-        center_crop: bool,
-        random_flip: bool,
-        chosen: np.ndarray | None = None,
-    ):
-        self.images = images
-        self.resolution = resolution
-        self.center_crop = center_crop
-        self.random_flip = random_flip
-        self.chosen = np.arange(len(images)) if chosen is None else chosen
-        self.threads = getattr(images, "threads", 0)
+    def __post_init__(self):
+        self.chosen = np.arange(len(self.images)) if self.chosen is None else self.chosen
+        self.threads = getattr(self.images, "threads", 0)
 
     def __len__(self) -> int:
         return len(self.chosen)
-
-    def row(self, index: int) -> int:
-        """The data set's row of an image."""
-        return int(self.images.rows[self.chosen[index]])
 
     def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> torch.Tensor:
         """The images at `indices`: uint8, shape (B, C, R, R), channels-last.
@@ -186,26 +168,24 @@ class CroppedImages:
         return top, left, self.random_flip and random.random() < 0.5
 
 
+@dataclass
 class CaptionedImages:
-    """Square crops, each with one of its captions.
+    """Square crops, each with one of its captions."""
 
-    Args:
-        captions: of each row of the data set, one or more.
-        dropout: the probability of an empty caption.
-    """
+    images: CroppedImages
+    captions: Sequence[list[str]]  # of each row of the data set, one or more
+    dropout: float  # the probability of an empty caption
 
-    def __init__(self, images: CroppedImages, captions: Sequence[list[str]], dropout: float):
-        self.images = images
-        self.captions = captions
-        self.dropout = dropout
-        self.threads = images.threads
+    def __post_init__(self):
+        self.threads = self.images.threads
 
     def __len__(self) -> int:
         return len(self.images)
 
     def captions_of(self, index: int) -> list[str]:
         """All captions of an image."""
-        return self.captions[self.images.row(index)]
+        images = self.images
+        return self.captions[int(images.images.rows[images.chosen[index]])]
 
     def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> Captioned:
         """The images at `indices`; `random` draws crops and flips, then captions."""
@@ -233,7 +213,7 @@ class Examples(Protocol):
 
 
 class TrainingImages(NamedTuple):
-    """What training sees, and what it does not."""
+    """The data in two parts."""
 
     training: Examples
     held_out: Examples
@@ -250,21 +230,16 @@ class MicroBatch:
     seed: int  # of torch's generator: timesteps, noise, dropout
 
 
+@dataclass
 class MicroBatches:
-    """The micro-batches of one process, loaded ahead where images have to be decoded.
+    """The micro-batches of one process, loaded ahead where images have to be decoded."""
 
-    Args:
-        batch_size: images per optimizer step, over all processes.
-        numbers: this process's micro-batches of each step.
-    """
-
-    def __init__(self, images: Examples, stream: Stream, batch_size: int, micro_batch_size: int, numbers: range):
-        self.images = images
-        self.stream = stream
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.numbers = numbers
-        self._loaded: Iterator[MicroBatch] = iter(())
+    images: Examples
+    stream: Stream
+    batch_size: int  # images per optimizer step, over all processes
+    micro_batch_size: int
+    numbers: range  # this process's micro-batches of each step
+    _loaded: Iterator[MicroBatch] = field(default_factory=lambda: iter(()))
 
     def of_step(self, step: int) -> Iterator[MicroBatch]:
         """This process's micro-batches of an optimizer step."""

@@ -29,23 +29,18 @@ CSV_TEXTS = {"keep_default_na": False, "na_values": [""]}  # NA, null and None a
 class Rows(Sequence):
     """One column of a data set, read row by row; datasets' own Column looks through all batches for each row."""
 
-    def __init__(self, dataset: "datasets.Dataset", column: str, holds_arrays: bool = False):
+    def __init__(self, dataset: "datasets.Dataset", column: str):
         self.dataset = dataset.select_columns([column])
         self.column = column
-        self.holds_arrays = holds_arrays  # of uint8
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> Any:
-        return self._content(self.dataset[row])
+        return self.dataset[row][self.column]
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self._content, self.dataset)
-
-    def _content(self, row: dict) -> Any:
-        content = row[self.column]
-        return np.array(content, dtype=np.uint8) if self.holds_arrays and content is not None else content
+        return (row[self.column] for row in self.dataset)
 
     def fingerprint(self, version: str) -> str:
         """The rows' fingerprint by `datasets`, the version of their files, and the state of the images' own files."""
@@ -82,10 +77,9 @@ class Source:
 
 def _stored_bytes(image: Any) -> bytes:
     """Empty where the image can't be read, which decoding it reports."""
-    if not isinstance(image, dict):
-        return b"" if image is None else np.asarray(image).tobytes()
     try:
-        return read_bytes(image) or b""
+        content = read_bytes(image) if isinstance(image, dict) else image
+        return content if isinstance(content, bytes) else np.asarray(content, dtype=np.uint8).tobytes()
     except Exception:  # an address fails with whatever its file system raises
         return b""
 
@@ -217,7 +211,7 @@ def _undecoded(data: Data, rows: "datasets.Dataset") -> Rows:
 
     kind = _array_type(rows.features[data.image_column])
     if kind == "uint8":
-        return Rows(rows, data.image_column, holds_arrays=True)
+        return Rows(rows, data.image_column)
     try:
         if kind is not None:
             raise TypeError(f"arrays of {kind}, whose range is not known; uint8 is read")
