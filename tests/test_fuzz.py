@@ -3,8 +3,11 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import REPOSITORY, environment
 from robustness.damaged_formats import FORMATS
+
+pytestmark = pytest.mark.long
 
 EXAMPLES = 60
 

@@ -64,6 +64,7 @@ def test_all_analyses_are_made_once(config_file, root):  # noqa: F811
     assert changed == ["task_vectors"]
 
 
+@pytest.mark.long
 def test_two_processes_find_what_one_finds(config_file, root):  # noqa: F811
     """Up to float error, whatever the batch."""
     options = [*SMALL, "analyze.images=6", "analyze.timesteps=4", "analyze.landscape_points=2"]
@@ -76,6 +77,7 @@ def test_two_processes_find_what_one_finds(config_file, root):  # noqa: F811
             np.testing.assert_allclose(both[name], array, rtol=1e-3, atol=1e-5 * np.abs(array).max(), err_msg=name)
 
 
+@pytest.mark.long
 def test_a_killed_analysis_goes_on(config_file, root):  # noqa: F811
     """With the rows of the landscape that it has; the result is that of an uninterrupted one."""
     options = [*SMALL, "analyze.analyses=[landscape]", "analyze.landscape_points=9"]

@@ -9,6 +9,7 @@ from benchmarks import report, scaling, startup
 from deme.report.tables import markdown_table
 
 
+@pytest.mark.long
 def test_a_table_replaces_its_own_part_of_the_readme_only(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "FOLDER", tmp_path)
     monkeypatch.setattr(sys, "argv", ["benchmarks/memory.py", "--batch-sizes", "1"])
@@ -30,6 +31,7 @@ def test_a_table_replaces_its_own_part_of_the_readme_only(tmp_path, monkeypatch)
     assert (tmp_path / "README.md").read_text() == text
 
 
+@pytest.mark.long
 def test_gradient_checkpointing_takes_less_memory():
     """A small network, and as many images as outweigh it and the libraries."""
 
@@ -59,6 +61,7 @@ def test_answers_that_need_no_torch_do_not_import_it(command, tmp_path):
         assert result.stdout.splitlines()[-2] == ("0" if "--help" in command else "2")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["checkpoints", "data", "merging", "training"])
 def test_a_quick_run_prints_its_table_and_writes_nothing(name):
     """The larger of the benchmarks that no other test runs parts of."""

@@ -56,6 +56,7 @@ def test_classifier_scores_every_folder_against_the_pretrained_row(config_file, 
         assert twin["pooled"] == pytest.approx(row["pooled"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_fid_agrees_with_pytorch_fid(config_file, samples, torch_home, monkeypatch):
     """The same folder against the same statistics, which evaluate.py made: equal to 1e-6 relative."""
     monkeypatch.setenv("TORCH_HOME", str(torch_home))

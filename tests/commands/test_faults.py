@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from deme.job.locks import lock_file, locked
 from deme.models.weights import WEIGHTS
 
+pytestmark = pytest.mark.long
+
 MODEL = "sample.model=pretrained"
 FOLDERS = {"finetune.py": "finetuned/0000-0500", "pretrain.py": "pretraining"}
 RESULTS = {"finetune.py": "finetuned/0000-0500/unet", "pretrain.py": "pretrained/unet"}

@@ -10,6 +10,8 @@ from benchmarks.unets import CHURCH, CIFAR10
 from deme.config.sections import Finetune
 from deme.method.sampling import sample_images
 
+pytestmark = pytest.mark.long
+
 CIFAR10_PROJECTIONS = [128, 256, 256, 256, 256, 256, 256, 256, 128]
 CHURCH_PROJECTIONS = [128, 128, 256, 256, 512, 512, 512, 512, 512, 256, 256, 128, 128]
 

@@ -133,6 +133,7 @@ def test_a_wrong_call_is_one_line(options, message):
     assert (result.returncode, result.stderr) == (2, f"scripts/gpu.sh: error: {message}\n")
 
 
+@pytest.mark.long
 def test_the_second_call_runs_from_nothing_to_the_table(tmp_path, forked_python):
     """Small and on the digits; a row for each model, and everything in an archive."""
     variables = {"PATH": forked_python, "RUNS": str(tmp_path / "runs")}

@@ -87,6 +87,7 @@ def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_co
     browse(tmp_path / "with space" / "digits" / "report.html")
 
 
+@pytest.mark.long
 def test_signals_to_a_shell_script_reach_every_process_and_mistakes_are_answered_first(tmp_path):
     """SIGTERM, then Ctrl-C after the resume: all save checkpoints, the status is the signal's."""
     options = [f"output_dir={tmp_path}", "finetune.log_every=1"]
@@ -200,6 +201,7 @@ def make_pretrained(folder: Path, benchmark: str) -> None:
         torch.save(state, folder / "diffusion_pytorch_model.bin")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("benchmark", ["cifar10", "lsun_church", "lsun_bedroom"])
 def test_a_benchmark_runs_from_statistics_to_fid(benchmark, tmp_path, forked_python):
     """Each script with its own configuration, on a tiny pipeline and a local folder: every stage, and again resumed."""
@@ -235,6 +237,7 @@ def test_a_benchmark_runs_from_statistics_to_fid(benchmark, tmp_path, forked_pyt
         assert ": started" not in again
 
 
+@pytest.mark.long
 def test_stable_diffusion_runs_from_its_folders_to_the_table(tmp_path, forked_python):
     """The script with its own configuration on a tiny pipeline, captioned images and a file of prompts."""
     tiny_pipeline().save_pretrained(tmp_path / "pretrained")

@@ -165,6 +165,7 @@ def test_the_report_follows_what_it_is_drawn_with(config_file, root):
     assert (root / "tiny" / "search" / "best.yaml").read_bytes() == solved
 
 
+@pytest.mark.long
 def test_two_processes_find_what_one_finds(config_file, root):
     """Up to float error."""
     options = ["search.method=multi_fidelity", *SMALL, "search.trials=3"]
@@ -194,6 +195,7 @@ def test_two_jobs_at_once_share_the_candidates(config_file, root):
     assert (root / "alone" / "best.yaml").read_bytes() == (root / "tiny" / "search" / "best.yaml").read_bytes()
 
 
+@pytest.mark.long
 def test_ten_kills_lose_at_most_a_candidate_each(config_file, root):
     """While it starts, and after a random part of what it has to do: the same in the end as without them."""
     options = ["search.method=multi_fidelity", *SMALL, "search.trials=9", "search.report_images=0"]

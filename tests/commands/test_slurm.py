@@ -15,6 +15,8 @@ import yaml
 from conftest import REPOSITORY, environment, run
 from slurm import cluster, wait_for  # noqa: F401  a fixture
 
+pytestmark = pytest.mark.long
+
 MODELS = ("pretrained", "continued", "merged")
 BLOCKS = 2
 

@@ -215,6 +215,7 @@ def test_images_are_shrunk_on_the_disk(text_config, tmp_path):
         assert np.array_equal(np.array(expected), np.array(Image.open(tmp_path / "small" / path.name)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cached", ["true", "false"])
 def test_a_killed_run_resumes_bit_for_bit(text_config, tmp_path, cached):
     from robustness.forked import Run
@@ -261,6 +262,7 @@ def test_cached_latents_train_as_uncached_ones(text_config, tmp_path):
     assert made == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
 
 
+@pytest.mark.long
 def test_a_cache_goes_on_where_it_was_stopped(text_config, tmp_path):
     """A part that is missing is made again, and is what it was; the others are left alone."""
     options = ["finetune.range=0", "finetune.max_steps=1", "data.cache_latents=true", "data.cached_views=2"]

@@ -105,6 +105,7 @@ def test_one_of_two_hosts_holds_an_output_and_a_dead_one_s_lock_is_taken_over(ho
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("disk", [{}, {"NO_EXCHANGE": "1"}], ids=["local", "network"])
 def test_hosts_that_take_over_a_dead_lock_at_once_lose_no_update(hosts, tmp_path, disk):
     """Each update leaves another dead job's lock, for which all of them reach."""
