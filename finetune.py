@@ -121,7 +121,6 @@ def run_of(session: Session, task: Task, hashes: dict[str, str]) -> TrainingRun:
     folder, output = paths.finetuning(task.name), paths.trained(task.name)
     made_from = {"finetune.range": task.name, "model.projection": task.is_projected, **hashes}
     if task.objective.uncertainty_learning_rate is not None:
-        made_from["finetune.uncertainty_learning_rate"] = task.objective.uncertainty_learning_rate
         made_from["timestep ranges"] = [list(edges) for edges in task.objective.ranges]
     return session.new_run(task.objective, task.settings, folder, output, made_from, task.renamed)
 

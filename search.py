@@ -16,13 +16,12 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 
 import os
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme.config.experiment import Config
 from deme.config.section import without_password
-from deme.config.sections import EXAMPLE_KEYS, range_name
+from deme.config.sections import range_name
 from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
@@ -36,10 +35,6 @@ if TYPE_CHECKING:
     from deme.search.fresh import Fresh
     from deme.search.problem import Problem
     from deme.search.ways import Found
-
-FREE_KEYS = ("trials", "finalists", "report_images", "storage", "output")  # may change when a search goes on
-SAMPLED_WITH = ("scheduler", "eta", "mixed_precision", "prompts", "prompt_column")
-SAMPLED_WITH += ("negative_prompt", "guidance_scale", "size_on_disk")
 
 
 def plan(config: Config) -> str:
@@ -135,18 +130,12 @@ def searched(config: Config) -> dict[str, Any]:
     """The settings that determine what is found."""
     from deme.measure.reference import content_hash
 
-    settings = asdict(config.search)
-    free = [key for key in FREE_KEYS if not (key == "trials" and config.search.sampler == "grid")]
-    parts = {"search": {key: value for key, value in settings.items() if key not in free}}
+    parts = {part.section: part.tagged("search") for part in (config.search, config.sample, config.evaluate)}
+    parts |= {part.section: part.tagged("examples") for part in (config.data, config.finetune)}
     if by_images(config):
         parts["search"]["num_inference_steps"] = config.search_steps
     else:
         del parts["search"]["num_inference_steps"]
-    parts["sample"] = {key: getattr(config.sample, key) for key in SAMPLED_WITH}
-    evaluated = asdict(config.evaluate)
-    parts["evaluate"] = {k: v for k, v in evaluated.items() if k in ("features", "reference") or "classifier" in k}
-    parts["data"] = {key: getattr(config.data, key) for key in EXAMPLE_KEYS}
-    parts["finetune"] = {"caption_dropout": config.finetune.caption_dropout}
     for section, key in (("sample", "prompts"), ("evaluate", "reference")):  # files or folders: what they hold counts
         given = parts[section][key]
         if isinstance(given, str) and os.path.exists(given):

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from deme.config.experiment import Config
-from deme.config.sections import EXAMPLE_KEYS, range_name
+from deme.config.sections import range_name
 from deme.data.examples import load_examples
 from deme.data.images import Examples, TrainingImages
 from deme.errors import UserError, naming
@@ -68,7 +68,7 @@ class Material:
         config = self.config
         made_from: dict[str, Any] = {"seed": config.seed, "ranges": self.ranges}
         made_from |= {f"analyze.{key}": getattr(self.settings, key) for key in keys}
-        made_from |= {f"data.{key}": getattr(config.data, key) for key in EXAMPLE_KEYS}
+        made_from |= {f"data.{key}": value for key, value in config.data.tagged("examples").items()}
         made_from |= {"finetune.caption_dropout": config.finetune.caption_dropout}
         made_from |= {"weights": [self.hashes[network] for network in networks]} | self.made_of
         record = Record(ANALYSIS, made_from)

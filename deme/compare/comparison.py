@@ -1,44 +1,21 @@
 """Which runs are compared: variations of one experiment, each with its models (configs/comparison/)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import ClassVar
 
 from omegaconf import MISSING, OmegaConf
 
 from deme.config.experiment import Config
 from deme.config.paths import for_shell
 from deme.config.reading import READING_ERRORS, load_config, override, read_mapping, read_override
-from deme.config.section import Section, at_home, is_folder_name, one_of
-from deme.config.sections import Evaluate
-from deme.errors import UserError, naming, one_line
+from deme.config.section import Section, at_home, is_folder_name, one_of, setting
+from deme.errors import UserError, naming, one_line, shown
 from deme.models.variants import ORDER
 
 OWN_KEYS = ("base", "seeds", "reference")  # overrides of the comparison; all others are the experiment's
 PRETRAINED = "pretrained"
-OF_ONE_RUN = (
-    "merge.finetuned",
-    "merge.output",
-    "search.output",
-    "sample.output",
-    "sample.block",
-    "evaluate.samples",
-    "evaluate.output",
-)
-
-# rows would not compare, or what a variation says of it would have no effect
-OF_ALL_RUNS = (
-    "name",
-    "seed",
-    "model.pretrained",
-    "finetune.range",
-    "sample.model",
-    "sample.num_images",
-    "sample.seed_offset",
-    *(key for setting in fields(Evaluate) if (key := f"evaluate.{setting.name}") not in OF_ONE_RUN),
-)
 
 
 @dataclass(frozen=True)
@@ -53,13 +30,13 @@ class Variation:
 class Comparison(Section):
     """A file of configs/comparison/."""
 
-    path_keys: ClassVar[tuple[str, ...]] = ("base", "reference")
-    base: str = MISSING  # the experiment's YAML file
+    section: ClassVar[str] = ""
+    base: str = setting(MISSING, "path")  # the experiment's YAML file
     seeds: list[int] = field(default_factory=lambda: [0])  # of the trainings
-    reference: Optional[str] = None  # YAML file of another experiment, whose images FID compares with
+    reference: str | None = setting(None, "path")  # YAML file of another experiment, whose images FID compares with
     runs: dict[str, Variation] = field(default_factory=dict)  # by name
 
-    def __post_init__(self):
+    def check_together(self) -> None:
         self.check("seeds", len(self.seeds) == len(set(self.seeds)) > 0, "must be a list of different seeds")
         self.check("runs", len(self.runs) > 0, "must be a mapping from names to `models` and `overrides`")
         for name, variation in self.runs.items():
@@ -146,18 +123,17 @@ def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Comp
 
 def check_no_shared_output(config: Config) -> None:
     """Refuse settings that would have all runs write to one place, or read from it."""
-    for name in OF_ONE_RUN:
-        section, key = name.split(".")
-        settings = getattr(config, section)
-        settings.check(key, getattr(settings, key) is None, "each run of a comparison has its own")
+    for section in config.sections:
+        for key, value in section.tagged("one_run").items():
+            section.check(key, value is None, "each run of a comparison has its own")
 
 
 def check_what_all_share(base: Config, config: Config) -> None:
     """Refuse a variation of a setting that all runs share."""
-    for key in OF_ALL_RUNS:
-        value, usual = (attrgetter(key)(one) for one in (config, base))
-        if value != usual:
-            raise UserError(f"{key}={value}: all runs have the base's, {usual}")
+    for section, usual in zip(config.sections, base.sections, strict=True):
+        shared = usual.tagged("all_runs")
+        for key, value in section.tagged("all_runs").items():
+            section.check(key, value == shared[key], f"all runs have the base's, {shown(shared[key])}")
 
 
 def varied(

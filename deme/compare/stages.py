@@ -18,15 +18,7 @@ from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.job.files import REPOSITORY, sha256
 
 LAST = ("card", "report")  # stages that take seconds, and no GPU
-AFTERWARDS = ("merge", "search", "sample", "evaluate", "analyze")
 LINKED = ("vae", "text_encoder")  # parts of a pipeline whose weights merge.py gives another name
-# sections that a script does not read: where these change, its jobs are not started again
-UNREAD = {
-    "pretrain.py": ("finetune", "distill", *AFTERWARDS),
-    "scripts/cache.py": ("distill", *AFTERWARDS),
-    "finetune.py": AFTERWARDS,
-    "sample_ddp.py": ("pretrain", "finetune", "distill", "merge", "search", "evaluate", "analyze"),
-}
 
 
 def stages_of(
@@ -85,7 +77,7 @@ class Stages:
 
     def settings(self, config: Config, script: str, *others: Any) -> str:
         """All that a job's output depends on but for what other jobs make, as a text."""
-        read = {part: values for part, values in config.recorded.items() if part not in UNREAD.get(script, ())}
+        read = config.read_by(script)
         made = None if self.base.config.model.pretrained else str(self.base.config.paths.pretrained_here)
         given = [path for path in outside(config, script) if path != made]
         for path in given:

@@ -1,11 +1,11 @@
 """The whole configuration of an experiment, and what has to hold between its sections."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from deme.config.paths import Paths
-from deme.config.section import LONGEST_NAME, Section, is_folder_name, one_of, without_password
+from deme.config.section import LONGEST_NAME, Section, is_folder_name, one_of, setting, without_password
 from deme.config.sections import (
     ANT_UW,
     DISTILLED,
@@ -25,29 +25,39 @@ from deme.config.sections import (
     Timesteps,
 )
 
+PRETRAIN, CACHE, FINETUNE, SAMPLE = "pretrain.py", "scripts/cache.py", "finetune.py", "sample_ddp.py"
+
+
+def part(kind: type[Section], *unread_by: str) -> Any:
+    """A section of the configuration.
+
+    Args:
+        unread_by: scripts that do not read it, so that it is no reason to run them again.
+    """
+    return field(default_factory=kind, metadata={"unread_by": unread_by})
+
 
 @dataclass(frozen=True)
 class Config(Section):
     """One experiment."""
 
-    path_keys: ClassVar[tuple[str, ...]] = ("output_dir",)
-    name: str = "digits"
-    output_dir: str = "runs"
-    seed: int = 0
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    timesteps: Timesteps = field(default_factory=Timesteps)
-    pretrain: Pretrain = field(default_factory=Pretrain)
-    finetune: Finetune = field(default_factory=Finetune)
-    search: Search = field(default_factory=Search)
-    merge: Merge = field(default_factory=Merge)
-    distill: Distill = field(default_factory=Distill)
-    sample: Sample = field(default_factory=Sample)
-    evaluate: Evaluate = field(default_factory=Evaluate)
-    analyze: Analyze = field(default_factory=Analyze)
+    section: ClassVar[str] = ""
+    name: str = setting("digits", "place all_runs")
+    output_dir: str = setting("runs", "place path")
+    seed: int = setting(0, "weights search analysis all_runs", least=0, below=2**63)
+    model: Model = part(Model)
+    data: Data = part(Data)
+    timesteps: Timesteps = part(Timesteps)
+    pretrain: Pretrain = part(Pretrain, SAMPLE)
+    finetune: Finetune = part(Finetune, PRETRAIN, SAMPLE)
+    search: Search = part(Search, PRETRAIN, CACHE, FINETUNE, SAMPLE)
+    merge: Merge = part(Merge, PRETRAIN, CACHE, FINETUNE, SAMPLE)
+    distill: Distill = part(Distill, PRETRAIN, CACHE, SAMPLE)
+    sample: Sample = part(Sample, PRETRAIN, CACHE, FINETUNE)
+    evaluate: Evaluate = part(Evaluate, PRETRAIN, CACHE, FINETUNE, SAMPLE)
+    analyze: Analyze = part(Analyze, PRETRAIN, CACHE, FINETUNE, SAMPLE)
 
-    def __post_init__(self):
-        self.check_seed("seed")
+    def check_together(self) -> None:
         rule = f"must be a plain folder name: no control characters, at most {LONGEST_NAME} bytes"
         self.check("name", is_folder_name(self.name), rule)
         count = len(self.timesteps.ranges)
@@ -78,6 +88,16 @@ class Config(Section):
         values = asdict(self)
         values["search"]["storage"] = without_password(self.search.storage)
         return values
+
+    @property
+    def sections(self) -> list[Section]:
+        """The configuration itself, whose own settings are in no section, then its sections."""
+        return [self, *(getattr(self, part.name) for part in fields(self) if is_dataclass(part.type))]
+
+    def read_by(self, script: str) -> dict[str, Any]:
+        """The settings that a script reads."""
+        unread = {part.name for part in fields(self) if script in part.metadata.get("unread_by", ())}
+        return {name: values for name, values in self.recorded.items() if name not in unread}
 
     @property
     def coefficient_groups(self) -> dict[str, list[float]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -116,7 +116,7 @@ def _as_written(value: Any, node: yaml.Node | None) -> Any:
 def _texts(kind: type[Section]) -> set[str]:
     """The settings of a configuration that are texts, or lists of texts."""
     parts = [("", kind), *((f"{part.name}.", part.type) for part in fields(kind) if is_dataclass(part.type))]
-    kinds = (str, Optional[str], list[str], Optional[list[str]])
+    kinds = (str, str | None, list[str], list[str] | None)
     return {f"{name}{setting.name}" for name, part in parts for setting in fields(part) if setting.type in kinds}
 
 

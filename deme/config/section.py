@@ -1,63 +1,117 @@
-"""What the sections of a configuration share: checks whose errors name the key and its value."""
+"""What the sections of a configuration share: fields that carry their bounds and tags, and checks that name the key."""
 
 import math
+import operator
 import os
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass, replace
+from copy import deepcopy
+from dataclasses import Field, asdict, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from deme.errors import UserError, shown
 
+TAGS = {  # what a setting influences: records, caches, comparisons and jobs read these; there is no other list
+    "weights": "the weights that a training ends with, so it is fixed for a run",
+    "merged": "the merged weights",
+    "samples": "each sampled image",
+    "examples": "what a network is given of the data, beyond what the data's hash covers",
+    "latents": "the cache of encoded images",
+    "statistics": "the data's statistics, and the classifier",
+    "search": "the coefficients that a search finds",
+    "analysis": "what analyze.py measures",
+    "free": "no result, so it may change while a training or a search is under way",
+    "place": "where a result lies, not what it is",
+    "all_runs": "the rows of a comparison, so all of its runs have the same",
+    "one_run": "a place or a share of the work that each run of a comparison has for itself",
+    "path": "it may name a file or folder: ~ is expanded",
+    "text": "nothing, unless images have captions",
+    "omit_default": "left out of records where it has its default",
+}
 LARGEST_COUNT = 10**9
-LONGEST_NAME = 180  # bytes of a folder's name: a file system takes 255, and jobs, locks and logs are called after it
+LONGEST_NAME = 180  # bytes of a folder's name: file systems take 255, and jobs, locks and logs are named after it
+BOUNDS = {"above": operator.gt, "least": operator.ge, "below": operator.lt, "most": operator.le}
+IN_WORDS = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 AnySection = TypeVar("AnySection", bound="Section")
 
 
-class Section:
-    """Base of the sections below: `check` names the section, the key and the value in its error."""
+def setting(default: Any, tags: str, choices: Iterable[str] = (), only: tuple[str, ...] = (), **bounds: float) -> Any:
+    """A field of a section.
 
-    section: ClassVar[str] = ""
-    path_keys: ClassVar[tuple[str, ...]] = ()  # settings that are files or folders, or may be
+    Args:
+        tags: of TAGS, with spaces between them.
+        choices: the words that it takes, or that it is a list of.
+        only: (key, word, ...): counts only where that key of the section is one of the words.
+        bounds: above or least, below or most; without an upper bound a float must be finite, an int countable.
+    """
+    unknown = (set(tags.split()) - TAGS.keys()) | (bounds.keys() - BOUNDS.keys())
+    if unknown:
+        raise TypeError(f"no tag or bound: {', '.join(sorted(unknown))}")
+    metadata = {"tags": tuple(tags.split()), "choices": tuple(choices), "only": only, "bounds": bounds}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Section:
+    """Base of the sections below; errors name the section, the key and the value."""
+
+    @property
+    def section(self) -> str:
+        """Its name in the YAML file, that of its class."""
+        return type(self).__name__.lower()
+
+    def __post_init__(self):
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if value is None:
+                continue
+            if bounds := part.metadata.get("bounds"):
+                self._check_bounds(part.name, value, bounds)
+            if choices := part.metadata.get("choices"):
+                self._check_choices(part.name, value, choices)
+            self.check(part.name, value != "" or "path" not in tags_of(part), "must not be empty")
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Check what must hold between settings, and what bounds and choices do not express."""
 
     def check(self, key: str, holds: bool, rule: str) -> None:
-        """Name the section, the key and its value where a rule does not hold."""
+        """Raise an error that names section, key and value unless the rule holds."""
         if not holds:
-            name = f"{self.section}.{key}" if self.section else key
+            name = f"{self.section}.{key}".removeprefix(".")
             raise UserError(f"{name}={shown(getattr(self, key))}: {rule}")
 
-    def check_positive(self, *keys: str) -> None:
-        """Each key is None or a finite number above 0."""
-        for key in keys:
-            value = getattr(self, key)
-            self.check(key, value is None or 0 < value < math.inf, "must be a finite number above 0")
-            self.check_count(key)
+    def _check_bounds(self, key: str, value: float, bounds: dict[str, float]) -> None:
+        if not {"below", "most"} & bounds.keys():
+            bounds = bounds | ({"most": LARGEST_COUNT} if isinstance(value, int) else {"below": math.inf})
+        words = [f"{IN_WORDS[name]} {bound:,}" for name, bound in bounds.items() if bound < math.inf]
+        words += ["finite"] * (math.inf in bounds.values())
+        holds = all(BOUNDS[name](value, bound) for name, bound in bounds.items())
+        self.check(key, holds, f"must be {' and '.join(words)}")
 
-    def check_not_negative(self, *keys: str) -> None:
-        """Each key is None or a finite number of at least 0."""
-        for key in keys:
-            value = getattr(self, key)
-            self.check(key, value is None or 0 <= value < math.inf, "must be a finite number, 0 or above")
-            self.check_count(key)
+    def _check_choices(self, key: str, value: str | list[str], choices: tuple[str, ...]) -> None:
+        if isinstance(value, list):
+            self.check(key, set(value) <= set(choices), f"must be a list of {', '.join(choices)}")
+        else:
+            self.check(key, value in choices, one_of(choices, value))
 
-    def check_count(self, key: str) -> None:
-        """A whole number is one that something can be counted to."""
-        value = getattr(self, key)
-        self.check(key, not isinstance(value, int) or value <= LARGEST_COUNT, f"must be at most {LARGEST_COUNT:,}")
+    def tagged(self, tag: str) -> dict[str, Any]:
+        """The settings with a tag, in their order, but for those that do not count beside the others: key → value."""
+        values = asdict(self)
+        return {part.name: values[part.name] for part in fields(self) if tag in tags_of(part) and self._counts(part)}
 
-    def check_seed(self, key: str) -> None:
-        """The key is a seed that numpy and torch take."""
-        self.check(key, 0 <= getattr(self, key) < 2**63, "must lie in [0, 2**63)")
+    def _counts(self, part: Field) -> bool:
+        key, *words = part.metadata["only"] or (part.name,)
+        omitted = "omit_default" in tags_of(part) and getattr(self, part.name) == part.default
+        return not omitted and (not words or getattr(self, key) in words)
 
-    def check_fraction(self, *keys: str) -> None:
-        """Each key lies in [0, 1]."""
-        for key in keys:
-            self.check(key, 0 <= getattr(self, key) <= 1, "must lie in [0, 1]")
 
-    def check_choice(self, key: str, choices: tuple[str, ...]) -> None:
-        """The key is one of a few words."""
-        self.check(key, getattr(self, key) in choices, one_of(choices, getattr(self, key)))
+def tags_of(part: Field) -> tuple[str, ...]:
+    """The tags of a section's field."""
+    return part.metadata.get("tags", ())
 
 
 def one_of(choices: Iterable[str], given: object) -> str:
@@ -67,38 +121,43 @@ def one_of(choices: Iterable[str], given: object) -> str:
 
 
 def at_home(section: AnySection) -> AnySection:
-    """A section, or the whole configuration, with the ~ and ~user of its paths replaced by the home folder."""
+    """A section, or the whole configuration, with ~ and ~user in its paths replaced by the home folder."""
     changed = {}
-    for setting in fields(section):
-        key, value = setting.name, getattr(section, setting.name)
+    for part in fields(section):
+        key, value = part.name, getattr(section, part.name)
         if is_dataclass(value):
             changed[key] = at_home(value)
-        elif key in section.path_keys and isinstance(value, str):
+        elif "path" in tags_of(part) and isinstance(value, str):
             if not is_one_line(value):
                 name = f"{section.section}.{key}".removeprefix(".")
                 raise UserError(f"{name}={value!a}: holds a line break, a tab or another control character")
             changed[key] = os.path.expanduser(value)
             rule = f"no such user; a folder of that name is written ./{value}"
             section.check(key, not changed[key].startswith("~"), rule)
-        elif key in section.path_keys and isinstance(value, list) and setting.type is not Any:  # else texts
+        elif "path" in tags_of(part) and isinstance(value, list) and part.type is not Any:  # else a list of prompts
             changed[key] = list(map(os.path.expanduser, value))
     return replace(section, **changed)
 
 
 def is_one_line(text: str) -> bool:
-    """Whether a text holds no control character and no line break of any alphabet."""
+    """True if a text holds no control character and no line break of any alphabet."""
     return not any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text)
 
 
 def is_folder_name(text: str) -> bool:
-    """Whether a run can be called that: everything that belongs to it has names that begin with it."""
+    """True if a run can have this name; the names of its files begin with it."""
     plain = text not in ("", ".", "..") and "/" not in text and is_one_line(text)
     return plain and len(text.encode(errors="replace")) <= LONGEST_NAME
 
 
 def without_password(url: str | None) -> str | None:
-    """An URL as it may be written down: where it names who connects, or how, nothing but the kind of database."""
+    """A URL that may be written down: only the kind of database if it has credentials or parameters."""
     if url is None or not {"@", "?"} & set(url):
         return url
-    kind, found, _ = url.partition("://")
-    return f"{kind}://…" if found else "…"
+    kind, separator, _ = url.partition("://")
+    return f"{kind}://…" if separator else "…"
+
+
+def is_finite(value: object) -> bool:
+    """True if a value is a number and finite in float32, the type that weights are summed in."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX

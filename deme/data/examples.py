@@ -30,8 +30,6 @@ from deme.job.processes import in_main_process, locked_by_all
 from deme.job.records import CONTENTS, DATA, ENCODER, LATENTS, Record
 from deme.models.encoders import Encoded, Encoder, LatentsAndText
 
-# of the data, beside what its hashes tell
-KEYS = ("image_column", "resolution", "center_crop", "random_flip", "skip_unreadable", "cached_views")
 PART = 512  # images
 ENCODED_AT_ONCE = 8  # images, or captions
 INDEX = "index.json"
@@ -70,7 +68,7 @@ def cached_latents(config: Config, encoder: LatentsAndText, made_of: dict[str, s
         **{key: made_of[key] for key in (DATA, ENCODER)},
         CONTENTS: contents_hash(source, cache),
         "type": str(encoder.dtype),
-        **{key: getattr(source.data, key) for key in KEYS},
+        **source.data.tagged("latents"),
     }
     folder = config.paths.latent_cache / Record(LATENTS, made_from).digest
 

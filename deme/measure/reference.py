@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from deme.measure.features import extract
 
 KEPT_FEATURES = 10_000  # images whose features are kept for the scores that need more than mean and covariance
 PART = 50_000  # images whose features are in memory at once
-NOT_IN_EVALUATION = ("center_crop", "random_flip", "held_out_images", "cache_gb", "cache_disk_gb")
-NOT_IN_EVALUATION += ("caption_column", "skip_uncaptioned", "cache_latents", "cached_views")
 IMAGES = "images (SHA-256)"  # of a folder
 HOW = "`python -m pytorch_fid --save-stats IMAGES FILE.npz` makes such a file"
 
@@ -114,7 +112,7 @@ class Source:
 
 def evaluated_data(data: Data) -> dict[str, Any]:
     """The settings that decide which images the statistics are made of."""
-    return {key: value for key, value in asdict(open_source(data).data).items() if key not in NOT_IN_EVALUATION}
+    return open_source(data).data.tagged("statistics")
 
 
 def reference_statistics(

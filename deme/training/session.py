@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,34 +11,11 @@ from types import MappingProxyType
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.sections import WEIGHTINGS, Training
+from deme.config.sections import Training
 from deme.errors import naming
 from deme.job.files import checkpoint_steps, make_folder
 from deme.job.locks import clear_lock
 from deme.job.records import IMAGE_COLUMN, RUN, Record, changes, provenance, read_record
-
-FREE_KEYS = (  # of the sections data, pretrain and finetune: may change in the middle of a run
-    "label_column",
-    "cache_gb",
-    "cache_disk_gb",
-    "gradient_checkpointing",
-    "max_minutes",
-    "log_every",
-    "log_with",
-    "checkpoint_every",
-    "checkpoints_kept",
-    "preview_every",
-    "preview_prompts",
-)
-OF_WEIGHTING = {  # settings that count with some weightings of the loss alone
-    "normalize_loss_weighting": WEIGHTINGS,
-    "min_snr_gamma": ("min_snr",),
-    "p2_k": ("p2",),
-    "p2_gamma": ("p2",),
-}
-UNNAMED = {"loss_weighting": None, "antithetic": True, "skip_uncaptioned": False}  # usual, so older records lack them
-OF_TEXT = ("caption_column", "skip_uncaptioned", "cache_latents", "cached_views", "caption_dropout")  # alone
-OF_TEXT += ("preview_prompts", "encoders")
 
 
 @dataclass(frozen=True)
@@ -126,23 +103,21 @@ class Session:
             made_from: what determines the weights beside seed, data and settings.
             renamed: section.key of a setting → the key that its value comes from.
         """
-        parts = {part.section: asdict(part) for part in (self.config.data, settings)}
-        left_out = {key for key, weightings in OF_WEIGHTING.items() if settings.loss_weighting not in weightings}
-        left_out |= set(OF_TEXT) if self.config.data.caption_column is None else set()
-        left_out |= {"uncertainty_learning_rate"}  # in `made_from` where it is used
-        left_out |= {"image_column"}  # added with the hashes of the data
-        left_out |= {key for part in parts.values() for key, usual in UNNAMED.items() if part.get(key, ...) == usual}
-        values = {
-            renamed.get(f"{section}.{key}", f"{section}.{key}"): value
-            for section, part in parts.items()
-            for key, value in part.items()
-            if key not in left_out
-        }
-        free = {name: value for name, value in values.items() if name.split(".")[1] in FREE_KEYS}
+
+        def tagged(tag: str) -> dict[str, Any]:
+            values = {}
+            for section in (self.config.data, settings):
+                unused = section.tagged("text") if self.config.data.caption_column is None else {}
+                tagged = section.tagged(tag)
+                values |= {f"{section.section}.{key}": tagged[key] for key in tagged if key not in unused}
+            return {renamed.get(key, key): value for key, value in values.items()}
+
+        weights, free = tagged("weights"), tagged("free")
+        del weights[IMAGE_COLUMN]  # `with_data` adds the one that is read
         made_from = {
             "seed": self.config.seed,
             "timesteps.num_train_timesteps": self.config.timesteps.num_train_timesteps,
-            **{name: value for name, value in values.items() if name not in free},
+            **weights,
             **made_from,
         }
         record = Record(RUN, made_from, {"free": free, **provenance(self.config)})

@@ -327,13 +327,13 @@ MISTAKES = [
         "a sketch of no dimensions",
         "analyze.py",
         ["analyze.sketch=0"],
-        "analyze.sketch=0: must be a finite number above 0",
+        "analyze.sketch=0: must be above 0 and at most 1,000,000,000",
     ),
     Mistake(
         "a landscape of one point",
         "analyze.py",
         ["analyze.landscape_points=1"],
-        "analyze.landscape_points=1: contours need at least 2",
+        "analyze.landscape_points=1: must be at least 2 and at most 1,000,000,000",
     ),
     Mistake(
         "a plane through one expert",
@@ -446,7 +446,7 @@ MISTAKES = [
         "a probability above 1",
         "finetune.py",
         ["finetune.global_probability=1.5"],
-        "finetune.global_probability=1.5: must lie in [0, 1]",
+        "finetune.global_probability=1.5: must be at least 0 and at most 1",
     ),
     Mistake(
         "a batch that is no multiple of its parts",
@@ -522,37 +522,37 @@ MISTAKES = [
         "a seed that is too large",
         "merge.py",
         ["seed=9223372036854775808"],
-        "seed=9223372036854775808: must lie in [0, 2**63)",
+        "seed=9223372036854775808: must be at least 0 and below 9,223,372,036,854,775,808",
     ),
     Mistake(
         "a negative size on disk",
         "finetune.py",
         ["data.cache_disk_gb=-1"],
-        "data.cache_disk_gb=-1.0: must be a finite number, 0 or above",
+        "data.cache_disk_gb=-1.0: must be at least 0 and finite",
     ),
     Mistake(
         "a number that nothing can be counted to",
         "finetune.py",
         ["finetune.batch_size=10000000000000"],
-        "finetune.batch_size=10000000000000: must be at most 1,000,000,000",
+        "finetune.batch_size=10000000000000: must be above 0 and at most 1,000,000,000",
     ),
     Mistake(
         "a number of 400 digits",
         "finetune.py",
         [f"finetune.max_steps={'1' * 400}"],
-        "finetune.max_steps=11…: must be at most 1,000,000,000",
+        "finetune.max_steps=11…: must be above 0 and at most 1,000,000,000",
     ),
     Mistake(
         "a classifier that is too wide",
         "evaluate.py",
         ["evaluate.classifier_width=10000000"],
-        "evaluate.classifier_width=10000000: must be at most 1024",
+        "evaluate.classifier_width=10000000: must be above 0 and at most 1,024",
     ),
     Mistake(
         "a resolution that no image has",
         "finetune.py",
         ["data.resolution=100000"],
-        "data.resolution=100000: must be at most 65,536",
+        "data.resolution=100000: must be above 0 and at most 65,536",
     ),
     # --- YAML: files and values
     Mistake(
@@ -972,7 +972,7 @@ MISTAKES = [
         "a weighting's setting that is not positive",
         "finetune.py",
         ["finetune.range=min_snr", "finetune.min_snr_gamma=0"],
-        "finetune.min_snr_gamma=0.0: must be a finite number above 0",
+        "finetune.min_snr_gamma=0.0: must be above 0 and finite",
     ),
     Mistake(
         "an unknown baseline",
@@ -1044,7 +1044,7 @@ MISTAKES = [
         "a storage without a name",
         "search.py",
         ["search.storage=''"],
-        "search.storage=: must be an URL, or null",
+        "search.storage=: must be a URL, or null",
     ),
     Mistake(
         "searching before there are experts",

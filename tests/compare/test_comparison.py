@@ -77,7 +77,7 @@ def test_all_ranges_together_take_the_base_s_steps(tmp_path):
 def test_what_all_runs_share_is_refused_in_a_variation(tmp_path, override, usual):
     """Blocks of other images do not pair, and the rest would be ignored; given to all runs it is right."""
     runs = {"models": {"models": ["pretrained"]}, "b": {"models": ["merged"], "overrides": [override]}}
-    key, value = override.replace("null", "None").split("=")
+    key, value = override.split("=")
     with pytest.raises(UserError, match=f"^runs.b: {key}={value}: all runs have the base's, {usual}"):
         runs_of(tmp_path, runs)
     assert len(runs_of(tmp_path, runs, override)) == 2

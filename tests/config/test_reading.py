@@ -11,7 +11,8 @@ from hypothesis import strategies as some
 import report
 from deme.config.experiment import Config
 from deme.config.reading import load_config, override, read_override
-from deme.config.sections import Finetune, range_name
+from deme.config.section import setting, tags_of
+from deme.config.sections import Finetune, Sample, Search, range_name
 from deme.errors import UserError
 
 SCRIPTS = ["pretrain.py", "finetune.py", "search.py", "merge.py", "sample_ddp.py", "evaluate.py", "analyze.py"]
@@ -72,10 +73,10 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("finetune.lerning_rate=0.1", "finetune.lerning_rate=0.1: Key 'lerning_rate' not in 'Finetune'"),
         ("fintune.range=1", "fintune={'range': 1}: Key 'fintune' not in 'Config'. Did you mean: 'finetune'?"),
         ("finetune.max_steps=many", "finetune.max_steps=many: Value 'many' of type 'str' could not be converted"),
-        ("finetune.max_steps=0", "finetune.max_steps=0: must be a finite number above 0"),
-        ("finetune.global_probability=1.5", "finetune.global_probability=1.5: must lie in [0, 1]"),
-        ("finetune.global_probability=.nan", "finetune.global_probability=nan: must lie in [0, 1]"),
-        ("finetune.learning_rate=.inf", "finetune.learning_rate=inf: must be a finite number above 0"),
+        ("finetune.max_steps=0", "finetune.max_steps=0: must be above 0 and at most 1,000,000,000"),
+        ("finetune.global_probability=1.5", "finetune.global_probability=1.5: must be at least 0 and at most 1"),
+        ("finetune.global_probability=.nan", "finetune.global_probability=nan: must be at least 0 and at most 1"),
+        ("finetune.learning_rate=.inf", "finetune.learning_rate=inf: must be above 0 and finite"),
         ("finetune.range=4", "finetune.range=4: must be one of null, 0 … 3, continued, snr_plus_one"),
         ("finetune.range=first", "finetune.range=first: must be one of null, 0 … 3, continued, snr_plus_one"),
         ("finetune.micro_batch_size=7", "finetune.batch_size=64: must be a multiple of finetune.micro_batch_size=7"),
@@ -85,7 +86,7 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("timesteps.edges=[0,250,500]", "timesteps.edges=[0, 250, 500]: must rise from 0 to T = 1000"),
         ("timesteps.edges=[10,1000]", "timesteps.edges=[10, 1000]: must rise from 0 to T = 1000"),
         ("timesteps.edges=[]", "timesteps.edges=[]: must rise from 0 to T = 1000"),
-        ("timesteps.num_ranges=0", "timesteps.num_ranges=0: must lie in [1, 1000]"),
+        ("timesteps.num_ranges=0", "timesteps.num_ranges=0: must be above 0 and"),
         ("merge.coefficients=[1,1]", "merge.coefficients=[1, 1]: 2 coefficients for 4 timestep ranges"),
         ("merge.coefficients=[.nan,0,0,0]", "merge.coefficients=[nan, 0, 0, 0]: must be a list of finite numbers"),
         ("merge.coefficients=0.5", "merge.coefficients=0.5: must be a list of finite numbers, a mapping"),
@@ -97,9 +98,9 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("merge.ties_combine=sum", "merge.ties_combine=sum: is merge.settings.combine now"),
         ("finetune.lr_warmup_steps=5", "finetune.lr_warmup_steps=5: finetune.lr_scheduler=constant has no warm-up"),
         ("sample.num_inference_steps=2000", "sample.num_inference_steps=2000: must be at most timesteps.num_train"),
-        ("sample.eta=-1", "sample.eta=-1.0: must lie in [0, 1]"),
-        ("finetune.max_grad_norm=.inf", "finetune.max_grad_norm=inf: must be a finite number above 0"),
-        ("finetune.lr_warmup_steps=-1", "finetune.lr_warmup_steps=-1: must be a finite number, 0 or above"),
+        ("sample.eta=-1", "sample.eta=-1.0: must be at least 0 and at most 1"),
+        ("finetune.max_grad_norm=.inf", "finetune.max_grad_norm=inf: must be above 0 and finite"),
+        ("finetune.lr_warmup_steps=-1", "finetune.lr_warmup_steps=-1: must be at least 0 and at most"),
         ("timesteps.edges={a: 1}", "timesteps.edges={'a': 1}: Cannot merge incompatible container types"),
         ("merge.coefficients=[1e300,0,0,0]", "merge.coefficients=[1e+300, 0, 0, 0]: must be a list of finite numbers"),
         ("evaluate.features=clip", "evaluate.features=clip: must be one of inception, classifier"),
@@ -203,13 +204,12 @@ def test_an_override_holds_no_comments(empty):
     assert (config.model.pretrained, config.sample.prompts, config.seed) == ("model #2", "a # b.txt", 3)
 
 
-def settings_of(kind=Config, section=""):
-    """section.key → its type."""
-    for setting in fields(kind):
-        if is_dataclass(setting.type):
-            yield from settings_of(setting.type, f"{setting.name}.")
-        else:
-            yield f"{section}{setting.name}", setting.type
+def all_settings():
+    """section.key → the dataclass field, of every setting."""
+    for section in Config().sections:
+        for part in fields(section):
+            if not is_dataclass(part.type):
+                yield f"{section.section}.{part.name}".removeprefix("."), part
 
 
 OTHER_TEXTS = {"name", "model.license", "merge.push_to_hub", "search.storage", "finetune.range"}
@@ -220,7 +220,7 @@ def test_every_key_that_is_a_path_takes_the_home_folder(empty, monkeypatch):
     """Tried with all that a text may be given to: those that are no paths are listed here, or are one of few words."""
     monkeypatch.setenv("HOME", "/home/somebody")
     tried = set()
-    for key, kind in settings_of():
+    for key, part in all_settings():
         for value in ("~/a", ["~/a"]) if key not in OTHER_TEXTS else ():
             try:
                 config = load_config(empty, [override(key, value)])
@@ -229,7 +229,7 @@ def test_every_key_that_is_a_path_takes_the_home_folder(empty, monkeypatch):
             section, _, name = key.rpartition(".")
             found = getattr(getattr(config, section) if section else config, name)
             columns = section == "data" and (name.endswith("_column") or name == "split")
-            if not columns and not (kind in (list[str],) or (key == "sample.prompts" and value == ["~/a"])):
+            if not columns and not (part.type in (list[str],) or (key == "sample.prompts" and value == ["~/a"])):
                 tried.add(key)
                 assert found == ("/home/somebody/a" if value == "~/a" else ["/home/somebody/a"]), key
     assert tried >= {"output_dir", "model.pretrained", "data.name", "merge.coefficients", "merge.output"}
@@ -289,3 +289,32 @@ def test_a_password_is_written_nowhere(empty, url):
         load_config(empty, [f"search.storage=[{url}"])
     plain = load_config(empty, ["search.storage=sqlite:///a.db"])
     assert plain.recorded["search"]["storage"] == "sqlite:///a.db"
+
+
+WHERE = {"path", "text", "omit_default"}  # tags that say when or how a setting counts, not what it influences
+
+
+@pytest.mark.parametrize(("key", "part"), list(all_settings()))
+def test_every_setting_says_what_it_influences(key, part):
+    """A setting without tags would be in no record: a stale cache, or a run that goes on with other settings."""
+    assert set(tags_of(part)) - WHERE, f"{key}: has no tags; see TAGS in deme/config/section.py"
+    if key.partition(".")[0] in ("data", "pretrain", "finetune"):
+        assert len({"weights", "free"} & set(tags_of(part))) == 1, "fixed for a training run, or not"
+
+
+def test_a_tag_or_a_bound_that_there_is_not_is_refused():
+    with pytest.raises(TypeError, match="no tag or bound: upto, wights"):
+        setting(1, "wights", upto=2)
+
+
+def test_settings_that_do_not_count_are_in_no_record():
+    """Another weighting's parameters, a default that is left out, candidates where no grid is laid out for them."""
+    plain, weighted = Finetune().tagged("weights"), Finetune(loss_weighting="p2").tagged("weights")
+    assert weighted.keys() - plain.keys() == {"loss_weighting", "p2_k", "p2_gamma", "normalize_loss_weighting"}
+    assert "antithetic" not in plain
+    assert Finetune(antithetic=False).tagged("weights")["antithetic"] is False
+    assert "trials" not in Search().tagged("search")
+    assert Search(sampler="grid").tagged("search")["trials"] == 32
+    assert Sample(timestep_spacing="trailing").tagged("search").keys() - Sample().tagged("search").keys() == {
+        "timestep_spacing"
+    }
