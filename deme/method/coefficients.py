@@ -1,4 +1,4 @@
-"""Merging coefficients: which of them hold for a tensor, and which tensors share them."""
+"""Name patterns of tensors, the first of which that fits counts, and the merging coefficients of their groups."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +11,7 @@ BLOCK = re.compile(r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")  # how th
 
 
 def coefficients_of(name: str, groups: Mapping[str, Sequence[float]]) -> Sequence[float]:
-    """The coefficients, one per finetuned model, of the first name pattern that fits a tensor's name.
-
-    Args:
-        groups: name pattern → coefficients.
-    """
+    """The coefficients, one per finetuned model, of the first pattern that fits a tensor's name."""
     return groups[pattern_of(name, groups)]
 
 
@@ -28,17 +24,17 @@ def pattern_of(name: str, patterns: Iterable[str]) -> str:
 
 
 def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
-    """The name patterns of groups of tensors, one per group, of which the first that fits a tensor counts.
+    """The name patterns of groups of tensors.
 
     Args:
-        groups: range (one group of all), block (of the UNet; what is outside is one more), tensor, or the patterns.
+        groups: range (one group of all), block (and one group of the tensors outside), tensor, or the patterns.
         names: of all tensors.
     """
     match groups:
         case "range":
             patterns = ["*"]
         case "block":
-            blocks = [found[0] for found in map(BLOCK.match, names) if found]
+            blocks = [match[0] for match in map(BLOCK.match, names) if match]
             patterns = [*(f"{block}*" for block in dict.fromkeys(blocks)), "*"]
         case "tensor":
             patterns = list(names)

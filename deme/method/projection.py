@@ -1,19 +1,18 @@
-"""The paper's channel-wise projection: a trainable bias-free 1×1 convolution behind every block of a UNet."""
+"""The paper's channel-wise projection: a trainable bias-free 1×1 convolution after every block of a UNet."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-PROJECTION_SUFFIX = ".projection.weight"  # how the projections' tensors end in a state dict
+PROJECTION_SUFFIX = ".projection.weight"  # of the tensors' names
 
 
 def add_projections(unet: nn.Module) -> None:
-    """Put an identity projection on the output of every down, mid and up block of a diffusers UNet, in place.
+    """Add an identity projection to the output of every down, mid and up block of a diffusers UNet, in place.
 
-    Skip connections are taken before it: a down block returns them beside its output and they stay as they are. The
-    channel counts are those of the blocks' last residual layers. An identity projection changes no bit in float32
-    (TF32 convolutions on CUDA round their input, as they do everywhere else in the network).
+    The skip connections that a down block also returns are left alone. An identity projection changes no bit in float32
+    (TF32 convolutions on CUDA round their input, as everywhere in the network).
     """
     mid_blocks = [unet.mid_block] if unet.mid_block is not None else []
     for block in (*unet.down_blocks, *mid_blocks, *unet.up_blocks):
@@ -24,7 +23,7 @@ def add_projections(unet: nn.Module) -> None:
 
 
 def _project_output(block: nn.Module, _inputs: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
-    """Forward hook: the block's output (N, C, H, W) through its projection; what stands beside it is left alone."""
+    """Forward hook: project the block's output (N, C, H, W), the first of a tuple."""
     if isinstance(output, tuple):
         return (block.projection(output[0]), *output[1:])
     return block.projection(output)

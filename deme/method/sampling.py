@@ -10,12 +10,9 @@ from torch import nn
 
 from deme.errors import RunError, UserError, one_line, shown
 
-NetworkAt = Callable[[float], Callable]  # timestep → the UNet that is used there, or what calls it
+NetworkAt = Callable[[float], Callable]  # timestep → the denoiser that is used there, or what calls it
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-NEEDED = (
-    "rescale_betas_zero_snr",
-    "thresholding",
-)  # that a sampler must have where the pretrained schedule asks for it
+NEEDED = ("rescale_betas_zero_snr", "thresholding")  # a sampler must have them if the pretrained schedule sets them
 SHORT_NAMES = {
     "ddim": "DDIMScheduler",
     "pndm": "PNDMScheduler",
@@ -26,26 +23,22 @@ SHORT_NAMES = {
 
 
 def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal noise, shape (len(generators), *shape), each image from its own CPU generator.
-
-    So an image's content depends on its seed alone, not on the batch, the device or the number of processes.
-    """
+    """Standard normal noise, shape (len(generators), *shape), each image from its own CPU generator."""
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def sampler_name(name: str) -> str:
-    """The one name of a sampler that has two."""
+    """A sampler's short name, if it has one."""
     return {kind: short for short, kind in SHORT_NAMES.items()}.get(name, name)
 
 
 def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | None = None) -> SchedulerMixin:
-    """A new sampler of diffusers' with the pretrained noise schedule, as `from_config` makes it.
+    """A sampler of diffusers with the pretrained betas, clipping and prediction type.
 
     Args:
-        pretrained: its betas, clipping and prediction type are kept.
-        name: one of SHORT_NAMES, or a class of diffusers'.
-        timestep_spacing: leading, trailing or linspace; None: the pretrained one, where none is named for DDIM
-            "leading", so that 3 steps of 1000 visit t = 666, 333, 0, and for others their own.
+        name: one of SHORT_NAMES, or a class of diffusers.
+        timestep_spacing: leading, trailing or linspace; None: the pretrained one. If that names none, DDIM has
+            "leading" (3 steps of 1000 visit t = 666, 333, 0), others their own.
     """
     fitting = {kind.__name__: kind for kind in pretrained.compatibles if "beta_schedule" in _parameters(kind.__init__)}
     class_name = SHORT_NAMES.get(name, name)
@@ -53,7 +46,7 @@ def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | 
         raise UserError(f"must be one of {', '.join([*SHORT_NAMES, *sorted(fitting)])}")
     kind = fitting[class_name]
     taken = _parameters(kind.__init__)
-    # from_config passes over what is the pretrained class's own default, which may not be this one's
+    # from_config leaves out the pretrained class's defaults, which may not be this one's
     schedule = {key: pretrained.config[key] for key in SCHEDULE if key in taken}
     if class_name == SHORT_NAMES["ddim"]:
         schedule["timestep_spacing"] = pretrained.config.timestep_spacing
@@ -65,12 +58,12 @@ def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | 
         raise UserError(f"{kind.__name__} has no {', '.join(sorted(lacking))}")
     try:
         return kind.from_config(pretrained.config, **schedule)
-    except Exception as error:  # diffusers raises whatever a value that it can't use leads to
+    except Exception as error:  # diffusers raises anything
         raise UserError(one_line(error)) from None
 
 
 def passed_over(pretrained: SchedulerMixin, sampler: SchedulerMixin) -> list[str]:
-    """What the pretrained schedule's file says of drawing and the sampler has no setting for, as key=value."""
+    """Settings of the pretrained schedule for sampling that the sampler does not have, as key=value."""
     named = {key: value for key, value in pretrained.config.items() if key in ("clip_sample", "steps_offset") and value}
     return [f"{key}={shown(value)}" for key, value in named.items() if key not in _parameters(type(sampler).__init__)]
 
@@ -82,18 +75,14 @@ def try_sampler(
     shape: tuple[int, int, int],
     timestep_spacing: str | None = None,
 ) -> SchedulerMixin:
-    """Take one step from an image of zeros, so that what does not work shows before anything is written.
-
-    Returns:
-        The sampler.
-    """
+    """The sampler, after one step from an image of zeros: what does not work shows before anything is written."""
     stepper = make_sampler(pretrained, name, timestep_spacing)
     images = torch.zeros(1, *shape)
     try:
         stepper.set_timesteps(num_inference_steps)
         timestep = stepper.timesteps.tolist()[0]
         stepper.step(stepper.scale_model_input(images, timestep), timestep, images)
-    except Exception as error:  # diffusers raises whatever does not fit
+    except Exception as error:  # diffusers raises anything
         raise UserError(f"{num_inference_steps} steps of {type(stepper).__name__}: {one_line(error)}") from None
     return stepper
 
@@ -110,19 +99,17 @@ def sample_images(
     eta: float = 0.0,
     timestep_spacing: str | None = None,
 ) -> torch.Tensor:
-    """One image per seed; the sampler computes in float32, whatever the network does.
+    """One image per seed, as the network sees images: float32 on the device, shape (len(seeds), *shape).
+
+    An image depends on its seed alone, not on the batch or the device. The sampler computes in float32.
 
     Args:
-        scheduler: the pretrained one.
-        shape: (C, H, W) of an image.
-        sampler, timestep_spacing: as `make_sampler` takes them.
-        eta: DDIM's: 0 is deterministic. Samplers that are not draw each image's noise from its own generator.
-
-    Returns:
-        float32 on the device, shape (len(seeds), C, H, W), as the network sees images.
+        scheduler: the pretrained noise schedule.
+        sampler, timestep_spacing: as in `make_sampler`.
+        eta: of DDIM; 0 is deterministic. Random samplers draw each image's noise from its own generator.
 
     Raises:
-        RunError: an image that is not finite: weights or a noise schedule that do not work, or too low a precision.
+        RunError: an image is not finite: the weights or the noise schedule are broken, or the precision is too low.
     """
     stepper = make_sampler(scheduler, sampler, timestep_spacing)
     stepper.set_timesteps(num_inference_steps)
@@ -152,12 +139,11 @@ def guided(
 ) -> NetworkAt:
     """Classifier-free guidance (Ho and Salimans 2022): unconditional + scale · (conditional − unconditional).
 
-    Both come from one call of the network on twice the batch; at scale 1 the unconditional one is not needed. Without a
-    condition the network is called as it is.
+    Both come from one call on twice the batch. At scale 1, or without a condition, only the second is computed.
 
     Args:
-        condition: what the network is told, by the name of its argument, shape (B, …) each.
-        unconditional: the same for no text, or for what the images must not show; shape (1, …) or (B, …).
+        condition: further arguments of the network, shape (B, …) each.
+        unconditional: the same for an empty or negative text, shape (1, …) or (B, …).
     """
     if guidance_scale == 1 or not condition:
         return lambda timestep: functools.partial(network_at(timestep), **condition)
@@ -177,7 +163,7 @@ def guided(
 
 
 def ensemble(unets: Sequence[nn.Module], ranges: Sequence[tuple[int, int]]) -> NetworkAt:
-    """The ensemble before merging: at each timestep the network that was finetuned for its range [low, high)."""
+    """The experts before merging: at each timestep the one that was finetuned on its range [low, high)."""
 
     def network_at(timestep: float) -> nn.Module:
         [unet] = [unet for unet, (low, high) in zip(unets, ranges, strict=True) if low <= timestep < high]

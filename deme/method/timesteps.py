@@ -1,7 +1,4 @@
-"""Drawing timesteps for one micro-batch: the paper's probabilistic sampling strategy, and antithetic pairs.
-
-A micro-batch spread over several ranges at once serves `finetune.range=distilled`, which is ours, and ANT-UW.
-"""
+"""Timesteps of one micro-batch: the paper's probabilistic sampling strategy, with antithetic pairs."""
 
 from collections.abc import Sequence
 
@@ -20,11 +17,8 @@ def sample_timesteps(
 ) -> torch.Tensor:
     """Antithetic timesteps in [low, high): int64, shape (batch_size,).
 
-    The first ⌈batch_size/2⌉ are uniform; the other ⌊batch_size/2⌋ are mirror images of the first of them in the
-    interval, t' = low + high − 1 − t, so that each pair's mean is the interval's.
-
-    Args:
-        antithetic: False: all are uniform, and independent.
+    The first ⌈batch_size/2⌉ are uniform; the others mirror them, t' = low + high − 1 − t, so that each pair's mean is
+    the interval's. With antithetic=False all are uniform and independent.
     """
     if not antithetic:
         return torch.randint(low, high, (batch_size,), device=device, generator=generator)
@@ -35,16 +29,12 @@ def sample_timesteps(
 def choose_ranges(
     ranges: Sequence[Range], num_train_timesteps: int, global_probability: float, uniform: float
 ) -> Sequence[Range]:
-    """The ranges of one micro-batch: all of [0, T) with probability p, else those of the run.
-
-    Args:
-        uniform: one draw from [0, 1), which decides for the whole micro-batch.
-    """
+    """The ranges of one micro-batch: all of [0, T) if one draw from [0, 1) is below p, else `ranges`."""
     return [(0, num_train_timesteps)] if uniform < global_probability else ranges
 
 
 def even_sizes(total: int, parts: int) -> list[int]:
-    """The sizes of consecutive parts that differ by at most 1, larger ones first, as torch.tensor_split has them."""
+    """The sizes of consecutive parts that differ by at most 1, larger ones first, as in torch.tensor_split."""
     return [(total + parts - 1 - part) // parts for part in range(parts)]
 
 
@@ -55,10 +45,7 @@ def spread_timesteps(
     generator: torch.Generator | None = None,
     antithetic: bool = True,
 ) -> torch.Tensor:
-    """Timesteps of a batch whose consecutive parts, of even sizes, each have their own range: int64, (batch_size,).
-
-    Each part's are those of `sample_timesteps`.
-    """
+    """Timesteps of a batch whose consecutive, even parts each have their own range: int64, shape (batch_size,)."""
     sizes = even_sizes(batch_size, len(ranges))
     parts = [
         sample_timesteps(size, low, high, device, generator, antithetic)

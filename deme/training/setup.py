@@ -14,7 +14,7 @@ from deme.data.images import Examples, TrainingImages
 from deme.errors import UserError, naming
 from deme.job.files import Watched, atomic_folder
 from deme.job.processes import in_main_process, locked_by_all, make_accelerator
-from deme.method.distillation import Experts
+from deme.method.losses import Experts
 from deme.models.denoisers import load_denoiser, load_scheduler, try_out
 from deme.models.encoders import Encoder, load_encoder
 from deme.models.variants import ModelFiles

@@ -135,10 +135,7 @@ class Trainer:
                 settings.loss_weighting,
                 self.scheduler.alphas_cumprod,
                 self.scheduler.config.prediction_type,
-                settings.min_snr_gamma,
-                settings.p2_k,
-                settings.p2_gamma,
-                settings.normalize_loss_weighting,
+                settings,
             )
         return TimestepWeights(weights).to(self.device)
 

@@ -5,13 +5,15 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from deme.config.sections import WEIGHTINGS
+from deme.config.sections import WEIGHTINGS, Finetune
 from deme.errors import UserError
 from deme.method.losses import prediction_target
 from deme.method.weighting import TimestepWeights, UncertaintyWeights, loss_weights
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-SETTINGS = {"min_snr_gamma": 3.0, "p2_k": 1.5, "p2_gamma": 0.5, "normalized": False}
+USUAL = Finetune()
+RAW = Finetune(normalize_loss_weighting=False)
+OTHER = Finetune(normalize_loss_weighting=False, min_snr_gamma=3.0, p2_k=1.5, p2_gamma=0.5)
 TABLE = {  # of the squared error of x₀, by the signal-to-noise ratio
     "constant": lambda snr: snr,
     "snr_plus_one": lambda snr: snr + 1,
@@ -39,7 +41,7 @@ def test_three_prediction_types_weigh_the_same_error_of_the_image_equally(weight
         noisy_as_double.alphas_cumprod = alphas
         target = prediction_target(noisy_as_double, clean, noise, timesteps)
         errors = (prediction[prediction_type] - target).square().flatten(1).mean(1)
-        weights = TimestepWeights(loss_weights(weighting, alphas, prediction_type, **SETTINGS))
+        weights = TimestepWeights(loss_weights(weighting, alphas, prediction_type, OTHER))
         gradients[prediction_type] = torch.autograd.grad(weights(errors, timesteps), guess)[0]
     snr = compute_snr(DDPMScheduler(), timesteps).double().view(-1, 1, 1, 1)
     expected = TABLE[weighting](snr) * 2 * 0.1 / clean.numel() * torch.ones_like(clean)
@@ -50,7 +52,7 @@ def test_three_prediction_types_weigh_the_same_error_of_the_image_equally(weight
 def test_min_snr_of_v_is_not_what_diffusers_once_had():
     """min(SNR, γ)/(SNR + 1), not min(SNR + 1, γ)/(SNR + 1): they differ where SNR < γ."""
     alphas = torch.tensor([0.9, 0.75, 0.5, 0.1], dtype=torch.float64)  # SNR 9, 3, 1, 1/9
-    found = loss_weights("min_snr", alphas, "v_prediction", min_snr_gamma=5.0, normalized=False)
+    found = loss_weights("min_snr", alphas, "v_prediction", RAW)
     torch.testing.assert_close(found, torch.tensor([5 / 10, 3 / 4, 1 / 2, 0.1]))
 
 
@@ -59,9 +61,11 @@ def test_the_raw_weight_of_the_last_timestep_is_the_known_one():
     stable = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     for options, last in (({}, 24_778), (stable, 214.6)):
         alphas = DDPMScheduler(**options).alphas_cumprod
-        assert float(loss_weights("snr_plus_one", alphas, "epsilon", normalized=False)[-1]) == pytest.approx(last, 1e-3)
+        assert float(loss_weights("snr_plus_one", alphas, "epsilon", RAW)[-1]) == pytest.approx(last, 1e-3)
         for weighting in WEIGHTINGS:
-            assert float(loss_weights(weighting, alphas, "epsilon").double().mean()) == pytest.approx(1, abs=1e-5)
+            assert float(loss_weights(weighting, alphas, "epsilon", USUAL).double().mean()) == pytest.approx(
+                1, abs=1e-5
+            )
 
 
 NOTHING, ALL = torch.tensor([0.0]), torch.tensor([1.0])  # ᾱ at SNR 0 and ∞
@@ -80,9 +84,9 @@ def test_limits_where_there_is_no_signal_and_where_there_is_no_noise(weighting):
         for prediction_type, limit in zip(PREDICTIONS, limits, strict=True):
             if limit == math.inf:
                 with pytest.raises(UserError, match=f"^{weighting} of {prediction_type}: infinite at timestep 0"):
-                    loss_weights(weighting, alphas, prediction_type, normalized=False)
+                    loss_weights(weighting, alphas, prediction_type, RAW)
             else:
-                found = loss_weights(weighting, alphas, prediction_type, normalized=False)
+                found = loss_weights(weighting, alphas, prediction_type, RAW)
                 assert float(found) == pytest.approx(limit, abs=1e-12)
 
 
@@ -90,7 +94,7 @@ def test_zero_terminal_snr_has_weights_of_v():
     """diffusers' rescaled betas, whose last ᾱ is as good as 0."""
     alphas = DDPMScheduler(rescale_betas_zero_snr=True).alphas_cumprod
     for weighting in WEIGHTINGS:
-        assert loss_weights(weighting, alphas, "v_prediction").isfinite().all()
+        assert loss_weights(weighting, alphas, "v_prediction", USUAL).isfinite().all()
 
 
 def test_learned_weights_in_closed_form():
