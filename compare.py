@@ -23,14 +23,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deme.compare.comparison import ComparedRun, load_comparison
+from deme.compare.graph import Job, Ledger
+from deme.compare.side_by_side import Jobs, places
+from deme.compare.stages import LAST, stages_of
 from deme.config.paths import Paths
 from deme.errors import RunError, UserError
 from deme.job.command import ended_in_one_line
 from deme.job.files import REPOSITORY, atomic_file, make_folder
-from deme.compare.graph import Job, Ledger
 from deme.job.locks import locked
-from deme.compare.side_by_side import Jobs, places
-from deme.compare.stages import LAST, stages_of
 
 
 def number_given(name: str) -> int:

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ LINKED = ("vae", "text_encoder")  # parts of a pipeline whose weights merge.py g
 def stages_of(
     comparison: Comparison, runs: Sequence[ComparedRun], blocks: int = 1, has_cache: bool = False
 ) -> list[Job]:
-    """All jobs of a comparison, none before one that it needs; what several rows need is one job.
+    """All jobs of a comparison, each behind those that it needs. What several rows need is one job.
 
     Args:
         runs: the base first.
-        blocks: jobs that draw from each model.
-        has_cache: a job decodes and encodes the data before others read it.
+        blocks: number of jobs that draw from each model.
+        has_cache: whether a job decodes and encodes the data before others read it.
     """
     stages = Stages(runs[0], blocks)
     stages.add_what_all_need(comparison.reference, has_cache)
@@ -39,44 +38,32 @@ def stages_of(
 
 
 class Stages:
-    """The graph while it is made."""
+    """The graph under construction."""
 
     def __init__(self, base: ComparedRun, blocks: int):
         self.base = base
         self.blocks = blocks
         self.by_name: dict[str, Job] = {}
-        self.states: dict[str, str] = {}  # of what no job makes, looked at once
-        self.pretrained: list[Job] = []  # before images of it
-        self.first: list[Job] = []  # before trainings
-        self.reference: list[Job] = []  # before scores
+        self.states: dict[str, str] = {}  # of files that no job makes, by path
+        self.pretrained: list[Job] = []  # make the pretrained network
+        self.first: list[Job] = []  # the jobs before trainings
+        self.reference: list[Job] = []  # the jobs before scores
 
     def add(
-        self,
-        run: ComparedRun,
-        stage: str,
-        script: str,
-        *overrides: str,
-        own: str = "",
-        output: Path | None,
-        **others: Any,
+        self, run: ComparedRun, stage: str, script: str, *overrides: str, own: str = "", output: Path | None, **others
     ) -> Job:
-        """A job of a run; the same one where it is there already.
-
-        Args:
-            others: of the job.
-        """
+        """A job of a run, which is made once; `others` are its other fields, or `inputs`: more that it depends on."""
         name = f"{run.config.name} {stage} {own}".rstrip()
         if name not in self.by_name:
             arguments = [*run.arguments, *overrides]
-            if overrides or own:
+            if overrides or own:  # a mistake is reported before any job starts
                 load_config(arguments[1], [*arguments[2:], *([own] if own else [])])
             settings = self.settings(run.config, script, overrides, own, others.pop("inputs", ()))
-            made = Job(run.config.name, stage, script, arguments, output, settings, own=own, **others)
-            self.by_name[name] = made
+            self.by_name[name] = Job(run.config.name, stage, script, arguments, output, settings, own=own, **others)
         return self.by_name[name]
 
     def settings(self, config: Config, script: str, *others: Any) -> str:
-        """All that a job's output depends on but for what other jobs make, as a text."""
+        """All that a job's output depends on except what other jobs make, as text."""
         read = config.read_by(script)
         made = None if self.base.config.model.pretrained else str(self.base.config.paths.pretrained_here)
         given = [path for path in outside(config, script) if path != made]
@@ -89,8 +76,8 @@ class Stages:
         base, paths = self.base, self.base.config.paths
         if paths.pretrained == str(paths.pretrained_here):
             parts = [paths.pretrained_here / part for part in (DENOISER, "scheduler", "pretrain.yaml")]
-            made = {"output": paths.pretrained_here, "parts": parts}  # merge.py gives the encoders' files another name
-            self.pretrained = [self.add(base, "pretrain", "pretrain.py", **made)]
+            # not the encoders, which merge.py may hard-link
+            self.pretrained = [self.add(base, "pretrain", "pretrain.py", output=paths.pretrained_here, parts=parts)]
         cache: list[Job] = []
         if has_cache:
             cache = [self.add(base, "cache", "scripts/cache.py", output=None, after=self.pretrained)]
@@ -103,12 +90,12 @@ class Stages:
         self.reference = [self.add(base, "statistics", "evaluate.py", "evaluate.samples=[]", after=cache, **made)]
 
     def add_rows(self, run: ComparedRun) -> None:
-        """The images and scores of a run's models, and what is told of them."""
+        """The jobs that draw and score a run's models, and describe them."""
         paths = run.config.paths
         drawn = {model: self.drawn(run, model) for model in run.models}
 
         def arguments(there: Sequence[Job]) -> list[str] | None:
-            """In the base's features; of the folders whose images are all there."""
+            """Score the complete folders, in the base's features."""
             folders = [str(paths.all_samples / model) for model, jobs in drawn.items() if set(jobs) <= set(there)]
             scored = [override("evaluate.samples", folders), override("evaluate.output", str(paths.results))]
             return [*self.base.arguments, *scored] if folders else None
@@ -118,7 +105,7 @@ class Stages:
         named = (run.config.name, "evaluate", "evaluate.py")
         scores = Job(*named, arguments, paths.results, settings, self.reference, waited)
         self.by_name[scores.name] = scores
-        if "merged" in run.models:  # once more, for its model card
+        if "merged" in run.models:  # the model card shows the scores
             self.add(run, "card", "merge.py", output=paths.merged / "README.md", after=[scores], single_process=True)
         if run is self.base:
             pictures = state_of(map(for_shell, paths.plots.glob("analysis-*.png")))
@@ -127,16 +114,13 @@ class Stages:
 
     def drawn(self, run: ComparedRun, model: str) -> list[Job]:
         """The jobs that draw a model's images, one for each block of seeds."""
-        folder, chosen = run.config.paths.all_samples / model, f"sample.model={model}"
-        draw = partial(self.add, run, f"sample-{model}", "sample_ddp.py", chosen, after=self.made(run, model))
-        parts = replace(run.config.sample, blocks=self.blocks).chosen_blocks
-        files = [[image_path(folder, seed) for seed in part] for part in parts]
+        folder, before = run.config.paths.all_samples / model, self.made(run, model)
+        overrides = [f"sample.model={model}"] + [f"sample.blocks={self.blocks}"] * (self.blocks > 1)
         jobs = []
-        for number, images in enumerate(files):
-            block = {"output": images[-1], "parts": images}
-            if self.blocks > 1:
-                block["own"] = f"sample.block={number}"
-            jobs.append(draw(*([f"sample.blocks={self.blocks}"] if self.blocks > 1 else []), **block))
+        for number, seeds in enumerate(replace(run.config.sample, blocks=self.blocks).chosen_blocks):
+            images = [image_path(folder, seed) for seed in seeds]
+            job = {"own": f"sample.block={number}" if self.blocks > 1 else "", "output": images[-1], "parts": images}
+            jobs.append(self.add(run, f"sample-{model}", "sample_ddp.py", *overrides, **job, after=before))
         return jobs
 
     def made(self, run: ComparedRun, model: str) -> list[Job]:
@@ -153,7 +137,7 @@ class Stages:
             return experts
         paths = run.config.paths
         if paths.searched:
-            # whose report has the control where that is trained
+            # the search's report includes the control if there is one
             controls = [self.trained(run, "train", name, self.first) for name in run.models if name == CONTINUED]
             before = {"after": [*experts, *self.reference], "after_all": controls}
             experts = [self.add(run, "search", "search.py", output=paths.best_coefficients, **before)]
@@ -161,14 +145,14 @@ class Stages:
         return [self.add(run, "merge", "merge.py", output=parts[0], parts=parts, after=experts, single_process=True)]
 
     def trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
-        """The training of a range, by its number, or one that has a name."""
+        """The training of a range, given its number, or of a model of NAMED_TRAININGS."""
         paths = run.config.paths
         output = paths.trained(chosen) if chosen in NAMED_TRAININGS else paths.finetuned[int(chosen)]
         return self.add(run, stage, "finetune.py", own=f"finetune.range={chosen}", output=output, after=list(after))
 
 
 def outside(config: Config, script: str) -> list[str]:
-    """Files and folders that a script reads and no job makes: where they change, it is started again."""
+    """Files and folders that a script reads and no job makes; the script runs again when they change."""
     given: list[Any] = [] if script in ("merge.py", "sample_ddp.py") else [config.data.name]
     pipelines = [config.model.pretrained, config.pretrain.encoders if script == "pretrain.py" else None]
     for source in pipelines:  # as find_pipeline looks for them
