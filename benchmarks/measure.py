@@ -72,7 +72,7 @@ def number(value: float, digits: int) -> str:
 
 def memory_taken(device: str) -> int:
     """Bytes at the peak: what torch has reserved of a GPU; on a CPU, what this process has had resident."""
-    return torch.cuda.max_memory_reserved() if device == "cuda" else peak_memory(torch.device(device))
+    return torch.cuda.max_memory_reserved() if device == "cuda" else peak_memory(device)
 
 
 def ceiling(device: str) -> dict[str, float]:

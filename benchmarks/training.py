@@ -125,7 +125,7 @@ def work(name: str, quick: bool, parent: Connection) -> None:
     parent.send("ready")
     while parent.recv() == "step":
         parent.send(seconds(step, "cpu"))
-    found = {"peak_memory": peak_memory(torch.device("cpu"))}
+    found = {"peak_memory": peak_memory("cpu")}
     if trainer is not None:
         found["shares"] = breakdown(trainer)
     else:  # the same work, in operations that torch can count

@@ -1,4 +1,4 @@
-"""What goes wrong, in one line: a mistake of the user's, a run that can't go on, or anything that a library raises."""
+"""Errors that end a script with one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A run that can't go on though its input is in order: one line on stderr."""
+    """A run with valid input that can't go on. Printed as one line on stderr."""
 
     status: ClassVar[int] = 1
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line: the type stands before the message where it is not ours or the system's."""
+    """An error's message in one line, after its type unless it is ours or the system's."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     message = " ".join(str(error).split())
@@ -32,7 +32,7 @@ def one_line(error: BaseException) -> str:
 
 
 def shown(value: object) -> str:
-    """A setting's value as it is written in YAML."""
+    """A setting's value as written in YAML."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -40,10 +40,7 @@ def shown(value: object) -> str:
 
 @contextmanager
 def naming(name: str | Path, value: object = NOTHING) -> Iterator[None]:
-    """Put `name=value`, or the name of a file alone, before the reason of a mistake that the block finds.
-
-    The library knows the reason; who read the key knows its name.
-    """
+    """Put `name=value`, or the name of a file alone, before the message of a UserError in the block."""
     try:
         yield
     except UserError as error:

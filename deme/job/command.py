@@ -1,4 +1,4 @@
-"""A script's command line, and how it ends: whatever goes wrong, in one line."""
+"""A script's command line, and how it ends: any error is one line."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from deme.config.experiment import Config
 from deme.config.paths import Paths
@@ -24,9 +25,8 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
     """Every script's command line: `--config FILE key=value …`, with `--dry-run` or `--path NAME`.
 
     Args:
-        description: the script's docstring, shown by --help.
-        plan: says in a few lines what `main` would do; printed by --dry-run under the resolved configuration.
-        main: does it.
+        description: the script's docstring, for --help.
+        plan: says in a few lines what `main` would do, for --dry-run.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=REPOSITORY / "configs/digits.yaml", metavar="FILE", help="YAML file")
@@ -49,10 +49,10 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
 
 @contextmanager
 def ended_in_one_line(script: str) -> Iterator[list[Path]]:
-    """Whatever goes wrong in the block, end this process with one line on standard error and the error's status.
+    """End this process with one line on standard error if the block raises any error.
 
     Yields:
-        a list for the folder, once it is known, beside whose files a traceback belongs.
+        a list for the folder that takes a traceback, once it is known.
     """
     for number in SIGNALS:
         signal.signal(number, raise_interrupted)
@@ -73,32 +73,19 @@ def ended_in_one_line(script: str) -> Iterator[list[Path]]:
 
 
 def _prepare_streams() -> None:
-    """Fill the place of a closed output, which the next file would take, and print to terminals of every alphabet."""
+    """Replace closed outputs, whose numbers the next files would take, and print in terminals of every alphabet."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for as long as the process lives
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _end(script: str, error: BaseException, folder: Path | None) -> None:
     """Leave the script with an error's line and status."""
-    if isinstance(error, (UserError, RunError, Interrupted)):
-        message = str(error) if isinstance(error, Interrupted) else one_line(error)
-        line = f"{script}: {'error: ' * isinstance(error, UserError)}{message}"
-        status = error.status
-    elif isinstance(error, OSError) and error.filename is not None:
-        line = f"{script}: error: {error.filename}: {one_line(error)}"
-        status = UserError.status
-    elif isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and _is_stuck(sys.stdout)):
-        line = f"{script}: standard output: {one_line(error)}"
-        status = RunError.status
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        line = f"{script}: out of memory, a smaller batch_size or micro_batch_size takes less: {one_line(error)}"
-        status = RunError.status
-    else:
-        line = f"{script}: this is a fault of ours: {one_line(error)}; the traceback is in {_write_traceback(folder)}"
-        status = RunError.status
+    status, message = _explained(error, folder)
+    line = f"{script}: {message}"
     if not _tell_launcher(line) or os.environ.get("RANK", "0") == "0":
         with suppress(OSError, ValueError):  # closed, or full
             print(line, file=sys.stderr)
@@ -108,8 +95,26 @@ def _end(script: str, error: BaseException, folder: Path | None) -> None:
     sys.exit(status)
 
 
-def _is_stuck(stream: object) -> bool:
-    """Whether an output stream takes nothing more: it is closed, or its disk is full."""
+def _explained(error: BaseException, folder: Path | None) -> tuple[int, str]:
+    """The exit status and the line for an error."""
+    reason = one_line(error)
+    if isinstance(error, Interrupted):
+        return error.status, str(error)
+    if isinstance(error, UserError):
+        return error.status, f"error: {reason}"
+    if isinstance(error, RunError):
+        return error.status, reason
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError.status, f"error: {error.filename}: {reason}"
+    if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and _is_stuck(sys.stdout)):
+        return RunError.status, f"standard output: {reason}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return RunError.status, f"out of memory, a smaller batch_size or micro_batch_size takes less: {reason}"
+    return RunError.status, f"this is a fault of ours: {reason}; the traceback is in {_write_traceback(folder)}"
+
+
+def _is_stuck(stream: TextIO) -> bool:
+    """True if an output stream is closed, or its disk is full."""
     try:
         stream.flush()
     except (OSError, ValueError):
@@ -119,26 +124,22 @@ def _is_stuck(stream: object) -> bool:
 
 def _write_traceback(folder: Path | None) -> Path:
     """Write the traceback of the error that is handled beside the run, or else among temporary files."""
-    text = traceback.format_exc()
     name = f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    try:
-        file = folder / name
-        file.write_text(text, encoding="utf-8")
-    except (OSError, TypeError):
-        file = Path(tempfile.gettempdir()) / name
+    places = [folder, Path(tempfile.gettempdir())] if folder is not None else [Path(tempfile.gettempdir())]
+    for place in places:
         with suppress(OSError):
-            file.write_text(text, encoding="utf-8")
-    return file
+            (place / name).write_text(traceback.format_exc(), encoding="utf-8")
+            return place / name
+    return places[-1] / name
 
 
 def _end_with_launcher() -> None:
-    """End a worker with its launcher."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    launcher = os.getppid()
-    end_with_parent()
-    if os.getppid() != launcher:  # it went in between
-        os.kill(os.getpid(), signal.SIGTERM)
+    """Have a worker of torch's launcher end when the launcher ends."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = os.getppid()
+        end_with_parent()
+        if os.getppid() != launcher:  # it ended in between
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave_process_group() -> None:
@@ -150,7 +151,7 @@ def _leave_process_group() -> None:
 
 
 def _tell_launcher(line: str) -> bool:
-    """Let torch's launcher, if it is there, repeat an error in its last lines, in the file that it names for that."""
+    """Write an error to the file that torch's launcher names, if it is there, for its own last lines."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         with suppress(OSError):

@@ -1,7 +1,4 @@
-"""Imported first by every script: Ctrl-C and SIGTERM while the rest is imported end it in one line, too.
-
-`run_script` takes over.
-"""
+"""Imported first by every script, for Ctrl-C and SIGTERM while the rest is imported; `run_script` takes over."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Writing files and folders so that each appears whole or not at all."""
+"""Files and folders that appear whole or not at all; YAML and JSON; hashes."""
 
 import glob
 import hashlib
@@ -18,7 +18,7 @@ from deme.config.plain_yaml import read_yaml_text
 from deme.errors import RunError, UserError, naming, one_line
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-TEMPORARY = ".writing-"  # prefix of unfinished siblings; remove_leftovers deletes those of a killed run
+TEMPORARY = ".writing-"  # prefix of unfinished siblings
 REPLACED = ".replaced-"  # prefix of a folder that is set aside while another one takes its name
 SUFFIX_LENGTH = 8  # random characters that tempfile appends
 UMASK = os.umask(0o077)  # can be read only by setting it
@@ -27,11 +27,7 @@ os.umask(UMASK)
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name `path` where the block can't write.
-
-    Raises:
-        RunError: instead of the errors of a disk that is full, read-only or gone while the block writes.
-    """
+    """Raise RunError, which names `path`, if the disk is full, read-only or gone while the block writes."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -40,11 +36,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write to; it becomes `path` when the block ends without an error.
-
-    Raises:
-        RunError: the disk is full, or the like.
-    """
+    """Yield a temporary sibling of `path` to write to; it becomes `path` when the block ends without an error."""
     with writing(path):
         remove_leftovers(path)
         descriptor, name = tempfile.mkstemp(**_sibling(path))  # private: readable to its owner alone
@@ -62,10 +54,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def write_small_file(path: Path, content: bytes) -> None:
     """Like `atomic_file`, for thousands of small files that are checked before they are relied on.
 
-    Nothing is forced to disk, and the folder is not searched for leftovers; both would take longer than the writing.
-
-    Raises:
-        RunError: the disk is full, or the like.
+    Nothing is synced, and the folder is not searched for leftovers: both take longer than the writing.
     """
     with writing(path):
         descriptor, temporary = tempfile.mkstemp(**_sibling(path))
@@ -83,11 +72,8 @@ def write_small_file(path: Path, content: bytes) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary sibling of `path` to fill; it replaces `path` when the block ends without an error.
 
-    A folder that holds something can't be replaced in one step: the old one is set aside first. Whoever is killed
-    between the two leaves that as the only copy, which `remove_leftovers` puts back.
-
-    Raises:
-        RunError: the disk is full, or the like.
+    A folder with content can't be replaced in one step, so the old one is set aside first. After a kill between the
+    two steps it is the only copy, and `remove_leftovers` puts it back.
     """
     path = path.resolve()  # a link to a folder elsewhere stays: what it points to is replaced
     with writing(path):
@@ -109,32 +95,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def settle_replacement(path: Path) -> None:
-    """Finish or undo a replacement that was cut short: the old folder goes once there is a new one, else it comes back.
-
-    Only for who holds the lock of `path`.
-    """
+    """Finish or undo a replacement that was cut short. The caller holds the lock of `path`."""
     old = _aside(path)
-    if not old.exists():
-        return
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
-    else:
+    elif old.exists():
         os.replace(old, path)
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{REPLACED}{path.name}")
-
-
 def remove_leftovers(path: Path) -> None:
-    """Clear up after a run that was killed while it wrote `path`: what was unfinished goes, what was set aside comes
-    back."""
+    """Clear up after a run that was killed while it wrote `path`."""
     settle_replacement(path)
     remove_unfinished(path.parent, glob.escape(path.name))
 
 
 def unfinished(folder: Path, pattern: str) -> Iterator[Path]:
-    """What a killed run left unfinished directly in `folder` of the names that fit a pattern, such as *.png."""
+    """What a killed run left unfinished directly in `folder`, of the names that fit a pattern such as *.png."""
     return folder.glob(f"{TEMPORARY}{pattern}-{'?' * SUFFIX_LENGTH}")
 
 
@@ -144,8 +120,17 @@ def remove_unfinished(folder: Path, pattern: str) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
+def _sibling(path: Path) -> dict[str, str]:
+    """The name of a temporary sibling, for tempfile; without a suffix, as pytorch_fid takes every *.png."""
+    return {"prefix": f"{TEMPORARY}{path.name}-", "dir": str(path.parent)}
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{REPLACED}{path.name}")
+
+
 def check_apart(key: str, output: Path, inputs: Iterable[Path]) -> None:
-    """Make sure that writing an output can't touch an input, whatever links lead to them."""
+    """Refuse an output that is, holds or lies in an input, links resolved."""
     place = output.resolve()
     for path in inputs:
         source = path.resolve()
@@ -154,32 +139,24 @@ def check_apart(key: str, output: Path, inputs: Iterable[Path]) -> None:
 
 
 class Watched:
-    """Files that are read more than once, for their hash and for their content: were they the same each time?
-
-    Args:
-        files: as they are before the first reading.
-    """
+    """Files that are read more than once, for their hash and for their content."""
 
     def __init__(self, files: Iterable[Path]):
         self.before = {path: _stamp(path) for path in files}
 
     def check(self) -> None:
-        """
-        Raises:
-            RunError: another program has written or deleted one since; names it.
-        """
+        """Raise RunError if another program has written or deleted one of them since."""
         for path, stamp in self.before.items():
             if _stamp(path) != stamp:
                 raise RunError(f"{path}: was written while it was read; start the same command again")
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from any that takes its place; None where there is none."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def make_folder(path: Path, key: str) -> None:
@@ -191,10 +168,10 @@ def make_folder(path: Path, key: str) -> None:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints that lie in a folder, if there is one, rising; other names are left alone."""
-    names = [name for name in (os.listdir(folder) if folder.is_dir() else []) if (folder / name).is_dir()]
-    found = (re.fullmatch(r"step-([0-9]{8}|[1-9][0-9]{8,17})", name) for name in names)
-    return sorted(int(match[1]) for match in found if match)
+    """The steps of the checkpoints in a folder, rising; none if there is no folder."""
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    matches = (re.fullmatch(r"step-([0-9]{8}|[1-9][0-9]{8,17})", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def to_yaml(values: dict) -> str:
@@ -216,8 +193,8 @@ def read_yaml(path: Path) -> dict:
         except (OSError, ValueError) as error:
             raise UserError(one_line(error)) from None
         values = read_yaml_text(text)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a YAML mapping")
+        if not isinstance(values, dict):
+            raise UserError("not a YAML mapping")
     return values
 
 
@@ -233,7 +210,7 @@ def read_json(path: Path) -> dict:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits."""
+    """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -245,9 +222,3 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sibling(path: Path) -> dict[str, str]:
-    """The name of a temporary sibling, for tempfile."""
-    # no suffix: pytorch_fid takes every *.png, hidden ones too
-    return {"prefix": f"{TEMPORARY}{path.name}-", "dir": str(path.parent)}

@@ -3,9 +3,8 @@
 import os
 import secrets
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -159,25 +158,3 @@ def _end(lost: LeaseCompromise) -> None:
     with suppress(OSError, ValueError):
         print(f"{lost.lock_file}: lost to another job ({lost.reason}); this one stops", file=sys.stderr, flush=True)
     os._exit(RunError.status)
-
-
-@contextmanager
-def signs_of_life(give: Callable[[], None], every: float) -> Iterator[None]:
-    """Call `give` again and again while the block lasts, in a thread.
-
-    Args:
-        every: seconds between two calls, and before the first.
-    """
-    done = threading.Event()
-
-    def renew() -> None:
-        while not done.wait(every):
-            give()
-
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

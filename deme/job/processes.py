@@ -1,4 +1,4 @@
-"""The accelerator that every launched script works with; how its processes share a batch and agree."""
+"""The accelerator of every launched script; how its processes share work and agree."""
 
 import os
 import sys
@@ -24,8 +24,8 @@ def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
     """The accelerator of a script: one per precision.
 
     Args:
-        mixed_precision: no, fp16 or bf16; bf16 on a CPU that does not compute in it is warned of.
-        key: the configuration key it comes from, for the error.
+        mixed_precision: no, fp16 or bf16.
+        key: the setting that it comes from.
     """
     # the training loop accumulates by itself; without the plugin accelerate takes a divisor from the environment
     plugin = GradientAccumulationPlugin(num_steps=1)
@@ -37,20 +37,19 @@ def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
     if accelerator.device.type == "cpu":
         if mixed_precision == "fp16":
             raise UserError(f"{key}=fp16: needs a GPU; on this CPU use {'bf16' if computes_in_bf16() else 'no'}")
-        if mixed_precision == "bf16" and not computes_in_bf16():
-            _warn_of_bf16(accelerator.is_main_process, key)
+        if mixed_precision == "bf16" and not computes_in_bf16() and accelerator.is_main_process:
+            _warn_of_bf16(key)
     return accelerator
 
 
 @cache
-def _warn_of_bf16(is_main_process: bool, key: str) -> None:
-    """Say so once."""
-    if is_main_process:
-        print(f"{key}=bf16: this CPU has no bf16 instructions and takes many times as long as with no")
+def _warn_of_bf16(key: str) -> None:
+    """Print it once."""
+    print(f"{key}=bf16: this CPU has no bf16 instructions and takes many times as long as with no")
 
 
 def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
-    """What `work` returns in the main process, in every process; where it raises an error, all stop."""
+    """The result of `work` in the main process, for every process; if it raises an error, all stop."""
     result: Result | None = None
     error: UserError | RunError | None = None
     if accelerator.is_main_process:
@@ -68,14 +67,10 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Res
 
 @contextmanager
 def locked_by_all(accelerator: Accelerator, output: Path, key: str, wait: bool = False) -> Iterator[None]:
-    """`locks.locked` for all processes of a job: the main process holds it.
-
-    Args:
-        wait: see `locks.Attempts`.
-    """
+    """`locks.locked` for all processes of a job; the main process holds the lock."""
     with ExitStack() as held:
         attempt = Attempts(held, output, key, wait)
-        while not in_main_process(accelerator, attempt):  # all wait, or a broadcast's time is up
+        while not in_main_process(accelerator, attempt):  # all wait, as a broadcast has a time limit
             pass
         yield
 
@@ -101,7 +96,7 @@ class Agreement:
         return agreed
 
     def close(self) -> int:
-        """Wait for what is under way."""
+        """Wait for the reduction under way."""
         if self.work is not None:
             self.work.wait()
         self.work = None

@@ -1,4 +1,4 @@
-"""Being stopped: SIGTERM (preemption) and Ctrl-C end a script with one line and the status that shells expect."""
+"""SIGTERM (preemption) and Ctrl-C end a script with one line and the status that shells expect."""
 
 import ctypes
 import signal
@@ -14,7 +14,6 @@ class Interrupted(BaseException):
     """A signal ended the run. Not an Exception: nothing that handles errors may go on after it.
 
     Args:
-        number: the signal's.
         state: what the run leaves behind, for the message.
     """
 
@@ -23,11 +22,11 @@ class Interrupted(BaseException):
         self.status = 128 + number
 
 
-stopped_by: list[int] = []  # the signals that raised Interrupted: libraries may swallow or translate what is raised
+stopped_by: list[int] = []  # signals that raised Interrupted, which libraries may swallow or translate
 
 
 def raise_interrupted(number: int, frame: FrameType | None) -> None:
-    """The handler of SIGNALS: ends the script, whose cleaning up no second signal interrupts."""
+    """The handler of SIGNALS. No second signal interrupts the cleaning up."""
     ignore_signals()
     stopped_by.append(number)
     raise Interrupted(number)
@@ -48,7 +47,7 @@ def end_with_parent() -> None:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Within the block signals only append their number to the list that it yields."""
+    """Within the block, only append signals to the list that is yielded."""
     received = list(stopped_by)
     before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SIGNALS}
     try:

@@ -181,7 +181,7 @@ def load_classifier(path: Path, wanted: Record) -> tuple[Classifier, float] | No
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        record = Record(CLASSIFIER, CLASSIFIER.defaults | json.loads(metadata.get("made_from", "{}")))
+        record = Record(CLASSIFIER, json.loads(metadata.get("made_from", "{}")))
         if not record.fits(wanted, path):
             return None
         weights = load_file(path)

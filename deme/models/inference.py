@@ -40,7 +40,7 @@ def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str,
     dtype = AUTOCAST_TYPES[mixed_precision]
     if dtype is not None:
         compute_in(dtype, network, whole=not on_cpu)
-    if may_pack and on_cpu and can_pack(dtype) and _width(network) >= LEAST_PACKED_WIDTH:
+    if may_pack and on_cpu and can_pack(dtype is not None) and _width(network) >= LEAST_PACKED_WIDTH:
         for module in list(network.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Conv2d:

@@ -303,7 +303,7 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "ema_decay": self.state.ema.cur_decay_value,
             "images_per_second": speed,
-            "peak_memory_gib": peak_memory(self.device) / 2**30,
+            "peak_memory_gib": peak_memory(self.device.type) / 2**30,
         }
         if self.state.weighting is not None:
             learned = self.state.weighting.log_variances.tolist()

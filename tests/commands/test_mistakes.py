@@ -1364,7 +1364,8 @@ MISTAKES = [
         [PRETRAINED, OTHER],
         "sample.output=tiny/samples/other: holds samples of other settings: eta=0.0 (was not recorded), "
         "mixed_precision=no (was not recorded), num_inference_steps=3 (was not recorded), resolution=8 (was not "
-        "recorded), scheduler, timesteps=[[0, 1000]] (was not recorded), weights; choose another folder or set "
+        "recorded), sample.scheduler=ddim (was not recorded), scheduler, size_on_disk=null (was not recorded), "
+        "timesteps=[[0, 1000]] (was not recorded), weights; choose another folder or set "
         "sample.overwrite=true",
         sampled_before,
     ),

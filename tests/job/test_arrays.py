@@ -1,10 +1,8 @@
-import json
-
 import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from deme.job.arrays import CONTENT, MADE_FROM, kept
+from deme.job.arrays import MADE_FROM, kept
 from deme.job.records import ANALYSIS, Record
 
 
@@ -72,12 +70,3 @@ def test_arrays_that_were_not_written_so_are_made_anew(tmp_path, damage, capsys)
     assert all(np.array_equal(again[name], array) for name, array in ARRAYS.items())
     get()
     assert len(calls) == 2
-
-
-def test_older_files_without_a_hash_are_read(tmp_path):
-    file = tmp_path / "a.npz"
-    record = Record(ANALYSIS, {"seed": 0})
-    np.savez(file, **ARRAYS, **{MADE_FROM: np.array(json.dumps(record.made_from))})
-    found = kept(Accelerator(cpu=True), file, record, lambda: {})
-    assert found.keys() == ARRAYS.keys()
-    assert CONTENT not in found

@@ -12,31 +12,17 @@ from deme.job import records
 from deme.job.records import IMAGES, MERGED, PROVENANCE, RUN, SAMPLES, STATISTICS, Record, provenance, read_record
 
 MADE_FROM = {"weights": "a" * 64, "steps": 50}
-OLD_SAMPLES = MADE_FROM | {"sample.scheduler": "ddim", "size_on_disk": None}  # what older records do not say
 BESIDE = {RUN: {"free": {"log_every": 1}}, SAMPLES: {"num_images": 4}, MERGED: {}}
 
 
 @pytest.mark.parametrize("kind", BESIDE, ids=lambda kind: kind.name)
 def test_records_are_read_as_they_were_written(tmp_path, kind):
-    made_from = OLD_SAMPLES if kind is SAMPLES else MADE_FROM
-    written = Record(kind, made_from, BESIDE[kind] | provenance(Config()))
+    written = Record(kind, MADE_FROM, BESIDE[kind] | provenance(Config()))
     written.write(tmp_path)
     found = read_record(kind, tmp_path)
     assert found == written
-    assert found.fits(Record(kind, made_from), tmp_path)
+    assert found.fits(Record(kind, MADE_FROM), tmp_path)
     assert read_record(kind, tmp_path / "absent") is None
-
-
-def test_files_written_before_records_had_one_home_are_read(tmp_path):
-    """Each with the keys that it had: nobody's runs, merges or samples are lost."""
-    old = {
-        RUN: {"trained_from": MADE_FROM, "free": {"log_every": 1}, "git_commit": "abc", "versions": {}, "config": {}},
-        SAMPLES: {"identity": MADE_FROM, "num_images": 4, "seed_offset": 0, "git_commit": None},
-        MERGED: {**MADE_FROM, "git_commit": None, "versions": {"python": "3.11"}, "config": {}},
-    }
-    for kind, content in old.items():
-        (tmp_path / kind.file).write_text(yaml.safe_dump(content))
-        assert read_record(kind, tmp_path).made_from == (OLD_SAMPLES if kind is SAMPLES else MADE_FROM)
 
 
 def test_every_policy_is_followed(tmp_path, capsys):
@@ -84,7 +70,7 @@ def test_caches_keep_their_names():
 def test_provenance_is_plain_yaml():
     record = provenance(Config())
     assert yaml.safe_load(yaml.safe_dump(record)) == record
-    assert tuple(record) == PROVENANCE
+    assert tuple(record) == tuple(PROVENANCE)
     assert record["versions"]["numpy"] == np.__version__
     assert record["processor"]
     assert record["config"]["finetune"]["range"] is None
