@@ -1,4 +1,4 @@
-"""Networks and noise schedules of a pipeline folder, loaded and tried out."""
+"""Denoisers and noise schedules of a pipeline folder, loaded and tried out."""
 
 import functools
 import inspect
@@ -23,18 +23,15 @@ from deme.models.weights import load_tensors, weights_files
 
 
 def projected_class(unet_class: type[ModelMixin]) -> type[ModelMixin]:
-    """A UNet class with a channel-wise projection behind every block; saved and loaded like any diffusers model.
+    """A UNet class with a channel-wise projection after every block; saved and loaded like any diffusers model."""
 
-    The configuration of its models names it, so that the projections are not lost on loading.
-    """
-
-    # diffusers reads a model's settings from the signature of __init__; wraps() gives this one the UNet's
+    # diffusers reads a model's settings from the signature of __init__; wraps() gives it the UNet's
     @functools.wraps(unet_class.__init__)
     def __init__(self: ModelMixin, *args: object, **kwargs: object) -> None:
         unet_class.__init__(self, *args, **kwargs)
         add_projections(self)
 
-    # the module is what diffusers writes into a pipeline's model_index.json
+    # diffusers writes the module into a pipeline's model_index.json
     members = {"__init__": __init__, "__module__": "deme.projection", "__doc__": f"{unet_class.__name__}, projected."}
     return type(f"{PROJECTED}{unet_class.__name__}", (unet_class,), members)
 
@@ -56,7 +53,7 @@ def with_projections(unet: nn.Module) -> nn.Module:
 
 
 def load_denoiser(folder: Path) -> nn.Module:
-    """The UNet in a folder, float32, in eval mode; with projections where its configuration says so."""
+    """The denoiser in a folder: float32, in eval mode, with projections if its config.json says so."""
     file = folder / "config.json"
     settings = read_json(file)
     check_part(DENOISER, file)
@@ -66,7 +63,7 @@ def load_denoiser(folder: Path) -> nn.Module:
         raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED}{name}")
     try:
         unet = (UNETS | PROJECTED_UNETS)[name].from_config(settings)
-    except Exception as error:  # diffusers and torch raise whatever a wrong value leads to
+    except Exception as error:  # diffusers and torch raise anything for a wrong value
         raise UserError(f"{folder}: {one_line(error)}") from None
     _fill(unet, tensors, folder)
     return unet.eval()
@@ -89,11 +86,9 @@ def _fill(unet: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> No
 
 
 def load_scheduler(pipeline: Path) -> DDPMScheduler:
-    """The pretrained noise schedule: betas, clipping, prediction and variance type as the pipeline folder says, where
-    it leaves betas out as the class that it names has them.
+    """The pretrained noise schedule as a DDPMScheduler; betas that the file leaves out are those of the class it names.
 
-    Latents are never clipped and steps begin one later, whatever the folder says or leaves out, as
-    StableDiffusionPipeline sees to.
+    Latents are never clipped, and steps begin one later, as StableDiffusionPipeline enforces.
     """
     file = scheduler_folder(pipeline) / SCHEDULER_CONFIG
     named = index_class(read_index(pipeline), "scheduler")
@@ -102,17 +97,16 @@ def load_scheduler(pipeline: Path) -> DDPMScheduler:
     kind = getattr(diffusers, settings.get("_class_name", named))
     defaults = inspect.signature(kind.__init__).parameters
     defaults = {key: defaults[key].default for key in SCHEDULE if key in defaults}
-    try:  # values that are given count for other samplers, too
+    try:
         return DDPMScheduler.from_config(defaults | settings | (LATENT_SCHEDULE if takes_text(pipeline) else {}))
-    except Exception as error:  # diffusers raises whatever a wrong value leads to
+    except Exception as error:  # diffusers raises anything for a wrong value
         raise UserError(f"{file}: {one_line(error)}") from None
 
 
 def try_out(unet: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None:
-    """Predict once and take one step, so that what does not work together shows before anything is written."""
-    channels = unet.config.in_channels
-    size = unet.config.sample_size
-    check_settings(DENOISER, unet.config)  # of one that was made from settings, and not loaded
+    """Predict once and take one step, so that parts that do not fit are found before anything is written."""
+    channels, size = unet.config.in_channels, unet.config.sample_size
+    check_settings(DENOISER, unet.config)  # it may have been made from settings, and not loaded
     check_settings("scheduler", scheduler.config)
     encoder.check_fits(channels)
     condition = encoder.condition([""])  # load_encoder has tried it
@@ -125,5 +119,5 @@ def try_out(unet: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None
         if prediction.shape != target.shape:
             raise UserError(f"the network maps {tuple(target.shape)} to {tuple(prediction.shape)}")
         scheduler.step(prediction, int(last), images)
-    except Exception as error:  # torch and diffusers raise whatever does not fit
+    except Exception as error:  # torch and diffusers raise anything
         raise UserError(one_line(error)) from None

@@ -1,7 +1,4 @@
-"""Frozen networks made ready to predict: what a forward pass would do to the weights each time is done once.
-
-The predictions are those of the network as it was loaded, up to float error.
-"""
+"""Frozen networks made ready to predict: the weights are converted once, not in every forward pass."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,28 +9,26 @@ from torch import nn
 
 from deme.job.machine import can_pack
 
-LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution, below which packing gains nothing
+LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution; below, packing gains nothing
 AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def memory_format(device: torch.device | str) -> torch.memory_format:
-    """How networks and images lie on a device: channels last on a GPU.
+    """The memory format of networks and images: channels last on a GPU.
 
-    On a CPU oneDNN reorders both anyway; channels_last costs narrow networks a fifth of their time in group
-    normalizations, and in training wide ones copies of their weights.
+    On a CPU oneDNN reorders both anyway. There channels_last costs narrow networks a fifth of their time, in group
+    normalizations, and wide ones copies of their weights in training.
     """
     return torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last
 
 
 def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str, may_pack: bool = True) -> nn.Module:
-    """Prepare a network for predicting on a device, in place.
-
-    The network takes float32 inputs and needs no autocast around it.
+    """Prepare a network for predicting float32 inputs on a device, in place; it needs no autocast around it.
 
     Args:
-        mixed_precision: no, fp16 or bf16. On a GPU the whole network has this type. On a CPU its convolutions and
-            linear layers have it, and the network runs under autocast.
-        may_pack: False where its weights will be written to later.
+        mixed_precision: no, fp16 or bf16: on a GPU the type of the whole network, on a CPU that of its convolutions and
+            linear layers, under autocast.
+        may_pack: False if its weights will be written to later.
     """
     on_cpu = torch.device(device).type == "cpu"
     network = network.eval().requires_grad_(False).to(device, memory_format=memory_format(device))
@@ -52,8 +47,8 @@ def compute_in(dtype: torch.dtype, network: nn.Module, whole: bool) -> None:
     """Make a network compute in fp16 or bf16, in place.
 
     Args:
-        whole: all of it, and images and conditions are cast to this type. Timesteps are not: bf16 has no 999. Otherwise
-            its convolutions and linear layers, under autocast, which runs normalizations in float32.
+        whole: images and conditions are cast, too, but not timesteps: bf16 has no 999. Otherwise only convolutions and
+            linear layers have the type, and the network runs under autocast, with normalizations in float32.
     """
     for module in [network] if whole else network.modules():
         if whole or isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -77,9 +72,9 @@ def _width(network: nn.Module) -> int:
 
 
 class PackedConv2d(nn.Module):
-    """A convolution on a CPU whose weight is kept in oneDNN's own layout, instead of being reordered at every call.
+    """A convolution on a CPU whose weight is kept in oneDNN's layout instead of being reordered at every call.
 
-    With the 114 M parameters of LSUN-Church's network on small images that is a fifth of the time.
+    LSUN-Church's network of 114 M parameters saves a fifth of its time on small images.
     """
 
     def __init__(self, convolution: nn.Conv2d):

@@ -1,6 +1,7 @@
-"""Which kind of model is this? The classes that a pipeline's files name, and settings that change what an input means.
+"""Which kind of model is this? The classes that a pipeline's files name, and settings that change an input's meaning.
 
-Each is looked up in a table below; what is not there is refused by name, with what is. Only files are looked at.
+Each is looked up in a table; what is not in it is refused by name, with the list of what is. Only files are read. To
+support another denoiser, add its class to PIPELINES and DENOISERS here and to UNETS in denoisers.py.
 """
 
 import math
@@ -13,16 +14,16 @@ from deme.errors import UserError, naming, shown
 from deme.job.files import read_json
 
 INDEX = "model_index.json"
-PROJECTED = "Projected"  # how the names of the UNet classes with projections begin
+PROJECTED = "Projected"  # prefix of the classes with projections
 ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
-PIPELINES = {  # their denoiser; the first one of a denoiser is written where a folder names none
+PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written where a folder names none
     "DDPMPipeline": "UNet2DModel",
     "DDIMPipeline": "UNet2DModel",
     "PNDMPipeline": "UNet2DModel",
     "StableDiffusionPipeline": "UNet2DConditionModel",
 }
 DENOISERS = {"UNet2DModel": (), "UNet2DConditionModel": ENCODERS}  # the parts between images and the network
-SCHEDULERS = (  # all of them say the same of the noise: betas, and what is predicted
+SCHEDULERS = (  # their configurations say the same of the noise: betas, and what is predicted
     *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler"),
     *("LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
     *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler"),
@@ -36,8 +37,8 @@ CLASSES = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 NEVER_RUN = ("safety_checker", "feature_extractor", "image_encoder")  # no image depends on them
-FILES = {DENOISER: "config.json", "scheduler": "scheduler_config.json", "vae": "config.json"}  # that name their class
-SETTINGS = {  # the values that are supported; what a file leaves out is diffusers' default, which is
+FILES = {DENOISER: "config.json", "scheduler": "scheduler_config.json", "vae": "config.json"}  # each names its class
+SETTINGS = {  # supported values; diffusers' default, where a file leaves a setting out, is one of them
     DENOISER: {
         "class_embed_type": (None,),  # labels
         "num_class_embeds": (None,),
@@ -60,27 +61,23 @@ SETTINGS = {  # the values that are supported; what a file leaves out is diffuse
 
 
 def read_index(pipeline: Path) -> dict[str, Any]:
-    """A pipeline's model_index.json; empty where there is none, as in folders of long ago."""
+    """A pipeline's model_index.json; empty where there is none, as in old folders."""
     return read_json(pipeline / INDEX) if (pipeline / INDEX).is_file() else {}
 
 
 def index_class(index: dict[str, Any], part: str) -> Any:
-    """The class of a part in a model_index.json, which names a library and a class in it; None where it names none."""
+    """The class of a part in a model_index.json, which names a library and a class; None if it names none."""
     entry = index.get(part)
     return entry[-1] if isinstance(entry, list) and entry else entry
 
 
 def denoiser_class(settings: dict[str, Any]) -> str:
-    """The class of a UNet, without projections, by its config.json; files of long ago name none."""
+    """The denoiser's class by its config.json, without projections; old files name none."""
     return str(settings.get("_class_name", "UNet2DModel")).removeprefix(PROJECTED)
 
 
 def check_pipeline(pipeline: Path, unet: Path, scheduler: Path) -> None:
-    """Look up the classes and the settings of a pipeline folder's parts, as far as they are there.
-
-    Args:
-        unet, scheduler: the folders of these parts.
-    """
+    """Look up the classes and the settings of a pipeline folder's parts; parts that are missing are left to others."""
     index = read_index(pipeline)
     entries = {name: entry for name, entry in index.items() if name in CLASSES or isinstance(entry, list)}
     entries.pop("_class_name", None)
@@ -113,11 +110,10 @@ def _check_parts(pipeline: Path, parts: dict[str, str], name: str) -> None:
 
 
 def check_part(part: str, file: Path, named: str | None = None) -> None:
-    """Look up the class and the settings that a part's file names.
+    """Look up the class and the settings in the file of a part of SETTINGS.
 
     Args:
-        part: unet, scheduler or vae.
-        named: its class, where the file itself names none.
+        named: its class in model_index.json, for files that name none.
     """
     settings = read_json(file)
     given = settings.get("_class_name", named or ("UNet2DModel" if part == DENOISER else None))
@@ -127,11 +123,7 @@ def check_part(part: str, file: Path, named: str | None = None) -> None:
 
 
 def check_settings(part: str, settings: Mapping[str, Any]) -> None:
-    """Look up the settings of a part; what they leave out is supported.
-
-    Args:
-        part: unet, scheduler or vae.
-    """
+    """Look up the settings of a part of SETTINGS."""
     for key, supported in SETTINGS[part].items():
         if key in settings:
             _look_up(key, settings[key], supported)

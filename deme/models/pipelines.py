@@ -1,8 +1,8 @@
 """diffusers pipelines as folders: where their parts lie, and what makes a folder a pipeline.
 
-A pipeline is a folder with `unet/` and `scheduler/`, or a flat one with `config.json`, `scheduler_config.json` and the
-weights side by side (google/ddpm-*); text-to-image pipelines have `vae/`, `text_encoder/` and `tokenizer/` too. Only
-files are looked at here: torch is not imported, diffusers only for what a file leaves out.
+A pipeline has `unet/` and `scheduler/`, or is flat, with `config.json`, `scheduler_config.json` and the weights side by
+side (google/ddpm-*); text-to-image pipelines also have `vae/`, `text_encoder/` and `tokenizer/`. Only files are read:
+torch is not imported, diffusers only for the defaults of its classes.
 """
 
 import functools
@@ -38,11 +38,10 @@ SCHEDULER_CONFIG = "scheduler_config.json"
 
 
 def find_pipeline(source: str) -> Path:
-    """The local folder of a pipeline given as a folder or a Hub id (downloaded once, kept in the Hub's cache).
+    """The local folder of a pipeline, which is downloaded to the Hub's cache if necessary.
 
     Args:
-        source: a folder relative to the working directory or else to the repository, or owner/name on the Hub, with
-            @revision (a branch, a tag or a commit) where it is not the newest.
+        source: a folder, as `find_folder` takes it, or owner/name[@revision] on the Hub (a branch, tag or commit).
     """
     folder = find_folder(source)
     if folder is not None:
@@ -54,7 +53,7 @@ def find_pipeline(source: str) -> Path:
 
 
 def check_folder(pipeline: Path) -> Path:
-    """The folder itself, if it is a pipeline's whose classes are known."""
+    """Check that a folder is a pipeline of known classes, and return it."""
     unet, scheduler = denoiser_folder(pipeline), scheduler_folder(pipeline)
     check_pipeline(pipeline, unet, scheduler)
     for part in (unet / "config.json", scheduler / SCHEDULER_CONFIG):
@@ -64,23 +63,23 @@ def check_folder(pipeline: Path) -> Path:
 
 
 def find_folder(source: str) -> Path | None:
-    """A folder relative to the working directory, or else to the repository; None where there is none."""
+    """A folder relative to the working directory, or else to the repository; None if there is none."""
     return next((folder for folder in (Path(source), REPOSITORY / source) if folder.is_dir()), None)
 
 
 def denoiser_folder(pipeline: Path) -> Path:
-    """Where a pipeline's network lies: in unet/, or flat beside all else."""
+    """The folder of a pipeline's denoiser: its sub-folder, or the pipeline itself if that is flat."""
     return pipeline / DENOISER if (pipeline / DENOISER).is_dir() else pipeline
 
 
 def scheduler_folder(pipeline: Path) -> Path:
-    """Where a pipeline's noise schedule lies: in scheduler/, or flat beside all else."""
+    """The folder of a pipeline's noise schedule: scheduler/, or the pipeline itself if that is flat."""
     has_parts = any((pipeline / part).is_dir() for part in (DENOISER, "scheduler"))
     return pipeline / "scheduler" if has_parts else pipeline
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a pipeline or data set is one of the Hub's, and not a folder."""
+    """True if a pipeline or data set is on the Hub, and not a folder."""
     return find_folder(source) is None and re.fullmatch(HUB_ID, source) is not None
 
 
@@ -92,12 +91,9 @@ def hub_name(source: str) -> str | None:
 
 
 def write_pipeline_files(folder: Path, pretrained: Path) -> None:
-    """Write what makes `folder` a pipeline beside its unet/: the index, the noise schedule, the encoders.
+    """Make a denoiser's folder a pipeline: add the index, and a pretrained pipeline's noise schedule and encoders.
 
     The index is written anew: it names only classes that are known, and no safety checker.
-
-    Args:
-        pretrained: pipeline folder.
     """
     unet = read_json(folder / DENOISER / "config.json")
     schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
@@ -120,29 +116,26 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
 
 
 def has_full_precision(part: Path) -> bool:
-    """Whether a pipeline's part has other weights than those of the variant fp16, if it has any."""
+    """True unless a pipeline's part has weights of the variant fp16 alone."""
     names = [path.name for path in part.glob("*.safetensors")]
     return not names or any(".fp16" not in name for name in names)
 
 
 def part_files(part: Path) -> dict[str, Path]:
-    """What is read of a pipeline's part, by name: settings, and one form of the weights, which are no pickles.
+    """What is read of a pipeline's part, by name: settings, and one form of the weights, never pickles.
 
-    Where there are only weights of the variant fp16, their names are without it, but for shards, which an index names.
+    Weights of the variant fp16 are named without it, except for shards, which an index names.
     """
     full = has_full_precision(part)
-    found = {}
-    for path in sorted(part.iterdir()):
-        if path.suffix in (".json", ".txt", ".safetensors", ".model") and not (full and ".fp16" in path.name):
-            found[path.name if "-of-" in path.name else path.name.replace(".fp16", "")] = path
-    return found
+    return {
+        path.name if "-of-" in path.name else path.name.replace(".fp16", ""): path
+        for path in sorted(part.iterdir())
+        if path.suffix in (".json", ".txt", ".safetensors", ".model") and not (full and ".fp16" in path.name)
+    }
 
 
 def _link_part(source: Path, target: Path) -> None:
-    """Copy a part, its weights by giving their files another name where the file system has such.
-
-    Settings are copies: other programs write them in place.
-    """
+    """Copy a part; weights are hard links if possible, settings are not, as other programs write them in place."""
     target.mkdir()
     for name, path in part_files(source).items():
         try:
@@ -154,8 +147,9 @@ def _link_part(source: Path, target: Path) -> None:
 
 
 def common_architecture(folders: Sequence[Path]) -> Path:
-    """Which of the UNet folders has the config.json of all of them: the first with projections behind the first folder,
-    where only some have any (`with_identity_projections` fills the others' weights).
+    """The denoiser folder with the architecture of all of them, which must agree but for projections.
+
+    If any after the first has projections it is one of these (`with_identity_projections` fills the others' weights).
     """
     first, *others = (folder / "config.json" for folder in folders)
     settings = read_json(first)
@@ -163,7 +157,7 @@ def common_architecture(folders: Sequence[Path]) -> Path:
         given = read_json(file)
         if denoiser_class(given) != denoiser_class(settings):
             raise UserError(f"{file}: _class_name={denoiser_class(given)}, but {denoiser_class(settings)} in {first}")
-        for key in sorted({*given, *settings} - {"dropout"}):  # which is of training alone
+        for key in sorted({*given, *settings} - {"dropout"}):  # of training alone
             if key.startswith("_") or (key in given and key in settings and given[key] == settings[key]):
                 continue
             defaults = {} if key in given and key in settings else _defaults(denoiser_class(settings))
@@ -176,7 +170,7 @@ def common_architecture(folders: Sequence[Path]) -> Path:
 
 @functools.cache
 def _defaults(name: str) -> dict[str, Any]:
-    """The settings of a class of diffusers', as a config.json would have them."""
+    """The default settings of a class of diffusers, as in a config.json."""
     import diffusers
 
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
@@ -185,30 +179,26 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def is_projected(folder: Path) -> bool:
-    """Whether the UNet in a folder has channel-wise projections: its config.json names the class that has them."""
+    """True if the denoiser in a folder has projections, by the class in its config.json."""
     return str(read_json(folder / "config.json").get("_class_name")).startswith(PROJECTED)
 
 
 def takes_text(pipeline: Path) -> bool:
-    """Whether a pipeline's images follow a text: it has a text encoder, or a network that needs one."""
+    """True if a pipeline is text-to-image: it has a text encoder, or a network that needs one."""
     config = denoiser_folder(pipeline) / "config.json"
     needs_text = config.is_file() and "Condition" in str(read_json(config).get("_class_name"))
     return (pipeline / "text_encoder").is_dir() or needs_text
 
 
 def sample_size(folder: Path, pipeline: Path) -> int | None:
-    """The resolution, in pixels, that the UNet in a folder is made for.
-
-    Args:
-        pipeline: whose encoders, if any, it works with.
-    """
+    """The resolution in pixels of the denoiser in a folder, which works with the encoders of a pipeline."""
     weights_files(folder)
     size = read_json(folder / "config.json").get("sample_size")
     return size * latent_factor(pipeline) if isinstance(size, int) else size
 
 
 def latent_factor(pipeline: Path) -> int:
-    """Pixels for each entry of a latent, along each side; 1 where the network works on pixels."""
+    """Pixels per entry of a latent, along each side; 1 if the network works on pixels."""
     if not takes_text(pipeline):
         return 1
     file = pipeline / "vae" / "config.json"
@@ -219,7 +209,7 @@ def latent_factor(pipeline: Path) -> int:
 
 
 def encoder_files(pipeline: Path) -> dict[str, Path]:
-    """What is read of a text-to-image pipeline's encoders, by name; nothing where the network works on pixels."""
+    """The files that are read of a text-to-image pipeline's encoders, by name; none if the network works on pixels."""
     found = {}
     for part in ENCODERS if takes_text(pipeline) else ():
         if not (pipeline / part).is_dir():
@@ -229,12 +219,12 @@ def encoder_files(pipeline: Path) -> dict[str, Path]:
 
 
 def encoders_hash(pipeline: Path) -> str:
-    """What tells a pipeline's encoders from all others: a SHA-256 of those of their files."""
+    """SHA-256 of a pipeline's encoders: of the names and SHA-256 of their files."""
     hashes = [f"{name} {sha256(path)}" for name, path in encoder_files(pipeline).items()]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def num_train_timesteps(pipeline: Path) -> int:
     """T of a pipeline's noise schedule."""
-    default = 1000  # diffusers' own
-    return read_json(scheduler_folder(pipeline) / SCHEDULER_CONFIG).get("num_train_timesteps", default)
+    settings = read_json(scheduler_folder(pipeline) / SCHEDULER_CONFIG)
+    return settings.get("num_train_timesteps", 1000)  # diffusers' default
