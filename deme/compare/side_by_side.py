@@ -26,7 +26,7 @@ class Running(NamedTuple):
 
 
 class Jobs:
-    """Jobs in their order; their logs lie in `folder`.
+    """Jobs, those that the longest chain of others waits for first; their logs lie in `folder`.
 
     Args:
         places: the environment variables of each place where a job can run, from `places`.
@@ -36,7 +36,7 @@ class Jobs:
     def __init__(
         self, jobs: Sequence[Job], ledger: Ledger, folder: Path, places: Sequence[dict[str, str]], processes: int = 1
     ):
-        self.jobs = jobs
+        self.jobs = longest_chain_first(jobs)
         self.ledger = ledger
         self.logs = folder
         self.free = list(places)
@@ -116,6 +116,19 @@ class Jobs:
 
     def _log(self, job: Job) -> Path:
         return self.logs / f"{job.name}.log"
+
+
+def longest_chain_first(jobs: Sequence[Job]) -> list[Job]:
+    """Sort jobs by the length of the longest chain of jobs that wait for them, so that no place is idle at the end.
+
+    Args:
+        jobs: none before one that it needs; jobs of equal length keep this order.
+    """
+    length = dict.fromkeys(jobs, 1)
+    for job in reversed(jobs):
+        for before in (*job.after, *job.after_all):
+            length[before] = max(length[before], length[job] + 1)
+    return sorted(jobs, key=length.__getitem__, reverse=True)
 
 
 def places(processes: int, jobs_per_gpu: int = 1) -> list[dict[str, str]]:

@@ -137,8 +137,9 @@ class Stages:
             return experts
         paths = run.config.paths
         if paths.searched:
-            # the search's report includes the control if there is one
-            controls = [self.trained(run, "train", name, self.first) for name in run.models if name == CONTINUED]
+            # the search's report has a row of the control if it is trained
+            scored = [name for name in run.models if name == CONTINUED] if run.config.search.report_images else []
+            controls = [self.trained(run, "train", name, self.first) for name in scored]
             before = {"after": [*experts, *self.reference], "after_all": controls}
             experts = [self.add(run, "search", "search.py", output=paths.best_coefficients, **before)]
         parts = [paths.merged / part for part in ("merge.yaml", DENOISER, "scheduler", "model_index.json")]

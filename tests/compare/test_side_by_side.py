@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deme.compare.graph import Job, Ledger
-from deme.compare.side_by_side import Jobs, places
+from deme.compare.side_by_side import Jobs, longest_chain_first, places
 from deme.job.signals import Interrupted
 
 CPU = [{}, {}]
@@ -49,6 +49,16 @@ def test_each_job_waits_for_those_before_it_and_two_run_at_once(tmp_path):
     lines = log.read_text().split()
     assert sorted(lines[:2]) == ["+a", "+b"]
     assert lines[-2:] == ["+c", "-c"]
+
+
+def test_jobs_that_the_longest_chain_waits_for_start_first(tmp_path):
+    """A short branch that comes first in the table fills the places that the long one leaves free."""
+    short = writes(tmp_path / "short")
+    start = writes(tmp_path / "start")
+    middle = writes(tmp_path / "middle", before=[start])
+    beside = writes(tmp_path / "beside", before=[start])
+    end = writes(tmp_path / "end", before=[middle, short])
+    assert longest_chain_first([short, start, beside, middle, end]) == [start, short, middle, beside, end]
 
 
 def test_a_job_without_its_output_is_not_done(tmp_path):
