@@ -179,8 +179,8 @@ def main(config: Config) -> None:
             rows = with_differences(scores, files, prompts)
             made_with = provenance(config)
             save_scores(output, settings.features, rows, beside | made_with)
-            tables = [score_table(rows, settings.features), difference_table(rows, settings.features)]
-            print("\n\n".join(filter(None, tables)), f"on {made_with['processor']}", output, sep="\n")
+            tables = [table(rows, settings.features) for table in (score_table, difference_table)]
+            print("\n\n".join(map(str, filter(None, tables))), f"on {made_with['processor']}", output, sep="\n")
 
         in_main_process(accelerator, finish)
 

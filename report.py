@@ -26,9 +26,10 @@ from deme.job.locks import locked
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from deme.report.story import Picture, Run, Section
+    from deme.report.page import Part, Picture
+    from deme.report.run import Run
 
-SHOWN = 8  # seeds of each strip of samples
+SEEDS = 8  # of each strip of samples
 LARGEST_PAGE = 10_000_000  # bytes
 
 
@@ -43,26 +44,34 @@ def main(config: Config) -> None:
     if not config.paths.run.is_dir():
         raise UserError(f"output_dir: {config.paths.run} is missing; finetune.py makes it")
 
-    from deme.report.page import html_page, markdown_page
-    from deme.report.story import Story, missing_stages, read_run
+    from deme.report.page import Page, html_page, markdown_page
+    from deme.report.run import MERGING, RESULTS, SEARCH, TRAINING, missing_stages, read_run
     from deme.report.tables import public
 
     with locked(output, "output_dir"):
         make_folder(config.paths.plots, "output_dir")
         run = read_run(config, command_line(sys.argv[1:]))
-        parts = [results(run), samples(run), training(run), merging(run), search(run), analyses(run), made(run)]
-        for section in parts:
-            section.parts[:0] = [f"Unreadable: {reason}." for reason in run.unreadable.get(section.title, [])]
-        sections = [section for section in parts if section.parts]
-        story = Story(config.name, sections, list(missing_stages(run)))
-        page = html_page(story)
-        for file, text in ((output, page), (output.with_suffix(".md"), markdown_page(story, output.parent))):
+        sections = {
+            RESULTS: results(run),
+            "Samples at equal seeds": samples(run),
+            TRAINING: training(run),
+            MERGING: merging(run),
+            SEARCH: search(run),
+            "Analyses": analyses(run),
+            "How it was made": made(run),
+        }
+        for title, reasons in run.unreadable.items():
+            sections[title][:0] = [f"Unreadable: {reason}." for reason in reasons]
+        sections = {title: parts for title, parts in sections.items() if parts}
+        page = Page(config.name, sections, list(missing_stages(run)))
+        html = html_page(page)
+        for file, text in ((output, html), (output.with_suffix(".md"), markdown_page(page, output.parent))):
             with atomic_file(file) as temporary:
                 temporary.write_text(public(text), encoding="utf-8", errors="backslashreplace")
-    print(f"wrote {output}: {len(page) / 1e6:.1f} MB; {len(story.missing)} stage(s) not there yet")
+    print(f"wrote {output}: {len(html) / 1e6:.1f} MB; {len(page.missing)} stage(s) not there yet")
     for reason in (reason for reasons in run.unreadable.values() for reason in reasons):
         print(f"unreadable: {reason}")
-    if len(page) > LARGEST_PAGE:
+    if len(html) > LARGEST_PAGE:
         print(f"{output}: larger than {LARGEST_PAGE / 1e6:.0f} MB; fewer or smaller pictures in {config.paths.plots}")
 
 
@@ -80,133 +89,26 @@ def command_line(arguments: list[str]) -> str:
             break
     file = override("base", file).removeprefix("base=")
     for place, argument in enumerate(given):
-        key, found, value = argument.partition("=")
-        if found and key == "search.storage":
+        key, equals, value = argument.partition("=")
+        if equals and key == "search.storage":
             given[place] = override(key, without_password(value))
     return shlex.join([file, *given])
 
 
-def picture(run: "Run", name: str, figure: "Figure", caption: str) -> "Picture":
+def new_picture(run: "Run", name: str, figure: "Figure", caption: str) -> "Picture":
     """Write plots/report-NAME.png."""
     from deme.report.figures import save_figure
-    from deme.report.story import Picture
+    from deme.report.page import Picture
 
     file = run.config.paths.plots / f"report-{name}.png"
     save_figure(figure, file)
     return Picture(file, caption)
 
 
-def results(run: "Run") -> "Section":
-    """The table, its plot, and what they say."""
-    from deme.report import run_plots
-    from deme.report.story import RESULTS, Section, Table, score_part, verdict
-    from deme.report.tables import NAMES, difference_lines
-
-    section = Section(RESULTS)
-    if run.scores:
-        distance = NAMES[run.features][0]
-        said = verdict(run.scores, run.features)
-        section.parts += [said] if said else []
-        section.parts.append(score_part(run.scores, run.features))
-        titles, rows = difference_lines(run.scores, run.features)
-        section.parts += [Table(titles, rows)] if rows else []
-        caption = f"{distance} of each model, {run.scores[0].images:,} images of the same seeds each."
-        section.parts.append(picture(run, "results", run_plots.results(run.scores, distance), caption))
-    return section
-
-
-def samples(run: "Run") -> "Section":
-    """Images of the same seeds side by side."""
-    from deme.report import run_plots
-    from deme.report.story import Section
-
-    section = Section("Samples at equal seeds")
-    names = run_plots.common_images(run.samples)
-    strips = run_plots.Strips(run.config.paths.run)
-    if names:
-        figure = strips.draw(run.samples, names[:SHOWN])
-        section.parts.append(picture(run, "samples", figure, "The first seeds: each row starts from the same noise."))
-    by_name = {folder.name: folder for folder in run.samples}
-    if names and {"pretrained", "merged"} <= by_name.keys():
-        looked = names[: run_plots.MOST_COMPARED]
-        others = strips.most_different(by_name["pretrained"], by_name["merged"], looked, SHOWN)
-        if others:
-            caption = f"Of {len(looked):,} seeds those where the pretrained and the merged network differ most."
-            section.parts.append(picture(run, "differences", strips.draw(run.samples, others), caption))
-    section.parts += [f"Left out: {reason}." for reason in list(strips.left_out)[:SHOWN]]
-    more = len(strips.left_out) - SHOWN
-    section.parts += [f"Left out: {more:,} more such images."] if more > 0 else []
-    return section
-
-
-def training(run: "Run") -> "Section":
-    """The curves of all ranges on one axis."""
-    from deme.report import run_plots
-    from deme.report.story import TRAINING, Section
-
-    section = Section(TRAINING)
-    curves = [(curve.name, curve.steps, curve.losses) for curve in run.curves if curve.steps]
-    if curves:
-        caption = "Training loss as logged; at low timesteps most of the noise can't be told from the image."
-        section.parts.append(picture(run, "training", run_plots.training_curves(curves), caption))
-    return section
-
-
-def merging(run: "Run") -> "Section":
-    """The coefficients."""
-    import numpy as np
-
-    from deme.report import search_plots
-    from deme.report.story import MERGING, Section, coefficient_table
-
-    section = Section(MERGING)
-    if run.coefficients is not None:
-        if len(run.coefficients) <= search_plots.SHOWN_CELLS:
-            section.parts.append(coefficient_table(run))
-        ranges = list(map(range_name, run.config.timesteps.ranges))
-        values = np.array(list(run.coefficients.values()))
-        figure = search_plots.coefficient_map(values, list(run.coefficients), ranges)
-        caption = "Coefficient of each expert's task vector, per group of tensors."
-        section.parts.append(picture(run, "coefficients", figure, caption))
-    return section
-
-
-def search(run: "Run") -> "Section":
-    """How the coefficients were found, and what they are worth on fresh seeds."""
-    from deme.report.story import SEARCH, Section, score_part
-
-    captions = {
-        "cost": "Objective of each candidate against the UNet passes spent.",
-        "importance": "How much of the objective's variance each coefficient explains.",
-        "pairs": "The objective over pairs of coefficients; the best candidate is ringed.",
-        "fresh": "The search's result and its rivals on seeds that no candidate was drawn from.",
-    }
-    section = Section(SEARCH)
-    found = run.search
-    if found is not None and None not in (found.objective, found.value, found.value_of_pretrained):
-        said = f"Objective {found.objective}: {found.value:.4f}, the pretrained network's "
-        passes = "" if found.passes is None else f"; {found.passes:,} UNet passes"
-        section.parts.append(f"{said}{found.value_of_pretrained:.4f}, where it was searched{passes}.")
-    if found is not None:
-        files = {run.config.paths.search_picture(name): caption for name, caption in captions.items()}
-        section.parts += [shown(run, file, caption) for file, caption in files.items() if file.is_file()]
-        if run.search_scores:
-            section.parts.append(score_part(run.search_scores, run.search_features))
-    return section
-
-
-def analyses(run: "Run") -> "Section":
-    """The pictures of analyze.py."""
-    from deme.report.story import Section
-
-    pictures = {file: file.stem.removeprefix("analysis-").replace("-", " ") for file in run.analyses}
-    return Section("Analyses", [shown(run, file, caption) for file, caption in pictures.items()])
-
-
-def shown(run: "Run", file: Path, caption: str) -> "Picture | str":
-    """A picture that stands in plots/, or why it is left out."""
+def own_picture(run: "Run", file: Path, caption: str) -> "Part":
+    """A picture in plots/ by another script, or why it is left out."""
     from deme.report.figures import check_own
-    from deme.report.story import Picture
+    from deme.report.page import Picture
 
     try:
         check_own(file, run.config.paths.run)
@@ -215,26 +117,124 @@ def shown(run: "Run", file: Path, caption: str) -> "Picture | str":
     return Picture(file, caption)
 
 
-def made(run: "Run") -> "Section":
+def results(run: "Run") -> "list[Part]":
+    """The scores, what they say, and their picture."""
+    from deme.report import run_plots
+    from deme.report.run import verdict
+    from deme.report.tables import NAMES, difference_table, score_table
+
+    if not run.scores:
+        return []
+    distance = NAMES[run.features][0]
+    caption = f"{distance} of each model, {run.scores[0].images:,} images of the same seeds each."
+    parts = [verdict(run.scores, run.features), score_table(run.scores, run.features)]
+    parts += [difference_table(run.scores, run.features)]
+    parts += [new_picture(run, "results", run_plots.results(run.scores, distance), caption)]
+    return [part for part in parts if part]
+
+
+def samples(run: "Run") -> "list[Part]":
+    """Images of the same seeds side by side."""
+    from deme.report import run_plots
+
+    parts: list[Part] = []
+    names = run_plots.common_images(run.samples)
+    strips = run_plots.Strips(run.config.paths.run)
+    if names:
+        figure = strips.draw(run.samples, names[:SEEDS])
+        parts.append(new_picture(run, "samples", figure, "The first seeds: each row starts from the same noise."))
+    by_name = {folder.name: folder for folder in run.samples}
+    if names and {"pretrained", "merged"} <= by_name.keys():
+        compared = names[: run_plots.MOST_COMPARED]
+        different = strips.most_different(by_name["pretrained"], by_name["merged"], compared, SEEDS)
+        if different:
+            caption = f"Of {len(compared):,} seeds those where the pretrained and the merged network differ most."
+            parts.append(new_picture(run, "differences", strips.draw(run.samples, different), caption))
+    parts += [f"Left out: {reason}." for reason in list(strips.left_out)[:SEEDS]]
+    more = len(strips.left_out) - SEEDS
+    return parts + ([f"Left out: {more:,} more such images."] if more > 0 else [])
+
+
+def training(run: "Run") -> "list[Part]":
+    """The losses of all ranges on one axis."""
+    from deme.report.run_plots import training_curves
+
+    logs = [log for log in run.logs if log.steps]
+    caption = "Training loss as logged; at low timesteps most of the noise can't be told from the image."
+    return [new_picture(run, "training", training_curves(logs), caption)] if logs else []
+
+
+def merging(run: "Run") -> "list[Part]":
+    """The coefficients."""
+    import numpy as np
+
+    from deme.report import search_plots
+    from deme.report.run import coefficient_table
+
+    if run.coefficients is None:
+        return []
+    ranges = list(map(range_name, run.config.timesteps.ranges))
+    values = np.array(list(run.coefficients.values()))
+    figure = search_plots.coefficient_map(values, list(run.coefficients), ranges)
+    picture = new_picture(run, "coefficients", figure, "Coefficient of each expert's task vector by group of tensors.")
+    return [coefficient_table(run), picture] if len(values) <= search_plots.SHOWN_CELLS else [picture]
+
+
+def search(run: "Run") -> "list[Part]":
+    """How the coefficients were found, and what they are worth on fresh seeds."""
+    from deme.report.tables import score_table
+
+    captions = {
+        "cost": "Objective of each candidate against the UNet passes spent.",
+        "importance": "How much of the objective's variance each coefficient explains.",
+        "pairs": "The objective over pairs of coefficients; the best candidate is ringed.",
+        "fresh": "The search's result and its rivals on seeds that no candidate was drawn from.",
+    }
+    best = run.search
+    if best is None:
+        return []
+    parts: list[Part] = []
+    if None not in (best.objective, best.value, best.value_of_pretrained):
+        values = f"{best.value:.4f}, the pretrained network's {best.value_of_pretrained:.4f}"
+        passes = "" if best.passes is None else f"; {best.passes:,} UNet passes"
+        parts.append(f"Objective {best.objective}: {values}, where it was searched{passes}.")
+    files = {run.config.paths.search_picture(name): caption for name, caption in captions.items()}
+    parts += [own_picture(run, file, caption) for file, caption in files.items() if file.is_file()]
+    return parts + ([score_table(run.search_scores, run.search_features)] if run.search_scores else [])
+
+
+def analyses(run: "Run") -> "list[Part]":
+    """The pictures of analyze.py."""
+    captions = {file: file.stem.removeprefix("analysis-").replace("-", " ") for file in run.analyses}
+    return [own_picture(run, file, caption) for file, caption in captions.items()]
+
+
+def made(run: "Run") -> "list[Part]":
     """What was made of what, by which commands, at which cost."""
-    from deme.report.story import Commands, Section, Table, passes_of
+    from deme.report.page import Commands
+    from deme.report.run import cost_table
+    from deme.report.tables import Table
 
     config = run.config
-    facts = [
-        ["pretrained model", config.paths.pretrained],
-        ["data", f"{config.data.name}, split {config.data.split}, {config.data.resolution} pixels"],
-        ["timestep ranges", ", ".join(map(range_name, config.timesteps.ranges))],
-        ["finetuning, per range", f"{config.finetune.max_steps:,} steps of {config.finetune.batch_size} images"],
-        ["sampling", f"{config.sample.scheduler}, {config.sample.num_inference_steps} steps"],
-        ["processor", run.provenance.processor or "not recorded"],
-        ["git commit", run.provenance.git_commit or "not recorded"],
-    ]
     versions = run.provenance.versions or {}
-    facts += [["versions", ", ".join(f"{name} {version}" for name, version in versions.items())]] if versions else []
-    parts = [Table(["", ""], facts), "This makes it again, from the pretrained pipeline to this page:"]
-    parts += [Commands([f"python compare.py base={run.options}"])]
-    cost = passes_of(run)
-    return Section("How it was made", [*parts, cost] if cost.rows else parts)
+    facts = {
+        "pretrained model": config.paths.pretrained,
+        "data": f"{config.data.name}, split {config.data.split}, {config.data.resolution} pixels",
+        "timestep ranges": ", ".join(map(range_name, config.timesteps.ranges)),
+        "finetuning, per range": f"{config.finetune.max_steps:,} steps of {config.finetune.batch_size} images",
+        "sampling": f"{config.sample.scheduler}, {config.sample.num_inference_steps} steps",
+        "processor": run.provenance.processor or "not recorded",
+        "git commit": run.provenance.git_commit or "not recorded",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded",
+    }
+    again = Commands([f"python compare.py base={run.options}"])
+    parts = [
+        Table(["", ""], list(facts.items())),
+        "This makes it again, from the pretrained pipeline to this page:",
+        again,
+    ]
+    cost = cost_table(run)
+    return [*parts, cost] if cost.rows else parts
 
 
 if __name__ == "__main__":

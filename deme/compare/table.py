@@ -10,7 +10,7 @@ from deme.compare.comparison import PRETRAINED, ComparedRun
 from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS, range_name
 from deme.measure.scores import Score, load_scores, mean_and_deviation
 from deme.models.searched import read_searched, seconds_of
-from deme.report.story import read_curve
+from deme.report.run import read_log
 from deme.report.tables import NAMES, markdown_table, number
 
 
@@ -102,11 +102,9 @@ def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
     is_merged = model in ("merged", DISTILLED)
     names = [range_name(bounds) for bounds in config.timesteps.ranges] if is_merged or model == "ensemble" else []
     names += [model] if model in NAMED_TRAININGS else []
-    curves = [
-        read_curve(name, config.paths.finetuning(name) / "log.jsonl", config.finetune.batch_size) for name in names
-    ]
-    passes = sum(curve.passes(config) for curve in curves)
-    seconds = sum(curve.seconds for curve in curves)
+    logs = [read_log(name, config.paths.finetuning(name) / "log.jsonl", config.finetune.batch_size) for name in names]
+    passes = sum(log.passes(config) for log in logs)
+    seconds = sum(log.seconds for log in logs)
     if is_merged and config.paths.searched:
         passes += read_searched(config.paths.best_coefficients).passes or 0
         searched = seconds_of(config.paths.search)

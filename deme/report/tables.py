@@ -1,8 +1,9 @@
-"""Tables as Markdown."""
+"""Tables, as Markdown and for a page."""
 
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,24 @@ from deme.measure.scores import BASELINES, Score
 NAMES = {"inception": ("FID", "KID"), "classifier": ("classifier FD", "classifier KID")}  # of the two distances
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column is text and whose others are numbers; `str` gives it as Markdown."""
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def __str__(self) -> str:
+        return markdown_table(self.titles, self.rows) + (f"\n\n{self.note}" if self.note else "")
+
+
 def public(text: str) -> str:
-    """A text that others will read, without the names and passwords that stand in URLs."""
+    """A text for others to read, without the names and passwords in URLs."""
     return re.sub(r"://[^\s/@<>\"']+@", "://***@", text)
 
 
-def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column is text and whose others are numbers."""
     cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *cells]
@@ -42,19 +55,10 @@ def mean_of(values: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else math.nan
 
 
-def score_table(scores: Sequence[Score], features_name: str) -> str:
-    """The scores as Markdown, as `score_lines` gives them."""
-    titles, lines, note = score_lines(scores, features_name)
-    return f"{markdown_table(titles, lines)}{note and chr(10) * 2 + note}"
+def score_table(scores: Sequence[Score], features_name: str) -> Table:
+    """The scores, a row each.
 
-
-def score_lines(scores: Sequence[Score], features_name: str) -> tuple[list[str], list[list[str]], str]:
-    """The scores, a row each; the KID only where it tells at least one row from 0, else a note that says so.
-
-    The CLIP score is there where at least one row has one.
-
-    Returns:
-        titles, rows, and the note or nothing.
+    A note replaces the KID if it differs from 0 in no row. The CLIP score is left out if no row has one.
     """
     distance, kernel = NAMES[features_name]
     with_kid = any(row.has_telling_kid for row in scores)
@@ -64,39 +68,33 @@ def score_lines(scores: Sequence[Score], features_name: str) -> tuple[list[str],
     titles += [f"{kernel} × 10³ ± s.e."] if with_kid else []
     titles += ["precision", "recall"]
     titles += ["CLIP score ± s.d.", "its paired difference ± s.e."] if with_clip else []
-    lines = []
-    for row in scores:
-        line = [Path(row.samples).name, f"{row.images:,}", number(row.pooled)]
-        line += [number(row.mean, row.standard_deviation)]
-        line += [number(row.difference, row.difference_standard_error, "+.4f")]
-        if with_kid:
-            kid, error = (None if value is None else 1e3 * value for value in (row.kid, row.kid_standard_error))
-            line += [number(kid, error, ".3f")]
-        line += [number(row.precision, form=".3f"), number(row.recall, form=".3f")]
-        if with_clip:
-            line += [number(row.clip, row.clip_standard_deviation, ".3f")]
-            line += [number(row.clip_difference, row.clip_difference_standard_error, "+.3f")]
-        lines.append(line)
-    if with_kid or all(row.kid is None for row in scores):
-        return titles, lines, ""
-    return titles, lines, f"{kernel} is left out: in every row it differs from 0 by less than two standard errors."
-
-
-def difference_table(scores: Sequence[Score], features_name: str) -> str:
-    """The rows' paired differences as Markdown, as `difference_lines` gives them."""
-    titles, rows = difference_lines(scores, features_name)
-    return markdown_table(titles, rows) if rows else ""
-
-
-def difference_lines(scores: Sequence[Score], features_name: str) -> tuple[list[str], list[list[str]]]:
-    """Titles, and the rows' paired differences to each of BASELINES; none where only one of these is there."""
-    there = [name for name in BASELINES if any(name in (row.differences or {}) for row in scores)]
-    if len(there) < 2:
-        return [], []
-    titles = [f"paired difference of the {NAMES[features_name][0]} ± s.e.", *(f"to {name}" for name in there)]
     rows = []
     for row in scores:
-        found = [(row.differences or {}).get(name) for name in there]
-        cells = ["-" if one is None else number(one.mean, one.standard_error, "+.4f") for one in found]
+        cells = [Path(row.samples).name, f"{row.images:,}", number(row.pooled)]
+        cells += [number(row.mean, row.standard_deviation)]
+        cells += [number(row.difference, row.difference_standard_error, "+.4f")]
+        if with_kid:
+            kid, error = (None if value is None else 1e3 * value for value in (row.kid, row.kid_standard_error))
+            cells += [number(kid, error, ".3f")]
+        cells += [number(row.precision, form=".3f"), number(row.recall, form=".3f")]
+        if with_clip:
+            cells += [number(row.clip, row.clip_standard_deviation, ".3f")]
+            cells += [number(row.clip_difference, row.clip_difference_standard_error, "+.3f")]
+        rows.append(cells)
+    told = with_kid or all(row.kid is None for row in scores)
+    left_out = f"{kernel} is left out: in every row it differs from 0 by less than two standard errors."
+    return Table(titles, rows, "" if told else left_out)
+
+
+def difference_table(scores: Sequence[Score], features_name: str) -> Table | None:
+    """The rows' paired differences to each of BASELINES; None if fewer than two of these are there."""
+    baselines = [name for name in BASELINES if any(name in (row.differences or {}) for row in scores)]
+    if len(baselines) < 2:
+        return None
+    rows = []
+    for row in scores:
+        differences = [(row.differences or {}).get(name) for name in baselines]
+        cells = ["-" if one is None else number(one.mean, one.standard_error, "+.4f") for one in differences]
         rows.append([Path(row.samples).name, *cells])
-    return titles, rows
+    titles = [f"paired difference of the {NAMES[features_name][0]} ± s.e.", *(f"to {name}" for name in baselines)]
+    return Table(titles, rows)

@@ -11,7 +11,7 @@ import report
 from deme.errors import UserError
 from deme.measure.scores import load_scores
 from deme.models.searched import read_searched
-from deme.report.story import read_run
+from deme.report.run import read_run
 
 PLACES = {  # file of a run → title of the section that tells of it
     "results.json": "Results",
@@ -184,9 +184,9 @@ def test_samples_of_other_names_and_sizes(config):
 def test_a_run_that_is_read_tells_its_numbers(config):
     """What `make_run` wrote, each from its file."""
     run = read_run(config, "")
-    [curve] = run.curves
-    assert (curve.name, curve.steps, curve.losses) == ("0000-0250", [1, 2, 4], [1, 0.5, 0.25])
-    assert curve.seconds == pytest.approx(4 * config.finetune.batch_size / 5)
+    [log] = run.logs
+    assert (log.name, log.steps, log.losses) == ("0000-0250", [1, 2, 4], [1, 0.5, 0.25])
+    assert log.seconds == pytest.approx(4 * config.finetune.batch_size / 5)
     assert run.coefficients == {"up.*": [0.5, 0.25, 0.0, 1.0], "*": [0.25] * 4}
     assert (run.search.value, run.search.value_of_pretrained, run.search.passes) == (0.5, 1.0, 10)
     assert (run.features, run.search_features, run.search_seconds) == ("classifier", "classifier", 3.5)

@@ -6,12 +6,12 @@ import pytest
 from conftest import run
 from pages import browse, check_html
 
-from deme.report.page import html_page, markdown_page
-from deme.report.story import Commands, Missing, Picture, Section, Story, Table
+from deme.report.page import Commands, Page, Picture, html_page, markdown_page
+from deme.report.tables import Table
 
 
 @pytest.fixture
-def story(tmp_path) -> Story:
+def page(tmp_path) -> Page:
     """All kinds of parts, with what HTML and Markdown have to escape, and a table wider than a phone."""
     figure = plt.figure(figsize=(2, 1))
     figure.savefig(tmp_path / "curve.png")
@@ -23,12 +23,12 @@ def story(tmp_path) -> Story:
         Picture(tmp_path / "curve.png", 'a "caption"'),
         Commands(["python x.py 'a b'"]),
     ]
-    return Story("a & b", [Section("First", parts), Section("Second", ["more"])], [Missing("scores", "evaluate.py")])
+    return Page("a & b", {"First": parts, "Second": ["more"]}, [("scores", "evaluate.py")])
 
 
-def test_a_page_is_valid_and_a_browser_takes_it(tmp_path, story):
+def test_a_page_is_valid_and_a_browser_takes_it(tmp_path, page):
     file = tmp_path / "report.html"
-    file.write_text(html_page(story), encoding="utf-8")
+    file.write_text(html_page(page), encoding="utf-8")
     text = check_html(file)
     assert re.findall("<h2>(.*)</h2>", text) == ["First", "Second", "Not there yet"]
     assert "<script>" not in text
@@ -37,8 +37,8 @@ def test_a_page_is_valid_and_a_browser_takes_it(tmp_path, story):
     browse(file)
 
 
-def test_markdown_tells_the_same(tmp_path, story):
-    text = markdown_page(story, tmp_path)
+def test_markdown_tells_the_same(tmp_path, page):
+    text = markdown_page(page, tmp_path)
     assert re.findall("^#+ (.*)", text, re.MULTILINE) == ["a & b", "First", "Second", "Not there yet"]
     assert '![a "caption"](curve.png)' in text
     assert "```bash\npython x.py 'a b'\n```" in text

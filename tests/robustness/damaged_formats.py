@@ -79,7 +79,7 @@ def record(choose: random.Random, folder: Path) -> Readers:
 
     def show() -> None:
         features, rows = load_scores(results)
-        score_table(rows, features)
+        str(score_table(rows, features))
 
     yield show
 
