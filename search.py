@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme.config.experiment import Config
-from deme.config.section import without_password
 from deme.config.sections import range_name
 from deme.errors import naming
 from deme.job.command import run_script
@@ -32,9 +31,9 @@ from deme.models.variants import ModelFiles, find_finetuned, find_pretrained
 from deme.models.weights import weights_hash
 
 if TYPE_CHECKING:
-    from deme.search.fresh import Fresh
     from deme.search.problem import Problem
-    from deme.search.ways import Found
+    from deme.search.report import Fresh
+    from deme.search.ways import Result
 
 
 def plan(config: Config) -> str:
@@ -70,9 +69,8 @@ def main(config: Config) -> None:
     from deme.data.sources import data_hashes
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.report.tables import score_table
-    from deme.search.fresh import score_fresh, verdict
     from deme.search.problem import Problem
-    from deme.search.storage import open_storage
+    from deme.search.report import score_fresh, verdict
     from deme.search.ways import find
 
     # --- what is searched
@@ -88,22 +86,11 @@ def main(config: Config) -> None:
         in_main_process(accelerator, lambda: claim(output, wanted))
 
     # --- search
-    def storage():
-        url = settings.storage or f"sqlite:///{output / 'study.db'}"
-
-        def make_tables() -> None:
-            with naming("search.storage", without_password(settings.storage) or output / "study.db"):
-                open_storage(url)
-
-        with locked_by_all(accelerator, output / "storage", "search.output", wait=True):  # two at once would fail
-            in_main_process(accelerator, make_tables)
-        return open_storage(url)
-
     if draws:
         _ = problem.plain_distance  # weights or labels that can't be had are told now
     with timed(output) if accelerator.is_main_process else nullcontext():
-        found = find(problem, output, storage, wanted.digest)
-    answer = best_yaml(problem, found, weights)
+        result = find(problem, output, wanted.digest)
+    answer = best_yaml(problem, result, weights)
     with locked_by_all(accelerator, output / "best", "search.output", wait=True):
         in_main_process(accelerator, lambda: write_yaml(config.paths.best_coefficients, answer))
         accelerator.print(f"wrote {config.paths.best_coefficients}")
@@ -113,12 +100,12 @@ def main(config: Config) -> None:
         scored = {"images": settings.report_images, "blocks": config.report_blocks}
         scored["steps"] = config.sample.num_inference_steps
         identity = Record(SEARCH, {**wanted.made_from, **answer, **scored}).digest
-        fresh = score_fresh(problem, found, output / "report.json", identity, beside)
+        fresh = score_fresh(problem, result, output / "report.json", identity, beside)
         if accelerator.is_main_process:
             if fresh.scores:
                 print(score_table(fresh.scores, config.evaluate.features))
-            print(*verdict(found, fresh), sep="\n")
-            draw_plots(config, problem, found, fresh)
+            print(*verdict(result, fresh), sep="\n")
+            draw_plots(config, problem, result, fresh)
 
 
 def by_images(config: Config) -> bool:
@@ -158,37 +145,27 @@ def claim(output: Path, wanted: Record) -> None:
         found.fits(wanted, output, "set them back, name another folder, or delete this one")
 
 
-def best_yaml(problem: "Problem", found: "Found", weights: dict[str, Any]) -> dict[str, Any]:
+def best_yaml(problem: "Problem", result: "Result", weights: dict[str, Any]) -> dict[str, Any]:
     """The content of best.yaml: the coefficients by name pattern, what they are of, and the UNet passes they took."""
-    rows = zip(problem.patterns, found.coefficients.tolist(), strict=True)
     return {
-        "coefficients": dict(rows),
-        "objective": found.objective,
-        "value": found.value,
-        OF_PRETRAINED: found.pretrained,
-        "passes": found.evaluated[-1].passes,
+        "coefficients": dict(zip(problem.patterns, result.coefficients.tolist(), strict=True)),
+        "objective": result.objective,
+        "value": result.value,
+        OF_PRETRAINED: result.pretrained,
+        "passes": result.passes,
         **weights,
     }
 
 
-def draw_plots(config: Config, problem: "Problem", found: "Found", fresh: "Fresh") -> None:
+def draw_plots(config: Config, problem: "Problem", result: "Result", fresh: "Fresh") -> None:
     """Pictures in plots/, and the same for TensorBoard."""
-    from deme.report.search_plots import Curve, save_search_plots
+    from deme.report.search_plots import save_search_plots
 
     make_folder(config.paths.plots, "output_dir")
     ranges = list(map(range_name, config.timesteps.ranges))
-    files = save_search_plots(
-        config.paths.search_picture,
-        config.paths.search / "logs",
-        [Curve(*curve) for curve in found.curves()],
-        found.coefficients,
-        problem.patterns,
-        ranges,
-        None if found.study is None else found.study.table(),
-        {} if found.study is None else found.study.importance(),
-        fresh.scores,
-    )
-    print("pictures:", *files, sep="\n")
+    places = (config.paths.search_picture, config.paths.search / "logs")
+    found = (result.evaluated, result.coefficients, problem.patterns, ranges, result.study)
+    print("pictures:", *save_search_plots(*places, *found, fresh.scores), sep="\n")
 
 
 if __name__ == "__main__":

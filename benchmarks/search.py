@@ -40,7 +40,6 @@ from deme.models.variants import find_pretrained
 from deme.models.weights import load_tensors, write_denoiser
 from deme.report.tables import markdown_table, number
 from deme.search.problem import Problem
-from deme.search.storage import open_storage
 from deme.search.ways import find
 
 SEEDS = 3  # of the search
@@ -234,12 +233,12 @@ class Bench:
         problem = self.problem_of(changed, seed)
         folder = self.folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
         folder.mkdir(exist_ok=True)
-        found = find(problem, folder, lambda: open_storage(f"sqlite:///{folder / 'study.db'}"), name)
+        found = find(problem, folder, name)
         blocks = self.blocks(f"{name}, seed {seed}", lambda: problem.merged(found.coefficients))
         difference, error = self.difference(blocks)
         return {
             "coefficients": found.coefficients.tolist(),
-            "passes": found.evaluated[-1].passes,
+            "passes": found.passes,
             "searched_difference": found.value - found.pretrained,
             "difference": difference,
             "standard_error": error,

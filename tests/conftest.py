@@ -50,19 +50,6 @@ def pretrained(tmp_path_factory) -> Path:
     return folder
 
 
-def stop_at_write(monkeypatch, module, number: int) -> None:
-    """Let a module's `save_state` be interrupted before its write of this number."""
-    save, writes = module.save_state, []
-
-    def interrupted(*arguments) -> None:
-        writes.append(1)
-        if len(writes) == number:
-            raise KeyboardInterrupt
-        save(*arguments)
-
-    monkeypatch.setattr(module, "save_state", interrupted)
-
-
 @pytest.fixture
 def config_file(tmp_path, pretrained) -> Path:
     """A configuration that runs every script in seconds, into tmp_path/tiny."""

@@ -9,7 +9,7 @@ from torch import nn
 from deme.measure.noisy import Batch, draw_probes
 from deme.method.candidates import Candidates
 from deme.models.encoders import Pixels
-from deme.search.probes import Squares, make_squares
+from deme.search.objectives import Squares, make_squares
 
 RANGES = [(0, 500), (500, 1000)]
 

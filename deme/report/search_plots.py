@@ -2,8 +2,9 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,25 +19,14 @@ MOST_BARS = 16
 MOST_PAIRED = 5  # coefficients whose pairs are shown
 
 
-@dataclass(frozen=True)
-class Curve:
-    """The candidates of one way of searching, in order."""
-
-    way: str
-    objective: str
-    passes: Sequence[int]  # through the UNet since the search began
-    values: Sequence[float]
-
-
 def save_search_plots(
     place: Callable[[str], Path],
     logs: Path,
-    curves: Sequence[Curve],
+    evaluated: Sequence[Any],
     coefficients: np.ndarray,
     patterns: Sequence[str],
     ranges: Sequence[str],
-    tried: tuple[Sequence[str], np.ndarray, np.ndarray] | None,
-    importance: dict[str, float],
+    study: Any | None,
     scores: Sequence[Score],
 ) -> list[Path]:
     """Write pictures of a search, and the same for TensorBoard.
@@ -44,41 +34,41 @@ def save_search_plots(
     Args:
         place: name of a picture → its file.
         logs: TensorBoard's folder, which is written anew.
+        evaluated: the candidates in order, each with its way, objective, passes and value.
         coefficients: the best, shape (groups, ranges).
-        tried: names of the coefficients, the candidates of a study (n, P), and their values (n,).
-        importance: name of a coefficient → its share of the values' variance.
+        study: gives a table of its candidates, and the importance of each coefficient.
         scores: on fresh seeds, the pretrained network first.
     """
     with matplotlib.rc_context(SETTINGS):
-        figures = {"cost": cost(curves), "coefficients": coefficient_map(coefficients, patterns, ranges)}
-        if tried is not None and importance:
+        figures = {"cost": cost(evaluated), "coefficients": coefficient_map(coefficients, patterns, ranges)}
+        importance = study.importance() if study is not None else {}
+        if importance:
             figures["importance"] = importances(importance)
-            figures["pairs"] = pairs(*tried, list(importance)[:MOST_PAIRED])
+            figures["pairs"] = pairs(*study.table(), list(importance)[:MOST_PAIRED])
         if len(scores) > 1:
             figures["fresh"] = fresh_differences(scores)
-        files = []
+        files = {name: place(name) for name in figures}
         for name, figure in figures.items():
-            files.append(place(name))
-            save_figure(figure, files[-1])
+            save_figure(figure, files[name])
         shutil.rmtree(logs, ignore_errors=True)
         with SummaryWriter(logs) as writer:
-            for curve in curves:
-                for passes, value in zip(curve.passes, curve.values, strict=True):
-                    writer.add_scalar(f"{curve.objective}/{curve.way}", value, passes)
+            for row in evaluated:
+                writer.add_scalar(f"{row.objective}/{row.way}", row.value, row.passes)
             for name, figure in figures.items():
                 writer.add_figure(f"search/{name}", figure)
-    return files
+    return list(files.values())
 
 
-def cost(curves: Sequence[Curve]) -> Figure:
-    """Objective against UNet passes: each candidate, and the least so far."""
-    figure = Figure(figsize=(4.2 * len(curves), 3.6))
-    for axes, curve in zip(np.atleast_1d(figure.subplots(1, len(curves), squeeze=True)), curves, strict=True):
-        finite = [value if np.isfinite(value) else np.nan for value in curve.values]
-        axes.plot(curve.passes, finite, "o", color=BLUE, markersize=4, alpha=0.6, label="candidate")
-        least = np.fmin.accumulate(finite)
-        axes.step(curve.passes, least, where="post", color=VERMILION, label="least so far")
-        axes.set(title=curve.way, xlabel="UNet passes since the start", ylabel=curve.objective)
+def cost(evaluated: Sequence[Any]) -> Figure:
+    """Objective against UNet passes, per way: each candidate, and the least so far."""
+    ways = [list(rows) for _, rows in groupby(evaluated, lambda row: row.way)]
+    figure = Figure(figsize=(4.2 * len(ways), 3.6))
+    for axes, rows in zip(np.atleast_1d(figure.subplots(1, len(ways))), ways, strict=True):
+        passes = [row.passes for row in rows]
+        finite = [row.value if np.isfinite(row.value) else np.nan for row in rows]
+        axes.plot(passes, finite, "o", color=BLUE, markersize=4, alpha=0.6, label="candidate")
+        axes.step(passes, np.fmin.accumulate(finite), where="post", color=VERMILION, label="least so far")
+        axes.set(title=rows[0].way, xlabel="UNet passes since the start", ylabel=rows[0].objective)
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
         axes.legend()
     return figure
@@ -94,9 +84,7 @@ def coefficient_map(coefficients: np.ndarray, patterns: Sequence[str], ranges: S
     axes.grid(False)
     axes.set_xticks(range(len(ranges)), ranges)
     if groups <= SHOWN_CELLS:
-        axes.set_yticks(
-            range(groups), ["all tensors" if pattern == "*" and groups == 1 else pattern for pattern in patterns]
-        )
+        axes.set_yticks(range(groups), ["all tensors"] if list(patterns) == ["*"] else patterns)
     axes.set(xlabel="timesteps of the expert", ylabel="tensors")
     if coefficients.size <= SHOWN_CELLS:
         for (row, column), value in np.ndenumerate(coefficients):
@@ -118,30 +106,26 @@ def importances(importance: dict[str, float]) -> Figure:
 
 def pairs(names: Sequence[str], candidates: np.ndarray, values: np.ndarray, chosen: Sequence[str]) -> Figure:
     """The objective over each pair of the chosen coefficients: a dot per candidate, the best one ringed."""
-    finite = np.isfinite(values)
-    candidates, values = candidates[finite], values[finite]
-    count = max(2, len(chosen))
-    figure = Figure(figsize=(2.4 * (count - 1) + 1.4, 2.2 * (count - 1) + 0.6))
-    grid = figure.subplots(count - 1, count - 1, squeeze=False, sharex="col", sharey="row")
-    order = np.argsort(values)[::-1]  # the best on top
-    best = candidates[order[-1]]
+    order = np.argsort(-values[np.isfinite(values)])  # the best on top
+    candidates, values = candidates[np.isfinite(values)][order], values[np.isfinite(values)][order]
+    columns = [candidates[:, names.index(name)] for name in chosen]
     upper = np.quantile(values, 0.9)  # a few bad ones would take all the colours
-    dots = None
-    for row in range(count - 1):
-        for column in range(count - 1):
-            axes = grid[row][column]
-            if column > row or row + 1 >= len(chosen):
-                axes.set_visible(False)
-                continue
-            x, y = names.index(chosen[column]), names.index(chosen[row + 1])
-            points = (candidates[order, x], candidates[order, y])
-            dots = axes.scatter(*points, c=values[order], cmap="viridis", vmax=upper, s=18)
-            axes.plot(best[x], best[y], "o", color=VERMILION, markersize=11, fillstyle="none", markeredgewidth=2)
-            if row == count - 2:
-                axes.set_xlabel(chosen[column])
-            if column == 0:
-                axes.set_ylabel(chosen[row + 1])
-    if dots is not None:
+    size = max(1, len(chosen) - 1)
+    figure = Figure(figsize=(2.4 * size + 1.4, 2.2 * size + 0.6))
+    grid = figure.subplots(size, size, squeeze=False, sharex="col", sharey="row")
+    for row, column in np.ndindex(size, size):
+        axes = grid[row][column]
+        if column > row or row + 1 >= len(chosen):
+            axes.set_visible(False)
+            continue
+        x, y = columns[column], columns[row + 1]
+        dots = axes.scatter(x, y, c=values, cmap="viridis", vmax=upper, s=18)
+        axes.plot(x[-1], y[-1], "o", color=VERMILION, markersize=11, fillstyle="none", markeredgewidth=2)
+        if row == size - 1:
+            axes.set_xlabel(chosen[column])
+        if column == 0:
+            axes.set_ylabel(chosen[row + 1])
+    if len(chosen) > 1:
         figure.colorbar(dots, ax=grid, label="objective (the lower the better)", shrink=0.8)
     return figure
 

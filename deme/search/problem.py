@@ -1,8 +1,7 @@
 """What is searched: the candidates of a run, and the objectives that tell them apart."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +28,12 @@ from deme.models.encoders import load_encoder
 from deme.models.inference import freeze
 from deme.models.pipelines import common_architecture, denoiser_folder
 from deme.models.weights import load_tensors
-from deme.search.distance import FrechetDistance
-from deme.search.probes import PROBES, Squares, make_squares
-from deme.search.state import load_state, save_state
+from deme.search.objectives import FrechetDistance, Squares, make_squares
+from deme.search.progress import load_state, save_state
 from deme.search.study import Space
 
-HELD_OUT_SHARE = 0.25  # of search.images, more of them, which tell the gradient's way when to stop
-Coefficients = np.ndarray  # float64, shape (groups, ranges)
+HELD_OUT_SHARE = 0.25  # of search.images: as many more, on which the gradient descent is measured
+PROBES = 3  # what the stream is for, beside those of pretraining and finetuning
 
 
 class Problem:
@@ -43,7 +41,7 @@ class Problem:
 
     Args:
         pretrained: pipeline folder.
-        made_of: what tells data and encoders from others, for the cache of latents.
+        made_of: hashes of data and encoders, for the cache of latents.
         folder: the search's, which keeps what was drawn once.
     """
 
@@ -70,7 +68,7 @@ class Problem:
         try_out(network, self.scheduler, self.encoder)
         self.encoder.prepare(accelerator.device, config.sample.mixed_precision)
         self.network = freeze(network, accelerator.device, "no", may_pack=False)
-        self._squares: dict[tuple[str, str], Squares] = {}
+        self.squares = cache(self._make_squares)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,17 +76,11 @@ class Problem:
         return self.candidates.shape
 
     @property
-    def names(self) -> list[str]:
-        """Of the coefficients, in row-major order."""
-        ranges = list(map(range_name, self.config.timesteps.ranges))
-        if len(self.patterns) == 1:
-            return ranges
-        return [f"{pattern} {name}" for pattern in self.patterns for name in ranges]
-
-    @property
     def space(self) -> Space:
         """The coefficients that are searched."""
-        return Space(self.names, self.shape, self.settings.interval)
+        ranges = list(map(range_name, self.config.timesteps.ranges))
+        names = ranges if len(self.patterns) == 1 else [f"{group} {name}" for group in self.patterns for name in ranges]
+        return Space(names, self.shape, self.settings.interval)
 
     @property
     def stream(self) -> Stream:
@@ -101,9 +93,10 @@ class Problem:
 
     @property
     def fresh_seeds(self) -> range:
-        """Those that no candidate is drawn from."""
+        """Those that no candidate is drawn from, as many for each block of the report."""
         first = self.settings.seed_offset + self.settings.control_images
-        return range(first, first + self.settings.report_images)
+        blocks = self.config.report_blocks
+        return range(first, first + self.settings.report_images // blocks * blocks)
 
     # --- match and loss
 
@@ -115,7 +108,7 @@ class Problem:
         return images
 
     def _probes(self, role: str) -> list[Batch]:
-        """The noisy images of a role; those of different roles are different images, where the data has so many."""
+        """The noisy images of a role; those of different roles are different images, if the data has so many."""
         count = self.settings.images
         held_out = max(len(self.config.timesteps.ranges), int(HELD_OUT_SHARE * count))
         places = {
@@ -126,33 +119,26 @@ class Problem:
         drawn = (self.config.timesteps.ranges, self.stream, places, self.settings.batch_size, self.accelerator)
         return draw_probes(self._images, self.encoder, self.scheduler, *drawn)
 
-    def squares(self, name: str, role: str = "fit") -> Squares:
-        """The objective match or loss, on the images of a role."""
-        key = (name, role)
-        if key not in self._squares:
-            steps = self.config.timesteps.num_train_timesteps
-            blamed = ("search.images", self.settings.images) if name == "loss" else ("search.objective", name)
-            with naming(*blamed):
-                made = make_squares(name, self._probes(role), self.candidates, self.network, steps, self.accelerator)
-            self._squares[key] = made
-        return self._squares[key]
+    def _make_squares(self, name: str, role: str = "fit") -> Squares:
+        """The objective match or loss, on the images of a role; made once."""
+        steps = self.config.timesteps.num_train_timesteps
+        with naming(*(("search.images", self.settings.images) if name == "loss" else ("search.objective", name))):
+            return make_squares(name, self._probes(role), self.candidates, self.network, steps, self.accelerator)
 
     # --- fd
 
     @cached_property
     def distance(self) -> FrechetDistance:
-        """The objective fd, with the candidates' schedule; its control is drawn once and kept."""
-        plain = self.plain_distance
-        seeds = self.seeds(self.settings.control_images)
+        """The objective fd, with the candidates' schedule; its control is drawn once and kept in a file."""
         file = self.folder / "control.safetensors"
-        like = {"features": torch.empty(len(seeds), len(plain.space.reference.mu))}
         with locked_by_all(self.accelerator, file, "search.output", wait=True):
-            found = load_state(self.accelerator, file, like)
-            if found is None:
-                drawn = plain.features(self.merged(np.zeros(self.shape)), seeds)
-                found = {"features": torch.from_numpy(drawn)}
-                save_state(self.accelerator, file, found)
-        return replace(plain, control=found["features"].numpy())
+            control = load_state(self.accelerator, file)
+            if control is None:
+                seeds = self.seeds(self.settings.control_images)
+                drawn = self.plain_distance.features(self.merged(np.zeros(self.shape)), seeds)
+                control = {"features": torch.from_numpy(drawn)}
+                save_state(self.accelerator, file, control)
+        return replace(self.plain_distance, control=control["features"].numpy())
 
     @cached_property
     def plain_distance(self) -> FrechetDistance:
@@ -184,7 +170,7 @@ class Problem:
         network = load_denoiser(self.architecture)
         return freeze(network, self.accelerator.device, precision, may_pack=False)
 
-    def merged(self, coefficients: Coefficients) -> NetworkAt:
+    def merged(self, coefficients: np.ndarray) -> NetworkAt:
         """The candidate of these coefficients, for drawing; until another one is formed."""
         self.candidates.form(self.sampled_network, coefficients)
         return lambda _: self.sampled_network
@@ -206,26 +192,23 @@ class Problem:
 
     # --- any of them
 
-    def passes(self, objective: str, coefficients: Coefficients, images: int) -> int:
-        """UNet passes of an objective's value.
+    def prepare(self, objective: str) -> int:
+        """Load what an objective needs, and draw fd's control. Returns the UNet passes that the control takes."""
+        if objective == "fd":
+            return self.distance.passes(self.settings.control_images)
+        self.squares(objective)
+        return 0
 
-        Args:
-            images: of fd.
-        """
+    def passes(self, objective: str, coefficients: np.ndarray, images: int) -> int:
+        """UNet passes of a value; fd draws so many images."""
         if objective == "fd":
             return self.plain_distance.passes(images) if np.any(coefficients) else 0
-        return self.squares(objective).passes
+        return self.squares(objective).images
 
-    def value(self, objective: str, coefficients: Coefficients, seeds: Sequence[int] | None = None) -> float:
-        """An objective's value: the lower the better.
-
-        Args:
-            seeds: of fd.
-        """
-        if objective == "fd":
-            if not np.any(coefficients):  # the control itself
-                return self.distance.of_features(self.distance.control)
-            return self.distance.value(self.merged(coefficients), seeds)
-        squares = self.squares(objective)
-        self.candidates.form(self.network, coefficients)
-        return squares.value(self.network)
+    def value(self, objective: str, coefficients: np.ndarray, seeds: range | None = None) -> float:
+        """The value of a candidate: the lower the better. fd draws the images of these seeds."""
+        if objective != "fd":
+            return self.squares(objective).value(coefficients)
+        if not np.any(coefficients):  # the control itself
+            return self.distance.of_features(self.distance.control)
+        return self.distance.value(self.merged(coefficients), seeds)

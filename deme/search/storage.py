@@ -3,14 +3,17 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import optuna
+from accelerate import Accelerator
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from sqlalchemy import create_engine, inspect
 
 from deme.config.section import without_password
-from deme.errors import RunError, UserError, one_line
+from deme.errors import RunError, UserError, naming, one_line
+from deme.job.processes import in_main_process, locked_by_all
 
 HEARTBEAT = 30  # seconds between two heartbeats of a running trial
 GRACE = 300  # seconds without a heartbeat after which a trial's candidate is tried again
@@ -39,6 +42,19 @@ def open_storage(url: str) -> RDBStorage:
     except Exception as error:  # SQLAlchemy and the database drivers raise their own
         reason = one_line(error).replace(url, without_password(url))
         raise UserError(f"no Optuna storage can be opened there: {reason}") from None
+
+
+def open_by_all(accelerator: Accelerator, url: str | None, folder: Path) -> RDBStorage:
+    """Open `search.storage`, or study.db of the search's folder, in every process."""
+    where = url or f"sqlite:///{folder / 'study.db'}"
+
+    def create() -> None:
+        with naming("search.storage", without_password(url) or folder / "study.db"):
+            open_storage(where)
+
+    with locked_by_all(accelerator, folder / "storage", "search.output", wait=True):  # two at once would fail
+        in_main_process(accelerator, create)
+    return open_storage(where)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from deme.data.images import Stream
 from deme.errors import UserError
 from deme.job.locks import POLLED_EVERY
 from deme.job.processes import in_main_process
-from deme.search.state import Evaluated
+from deme.search.progress import Evaluated
 from deme.search.storage import GRACE, reading
 
 PASSES = "passes"  # attribute of a trial: UNet passes that its value took

@@ -1,20 +1,17 @@
-"""The ways to search, from the cheapest answer to the best few on many images, behind one interface."""
+"""The ways to search, from the cheap answers to the best few candidates on many images."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from optuna.storages import RDBStorage
 
 from deme.errors import naming
 from deme.job.processes import in_main_process, locked_by_all
-from deme.method.candidates import Candidates
 from deme.method.coefficients import PUBLISHED
-from deme.search.closed_form import closed_form
-from deme.search.gradient import gradient_descent
-from deme.search.problem import Coefficients, Problem
-from deme.search.state import Evaluated
+from deme.search.problem import Problem
+from deme.search.progress import Evaluated
+from deme.search.solvers import closed_form, gradient_descent
+from deme.search.storage import open_by_all
 from deme.search.study import Study, grid_values
 
 UNIFORM = (0.5, 1.0)  # beside 1 / the number of ranges
@@ -24,128 +21,117 @@ CONTROLS = ("grid", "random")  # samplers that start from nothing
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found."""
+class Result:
+    """The best candidate of a search, and the others."""
 
-    coefficients: Coefficients
+    coefficients: np.ndarray  # shape (groups, ranges)
     objective: str  # match, loss or fd
     value: float  # of the objective
-    pretrained: float  # the pretrained network's, on the same images
+    pretrained: float  # the pretrained network's value on the same images
     evaluated: list[Evaluated]  # the candidates, in order
     study: Study | None = None  # the one with the most candidates
 
-    def curves(self) -> list[tuple[str, str, list[int], list[float]]]:
-        """Way, objective, passes and values of the candidates of each way, in order."""
-        found = []
-        for way in dict.fromkeys(row.way for row in self.evaluated):
-            rows = [row for row in self.evaluated if row.way == way]
-            found.append((way, rows[0].objective, [row.passes for row in rows], [row.value for row in rows]))
-        return found
+    @property
+    def passes(self) -> int:
+        """UNet passes that the search took."""
+        return self.evaluated[-1].passes
 
 
-def find(problem: Problem, folder: Path, storage: Callable[[], RDBStorage], digest: str) -> Found:
-    """Search as `search.method` says, in a folder that keeps how far it has come.
-
-    Args:
-        storage: opens it.
-        digest: of what is searched; studies are called by it.
-    """
-    match problem.settings.method:
-        case "closed_form":
-            return cheap_answer(problem, folder, by_gradient=False)
-        case "gradient":
-            return cheap_answer(problem, folder, by_gradient=True)
-        case "optuna":
-            return one_after_another(problem, folder, storage(), digest, problem.settings.objective)
-    return multi_fidelity(problem, folder, storage(), digest)
+def find(problem: Problem, folder: Path, digest: str) -> Result:
+    """Search as `search.method` says, in a folder that keeps how far it has come; studies are named by the digest."""
+    method = problem.settings.method
+    if method in ("closed_form", "gradient"):
+        return _cheap_answer(problem, folder, method == "gradient")
+    if method == "optuna":
+        return _one_after_another(problem, folder, digest, problem.settings.objective)
+    return _multi_fidelity(problem, folder, digest)
 
 
-def cheap_answer(problem: Problem, folder: Path, by_gradient: bool) -> Found:
+def _cheap_answer(problem: Problem, folder: Path, by_gradient: bool) -> Result:
     """The least of match or loss, in closed form or by gradient descent from the closed form of the ranges alone."""
     settings = problem.settings
     objective = settings.objective if settings.objective != "fd" else "match"
-
-    def in_closed_form(candidates: Candidates, way: str) -> list[Evaluated]:
-        file = folder / f"{way.replace(' ', '-')}-{objective}.safetensors"
-        solving = (settings.ridge, settings.gauss_newton, settings.interval, file)
-        rows = closed_form(problem.squares(objective), candidates, problem.network, *solving).evaluated(way, objective)
-        return [replace(row, coefficients=np.broadcast_to(row.coefficients, problem.shape)) for row in rows]
-
+    squares = problem.squares(objective)
     # a job at a time: another one, on another machine, waits and reads what was found
     with locked_by_all(problem.accelerator, folder / "cheap", "search.output", wait=True):
         if not by_gradient:
-            rows = in_closed_form(problem.candidates, "closed form")
+            rows = closed_form(squares, settings, folder / f"closed-form-{objective}.safetensors")
         else:
-            before = in_closed_form(problem.candidates.ungrouped(), "closed form of the ranges")
-            start = min(before, key=lambda row: row.value).coefficients
-            squares = (problem.squares(objective), problem.squares(objective, "held-out"))
+            whole = replace(squares, candidates=problem.candidates.ungrouped())
+            file = folder / f"closed-form-of-the-ranges-{objective}.safetensors"
+            rows = closed_form(whole, settings, file, "closed form of the ranges")
+            start = np.broadcast_to(_best(rows).coefficients, problem.shape)
+            held_out = problem.squares(objective, "held-out")
             file = folder / f"gradient-{objective}.safetensors"
-            descent = gradient_descent(*squares, problem.candidates, problem.network, settings, start, file)
-            spent = before[-1].passes
-            rows = [
-                replace(row, passes=row.passes + spent)
-                for row in descent.evaluated("gradient", f"{objective}, held-out images")
-            ]
-    best = min(rows, key=lambda row: row.value)
-    return Found(best.coefficients, objective, best.value, 1.0, rows)
+            rows = gradient_descent(squares, held_out, settings, start, file, rows[-1].passes)
+    best = _best(rows)
+    return Result(best.coefficients, objective, best.value, 1.0, rows)
 
 
-def one_after_another(problem: Problem, folder: Path, storage: RDBStorage, digest: str, objective: str) -> Found:
-    """Candidates that a sampler proposes, from the values of those before."""
+def _one_after_another(problem: Problem, folder: Path, digest: str, objective: str) -> Result:
+    """Candidates that a sampler proposes, given the values of those before."""
     settings = problem.settings
+    storage = open_by_all(problem.accelerator, settings.storage, folder)
     evaluated: list[Evaluated] = []
-    first: list[Coefficients] = []
-    if settings.sampler not in CONTROLS:
-        answer = cheap_answer(problem, folder, by_gradient=np.prod(problem.shape) > MOST_COLUMNS)
-        evaluated = answer.evaluated
-        first = first_candidates(answer.coefficients, settings.interval)
+    first: list[np.ndarray] = []
     if settings.sampler == "grid":
         with naming("search.trials", settings.trials):
-            grid_values(settings.trials, len(problem.names))
-    seeds = problem.seeds(settings.num_images)
-    name = f"{digest}-{objective}-{len(seeds)}"
+            grid_values(settings.trials, int(np.prod(problem.shape)))
+    if settings.sampler not in CONTROLS:
+        answer = _cheap_answer(problem, folder, by_gradient=np.prod(problem.shape) > MOST_COLUMNS)
+        evaluated = answer.evaluated
+        first = first_candidates(answer.coefficients, settings.interval)
+    name = f"{digest}-{objective}-{settings.num_images}"
     study = Study(storage, name, problem.space, first, settings.sampler, problem.stream, settings.trials)
     spent = evaluated[-1].passes if evaluated else 0
-    if objective == "fd":
-        spent += problem.distance.passes(settings.control_images)
-
-    def passes(coefficients: Coefficients) -> int:
-        return problem.passes(objective, coefficients, len(seeds))
-
-    study.run(problem.accelerator, lambda w: problem.value(objective, w, seeds), passes, f"{objective}, candidate")
-    named = f"fd of {len(seeds):,} images" if objective == "fd" else objective
-    tried = in_main_process(problem.accelerator, lambda: study.evaluated(settings.sampler, named, spent))
-    best = min(tried, key=lambda row: row.value)
-    zeros = np.zeros(problem.shape)
-    known = [row.value for row in tried if not row.coefficients.any()]
-    pretrained = known[0] if known else problem.value(objective, zeros, seeds)
-    return Found(best.coefficients, objective, best.value, pretrained, evaluated + tried, study)
+    spent += problem.prepare(objective)
+    tried = _tried(problem, study, objective, settings.num_images, settings.sampler, spent)
+    best = _best(tried)
+    pretrained = _value_of_pretrained(tried)
+    if pretrained is None:
+        pretrained = problem.value(objective, np.zeros(problem.shape))
+    return Result(best.coefficients, objective, best.value, pretrained, evaluated + tried, study)
 
 
-def multi_fidelity(problem: Problem, folder: Path, storage: RDBStorage, digest: str) -> Found:
+def _multi_fidelity(problem: Problem, folder: Path, digest: str) -> Result:
     """The cheap answers, then candidates by their distance on few images, then the best few of them on many."""
     settings = problem.settings
-    few = one_after_another(problem, folder, storage, digest, "fd")
-    seeds = problem.seeds(settings.finalist_images)
-    finals = Study(storage, f"{digest}-finalists-{len(seeds)}", problem.space)
+    few = _one_after_another(problem, folder, digest, "fd")
+    finals = Study(few.study.storage, f"{digest}-finalists-{settings.finalist_images}", problem.space)
     zeros = np.zeros(problem.shape)
     in_main_process(problem.accelerator, lambda: finals.extend([zeros, *few.study.best(settings.finalists)]))
-
-    def passes(coefficients: Coefficients) -> int:
-        return problem.passes("fd", coefficients, len(seeds))
-
-    finals.run(problem.accelerator, lambda w: problem.value("fd", w, seeds), passes, "fd, finalist")
-    named = f"fd of {len(seeds):,} images"
-    tried = in_main_process(problem.accelerator, lambda: finals.evaluated("finalists", named, few.evaluated[-1].passes))
-    best = min(tried, key=lambda row: row.value)
-    pretrained = next(row.value for row in tried if not row.coefficients.any())
-    return Found(best.coefficients, "fd", best.value, pretrained, few.evaluated + tried, few.study)
+    tried = _tried(problem, finals, "fd", settings.finalist_images, "finalists", few.passes)
+    best = _best(tried)
+    return Result(best.coefficients, "fd", best.value, _value_of_pretrained(tried), few.evaluated + tried, few.study)
 
 
-def first_candidates(cheap: Coefficients, interval: tuple[float, float]) -> list[Coefficients]:
+def _tried(problem: Problem, study: Study, objective: str, images: int, way: str, spent: int) -> list[Evaluated]:
+    """The candidates of a study after all were tried; fd draws so many images of each."""
+    seeds = problem.seeds(images)
+
+    def value(coefficients: np.ndarray) -> float:
+        return problem.value(objective, coefficients, seeds)
+
+    def passes(coefficients: np.ndarray) -> int:
+        return problem.passes(objective, coefficients, images)
+
+    study.run(problem.accelerator, value, passes, f"{objective}, {'finalist' if way == 'finalists' else 'candidate'}")
+    label = f"fd of {images:,} images" if objective == "fd" else objective
+    return in_main_process(problem.accelerator, lambda: study.evaluated(way, label, spent))
+
+
+def _best(rows: list[Evaluated]) -> Evaluated:
+    return min(rows, key=lambda row: row.value)
+
+
+def _value_of_pretrained(rows: list[Evaluated]) -> float | None:
+    return next((row.value for row in rows if not row.coefficients.any()), None)
+
+
+def first_candidates(cheap: np.ndarray, interval: tuple[float, float]) -> list[np.ndarray]:
     """Where a study starts: the pretrained network, the cheap answer, uniform and published coefficients.
 
-    Those that lie outside of the bounds are left out.
+    Those outside of the bounds are left out.
     """
     ranges = cheap.shape[1]
     rows = [np.zeros_like(cheap), cheap, np.clip(LONGER * cheap, *interval)]

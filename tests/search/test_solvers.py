@@ -1,17 +1,47 @@
 import numpy as np
 import pytest
 import torch
-from conftest import stop_at_write, tiny_unet
+from conftest import tiny_unet
 from hypothesis import given
 from hypothesis import strategies as st
 from noisy_images import Linear, linear_candidates, squares
 from scipy.optimize import minimize
 
+from deme.config.sections import Search
 from deme.method.candidates import Candidates
-from deme.search import closed_form as module
-from deme.search.closed_form import closed_form, linearized, ridge_step
+from deme.search import solvers
+from deme.search.progress import Progress
+from deme.search.solvers import GRADIENT_PASSES, closed_form, gradient_descent, linearized, ridge_step
 
-WIDE = (-100.0, 100.0)
+EXACT = Search(ridge=0.0, gauss_newton=1, bounds=[-100, 100])
+
+
+def best(rows):
+    return min(rows, key=lambda row: row.value)
+
+
+def stop_at_save(monkeypatch, number: int) -> None:
+    """Interrupt a solver before it saves its progress for the n-th time."""
+    save, saves = Progress.save, []
+
+    def interrupted(self) -> None:
+        saves.append(1)
+        if len(saves) == number:
+            raise KeyboardInterrupt
+        save(self)
+
+    monkeypatch.setattr(Progress, "save", interrupted)
+
+
+def equal(one, other) -> bool:
+    """Whether two solvers scored the same candidates, bit for bit."""
+    return all(
+        (a.passes, a.value) == (b.passes, b.value) and np.array_equal(a.coefficients, b.coefficients)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+# --- closed form
 
 
 def least_squares(objective, candidates) -> np.ndarray:
@@ -40,18 +70,16 @@ def test_a_linear_network_is_solved_exactly_in_one_step(name, tmp_path):
     """As least squares by numpy; a second step changes nothing. Its value is what was predicted: the least."""
     made, network = linear_candidates(), Linear(7)
     objective = squares(name, made, network, range(120))
-    trace = closed_form(objective, made, network, 0.0, 1, WIDE, tmp_path / "state")
+    first, *rows = closed_form(objective, EXACT, tmp_path / "state")
     expected = least_squares(objective, made)
-    np.testing.assert_allclose(trace.coefficients[1], expected, rtol=2e-3, atol=2e-4)
-    if len(trace.values) > 2:
-        np.testing.assert_allclose(trace.coefficients[2], expected, rtol=2e-3, atol=2e-4)
-    assert trace.values[0] == 1
-    made.form(network, expected)
-    assert trace.values[trace.best] == pytest.approx(objective.value(network), rel=1e-4)
+    for row in rows:
+        np.testing.assert_allclose(row.coefficients, expected, rtol=2e-3, atol=2e-4)
+    assert first.value == 1
+    least = best(rows).value
+    assert least == pytest.approx(objective.value(expected), rel=1e-4)
     rng = np.random.default_rng(0)
     for _ in range(5):
-        made.form(network, expected + 0.05 * rng.standard_normal(made.shape))
-        assert objective.value(network) > trace.values[trace.best]
+        assert objective.value(expected + 0.05 * rng.standard_normal(made.shape)) > least
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -116,31 +144,87 @@ def test_an_interruption_changes_no_number(tmp_path, monkeypatch, stop):
     made = Candidates(base.state_dict(), experts, dict.fromkeys(base.state_dict(), 0), "cpu")
     network = tiny_unet(7)
     objective = squares("match", made, network)
-    solving = (objective, made, network, 1e-3, 2, (0.0, 1.5))
-    whole = closed_form(*solving, tmp_path / "whole")
-    stop_at_write(monkeypatch, module, stop)
+    settings = Search(ridge=1e-3, gauss_newton=2)
+    whole = closed_form(objective, settings, tmp_path / "whole")
+    stop_at_save(monkeypatch, stop)
     with pytest.raises(KeyboardInterrupt):
-        closed_form(*solving, tmp_path / "parts")
+        closed_form(objective, settings, tmp_path / "parts")
     monkeypatch.undo()
     counted = []
-    monkeypatch.setattr(module, "linearized", lambda *a: counted.append(1) or linearized(*a))
-    parts = closed_form(*solving, tmp_path / "parts")
-    assert (parts.passes, parts.values) == (whole.passes, whole.values)
-    np.testing.assert_array_equal(parts.coefficients, whole.coefficients)
-    steps = len(whole.values) - 1
+    monkeypatch.setattr(solvers, "linearized", lambda *a: counted.append(1) or linearized(*a))
+    assert equal(closed_form(objective, settings, tmp_path / "parts"), whole)
+    steps = len(whole) - 1
     done = (stop - 1) // 5 * 4 + min((stop - 1) % 5, 4)  # batches, each step's 4 and its end
     assert len(counted) == 4 * steps - done
     counted.clear()
-    again = closed_form(*solving, tmp_path / "parts")
-    assert (again.values, counted) == (whole.values, [])
+    assert equal(closed_form(objective, settings, tmp_path / "parts"), whole)
+    assert counted == []
 
 
 def test_a_damaged_state_is_said_and_made_anew(tmp_path, capsys):
-    made, network = linear_candidates(), Linear(7)
-    solving = (squares("match", made, network), made, network, 1e-3, 1, WIDE, tmp_path / "state")
+    solving = (squares("match", linear_candidates(), Linear(7)), EXACT, tmp_path / "state")
     whole = closed_form(*solving)
     content = (tmp_path / "state").read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"text"):
         (tmp_path / "state").write_bytes(damaged)
-        assert closed_form(*solving).values == whole.values
+        assert equal(closed_form(*solving), whole)
         assert f"{tmp_path / 'state'}: unreadable, starting anew (" in capsys.readouterr().out
+
+
+# --- gradient descent
+
+
+SETTINGS = {"gradient_steps": 60, "gradient_learning_rate": 0.05, "pull": 0.0, "bounds": [-10, 10]}
+
+
+def descent(file, start=None, held_out_places: range = range(30), **settings):
+    made, network = linear_candidates(), Linear(7)
+    objective, held_out = squares("match", made, network), squares("match", made, network, held_out_places)
+    start = np.zeros(made.shape) if start is None else start
+    return gradient_descent(objective, held_out, Search(**(SETTINGS | settings)), start, file)
+
+
+def test_it_converges_to_the_closed_form_of_a_linear_network(tmp_path):
+    made, network = linear_candidates(), Linear(7)
+    objective = squares("match", made, network)
+    least = best(closed_form(objective, EXACT, tmp_path / "closed")).value
+    rows = descent(tmp_path / "state", gradient_steps=600, gradient_patience=60)
+    assert rows[0].value == pytest.approx(1, abs=1e-5)
+    assert best(rows).value == pytest.approx(least, abs=0.02 * (1 - least))
+    assert rows[0].passes == 90  # the objective was made of two passes of each image
+    assert rows[2].passes == 90 + 20 * GRADIENT_PASSES * 30 // 4 + 2 * 30  # 20 steps are five times all four batches
+
+
+def test_it_starts_where_it_is_told_and_is_pulled_back_there(tmp_path):
+    start = np.full((2, 2), 0.25)
+    free = descent(tmp_path / "free", start)
+    pulled = descent(tmp_path / "pulled", start, pull=1000.0)
+    np.testing.assert_array_equal(free[0].coefficients, start)
+    assert np.abs(pulled[-1].coefficients - start).max() < 0.3 * np.abs(free[-1].coefficients - start).max()
+
+
+def test_it_stays_within_the_bounds(tmp_path):
+    found = descent(tmp_path / "state", gradient_learning_rate=1.0, bounds=[0, 0.125])
+    rows = np.array([row.coefficients for row in found])
+    assert rows.min() == 0
+    assert rows.max() == 0.125
+
+
+def test_it_stops_once_the_held_out_images_are_no_better_for_long(tmp_path):
+    """From the solution itself nothing gets better; the best is what it started from."""
+    made, network = linear_candidates(), Linear(7)
+    start = best(closed_form(squares("match", made, network), EXACT, tmp_path / "closed")).coefficients
+    rows = descent(tmp_path / "state", start, gradient_learning_rate=0.5, gradient_patience=2)
+    assert len(rows) == 3
+    assert best(rows) is rows[0]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4, 7])
+def test_an_interruption_of_the_descent_changes_no_bit(tmp_path, monkeypatch, stop):
+    whole = descent(tmp_path / "whole")
+    stop_at_save(monkeypatch, stop)
+    with pytest.raises(KeyboardInterrupt):
+        descent(tmp_path / "parts")
+    monkeypatch.undo()
+    assert equal(descent(tmp_path / "parts"), whole)
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()

@@ -1,5 +1,7 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,10 +9,19 @@ from conftest import tiny_unet
 from noisy_images import RANGES, probes, squares
 
 from deme.errors import UserError
+from deme.measure.feature_space import FeatureSpace
+from deme.measure.metrics import frechet_distance, statistics
+from deme.measure.reference import Reference
 from deme.method.candidates import Candidates
-from deme.search.probes import LOSS_BINS, make_squares
+from deme.search.objectives import LOSS_BINS, FrechetDistance, make_squares
 
 BASE = tiny_unet().state_dict()
+ZEROS = np.zeros((1, 2))
+SIZE, COUNT = 8, 4_000
+RANDOM = np.random.default_rng(0)
+REAL = Reference(*statistics(RANDOM.normal(size=(COUNT, SIZE)) * 1.2), None)
+PRETRAINED = RANDOM.normal(size=(COUNT, SIZE)) + 0.3
+CANDIDATE = 0.95 * PRETRAINED + 0.02 * RANDOM.normal(size=(COUNT, SIZE))  # the same seeds give nearly the same images
 
 
 def candidates(experts: int) -> Candidates:
@@ -22,19 +33,19 @@ def candidates(experts: int) -> Candidates:
 def test_the_pretrained_network_has_the_value_1(name):
     network = tiny_unet(7)
     objective = squares(name, candidates(2), network, range(60))
-    assert objective.value(tiny_unet()) == pytest.approx(1, abs=1e-5)
-    assert objective.passes == 60
+    assert objective.value(ZEROS) == pytest.approx(1, abs=1e-5)
+    assert objective.images == 60
 
 
 def test_match_is_0_for_an_expert_of_all_timesteps_and_the_share_of_its_range_for_one_of_several():
     made, network = candidates(1), tiny_unet(7)
     accelerator = Accelerator(cpu=True)
     objective = make_squares("match", probes(accelerator, ranges=[(0, 1000)]), made, network, 1000, accelerator)
-    assert objective.value(tiny_unet(1)) < 1e-9
+    assert objective.value(np.ones((1, 1))) < 1e-9
     ranges = squares("match", candidates(2), network)
-    ranges.batches = [batch.part(batch.ranges == 0) for batch in ranges.batches]
-    assert ranges.value(tiny_unet(1)) < 1e-9
-    assert ranges.value(tiny_unet()) == pytest.approx(0.5, abs=1e-5)
+    ranges = replace(ranges, batches=[batch.part(batch.ranges == 0) for batch in ranges.batches])
+    assert ranges.value(np.array([[1, 0]])) < 1e-9
+    assert ranges.value(ZEROS) == pytest.approx(0.5, abs=1e-5)
 
 
 def test_loss_is_the_mean_over_bins_of_the_denoising_loss_relative_to_the_pretrained_network():
@@ -48,7 +59,7 @@ def test_loss_is_the_mean_over_bins_of_the_denoising_loss_relative_to_the_pretra
         losses[seed] = torch.cat(parts)
     bins = torch.cat([batch.timesteps for batch in batches]) * LOSS_BINS // 1000
     ratios = [losses[1][bins == n].sum() / losses[0][bins == n].sum() for n in range(LOSS_BINS)]
-    assert objective.value(tiny_unet(1)) == pytest.approx(float(torch.stack(ratios).mean()), rel=1e-4)
+    assert objective.value(np.array([[1, 0]])) == pytest.approx(float(torch.stack(ratios).mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("count", [2, 30, 31])
@@ -81,8 +92,7 @@ def test_a_network_that_is_not_finite_is_the_worst():
     """Not the best, which NaN is for numpy."""
     made, network = candidates(2), tiny_unet(7)
     objective = squares("match", made, network)
-    made.form(network, [[1e30, 1e30]])
-    assert objective.value(network) == float("inf")
+    assert objective.value(np.full((1, 2), 1e30)) == float("inf")
 
 
 def test_an_expert_that_predicts_what_the_pretrained_network_does_is_refused():
@@ -93,3 +103,48 @@ def test_an_expert_that_predicts_what_the_pretrained_network_does_is_refused():
         make_squares("match", probes(accelerator), same, network, 1000, accelerator)
     with pytest.raises(UserError, match=r"^no image falls into bin \d+ of 16 bins of timesteps$"):
         make_squares("loss", probes(accelerator, range(2), RANGES), same, network, 1000, accelerator)
+
+
+# --- the distance with a control, on features that are drawn instead of images
+
+
+def distance(control: np.ndarray | None) -> FrechetDistance:
+    return FrechetDistance(None, None, FeatureSpace("classifier", None, REAL, None), [], 8, control)
+
+
+def plain(features: np.ndarray) -> float:
+    return frechet_distance(*statistics(features), REAL.mu, REAL.sigma)
+
+
+@pytest.mark.parametrize("count", [10, 50, 500, COUNT])
+def test_the_pretrained_network_has_the_distance_of_all_images_of_the_control(count):
+    found = distance(PRETRAINED).of_features(PRETRAINED[:count])
+    assert found == pytest.approx(plain(PRETRAINED), rel=1e-9)
+
+
+def test_as_many_images_as_the_control_need_no_correction():
+    assert distance(PRETRAINED).of_features(CANDIDATE) == pytest.approx(plain(CANDIDATE), rel=1e-9)
+    assert distance(None).of_features(CANDIDATE) == plain(CANDIDATE)
+
+
+def test_a_candidate_that_shares_little_with_the_control_is_not_punished_for_it():
+    """Images that are as good as the pretrained network's but have nothing to do with them: no bias."""
+    other = RANDOM.normal(size=(COUNT, SIZE)) + 0.3
+    found = []
+    for start in range(0, COUNT, 100):
+        order = np.r_[start:COUNT, 0:start]
+        found.append(distance(PRETRAINED[order]).of_features(other[order][:100]))
+    error = np.std(found) / len(found) ** 0.5
+    assert np.mean(found) == pytest.approx(plain(other), abs=3 * error + 0.02)
+
+
+def test_a_control_lets_few_images_tell_as_much_as_many():
+    """Over 20 subsets of 100 images, the error is a tenth of that of the subset's own distance."""
+    errors = {"with": [], "without": []}
+    for start in range(0, 2_000, 100):
+        order = np.r_[start:COUNT, 0:start]
+        few, control = CANDIDATE[order][:100], PRETRAINED[order]
+        errors["with"].append(distance(control).of_features(few) - plain(CANDIDATE))
+        errors["without"].append(plain(few) - plain(CANDIDATE))
+    with_control, without = (np.sqrt(np.mean(np.square(found))) for found in errors.values())
+    assert with_control < 0.1 * without
