@@ -1,15 +1,20 @@
-"""Files and folders that appear whole or not at all; YAML and JSON; hashes."""
+"""Files and folders that appear whole or not at all; YAML and JSON, and their content checked against types."""
 
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from safetensors import SafetensorError
@@ -23,6 +28,10 @@ REPLACED = ".replaced-"  # prefix of a folder that is set aside while another on
 SUFFIX_LENGTH = 8  # random characters that tempfile appends
 UMASK = os.umask(0o077)  # can be read only by setting it
 os.umask(UMASK)
+LARGEST = 1e38  # of a number: a larger one is damage, and fits neither float32 nor a plot
+NAMES = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+NAMES |= {list: "a list", dict: "a mapping"}
+_hints = cache(get_type_hints)
 
 
 @contextmanager
@@ -35,37 +44,32 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write to; it becomes `path` when the block ends without an error."""
+def atomic_file(path: Path, is_durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write to; it becomes `path` when the block ends without an error.
+
+    Args:
+        is_durable: sync it, and search the folder for leftovers of killed runs.
+    """
     with writing(path):
-        remove_leftovers(path)
+        if is_durable:
+            remove_leftovers(path)
         descriptor, name = tempfile.mkstemp(**_sibling(path))  # private: readable to its owner alone
         os.close(descriptor)
         temporary = Path(name)
         try:
             yield temporary
             temporary.chmod(0o666 & ~UMASK)
-            sync_to_disk(temporary)
+            if is_durable:
+                sync_to_disk(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def write_small_file(path: Path, content: bytes) -> None:
-    """Like `atomic_file`, for thousands of small files that are checked before they are relied on.
-
-    Nothing is synced, and the folder is not searched for leftovers: both take longer than the writing.
-    """
-    with writing(path):
-        descriptor, temporary = tempfile.mkstemp(**_sibling(path))
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(content)
-                os.fchmod(descriptor, 0o666 & ~UMASK)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+    """Write one of thousands of small files that are checked before they are relied on; syncing takes too long."""
+    with atomic_file(path, is_durable=False) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextmanager
@@ -207,6 +211,53 @@ def read_json(path: Path) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object")
     return values
+
+
+def checked(value: Any, kind: Any, name: str = "") -> Any:
+    """A value of a type, with finite numbers. A truth value is no number, and a number no text.
+
+    Args:
+        kind: str, int, float, bool, a dataclass of such, or list[T], dict[str, T], T | None of them. A dataclass is
+            made of a mapping: other keys are ignored, and what may be None or has a default may be missing.
+        name: of the value, for messages.
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return None if value is None else checked(value, parts[0], name)
+    if origin is list:
+        _check(isinstance(value, list), list, name)
+        return [checked(part, parts[0], f"{name}[{i}]") for i, part in enumerate(value)]
+    if origin is dict:
+        _check(isinstance(value, dict), dict, name)
+        return {checked(key, str, f"{name}: a key"): checked(value[key], parts[1], f"{name}.{key}") for key in value}
+    if is_dataclass(kind):
+        _check(isinstance(value, dict), dict, name)
+        return _made(kind, value, name)
+    if kind is float and type(value) is int and abs(value) < LARGEST:
+        value = float(value)
+    _check(type(value) is kind, kind, name)
+    if kind in (int, float):
+        _check(abs(value) < LARGEST and math.isfinite(value), kind, name)
+    if kind is str:  # JSON may hold halves of a character, which no file takes
+        _check(value.encode(errors="ignore").decode() == value, kind, name)
+    return value
+
+
+def _check(fits: bool, kind: type, name: str) -> None:
+    if not fits:
+        raise UserError(f"{name or 'it'} is not {NAMES[kind]}")
+
+
+def _made(kind: type, given: dict, name: str) -> Any:
+    prefix = f"{name}." if name else ""
+    values = {}
+    for field in fields(kind):
+        hint = _hints(kind)[field.name]
+        if field.name in given or (get_origin(hint) is UnionType and field.default is MISSING):
+            values[field.name] = checked(given.get(field.name), hint, prefix + field.name)
+        elif field.default is MISSING:
+            raise UserError(f"{prefix}{field.name} is missing")
+    return kind(**values)
 
 
 def sha256(path: Path) -> str:

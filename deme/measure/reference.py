@@ -19,8 +19,7 @@ from deme.data.opening import open_source
 from deme.data.samples import check_sizes, list_images, read_images
 from deme.data.sources import data_hashes, load_evaluation_images
 from deme.errors import UserError, naming, one_line, shown
-from deme.job.checked import LARGEST, checked
-from deme.job.files import atomic_file, sha256
+from deme.job.files import LARGEST, atomic_file, checked, sha256
 from deme.job.records import STATISTICS, Record
 from deme.measure.features import extract
 

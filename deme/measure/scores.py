@@ -10,8 +10,7 @@ import numpy as np
 
 from deme.config.sections import CONTINUED
 from deme.errors import UserError, naming
-from deme.job.checked import checked
-from deme.job.files import atomic_file, read_json
+from deme.job.files import atomic_file, checked, read_json
 from deme.measure.metrics import (
     NEIGHBORHOOD,
     frechet_distance,

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from deme.config.experiment import Config
 from deme.errors import UserError, naming
-from deme.job.checked import checked
-from deme.job.files import read_yaml
+from deme.job.files import checked, read_yaml
 
 SECONDS = "seconds.txt"  # in the search's folder: a line for each command; none where the first ones noted nothing
 OF_PRETRAINED = "value of the pretrained network"

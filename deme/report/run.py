@@ -10,8 +10,7 @@ from typing import Any
 from deme.config.experiment import Config
 from deme.config.sections import BASELINES, CONTINUED, DISTILLED, GRADIENT_PASSES, NAMED_TRAININGS, range_name
 from deme.errors import UserError, naming, one_line
-from deme.job.checked import checked
-from deme.job.files import read_json
+from deme.job.files import checked, read_json
 from deme.job.records import MERGED, read_record
 from deme.measure.scores import CLEARLY, Score, load_scores
 from deme.models.searched import Searched, read_searched, seconds_of

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deme.errors import RunError, UserError, one_line
-from deme.job.checked import checked
 from deme.job.files import (
     REPLACED,
     atomic_folder,
+    checked,
     checkpoint_steps,
     make_folder,
     remove_unfinished,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deme.errors import UserError
-from deme.job.checked import checked
+from deme.job.files import checked
 
 
 @dataclass(frozen=True)
