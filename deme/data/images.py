@@ -41,11 +41,6 @@ def _permutation(stream: Stream, epoch: int, num_images: int) -> np.ndarray:
     return np.random.default_rng((*stream, PERMUTATION, epoch)).permutation(num_images)
 
 
-def held_out_order(num_images: int) -> np.ndarray:
-    """A permutation whose first entries are the held-out images, the same for every seed and script."""
-    return np.random.default_rng(HELD_OUT_CHOICE).permutation(num_images)
-
-
 def torch_seed(generator: np.random.Generator) -> int:
     """A seed for torch's generator."""
     return int(generator.integers(2**63))

@@ -13,12 +13,12 @@ from tqdm import tqdm
 from deme.config.sections import Data
 from deme.data.decoding import ahead, decode_image, decoding, decoding_threads
 from deme.data.images import (
+    HELD_OUT_CHOICE,
     CachedImages,
     CaptionedImages,
     CroppedImages,
     StreamedImages,
     TrainingImages,
-    held_out_order,
 )
 from deme.data.opening import Source, open_source
 from deme.errors import UserError, shown
@@ -57,7 +57,7 @@ def split_held_out(data: Data, count: int) -> tuple[np.ndarray, np.ndarray]:
     held_out = data.held_out_images
     if held_out >= count:
         raise UserError(f"data.held_out_images={held_out}: {data.name} has {count} images")
-    order = held_out_order(count)
+    order = np.random.default_rng(HELD_OUT_CHOICE).permutation(count)
     return np.sort(order[held_out:]), order[:held_out]
 
 
