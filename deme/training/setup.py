@@ -55,8 +55,8 @@ def load_start(inputs: ModelFiles, key: str, source: str) -> Start:
         try_out(denoiser, scheduler, encoder)
     experts = []
     for path in expert_folders:
+        expert = load_denoiser(path)
         with naming(path):
-            expert = load_denoiser(path)
             try_out(expert, scheduler, encoder)
             channels = expert.config.in_channels
             if channels != denoiser.config.in_channels:
