@@ -131,10 +131,10 @@ def unet_cost(config: dict) -> tuple[int, int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from deme.models.denoisers import PROJECTED_UNETS, UNETS
+    from deme.models.denoisers import DENOISER_CLASSES
 
     with torch.device("meta"):
-        unet = (UNETS | PROJECTED_UNETS)[config.get("_class_name", "UNet2DModel")].from_config(config)
+        unet = DENOISER_CLASSES[config.get("_class_name", "UNet2DModel")].from_config(config)
         size = unet.config.sample_size
         width = unet.config.get("cross_attention_dim")
         condition = {} if width is None else {"encoder_hidden_states": torch.empty(1, TOKENS, width)}

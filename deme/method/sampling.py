@@ -162,12 +162,12 @@ def guided(
     return guided_at
 
 
-def ensemble(unets: Sequence[nn.Module], ranges: Sequence[tuple[int, int]]) -> NetworkAt:
+def ensemble(experts: Sequence[nn.Module], ranges: Sequence[tuple[int, int]]) -> NetworkAt:
     """The experts before merging: at each timestep the one that was finetuned on its range [low, high)."""
 
     def network_at(timestep: float) -> nn.Module:
-        [unet] = [unet for unet, (low, high) in zip(unets, ranges, strict=True) if low <= timestep < high]
-        return unet
+        [expert] = [expert for expert, (low, high) in zip(experts, ranges, strict=True) if low <= timestep < high]
+        return expert
 
     return network_at
 

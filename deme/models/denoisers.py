@@ -39,14 +39,16 @@ def projected_class(unet_class: type[ModelMixin]) -> type[ModelMixin]:
 ProjectedUNet2DModel = projected_class(UNet2DModel)
 ProjectedUNet2DConditionModel = projected_class(UNet2DConditionModel)
 LATENT_SCHEDULE = {"clip_sample": False, "steps_offset": 1}
-UNETS = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
-PROJECTED_UNETS = {kind.__name__: kind for kind in (ProjectedUNet2DModel, ProjectedUNet2DConditionModel)}
+DENOISER_CLASSES = {
+    kind.__name__: kind
+    for kind in (UNet2DModel, UNet2DConditionModel, ProjectedUNet2DModel, ProjectedUNet2DConditionModel)
+}
 
 
 def with_projections(unet: nn.Module) -> nn.Module:
     """A projected copy of a UNet, its projections identities."""
     name = f"{PROJECTED}{type(unet).__name__.removeprefix(PROJECTED)}"
-    projected = PROJECTED_UNETS[name].from_config(dict(unet.config) | {"_class_name": name})
+    projected = DENOISER_CLASSES[name].from_config(dict(unet.config) | {"_class_name": name})
     identities = {key: weight for key, weight in projected.state_dict().items() if key.endswith(PROJECTION_SUFFIX)}
     projected.load_state_dict({**identities, **unet.state_dict()})
     return projected.train(unet.training)
@@ -62,16 +64,16 @@ def load_denoiser(folder: Path) -> nn.Module:
     if not is_projected(folder) and any(key.endswith(PROJECTION_SUFFIX) for key in tensors):
         raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED}{name}")
     try:
-        unet = (UNETS | PROJECTED_UNETS)[name].from_config(settings)
+        denoiser = DENOISER_CLASSES[name].from_config(settings)
     except Exception as error:  # diffusers and torch raise anything for a wrong value
         raise UserError(f"{folder}: {one_line(error)}") from None
-    _fill(unet, tensors, folder)
-    return unet.eval()
+    _fill(denoiser, tensors, folder)
+    return denoiser.eval()
 
 
-def _fill(unet: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def _fill(denoiser: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Copy a folder's tensors into a network."""
-    expected = unet.state_dict()
+    expected = denoiser.state_dict()
     if odd := sorted(expected.keys() ^ tensors.keys()):
         raise UserError(f"{folder}: weights and config.json do not fit each other ({', '.join(odd[:3])} …)")
     for name, tensor in tensors.items():
@@ -103,10 +105,10 @@ def load_scheduler(pipeline: Path) -> DDPMScheduler:
         raise UserError(f"{file}: {one_line(error)}") from None
 
 
-def try_out(unet: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None:
+def try_out(denoiser: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None:
     """Predict once and take one step, so that parts that do not fit are found before anything is written."""
-    channels, size = unet.config.in_channels, unet.config.sample_size
-    check_settings(DENOISER, unet.config)  # it may have been made from settings, and not loaded
+    channels, size = denoiser.config.in_channels, denoiser.config.sample_size
+    check_settings(DENOISER, denoiser.config)  # it may have been made from settings, and not loaded
     check_settings("scheduler", scheduler.config)
     encoder.check_fits(channels)
     condition = encoder.condition([""])  # load_encoder has tried it
@@ -114,7 +116,7 @@ def try_out(unet: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None
         images = torch.zeros(1, channels, size, size)
         last = torch.tensor([scheduler.config.num_train_timesteps - 1])
         with torch.no_grad():
-            prediction = unet(images, last, **condition).sample
+            prediction = denoiser(images, last, **condition).sample
         target = prediction_target(scheduler, images, images, last)
         if prediction.shape != target.shape:
             raise UserError(f"the network maps {tuple(target.shape)} to {tuple(prediction.shape)}")

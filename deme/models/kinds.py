@@ -1,7 +1,7 @@
 """Which kind of model is this? The classes that a pipeline's files name, and settings that change an input's meaning.
 
 Each is looked up in a table; what is not in it is refused by name, with the list of what is. Only files are read. To
-support another denoiser, add its class to PIPELINES and DENOISERS here and to UNETS in denoisers.py.
+support another denoiser, add its class to PIPELINES and DENOISERS here and to DENOISER_CLASSES in denoisers.py.
 """
 
 import math
@@ -76,7 +76,7 @@ def denoiser_class(settings: dict[str, Any]) -> str:
     return str(settings.get("_class_name", "UNet2DModel")).removeprefix(PROJECTED)
 
 
-def check_pipeline(pipeline: Path, unet: Path, scheduler: Path) -> None:
+def check_pipeline(pipeline: Path, denoiser: Path, scheduler: Path) -> None:
     """Look up the classes and the settings of a pipeline folder's parts; parts that are missing are left to others."""
     index = read_index(pipeline)
     entries = {name: entry for name, entry in index.items() if name in CLASSES or isinstance(entry, list)}
@@ -88,12 +88,12 @@ def check_pipeline(pipeline: Path, unet: Path, scheduler: Path) -> None:
         if name not in NEVER_RUN:
             _look_up(f"{pipeline / INDEX}: the part", name, CLASSES)
             _look_up(f"{pipeline / INDEX}: {name}", given, CLASSES[name])
-    folders = {DENOISER: unet, "scheduler": scheduler, "vae": pipeline / "vae"}
+    folders = {DENOISER: denoiser, "scheduler": scheduler, "vae": pipeline / "vae"}
     for name, folder in folders.items():
         if (folder / FILES[name]).is_file():
             check_part(name, folder / FILES[name], parts.get(name))
-    if (unet / FILES[DENOISER]).is_file():
-        name = denoiser_class(read_json(unet / FILES[DENOISER]))
+    if (denoiser / FILES[DENOISER]).is_file():
+        name = denoiser_class(read_json(denoiser / FILES[DENOISER]))
         if index and PIPELINES[index["_class_name"]] != name:
             raise UserError(f"{pipeline / INDEX}: _class_name={index['_class_name']}: its network is a {name}")
         _check_parts(pipeline, parts, name)

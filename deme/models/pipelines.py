@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,9 @@ def find_pipeline(source: str) -> Path:
 
 def check_folder(pipeline: Path) -> Path:
     """Check that a folder is a pipeline of known classes, and return it."""
-    unet, scheduler = denoiser_folder(pipeline), scheduler_folder(pipeline)
-    check_pipeline(pipeline, unet, scheduler)
-    for part in (unet / "config.json", scheduler / SCHEDULER_CONFIG):
+    denoiser, scheduler = denoiser_folder(pipeline), scheduler_folder(pipeline)
+    check_pipeline(pipeline, denoiser, scheduler)
+    for part in (denoiser / "config.json", scheduler / SCHEDULER_CONFIG):
         if not part.is_file():
             raise UserError(f"not a pipeline folder: {part} is missing")
     return pipeline
@@ -95,20 +96,21 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
 
     The index is written anew: it names only classes that are known, and no safety checker.
     """
-    unet = read_json(folder / DENOISER / "config.json")
+    settings = read_json(folder / DENOISER / "config.json")
+    denoiser = denoiser_class(settings)
     schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
     given = read_index(pretrained)
-    kinds = [kind for kind, network in PIPELINES.items() if network == denoiser_class(unet)]
+    kinds = [kind for kind, network in PIPELINES.items() if network == denoiser]
     kind = given["_class_name"] if given.get("_class_name") in kinds else kinds[0]
     scheduler = read_json(schedule).get("_class_name", index_class(given, "scheduler"))
     library = "deme.projection" if is_projected(folder / DENOISER) else "diffusers"
     index = {"_class_name": kind, "scheduler": ["diffusers", scheduler]}
-    index[DENOISER] = [library, unet.get("_class_name", denoiser_class(unet))]
-    if DENOISERS[denoiser_class(unet)]:
+    index[DENOISER] = [library, settings.get("_class_name", denoiser)]
+    if DENOISERS[denoiser]:
         index |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"]}
         index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "requires_safety_checker": False}
         index |= {part: [None, None] for part in NEVER_RUN}
-    for part in DENOISERS[denoiser_class(unet)]:
+    for part in DENOISERS[denoiser]:
         _link_part(pretrained / part, folder / part)
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     (folder / "scheduler").mkdir()
@@ -138,12 +140,11 @@ def _link_part(source: Path, target: Path) -> None:
     """Copy a part; weights are hard links if possible, settings are not, as other programs write them in place."""
     target.mkdir()
     for name, path in part_files(source).items():
-        try:
-            if path.suffix != ".safetensors":
-                raise OSError
-            os.link(path.resolve(), target / name)
-        except OSError:
-            shutil.copy(path, target / name)
+        if path.suffix == ".safetensors":
+            with suppress(OSError):  # another file system, or one without hard links
+                os.link(path.resolve(), target / name)
+                continue
+        shutil.copy(path, target / name)
 
 
 def common_architecture(folders: Sequence[Path]) -> Path:
