@@ -17,23 +17,17 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.sections import range_name
 from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, provenance, read_record
 from deme.models.pipelines import takes_text, denoiser_folder
-from deme.models.searched import OF_PRETRAINED, SECONDS, timed
+from deme.models.searched import SECONDS, timed
 from deme.models.variants import ModelFiles, find_finetuned, find_pretrained
 from deme.models.weights import weights_hash
-
-if TYPE_CHECKING:
-    from deme.search.problem import Problem
-    from deme.search.report import Fresh
-    from deme.search.ways import Result
 
 
 def plan(config: Config) -> str:
@@ -48,56 +42,46 @@ def plan(config: Config) -> str:
 def main(config: Config) -> None:
     """Search, write the best, check it on fresh seeds."""
     # --- inputs
-    config.check_search()
-    settings = config.search
     output = config.paths.search
-    pretrained = find_pretrained(config.paths)
-    finetuned = find_finetuned(config.paths)
-    networks = [denoiser_folder(pretrained), *finetuned]
-    inputs = ModelFiles(pretrained, networks)
-    inputs.check_fits(config)
-    config.check_classified()
-    draws = by_images(config) or settings.report_images > 0
-    if takes_text(pretrained) and draws:
-        config.sample.check("prompts", config.sample.prompts is not None, "images are drawn for the search: needs some")
-    labelled = config.data.label_column is not None or config.evaluate.features != "classifier" or not draws
-    config.data.check("label_column", labelled, "evaluate.features=classifier needs labels")
-    watched = inputs.watched()
+    model = check_inputs(config)
+    watched = model.watched()
 
     # --- torch is imported after what can be answered without it
     from deme.data.opening import open_source
     from deme.data.sources import data_hashes
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
+    from deme.report.search_plots import save_search_plots
     from deme.report.tables import score_table
     from deme.search.problem import Problem
     from deme.search.report import score_fresh, verdict
     from deme.search.ways import find
 
     # --- what is searched
-    made_of = data_hashes(config.data, config.paths.image_cache, with_captions=True) | inputs.hashes()
+    made_of = data_hashes(config.data, config.paths.image_cache, with_captions=True) | model.hashes()
     column = {IMAGE_COLUMN: open_source(config.data).data.image_column}
-    weights = {"pretrained": weights_hash(networks[0]), "finetuned": list(map(weights_hash, finetuned))}
-    made_from = searched(config) | column | inputs.spacing(config.sample) | weights | made_of
+    pretrained, *finetuned = map(weights_hash, model.denoisers)
+    weights = {"pretrained": pretrained, "finetuned": finetuned}
+    made_from = searched(config) | column | model.spacing(config.sample) | weights | made_of
     wanted = Record(SEARCH, made_from, provenance(config))
     accelerator = make_accelerator(config.sample.mixed_precision, "sample.mixed_precision")
-    problem = Problem(config, accelerator, pretrained, made_of, output)
+    problem = Problem(config, accelerator, model.pipeline, made_of, output)
     watched.check()  # what was hashed was read
     with locked_by_all(accelerator, output / "claim", "search.output", wait=True):
         in_main_process(accelerator, lambda: claim(output, wanted))
 
     # --- search
-    if draws:
+    if draws_images(config):
         _ = problem.plain_distance  # weights or labels that can't be had are told now
     with timed(output) if accelerator.is_main_process else nullcontext():
         result = find(problem, output, wanted.digest)
-    answer = best_yaml(problem, result, weights)
+    answer = result.as_yaml(problem.patterns) | weights
     with locked_by_all(accelerator, output / "best", "search.output", wait=True):
         in_main_process(accelerator, lambda: write_yaml(config.paths.best_coefficients, answer))
         accelerator.print(f"wrote {config.paths.best_coefficients}")
 
         # --- is it any good?
         beside = {"coefficients": answer["coefficients"]} | provenance(config)
-        scored = {"images": settings.report_images, "blocks": config.report_blocks}
+        scored = {"images": config.search.report_images, "blocks": config.report_blocks}
         scored["steps"] = config.sample.num_inference_steps
         identity = Record(SEARCH, {**wanted.made_from, **answer, **scored}).digest
         fresh = score_fresh(problem, result, output / "report.json", identity, beside)
@@ -105,11 +89,34 @@ def main(config: Config) -> None:
             if fresh.scores:
                 print(score_table(fresh.scores, config.evaluate.features))
             print(*verdict(result, fresh), sep="\n")
-            draw_plots(config, problem, result, fresh)
+            make_folder(config.paths.plots, "output_dir")
+            tried = (result.evaluated, result.coefficients, problem.patterns, problem.ranges, result.study)
+            pictures = save_search_plots(config.paths.search_picture, output / "logs", *tried, fresh.scores)
+            print("pictures:", *pictures, sep="\n")
+
+
+def check_inputs(config: Config) -> ModelFiles:
+    """The files of pretrained network and experts, once all that can be checked without torch is in order."""
+    config.check_search()
+    pretrained = find_pretrained(config.paths)
+    model = ModelFiles(pretrained, [denoiser_folder(pretrained), *find_finetuned(config.paths)])
+    model.check_fits(config)
+    config.check_classified()
+    if draws_images(config):
+        has_prompts = config.sample.prompts is not None or not takes_text(pretrained)
+        config.sample.check("prompts", has_prompts, "images are drawn for the search: needs some")
+        has_labels = config.data.label_column is not None or config.evaluate.features != "classifier"
+        config.data.check("label_column", has_labels, "evaluate.features=classifier needs labels")
+    return model
+
+
+def draws_images(config: Config) -> bool:
+    """True if images are drawn, to tell candidates apart or for the report."""
+    return by_images(config) or config.search.report_images > 0
 
 
 def by_images(config: Config) -> bool:
-    """Whether candidates are told apart by images that are drawn from them."""
+    """True if candidates are told apart by images that are drawn from them."""
     return config.search.method == "multi_fidelity" or config.search.objective == "fd"
 
 
@@ -143,29 +150,6 @@ def claim(output: Path, wanted: Record) -> None:
         return
     with naming("search.output", output):
         found.fits(wanted, output, "set them back, name another folder, or delete this one")
-
-
-def best_yaml(problem: "Problem", result: "Result", weights: dict[str, Any]) -> dict[str, Any]:
-    """The content of best.yaml: the coefficients by name pattern, what they are of, and the UNet passes they took."""
-    return {
-        "coefficients": dict(zip(problem.patterns, result.coefficients.tolist(), strict=True)),
-        "objective": result.objective,
-        "value": result.value,
-        OF_PRETRAINED: result.pretrained,
-        "passes": result.passes,
-        **weights,
-    }
-
-
-def draw_plots(config: Config, problem: "Problem", result: "Result", fresh: "Fresh") -> None:
-    """Pictures in plots/, and the same for TensorBoard."""
-    from deme.report.search_plots import save_search_plots
-
-    make_folder(config.paths.plots, "output_dir")
-    ranges = list(map(range_name, config.timesteps.ranges))
-    places = (config.paths.search_picture, config.paths.search / "logs")
-    found = (result.evaluated, result.coefficients, problem.patterns, ranges, result.study)
-    print("pictures:", *save_search_plots(*places, *found, fresh.scores), sep="\n")
 
 
 if __name__ == "__main__":

@@ -76,10 +76,16 @@ class Problem:
         return self.candidates.shape
 
     @property
+    def ranges(self) -> list[str]:
+        """The names of the ranges."""
+        return list(map(range_name, self.config.timesteps.ranges))
+
+    @property
     def space(self) -> Space:
         """The coefficients that are searched."""
-        ranges = list(map(range_name, self.config.timesteps.ranges))
-        names = ranges if len(self.patterns) == 1 else [f"{group} {name}" for group in self.patterns for name in ranges]
+        names = self.ranges
+        if len(self.patterns) > 1:
+            names = [f"{pattern} {name}" for pattern in self.patterns for name in names]
         return Space(names, self.shape, self.settings.interval)
 
     @property

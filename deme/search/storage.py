@@ -1,8 +1,9 @@
 """Where studies are kept: an Optuna storage."""
 
+import fcntl
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
@@ -55,6 +56,22 @@ def open_by_all(accelerator: Accelerator, url: str | None, folder: Path) -> RDBS
     with locked_by_all(accelerator, folder / "storage", "search.output", wait=True):  # two at once would fail
         in_main_process(accelerator, create)
     return open_storage(where)
+
+
+@contextmanager
+def joined(storage: RDBStorage, clear: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock beside an SQLite file with the other jobs that use it; a job that is alone there clears it first."""
+    url = storage.engine.url
+    if url.get_backend_name() != "sqlite":
+        yield
+        return
+    with open(f"{url.database}.lock", "a") as file:
+        with suppress(OSError):  # another job holds it, or the disk has no locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            clear()
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
 
 
 @contextmanager

@@ -1,10 +1,9 @@
 """Candidates one after another: an Optuna study, in a storage that outlives the process and that jobs share."""
 
-import fcntl
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -21,7 +20,7 @@ from deme.errors import UserError
 from deme.job.locks import POLLED_EVERY
 from deme.job.processes import in_main_process
 from deme.search.progress import Evaluated
-from deme.search.storage import GRACE, reading
+from deme.search.storage import GRACE, joined, reading
 
 PASSES = "passes"  # attribute of a trial: UNet passes that its value took
 
@@ -44,11 +43,7 @@ class Study:
 
     With one job, candidate n is a function of the stream, n and the earlier values: an interrupted search goes on as
     if nothing had happened. Several jobs share the candidates; which they are then depends on the jobs' timing, too.
-
-    Args:
-        first: candidates that are tried before the sampler's.
-        sampler: tpe, gp, random or grid.
-        count: how many candidates are tried.
+    Of `count` candidates the `first` ones are given, and the sampler draws the others.
     """
 
     def __init__(
@@ -139,14 +134,13 @@ class Study:
         Args:
             value: of a candidate; called in every process.
             passes: UNet passes that a candidate's value takes.
-            label: begins each line that is printed.
         """
 
         def score(coefficients: np.ndarray) -> tuple[float, int]:
             in_main_process(accelerator, lambda: coefficients)  # `told` in the other processes
             return value(coefficients), passes(coefficients)
 
-        with self._joined(accelerator):
+        with joined(self.storage, self._fail_running) if accelerator.is_main_process else nullcontext():
             while True:
                 told = in_main_process(accelerator, lambda: self._try_all(score, label))
                 if isinstance(told, np.ndarray):
@@ -200,22 +194,11 @@ class Study:
         shown = np.round(coefficients, 3).tolist()[0] if len(coefficients) == 1 else f"{coefficients.size} coefficients"
         print(f"{label}: {value:.4f} at {shown}; the best: {best:.4f}", flush=True)
 
-    @contextmanager
-    def _joined(self, accelerator: Accelerator) -> Iterator[None]:
-        """Hold a lock beside an SQLite file; a job that is alone with it knows that no other trial is running."""
-        url = self.storage.engine.url
-        if not accelerator.is_main_process or url.get_backend_name() != "sqlite":
-            yield
-            return
-        with open(f"{url.database}.lock", "a") as file:
-            with suppress(OSError):  # another job holds it, or the disk has no locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with reading(self.storage):
-                    for trial in self._read(TrialState.RUNNING):
-                        self.study.tell(trial.number, state=TrialState.FAIL)
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_SH)
-            yield
+    def _fail_running(self) -> None:
+        """Give up what killed jobs left running; it is tried again as the same candidate."""
+        with reading(self.storage):
+            for trial in self._read(TrialState.RUNNING):
+                self.study.tell(trial.number, state=TrialState.FAIL)
 
     def _retry_stale(self) -> None:
         """Have the candidates of killed jobs tried again."""
@@ -227,10 +210,10 @@ class Study:
 
     # --- which candidate is the n-th
 
-    def _place(self, trial: Trial | FrozenTrial) -> int:
+    def _place(self, trial: Trial) -> int:
         """Which candidate a trial is, counted from 0; failed trials don't count."""
-        earlier = [other for other in self.study.get_trials(deepcopy=False) if other.number < trial.number]
-        return sum(other.state is not TrialState.FAIL for other in earlier)
+        others = self.study.get_trials(deepcopy=False)
+        return sum(other.number < trial.number and other.state is not TrialState.FAIL for other in others)
 
     def _sampler(self, place: int) -> optuna.samplers.BaseSampler:
         """What draws the candidate of this place."""

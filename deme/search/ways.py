@@ -1,13 +1,16 @@
 """The ways to search, from the cheap answers to the best few candidates on many images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from deme.errors import naming
 from deme.job.processes import in_main_process, locked_by_all
 from deme.method.coefficients import PUBLISHED
+from deme.models.searched import OF_PRETRAINED
 from deme.search.problem import Problem
 from deme.search.progress import Evaluated
 from deme.search.solvers import closed_form, gradient_descent
@@ -35,6 +38,16 @@ class Result:
     def passes(self) -> int:
         """UNet passes that the search took."""
         return self.evaluated[-1].passes
+
+    def as_yaml(self, patterns: Sequence[str]) -> dict[str, Any]:
+        """The content of best.yaml, without the networks' hashes; `patterns` name the groups of tensors."""
+        return {
+            "coefficients": dict(zip(patterns, self.coefficients.tolist(), strict=True)),
+            "objective": self.objective,
+            "value": self.value,
+            OF_PRETRAINED: self.pretrained,
+            "passes": self.passes,
+        }
 
 
 def find(problem: Problem, folder: Path, digest: str) -> Result:
