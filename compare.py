@@ -5,11 +5,10 @@
     python compare.py --config configs/comparison/ablations.yaml base=configs/cifar10_16.yaml data.name=FOLDER
 
 A comparison lists runs, as overrides of one base configuration, and their models. `base=FILE`, `seeds=[…]` and
-`reference=FILE`, the experiment whose images FID compares with, replace the comparison's own; all other overrides go to
-every run. What does not depend on each other runs side by side: one job per GPU, or per core of the CPU (NUM_PROCESSES:
-GPUs or cores of each job; JOBS_PER_GPU: jobs that share one, where networks are small; BLOCKS: jobs that draw from each
-model). The same command again goes on where it was stopped.
-Writes runs/<name>/comparison/<comparison>/, with table.md and rows.json, the base's page, runs/<name>/report.html, and
+`reference=FILE` (the experiment whose images FID compares with) replace the comparison's own; all other overrides go to
+every run. Independent jobs run side by side, one per GPU or per CPU core. Environment variables: NUM_PROCESSES, GPUs or
+cores per job; JOBS_PER_GPU, jobs that share a GPU; BLOCKS, jobs that draw from each model. The same command resumes.
+Writes runs/<name>/comparison/<comparison>/ with table.md and rows.json, the page runs/<name>/report.html, and logs in
 runs/<name>/jobs/logs/.
 """
 
@@ -34,7 +33,7 @@ from deme.job.locks import locked
 
 
 def number_given(name: str) -> int:
-    """A whole number of the environment, or 1."""
+    """The whole number in an environment variable; default: 1."""
     given = os.environ.get(name) or "1"
     if not given.isdecimal() or int(given) < 1:
         raise UserError(f"{name}={given}: must be a whole number above 0")
@@ -42,8 +41,8 @@ def number_given(name: str) -> int:
 
 
 def main(file: str, runs: list[ComparedRun], jobs: list[Job], processes: int, table_alone: bool) -> None:
-    """Run the jobs, then make the table of what there is."""
-    # --- what has been done, and what is to be done
+    """Run the jobs, then make the table of the runs that have scores."""
+    # --- where jobs can run
     base = runs[0]
     paths = base.config.paths
     ledger, logs = Ledger(paths.jobs / "done"), paths.jobs / "logs"
@@ -59,12 +58,12 @@ def main(file: str, runs: list[ComparedRun], jobs: list[Job], processes: int, ta
                 if job.stage not in LAST:
                     job.state = "unchanged" if job in done else "dropped"
 
-        # --- side by side; nothing waits for images, and trainings take longest
+        # --- run; images come last, as no other job waits for them
         in_turn = sorted(jobs, key=lambda job: job.stage.startswith("sample-"))
         print(f"{len(jobs)} jobs, {len(where)} at a time; logs in {logs}", flush=True)
         Jobs(in_turn, ledger, logs, where, processes).run()
 
-        # --- the table, of scores that are those of these settings
+        # --- the table
         evaluations = {job.run: job for job in jobs if job.stage == "evaluate"}
         scored = [run for run in runs if evaluations[run.config.name].is_made]
         if base in scored:
@@ -80,11 +79,7 @@ def main(file: str, runs: list[ComparedRun], jobs: list[Job], processes: int, ta
 
 
 def write_table(runs: list[ComparedRun], output: Path) -> None:
-    """Print the base's scores and the table of all runs; write the table into a folder.
-
-    Args:
-        runs: that have scores, the base first.
-    """
+    """Print the base's scores and the table of the runs, the base first; write the table to a folder."""
     from deme.compare.table import compared_rows, comparison_table
     from deme.measure.scores import load_scores
     from deme.report.tables import score_table
@@ -111,7 +106,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(REPOSITORY / "configs/comparison/models.yaml"), metavar="FILE")
     parser.add_argument("--dry-run", action="store_true", help="print the jobs, do nothing")
-    parser.add_argument("--table", action="store_true", help="of what there is: nothing is trained, drawn or scored")
+    parser.add_argument("--table", action="store_true", help="make only the table, from what is complete")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     with ended_in_one_line(parser.prog) as run_folder:
         arguments = parser.parse_intermixed_args()

@@ -1,16 +1,16 @@
-"""What a benchmark will take before it starts: disk below output_dir, and roughly how many GPU hours.
+"""Estimate the disk space below output_dir and the GPU hours of a benchmark before it starts.
 
     python scripts/estimate.py --config configs/lsun_church.yaml
 
-Opens the pretrained pipeline and the data (a Hub id is downloaded first) to count parameters, operations and images.
-In the environment GPU_TFLOPS is the rate that one GPU reaches on these networks in 10¹² operations per second, and
-NUM_PROCESSES the number of processes, which must be able to share a step; MODELS the models that are compared
-("pretrained merged").
+Opens the pretrained pipeline and the data (a Hub id is downloaded) to count parameters, operations and images.
+Environment variables: GPU_TFLOPS, the 10¹² operations per second that one GPU reaches on these networks; NUM_PROCESSES,
+which must be able to share a step; MODELS, the models that are compared (default: "pretrained merged").
 """
 
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,6 +39,20 @@ def plan(config: Config) -> str:
     return f"estimate disk and GPU hours of {config.name}"
 
 
+@dataclass(frozen=True)
+class Size:
+    """What the estimate counts: networks, images and models."""
+
+    parameters: int
+    flops: int  # of a UNet pass per image
+    channels: int  # of an image
+    coding: float  # operations to encode or decode an image
+    encoded: int  # bytes of an encoded image with its caption
+    per_step: int  # UNet passes per sampling step
+    images: int  # of the data
+    models: list[str]
+
+
 def main(config: Config) -> None:
     """Print the estimate."""
     from deme.data.opening import open_source
@@ -46,60 +60,77 @@ def main(config: Config) -> None:
     rate = 1e12 * from_environment("GPU_TFLOPS", GPU_TFLOPS)
     config.finetune.check_shares(int(from_environment("NUM_PROCESSES", 1)))
     pretrained = find_pretrained(config.paths)
-    images = len(open_source(config.data).rows)
-    parameters, flops = unet_cost(read_json(denoiser_folder(pretrained) / "config.json"))
-    channels, coding, encoded = encoder_cost(pretrained, config.data.resolution)
-    print(f"{config.paths.pretrained}: {parameters:,} parameters; {config.data.name}: {images:,} images")
+    size = Size(
+        *unet_cost(read_json(denoiser_folder(pretrained) / "config.json")),
+        *encoder_cost(pretrained, config.data.resolution),
+        per_step=1 + (takes_text(pretrained) and config.sample.guidance_scale != 1),
+        images=len(open_source(config.data).rows),
+        models=os.environ.get("MODELS", "pretrained merged").split(),
+    )
+    print(f"{config.paths.pretrained}: {size.parameters:,} parameters; {config.data.name}: {size.images:,} images")
 
-    # --- disk
-    models = os.environ.get("MODELS", "pretrained merged").split()
-    has_control, has_distilled = CONTINUED in models, DISTILLED in models
-    ranges = len(config.timesteps.ranges)
-    trained = ranges + has_control + has_distilled
-    raw = channels * config.data.resolution**2
-    is_cached = config.data.cache_gb < images * raw / 2**30 <= config.data.cache_disk_gb
-    decoded = images * raw * ASPECT_RATIO if is_cached else 0
-    checkpoint = 4 * FLOAT * parameters  # student, EMA, two moments
-    drawn = channels * (config.sample.size_on_disk or config.data.resolution) ** 2
-    disk = {
-        "decoded images": decoded,
-        "encoded images and captions": images * encoded * config.data.cached_views if config.data.cache_latents else 0,
-        "finetuned networks": trained * FLOAT * parameters,
-        "their checkpoints": (trained * config.finetune.checkpoints_kept + 1) * checkpoint,
-        "merged network": FLOAT * parameters,
-        "samples": len(models) * config.sample.num_images * max(DISK_BLOCK, drawn * PNG_SHARE),
-    }
-    for name, size in disk.items():
-        print(f"{size / 1e9:9.1f} GB  {name}")
+    disk = disk_space(config, size)
+    for name, taken in disk.items():
+        print(f"{taken / 1e9:9.1f} GB  {name}")
     existing = next(folder for folder in (config.paths.run, *config.paths.run.resolve().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     print(f"{sum(disk.values()) / 1e9:9.1f} GB  together; {free / 1e9:,.1f} GB are free at {config.output_dir}")
 
-    # --- GPU hours: a backward pass costs two forward passes, the teacher and gradient checkpointing one each
-    passes = 3 + (config.finetune.consistency_weight > 0) + config.finetune.gradient_checkpointing
-    steps = ranges * config.finetune.max_steps
-    seen = steps * config.finetune.batch_size
-    per_step = 1 + (takes_text(pretrained) and config.sample.guidance_scale != 1)
-    calls, in_search = (steps * per_step for steps in (config.sample.num_inference_steps, config.search_steps))
-    searched, reported = searched_images(config)
-    count = len(models) * config.sample.num_images
-    distilled = has_distilled * config.distill.max_steps * config.finetune.batch_size
-    coded = images * config.data.cached_views if config.data.cache_latents else seen * (1 + has_control) + distilled
-    work = {
-        f"finetuning, {steps:,} steps of {config.finetune.batch_size} images": seen * passes * flops,
-        "the control, as many": seen * (3 + config.finetune.gradient_checkpointing) * flops * has_control,
-        "distilling, each image through its expert": distilled * (4 + config.finetune.gradient_checkpointing) * flops,
-        "encoding images": coded * coding,
-        f"searching, {searched:,} images of candidates": searched * (in_search * flops + coding),
-        f"reporting on the search, {reported:,} images": reported * (calls * flops + coding),
-        f"drawing {count:,} images": count * (calls * flops + coding),
-        "statistics and FID": (images + count + searched + reported) * INCEPTION_FLOPS,
-    }
-    work = {name: operations for name, operations in work.items() if operations > 0}
-    for name, operations in work.items():
-        print(f"{operations / rate / 3600:9.2f} GPU hours  {name}")
-    total = sum(work.values()) / rate / 3600
+    work = {name: flops / rate / 3600 for name, flops in operations(config, size).items() if flops > 0}
+    for name, hours in work.items():
+        print(f"{hours:9.2f} GPU hours  {name}")
+    total = sum(work.values())
     print(f"{total:9.2f} GPU hours together, at a guessed {rate / 1e12:g} TFLOP/s (GPU_TFLOPS sets another rate)")
+
+
+def disk_space(config: Config, size: Size) -> dict[str, float]:
+    """Bytes of everything that is written."""
+    data = config.data
+    raw = size.channels * data.resolution**2
+    is_cached = data.cache_gb < size.images * raw / 2**30 <= data.cache_disk_gb
+    trained = len(config.timesteps.ranges) + (CONTINUED in size.models) + (DISTILLED in size.models)
+    network = FLOAT * size.parameters
+    drawn = size.channels * (config.sample.size_on_disk or data.resolution) ** 2
+    return {
+        "decoded images": size.images * raw * ASPECT_RATIO * is_cached,
+        "encoded images and captions": size.images * size.encoded * data.cached_views * data.cache_latents,
+        "finetuned networks": trained * network,
+        # student, EMA, two moments
+        "their checkpoints": (trained * config.finetune.checkpoints_kept + 1) * 4 * network,
+        "merged network": network,
+        "samples": len(size.models) * config.sample.num_images * max(DISK_BLOCK, drawn * PNG_SHARE),
+    }
+
+
+def operations(config: Config, size: Size) -> dict[str, float]:
+    """Operations of every stage, 0 for those left out.
+
+    A backward pass costs two forward passes, the teacher and gradient checkpointing one each.
+    """
+    settings, flops = config.finetune, size.flops
+    gradient = 3 + settings.gradient_checkpointing
+    steps = len(config.timesteps.ranges) * settings.max_steps
+    seen = steps * settings.batch_size
+    distilled = (DISTILLED in size.models) * config.distill.max_steps * settings.batch_size
+    control = (CONTINUED in size.models) * seen
+    coded = seen + control + distilled
+    if config.data.cache_latents:
+        coded = size.images * config.data.cached_views
+    searched, reported = searched_images(config)
+    drawn = len(size.models) * config.sample.num_images
+    image = config.sample.num_inference_steps * size.per_step * flops + size.coding
+    candidate = config.search_steps * size.per_step * flops + size.coding
+    expert = gradient + (settings.consistency_weight > 0)
+    return {
+        f"finetuning, {steps:,} steps of {settings.batch_size} images": seen * expert * flops,
+        "the control, as many": control * gradient * flops,
+        "distilling, each image through its expert": distilled * (gradient + 1) * flops,
+        "encoding images": coded * size.coding,
+        f"searching, {searched:,} images of candidates": searched * candidate,
+        f"reporting on the search, {reported:,} images": reported * image,
+        f"drawing {drawn:,} images": drawn * image,
+        "statistics and FID": (size.images + drawn + searched + reported) * INCEPTION_FLOPS,
+    }
 
 
 def searched_images(config: Config) -> tuple[int, int]:

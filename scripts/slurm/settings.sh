@@ -1,22 +1,22 @@
-# Sourced by the other scripts of this folder, from the repository's root: what a cluster wants to be told.
-# Each setting has its value from the environment, else from the file CLUSTER (configs/slurm/), else from here.
+# Settings of a cluster; sourced by the other scripts of this folder, from the repository's root.
+# Set these in the environment, or in a file named by CLUSTER (configs/slurm/); the environment wins.
 
 defaults=(
-  CLUSTER=          # file of lines NAME=VALUE
-  PARTITION=        # of Slurm; these three: as the cluster has it, where they are empty
-  ACCOUNT=          # that is charged
-  TIME=             # limit of each job, as sbatch takes it: 12:00:00
-  GPUS=0            # of each node; 0: the CPU is used
-  CPUS=             # of each node; empty: as the cluster has it
-  NODES=1           # of each job
-  NUM_PROCESSES=    # of each node; empty: one per GPU, or 1
-  BLOCKS=1          # jobs that draw from each model, side by side
-  OPTIONS=          # more of sbatch's: --qos=… --constraint=…
-  SETUP=            # shell command before anything else: module load …; conda activate deme
-  AS_IT_IS=0        # 1: the Python that SETUP gives is taken, and no .venv made
-  CONTAINER=        # what srun gets before the command: --container-image=…, or apptainer exec --nv FILE
-  NOTICE=120        # seconds before the time limit at which a job saves, and queues again
-  MAX_REQUEUES=20   # of a job
+  CLUSTER=          # file with lines NAME=VALUE
+  PARTITION=        # Slurm's; empty, like the next two: the cluster's default
+  ACCOUNT=          # to charge
+  TIME=             # limit of each job, as for sbatch: 12:00:00
+  GPUS=0            # per node; 0: use the CPU
+  CPUS=             # per node; empty: the cluster's default
+  NODES=1           # per job
+  NUM_PROCESSES=    # per node; empty: one per GPU, or 1
+  BLOCKS=1          # jobs that draw from each model
+  OPTIONS=          # more options of sbatch: --qos=… --constraint=…
+  SETUP=            # shell command to run first: module load …; conda activate deme
+  AS_IT_IS=0        # 1: use the Python that SETUP provides, make no .venv
+  CONTAINER=        # srun's arguments before the command: --container-image=…, or apptainer exec --nv FILE
+  NOTICE=120        # seconds before the time limit at which a job saves and requeues
+  MAX_REQUEUES=20   # per job
 )
 
 names=" "
@@ -24,7 +24,7 @@ for default in "${defaults[@]}"; do
   names+="${default%%=*} "
 done
 
-# settings of the environment stand above those of the file
+# the environment wins over the file
 given=()
 for name in $names; do
   [ -z "${!name+set}" ] || given+=("$name=${!name}")
@@ -44,7 +44,7 @@ for default in "${defaults[@]}"; do
   [ -n "${!name+set}" ] || printf -v "$name" %s "${default#*=}"
 done
 
-set +u # others' scripts
+set +u # SETUP may use unset variables
 . /dev/stdin <<<"$SETUP" || { echo "SETUP=$SETUP: failed" >&2; exit 2; }
 set -u
 [ "$GPUS" != 0 ] || export ACCELERATE_USE_CPU=true
