@@ -13,12 +13,13 @@ samples, which hold prompts.jsonl, also get a CLIP score. Prints a table, writes
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
 import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.config.sections import LEAST_CLASSIFIED
+from deme.config.sections import Evaluate
 from deme.errors import UserError, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, read_json
@@ -26,7 +27,26 @@ from deme.job.records import SAMPLES, provenance
 from deme.models.variants import ORDER
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from deme.measure.clip import ClipScores
+    from deme.measure.reference import FeatureSpace
     from deme.measure.scores import Score
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A folder to score."""
+
+    folder: Path
+    files: list[Path]  # its images, in seed order
+    size: tuple[int, int]  # width and height of the images
+    prompts: list[str] | None  # of the images; None: no CLIP score
+
+    @property
+    def seeds(self) -> list[str]:
+        """The files' names, equal in folders of the same seeds."""
+        return [file.name for file in self.files]
 
 
 def sample_folders(config: Config) -> list[Path]:
@@ -62,28 +82,85 @@ def reference_files(config: Config) -> list[Path]:
         return list_images(config.paths.reference) if config.paths.reference.is_dir() else [config.paths.reference]
 
 
-def with_differences(
-    scores: list["Score"], files: dict[Path, list[Path]], prompts: dict[Path, list[str] | None]
-) -> list["Score"]:
-    """The scores, each with its differences to those of pretrained, continued and ensemble, of the same seeds.
+def find_samples(config: Config) -> list[Samples]:
+    """The folders to score, all of them checked."""
+    folders = sample_folders(config)
+    if not folders and config.evaluate.samples is None:
+        raise UserError(f"evaluate.samples=null: no sample folders in {config.paths.all_samples}")
+    return [open_samples(folder, config.evaluate) for folder in folders]
 
-    That of the CLIP score is had to `pretrained` alone, where the prompts agree, too.
+
+def open_samples(folder: Path, settings: Evaluate) -> Samples:
+    """Check that a folder can be scored."""
+    from deme.data.prompts import read_prompts
+    from deme.data.samples import check_sizes, list_images
+    from deme.measure.classifier import check_classified
+
+    with naming("evaluate.samples", folder):
+        files = list_images(folder)
+    block, rest = divmod(len(files), settings.blocks)
+    if rest or block < 2:
+        least = f"which is not {settings.blocks} equal block(s) of at least 2"
+        raise UserError(f"evaluate.blocks={settings.blocks}: {folder} holds {len(files)} image(s), {least}")
+    size = check_sizes(files)
+    with naming("evaluate.samples", folder):
+        check_classified(settings.features, *size)
+        prompts = read_prompts(folder, files) if settings.clip_model is not None else None
+    return Samples(folder, files, size, prompts)
+
+
+def load_clip_once(config: Config, accelerator: "Accelerator", samples: list[Samples]) -> "ClipScores | None":
+    """The CLIP model if a folder has prompts; one process downloads the weights."""
+    if all(one.prompts is None for one in samples):
+        return None
+    with accelerator.main_process_first(), naming("evaluate.clip_model", config.evaluate.clip_model):
+        from deme.measure.clip import load_clip  # imports transformers
+
+        return load_clip(config.evaluate.clip_model).to(accelerator.device)
+
+
+def score_samples(
+    samples: Samples, config: Config, accelerator: "Accelerator", space: "FeatureSpace", clip: "ClipScores | None"
+) -> "Score | None":
+    """The scores of all images together and of each block, in seed order; None in all but the main process."""
+    from deme.data.decoding import available_threads
+    from deme.data.samples import drawn_from, read_images
+    from deme.measure.features import extract
+    from deme.measure.scores import score, with_clip
+
+    settings = config.evaluate
+    share = (len(samples.files), settings.batch_size, available_threads())
+    with naming("evaluate.samples", samples.folder):
+        features = extract(accelerator, space.network, lambda part: read_images(samples.files[part]), *share)
+    of_images = None
+    if samples.prompts is not None:
+        with naming("evaluate.clip_model", settings.clip_model):
+            read = partial(clip.read, samples.files, samples.prompts)
+            of_images = extract(accelerator, clip, read, *share)[:, 0]
+    if not accelerator.is_main_process:
+        return None
+    weights = drawn_from(samples.folder)
+    row = score(samples.folder, weights, features, space.reference, settings.features, settings.blocks)
+    return row if of_images is None else with_clip(row, of_images)
+
+
+def with_differences(rows: list["Score"], samples: list[Samples]) -> list["Score"]:
+    """The scores with their differences to pretrained, continued and ensemble of the same seeds.
+
+    The CLIP score has one to pretrained alone, if the prompts agree, too.
     """
-    from deme.measure.scores import compared, paired, paired_clip
+    from deme.measure.scores import compared, compared_clip
 
-    baseline = next((row for row in scores if Path(row.samples).name == "pretrained"), None)
-    seeds = {row.samples: [path.name for path in files[Path(row.samples)]] for row in scores}
-    rows = []
-    for row in scores:
-        same_seeds = [other for other in scores if seeds[other.samples] == seeds[row.samples]]
-        found = compared(row, same_seeds)
-        if baseline is not row and baseline in same_seeds:
-            found = paired(found, baseline)
-            folder, other = Path(row.samples), Path(baseline.samples)
-            if prompts[folder] is not None and prompts[folder] == prompts[other]:
-                found = paired_clip(found, baseline)
-        rows.append(found)
-    return rows
+    found = []
+    for row, one in zip(rows, samples, strict=True):
+        same_seeds = [pair for pair in zip(rows, samples, strict=True) if pair[1].seeds == one.seeds]
+        differing = compared(row, [other for other, _ in same_seeds])
+        for other, theirs in same_seeds:
+            has_clip = one.prompts is not None and one.prompts == theirs.prompts
+            if has_clip and theirs.folder.name == "pretrained" and other is not row:
+                differing = compared_clip(differing, other)
+        found.append(differing)
+    return found
 
 
 def plan(config: Config) -> str:
@@ -95,92 +172,51 @@ def plan(config: Config) -> str:
 
 def main(config: Config) -> None:
     """Score all folders."""
-    from deme.data.prompts import PROMPTS, read_prompts
-    from deme.data.samples import check_sizes, drawn_from, list_images, read_images
-
-    settings = config.evaluate
-    output = config.paths.results
+    from deme.data.prompts import PROMPTS
 
     # --- what is scored
+    output = config.paths.results
     config.check_classified()
     with naming("evaluate.output", output):
         check_replaceable(output)
     given = reference_files(config)
-    folders = sample_folders(config)
-    if not folders and settings.samples is None:
-        raise UserError(f"evaluate.samples=null: no sample folders in {config.paths.all_samples}")
-    files: dict[Path, list[Path]] = {}
-    sizes: dict[Path, tuple[int, int]] = {}  # width and height of the images
-    for folder in folders:
-        with naming("evaluate.samples", folder):
-            files[folder] = list_images(folder)
-        block, rest = divmod(len(files[folder]), settings.blocks)
-        if rest or block < 2:
-            least = f"which is not {settings.blocks} equal block(s) of at least 2"
-            raise UserError(f"evaluate.blocks={settings.blocks}: {folder} holds {len(files[folder])} image(s), {least}")
-        size = sizes[folder] = check_sizes(files[folder])
-        if settings.features == "classifier" and min(size) < LEAST_CLASSIFIED:
-            rule = f"evaluate.features=classifier needs at least {LEAST_CLASSIFIED} pixels"
-            raise UserError(f"evaluate.samples={folder}: images of {size[0]} x {size[1]} pixels, {rule}")
-    beside_images = [folder / name for folder in files for name in (SAMPLES.file, PROMPTS)]
-    watched = Watched([*given, *beside_images, *(path for paths in files.values() for path in paths)])
-    prompts: dict[Path, list[str] | None] = dict.fromkeys(files)
-    if settings.clip_model is not None:
-        for folder, paths in files.items():
-            with naming("evaluate.samples", folder):
-                prompts[folder] = read_prompts(folder, paths)
+    samples = find_samples(config)
+    beside_images = [one.folder / name for one in samples for name in (SAMPLES.file, PROMPTS)]
+    watched = Watched([*given, *beside_images, *(file for one in samples for file in one.files)])
 
-    # --- torch is imported after what can be answered without it
-    from deme.data.decoding import available_threads
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
-    from deme.measure.feature_space import load_feature_space
-    from deme.measure.features import extract
-    from deme.measure.scores import save_scores, score, with_clip
+    from deme.measure.reference import load_feature_space
+    from deme.measure.scores import save_scores
     from deme.report.tables import difference_table, score_table
 
     accelerator = make_accelerator("no", "evaluate")
-    with locked_by_all(accelerator, output, "output_dir" if settings.output is None else "evaluate.output"):
-        # --- the CLIP model, where there are prompts: transformers is imported for it alone
-        clip = None
-        if any(of_folder is not None for of_folder in prompts.values()):
-            with accelerator.main_process_first(), naming("evaluate.clip_model", settings.clip_model):
-                from deme.measure.clip import load_clip
-
-                clip = load_clip(settings.clip_model).to(accelerator.device)  # one process downloads the weights
-
-        # --- the feature network and the data's statistics
+    key = "output_dir" if config.evaluate.output is None else "evaluate.output"
+    with locked_by_all(accelerator, output, key):
+        # --- the feature network, the reference statistics, and the CLIP model if there are prompts
+        clip = load_clip_once(config, accelerator, samples)
         space = load_feature_space(config, accelerator)
-        reference = space.reference
-        beside = {} if space.accuracy is None else {"held_out_accuracy": space.accuracy}
-        for folder in folders:
-            with naming("evaluate.samples", folder):
-                reference.check_size(*sizes[folder])
-        if not folders:
+        for one in samples:
+            with naming("evaluate.samples", one.folder):
+                space.reference.check_size(*one.size)
+        if not samples:
             return
 
-        # --- scores of all images together and of each block, in seed order
-        scores = []
-        for folder, paths in files.items():
-            share = (len(paths), settings.batch_size, available_threads())
-            with naming("evaluate.samples", folder):
-                features = extract(accelerator, space.network, lambda part, of=paths: read_images(of[part]), *share)
-            fit = None  # of each image to its prompt
-            if prompts[folder] is not None:
-                read = partial(clip.read, paths, prompts[folder])
-                with naming("evaluate.clip_model", settings.clip_model):
-                    fit = extract(accelerator, clip, read, *share)[:, 0]
-            if accelerator.is_main_process:
-                found = score(folder, drawn_from(folder), features, reference, settings.features, settings.blocks)
-                scores.append(found if fit is None else with_clip(found, fit))
+        # --- scores, and differences where the seeds agree; table and results.json
+        scores = [score_samples(one, config, accelerator, space, clip) for one in samples]
 
-        # --- differences to the pretrained model, where the seeds agree; table and results.json
         def finish() -> None:
             watched.check()
-            rows = with_differences(scores, files, prompts)
+            rows = with_differences(scores, samples)
             made_with = provenance(config)
-            save_scores(output, settings.features, rows, beside | made_with)
-            tables = [table(rows, settings.features) for table in (score_table, difference_table)]
-            print("\n\n".join(map(str, filter(None, tables))), f"on {made_with['processor']}", output, sep="\n")
+            beside = {} if space.accuracy is None else {"held_out_accuracy": space.accuracy}
+            save_scores(output, config.evaluate.features, rows, beside | made_with)
+            tables = [table(rows, config.evaluate.features) for table in (score_table, difference_table)]
+            print(
+                "\n\n".join(str(table) for table in tables if table is not None),
+                f"on {made_with['processor']}",
+                output,
+                sep="\n",
+            )
 
         in_main_process(accelerator, finish)
 

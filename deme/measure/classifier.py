@@ -6,6 +6,7 @@ that knows the data's classes are the same idea, made here.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,13 @@ from torchvision.models.resnet import BasicBlock
 from tqdm import trange
 
 from deme.config.experiment import Config
+from deme.config.sections import LEAST_CLASSIFIED
+from deme.data.opening import open_source
 from deme.data.sources import data_hashes, load_evaluation_images
 from deme.errors import UserError, one_line
-from deme.job.files import atomic_file, sha256
+from deme.job.files import atomic_file
 from deme.job.processes import in_main_process
 from deme.job.records import CLASSIFIER, Record
-from deme.measure.reference import evaluated_data
 
 HELD_OUT_SHARE = 0.2  # of the data
 LARGEST = 32  # pixels: the sides of larger images are halved before the first stage
@@ -137,8 +139,21 @@ def _augment(pixels: torch.Tensor, random_flip: bool) -> torch.Tensor:
     return pixels.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def trained_classifier(config: Config, accelerator: Accelerator) -> tuple[Classifier, float, dict[str, str]]:
-    """The classifier of the configured data, trained once and kept: on the device, its held-out accuracy, its hash."""
+def evaluated_data(config: Config, with_labels: bool = False) -> dict[str, Any]:
+    """The record of the images that are evaluated: the settings that choose them, and their SHA-256."""
+    settings = open_source(config.data).data.tagged("statistics")
+    return {"data": settings, **data_hashes(config.data, config.paths.image_cache, with_labels)}
+
+
+def check_classified(features: str, width: int, height: int) -> None:
+    """Refuse images that are too small for the classifier, if `features` are its."""
+    if features == "classifier" and min(width, height) < LEAST_CLASSIFIED:
+        rule = f"evaluate.features=classifier needs at least {LEAST_CLASSIFIED} pixels"
+        raise UserError(f"images of {width} x {height} pixels, {rule}")
+
+
+def trained_classifier(config: Config, accelerator: Accelerator) -> tuple[Classifier, float]:
+    """The classifier of the configured data, trained once and kept, on the device; its held-out accuracy."""
     file = config.paths.classifier
     training = {
         "width": config.evaluate.classifier_width,
@@ -148,9 +163,7 @@ def trained_classifier(config: Config, accelerator: Accelerator) -> tuple[Classi
         "precision": config.evaluate.classifier_precision,
         "seed": config.seed,
     }
-    data = {"data": evaluated_data(config.data)}
-    data |= data_hashes(config.data, config.paths.image_cache, with_labels=True)
-    wanted = Record(CLASSIFIER, data | training)
+    wanted = Record(CLASSIFIER, evaluated_data(config, with_labels=True) | training)
 
     def train() -> None:
         if load_classifier(file, wanted) is not None:
@@ -164,7 +177,7 @@ def trained_classifier(config: Config, accelerator: Accelerator) -> tuple[Classi
 
     in_main_process(accelerator, train)
     classifier, accuracy = load_classifier(file, wanted)
-    return classifier.to(accelerator.device), accuracy, {"classifier": sha256(file)}
+    return classifier.to(accelerator.device), accuracy
 
 
 def save_classifier(path: Path, classifier: Classifier, accuracy: float, record: Record) -> None:
@@ -175,13 +188,13 @@ def save_classifier(path: Path, classifier: Classifier, accuracy: float, record:
 
 
 def load_classifier(path: Path, wanted: Record) -> tuple[Classifier, float] | None:
-    """The cached classifier and its held-out accuracy, or None where it was made from something else or is damaged."""
+    """The cached classifier and its held-out accuracy; None if it was made from something else or is damaged."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        record = Record(CLASSIFIER, json.loads(metadata.get("made_from", "{}")))
+        record = Record(CLASSIFIER, json.loads(metadata["made_from"]))
         if not record.fits(wanted, path):
             return None
         weights = load_file(path)

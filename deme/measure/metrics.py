@@ -4,12 +4,62 @@ In pytorch_fid's Inception features the first two are FID and KID; in those of o
 classifier FD and classifier KID.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-MOST_FEATURES = 10_000  # images that precision and recall look at
+from deme.errors import UserError
+
+KEPT_FEATURES = 10_000  # images whose features are kept, and that precision and recall look at
 KERNEL_SUBSET = 1_000  # images, as Bińkowski et al. 2018
 NEIGHBORHOOD = 3  # Kynkäänniemi et al. 2019
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with: statistics of the features of reference images.
+
+    Args:
+        mu: mean of the features, float64, shape (D,).
+        sigma: their covariance, float64, shape (D, D).
+        features: of up to KEPT_FEATURES images in random order, float32, shape (M, D); None: unknown.
+        size: of the images, [width, height] in pixels; None: unknown.
+    """
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    features: np.ndarray | None
+    size: list[int] | None = None
+
+    def check_size(self, width: int, height: int) -> None:
+        """Refuse images of another size: the feature network would scale one of the two, which changes the score."""
+        if self.size not in (None, [width, height]):
+            mine = "{} x {}".format(*self.size)
+            raise UserError(
+                f"images of {width} x {height} pixels, a reference of {mine} pixels: scores would not compare"
+            )
+
+    @classmethod
+    def of(cls, parts: Iterable[np.ndarray], count: int) -> "Reference":
+        """The statistics of `count` images, whose features come in parts of shape (n, D)."""
+        chosen = np.random.default_rng(0).permutation(count)[:KEPT_FEATURES]
+        start = 0
+        total = 0.0
+        scatter = 0.0
+        kept = {}
+        for part in parts:
+            wide = part.astype(np.float64)
+            mu = wide.mean(axis=0)
+            if start > 0:  # Chan, Golub and LeVeque 1983: the squares about the mean of both
+                difference = mu - total / start
+                scatter = scatter + np.outer(difference, difference) * (start * len(part) / (start + len(part)))
+            total = total + wide.sum(axis=0)
+            scatter = scatter + (wide - mu).T @ (wide - mu)
+            kept |= {i: part[i - start] for i in chosen if start <= i < start + len(part)}
+            start += len(part)
+        return cls(total / count, scatter / (count - 1), np.stack([kept[i] for i in chosen]))
 
 
 def kernel_distances(
@@ -54,12 +104,12 @@ def precision_and_recall(features: np.ndarray, reference: np.ndarray) -> tuple[f
     Near: within the distance from the other set's image to its third-nearest neighbour (Kynkäänniemi et al. 2019).
 
     Args:
-        features: shape (N, D), N > 3; the first MOST_FEATURES count.
+        features: shape (N, D), N > 3; the first KEPT_FEATURES count.
         reference: shape (M, D), M > 3.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-    pair = (torch.from_numpy(part[:MOST_FEATURES]) for part in (features, reference))
+    pair = (torch.from_numpy(part[:KEPT_FEATURES]) for part in (features, reference))
     return calculate_precision_recall_part(*pair, NEIGHBORHOOD, batch_size=1_000)
 
 

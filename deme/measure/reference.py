@@ -1,8 +1,8 @@
-"""What samples are compared with: statistics of the data as training sees it, in pytorch_fid's npz format."""
+"""What samples are compared in and with: a feature network, and statistics in pytorch_fid's npz format."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,126 +17,87 @@ from deme.config.sections import LEAST_CLASSIFIED, Data
 from deme.data.decoding import available_threads
 from deme.data.opening import open_source
 from deme.data.samples import check_sizes, list_images, read_images
-from deme.data.sources import data_hashes, load_evaluation_images
+from deme.data.sources import load_evaluation_images
 from deme.errors import UserError, naming, one_line, shown
-from deme.job.files import LARGEST, atomic_file, checked, sha256
+from deme.job.files import LARGEST, atomic_file, checked, make_folder, sha256
+from deme.job.processes import locked_by_all
 from deme.job.records import STATISTICS, Record
-from deme.measure.features import extract
+from deme.measure.classifier import check_classified, evaluated_data, trained_classifier
+from deme.measure.features import extract, load_inception
+from deme.measure.metrics import Reference
 
-KEPT_FEATURES = 10_000  # images whose features are kept for the scores that need more than mean and covariance
 PART = 50_000  # images whose features are in memory at once
 IMAGES = "images (SHA-256)"  # of a folder
 HOW = "`python -m pytorch_fid --save-stats IMAGES FILE.npz` makes such a file"
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What samples are compared with.
+class FeatureSpace:
+    """What images are compared in and with."""
 
-    Args:
-        mu: mean of the features, float64, shape (D,).
-        sigma: their covariance, float64, shape (D, D).
-        features: of up to KEPT_FEATURES images in random order, float32, shape (M, D); None: not at hand.
-        size: of the images, [width, height] in pixels; None: not known.
-    """
-
-    mu: np.ndarray
-    sigma: np.ndarray
-    features: np.ndarray | None
-    size: list[int] | None = None
-
-    def check_size(self, width: int, height: int) -> None:
-        """Make sure that images are of the size of these: the feature network would scale either, which shows."""
-        if self.size not in (None, [width, height]):
-            mine = "{} x {}".format(*self.size)
-            raise UserError(
-                f"images of {width} x {height} pixels, a reference of {mine} pixels: scores would not compare"
-            )
-
-    @classmethod
-    def of(cls, parts: Iterable[np.ndarray], count: int) -> "Reference":
-        """From the features of all images in parts (n, D) that are read one after another, `count` together."""
-        chosen = np.random.default_rng(0).permutation(count)[:KEPT_FEATURES]
-        start = 0
-        total = 0.0
-        scatter = 0.0
-        kept = {}
-        for part in parts:
-            wide = part.astype(np.float64)
-            mu = wide.mean(axis=0)
-            if start > 0:  # Chan, Golub and LeVeque 1983: the squares about the mean of both
-                difference = mu - total / start
-                scatter = scatter + np.outer(difference, difference) * (start * len(part) / (start + len(part)))
-            total = total + wide.sum(axis=0)
-            scatter = scatter + (wide - mu).T @ (wide - mu)
-            kept |= {i: part[i - start] for i in chosen if start <= i < start + len(part)}
-            start += len(part)
-        return cls(total / count, scatter / (count - 1), np.stack([kept[i] for i in chosen]))
+    name: str  # inception or classifier
+    network: nn.Module  # as `extract` takes it, on the device
+    reference: Reference
+    accuracy: float | None  # of the classifier, on images that it was not trained on
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """What a record says of a data set."""
-
-    name: str
-    split: str
-    image_column: str
-    resolution: int
-
-
-@dataclass(frozen=True)
-class MadeFrom:
-    """What a record says of statistics; older ones may say less."""
-
-    features: str | None = None  # inception or classifier
-    classifier: str | None = None  # SHA-256
-    data: DataSet | None = None
-    size: list[int] | None = None  # of the images of a folder: width, height
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images to make statistics of.
-
-    Args:
-        made_from: what tells them from others.
-        file: that keeps the statistics.
-        open: gives their number, what reads a slice of them, uint8 RGB (B, 3, H, W), and the threads that read ahead.
-    """
-
-    made_from: dict[str, Any]
-    file: Path
-    open: Callable[[], tuple[int, Callable[[slice], torch.Tensor], int]]
-
-
-def evaluated_data(data: Data) -> dict[str, Any]:
-    """The settings that decide which images the statistics are made of."""
-    return open_source(data).data.tagged("statistics")
+def load_feature_space(config: Config, accelerator: Accelerator) -> FeatureSpace:
+    """The configured feature space, made once and kept in stats/. If another job is making it, wait for that job."""
+    name = config.evaluate.features
+    features = {"features": name}
+    accuracy = None
+    with locked_by_all(accelerator, config.paths.stats, "output_dir", wait=True):
+        make_folder(config.paths.stats, "output_dir")
+        if name == "inception":
+            with accelerator.main_process_first(), naming("evaluate.features", name):
+                network = load_inception().to(accelerator.device)  # one process downloads the weights
+        else:
+            network, accuracy = trained_classifier(config, accelerator)
+            features["classifier"] = sha256(config.paths.classifier)
+            accelerator.print(f"classifier: held-out accuracy {accuracy:.1%}")
+        return FeatureSpace(name, network, reference_statistics(config, accelerator, network, features), accuracy)
 
 
 def reference_statistics(
-    config: Config, accelerator: Accelerator, network: nn.Module, made_by: dict[str, str]
+    config: Config, accelerator: Accelerator, network: nn.Module, features: dict[str, str]
 ) -> Reference:
     """The statistics in the file evaluate.reference, or those of its images or of the data, made once.
 
     Args:
         network: as `extract` takes it.
-        made_by: what tells it from other networks of its kind.
+        features: its name, and the SHA-256 of a classifier.
     """
-    file = config.paths.reference
-    features = {"features": config.evaluate.features, **made_by}
     if config.evaluate.reference is None:
-        return made_once(config, accelerator, network, source_of_data(config), features)
+        return _made_once(config, accelerator, network, _images_of_data(config), features)
+    file = config.paths.reference
     with naming("evaluate.reference", config.evaluate.reference):
         if file.is_dir():
-            return made_once(config, accelerator, network, source_of_folder(config), features)
+            return _made_once(config, accelerator, network, _images_of_folder(config), features)
         reference, record = load_reference(file)
-        check_dimensions(reference, network, config.evaluate.features, accelerator.device)
-        accelerator.print(f"{file}: {compared(record, features, open_source(config.data).data)}")
+        image = torch.zeros(1, 3, LEAST_CLASSIFIED, LEAST_CLASSIFIED, dtype=torch.uint8, device=accelerator.device)
+        with torch.inference_mode():
+            count = network.features(image).shape[1]
+        if len(reference.mu) != count:
+            raise UserError(f"holds statistics of {len(reference.mu)} features, {features['features']} has {count}")
+        description = _check_comparable(record, features, open_source(config.data).data)
+        accelerator.print(f"{file}: {description}")
         return reference
 
 
-def source_of_data(config: Config) -> Source:
+# --- statistics that are made
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images to make statistics of."""
+
+    made_from: dict[str, Any]  # of the record
+    file: Path  # that keeps the statistics
+    # the number of images, what reads a slice of them, uint8 RGB (B, 3, H, W), and the threads that read ahead
+    open: Callable[[], tuple[int, Callable[[slice], torch.Tensor], int]]
+
+
+def _images_of_data(config: Config) -> Images:
     """The images of the configured data."""
 
     def opened():
@@ -145,24 +106,20 @@ def source_of_data(config: Config) -> Source:
             raise UserError(f"data.name={config.data.name}: {len(images)} image, statistics need at least 2")
         return len(images), lambda part: images.batch(range(part.start, part.stop)), images.threads
 
-    made_from = {"data": evaluated_data(config.data)}
-    made_from |= data_hashes(config.data, config.paths.image_cache)
-    return Source(made_from, config.paths.reference, opened)
+    return Images(evaluated_data(config), config.paths.reference, opened)
 
 
-def source_of_folder(config: Config) -> Source:
-    """The images directly in the folder evaluate.reference, as they are, read as samples are."""
+def _images_of_folder(config: Config) -> Images:
+    """The images directly in the folder evaluate.reference, read as samples are."""
     folder = config.paths.reference
     paths = list_images(folder)
-    width, height = check_sizes(paths)
+    size = check_sizes(paths)
     if len(paths) < 2:
         raise UserError(f"{len(paths)} image, statistics need at least 2")
-    if config.evaluate.features == "classifier" and min(width, height) < LEAST_CLASSIFIED:
-        rule = f"evaluate.features=classifier needs at least {LEAST_CLASSIFIED} pixels"
-        raise UserError(f"images of {width} x {height} pixels, {rule}")
-    made_from = {"size": [width, height], IMAGES: content_hash(folder)}
+    check_classified(config.evaluate.features, *size)
+    made_from = {"size": [*size], IMAGES: content_hash(folder)}
     file = config.paths.stats / f"{config.evaluate.features}-folder.npz"
-    return Source(made_from, file, lambda: (len(paths), lambda part: read_images(paths[part]), available_threads()))
+    return Images(made_from, file, lambda: (len(paths), lambda part: read_images(paths[part]), available_threads()))
 
 
 def content_hash(path: Path) -> str:
@@ -172,12 +129,12 @@ def content_hash(path: Path) -> str:
     return sha256(path)
 
 
-def made_once(
-    config: Config, accelerator: Accelerator, network: nn.Module, source: Source, features: dict[str, str]
+def _made_once(
+    config: Config, accelerator: Accelerator, network: nn.Module, images: Images, features: dict[str, str]
 ) -> Reference:
-    """The statistics of images, kept in their file; anew where they are of other images or features, or damaged."""
-    file = source.file
-    wanted = Record(STATISTICS, source.made_from | features)
+    """The statistics of images, kept in their file; made again if they are of other images or features, or damaged."""
+    file = images.file
+    wanted = Record(STATISTICS, images.made_from | features)
     if file.exists():
         try:
             saved, record = load_reference(file)
@@ -185,53 +142,62 @@ def made_once(
                 return saved
         except UserError as error:
             accelerator.print(f"{file}: unreadable, made anew ({error})")
-    count, read, threads = source.open()
-    parts = (
-        extract(
-            accelerator,
-            network,
-            lambda part, start=start: read(slice(start + part.start, start + part.stop)),
-            min(PART, count - start),
-            config.evaluate.batch_size,
-            threads,
-        )
-        for start in range(0, count, PART)
-    )
+    count, read, threads = images.open()
+
+    def features_from(start: int) -> np.ndarray:
+        def read_part(part: slice) -> torch.Tensor:
+            return read(slice(start + part.start, start + part.stop))
+
+        size = min(PART, count - start)
+        return extract(accelerator, network, read_part, size, config.evaluate.batch_size, threads)
+
+    parts = map(features_from, range(0, count, PART))
     if accelerator.is_main_process:
         save_reference(file, Reference.of(parts, count), wanted)
         print(f"wrote {file}: statistics of {count:,} images")
     else:
-        for _ in parts:  # its share of the work
+        for _ in parts:  # this process's share of the work
             pass
     accelerator.wait_for_everyone()
     return load_reference(file)[0]
 
 
-@torch.inference_mode()
-def check_dimensions(reference: Reference, network: nn.Module, name: str, device: torch.device) -> None:
-    """Make sure that statistics are of as many features as a network gives."""
-    image = torch.zeros(1, 3, LEAST_CLASSIFIED, LEAST_CLASSIFIED, dtype=torch.uint8, device=device)
-    count = network.features(image).shape[1]
-    if len(reference.mu) != count:
-        raise UserError(f"holds statistics of {len(reference.mu)} features, {name} has {count}")
+# --- files
 
 
-def compared(record: Record, features: dict[str, str], data: Data) -> str:
-    """Compare what given statistics say of themselves with what is configured.
+@dataclass(frozen=True)
+class DataSet:
+    """What the record of statistics says of a data set."""
+
+    name: str
+    split: str
+    image_column: str
+    resolution: int
+
+
+@dataclass(frozen=True)
+class MadeFrom:
+    """The record in a file of statistics; empty if pytorch_fid wrote the file."""
+
+    features: str | None = None  # inception or classifier
+    classifier: str | None = None  # SHA-256
+    data: DataSet | None = None
+    size: list[int] | None = None  # of the images of a folder: width, height
+
+
+def _check_comparable(record: Record, features: dict[str, str], data: Data) -> str:
+    """Check that given statistics fit the configuration; what their record says of them, for a message.
 
     Args:
-        features: their name, and what tells their network from others of its kind.
-
-    Returns:
-        what is known of them.
+        features: as `reference_statistics` takes them.
     """
     name = features["features"]
     if not record.made_from and name == "inception":
         return "has no record: taken for statistics that pytorch_fid made; of which images, at which size, is not known"
     made = checked(record.made_from, MadeFrom)
     if made.features != name:
-        whose = shown(made.features) if made.features is not None else "a network that it does not name"
-        raise UserError(f"holds statistics in the features of {whose}, not of evaluate.features={name}")
+        network = shown(made.features) if made.features is not None else "a network that it does not name"
+        raise UserError(f"holds statistics in the features of {network}, not of evaluate.features={name}")
     if made.classifier != features.get("classifier"):
         raise UserError("holds statistics in the features of another classifier than this run's, so they don't compare")
     if made.data is None:
@@ -245,19 +211,14 @@ def compared(record: Record, features: dict[str, str], data: Data) -> str:
 
 
 def save_reference(path: Path, reference: Reference, record: Record) -> None:
-    """pytorch_fid's npz format, with the features, and what all was made from as JSON."""
+    """Write pytorch_fid's npz format, with the features, and the record as JSON."""
+    arrays = {"mu": reference.mu, "sigma": reference.sigma, "features": reference.features}
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(
-            file,
-            mu=reference.mu,
-            sigma=reference.sigma,
-            features=reference.features,
-            made_from=np.array(json.dumps(record.made_from)),
-        )
+        np.savez(file, **arrays, made_from=np.array(json.dumps(record.made_from)))
 
 
 def load_reference(path: Path) -> tuple[Reference, Record]:
-    """The statistics in an npz file, and their record (empty where the file has none)."""
+    """The statistics in an npz file, and their record (empty if the file has none)."""
     try:
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
@@ -269,7 +230,7 @@ def load_reference(path: Path) -> tuple[Reference, Record]:
         size = made.size if made.data is None else 2 * [made.data.resolution]
         if size is not None and len(size) != 2:
             raise UserError(f"made_from.size is {size}, not a width and a height")
-        check_statistics(reference)
+        _check_statistics(reference)
         return replace(reference, size=size), Record(STATISTICS, made_from)
     except UserError:
         raise
@@ -277,14 +238,12 @@ def load_reference(path: Path) -> tuple[Reference, Record]:
         raise UserError(f"not an npz file of mu and sigma ({one_line(error)}): {HOW}") from None
 
 
-def check_statistics(reference: Reference) -> None:
-    """"""
+def _check_statistics(reference: Reference) -> None:
     mu, sigma, features = reference.mu, reference.sigma, reference.features
     given = [array for array in (mu, sigma, features) if array is not None]
-    numbers = all(np.issubdtype(a.dtype, np.floating) and (np.abs(a) < LARGEST).all() for a in given)
+    are_numbers = all(np.issubdtype(a.dtype, np.floating) and (np.abs(a) < LARGEST).all() for a in given)
     features_fit = features is None or (features.ndim == 2 and features.shape[1:] == mu.shape)
-    fits = mu.ndim == 1 and mu.size > 0 and sigma.shape == 2 * mu.shape and numbers and features_fit
-    if not fits:
+    if not (mu.ndim == 1 and mu.size > 0 and sigma.shape == 2 * mu.shape and are_numbers and features_fit):
         raise UserError(f"mu of shape {mu.shape} and sigma of shape {sigma.shape} are no statistics: {HOW}")
     scale = np.abs(sigma).max()
     if (np.diagonal(sigma) < 0).any() or np.abs(sigma - sigma.T).max() > 1e-3 * scale:

@@ -1,10 +1,10 @@
-"""The scores of folders of samples: of all images, of equal blocks of seeds, and paired with the pretrained model's."""
+"""The scores of folders of samples: of all images, of equal blocks of seeds, and of pairs of folders."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from deme.errors import UserError, naming
 from deme.job.files import atomic_file, checked, read_json
 from deme.measure.metrics import (
     NEIGHBORHOOD,
+    Reference,
     frechet_distance,
     inception_frechet_distance,
     kernel_distances,
@@ -21,17 +22,15 @@ from deme.measure.metrics import (
     statistics,
 )
 
-if TYPE_CHECKING:
-    from deme.measure.reference import Reference
-
 DISTANCES = {"inception": inception_frechet_distance, "classifier": frechet_distance}
-BASELINES = ("pretrained", CONTINUED, "ensemble")  # what every row is compared with
-CLEARLY = 2.0  # standard errors from 0, within which a difference or a KID tells nothing
+BASELINES = ("pretrained", CONTINUED, "ensemble")  # every row is compared with these
+SCALARS = ("precision", "recall")  # of Score: shown by name in every table and model card
+CLEARLY = 2.0  # standard errors: a difference or a KID within them tells nothing
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What a folder's Fréchet distance exceeds that of another one by, whose images have the same seeds."""
+    """How far the Fréchet distance of a folder exceeds that of another one with the same seeds."""
 
     mean: float  # over the blocks
     standard_error: float | None  # of that mean; None: a single block
@@ -39,32 +38,42 @@ class Difference:
 
 @dataclass(frozen=True)
 class Score:
-    """The scores of one folder of samples. None: can't be had, or not in an older file."""
+    """The scores of one folder of samples. None: not available."""
 
     samples: str  # the folder
-    weights: list[str] | None  # SHA-256 of those that the images were drawn from
+    weights: list[str] | None  # SHA-256 of the weights that drew the images
     images: int
     pooled: float  # Fréchet distance of all images
     blocks: list[float]  # Fréchet distance of each of the equal blocks, in seed order
-    mean: float | None = None  # over the blocks
-    standard_deviation: float | None = None
+    mean: float  # over the blocks
+    standard_deviation: float | None
     kid: float | None = None  # mean over disjoint subsets of the images
     kid_standard_error: float | None = None
     kid_blocks: list[float] | None = None
     precision: float | None = None
     recall: float | None = None
-    difference: float | None = None  # mean over the blocks of what the distance exceeds the pretrained model's by
-    difference_standard_error: float | None = None
     clip: float | None = None  # CLIP score, mean over the images and so over the blocks
     clip_blocks: list[float] | None = None
     clip_standard_deviation: float | None = None
-    clip_difference: float | None = None  # mean over the blocks of what it exceeds the pretrained model's by
+    clip_difference: float | None = None  # to the pretrained model's, mean over the blocks
     clip_difference_standard_error: float | None = None
-    differences: dict[str, Difference] | None = None  # of the distance to each of BASELINES that there is, by name
+    differences: dict[str, Difference] | None = None  # to each of BASELINES that was scored, by name
+
+    @property
+    def difference(self) -> float | None:
+        """The mean difference to the pretrained model, if it was scored."""
+        found = (self.differences or {}).get("pretrained")
+        return None if found is None else found.mean
+
+    @property
+    def difference_standard_error(self) -> float | None:
+        """The standard error of `difference`."""
+        found = (self.differences or {}).get("pretrained")
+        return None if found is None else found.standard_error
 
     @property
     def has_telling_kid(self) -> bool:
-        """Whether the KID differs from 0 by more than its standard error explains, where that is known."""
+        """True if the KID differs from 0 by more than its standard error explains, where that is known."""
         if self.kid is None or self.kid_standard_error is None:
             return self.kid is not None
         return abs(self.kid) > CLEARLY * self.kid_standard_error
@@ -74,7 +83,7 @@ def score(
     samples: Path,
     weights: list[str] | None,
     features: np.ndarray,
-    reference: "Reference",
+    reference: Reference,
     features_name: str,
     num_blocks: int,
 ) -> Score:
@@ -91,17 +100,17 @@ def score(
     if num_blocks > 1:
         blocks = [distance(*statistics(part), reference.mu, reference.sigma) for part in parts]
     mean, deviation = mean_and_deviation(blocks)
-    found = Score(str(samples), weights, len(features), pooled, blocks, mean, deviation)
+    row = Score(str(samples), weights, len(features), pooled, blocks, mean, deviation)
     real = reference.features
     if real is None or min(len(real), len(features)) <= NEIGHBORHOOD:
-        return found
+        return row
     size = kernel_subset_size(len(parts[0]) if num_blocks > 1 else len(features) // 2, len(real))
     per_part = len(parts[0]) // size
     subsets = [kernel_distances(part, real, size, i * per_part) for i, part in enumerate(parts)]
     kid, deviation = mean_and_deviation(np.concatenate(subsets))
     precision, recall = precision_and_recall(features, real)
     return replace(
-        found,
+        row,
         kid=kid,
         kid_standard_error=None if deviation is None else deviation / np.size(subsets) ** 0.5,
         kid_blocks=[float(part.mean()) for part in subsets],
@@ -110,43 +119,34 @@ def score(
     )
 
 
-def paired(found: Score, baseline: Score) -> Score:
-    """A score with its difference to a baseline of the same seeds, block by block.
+def compared(row: Score, others: Sequence[Score]) -> Score:
+    """A score with its differences to BASELINES, block by block.
 
-    The standard error is that of the mean of the blocks' differences: the same seeds cancel much of the spread.
-    """
-    mean, error = paired_difference(found.blocks, baseline.blocks)
-    return replace(found, difference=mean, difference_standard_error=error)
-
-
-def compared(found: Score, others: Sequence[Score]) -> Score:
-    """A score with its differences to BASELINES, block by block, as `paired` takes them.
+    The standard error is that of the mean of the blocks' differences, in which much of the seeds' spread cancels.
 
     Args:
-        others: rows of the same seeds; those that are no baselines, and the row itself, are passed over.
+        others: scores of the same seeds; those of other models, and the row itself, are ignored.
     """
-    named = {Path(row.samples).name: row for row in others if row.samples != found.samples}
-    differences = {
-        name: Difference(*paired_difference(found.blocks, named[name].blocks)) for name in BASELINES if name in named
-    }
-    return replace(found, differences=differences)
+    named = {Path(other.samples).name: other for other in others if other.samples != row.samples}
+    pairs = {name: paired_difference(row.blocks, named[name].blocks) for name in BASELINES if name in named}
+    return replace(row, differences={name: Difference(*pair) for name, pair in pairs.items()})
 
 
-def with_clip(found: Score, of_images: np.ndarray) -> Score:
+def with_clip(row: Score, of_images: np.ndarray) -> Score:
     """A score with the CLIP score of the same images, in the same blocks.
 
     Args:
         of_images: the CLIP score of each image, shape (N,), in seed order.
     """
-    blocks = [float(part.mean()) for part in np.split(of_images.astype(np.float64), len(found.blocks))]
+    blocks = [float(part.mean()) for part in np.split(of_images.astype(np.float64), len(row.blocks))]
     mean, deviation = mean_and_deviation(blocks)
-    return replace(found, clip=mean, clip_blocks=blocks, clip_standard_deviation=deviation)
+    return replace(row, clip=mean, clip_blocks=blocks, clip_standard_deviation=deviation)
 
 
-def paired_clip(found: Score, baseline: Score) -> Score:
-    """`paired` of the CLIP scores, for a baseline of the same seeds and prompts."""
-    mean, error = paired_difference(found.clip_blocks, baseline.clip_blocks)
-    return replace(found, clip_difference=mean, clip_difference_standard_error=error)
+def compared_clip(row: Score, pretrained: Score) -> Score:
+    """A score with the difference of its CLIP score to the pretrained model's, of the same seeds and prompts."""
+    mean, error = paired_difference(row.clip_blocks, pretrained.clip_blocks)
+    return replace(row, clip_difference=mean, clip_difference_standard_error=error)
 
 
 def paired_difference(blocks: Sequence[float], baseline: Sequence[float]) -> tuple[float, float | None]:
@@ -157,7 +157,7 @@ def paired_difference(blocks: Sequence[float], baseline: Sequence[float]) -> tup
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation, None where there is a single value."""
+    """Mean and standard deviation; None for a single value."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
@@ -165,7 +165,7 @@ def save_scores(path: Path, features_name: str, scores: Sequence[Score], beside:
     """Write results.json.
 
     Args:
-        beside: what else is written: the classifier's accuracy, the provenance.
+        beside: further keys: the classifier's accuracy, the provenance.
     """
     content = {"features": features_name, "rows": [asdict(row) for row in scores], **beside}
     with atomic_file(path) as temporary:
@@ -174,7 +174,7 @@ def save_scores(path: Path, features_name: str, scores: Sequence[Score], beside:
 
 @dataclass(frozen=True)
 class Results:
-    """What a results.json holds, beside the provenance."""
+    """The content of results.json, without the provenance."""
 
     features: str
     rows: list[Score]
@@ -184,30 +184,23 @@ def load_scores(path: Path) -> tuple[str, list[Score]]:
     """The features' name and the scores in a results.json."""
     content = read_json(path)
     with naming(path), naming("not the results of evaluate.py"):
-        found = checked(content, Results)
-        if found.features not in DISTANCES or not found.rows:
-            raise UserError(f"{len(found.rows)} rows of {found.features} features")
-        for place, row in enumerate(found.rows):
-            check_row(row, len(found.rows[0].blocks), f"rows[{place}]")
-    return found.features, [row if row.mean is not None else with_mean(row) for row in found.rows]
+        results = checked(content, Results)
+        if results.features not in DISTANCES or not results.rows:
+            raise UserError(f"{len(results.rows)} rows of {results.features} features")
+        for place, row in enumerate(results.rows):
+            _check_row(row, max(1, len(results.rows[0].blocks)), f"rows[{place}]")
+    return results.features, results.rows
 
 
-def with_mean(row: Score) -> Score:
-    """A row of an older file, with the mean of its blocks."""
-    mean, deviation = mean_and_deviation(row.blocks)
-    return replace(row, mean=mean, standard_deviation=deviation)
-
-
-def check_row(row: Score, blocks: int, name: str) -> None:
-    """"""
+def _check_row(row: Score, blocks: int, name: str) -> None:
     errors = {key: value for key, value in asdict(row).items() if key.endswith(("deviation", "_error"))}
-    errors |= {f"differences.{key}": found.standard_error for key, found in (row.differences or {}).items()}
+    errors |= {f"differences.{key}": one.standard_error for key, one in (row.differences or {}).items()}
     for key, value in errors.items():
         if value is not None and value < 0:
             raise UserError(f"{name}.{key} is negative")
     if row.images < 1:
         raise UserError(f"{name}.images is {row.images}")
     for key in ("blocks", "kid_blocks", "clip_blocks"):
-        found = getattr(row, key)
-        if found is not None and len(found) != max(1, blocks):
-            raise UserError(f"{name}.{key} holds {len(found)} numbers, not {max(1, blocks)}")
+        values = getattr(row, key)
+        if values is not None and len(values) != blocks:
+            raise UserError(f"{name}.{key} holds {len(values)} numbers, not {blocks}")

@@ -8,7 +8,7 @@ from deme.config.experiment import Config
 from deme.config.paths import DENOISER
 from deme.config.sections import range_name
 from deme.job.files import sha256, to_yaml
-from deme.measure.scores import Score, load_scores
+from deme.measure.scores import SCALARS, Score, load_scores
 from deme.models.pipelines import hub_name, is_hub_id, is_projected, takes_text
 from deme.report.tables import NAMES, markdown_table, public
 
@@ -84,8 +84,9 @@ def score_line(features_name: str, row: Score) -> str:
     line = f"{row.images:,} images: {distance} {row.pooled:.4f}"
     if row.has_telling_kid:
         line += f", {kernel} {row.kid:.6f}"
-    if row.precision is not None:
-        line += f", precision {row.precision:.3f}, recall {row.recall:.3f}"
+    for name in SCALARS:
+        if getattr(row, name) is not None:
+            line += f", {name} {getattr(row, name):.3f}"
     if row.clip is not None:
         line += f", CLIP score {row.clip:.3f}"
     return line

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deme.measure.scores import BASELINES, Score
+from deme.measure.scores import BASELINES, SCALARS, Score
 
 NAMES = {"inception": ("FID", "KID"), "classifier": ("classifier FD", "classifier KID")}  # of the two distances
 
@@ -66,7 +66,7 @@ def score_table(scores: Sequence[Score], features_name: str) -> Table:
     titles = ["model", "images", f"{distance}, all images", f"mean ± s.d. of {len(scores[0].blocks)} blocks"]
     titles += ["paired difference to pretrained ± s.e."]
     titles += [f"{kernel} × 10³ ± s.e."] if with_kid else []
-    titles += ["precision", "recall"]
+    titles += SCALARS
     titles += ["CLIP score ± s.d.", "its paired difference ± s.e."] if with_clip else []
     rows = []
     for row in scores:
@@ -76,7 +76,7 @@ def score_table(scores: Sequence[Score], features_name: str) -> Table:
         if with_kid:
             kid, error = (None if value is None else 1e3 * value for value in (row.kid, row.kid_standard_error))
             cells += [number(kid, error, ".3f")]
-        cells += [number(row.precision, form=".3f"), number(row.recall, form=".3f")]
+        cells += [number(getattr(row, name), form=".3f") for name in SCALARS]
         if with_clip:
             cells += [number(row.clip, row.clip_standard_deviation, ".3f")]
             cells += [number(row.clip_difference, row.clip_difference_standard_error, "+.3f")]

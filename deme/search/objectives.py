@@ -12,10 +12,10 @@ from torch import nn
 
 from deme.data.samples import as_read
 from deme.errors import RunError, UserError
-from deme.measure.feature_space import FeatureSpace
 from deme.measure.features import extract
 from deme.measure.metrics import frechet_distance, statistics
 from deme.measure.noisy import Batch
+from deme.measure.reference import FeatureSpace
 from deme.method.candidates import Candidates
 from deme.method.sampling import NetworkAt
 from deme.models.drawing import Drawing

@@ -16,8 +16,8 @@ from deme.data.images import Stream
 from deme.data.prompts import load_prompts
 from deme.errors import naming
 from deme.job.processes import locked_by_all
-from deme.measure.feature_space import load_feature_space
 from deme.measure.noisy import Batch, draw_probes
+from deme.measure.reference import load_feature_space
 from deme.method.candidates import Candidates
 from deme.method.coefficients import pattern_of, patterns_of
 from deme.method.projection import with_identity_projections

@@ -12,7 +12,7 @@ from deme.config.sections import CONTINUED, DISTILLED
 from deme.errors import UserError
 from deme.job.files import read_json
 from deme.job.processes import in_main_process
-from deme.measure.scores import CLEARLY, Score, load_scores, paired, save_scores, score
+from deme.measure.scores import CLEARLY, Score, compared, load_scores, save_scores, score
 from deme.method.coefficients import PUBLISHED
 from deme.method.sampling import NetworkAt
 from deme.models.denoisers import load_denoiser
@@ -54,7 +54,7 @@ def score_fresh(problem: Problem, result: Result, file: Path, made_from: str, be
         if row is None or row.weights != hashes.get(name):
             features = distance.features(network_at(), seeds)
             row = score(Path(name), hashes.get(name), features, space.reference, space.name, blocks)
-        scores.append(paired(row, scores[0]) if scores else row)
+        scores.append(compared(row, scores[:1]))
         in_main_process(accelerator, lambda: save_scores(file, space.name, scores, content))
     return Fresh(scores, objective)
 

@@ -36,10 +36,11 @@ def test_classifier_scores_every_folder_against_the_pretrained_row(config_file, 
     found = results(config_file)
     pretrained, merged = found["rows"]
     assert merged["samples"].endswith("merged")
-    assert pretrained["difference"] is None
+    assert pretrained["differences"] == {}
+    difference = merged["differences"]["pretrained"]
     differences = np.subtract(merged["blocks"], pretrained["blocks"])
-    assert merged["difference"] == pytest.approx(differences.mean())
-    assert merged["difference_standard_error"] == pytest.approx(differences.std(ddof=1) / np.sqrt(3))
+    assert difference["mean"] == pytest.approx(differences.mean())
+    assert difference["standard_error"] == pytest.approx(differences.std(ddof=1) / np.sqrt(3))
     assert merged["kid"] == pytest.approx(np.mean(merged["kid_blocks"]))
     assert 0 <= merged["precision"] <= 1
     assert 0 <= merged["recall"] <= 1

@@ -15,10 +15,9 @@ def test_the_classifier_knows_the_digits(tmp_path):
         pixels, labels, width=16, epochs=12, batch_size=64, random_flip=False, precision="no", seed=0, device=device
     )
     assert accuracy >= 0.97
-    wanted = Record(CLASSIFIER, {"seed": 0, "batch_size": 64})
+    wanted = Record(CLASSIFIER, {"seed": 0})
     save_classifier(tmp_path / "c.safetensors", classifier, accuracy, wanted)
-    for other in ({"seed": 1, "batch_size": 64}, {"seed": 0, "batch_size": 32}):
-        assert load_classifier(tmp_path / "c.safetensors", Record(CLASSIFIER, other)) is None
+    assert load_classifier(tmp_path / "c.safetensors", Record(CLASSIFIER, {"seed": 1})) is None
     loaded, saved_accuracy = load_classifier(tmp_path / "c.safetensors", wanted)
     assert saved_accuracy == accuracy
     with torch.inference_mode():

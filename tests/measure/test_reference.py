@@ -11,17 +11,16 @@ from deme.config.experiment import Config
 from deme.config.sections import Evaluate
 from deme.errors import UserError
 from deme.job.records import STATISTICS, Record
-from deme.measure.metrics import statistics
+from deme.measure.classifier import evaluated_data
+from deme.measure.metrics import Reference, statistics
 from deme.measure.reference import (
-    Reference,
     content_hash,
-    evaluated_data,
     load_reference,
     reference_statistics,
     save_reference,
 )
 
-DIGITS = evaluated_data(Config().data)
+DIGITS = evaluated_data(Config())["data"]
 CLASSIFIER = {"features": "classifier", "classifier": "ab"}
 
 
@@ -74,8 +73,8 @@ def given(reference, features="classifier", **data):
     config = Config(output_dir=str(reference.parent / "runs"), evaluate=evaluate)
     config = replace(config, data=replace(config.data, **data))
     config.paths.stats.mkdir(parents=True, exist_ok=True)
-    made_by = {"classifier": "ab"} if features == "classifier" else {}
-    return reference_statistics(config, Accelerator(cpu=True), Mean(), made_by)
+    network = CLASSIFIER if features == "classifier" else {"features": features}
+    return reference_statistics(config, Accelerator(cpu=True), Mean(), network)
 
 
 def write(file, made_from, size=2):

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from deme.errors import UserError
-from deme.measure.metrics import frechet_distance, statistics
-from deme.measure.reference import Reference
-from deme.measure.scores import compared, load_scores, paired, paired_clip, save_scores, score, with_clip
+from deme.measure.metrics import Reference, frechet_distance, statistics
+from deme.measure.scores import compared, compared_clip, load_scores, save_scores, score, with_clip
 from deme.report.model_card import score_line
 from deme.report.tables import difference_table, score_table
 
@@ -35,12 +34,12 @@ def test_blocks_are_scored_in_order_and_together(reference):
 
 
 def test_differences_are_paired_by_block(reference):
-    found, baseline = scored(reference, 0.2)[0], scored(reference)[0]
-    result = paired(found, baseline)
+    found, baseline = scored(reference, 0.2)[0], scored(reference, name="pretrained")[0]
+    result = compared(found, [found, baseline])
     differences = np.subtract(found.blocks, baseline.blocks)
     assert result.difference == pytest.approx(differences.mean())
     assert result.difference_standard_error == pytest.approx(differences.std(ddof=1) / 2)
-    assert replace(result, difference=None, difference_standard_error=None) == found
+    assert replace(result, differences=None) == found
 
 
 def test_rows_are_compared_with_pretrained_control_and_ensemble(reference, tmp_path):
@@ -67,7 +66,7 @@ def test_a_single_block_has_no_spread(reference):
     assert found.blocks == [found.pooled]
     assert found.standard_deviation is None
     assert found.kid_standard_error > 0  # of two halves
-    assert paired(found, found).difference_standard_error is None
+    assert compared(found, [replace(found, samples="pretrained")]).difference_standard_error is None
 
 
 def test_a_kid_is_shown_only_where_it_tells_something(reference):
@@ -94,7 +93,7 @@ def test_clip_scores_are_means_of_blocks_and_paired_by_block(reference):
     assert found.clip_blocks == [1.5, 2, 3, 4.5]
     assert found.clip == 2.75
     assert found.clip_standard_deviation == pytest.approx((5.25 / 3) ** 0.5)
-    result = paired_clip(found, baseline)
+    result = compared_clip(found, baseline)
     assert result.clip_difference == 0.25
     assert result.clip_difference_standard_error == pytest.approx((0.25 / 3) ** 0.5 / 2)
     assert replace(result, clip_difference=None, clip_difference_standard_error=None) == found
@@ -106,7 +105,7 @@ def test_clip_scores_are_means_of_blocks_and_paired_by_block(reference):
 def test_the_clip_score_is_shown_where_a_row_has_one(reference):
     """In the table and in the model card's line; a row without prompts has a dash."""
     plain = scored(reference)[0]
-    found = paired_clip(with_clip(plain, np.repeat([1, 2, 3, 4], 100)), with_clip(plain, np.ones(400)))
+    found = compared_clip(with_clip(plain, np.repeat([1, 2, 3, 4], 100)), with_clip(plain, np.ones(400)))
     assert "CLIP" not in str(score_table([plain], "inception"))
     assert "CLIP" not in score_line("inception", plain)
     lines = [line.strip("| ").split(" | ") for line in str(score_table([found, plain], "inception")).splitlines()[:4]]
@@ -124,17 +123,13 @@ def test_without_reference_features_there_is_the_distance_alone(reference):
     assert "| merged | 400 |" in str(score_table([found], "inception"))
 
 
-def test_scores_survive_saving_and_older_files_are_read(tmp_path, reference):
-    """Before, keys without a value were left out, and each row told its own."""
-    rows = [scored(reference)[0], paired(scored(reference, 0.2)[0], scored(reference)[0])]
+def test_scores_survive_saving(tmp_path, reference):
+    rows = [scored(reference, name="pretrained")[0]]
+    rows.append(compared(scored(reference, 0.2)[0], rows))
     rows.append(with_clip(rows[1], np.arange(400)))
     save_scores(tmp_path / "results.json", "classifier", rows, {"held_out_accuracy": 0.9})
     assert load_scores(tmp_path / "results.json") == ("classifier", rows)
-    content = json.loads((tmp_path / "results.json").read_text())
-    assert content["held_out_accuracy"] == 0.9
-    content["rows"] = [{key: value for key, value in row.items() if value is not None} for row in content["rows"]]
-    (tmp_path / "results.json").write_text(json.dumps(content))
-    assert load_scores(tmp_path / "results.json") == ("classifier", rows)
+    assert json.loads((tmp_path / "results.json").read_text())["held_out_accuracy"] == 0.9
 
 
 @pytest.mark.parametrize(

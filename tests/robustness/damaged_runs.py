@@ -23,14 +23,14 @@ Readers = Iterator[Callable[[], Any]]
 def make_run(folder: Path) -> Config:
     """A small run of two ranges, with all files that report.py reads."""
     from deme.job.records import MERGED, Record
-    from deme.measure.scores import Score, paired, save_scores
+    from deme.measure.scores import Score, compared, save_scores
 
     config = Config(name="run", output_dir=str(folder))
     paths = config.paths
     for made in (paths.plots, paths.merged, paths.search, paths.finetuning("0000-0250")):
         made.mkdir(parents=True)
     base = Score("a/pretrained", ["b"], 4, 1.0, [1.0, 2.0], 1.5, 0.5, kid=0.1, kid_standard_error=0.01)
-    rows = [base, paired(replace(base, samples="a/merged", blocks=[0.5, 1.0], differences={}), base)]
+    rows = [base, compared(replace(base, samples="a/merged", blocks=[0.5, 1.0]), [base])]
     for file in (paths.results, paths.search / "report.json"):
         save_scores(file, "classifier", rows, {"processor": "x", "git_commit": None, "versions": {"torch": "2"}})
     coefficients = {"coefficients": {"up.*": [0.5, 0.25, 0.0, 1.0], "*": [0.25] * 4}}

@@ -9,9 +9,8 @@ from conftest import tiny_unet
 from noisy_images import RANGES, probes, squares
 
 from deme.errors import UserError
-from deme.measure.feature_space import FeatureSpace
-from deme.measure.metrics import frechet_distance, statistics
-from deme.measure.reference import Reference
+from deme.measure.metrics import Reference, frechet_distance, statistics
+from deme.measure.reference import FeatureSpace
 from deme.method.candidates import Candidates
 from deme.search.objectives import LOSS_BINS, FrechetDistance, make_squares
 
