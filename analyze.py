@@ -18,9 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from deme.analysis import unet_passes
 from deme.config.experiment import Config
-from deme.config.sections import CONTINUED, DISTILLED, range_name
+from deme.config.sections import ANALYSES, CONTINUED, DISTILLED, range_name
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
 from deme.models.pipelines import denoiser_folder
@@ -78,6 +77,12 @@ def main(config: Config) -> None:
             analysis = import_module(f"deme.analysis.{name}")
             arrays = analysis.measure(material)
             in_main_process(accelerator, partial(show, analysis, arrays, material))
+
+
+def unet_passes(config: Config, networks: int) -> dict[str, int]:
+    """The chosen analyses, and what they cost for so many networks in images through the UNet."""
+    ranges = len(config.timesteps.ranges)
+    return {name: ANALYSES[name](config.analyze, ranges, networks) for name in config.analyze.chosen}
 
 
 def made_later(config: Config) -> tuple[dict[str, Path], list[str]]:

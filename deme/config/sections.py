@@ -23,7 +23,6 @@ BASELINES = (*WEIGHTINGS[1:], ANT_UW)  # the control with another weighting of t
 DISTILLED = "distilled"  # the merged network, trained to match each range's expert in its range
 NAMED_TRAININGS = (CONTINUED, *BASELINES, DISTILLED)
 REPORT_BLOCKS = 5  # of a search's report where evaluate.blocks=1 gives no standard error
-ANALYSES = ("gradient_conflict", "loss_by_timestep", "task_vectors", "landscape", "activation_change")
 LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 PRECISIONS = ("no", "fp16", "bf16")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -34,6 +33,13 @@ PREVIEW_PROMPTS = [  # things that text-to-image models find hard
     "four cups of coffee on a wooden table",
 ]
 GRADIENT_PASSES = 3  # forward passes that an image's gradient costs: one forward, and backward twice as much
+ANALYSES = {  # module of deme/analysis → images through the UNet: of the settings, for so many ranges and networks
+    "gradient_conflict": lambda analyze, ranges, networks: GRADIENT_PASSES * analyze.timesteps * analyze.images,
+    "loss_by_timestep": lambda analyze, ranges, networks: networks * analyze.timesteps * analyze.images,
+    "task_vectors": lambda analyze, ranges, networks: 0,
+    "landscape": lambda analyze, ranges, networks: (analyze.landscape_points**2 + 3) * analyze.landscape_images,
+    "activation_change": lambda analyze, ranges, networks: 2 * ranges * analyze.images,
+}
 POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
