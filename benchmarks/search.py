@@ -5,7 +5,8 @@
     python benchmarks/search.py ways --config configs/digits.yaml             # all ways, three seeds
 
 The last two take the experts of a run that is trained (finetune.py with the same configuration and overrides) and
-write to its folder search-benchmark/, from which they resume. --quick makes each small, to see that it runs.
+write to its folder search-benchmark/, from which they resume. --quick makes each small, to see that it runs, in
+search-benchmark-quick/.
 """
 
 import json
@@ -107,7 +108,7 @@ class Bench:
         self.arguments = arguments
         self.accelerator = make_accelerator("no", "search")
         self.pretrained = find_pretrained(config.paths)
-        self.folder = config.paths.run / "search-benchmark"
+        self.folder = config.paths.run / ("search-benchmark-quick" if arguments.quick else "search-benchmark")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.seeds = range(FRESH_SEED, FRESH_SEED + arguments.fresh_images // FRESH_BLOCKS * FRESH_BLOCKS)
         self.problem = self.problem_of({}, 0)
