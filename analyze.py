@@ -32,7 +32,7 @@ def plan(config: Config) -> str:
     config.check_analyzed()
     networks = 1 + len(config.timesteps.ranges) + len(made_later(config)[0])
     lines = [f"  {name}: {passes:,} UNet passes" for name, passes in unet_passes(config, networks).items()]
-    return "\n".join([f"analyze {config.paths.run} -> {config.paths.analysis}", *lines])
+    return "\n".join([f"analyze {config.paths.run_folder} -> {config.paths.analysis}", *lines])
 
 
 def main(config: Config) -> None:
@@ -43,7 +43,7 @@ def main(config: Config) -> None:
     pretrained = find_pretrained(paths)
     networks = {"pretrained": denoiser_folder(pretrained)}
     missing: list[str] = []
-    if settings.chosen != ["gradient_conflict"]:
+    if settings.analyses != ["gradient_conflict"]:
         networks |= dict(zip(map(range_name, config.timesteps.ranges), find_finetuned(paths), strict=True))
         later, missing = made_later(config)
         networks |= later
@@ -82,7 +82,8 @@ def main(config: Config) -> None:
 def unet_passes(config: Config, networks: int) -> dict[str, int]:
     """The chosen analyses, and what they cost for so many networks in images through the UNet."""
     ranges = len(config.timesteps.ranges)
-    return {name: ANALYSES[name](config.analyze, ranges, networks) for name in config.analyze.chosen}
+    chosen = ANALYSES if config.analyze.analyses is None else config.analyze.analyses
+    return {name: ANALYSES[name](config.analyze, ranges, networks) for name in ANALYSES if name in chosen}
 
 
 def made_later(config: Config) -> tuple[dict[str, Path], list[str]]:

@@ -99,7 +99,8 @@ def write_table(runs: list[ComparedRun], output: Path) -> None:
 
 def pictures(paths: Paths) -> list[Path]:
     """Grids of samples, and previews of the trainings."""
-    return sorted([*paths.run.glob("samples/**/grid-*.png"), *paths.run.glob("finetuned/**/previews/*.png")])
+    patterns = ("samples/**/grid-*.png", "finetuned/**/previews/*.png")
+    return sorted(picture for pattern in patterns for picture in paths.run_folder.glob(pattern))
 
 
 if __name__ == "__main__":
@@ -111,7 +112,7 @@ if __name__ == "__main__":
     with ended_in_one_line(parser.prog) as run_folder:
         arguments = parser.parse_intermixed_args()
         comparison, runs = load_comparison(arguments.config, arguments.overrides)
-        run_folder.append(runs[0].config.paths.run)
+        run_folder.append(runs[0].config.paths.run_folder)
         processes = number_given("NUM_PROCESSES")
         jobs = stages_of(comparison, runs, number_given("BLOCKS"))
         if arguments.dry_run:

@@ -35,14 +35,14 @@ LARGEST_PAGE = 10_000_000  # bytes
 
 def plan(config: Config) -> str:
     """What this command would do."""
-    return f"tell {config.paths.run} -> {config.paths.report}"
+    return f"tell {config.paths.run_folder} -> {config.paths.report}"
 
 
 def main(config: Config) -> None:
     """Gather, draw, write."""
     output = config.paths.report
-    if not config.paths.run.is_dir():
-        raise UserError(f"output_dir: {config.paths.run} is missing; finetune.py makes it")
+    if not config.paths.run_folder.is_dir():
+        raise UserError(f"output_dir: {config.paths.run_folder} is missing; finetune.py makes it")
 
     from deme.report.page import Page, html_page, markdown_page
     from deme.report.run import MERGING, RESULTS, SEARCH, TRAINING, missing_stages, read_run
@@ -111,7 +111,7 @@ def own_picture(run: "Run", file: Path, caption: str) -> "Part":
     from deme.report.page import Picture
 
     try:
-        check_own(file, run.config.paths.run)
+        check_own(file, run.config.paths.run_folder)
     except UserError as error:
         return f"Left out: {error}."
     return Picture(file, caption)
@@ -139,7 +139,7 @@ def samples(run: "Run") -> "list[Part]":
 
     parts: list[Part] = []
     names = run_plots.common_images(run.samples)
-    strips = run_plots.Strips(run.config.paths.run)
+    strips = run_plots.Strips(run.config.paths.run_folder)
     if names:
         figure = strips.draw(run.samples, names[:SEEDS])
         parts.append(new_picture(run, "samples", figure, "The first seeds: each row starts from the same noise."))

@@ -108,7 +108,7 @@ class Bench:
         self.arguments = arguments
         self.accelerator = make_accelerator("no", "search")
         self.pretrained = find_pretrained(config.paths)
-        self.folder = config.paths.run / ("search-benchmark-quick" if arguments.quick else "search-benchmark")
+        self.folder = config.paths.run_folder / ("search-benchmark-quick" if arguments.quick else "search-benchmark")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.seeds = range(FRESH_SEED, FRESH_SEED + arguments.fresh_images // FRESH_BLOCKS * FRESH_BLOCKS)
         self.problem = self.problem_of({}, 0)

@@ -16,7 +16,7 @@ runs=${RUNS:-runs/gpu}
 python=$(command -v python || command -v python3)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-3} HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PYTHONUNBUFFERED=1
 arguments=(--config configs/cifar10_first.yaml "output_dir=$runs" "$@")
-run=$("$python" pretrain.py --path run "${arguments[@]}") || exit
+run=$("$python" pretrain.py --path run_folder "${arguments[@]}") || exit
 logs=$run/logs
 mkdir -p "$logs" "$back"
 rest=190 probe=150 # seconds for all that comes after pretraining (an estimate for an H100), steps of the probe

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deme.config.experiment import Config
+from deme.config.experiment import Config, check_shares
 from deme.config.sections import CONTINUED, DISTILLED
 from deme.errors import UserError
 from deme.job.command import run_script
@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     from deme.data.opening import open_source
 
     rate = 1e12 * from_environment("GPU_TFLOPS", GPU_TFLOPS)
-    config.finetune.check_shares(int(from_environment("NUM_PROCESSES", 1)))
+    check_shares(config.finetune, int(from_environment("NUM_PROCESSES", 1)))
     pretrained = find_pretrained(config.paths)
     size = Size(
         *unet_cost(read_json(denoiser_folder(pretrained) / "config.json")),
@@ -72,7 +72,8 @@ def main(config: Config) -> None:
     disk = disk_space(config, size)
     for name, taken in disk.items():
         print(f"{taken / 1e9:9.1f} GB  {name}")
-    existing = next(folder for folder in (config.paths.run, *config.paths.run.resolve().parents) if folder.exists())
+    folder = config.paths.run_folder
+    existing = next(place for place in (folder, *folder.resolve().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     print(f"{sum(disk.values()) / 1e9:9.1f} GB  together; {free / 1e9:,.1f} GB are free at {config.output_dir}")
 
@@ -136,7 +137,7 @@ def operations(config: Config, size: Size) -> dict[str, float]:
 def searched_images(config: Config) -> tuple[int, int]:
     """Images that search.py draws to find the coefficients, and those of its report."""
     search = config.search
-    if not config.paths.searched:
+    if not config.needs_search:
         return 0, 0
     drawn = search.control_images + search.trials * search.num_images
     if search.method == "multi_fidelity":

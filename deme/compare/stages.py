@@ -136,7 +136,7 @@ class Stages:
         if model == "ensemble":
             return experts
         paths = run.config.paths
-        if paths.searched:
+        if run.config.needs_search:
             # the search's report has a row of the control if it is trained
             scored = [name for name in run.models if name == CONTINUED] if run.config.search.report_images else []
             controls = [self.trained(run, "train", name, self.first) for name in scored]

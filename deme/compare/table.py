@@ -105,7 +105,7 @@ def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
     logs = [read_log(name, config.paths.finetuning(name) / "log.jsonl", config.finetune.batch_size) for name in names]
     passes = sum(log.passes(config) for log in logs)
     seconds = sum(log.seconds for log in logs)
-    if is_merged and config.paths.searched:
+    if is_merged and config.needs_search:
         passes += read_searched(config.paths.best_coefficients).passes or 0
         searched = seconds_of(config.paths.search)
         seconds = None if searched is None else seconds + searched

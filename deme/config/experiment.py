@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from deme.config.paths import Paths
-from deme.config.section import LONGEST_NAME, Section, is_folder_name, one_of, setting, without_password
+from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
 from deme.config.sections import (
     ANT_UW,
     DISTILLED,
@@ -23,6 +23,7 @@ from deme.config.sections import (
     Sample,
     Search,
     Timesteps,
+    Training,
 )
 
 PRETRAIN, CACHE, FINETUNE, SAMPLE = "pretrain.py", "scripts/cache.py", "finetune.py", "sample_ddp.py"
@@ -74,13 +75,23 @@ class Config(Section):
         total = self.timesteps.num_train_timesteps
         few = self.sample.num_inference_steps <= total
         self.sample.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
-        for given in map(len, self.coefficient_groups.values()):
-            self.merge.check("coefficients", given == count, f"{given} coefficients for {count} timestep ranges")
+        rule = "must be a list of finite numbers, a mapping from name patterns to such lists, or a file of search.py"
+        for pattern, numbers in self.coefficient_groups.items():
+            fits = isinstance(pattern, str) and isinstance(numbers, list) and all(map(is_finite, numbers))
+            self.merge.check("coefficients", fits, rule)
+            lacks = f"{len(numbers)} coefficients for {count} timestep ranges"
+            self.merge.check("coefficients", len(numbers) == count, lacks)
+        self.merge.check("coefficients", self.merge.coefficients != {}, rule)
 
     @property
     def paths(self) -> Paths:
         """Where everything of it lies."""
         return Paths(self)
+
+    @property
+    def needs_search(self) -> bool:
+        """True if the merging coefficients are those that this run's search finds."""
+        return self.merge.coefficients == "search"
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -179,3 +190,14 @@ class Config(Section):
         self.timesteps.check(
             "num_train_timesteps", fits, f"the scheduler in {scheduler_folder} has {num_train_timesteps}"
         )
+
+
+def check_shares(settings: Training, processes: int) -> None:
+    """Check that this many processes can share the micro-batches of a training step equally."""
+    size = settings.micro_batch_size or settings.batch_size
+    micro_batches = settings.batch_size // size
+    share, rest = divmod(settings.batch_size, processes)
+    remedy = f"a batch_size that is a multiple of {processes}" if rest else f"micro_batch_size={share} or a divisor"
+    rule = f"{settings.section}.batch_size={settings.batch_size} makes {micro_batches} micro-batches of {size}, which "
+    rule += f"{processes} processes can't share equally: set {remedy}"
+    settings.check("micro_batch_size", micro_batches % processes == 0, rule)

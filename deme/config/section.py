@@ -72,7 +72,8 @@ class Section:
                 self._check_bounds(part.name, value, bounds)
             if choices := part.metadata.get("choices"):
                 self._check_choices(part.name, value, choices)
-            self.check(part.name, value != "" or "path" not in tags_of(part), "must not be empty")
+            is_named = value != "" or not ("path" in tags_of(part) or part.default is None)
+            self.check(part.name, is_named, "must not be empty")
         self.check_together()
 
     def check_together(self) -> None:

@@ -1,7 +1,6 @@
-"""Every setting of a configuration file, in its sections.
+"""Every setting of a configuration file: its default, tags that say what it influences, bounds or choices.
 
-`setting` gives the default, then tags that say what the setting influences, then bounds or choices. `__post_init__`
-checks what must hold between settings. Nothing here imports torch, so invalid input is reported at once.
+`check_together` checks what must hold between settings. Nothing here imports torch, so errors are reported at once.
 """
 
 import re
@@ -16,22 +15,18 @@ HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
 CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # of the paper's text-to-image scores
 MERGE_METHODS = tuple(sorted(file.stem for file in Path(__file__).parents[1].glob("method/merging/[!_]*.py")))
 WEIGHTINGS = ("constant", "snr_plus_one", "truncated_snr", "min_snr", "p2")  # of the loss by timestep
-# finetune.range takes these names beside a range's number
 CONTINUED = "continued"  # the control: plain training on all timesteps at the ranges' total cost
 ANT_UW = "ant_uw"  # the control with learned weights of the timestep ranges
 BASELINES = (*WEIGHTINGS[1:], ANT_UW)  # the control with another weighting of the loss: the paper's table 1
 DISTILLED = "distilled"  # the merged network, trained to match each range's expert in its range
-NAMED_TRAININGS = (CONTINUED, *BASELINES, DISTILLED)
+NAMED_TRAININGS = (CONTINUED, *BASELINES, DISTILLED)  # what finetune.range takes besides the number of a range
 REPORT_BLOCKS = 5  # of a search's report where evaluate.blocks=1 gives no standard error
 LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 PRECISIONS = ("no", "fp16", "bf16")
+DDIM = ("ddim", "DDIMScheduler")  # one sampler by two names
 SPACINGS = ("leading", "trailing", "linspace")
-PREVIEW_PROMPTS = [  # things that text-to-image models find hard
-    "a photograph of an astronaut riding a horse",
-    "a red cube on top of a blue sphere",
-    "an oil painting of a lighthouse in a storm",
-    "four cups of coffee on a wooden table",
-]
+PREVIEW_PROMPTS = ["a photograph of an astronaut riding a horse", "a red cube on top of a blue sphere"]
+PREVIEW_PROMPTS += ["an oil painting of a lighthouse in a storm", "four cups of coffee on a wooden table"]
 GRADIENT_PASSES = 3  # forward passes that an image's gradient costs: one forward, and backward twice as much
 ANALYSES = {  # module of deme/analysis → images through the UNet: of the settings, for so many ranges and networks
     "gradient_conflict": lambda analyze, ranges, networks: GRADIENT_PASSES * analyze.timesteps * analyze.images,
@@ -40,7 +35,6 @@ ANALYSES = {  # module of deme/analysis → images through the UNet: of the sett
     "landscape": lambda analyze, ranges, networks: (analyze.landscape_points**2 + 3) * analyze.landscape_images,
     "activation_change": lambda analyze, ranges, networks: 2 * ranges * analyze.images,
 }
-POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -61,9 +55,8 @@ class Data(Section):
     split: str = setting("train", "weights statistics")
     image_column: str = setting("image", "weights latents statistics")
     label_column: str | None = setting("label", "free statistics")  # null: no labels
-    # of texts, or of lists of texts, one of which is drawn per step; null: no captions; sidecar: NAME.txt for NAME.png
-    caption_column: str | None = setting(None, "weights text")
-    resolution: int = setting(8, "weights examples latents statistics", above=0, most=2**16)  # pixels of the square
+    caption_column: str | None = setting(None, "weights text")  # null: none; sidecar: NAME.txt beside NAME.png
+    resolution: int = setting(8, "weights examples latents statistics", above=0, most=2**16)  # pixels of a side
     center_crop: bool = setting(False, "weights examples latents")  # in training; evaluation always crops the centre
     random_flip: bool = setting(False, "weights examples latents")  # horizontal, in training; evaluation never flips
     held_out_images: int = setting(0, "weights examples", least=0)  # never trained on; for pretrain.py's held-out loss
@@ -96,17 +89,15 @@ class Timesteps(Section):
         total = self.num_train_timesteps
         self.check("num_ranges", self.num_ranges <= total, f"must be at most T = {total}")
         if self.edges is not None:
-            ends = len(self.edges) >= 2 and self.edges[0] == 0 and self.edges[-1] == total
             rises = all(low < high for low, high in pairwise(self.edges))
-            self.check("edges", ends and rises, f"must rise from 0 to T = {total}")
+            covers = self.edges[:1] + self.edges[-1:] == [0, total]
+            self.check("edges", rises and covers, f"must rise from 0 to T = {total}")
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
         """The half-open ranges [low, high), lowest first."""
-        edges = self.edges
-        if edges is None:
-            edges = [k * self.num_train_timesteps // self.num_ranges for k in range(self.num_ranges + 1)]
-        return list(pairwise(edges))
+        equal = [k * self.num_train_timesteps // self.num_ranges for k in range(self.num_ranges + 1)]
+        return list(pairwise(equal if self.edges is None else self.edges))
 
 
 @dataclass(frozen=True)
@@ -148,21 +139,11 @@ class Training(Section):
         self.check("preview_prompts", len(self.preview_prompts) > 0, "must not be empty")
         warms_up = self.lr_scheduler != "constant" or self.lr_warmup_steps == 0
         self.check("lr_warmup_steps", warms_up, f"{self.section}.lr_scheduler=constant has no warm-up")
-        above_end = self.lr_scheduler != "polynomial" or self.learning_rate > POLYNOMIAL_END
-        self.check("learning_rate", above_end, f"the polynomial schedule ends at {POLYNOMIAL_END}")
-        whole = self.batch_size % (self.micro_batch_size or self.batch_size) == 0
-        rule = f"must be a multiple of {self.section}.micro_batch_size={self.micro_batch_size}"
-        self.check("batch_size", whole, rule)
-
-    def check_shares(self, processes: int) -> None:
-        """Check that this many processes can share the micro-batches of a step equally."""
+        above_end = self.lr_scheduler != "polynomial" or self.learning_rate > 1e-7
+        self.check("learning_rate", above_end, "the polynomial schedule ends at 1e-07")
         size = self.micro_batch_size or self.batch_size
-        micro_batches = self.batch_size // size
-        share, rest = divmod(self.batch_size, processes)
-        remedy = f"a batch_size that is a multiple of {processes}" if rest else f"micro_batch_size={share} or a divisor"
-        rule = f"{self.section}.batch_size={self.batch_size} makes {micro_batches} micro-batches of {size}, which "
-        rule += f"{processes} processes can't share equally: set {remedy}"
-        self.check("micro_batch_size", micro_batches % processes == 0, rule)
+        rule = f"must be a multiple of {self.section}.micro_batch_size={size}"
+        self.check("batch_size", self.batch_size % size == 0, rule)
 
 
 @dataclass(frozen=True)
@@ -199,9 +180,8 @@ class Merge(Section):
 
     method: str = setting("task_arithmetic", "merged", choices=MERGE_METHODS)
     settings: dict[str, Any] = setting({}, "merged")  # of the method: the fields of its class
-    # w, one per range, lowest range first; null: 1/N each; or name pattern -> such a list, the first pattern that
-    # matches a tensor counts: {"down_blocks.*": [...], "mid_block.*": [...], "up_blocks.*": [...], "*": [...]}; or a
-    # file that search.py wrote; search: the one of this run
+    # w, one per range, lowest first; null: 1/N each; {"down_blocks.*": [...], "*": [...]}: for the first name pattern
+    # that matches a tensor; a file that search.py wrote; search: the file of this run
     coefficients: Any = setting(None, "merged path")
     finetuned: str | None = setting(None, "merged one_run path")  # folder of 0000-0250/ …; null: this run's
     output: str | None = setting(None, "place one_run path")  # null: merged/ of this run
@@ -211,14 +191,6 @@ class Merge(Section):
     def check_together(self) -> None:
         named = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub) is not None
         self.check("push_to_hub", named, "must be a Hub id, owner/name")
-        given = self.coefficients
-        if given is None or isinstance(given, str):
-            return
-        lists = list(given.values()) if isinstance(given, dict) else [given]
-        fits = all(isinstance(numbers, list) and all(map(is_finite, numbers)) for numbers in lists)
-        named = not isinstance(given, dict) or all(isinstance(key, str) for key in given)
-        rule = "must be a list of finite numbers, a mapping from name patterns to such lists, or a file of search.py"
-        self.check("coefficients", len(lists) > 0 and fits and named, rule)
 
 
 @dataclass(frozen=True)
@@ -252,12 +224,13 @@ class Search(Section):
     def check_together(self) -> None:
         cheap = self.objective != "fd" or self.method == "optuna"
         self.check("objective", cheap, f"search.method={self.method} needs match or loss")
-        lists = isinstance(self.groups, list) and len(self.groups) > 0 and all(isinstance(g, str) for g in self.groups)
-        named = self.groups in ("range", "block", "tensor") or lists
+        patterns = (
+            isinstance(self.groups, list) and self.groups and all(isinstance(group, str) for group in self.groups)
+        )
+        named = self.groups in ("range", "block", "tensor") or bool(patterns)
         self.check("groups", named, "must be range, block, tensor, or a list of name patterns")
-        pair = self.bounds is None or (len(self.bounds) == 2 and all(map(is_finite, self.bounds)))
-        rises = pair and (self.bounds is None or self.bounds[0] < self.bounds[1])
-        self.check("bounds", rises, "must be two finite numbers, the least and the greatest")
+        pair = len(self.interval) == 2 and all(map(is_finite, self.interval)) and self.interval[0] < self.interval[1]
+        self.check("bounds", pair, "must be two finite numbers, the least and the greatest")
         low, high = self.interval
         self.check("bounds", low <= 0 <= high, "must hold 0, the pretrained network, where the search starts")
         rule = f"must be at most search.control_images={self.control_images}"
@@ -267,14 +240,12 @@ class Search(Section):
             rule = f"must lie between search.num_images={self.num_images} and control_images={self.control_images}"
             self.check("finalist_images", ordered, rule)
             self.check("finalists", self.finalists <= self.trials, f"must be at most search.trials={self.trials}")
-        self.check("storage", self.storage != "", "must be a URL, or null")
 
     @property
     def interval(self) -> tuple[float, float]:
         """The least and the greatest coefficient."""
-        if self.bounds is not None:
-            return self.bounds[0], self.bounds[1]
-        return (-1.0, 2.0) if self.groups == "tensor" else (0.0, 1.5)
+        default = (-1.0, 2.0) if self.groups == "tensor" else (0.0, 1.5)
+        return default if self.bounds is None else tuple(self.bounds)
 
 
 @dataclass(frozen=True)
@@ -297,9 +268,7 @@ class Sample(Section):
     size_on_disk: int | None = setting(None, "samples search", above=0)  # pixels after shrinking; null: as drawn
     output: str | None = setting(None, "place one_run path")  # null: samples/<model>/ of this run
     overwrite: bool = setting(False, "free")  # replace a folder that another model or other settings made
-    blocks: int = setting(
-        1, "free", above=0
-    )  # parts of the seeds; jobs may draw them side by side, into the same folder
+    blocks: int = setting(1, "free", above=0)  # parts of the seeds, which jobs may draw side by side into one folder
     block: int | None = setting(None, "free one_run", least=0)  # draw only this one, counted from 0; null: all
 
     def check_together(self) -> None:
@@ -309,12 +278,7 @@ class Sample(Section):
         self.check("overwrite", alone, "other jobs may be drawing into the folder: with sample.block, delete it first")
         texts = self.prompts if isinstance(self.prompts, list) else [self.prompts or ""]
         self.check("prompts", all(isinstance(text, str) for text in texts), "must be a file or a list of texts")
-        self.check("eta", self.eta == 0 or self.is_ddim, "only sample.scheduler=ddim has it")
-
-    @property
-    def is_ddim(self) -> bool:
-        """Whether the sampler is DDIM, by either name."""
-        return self.scheduler in ("ddim", "DDIMScheduler")
+        self.check("eta", self.eta == 0 or self.scheduler in DDIM, "only sample.scheduler=ddim has it")
 
     @property
     def seeds(self) -> range:
@@ -363,14 +327,8 @@ class Analyze(Section):
     def check_together(self) -> None:
         self.check("analyses", self.analyses != [], f"must be a list of {', '.join(ANALYSES)}")
         self.check("images", self.images % 2 == 0, "must be even: gradient_conflict compares two halves")
-        given = self.landscape_ranges
-        two = given is None or (len(given) == 2 and given[0] != given[1])
-        self.check("landscape_ranges", two, "must be two numbers of ranges")
-
-    @property
-    def chosen(self) -> list[str]:
-        """The analyses, each once, in their order."""
-        return [name for name in ANALYSES if self.analyses is None or name in self.analyses]
+        different = self.landscape_ranges is None or len(self.landscape_ranges) == len(set(self.landscape_ranges)) == 2
+        self.check("landscape_ranges", different, "must be two numbers of ranges")
 
 
 def range_name(timestep_range: tuple[int, int]) -> str:

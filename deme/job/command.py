@@ -37,7 +37,7 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
         arguments = parser.parse_intermixed_args()
         _end_with_launcher()
         config = load_config(arguments.config, arguments.overrides)
-        run_folder.append(config.paths.run)
+        run_folder.append(config.paths.run_folder)
         if arguments.path is not None:
             print(config.paths.lines(arguments.path))
         elif arguments.dry_run:

@@ -19,7 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 from safetensors import SafetensorError
 
-from deme.config.plain_yaml import read_yaml_text
+from deme.config.reading import read_yaml_text
 from deme.errors import RunError, UserError, naming, one_line
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deme.config.experiment import Config
 from deme.config.paths import DENOISER, Paths
-from deme.config.sections import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, Sample
+from deme.config.sections import BASELINES, CONTINUED, DDIM, DISTILLED, NAMED_TRAININGS, Sample
 from deme.errors import UserError, naming
 from deme.job.files import Watched, read_json, sha256
 from deme.job.records import ENCODER, SCHEDULE
@@ -60,7 +60,7 @@ class ModelFiles:
     def spacing(self, settings: Sample) -> dict[str, str]:
         """The timestep spacing for the record of samples; nothing where it is the sampler's default."""
         given = settings.timestep_spacing
-        if settings.is_ddim:
+        if settings.scheduler in DDIM:
             given = given or read_json(self.schedule).get("timestep_spacing", "leading")
             given = None if given == "leading" else given
         return {} if given is None else {"sample.timestep_spacing": given}

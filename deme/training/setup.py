@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import nn
 
+from deme.config.experiment import check_shares
 from deme.data.examples import load_examples
 from deme.data.images import Examples, TrainingImages
 from deme.errors import UserError, naming
@@ -74,7 +75,7 @@ def open_training(session: Session, load: Callable[[], Start], watched: Watched,
     """
     settings = session.settings
     accelerator = make_accelerator(settings.mixed_precision, f"{settings.section}.mixed_precision")
-    settings.check_shares(accelerator.num_processes)
+    check_shares(settings, accelerator.num_processes)
     start = load()
     accelerator.wait_for_everyone()
     watched.check()  # every process has read the same files

@@ -1044,7 +1044,7 @@ MISTAKES = [
         "a storage without a name",
         "search.py",
         ["search.storage=''"],
-        "search.storage=: must be a URL, or null",
+        "search.storage=: must not be empty",
     ),
     Mistake(
         "searching before there are experts",

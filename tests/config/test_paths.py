@@ -16,7 +16,7 @@ def test_everything_of_a_run_lies_below_its_folder():
     """The layout that README promises; nothing but the cache of images is shared between runs."""
     paths = Config(name="a", output_dir="out").paths
     expected = {
-        "run": "out/a",
+        "run_folder": "out/a",
         "image_cache": "out/image-cache",
         "latent_cache": "out/latent-cache",
         "pretraining": "out/a/pretraining",
@@ -29,7 +29,6 @@ def test_everything_of_a_run_lies_below_its_folder():
         ),
         "search": "out/a/search",
         "best_coefficients": "out/a/search/best.yaml",
-        "searched": "",
         "report": "out/a/report.html",
         "analysis": "out/a/analysis",
         "plots": "out/a/plots",

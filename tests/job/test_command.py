@@ -16,7 +16,7 @@ sys.path.insert(0, {repository!r})
 from deme.job.command import run_script
 
 def main(config):
-    config.paths.run.mkdir(parents=True)
+    config.paths.run_folder.mkdir(parents=True)
     {fault}
 
 run_script("", lambda config: "", main)

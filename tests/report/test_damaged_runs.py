@@ -60,7 +60,7 @@ def test_a_whole_run_has_nothing_unreadable(config):
 @pytest.mark.parametrize("file", PLACES)
 def test_an_unreadable_file_is_told_in_its_place(config, file, damage, capsys):
     """The rest of the page is there, and the stage is not said to be missing. An empty log is one of no steps yet."""
-    path = config.paths.run / file
+    path = config.paths.run_folder / file
     content = DAMAGES[damage]
     path.write_bytes(path.read_bytes()[:-20] if content is None else content)
     sections = page(config)
@@ -151,12 +151,12 @@ def test_a_link_to_a_file_outside_of_the_run_is_not_shown(config, tmp_path, name
     """A page is sent to others: what somebody's link leads to is not in it. A link within the run is followed."""
     secret = tmp_path / "secret.png"
     Image.new("RGB", (8, 8), (1, 2, 3)).save(secret)
-    path = config.paths.run / name
+    path = config.paths.run_folder / name
     path.unlink()
     path.symlink_to(secret)
     text = "".join(page(config).values())
     assert f"Left out: {path} is a link to a file outside of the run." in text
-    inside = config.paths.run / "inside.png"
+    inside = config.paths.run_folder / "inside.png"
     secret.rename(inside)
     path.unlink()
     path.symlink_to(inside)
@@ -165,7 +165,7 @@ def test_a_link_to_a_file_outside_of_the_run_is_not_shown(config, tmp_path, name
 
 @pytest.mark.parametrize("name", ["plots/analysis-a.png", "plots/search-cost.png", "samples/merged/000000.png"])
 def test_a_picture_that_was_cut_short_is_left_out(config, name):
-    path = config.paths.run / name
+    path = config.paths.run_folder / name
     path.write_bytes(path.read_bytes()[:60])
     assert f"Left out: {path} is not a readable PNG" in "".join(page(config).values())
 

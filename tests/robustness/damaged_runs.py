@@ -69,7 +69,7 @@ def run_files(choose: random.Random, folder: Path) -> Readers:
     from deme.report import figures
 
     config = make_run(folder)
-    files = [path for path in sorted(config.paths.run.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(config.paths.run_folder.rglob("*")) if path.is_file()]
     for file in choose.sample(files, choose.randint(1, 2)):
         damage(choose, file)
     figures.DPI = 10
