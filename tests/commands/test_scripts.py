@@ -93,7 +93,7 @@ def test_signals_to_a_shell_script_reach_every_process_and_mistakes_are_answered
     options = [f"output_dir={tmp_path}", "finetune.log_every=1"]
     options += ["evaluate.classifier_epochs=1"]  # a training waits for its core
     assert run_script("digits.sh", *options, "finetune.max_steps=many", status=2) == ""
-    folders = [tmp_path / "digits" / "finetuned" / name for name in ("0000-0250", "continued")]
+    folders = [tmp_path / "digits" / "finetuned" / name for name in ("0000-0250", "0250-0500")]  # start first
     last = [0, 0]
     for number in (signal.SIGTERM, signal.SIGINT):
         command, settings = script_command("digits.sh", *options), script_environment()
