@@ -62,7 +62,7 @@ pass_signals() {
 compare() {
   local limit="" status=0
   if [ -n "${MAX_MINUTES:-}" ]; then
-    limit=$(awk "BEGIN { left = 60 * $MAX_MINUTES - $SECONDS; print left > 1 ? left : 1 }")
+    limit=$(awk "BEGIN { left = 60 * $MAX_MINUTES - $SECONDS; print (left > 1 ? left : 1) }")
     limit="timeout --foreground $limit"
   fi
   pass_signals $limit python compare.py "$@" || status=$?
