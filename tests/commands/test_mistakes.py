@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -311,68 +312,6 @@ unreadable_image = images(lambda kind: (kind / "c.png").write_text("text"))
 
 MISTAKES = [
     Mistake(
-        "an analysis that does not exist",
-        "analyze.py",
-        ["analyze.analyses=[landscape,loss]"],
-        "analyze.analyses=['landscape', 'loss']: must be a list of gradient_conflict, loss_by_timestep, task_vectors, "
-        "landscape, activation_change",
-    ),
-    Mistake(
-        "an odd number of images, which has no halves",
-        "analyze.py",
-        ["analyze.images=7"],
-        "analyze.images=7: must be even: gradient_conflict compares two halves",
-    ),
-    Mistake(
-        "a sketch of no dimensions",
-        "analyze.py",
-        ["analyze.sketch=0"],
-        "analyze.sketch=0: must be above 0 and at most 1,000,000,000",
-    ),
-    Mistake(
-        "a landscape of one point",
-        "analyze.py",
-        ["analyze.landscape_points=1"],
-        "analyze.landscape_points=1: must be at least 2 and at most 1,000,000,000",
-    ),
-    Mistake(
-        "a plane through one expert",
-        "analyze.py",
-        ["analyze.landscape_ranges=[1,1]"],
-        "analyze.landscape_ranges=[1, 1]: must be two numbers of ranges",
-    ),
-    Mistake(
-        "a plane through an expert that does not exist",
-        "analyze.py",
-        ["analyze.landscape_ranges=[0,2]"],
-        "analyze.landscape_ranges=[0, 2]: the ranges have the numbers 0 … 1",
-    ),
-    Mistake(
-        "fewer images than ranges",
-        "analyze.py",
-        ["analyze.landscape_images=1"],
-        "analyze.landscape_images=1: are spread over 2 timestep ranges",
-    ),
-    Mistake(
-        "a range without a timestep to analyze",
-        "analyze.py",
-        ["timesteps.edges=[0,10,1000]"],
-        "analyze.timesteps=40: none of them falls into the range [0, 10)",
-    ),
-    Mistake(
-        "an analysis without experts",
-        "analyze.py",
-        [],
-        "{root}/tiny/finetuned/0000-0500/unet/diffusion_pytorch_model.safetensors: missing; train it with finetune.py "
-        "finetune.range=0",
-    ),
-    Mistake(
-        "an analysis without a pretrained network",
-        "analyze.py",
-        ["model.pretrained=null"],
-        "model.pretrained=null: {root}/tiny/pretrained is missing; pretrain.py makes it",
-    ),
-    Mistake(
         "an analysis of an expert that is not finite",
         "analyze.py",
         ["analyze.analyses=[task_vectors]"],
@@ -395,73 +334,6 @@ MISTAKES = [
     ),
     # --- the configuration
     Mistake(
-        "a misspelt section",
-        "finetune.py",
-        ["fintune.max_steps=1"],
-        "fintune={'max_steps': 1}: Key 'fintune' not in 'Config'. Did you mean: 'finetune'?",
-    ),
-    Mistake(
-        "a misspelt key",
-        "finetune.py",
-        ["finetune.lerning_rate=1"],
-        "finetune.lerning_rate=1: Key 'lerning_rate' not in 'Finetune'. Did you mean one of: 'learning_rate', …?",
-    ),
-    Mistake(
-        "an unknown key",
-        "sample_ddp.py",
-        ["sample.colour=red"],
-        "sample.colour=red: Key 'colour' not in 'Sample'",
-    ),
-    Mistake(
-        "a word for a number",
-        "finetune.py",
-        ["finetune.max_steps=many"],
-        "finetune.max_steps=many: Value 'many' of type 'str' could not be converted to Integer",
-    ),
-    Mistake(
-        "a number for a section",
-        "merge.py",
-        ["merge=1"],
-        "merge=1: not a mapping",
-    ),
-    Mistake(
-        "an override without a value",
-        "finetune.py",
-        ["finetune.max_steps"],
-        "finetune.max_steps: overrides are written section.key=value",
-    ),
-    Mistake(
-        "edges that fall",
-        "finetune.py",
-        ["timesteps.edges=[0,600,300,1000]"],
-        "timesteps.edges=[0, 600, 300, 1000]: must rise from 0 to T = 1000",
-    ),
-    Mistake(
-        "edges that end too early",
-        "finetune.py",
-        ["timesteps.edges=[0,500]"],
-        "timesteps.edges=[0, 500]: must rise from 0 to T = 1000",
-    ),
-    Mistake(
-        "a probability above 1",
-        "finetune.py",
-        ["finetune.global_probability=1.5"],
-        "finetune.global_probability=1.5: must be at least 0 and at most 1",
-    ),
-    Mistake(
-        "a batch that is no multiple of its parts",
-        "finetune.py",
-        ["finetune.batch_size=9"],
-        "finetune.batch_size=9: must be a multiple of finetune.micro_batch_size=4",
-    ),
-    Mistake(
-        "a range that does not exist",
-        "finetune.py",
-        ["finetune.range=2"],
-        "finetune.range=2: must be one of null, 0 … 1, continued, snr_plus_one, truncated_snr, min_snr, p2, ant_uw, "
-        "distilled",
-    ),
-    Mistake(
         "a micro-batch with fewer images than distilling has experts",
         "finetune.py",
         [*DISTILLED, "finetune.micro_batch_size=1"],
@@ -474,85 +346,6 @@ MISTAKES = [
         [*DISTILLED, "finetune.batch_size=3", "finetune.micro_batch_size=null", "timesteps.num_ranges=4"],
         "finetune.batch_size=3: finetune.range=distilled spreads it over 4 timestep ranges",
         merged_experts(),
-    ),
-    Mistake(
-        "finetuning in fp16 on a CPU",
-        "finetune.py",
-        ["finetune.mixed_precision=fp16"],
-        "finetune.mixed_precision=fp16: needs a GPU; on this CPU use …",
-    ),
-    Mistake(
-        "sampling in fp16 on a CPU",
-        "sample_ddp.py",
-        [PRETRAINED, "sample.mixed_precision=fp16"],
-        "sample.mixed_precision=fp16: needs a GPU; on this CPU use …",
-    ),
-    Mistake(
-        "too many coefficients",
-        "merge.py",
-        ["merge.coefficients=[1,1,1]"],
-        "merge.coefficients=[1, 1, 1]: 3 coefficients for 2 timestep ranges",
-    ),
-    Mistake(
-        "a coefficient that is not a number",
-        "merge.py",
-        ["merge.coefficients=[.nan,1]"],
-        "merge.coefficients=[nan, 1]: must be a list of finite numbers, a mapping from name patterns to such lists, or "
-        "a file of search.py",
-    ),
-    Mistake(
-        "a Hub id without an owner",
-        "merge.py",
-        ["merge.push_to_hub=alone"],
-        "merge.push_to_hub=alone: must be a Hub id, owner/name",
-    ),
-    Mistake(
-        "a name that is a path",
-        "evaluate.py",
-        ["name=a/b"],
-        "name=a/b: must be a plain folder name: no control characters, at most 180 bytes",
-    ),
-    Mistake(
-        "a name that is too long",
-        "merge.py",
-        [f"name={'a' * 300}"],
-        f"name={'a' * 300}: must be a plain folder name: no control characters, at most 180 bytes",
-    ),
-    Mistake(
-        "a seed that is too large",
-        "merge.py",
-        ["seed=9223372036854775808"],
-        "seed=9223372036854775808: must be at least 0 and below 9,223,372,036,854,775,808",
-    ),
-    Mistake(
-        "a negative size on disk",
-        "finetune.py",
-        ["data.cache_disk_gb=-1"],
-        "data.cache_disk_gb=-1.0: must be at least 0 and finite",
-    ),
-    Mistake(
-        "a number that nothing can be counted to",
-        "finetune.py",
-        ["finetune.batch_size=10000000000000"],
-        "finetune.batch_size=10000000000000: must be above 0 and at most 1,000,000,000",
-    ),
-    Mistake(
-        "a number of 400 digits",
-        "finetune.py",
-        [f"finetune.max_steps={'1' * 400}"],
-        "finetune.max_steps=11…: must be above 0 and at most 1,000,000,000",
-    ),
-    Mistake(
-        "a classifier that is too wide",
-        "evaluate.py",
-        ["evaluate.classifier_width=10000000"],
-        "evaluate.classifier_width=10000000: must be above 0 and at most 1,024",
-    ),
-    Mistake(
-        "a resolution that no image has",
-        "finetune.py",
-        ["data.resolution=100000"],
-        "data.resolution=100000: must be above 0 and at most 65,536",
     ),
     # --- YAML: files and values
     Mistake(
@@ -567,12 +360,6 @@ MISTAKES = [
         "evaluate.py",
         ["evaluate.samples=[\udcff]"],
         "evaluate.samples=[\\udcff]: not YAML: ReaderError: unacceptable character #xdcff: …",
-    ),
-    Mistake(
-        "a file that does not exist",
-        "merge.py",
-        ["--config", "absent.yaml"],
-        "--config absent.yaml: No such file or directory",
     ),
     Mistake(
         "a file that is not YAML",
@@ -603,36 +390,12 @@ MISTAKES = [
         yaml_file("name: ${foo}"),
     ),
     Mistake(
-        "a reference to an unknown key in an override",
-        "merge.py",
-        ["name=${foo}"],
-        "name=${foo}: Interpolation key 'foo' not found",
-    ),
-    Mistake(
         "a number for a name pattern",
         "merge.py",
         BAD_FILE,
         "merge.coefficients={1: [1, 1]}: must be a list of finite numbers, a mapping from name patterns to such lists, "
         "or a file of search.py",
         yaml_file("merge: {coefficients: {1: [1, 1]}}"),
-    ),
-    Mistake(
-        "an override without a key",
-        "merge.py",
-        ["=1"],
-        "=1: overrides are written section.key=value",
-    ),
-    Mistake(
-        "a key below a list",
-        "merge.py",
-        ["merge.coefficients.a=1"],
-        "merge.coefficients.a=1: can't be set in merge.coefficients=[0.5, 0.25]",
-    ),
-    Mistake(
-        "a place behind the end of a list",
-        "merge.py",
-        ["merge.coefficients.5=1"],
-        "merge.coefficients.5=1: can't be set in merge.coefficients=[0.5, 0.25]",
     ),
     Mistake(
         "a Python object in a file",
@@ -642,56 +405,7 @@ MISTAKES = [
         "'tag:yaml.org,2002:python/object/apply:os.mkdir'",
         yaml_file("name: !!python/object/apply:os.mkdir [executed]\n"),
     ),
-    Mistake(
-        "a Python object in an override",
-        "merge.py",
-        ["name=!!python/object/apply:os.mkdir [executed]"],
-        "name=!!python/object/apply:os.mkdir [executed]: not YAML: could not determine a constructor for the tag "
-        "'tag:yaml.org,2002:python/object/apply:os.mkdir'",
-    ),
-    Mistake(
-        "a list without its end",
-        "merge.py",
-        ["merge.coefficients=[1,"],
-        "merge.coefficients=[1,: not YAML: expected the node content, but found '<stream end>'",
-    ),
-    Mistake(
-        "a mapping without a space behind its colon",
-        "merge.py",
-        ["merge.coefficients={conv_in.*:[1,1]}"],
-        "merge.coefficients={conv_in.*:[1,1]}: not YAML: found unexpected ':'",
-    ),
     # --- the pretrained pipeline
-    Mistake(
-        "a pipeline folder that does not exist",
-        "finetune.py",
-        ["model.pretrained=nowhere/at/all"],
-        "model.pretrained=nowhere/at/all: no such folder",
-    ),
-    Mistake(
-        "a pipeline that is not on the Hub",
-        "finetune.py",
-        ["model.pretrained=nobody/nothing"],
-        "model.pretrained=nobody/nothing: neither a pipeline folder nor a reachable Hub id: …Error: …",
-    ),
-    Mistake(
-        "a pipeline that is not pretrained yet",
-        "finetune.py",
-        ["model.pretrained=null"],
-        "model.pretrained=null: {root}/tiny/pretrained is missing; pretrain.py makes it",
-    ),
-    Mistake(
-        "a resolution that the network is not made for",
-        "finetune.py",
-        ["data.resolution=16"],
-        "data.resolution=16: the UNet in …/pretrained/unet has sample_size=8",
-    ),
-    Mistake(
-        "another number of timesteps than the noise schedule's",
-        "finetune.py",
-        ["timesteps.num_train_timesteps=500"],
-        "timesteps.num_train_timesteps=500: the scheduler in …/pretrained/scheduler has 1000",
-    ),
     Mistake(
         "a pipeline without a noise schedule",
         "finetune.py",
@@ -766,13 +480,6 @@ MISTAKES = [
         copied_pretrained(lambda folder: tiny_unet(num_class_embeds=10).save_pretrained(folder / "unet")),
     ),
     # --- finetuned networks
-    Mistake(
-        "nothing finetuned yet",
-        "merge.py",
-        [],
-        "{root}/tiny/finetuned/0000-0500/unet/diffusion_pytorch_model.safetensors: missing; train it with finetune.py "
-        "finetune.range=0",
-    ),
     Mistake(
         "nothing merged yet that could be distilled",
         "finetune.py",
@@ -944,116 +651,6 @@ MISTAKES = [
     ),
     # --- the search for coefficients
     Mistake(
-        "bounds without 0",
-        "search.py",
-        ["search.bounds=[0.1,1]"],
-        "search.bounds=[0.1, 1.0]: must hold 0, the pretrained network, where the search starts",
-    ),
-    Mistake(
-        "bounds that fall",
-        "search.py",
-        ["search.bounds=[1,0]"],
-        "search.bounds=[1.0, 0.0]: must be two finite numbers, the least and the greatest",
-    ),
-    Mistake(
-        "a single bound",
-        "search.py",
-        ["search.bounds=[1]"],
-        "search.bounds=[1.0]: must be two finite numbers, the least and the greatest",
-    ),
-    Mistake(
-        "an unknown weighting of the loss",
-        "finetune.py",
-        ["finetune.loss_weighting=minsnr"],
-        "finetune.loss_weighting=minsnr: must be one of constant, snr_plus_one, truncated_snr, min_snr, p2; "
-        "did you mean min_snr?",
-    ),
-    Mistake(
-        "a weighting's setting that is not positive",
-        "finetune.py",
-        ["finetune.range=min_snr", "finetune.min_snr_gamma=0"],
-        "finetune.min_snr_gamma=0.0: must be above 0 and finite",
-    ),
-    Mistake(
-        "an unknown baseline",
-        "finetune.py",
-        ["finetune.range=ant_uv"],
-        "finetune.range=ant_uv: must be one of null, 0 … 1, continued, …; did you mean ant_uw?",
-    ),
-    Mistake(
-        "more timestep ranges than a baseline's micro-batch can be spread over",
-        "finetune.py",
-        ["finetune.range=ant_uw", "finetune.micro_batch_size=1"],
-        "finetune.micro_batch_size=1: finetune.range=ant_uw spreads it over 2 timestep ranges",
-    ),
-    Mistake(
-        "an unknown way to search",
-        "search.py",
-        ["search.method=guess"],
-        "search.method=guess: must be one of closed_form, gradient, optuna, multi_fidelity",
-    ),
-    Mistake(
-        "an unknown objective",
-        "search.py",
-        ["search.objective=fid"],
-        "search.objective=fid: must be one of match, loss, fd; did you mean fd?",
-    ),
-    Mistake(
-        "an unknown sampler of candidates",
-        "search.py",
-        ["search.sampler=nelder"],
-        "search.sampler=nelder: must be one of tpe, gp, random, grid",
-    ),
-    Mistake(
-        "unknown groups",
-        "search.py",
-        ["search.groups=layer"],
-        "search.groups=layer: must be range, block, tensor, or a list of name patterns",
-    ),
-    Mistake(
-        "groups that are numbers",
-        "search.py",
-        ["search.groups=[1]"],
-        "search.groups=[1]: must be range, block, tensor, or a list of name patterns",
-    ),
-    Mistake(
-        "a distance in closed form",
-        "search.py",
-        ["search.method=closed_form", "search.objective=fd"],
-        "search.objective=fd: search.method=closed_form needs match or loss",
-    ),
-    Mistake(
-        "more finalists than candidates",
-        "search.py",
-        ["search.finalists=5", "search.trials=4"],
-        "search.finalists=5: must be at most search.trials=4",
-    ),
-    Mistake(
-        "seeds that sample_ddp.py draws",
-        "search.py",
-        ["search.seed_offset=5"],
-        "search.seed_offset=5: sample_ddp.py draws the seeds 0 … 5",
-    ),
-    Mistake(
-        "a report of images that make no blocks",
-        "search.py",
-        ["search.report_images=9"],
-        "search.report_images=9: must be 0, or at least 2 for each of 5 blocks",
-    ),
-    Mistake(
-        "a storage without a name",
-        "search.py",
-        ["search.storage=''"],
-        "search.storage=: must not be empty",
-    ),
-    Mistake(
-        "searching before there are experts",
-        "search.py",
-        [],
-        "{root}/tiny/finetuned/0000-0500/unet/diffusion_pytorch_model.safetensors: missing; train it with finetune.py "
-        "finetune.range=0",
-    ),
-    Mistake(
         "searching for experts of another architecture",
         "search.py",
         ["search.method=closed_form"],
@@ -1133,54 +730,7 @@ MISTAKES = [
         both(experts, yaml_file("{coefficients: {'*': [0.1, 0.2]}, pretrained: a, finetuned: [b, c]}")),
     ),
     # --- networks to pretrain
-    Mistake(
-        "widths for fewer blocks than there are",
-        "pretrain.py",
-        ["pretrain.unet.block_out_channels=[8]"],
-        "pretrain.unet={'block_out_channels': [8], …}, pretrain.scheduler={}, data.resolution=8: ValueError: Must "
-        "provide the same number of `block_out_channels` as `down_block_types`.…",
-    ),
-    Mistake(
-        "a resolution that can't be halved",
-        "pretrain.py",
-        ["data.resolution=7"],
-        "pretrain.unet={…}, pretrain.scheduler={}, data.resolution=7: RuntimeError: Sizes of tensors must match …",
-    ),
-    Mistake(
-        "a network of other channels out than in",
-        "pretrain.py",
-        ["pretrain.unet.out_channels=3"],
-        "pretrain.unet={…'out_channels': 3…}, pretrain.scheduler={}, data.resolution=8: the network maps "
-        "(1, 1, 8, 8) to (1, 3, 8, 8)",
-    ),
-    Mistake(
-        "a network of two channels",
-        "pretrain.py",
-        ["pretrain.unet.in_channels=2"],
-        "pretrain.unet={…'in_channels': 2…}, pretrain.scheduler={}, data.resolution=8: in_channels=2: "
-        "images have 1 or 3 channels",
-    ),
-    Mistake(
-        "an unknown kind of prediction to pretrain for",
-        "pretrain.py",
-        ["pretrain.scheduler.prediction_type=foo"],
-        "pretrain.unet={…}, pretrain.scheduler={'prediction_type': 'foo'}, data.resolution=8: "
-        "prediction_type=foo: not one of epsilon, sample, v_prediction",
-    ),
-    Mistake(
-        "a number for an activation",
-        "pretrain.py",
-        ["pretrain.unet.act_fn=3"],
-        "pretrain.unet={…, 'act_fn': 3}, pretrain.scheduler={}, data.resolution=8: AttributeError: 'int' object has "
-        "no attribute 'lower'",
-    ),
     # --- data
-    Mistake(
-        "data that does not exist",
-        "finetune.py",
-        ["data.name=nowhere"],
-        "data.name=nowhere (data.split=train): cannot be loaded: …Error: …'nowhere'…on the Hub…",
-    ),
     Mistake(
         "a folder without images",
         "finetune.py",
@@ -1229,12 +779,6 @@ MISTAKES = [
         images(lambda kind: None),
     ),
     Mistake(
-        "every image held out",
-        "finetune.py",
-        ["data.held_out_images=1797"],
-        "data.held_out_images=1797: digits has 1797 images",
-    ),
-    Mistake(
         "rows with neither bytes nor a path",
         "finetune.py",
         OWN_DATA,
@@ -1263,31 +807,6 @@ MISTAKES = [
         [COPY, PRETRAINED, "sample.num_inference_steps=1000"],
         "sample.scheduler=ddim: 1000 steps of DDIMScheduler: IndexError: …",
         copied_pretrained(edit_json("scheduler/scheduler_config.json", steps_offset=1)),
-    ),
-    Mistake(
-        "an unknown model",
-        "sample_ddp.py",
-        ["sample.model=nothing"],
-        "sample.model=nothing: not pretrained, continued, …, merged, distilled, or a folder that holds a UNet",
-    ),
-    Mistake(
-        "nothing merged yet",
-        "sample_ddp.py",
-        [],
-        "sample.model=merged: {root}/tiny/merged/unet is missing; merge.py makes it",
-    ),
-    Mistake(
-        "an ensemble that is not finetuned yet",
-        "sample_ddp.py",
-        ["sample.model=ensemble"],
-        "sample.model=ensemble: {root}/tiny/finetuned/0000-0500/unet is missing; finetune.py makes it",
-    ),
-    Mistake(
-        "nothing distilled yet",
-        "sample_ddp.py",
-        ["sample.model=distilled"],
-        "sample.model=distilled: {root}/tiny/finetuned/distilled/unet is missing; finetune.py finetune.range=distilled "
-        "makes it",
     ),
     Mistake(
         "a model's folder whose weights are cut short",
@@ -1339,24 +858,6 @@ MISTAKES = [
         "sample.model=copy: copy/scheduler/scheduler_config.json: prediction_type=foo: not one of epsilon, …",
         copied_pretrained(edit_json("scheduler/scheduler_config.json", prediction_type="foo")),
     ),
-    Mistake(
-        "an unknown sampler",
-        "sample_ddp.py",
-        [PRETRAINED, "sample.scheduler=foo"],
-        "sample.scheduler=foo: must be one of ddim, pndm, dpmsolver++, unipc, euler, DDIMScheduler, …",
-    ),
-    Mistake(
-        "a sampler that does not take the noise schedule",
-        "sample_ddp.py",
-        [PRETRAINED, "sample.scheduler=EDMEulerScheduler"],
-        "sample.scheduler=EDMEulerScheduler: must be one of ddim, pndm, dpmsolver++, unipc, euler, DDIMScheduler, …",
-    ),
-    Mistake(
-        "a setting of another sampler",
-        "sample_ddp.py",
-        [PRETRAINED, "sample.scheduler=euler", "sample.eta=0.5"],
-        "sample.eta=0.5: only sample.scheduler=ddim has it",
-    ),
     # --- what stands in the output folder
     Mistake(
         "samples whose record is not whole",
@@ -1393,12 +894,6 @@ MISTAKES = [
     ),
     # --- places that can't be written
     Mistake(
-        "a file for the folder of samples",
-        "sample_ddp.py",
-        [PRETRAINED, "sample.output=tiny.yaml"],
-        "sample.output=tiny.yaml: is not a folder",
-    ),
-    Mistake(
         "the root of all folders for an output",
         "merge.py",
         ["merge.output=/"],
@@ -1413,49 +908,13 @@ MISTAKES = [
         samples("0.png"),
     ),
     Mistake(
-        "finetuning below a file",
-        "finetune.py",
-        ["output_dir=tiny.yaml/below"],
-        "output_dir: cannot create the folder tiny.yaml/below/tiny/finetuned: Not a directory",
-    ),
-    Mistake(
-        "pretraining below a file",
-        "pretrain.py",
-        ["output_dir=tiny.yaml/below"],
-        "output_dir: cannot create the folder tiny.yaml/below/tiny: Not a directory",
-    ),
-    Mistake(
         "merging below a file",
         "merge.py",
         ["merge.output=tiny.yaml/below/a"],
         "merge.output: cannot create the folder tiny.yaml/below: Not a directory",
         experts,
     ),
-    Mistake(
-        "sampling below a file",
-        "sample_ddp.py",
-        [PRETRAINED, "sample.output=tiny.yaml/a"],
-        "sample.output: cannot create the folder tiny.yaml: File exists",
-    ),
-    Mistake(
-        "scoring below a file",
-        "evaluate.py",
-        ["evaluate.samples=[]", "output_dir=tiny.yaml/below"],
-        "output_dir: cannot create the folder tiny.yaml/below/tiny: Not a directory",
-    ),
     # --- scores
-    Mistake(
-        "no samples yet",
-        "evaluate.py",
-        [],
-        "evaluate.samples=null: no sample folders in {root}/tiny/samples",
-    ),
-    Mistake(
-        "a folder of samples that does not exist",
-        "evaluate.py",
-        ["evaluate.samples=[nowhere]"],
-        "evaluate.samples=nowhere: no such folder",
-    ),
     Mistake(
         "a folder of samples that is not finished",
         "evaluate.py",
@@ -1485,12 +944,6 @@ MISTAKES = [
         samples("0.png", "1.png", sizes=(8, 9)),
     ),
     Mistake(
-        "a resolution that the classifier can't take",
-        "evaluate.py",
-        ["data.resolution=7"],
-        "data.resolution=7: evaluate.features=classifier needs at least 8 pixels",
-    ),
-    Mistake(
         "a classifier without labels",
         "evaluate.py",
         ["data.label_column=null"],
@@ -1505,12 +958,6 @@ MISTAKES = [
         "Inception weights (RuntimeError: PytorchStreamReader failed reading zip archive: …); delete it to download "
         "them again",
         damaged_inception,
-    ),
-    Mistake(
-        "a reference that does not exist",
-        "evaluate.py",
-        [REFERENCE, "evaluate.samples=[]"],
-        "evaluate.reference=reference.npz: no such file or folder",
     ),
     Mistake(
         "a reference of Python objects",
@@ -1566,6 +1013,11 @@ MISTAKES = [
         two_features,
     ),
 ]
+ROWS = (Path(__file__).parent / "mistakes.txt").read_text().split("\n$ ")[1:]
+for row in ROWS:
+    command, message = row.strip().split("\n")
+    script, *arguments = shlex.split(command)
+    MISTAKES.append(Mistake(command, script, arguments, message))
 NAMES = [mistake.name for mistake in MISTAKES]
 assert len(set(NAMES)) == len(NAMES)
 
