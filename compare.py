@@ -40,6 +40,14 @@ def number_given(name: str) -> int:
     return int(given)
 
 
+def check_merge_settings(runs: list[ComparedRun]) -> None:
+    """Check merge.settings before the first job: a typo would show only when the trainings are over."""
+    from deme.method.merging import merge_method
+
+    for run in runs:
+        merge_method(run.config.merge.method, run.config.merge.settings)
+
+
 def main(file: str, runs: list[ComparedRun], jobs: list[Job], processes: int, table_alone: bool) -> None:
     """Run the jobs, then make the table of the runs that have scores."""
     # --- where jobs can run
@@ -115,6 +123,7 @@ if __name__ == "__main__":
         run_folder.append(runs[0].config.paths.run_folder)
         processes = number_given("NUM_PROCESSES")
         jobs = stages_of(comparison, runs, number_given("BLOCKS"))
+        check_merge_settings(runs)
         if arguments.dry_run:
             print("\n".join(job.name for job in jobs))
         else:

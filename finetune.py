@@ -161,8 +161,10 @@ def main(config: Config) -> None:
     # --- the networks and the images; torch is imported only now, as the lines above do not need it
     import gc
 
+    from deme.method.merging import merge_method
     from deme.training.setup import load_start, open_training
 
+    merge_method(config.merge.method, config.merge.settings)  # a typo would show only when the training is over
     key, source = source_of(tasks[0], config)
     load = partial(load_start, inputs, key, source)
     accelerator, start, (images, _) = open_training(session, load, watched, hashes)

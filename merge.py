@@ -14,9 +14,9 @@ written again, with the scores that evaluate.py has found since.
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
 from deme.config.paths import DENOISER
@@ -31,15 +31,14 @@ from deme.models.searched import Searched, read_searched
 from deme.models.variants import ModelFiles, find_finetuned, find_pretrained
 from deme.models.weights import WEIGHTS, load_tensors, weights_hash, write_denoiser
 
-if TYPE_CHECKING:
-    from deme.method.task_vectors import MergeMethod
-
 Groups = dict[str, list[float]]  # name pattern → coefficients, one per range
 
 
 def plan(config: Config) -> str:
     """What this command would do."""
-    method_of(config)
+    from deme.method.merging import merge_method
+
+    merge_method(config.merge.method, config.merge.settings)  # checks the settings
     file = searched_file(config)
     groups = config.coefficient_groups if file is None else {"those in": file}
     coefficients = [f"  {pattern}: {coefficients}" for pattern, coefficients in groups.items()]
@@ -51,8 +50,6 @@ def plan(config: Config) -> str:
 
 def main(config: Config) -> None:
     """Merge, unless it is done; write the card; upload."""
-    from concurrent.futures import ThreadPoolExecutor
-
     # --- inputs
     output = config.paths.merged
     pretrained = find_pretrained(config.paths)
@@ -63,8 +60,10 @@ def main(config: Config) -> None:
     common_architecture(inputs.denoisers)  # also where the output is complete: another version may have merged it
     watched = inputs.watched(*(folder / "config.json" for folder in inputs.denoisers))
     with ThreadPoolExecutor() as pool:
-        hashing = pool.map(weights_hash, inputs.denoisers)  # takes about as long as importing torch
-        method = method_of(config)
+        hashing = pool.map(weights_hash, inputs.denoisers)
+        from deme.method.merging import merge_method  # torch is imported meanwhile, which takes about as long
+
+        method = merge_method(config.merge.method, config.merge.settings)
         hashes = list(hashing)
 
     # --- the record: what the result is made from
@@ -89,7 +88,7 @@ def main(config: Config) -> None:
         if is_complete(output, wanted):
             print(f"{output} is complete")
         else:
-            write_merged(output, inputs, groups, method, wanted, watched)
+            write_merged(config, inputs, groups, wanted, watched)
             print(f"wrote {output}")
         write_card(config, wanted)
 
@@ -98,18 +97,8 @@ def main(config: Config) -> None:
         push_to_hub(output, config.merge.push_to_hub, config.merge.push_private)
 
 
-def method_of(config: Config) -> "MergeMethod":
-    """The configured merge method."""
-    from deme.method.merging import merge_method
-
-    try:
-        return merge_method(config.merge.method, config.merge.settings)
-    except UserError as error:
-        raise UserError(f"merge.settings.{error}") from None
-
-
 def searched_file(config: Config) -> Path | None:
-    """The file of search.py that merge.coefficients names, if any."""
+    """The file of search.py that merge.coefficients names; None where it holds the coefficients itself."""
     given = config.merge.coefficients
     if not isinstance(given, str):
         return None
@@ -128,7 +117,7 @@ def find_searched(config: Config) -> Searched | None:
 
 
 def is_complete(output: Path, wanted: Record) -> bool:
-    """True if the output exists, was merged from the same inputs, and still holds what was merged."""
+    """True if the output was merged from the same inputs and still holds the result."""
     if not output.exists():
         return False
     record = read_record(MERGED, output)
@@ -147,9 +136,7 @@ def is_complete(output: Path, wanted: Record) -> bool:
     return False
 
 
-def write_merged(
-    output: Path, inputs: ModelFiles, groups: Groups, method: "MergeMethod", record: Record, watched: Watched
-) -> None:
+def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Record, watched: Watched) -> None:
     """Merge denoisers into a pipeline folder; their weights are memory-mapped, only the result is held in memory.
 
     Args:
@@ -157,6 +144,7 @@ def write_merged(
         watched: the files that the record names by their hashes.
     """
     from deme.method.coefficients import coefficients_of
+    from deme.method.merging import merge_method
     from deme.method.projection import with_identity_projections
     from deme.method.task_vectors import merge_tensors
 
@@ -167,15 +155,16 @@ def write_merged(
     with naming("merge.coefficients", groups):
         coefficients = {name: coefficients_of(name, groups) for name in base}
 
-    settings = read_json(architecture / "config.json")
-    settings.pop("_name_or_path", None)  # a path of the machine that trained it
+    method = merge_method(config.merge.method, config.merge.settings)
+    architecture_settings = read_json(architecture / "config.json")
+    architecture_settings.pop("_name_or_path", None)  # a path of the machine that trained it
 
-    with atomic_folder(output) as temporary:
+    with atomic_folder(config.paths.merged) as temporary:
         try:
             merged = dict(merge_tensors(base, finetuned, coefficients, method))
         except OverflowError as error:
             raise UserError(f"merge.coefficients={error}") from None
-        write_denoiser(temporary / DENOISER, merged, settings)
+        write_denoiser(temporary / DENOISER, merged, architecture_settings)
         write_pipeline_files(temporary, inputs.pipeline)
         watched.check()
         weights = {WEIGHTS_HASH: sha256(temporary / DENOISER / WEIGHTS)}

@@ -11,14 +11,11 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from deme.config.paths import DENOISER
 from deme.errors import UserError, one_line
 from deme.job.files import read_json, sha256
-
-if TYPE_CHECKING:
-    import torch
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
@@ -74,9 +71,9 @@ def weights_hash(folder: Path) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def load_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
+def load_tensors(folder: Path) -> dict[str, Any]:
     """The tensors of a network's folder under today's names, memory-mapped."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Any] = {}
     for file in weights_files(folder):
         try:
             tensors |= {todays_name(name): tensor for name, tensor in _read(file).items()}
@@ -85,7 +82,7 @@ def load_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
     return tensors
 
 
-def _read(file: Path) -> dict[str, "torch.Tensor"]:
+def _read(file: Path) -> dict[str, Any]:
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -100,7 +97,7 @@ def todays_name(name: str) -> str:
     return OLD_ATTENTION_NAME.sub(lambda match: ATTENTION_NAMES[match[1]], name)
 
 
-def write_denoiser(folder: Path, tensors: dict[str, "torch.Tensor"], config: dict) -> None:
+def write_denoiser(folder: Path, tensors: dict[str, Any], config: dict) -> None:
     """Write a denoiser's folder: weights and config.json."""
     from safetensors.torch import save_file
 

@@ -61,9 +61,12 @@ def test_rows_are_made_but_for_the_one_that_fails_and_not_again(config_file, com
 
 
 def test_a_mistake_is_told_in_one_line_before_anything_starts(config_file, compare):
-    """Here one of a job's, which distributes what it is too small for."""
+    """Here one of a job's, which distributes what it is too small for, and one of the last of the jobs."""
     runs = {"models": {"models": ["pretrained", "ant_uw"]}}
-    found = compare(write(config_file.parent, config_file, runs), "finetune.micro_batch_size=1", status=2)
-    rule = "finetune.range=ant_uw spreads it over 2 timestep ranges"
-    assert (found.stdout, found.stderr) == ("", f"compare.py: error: finetune.micro_batch_size=1: {rule}\n")
+    for mistake, rule in (
+        ("finetune.micro_batch_size=1", "finetune.range=ant_uw spreads it over 2 timestep ranges"),
+        ("merge.settings.fraction=1", "Key 'fraction' not in 'TaskArithmetic'"),
+    ):
+        found = compare(write(config_file.parent, config_file, runs), mistake, status=2)
+        assert (found.stdout, found.stderr) == ("", f"compare.py: error: {mistake}: {rule}\n")
     assert not (config_file.parent / "tiny").exists()

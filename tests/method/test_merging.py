@@ -33,7 +33,7 @@ def test_every_file_is_a_method_that_describes_itself(name):
 def test_a_setting_that_does_not_fit_is_named(name, settings, message):
     with pytest.raises(UserError) as error:
         merge_method(name, settings)
-    assert str(error.value) == message
+    assert str(error.value) == f"merge.settings.{message}"
 
 
 def test_the_method_in_the_docs_works_as_it_stands(tmp_path, monkeypatch):
@@ -47,5 +47,5 @@ def test_the_method_in_the_docs_works_as_it_stands(tmp_path, monkeypatch):
     merged = dict(merge_tensors({"w": torch.zeros(2)}, experts, {"w": [0.5, 0.5]}, method))
     assert merged["w"].tolist() == [1.0, 0.0]
     assert method.describe() == {"method": "consensus", "consensus_agreement": 1.0}
-    with pytest.raises(UserError, match=r"^agreement=2.0: must lie in \[0, 1\]$"):
+    with pytest.raises(UserError, match=r"^merge.settings.agreement=2.0: must lie in \[0, 1\]$"):
         merge_method("consensus", {"agreement": 2})

@@ -12,9 +12,12 @@ from deme.method.task_vectors import MergeMethod
 
 
 def merge_method(name: str, settings: Mapping[str, Any]) -> MergeMethod:
-    """The merge method in the file of this name, with these settings; errors begin with a setting's `key=value`."""
+    """The merge method in the file of this name, with the settings in merge.settings."""
     kind = getattr(import_module(f"{__name__}.{name}"), name.title().replace("_", ""))
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), dict(settings)))
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}={settings.get(error.full_key)}: {str(error).splitlines()[0]}") from None
+        key, rule = error.full_key, str(error).splitlines()[0]
+        raise UserError(f"merge.settings.{key}={settings.get(key)}: {rule}") from None
+    except UserError as error:  # of the class itself
+        raise UserError(f"merge.settings.{error}") from None
