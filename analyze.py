@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from deme.analysis import UNET_PASSES
 from deme.config.experiment import Config
 from deme.config.sections import ANALYSES, CONTINUED, DISTILLED, range_name
 from deme.job.command import run_script
@@ -83,7 +84,7 @@ def unet_passes(config: Config, networks: int) -> dict[str, int]:
     """The chosen analyses, and what they cost for so many networks in images through the UNet."""
     ranges = len(config.timesteps.ranges)
     chosen = ANALYSES if config.analyze.analyses is None else config.analyze.analyses
-    return {name: ANALYSES[name](config.analyze, ranges, networks) for name in ANALYSES if name in chosen}
+    return {name: UNET_PASSES[name](config.analyze, ranges, networks) for name in ANALYSES if name in chosen}
 
 
 def made_later(config: Config) -> tuple[dict[str, Path], list[str]]:

@@ -10,7 +10,7 @@ from omegaconf import MISSING, OmegaConf
 from deme.config.experiment import Config
 from deme.config.paths import for_shell
 from deme.config.reading import READING_ERRORS, load_config, override, read_mapping, read_override
-from deme.config.section import Section, at_home, is_folder_name, one_of, setting
+from deme.config.section import Section, is_folder_name, one_of, setting
 from deme.errors import UserError, naming, one_line, shown
 from deme.models.variants import ORDER
 
@@ -88,10 +88,9 @@ def load_comparison(file: str | Path, overrides: list[str]) -> tuple[Comparison,
             raise UserError("no folder, such as its table's, can have this name")
         try:
             mine = {text.partition("=")[0]: read_override(text, Comparison) for text in own}
-            comparison = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Comparison), given, mine))
+            comparison = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Comparison), given, mine)).at_home()
         except READING_ERRORS as error:
             raise UserError(one_line(error)) from None
-        comparison = at_home(comparison)
     return comparison, list(compared_runs(comparison, [text for text in overrides if text not in own]))
 
 

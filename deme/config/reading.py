@@ -5,8 +5,10 @@ OmegaConf checks keys and types; every mistake is a `UserError` of one line that
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deme.config.experiment import Config
-from deme.config.section import Section, at_home
+from deme.config.section import Section
 from deme.errors import UserError, naming, one_line, shown
 
 for resolver in ("oc.env", "oc.decode", "oc.deprecated"):  # a secret in the environment must not get into a record
@@ -26,8 +28,7 @@ RENAMED = {  # settings that have another name now
     "merge.ties_combine": "merge.settings.combine",
 }
 DEEPEST = 40  # mappings and lists inside of each other
-MOST_REPEATED = 100_000  # values that aliases (*name) may stand for
-LONGEST_SHOWN = 200  # characters of an override that can't be read
+MOST_VALUES = 1_000_000
 READING_ERRORS = (yaml.YAMLError, ValueError, TypeError, OverflowError, AssertionError, OmegaConfBaseException)
 
 
@@ -51,14 +52,10 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
         for field in fields(Config):
             if is_dataclass(field.default_factory) and field.name in given and not OmegaConf.is_dict(given[field.name]):
                 raise UserError(f"{field.name}={shown(given[field.name])}: not a mapping")
-        config = at_home(OmegaConf.to_object(OmegaConf.merge(_defaults(), given)))
-        _check_texts("", asdict(config))
-        return config
+        return OmegaConf.to_object(OmegaConf.merge(_defaults(), given)).at_home()
     except OmegaConfBaseException as error:
-        message = str(error).splitlines()[0]
-        key = error.full_key
-        value = _raw(given, key)
-        raise UserError(f"{key}={shown(value)}: {message}" if key else message) from None
+        message, key = str(error).splitlines()[0], error.full_key
+        raise UserError(f"{key}={shown(_raw(given, key))}: {message}" if key else message) from None
     except TypeError as error:  # a mapping for a list, or the reverse: OmegaConf does not say where
         raise UserError(f"{_first_misfit(given)}: {error}") from None
     except (ValueError, OverflowError, RecursionError, AssertionError) as error:
@@ -66,11 +63,7 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
 
 
 def read_mapping(file: str | Path, kind: type[Section] = Config) -> Any:
-    """The mapping in a YAML file, as OmegaConf has it.
-
-    Args:
-        kind: what the file is to hold.
-    """
+    """The mapping in a YAML file that holds a configuration of this kind, as an OmegaConf node."""
     with naming(f"--config {file}"):
         try:
             text = Path(file).expanduser().read_text(encoding="utf-8")
@@ -127,8 +120,10 @@ def override(key: str, value: Any) -> str:
     Texts stand in quotes where YAML would read something else.
     """
     plain = f"{key}={value}"
-    if isinstance(value, str) and "${" not in value and _is_read_as(plain, value):
-        return plain
+    if isinstance(value, str) and "${" not in value:
+        with suppress(UserError):
+            if read_override(plain) == value:
+                return plain
     text = yaml.dump(_escaped(value), Dumper=_Quoting, default_flow_style=True, width=float("inf"))
     return f"{key}={text.strip().removesuffix('...').strip()}"  # which ends a text that is one word
 
@@ -155,38 +150,14 @@ def _escaped(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _is_read_as(override: str, value: str) -> bool:
-    try:
-        return read_override(override) == value
-    except UserError:
-        return False
-
-
-def _check_texts(key: str, value: Any) -> None:
-    """Look through all values."""
-    if isinstance(value, dict):
-        for name, part in value.items():
-            _check_texts(f"{key}.{name}" if key else str(name), part)
-    elif isinstance(value, list):
-        for part in value:
-            _check_texts(key, part)
-    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
-        raise UserError(f"{key}={value!a}: holds a character that no file can be named by")
-
-
 def read_override(override: str, kind: type[Section] = Config) -> Any:
-    """The value of an override, as YAML gives it.
-
-    Args:
-        kind: what it is an override of.
-    """
+    """The value of an override of a configuration of this kind."""
     key, _, text = override.partition("=")
     if not key or "=" not in override:
         raise UserError(f"{override}: overrides are written section.key=value")
     if len(re.findall(r"[^.\[\]]+", key)) > DEEPEST:
         raise UserError(f"{key[:60]}…: nested more than {DEEPEST} deep")
-    said = override if len(override) < LONGEST_SHOWN else f"{override[:LONGEST_SHOWN]}…"
-    with naming(said if key != "search.storage" else key):  # which may hold a password
+    with naming(override if key != "search.storage" else key):  # which may hold a password
         node = checked_yaml(text)
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
@@ -238,16 +209,23 @@ def checked_yaml(text: str) -> yaml.Node | None:
     """
     try:
         node = yaml.compose(text, yaml.SafeLoader)
-        depth, repeated, count = (0, 0, 0) if node is None else _measure(node)
+        if node is not None and next(islice(_nodes(node), MOST_VALUES, None), None) is not None:
+            raise UserError(f"more than {MOST_VALUES:,} values, with its aliases written out")
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"not YAML: {reason(error)}") from None
     except RecursionError:
-        depth, repeated, count = DEEPEST + 1, 0, 0
-    if depth > DEEPEST:
-        raise UserError(f"nested more than {DEEPEST} deep")
-    if repeated - count > MOST_REPEATED:
-        raise UserError(f"its aliases repeat more than {MOST_REPEATED:,} values")
+        raise UserError(f"nested more than {DEEPEST} deep") from None
     return node
+
+
+def _nodes(node: yaml.Node, depth: int = 1) -> Iterator[yaml.Node]:
+    """A node and all nodes in it, those behind aliases each time that they are named."""
+    if depth > DEEPEST:
+        raise RecursionError
+    yield node
+    if not isinstance(node, yaml.ScalarNode):
+        for part in chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value:
+            yield from _nodes(part, depth + 1)
 
 
 def read_yaml_text(text: str) -> Any:
@@ -264,21 +242,3 @@ def reason(error: Exception) -> str:
     place = getattr(error, "problem_mark", None)
     where = "" if place is None or place.line == 0 else f" (line {place.line + 1}, column {place.column + 1})"
     return f"{getattr(error, 'problem', None) or one_line(error)}{where}"
-
-
-def _measure(root: yaml.Node) -> tuple[int, int, int]:
-    """How deep the nodes are, how many there are with each alias written out, and how many without."""
-    found: dict[int, tuple[int, int]] = {}
-
-    def measure(node: yaml.Node) -> tuple[int, int]:
-        if id(node) not in found:
-            found[id(node)] = (DEEPEST + 1, 1)  # until it is known: one that holds itself has no end
-            inner = getattr(node, "value", ())
-            if isinstance(node, yaml.MappingNode):
-                inner = [part for pair in inner for part in pair]
-            parts = [measure(part) for part in inner] if not isinstance(node, yaml.ScalarNode) else []
-            depth = 1 + max((deep for deep, _ in parts), default=0)
-            found[id(node)] = (depth, 1 + sum(size for _, size in parts))
-        return found[id(node)]
-
-    return *measure(root), len(found)

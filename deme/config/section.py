@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import Field, asdict, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from deme.errors import UserError, shown
 
@@ -34,7 +34,6 @@ LONGEST_NAME = 180  # bytes of a folder's name: file systems take 255, and jobs,
 BOUNDS = {"above": operator.gt, "least": operator.ge, "below": operator.lt, "most": operator.le}
 IN_WORDS = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
-AnySection = TypeVar("AnySection", bound="Section")
 
 
 def setting(default: Any, tags: str, choices: Iterable[str] = (), only: tuple[str, ...] = (), **bounds: float) -> Any:
@@ -99,6 +98,24 @@ class Section:
         else:
             self.check(key, value in choices, one_of(choices, value))
 
+    def at_home(self) -> Self:
+        """The same with ~ and ~user in paths replaced by the home folder, also in the sections that it holds."""
+        changed = {}
+        for part in fields(self):
+            key, value = part.name, getattr(self, part.name)
+            if is_dataclass(value):
+                changed[key] = value.at_home()
+            elif "path" in tags_of(part) and isinstance(value, str):
+                if not is_one_line(value):
+                    name = f"{self.section}.{key}".removeprefix(".")
+                    raise UserError(f"{name}={value!a}: holds a line break, a tab or another control character")
+                changed[key] = os.path.expanduser(value)
+                rule = f"no such user; a folder of that name is written ./{value}"
+                self.check(key, not changed[key].startswith("~"), rule)
+            elif "path" in tags_of(part) and isinstance(value, list) and part.type is not Any:  # else a list of prompts
+                changed[key] = list(map(os.path.expanduser, value))
+        return replace(self, **changed)
+
     def tagged(self, tag: str) -> dict[str, Any]:
         """The settings with a tag, in their order, but for those that do not count beside the others: key → value."""
         values = asdict(self)
@@ -121,28 +138,9 @@ def one_of(choices: Iterable[str], given: object) -> str:
     return f"must be one of {', '.join(choices)}" + "".join(f"; did you mean {word}?" for word in near)
 
 
-def at_home(section: AnySection) -> AnySection:
-    """A section, or the whole configuration, with ~ and ~user in its paths replaced by the home folder."""
-    changed = {}
-    for part in fields(section):
-        key, value = part.name, getattr(section, part.name)
-        if is_dataclass(value):
-            changed[key] = at_home(value)
-        elif "path" in tags_of(part) and isinstance(value, str):
-            if not is_one_line(value):
-                name = f"{section.section}.{key}".removeprefix(".")
-                raise UserError(f"{name}={value!a}: holds a line break, a tab or another control character")
-            changed[key] = os.path.expanduser(value)
-            rule = f"no such user; a folder of that name is written ./{value}"
-            section.check(key, not changed[key].startswith("~"), rule)
-        elif "path" in tags_of(part) and isinstance(value, list) and part.type is not Any:  # else a list of prompts
-            changed[key] = list(map(os.path.expanduser, value))
-    return replace(section, **changed)
-
-
 def is_one_line(text: str) -> bool:
-    """True if a text holds no control character and no line break of any alphabet."""
-    return not any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text)
+    """True if a text holds no control character, no line break of any alphabet, and no half of a surrogate pair."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
 
 
 def is_folder_name(text: str) -> bool:

@@ -28,13 +28,7 @@ SPACINGS = ("leading", "trailing", "linspace")
 PREVIEW_PROMPTS = ["a photograph of an astronaut riding a horse", "a red cube on top of a blue sphere"]
 PREVIEW_PROMPTS += ["an oil painting of a lighthouse in a storm", "four cups of coffee on a wooden table"]
 GRADIENT_PASSES = 3  # forward passes that an image's gradient costs: one forward, and backward twice as much
-ANALYSES = {  # module of deme/analysis → images through the UNet: of the settings, for so many ranges and networks
-    "gradient_conflict": lambda analyze, ranges, networks: GRADIENT_PASSES * analyze.timesteps * analyze.images,
-    "loss_by_timestep": lambda analyze, ranges, networks: networks * analyze.timesteps * analyze.images,
-    "task_vectors": lambda analyze, ranges, networks: 0,
-    "landscape": lambda analyze, ranges, networks: (analyze.landscape_points**2 + 3) * analyze.landscape_images,
-    "activation_change": lambda analyze, ranges, networks: 2 * ranges * analyze.images,
-}
+ANALYSES = ("gradient_conflict", "loss_by_timestep", "task_vectors", "landscape", "activation_change")  # modules
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -322,7 +316,7 @@ class Analyze(Section):
     landscape_points: int = setting(21, "analysis", least=2)  # along each side of the plane
     landscape_images: int = setting(256, "analysis", above=0)  # at each point, spread evenly over the timesteps
     landscape_ranges: list[int] | None = setting(None, "analysis")  # two experts; null: lowest and highest range
-    output: str | None = setting(None, "place path")  # null: analysis/ of this run
+    output: str | None = setting(None, "place one_run path")  # null: analysis/ of this run
 
     def check_together(self) -> None:
         self.check("analyses", self.analyses != [], f"must be a list of {', '.join(ANALYSES)}")

@@ -115,6 +115,7 @@ def test_mistakes_name_the_run(tmp_path, runs, message):
         ("seeds=[1, 1]", r"seeds=\[1, 1\]: must be a list of different seeds"),
         ("base=nowhere.yaml", "--config nowhere.yaml: No such file"),
         ("merge.output=elsewhere", "merge.output=elsewhere: each run of a comparison has its own"),
+        ("analyze.output=elsewhere", "analyze.output=elsewhere: each run of a comparison has its own"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(tmp_path, override, message):
