@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A published benchmark: finetune the ranges, merge them, and compare the FID with the pretrained network's.
+# A published benchmark: finetune the ranges, merge them, and compare the FID with that of the pretrained network.
 # Called by cifar10.sh, lsun_church.sh and lsun_bedroom.sh:   bash scripts/benchmark.sh CONFIG [overrides]
 # Environment: NUM_PROCESSES, MAX_MINUTES (scripts/setup.sh). The same command resumes.
 set -euo pipefail

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# CIFAR-10 at 32×32 from nothing within so many seconds of one GPU: pretraining for as long as fits, four experts and the
-# control side by side, the search, the distilled network, and one table of all on fresh seeds (configs/cifar10_first.yaml).
+# CIFAR-10 at 32×32 from scratch on one GPU in SECONDS: pretrain for as long as fits, train four experts and the control
+# side by side, search, distil, and print one table of all models on fresh seeds (configs/cifar10_first.yaml).
 #
 #   bash scripts/cifar10_first.sh SECONDS FOLDER data.name=PARQUET [overrides]     # FOLDER gets results.tgz, summary.md
 #   QUICK=1 bash scripts/cifar10_first.sh SECONDS FOLDER [overrides]               # a few steps of each, to see that it runs
 #
-# After every stage FOLDER is brought up to date, so that a time limit loses the stage under way alone. It takes the
-# Python that it finds. RUNS (default runs/gpu) is where networks, logs and decoded images lie; run again with the same one,
-# it goes on.
+# FOLDER is updated after every stage, so a time limit loses only the current stage. Networks, logs and decoded images are
+# in RUNS (default runs/gpu); the same command with the same RUNS resumes. It uses the Python on the PATH.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:?SECONDS} back=${2:?FOLDER}

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in two calls that together take 12 minutes of one H100 or H200 without a network: first
-# benchmarks/gpu_first.py (is it right, how fast is it), then scripts/cifar10_first.sh (what merging gains on CIFAR-10).
+# Two measurements on one H100 or H200 without a network, 12 minutes together: benchmarks/gpu_first.py (correctness and
+# speed), then scripts/cifar10_first.sh (what merging gains on CIFAR-10).
 #
 #   bash scripts/gpu.sh --prepare WHEELS [--has FILE] [--python 3.12]      # before, with a network; prints the two calls
 #   bash scripts/gpu.sh first --output FOLDER [--wheels WHEELS] [--seconds 275]
 #   bash scripts/gpu.sh cifar10 --output FOLDER --data PARQUET [--wheels WHEELS] [--seconds 405] [overrides]
 #   bash scripts/gpu.sh --quick [first | cifar10] [--output FOLDER]        # both or one, small and on the CPU
 #
-# --prepare fetches into WHEELS what that machine lacks: FILE holds what `python3 -m pip list --format=freeze` prints
-# there. PARQUET is a folder with uoft-cs/cifar10's train-*.parquet. Results are a few small files in FOLDER (default
-# runs/gpu-results); networks and caches are left in RUNS (default runs/gpu). The calls take the Python that they find, with
-# the wheels in front of its packages.
+# --prepare downloads into WHEELS the packages that the GPU machine lacks; FILE is the output of
+# `python3 -m pip list --format=freeze` there. PARQUET is a folder with uoft-cs/cifar10's train-*.parquet. Results are a few
+# small files in FOLDER (default runs/gpu-results); networks and caches stay in RUNS (default runs/gpu). The calls use the
+# Python on the PATH, with the wheels before its own packages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wrong() { echo "scripts/gpu.sh: error: $*" >&2; exit 2; }

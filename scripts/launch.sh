@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Start a script over so many processes, by accelerate, or on several nodes torchrun, where there are several.
+# Start a script in NUM_PROCESSES processes: with python for one, accelerate for several, torchrun on several nodes.
 #
 #   bash scripts/launch.sh NUM_PROCESSES SCRIPT ARGUMENTS…
 #
-# In a Slurm step of several nodes, NUM_PROCESSES on each: scripts/slurm/job.sh starts it once per node, with
-# RENDEZVOUS=HOST:PORT in the environment, where these launchers meet.
+# On several nodes, scripts/slurm/job.sh runs this once per node, with NUM_PROCESSES for each. The launchers meet at
+# RENDEZVOUS=HOST:PORT from the environment.
 processes=$1
 shift
 if [ -n "${RENDEZVOUS:-}" ] && [ "$SLURM_STEP_NUM_NODES" != 1 ]; then

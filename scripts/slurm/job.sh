@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One job of submit.sh, or one task of an array: a script, over all processes of the job's nodes.
+# One job of submit.sh, or one task of a job array: runs a script in all processes of the job's nodes.
 #
 #   sbatch … scripts/slurm/job.sh LEDGER NODES PROCESSES SCRIPT --config CONFIG [overrides] -- NAME KEY OVERRIDE…
 #
-# PROCESSES of each node; empty: one per GPU, or 1. A task of an array has the NAME, KEY and OVERRIDE of its number; once
-# it is done, the file LEDGER/NAME holds KEY, what stands for the entries of the jobs in LEDGER/../before/NAME, and what
-# stands for the files in LEDGER/../made/NAME: as deme/compare/graph.py has it, as Python may be a container's. Slurm sends
-# USR1 before the time limit, and where it is so configured before another job takes the nodes: the script then saves, and
-# the job queues itself again, at most MAX_REQUEUES times.
+# PROCESSES is per node; empty: one per GPU, or 1. A task of an array takes the NAME, KEY and OVERRIDE of its number. When it
+# is done, the file LEDGER/NAME holds KEY, the hash of the entries of the jobs in LEDGER/../before/NAME, and the hash of the
+# files in LEDGER/../made/NAME. This repeats deme/compare/graph.py in bash, because Python may be inside a container. Slurm
+# sends USR1 before the time limit and, if configured, before another job takes the nodes. The script then saves, and the job
+# requeues itself, at most MAX_REQUEUES times.
 set -euo pipefail
 
 # of a task of an array, by its number: the last one's SLURM_JOB_ID also stands for the whole array

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Submit a whole experiment to Slurm, as jobs that wait for what they need and for nothing else: the data's cache and
-# statistics, all trainings side by side, search and merge, images of each model, the table and the report. Of a
-# comparison (configs/comparison/) all of its runs.
+# Submit an experiment, or all runs of a comparison (configs/comparison/), to Slurm. Each job waits only for the jobs whose
+# output it reads: the data's cache and statistics, the trainings, search and merge, images of each model, table and report.
 #
 #   CLUSTER=configs/slurm/FILE bash scripts/slurm/submit.sh CONFIG [overrides]
 #   DRY_RUN=1 …                 # prints the sbatch lines
 #
-# Run again, it submits what is missing and neither queued nor running. What a cluster wants to be told stands in
-# scripts/slurm/settings.sh; docs/clusters.md says more.
+# Run again, it submits what is missing and neither queued nor running. scripts/slurm/settings.sh lists the settings of a
+# cluster; see docs/clusters.md.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . scripts/slurm/settings.sh
