@@ -143,7 +143,7 @@ def claim(output: Path, wanted: Record) -> None:
     """Create the search's folder, or make sure that what stands there is the same search."""
     make_folder(output, "search.output")
     found = read_record(SEARCH, output)
-    has_begun = any(output.glob("*.safetensors")) or (output / "study.db").exists()
+    has_begun = any(output.glob("*.npz")) or (output / "study.db").exists()
     if found is None or not has_begun:  # such as after running out of memory
         wanted.write(output)
         (output / SECONDS).write_text("")

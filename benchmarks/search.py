@@ -173,7 +173,7 @@ class Bench:
             file.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
         plain = f"fd of {len(few):,} of these images"
         names = {"match": "match", "loss": "loss", "plain": f"{plain} alone", "few": f"{plain}, with the control"}
-        drawn = self.problem.distance.passes(len(few))
+        drawn = len(few) * self.problem.distance.drawing.passes
         cost = {"match": settings.images, "loss": settings.images, "plain": drawn, "few": drawn}
         lines = []
         for key, name in names.items():

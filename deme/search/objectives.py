@@ -50,12 +50,17 @@ class Squares:
     def value(self, coefficients: np.ndarray) -> float:
         """The objective of a candidate; infinite if a prediction is not finite."""
         self.candidates.form(self.network, coefficients)
-        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        added = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for batch in self.batches:
             if len(batch.weights) > 0:
-                total += weighted_squares(batch, batch.predict(self.network)).double()
-        value = float(self.accelerator.reduce(total, "sum"))
+                added += weighted_squares(batch, batch.predict(self.network)).double()
+        value = float(self.accelerator.reduce(added, "sum"))
         return value if math.isfinite(value) else math.inf  # numpy would take NaN for the lowest
+
+
+def total(accelerator: Accelerator, count: int) -> int:
+    """The sum of a count over all processes."""
+    return int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum"))
 
 
 def weighted_squares(batch: Batch, prediction: torch.Tensor) -> torch.Tensor:
@@ -89,7 +94,6 @@ def make_squares(
             totals.index_add_(0, places, distances.double())
             sizes.index_add_(0, places, target.square().flatten(1).sum(1).double())
     totals, sizes = (accelerator.reduce(part, "sum") for part in (totals, sizes))
-    images = accelerator.reduce(torch.tensor(sum(map(len, bins)), device=accelerator.device), "sum")
     empty = (totals <= NO_DISTANCE * sizes).nonzero().flatten().tolist()
     if empty and name == "match":
         raise UserError(f"the expert of range {empty[0]} predicts what the pretrained network does")
@@ -100,7 +104,7 @@ def make_squares(
         replace(batch, target=target, weights=weights[places])
         for batch, target, places in zip(probes, targets, bins, strict=True)
     ]
-    return Squares(name, batches, int(images), candidates, network, accelerator)
+    return Squares(name, batches, total(accelerator, sum(map(len, bins))), candidates, network, accelerator)
 
 
 def _expert_predictions(probes: Sequence[Batch], candidates: Candidates, network: nn.Module) -> list[torch.Tensor]:
@@ -139,15 +143,11 @@ class FrechetDistance:
         settings = replace(self.drawing.settings, num_inference_steps=num_inference_steps)
         return replace(self, drawing=replace(self.drawing, settings=settings), control=None)
 
-    def passes(self, images: int) -> int:
-        """UNet passes of so many images."""
-        return images * self.drawing.passes
-
     def features(self, network_at: NetworkAt, seeds: range) -> np.ndarray:
         """The features of the images of these seeds: float32, shape (N, D), the same in every process.
 
         Raises:
-            RunError: an image is not finite; raised in every process.
+            RunError: in every process, if an image is not finite.
         """
         settings = self.drawing.settings
         faults: list[RunError] = []
@@ -163,18 +163,16 @@ class FrechetDistance:
             return as_read(images, settings.size_on_disk)
 
         features = extract(self.accelerator, self.space.network, draw, len(seeds), settings.batch_size)
-        total = self.accelerator.reduce(torch.tensor(len(faults), device=self.accelerator.device), "sum")
-        if int(total) > 0:
+        if total(self.accelerator, len(faults)) > 0:
             raise faults[0] if faults else RunError("NaN or infinite images in another process")
         return features
 
     def value(self, network_at: NetworkAt, seeds: range) -> float:
         """The distance of the images of these seeds, with a control its first; infinite if an image is not finite."""
         try:
-            features = self.features(network_at, seeds)
+            return self.of_features(self.features(network_at, seeds))
         except RunError:
             return math.inf
-        return self.of_features(features)
 
     def of_features(self, features: np.ndarray) -> float:
         """The distance of images with these features, shape (N, D); with a control, of the first N of its seeds.

@@ -5,18 +5,18 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import nn
 
 from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.data.examples import load_examples
-from deme.data.images import Stream
+from deme.data.images import Examples
 from deme.data.prompts import load_prompts
 from deme.errors import naming
+from deme.job.arrays import Arrays, kept
 from deme.job.processes import locked_by_all
-from deme.measure.noisy import Batch, draw_probes
+from deme.measure.noisy import draw_probes
 from deme.measure.reference import load_feature_space
 from deme.method.candidates import Candidates
 from deme.method.coefficients import pattern_of, patterns_of
@@ -29,7 +29,7 @@ from deme.models.inference import freeze
 from deme.models.pipelines import common_architecture, denoiser_folder
 from deme.models.weights import load_tensors
 from deme.search.objectives import FrechetDistance, Squares, make_squares
-from deme.search.progress import load_state, save_state
+from deme.search.progress import RECORD
 from deme.search.study import Space
 
 HELD_OUT_SHARE = 0.25  # of search.images: as many more, on which the gradient descent is measured
@@ -62,6 +62,12 @@ class Problem:
             self.patterns = patterns_of(config.search.groups, list(base))
         group_of = {name: self.patterns.index(pattern_of(name, self.patterns)) for name in base}
         self.candidates = Candidates(base, finetuned, group_of, accelerator.device)
+        self.shape = self.candidates.shape  # of the coefficients: (groups, ranges)
+        self.ranges = list(map(range_name, config.timesteps.ranges))
+        names = [f"{pattern} {name}" for pattern in self.patterns for name in self.ranges]
+        self.space = Space(names if len(self.patterns) > 1 else self.ranges, self.shape, config.search.interval)
+        # what all random draws follow from; another seed_offset is another search
+        self.stream = (config.seed, PROBES, config.search.seed_offset)
         self.scheduler = load_scheduler(pretrained)
         network = load_denoiser(self.architecture)
         self.encoder = load_encoder(pretrained, network)
@@ -70,101 +76,67 @@ class Problem:
         self.network = freeze(network, accelerator.device, "no", may_pack=False)
         self.squares = cache(self._make_squares)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(groups, ranges) of the coefficients."""
-        return self.candidates.shape
-
-    @property
-    def ranges(self) -> list[str]:
-        """The names of the ranges."""
-        return list(map(range_name, self.config.timesteps.ranges))
-
-    @property
-    def space(self) -> Space:
-        """The coefficients that are searched."""
-        names = self.ranges
-        if len(self.patterns) > 1:
-            names = [f"{pattern} {name}" for pattern in self.patterns for name in names]
-        return Space(names, self.shape, self.settings.interval)
-
-    @property
-    def stream(self) -> Stream:
-        """What all random draws of the search follow from; another seed_offset is another search."""
-        return (self.config.seed, PROBES, self.settings.seed_offset)
-
     def seeds(self, count: int) -> range:
         """The first of those that candidates are drawn from."""
         return range(self.settings.seed_offset, self.settings.seed_offset + count)
 
-    @property
-    def fresh_seeds(self) -> range:
-        """Those that no candidate is drawn from, as many for each block of the report."""
-        first = self.settings.seed_offset + self.settings.control_images
-        blocks = self.config.report_blocks
-        return range(first, first + self.settings.report_images // blocks * blocks)
-
     # --- match and loss
 
     @cached_property
-    def _images(self):
+    def _images(self) -> Examples:
         config = self.config
         images = load_examples(config, config.finetune, self.encoder, self.made_of, self.accelerator).training
         self.encoder.prepare(self.accelerator.device, config.sample.mixed_precision)  # the cache is in finetune's
         return images
 
-    def _probes(self, role: str) -> list[Batch]:
-        """The noisy images of a role; those of different roles are different images, if the data has so many."""
-        count = self.settings.images
-        held_out = max(len(self.config.timesteps.ranges), int(HELD_OUT_SHARE * count))
+    def _make_squares(self, name: str, role: str = "fit") -> Squares:
+        """The objective match or loss, made once for each role; the roles' images differ if the data has enough."""
+        timesteps, count = self.config.timesteps, self.settings.images
+        held_out = max(len(timesteps.ranges), int(HELD_OUT_SHARE * count))
         places = {
             "fit": range(count),
             "held-out": range(count, count + held_out),
             "fresh": range(count + held_out, 2 * count + held_out),
         }[role]
-        drawn = (self.config.timesteps.ranges, self.stream, places, self.settings.batch_size, self.accelerator)
-        return draw_probes(self._images, self.encoder, self.scheduler, *drawn)
-
-    def _make_squares(self, name: str, role: str = "fit") -> Squares:
-        """The objective match or loss, on the images of a role; made once."""
-        steps = self.config.timesteps.num_train_timesteps
-        with naming(*(("search.images", self.settings.images) if name == "loss" else ("search.objective", name))):
-            return make_squares(name, self._probes(role), self.candidates, self.network, steps, self.accelerator)
+        drawn = (timesteps.ranges, self.stream, places, self.settings.batch_size, self.accelerator)
+        setting = ("search.images", count) if name == "loss" else ("search.objective", name)
+        with naming(*setting):
+            probes = draw_probes(self._images, self.encoder, self.scheduler, *drawn)
+            made_of = (probes, self.candidates, self.network, timesteps.num_train_timesteps, self.accelerator)
+            return make_squares(name, *made_of)
 
     # --- fd
 
     @cached_property
     def distance(self) -> FrechetDistance:
         """The objective fd, with the candidates' schedule; its control is drawn once and kept in a file."""
-        file = self.folder / "control.safetensors"
+
+        def draw() -> Arrays:
+            seeds = self.seeds(self.settings.control_images)
+            return {"features": self.plain_distance.features(self.merged(np.zeros(self.shape)), seeds)}
+
+        file = self.folder / "control.npz"
         with locked_by_all(self.accelerator, file, "search.output", wait=True):
-            control = load_state(self.accelerator, file)
-            if control is None:
-                seeds = self.seeds(self.settings.control_images)
-                drawn = self.plain_distance.features(self.merged(np.zeros(self.shape)), seeds)
-                control = {"features": torch.from_numpy(drawn)}
-                save_state(self.accelerator, file, control)
-        return replace(self.plain_distance, control=control["features"].numpy())
+            control = kept(self.accelerator, file, RECORD, draw)
+        return replace(self.plain_distance, control=control["features"])
 
     @cached_property
     def plain_distance(self) -> FrechetDistance:
         """The distance without a control."""
-        config = self.config
-        sample = replace(config.sample, num_inference_steps=config.search_steps)
+        config, sample = self.config, replace(self.config.sample, num_inference_steps=self.config.search_steps)
         size = self.network.config.sample_size
         shape = (self.network.config.in_channels, size, size)
         with naming("sample.scheduler", sample.scheduler):
-            steps = sample.num_inference_steps
-            try_sampler(self.scheduler, sample.scheduler, steps, shape, sample.timestep_spacing)
+            try_sampler(self.scheduler, sample.scheduler, config.search_steps, shape, sample.timestep_spacing)
         space = load_feature_space(config, self.accelerator)
         prompts = []
         if self.encoder.takes_text:
             with naming("sample.prompts", sample.prompts):
                 prompts = load_prompts(sample.prompts, sample.prompt_column)
-        drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.accelerator.device)
         resolution = sample.size_on_disk or config.data.resolution
         with naming("evaluate.reference", config.evaluate.reference):
             space.reference.check_size(resolution, resolution)
+        drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.accelerator.device)
         return FrechetDistance(self.accelerator, drawing, space, prompts, resolution)
 
     @cached_property
@@ -173,8 +145,7 @@ class Problem:
         precision = self.config.sample.mixed_precision
         if precision == "no":
             return self.network
-        network = load_denoiser(self.architecture)
-        return freeze(network, self.accelerator.device, precision, may_pack=False)
+        return freeze(load_denoiser(self.architecture), self.accelerator.device, precision, may_pack=False)
 
     def merged(self, coefficients: np.ndarray) -> NetworkAt:
         """The candidate of these coefficients, for drawing; until another one is formed."""
@@ -184,13 +155,13 @@ class Problem:
     def experts(self) -> NetworkAt:
         """The ensemble before merging: at each timestep the expert of its range, formed when it comes to it."""
         network = self.sampled_network  # made here: sampling would make it of inference tensors
-        numbers = ensemble(range(self.shape[1]), self.config.timesteps.ranges)
+        number_at = ensemble(range(self.shape[1]), self.config.timesteps.ranges)
         formed = None
 
         def network_at(timestep: float) -> nn.Module:
             nonlocal formed
-            if numbers(timestep) != formed:
-                formed = numbers(timestep)
+            if number_at(timestep) != formed:
+                formed = number_at(timestep)
                 self.candidates.form_expert(network, formed)
             return network
 
@@ -201,20 +172,20 @@ class Problem:
     def prepare(self, objective: str) -> int:
         """Load what an objective needs, and draw fd's control. Returns the UNet passes that the control takes."""
         if objective == "fd":
-            return self.distance.passes(self.settings.control_images)
+            return self.settings.control_images * self.distance.drawing.passes
         self.squares(objective)
         return 0
 
     def passes(self, objective: str, coefficients: np.ndarray, images: int) -> int:
         """UNet passes of a value; fd draws so many images."""
-        if objective == "fd":
-            return self.plain_distance.passes(images) if np.any(coefficients) else 0
-        return self.squares(objective).images
+        if objective != "fd":
+            return self.squares(objective).images
+        return images * self.plain_distance.drawing.passes if np.any(coefficients) else 0
 
-    def value(self, objective: str, coefficients: np.ndarray, seeds: range | None = None) -> float:
-        """The value of a candidate: the lower the better. fd draws the images of these seeds."""
+    def value(self, objective: str, coefficients: np.ndarray, images: int = 0) -> float:
+        """The value of a candidate: the lower the better. fd draws so many images."""
         if objective != "fd":
             return self.squares(objective).value(coefficients)
         if not np.any(coefficients):  # the control itself
             return self.distance.of_features(self.distance.control)
-        return self.distance.value(self.merged(coefficients), seeds)
+        return self.distance.value(self.merged(coefficients), self.seeds(images))

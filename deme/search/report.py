@@ -40,13 +40,15 @@ def score_fresh(problem: Problem, result: Result, file: Path, made_from: str, be
     objective = None
     if result.objective != "fd":
         objective = problem.squares(result.objective, "fresh").value(result.coefficients)
-    seeds = problem.fresh_seeds
-    if len(seeds) == 0:
+    settings, blocks = problem.settings, problem.config.report_blocks
+    first = settings.seed_offset + settings.control_images  # no candidate is drawn from these seeds
+    seeds = range(first, first + settings.report_images // blocks * blocks)
+    if not seeds:
         return Fresh([], objective)
     content = {"made_from": made_from, "seeds": [seeds.start, seeds.stop], **beside}
     hashes = {name: [weights_hash(folder)] for name, folder in _trained(problem).items()}
     distance = problem.plain_distance.with_steps(problem.config.sample.num_inference_steps)
-    space, blocks = distance.space, problem.config.report_blocks
+    space = distance.space
     known = in_main_process(accelerator, lambda: _known(file, made_from))
     scores: list[Score] = []
     for name, network_at in _contenders(problem, result).items():

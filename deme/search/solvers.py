@@ -1,8 +1,7 @@
 """Coefficients of least match or loss: in closed form, and by gradient descent."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from deme.config.sections import GRADIENT_PASSES, Search
 from deme.measure.noisy import Batch
 from deme.method.candidates import Candidates
-from deme.search.objectives import Squares, weighted_squares
+from deme.search.objectives import Squares, total, weighted_squares
 from deme.search.progress import Evaluated, Progress, Tensors
 
 # torch makes forward derivatives by it, and warns of that itself
@@ -23,6 +22,7 @@ warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", ca
 
 JVP_PASSES = 2  # a Jacobian-vector product also computes what it is the derivative of
 MEASURED_EVERY = 10  # steps of the gradient descent
+EQUATIONS = ("curvature", "slope")
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 
@@ -36,11 +36,7 @@ def closed_form(squares: Squares, settings: Search, file: Path, way: str = "clos
     Ridge regression solves the normal equations about the pretrained network, then about the solution (Gauss-Newton)
     while that is better. The ridge is relative to the mean curvature at the pretrained network.
 
-    Args:
-        file: written after each batch.
-
-    Returns:
-        the pretrained network, and the solution of each step.
+    Returns the pretrained network and the solution of each step. The file is written after each batch.
     """
     candidates = squares.candidates
     size = int(np.prod(candidates.shape))
@@ -65,13 +61,13 @@ def closed_form(squares: Squares, settings: Search, file: Path, way: str = "clos
             progress.save()
         if steps == 0:
             state["pull"] = settings.ridge * state["curvature"].diagonal().mean()
-        equations = (state["curvature"].numpy(), state["slope"].numpy())
-        solution = ridge_step(*equations, start.ravel(), float(state["pull"]), settings.interval)
+        curvature, slope = state["curvature"].numpy(), state["slope"].numpy()
+        solution = ridge_step(curvature, slope, start.ravel(), float(state["pull"]), settings.interval)
         coefficients = solution.reshape(candidates.shape)
         value = squares.value(coefficients)
         state["spent"] += squares.images
         progress.add(value, coefficients)
-        state |= {name: torch.zeros_like(state[name]) for name in ("curvature", "slope")}
+        state |= {name: torch.zeros_like(state[name]) for name in EQUATIONS}
         state["done"] = torch.tensor([steps + 1, 0])
         progress.save()
     return progress.rows
@@ -80,13 +76,12 @@ def closed_form(squares: Squares, settings: Search, file: Path, way: str = "clos
 def _add_equations(state: Tensors, squares: Squares, batch: Batch) -> None:
     """Add a batch to the normal equations about the network's weights, over all processes."""
     accelerator = squares.accelerator
-    added = [torch.zeros_like(state[name]) for name in ("curvature", "slope")]
+    added = [torch.zeros_like(state[name]) for name in EQUATIONS]
     if len(batch.weights) > 0:
         added = linearized(batch, squares.candidates, squares.network)
-    for name, part in zip(("curvature", "slope"), added, strict=True):
+    for name, part in zip(EQUATIONS, added, strict=True):
         state[name] = state[name] + accelerator.reduce(part.to(accelerator.device), "sum").cpu()
-    images = accelerator.reduce(torch.tensor(len(batch.weights), device=accelerator.device), "sum")
-    state["spent"] += JVP_PASSES * len(state["slope"]) * int(images)
+    state["spent"] += JVP_PASSES * len(state["slope"]) * total(accelerator, len(batch.weights))
 
 
 @torch.no_grad()
@@ -103,31 +98,22 @@ def linearized(batch: Batch, candidates: Candidates, network: nn.Module) -> tupl
         keywords = {**batch.condition, "return_dict": False}
         return functional_call(network, parameters | some, inputs, keywords)[0].float()
 
-    groups, ranges = candidates.shape
     columns = []
-    with sdpa_kernel(SDPBackend.MATH), _contiguous_norms(network):  # faster kernels have no forward derivatives
-        for group in range(groups):
-            for number in range(ranges):
-                tangent = candidates.task_vector(group, number)  # of these alone: what lies before them is constant
-                moved = {name: parameters[name] for name in tangent}
-                prediction, column = jvp(predict, (moved,), (tangent,))
-                columns.append(column.flatten())
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # faster kernels have no forward derivatives
+        for module in network.modules():
+            if isinstance(module, nn.GroupNorm):  # torch 2.11 has forward derivatives for contiguous inputs alone
+                hook = module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+                stack.callback(hook.remove)
+        for group, number in np.ndindex(candidates.shape):
+            tangent = candidates.task_vector(group, number)  # of these alone: what lies before them is constant
+            moved = {name: parameters[name] for name in tangent}
+            prediction, column = jvp(predict, (moved,), (tangent,))
+            columns.append(column.flatten())
     scale = batch.weights.sqrt()[:, None].expand(-1, prediction[0].numel()).flatten()
     jacobian = (torch.stack(columns) * scale).double()
     residual = ((batch.target - prediction).flatten() * scale).double()
     return jacobian @ jacobian.T, jacobian @ residual
-
-
-@contextmanager
-def _contiguous_norms(network: nn.Module) -> Iterator[None]:
-    """Give group normalizations contiguous inputs: torch 2.11 has no forward derivative for others."""
-    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
-    hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)) for norm in norms]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def ridge_step(
@@ -135,10 +121,7 @@ def ridge_step(
 ) -> np.ndarray:
     """argmin over w in bounds of (w − w₀)ᵀ A (w − w₀) − 2 bᵀ (w − w₀) + pull · ‖w‖²: float64, shape (P,).
 
-    Args:
-        curvature: A, positive semidefinite, shape (P, P).
-        slope: b, shape (P,).
-        about: w₀, shape (P,).
+    A is the curvature, positive semidefinite, of shape (P, P); b is the slope; w₀ is `about`.
     """
     values, vectors = np.linalg.eigh(curvature + pull * np.eye(len(slope)))
     positive = values > values.max() * len(values) * np.finfo(np.float64).eps
@@ -160,14 +143,12 @@ def gradient_descent(
     One backward pass gives the gradient by the weights; times the task vectors it is the gradient by the coefficients.
     So candidates are formed in place, and no graph over merged copies of the weights is held.
 
+    Returns the measurements on the held-out images, with each of which the file is written.
+
     Args:
         held_out: the same objective on other images, which stops the descent early.
-        start: shape (groups, ranges); what the pull is to.
-        file: written with each measurement.
+        start: what the pull is to, shape (groups, ranges).
         spent: UNet passes before.
-
-    Returns:
-        the measurements on the held-out images.
     """
     origin = torch.from_numpy(np.array(start, dtype=np.float64))  # a copy: the array may be read-only
     state = {
@@ -177,8 +158,7 @@ def gradient_descent(
         "mean": torch.zeros_like(origin),
         "square": torch.zeros_like(origin),
     }
-    label = f"{squares.name}, held-out images"
-    progress = Progress(squares.accelerator, file, "gradient", label, state)
+    progress = Progress(squares.accelerator, file, "gradient", f"{squares.name}, held-out images", state)
     state = progress.state
 
     def measure() -> None:
@@ -218,7 +198,7 @@ def _gradient(squares: Squares, step: int, coefficients: torch.Tensor) -> tuple[
         network.zero_grad()
         weighted_squares(batch, batch.predict(network)).backward()
         gradient = candidates.gradient(network)
-    images = int(accelerator.reduce(torch.tensor(len(batch.weights), device=accelerator.device), "sum"))
+    images = total(accelerator, len(batch.weights))
     return accelerator.reduce(gradient, "sum").cpu() * squares.images / images, images
 
 

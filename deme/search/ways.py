@@ -68,14 +68,14 @@ def _cheap_answer(problem: Problem, folder: Path, by_gradient: bool) -> Result:
     # a job at a time: another one, on another machine, waits and reads what was found
     with locked_by_all(problem.accelerator, folder / "cheap", "search.output", wait=True):
         if not by_gradient:
-            rows = closed_form(squares, settings, folder / f"closed-form-{objective}.safetensors")
+            rows = closed_form(squares, settings, folder / f"closed-form-{objective}.npz")
         else:
             whole = replace(squares, candidates=problem.candidates.ungrouped())
-            file = folder / f"closed-form-of-the-ranges-{objective}.safetensors"
+            file = folder / f"closed-form-of-the-ranges-{objective}.npz"
             rows = closed_form(whole, settings, file, "closed form of the ranges")
             start = np.broadcast_to(_best(rows).coefficients, problem.shape)
             held_out = problem.squares(objective, "held-out")
-            file = folder / f"gradient-{objective}.safetensors"
+            file = folder / f"gradient-{objective}.npz"
             rows = gradient_descent(squares, held_out, settings, start, file, rows[-1].passes)
     best = _best(rows)
     return Result(best.coefficients, objective, best.value, 1.0, rows)
@@ -120,15 +120,12 @@ def _multi_fidelity(problem: Problem, folder: Path, digest: str) -> Result:
 
 def _tried(problem: Problem, study: Study, objective: str, images: int, way: str, spent: int) -> list[Evaluated]:
     """The candidates of a study after all were tried; fd draws so many images of each."""
-    seeds = problem.seeds(images)
-
-    def value(coefficients: np.ndarray) -> float:
-        return problem.value(objective, coefficients, seeds)
-
-    def passes(coefficients: np.ndarray) -> int:
-        return problem.passes(objective, coefficients, images)
-
-    study.run(problem.accelerator, value, passes, f"{objective}, {'finalist' if way == 'finalists' else 'candidate'}")
+    study.run(
+        problem.accelerator,
+        lambda coefficients: problem.value(objective, coefficients, images),
+        lambda coefficients: problem.passes(objective, coefficients, images),
+        f"{objective}, {'finalist' if way == 'finalists' else 'candidate'}",
+    )
     label = f"fd of {images:,} images" if objective == "fd" else objective
     return in_main_process(problem.accelerator, lambda: study.evaluated(way, label, spent))
 

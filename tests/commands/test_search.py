@@ -98,7 +98,7 @@ def test_what_is_found_is_what_merge_py_merges(method, config_file, root):
     assert pictures >= {"search-cost", "search-coefficients", "search-fresh"}
     assert ({"search-pairs", "search-importance"} <= pictures) == (folder / "study.db").exists()
 
-    before = {file: file.read_bytes() for file in folder.glob("*.safetensors")}
+    before = {file: file.read_bytes() for file in folder.glob("*.npz")}
     again = run("search.py", config_file, *options)
     assert "candidate" not in again.stdout
     assert best(folder) == found
@@ -107,7 +107,7 @@ def test_what_is_found_is_what_merge_py_merges(method, config_file, root):
     assert len(taken) == 2
     assert taken[0] > taken[1]
     assert seconds_of(folder) == sum(taken)
-    assert {file: file.read_bytes() for file in folder.glob("*.safetensors")} == before
+    assert {file: file.read_bytes() for file in folder.glob("*.npz")} == before
 
     run("merge.py", config_file, "merge.coefficients=search")
     merged = load_file(root / "tiny" / "merged" / "unet" / WEIGHTS)

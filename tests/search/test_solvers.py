@@ -168,7 +168,7 @@ def test_a_damaged_state_is_said_and_made_anew(tmp_path, capsys):
     for damaged in (content[: len(content) // 2], b"", b"text"):
         (tmp_path / "state").write_bytes(damaged)
         assert equal(closed_form(*solving), whole)
-        assert f"{tmp_path / 'state'}: unreadable, starting anew (" in capsys.readouterr().out
+        assert f"{tmp_path / 'state'}: unreadable, made anew (" in capsys.readouterr().out
 
 
 # --- gradient descent
