@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, how long it takes to write, and how that slows the next step.
+"""How long a checkpoint stops training and takes to write, and how much it slows the next step.
 
 python benchmarks/checkpoints.py
 python benchmarks/checkpoints.py --device cuda

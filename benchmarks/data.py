@@ -1,4 +1,4 @@
-"""Batches of training images: decoded once and cached, or on the fly, against decoded in the loader.
+"""Batches of training images: cached or decoded on the fly, compared with decoding in the loader.
 
 python benchmarks/data.py            # CIFAR-10 from ../shared/cifar10 where it is there, and images made here
 python benchmarks/data.py --quick
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def cores_of_a_gpu(rows: list[dict]) -> str:
-    """How many cores decode for one GPU that finetunes Church's network, in a line."""
+    """One line: how many cores decode images for one GPU that finetunes Church's network."""
     _, flops = unet_cost(CHURCH)
     passes = 4  # a backward pass costs two forward passes, the teacher one
     needed = GPU_TFLOPS * 1e12 / (passes * flops)
@@ -77,7 +77,7 @@ def cores_of_a_gpu(rows: list[dict]) -> str:
 
 
 def compare(title: str, data: Data, folder: Path, repeats: int) -> list[dict]:
-    """One row per contender."""
+    """One row per variant."""
     found: dict[str, CroppedImages] = {}
 
     def load(name: str, **settings: float) -> float:
@@ -104,7 +104,7 @@ def compare(title: str, data: Data, folder: Path, repeats: int) -> list[dict]:
 
 
 def cached_epoch(images: CroppedImages, threads: int = 0) -> None:
-    """As deme/data/images.py takes its batches."""
+    """An epoch of batches, as in deme/data/images.py."""
     order = np.random.default_rng(0).permutation(len(images))
 
     def batch(start: int) -> torch.Tensor:
@@ -115,7 +115,7 @@ def cached_epoch(images: CroppedImages, threads: int = 0) -> None:
 
 
 def loader_epoch(rows: datasets.Dataset, data: Data) -> None:
-    """As diffusers' examples take theirs."""
+    """An epoch of batches, as in diffusers' examples."""
     augment = transforms.Compose(
         [
             transforms.Resize(data.resolution),
@@ -134,7 +134,7 @@ def loader_epoch(rows: datasets.Dataset, data: Data) -> None:
 
 
 def make_photographs(folder: Path, count: int) -> None:
-    """JPEGs of smooth noise, so that they are about as large as photographs."""
+    """JPEGs of smooth noise, about as large as photographs."""
     random = np.random.default_rng(0)
     (folder / "train").mkdir(parents=True)
     for number in range(count):

@@ -1,4 +1,4 @@
-"""What gpu_first.py measures: a GPU against the CPU, and each variant of a network call, a training step, a drawing."""
+"""Measurements of gpu_first.py: GPU against CPU, and variants of a network call, a training step and sampling."""
 
 import copy
 import shutil
@@ -81,7 +81,7 @@ class Machine:
         self.flops = cache(self._flops)
 
     def limits(self) -> dict:
-        """The device, and its rates: FLOP/s of matrix products, bytes/s of a copy."""
+        """The device and its limits: FLOP/s of matrix products, bytes/s of a copy."""
         self.rates = measure.ceiling(self.device)
         found = {"torch": torch.__version__, "cc": shutil.which("cc")}
         if self.device == "cuda":
@@ -273,12 +273,12 @@ class Machine:
 
 
 def without_tf32():
-    """The context in which a GPU's float32 convolutions are not rounded to TF32's 10 bits."""
+    """A context in which float32 convolutions on a GPU do not use TF32."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def graph_of(work: Callable[[], None]) -> Callable[[], None]:
-    """The same work as one CUDA graph."""
+    """The work captured as one CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,11 +1,11 @@
-"""The first minutes on a GPU, in one process: is it right, then how fast is it, the most valuable first.
+"""First measurements on a GPU, in one process: correctness, then speed, the most valuable first.
 
     python benchmarks/gpu_first.py --seconds 250 --output FOLDER
     python benchmarks/gpu_first.py --quick                         # small and on the CPU: that it runs
     python benchmarks/gpu_first.py --table FOLDER/cells.jsonl      # writes the tables into benchmarks/README.md
 
-Each measurement is a line of JSON as soon as it is known, printed and in FOLDER/cells.jsonl. One that would take longer
-than what is left is left out. An error is a line too. The exit status is 1 where one is wrong or failed.
+Each measurement is printed and appended to FOLDER/cells.jsonl as a line of JSON. A measurement that would exceed the
+remaining time is skipped. An error is also a line. The exit status is 1 if a result is wrong or a measurement failed.
 """
 # ruff: noqa: E402  the clock starts before the imports, which take seconds
 
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def run(planned: list[Cell], seconds: float, file: Path) -> list[str]:
-    """Measure one cell after another, a line each; the names of those that are wrong or failed.
+    """Measure all cells, one line each; returns the names of those that are wrong or failed.
 
     Args:
         seconds: since the start of the process, within which all must end.
@@ -132,7 +132,7 @@ def write_tables(rows: list[dict]) -> None:
 
 
 def tables(rows: list[dict]) -> str:
-    """One Markdown table for each kind of cell; a column for each of its figures."""
+    """One Markdown table per kind of cell, with a column per number."""
     found = []
     for kind in ("machine", "images", "loss", "resume", "call", "training", "drawing", "profile", "left out", "error"):
         chosen = [

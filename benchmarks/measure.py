@@ -1,4 +1,4 @@
-"""How the benchmarks measure: contenders in turn, medians with their spread, and the machine's ceiling."""
+"""How the benchmarks measure: variants in turn, medians with their spread, and the machine's ceiling."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ COPIED_BYTES = {"cpu": 2**28, "cuda": 2**32}
 
 
 def parse(description: str, **options: dict) -> argparse.Namespace:
-    """The command line that every benchmark has, and its own options: name → arguments of add_argument."""
+    """Parse the options of every benchmark and its own ones: name → arguments of add_argument."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
@@ -29,12 +29,12 @@ def parse(description: str, **options: dict) -> argparse.Namespace:
 
 
 def has_bf16() -> bool:
-    """Whether the CPU computes in bf16, which it does not where its instructions are limited."""
+    """True if the CPU has bf16 instructions and they are not disabled."""
     return computes_in_bf16() and not any(variable in os.environ for variable in INSTRUCTION_LIMITS)
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
-    """How long `work` takes, with what it has given to the GPU to do."""
+    """Seconds that `work` takes, including its work on the GPU."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -45,7 +45,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 def alternate(contenders: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each contender, by rounds in which each has a turn, so that the machine's moods meet all alike."""
+    """Seconds of each variant. The variants take turns in rounds, so variations of the machine affect all alike."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(repeats + 1):
         for name, work in contenders.items():
@@ -56,17 +56,17 @@ def alternate(contenders: dict[str, Callable[[], object]], repeats: int, device:
 
 
 def ratios(reference: list[float], values: list[float]) -> list[float]:
-    """How many times as fast as the reference in the same round: what slows the machine down for a while cancels."""
+    """Speed relative to the reference in the same round, which cancels variations of the machine."""
     return [first / second for first, second in zip(reference, values, strict=True)]
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """Median, and half the distance between the least and the greatest."""
+    """The median and half the range."""
     return f"{number(statistics.median(values), digits)} ± {number((max(values) - min(values)) / 2, 1)}"
 
 
 def number(value: float, digits: int) -> str:
-    """So many significant digits, and no exponent where there are more before the point."""
+    """A number with so many significant digits, and no exponent if more digits precede the point."""
     return f"{value:,.0f}" if value >= 10**digits else f"{value:.{digits}g}"
 
 

@@ -1,4 +1,4 @@
-"""Memory that finetuning takes per GPU, by images per forward pass: LSUN-Church's network at 256×256.
+"""Memory of finetuning per GPU, by images per forward pass: LSUN-Church's network at 256×256.
 
     python benchmarks/memory.py --device cuda
     python benchmarks/memory.py                  # without a GPU: peak memory of the process

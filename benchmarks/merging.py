@@ -1,4 +1,4 @@
-"""merge.py against merging state dicts or whole modules: time, peak anonymous memory, bytes read and written.
+"""merge.py compared with merging state dicts or whole modules: time, peak anonymous memory, bytes read and written.
 
 python benchmarks/merging.py             # 2, 4, 8 experts of 114 M parameters
 python benchmarks/merging.py --largest   # also 2 of 860 M
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def compare(folder: Path, title: str, kind: str, settings: dict, experts: int, repeats: int) -> list[dict]:
-    """One row per contender."""
+    """One row per variant."""
     model_bytes = make_inputs(folder, kind, settings, experts, old_names=title.endswith("old attention names"))
     runs: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
     command_seconds = []
@@ -198,7 +198,7 @@ def measure(folder: str, name: str, experts: int, cold: bool) -> dict:
 
 
 def merge_state_dicts(inputs: list[Path], output: Path) -> None:
-    """All models in memory, a task vector of each, their sum."""
+    """Load all models, compute their task vectors and add them."""
     from safetensors.torch import load_file, save_file
 
     base, *experts = (
@@ -217,7 +217,7 @@ def anonymous_bytes() -> int:
 
 
 def io_bytes() -> tuple[int, int]:
-    """Read from and written to the disk by this process."""
+    """Bytes that this process has read from and written to the disk."""
     text = Path("/proc/self/io").read_text()
     return tuple(int(re.search(rf"^{name}: (\d+)", text, re.MULTILINE)[1]) for name in ("read_bytes", "write_bytes"))
 

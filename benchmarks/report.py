@@ -1,4 +1,4 @@
-"""How every benchmark reports: results/NAME.json, and its table in README.md."""
+"""The reports of all benchmarks: results/NAME.json, and a table in README.md."""
 
 import json
 import os
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def machine(device: str) -> str:
-    """The hardware and the versions that matter, in a line."""
+    """One line with the hardware and the relevant versions."""
     import torch
 
     versions = f"torch {torch.__version__}, diffusers {metadata.version('diffusers')}"
@@ -54,7 +54,7 @@ def write_results(place: str, content: dict) -> None:
 
 
 def put(page: Path, place: str, content: str) -> None:
-    """Write what stands between the marks of a place in a Markdown page, at its end where there are none yet."""
+    """Replace the text between the markers of a place in a Markdown page; without markers, append both."""
     part = f"<!-- {place} -->\n{content}\n<!-- end of {place} -->"
     text = page.read_text(encoding="utf-8")
     pattern = re.compile(f"<!-- {place} -->.*<!-- end of {place} -->", re.DOTALL)

@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure(title: str, unet: nn.Module, batch: int, images: int, steps: int, repeats: int) -> list[dict]:
-    """One row per contender."""
+    """One row per variant."""
     stock = copy.deepcopy(unet)
     pipeline = DDIMPipeline(stock, DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
@@ -175,7 +175,7 @@ def pipeline_images(pipeline: DDIMPipeline, seeds: list[int], steps: int) -> lis
 
 @torch.no_grad()
 def two_call_images(unet: nn.Module, seeds: list[int], steps: int) -> list[Image.Image]:
-    """DDIM whose network is called twice with the same input in every step."""
+    """DDIM with two network calls on the same input per step."""
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(steps)
     size = unet.config.sample_size

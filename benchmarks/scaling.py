@@ -1,4 +1,4 @@
-"""How finetuning and sampling gain from more processes, and from ranges side by side.
+"""The speedup of finetuning and sampling by more processes, and by ranges side by side.
 
     python benchmarks/scaling.py                     # 1, 2 and 4 processes of one thread
     python benchmarks/scaling.py --device cuda       # 1, 2, 4 and all GPUs
@@ -110,7 +110,7 @@ def exchanged(rows: list[dict], batch: int, size: int) -> str:
 def start(
     script: str, options: list[str], processes: int, threads: int, on_gpu: bool, gpu: int | None = None
 ) -> subprocess.Popen:
-    """Start a script over so many processes.
+    """Start a script in so many processes.
 
     Args:
         gpu: the only one to be used.

@@ -1,4 +1,4 @@
-"""The ways to search for coefficients: the distance on fresh seeds against the UNet passes that were spent.
+"""Methods to search coefficients: the distance on fresh seeds, and the UNet passes spent.
 
     python benchmarks/search.py forming                                       # a candidate in place, Church's network
     python benchmarks/search.py ranks --config configs/digits.yaml            # match and loss against the distance
@@ -247,7 +247,7 @@ class Bench:
         }
 
     def fixed(self, name: str, coefficients: np.ndarray) -> dict:
-        """Coefficients that nobody searched for."""
+        """A row of coefficients without a search."""
         return self.row(name, self.blocks(name, lambda: self.problem.merged(coefficients)))
 
     def row(self, name: str, blocks: list[float]) -> dict:

@@ -1,4 +1,4 @@
-"""How soon the scripts answer where nothing has to be computed.
+"""How fast the scripts answer when there is nothing to compute.
 
 python benchmarks/startup.py
 """

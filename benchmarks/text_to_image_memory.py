@@ -1,4 +1,4 @@
-"""Memory that finetuning Stable Diffusion v1-4's network takes, part by part, and one real optimizer step of it.
+"""Memory of finetuning Stable Diffusion v1-4's network: each part, and a real optimizer step.
 
     python benchmarks/text_to_image_memory.py                     # 16×16 latents: its peak on a CPU of 24 GiB
     python benchmarks/text_to_image_memory.py --device cuda       # 64×64, four images, VAE and text encoder elsewhere
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def count_parts(settings: dict) -> dict[str, int]:
-    """Bytes of what stays in memory through a run, by name."""
+    """Bytes of each part that stays in memory throughout a run, by name."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**settings)
         student = with_projections(unet).num_parameters()

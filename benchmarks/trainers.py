@@ -1,4 +1,4 @@
-"""finetune.py's training loop on a network and images that are at hand, for benchmarks and tests."""
+"""finetune.py's training loop on a given network and given images, for benchmarks and tests."""
 
 import copy
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def make_trainer(
     random_flip: bool = False,
     held_out: HeldOut | None = None,
 ) -> Trainer:
-    """The trainer of a range, the pretrained network being the teacher where the objective wants one.
+    """The trainer of a range. The pretrained network is the teacher if the objective needs one.
 
     Args:
         pixels: uint8 images of the network's size, shape (C, H, W) each.

@@ -1,4 +1,4 @@
-"""One optimizer step of finetune.py's loop on a CPU against a plain accelerate loop: same networks, objective, batch.
+"""An optimizer step of finetune.py's loop on a CPU, compared with a plain accelerate loop for the same work.
 
     python benchmarks/training.py
     python benchmarks/training.py --quick
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def work(name: str, quick: bool, parent: Connection) -> None:
-    """A contender's own process: a step at each request, at the end what it measured."""
+    """The process of one variant: takes a step at each request, and returns its measurements at the end."""
     contender, precision = name.split(", ")
     images = [smooth_noise(number, IMAGE_SIZE) for number in range(NUM_IMAGES)]
     torch.manual_seed(0)

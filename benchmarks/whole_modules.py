@@ -1,4 +1,4 @@
-"""What merging.py compares with: whole modules loaded by diffusers, their task vectors, a module of the sum, pickled.
+"""The baseline of merging.py: load whole modules by diffusers, add their task vectors, pickle the resulting module.
 
     python benchmarks/whole_modules.py OUTPUT PRETRAINED EXPERT EXPERT …       # UNet folders
 

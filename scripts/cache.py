@@ -1,4 +1,4 @@
-"""Decode and encode the data once, before many jobs read it: what finetune.py does first where that is not done yet.
+"""Decode and encode the data once, before many jobs read it; finetune.py would otherwise do so first.
 
     accelerate launch scripts/cache.py --config configs/lsun_church.yaml
 

@@ -41,7 +41,7 @@ def plan(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Size:
-    """What the estimate counts: networks, images and models."""
+    """The sizes behind the estimate: networks, images and models."""
 
     parameters: int
     flops: int  # of a UNet pass per image

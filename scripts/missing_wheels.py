@@ -1,4 +1,4 @@
-"""Which packages the scripts need and a Python lacks, a line each, with what these packages need in turn.
+"""Print the packages that the scripts need and a Python lacks, with their dependencies, one per line.
 
     python scripts/missing_wheels.py               # this Python
     python scripts/missing_wheels.py --has FILE    # another, where `python3 -m pip list --format=freeze` printed FILE
@@ -38,7 +38,7 @@ def listed(file: Path) -> set[str]:
 
 
 def missing(wanted: list[Requirement], present: set[str], here: bool) -> list[str]:
-    """What is wanted, directly or by what is wanted, and not present: `name==version`, or a requirement as it stands.
+    """Missing packages and dependencies: `name==version`, or the requirement itself.
 
     Args:
         here: what is present is this Python's, so that its own needs are looked at too; not torch's, which depend on

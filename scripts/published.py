@@ -1,4 +1,4 @@
-"""Reading the weights that the authors published: pickled files, without running a byte of code from them.
+"""Reads the pickled weights that the authors published, without running code from them.
 
 Two kinds exist: a whole pickled module (the merged network) and plain state dicts (finetuned networks). Both are zip
 files of torch.save. Their pickle is read by an unpickler that knows tensors and dictionaries only; every other class or
@@ -32,7 +32,7 @@ OLD_PROJECTION = "adapter_list."  # the published code's name of the channel-wis
 
 
 class Inert:
-    """Stands for an object of a class that is not known: keeps what the pickle gives it, does nothing."""
+    """Replaces an object of an unknown class: stores what the pickle gives it and does nothing."""
 
     def __init__(self, *_arguments: Any, **_keywords: Any):
         self.state: Any = None
@@ -121,7 +121,7 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 def read_published(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a published file, under the names that they have in it."""
+    """The tensors of a published file, by their names in it."""
     try:
         with zipfile.ZipFile(path) as archive:
             [prefix] = {name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")}
