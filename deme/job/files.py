@@ -146,16 +146,17 @@ class Watched:
     """Files that are read more than once, for their hash and for their content."""
 
     def __init__(self, files: Iterable[Path]):
-        self.before = {path: _stamp(path) for path in files}
+        self.before = {path: stamp(path) for path in files}
 
     def check(self) -> None:
         """Raise RunError if another program has written or deleted one of them since."""
-        for path, stamp in self.before.items():
-            if _stamp(path) != stamp:
+        for path, before in self.before.items():
+            if stamp(path) != before:
                 raise RunError(f"{path}: was written while it was read; start the same command again")
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written or replaced; None if there is none."""
     try:
         stat = path.stat()
     except FileNotFoundError:

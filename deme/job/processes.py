@@ -2,9 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch import distributed
 
 from deme.errors import RunError, UserError, one_line
-from deme.job.locks import Attempts
+from deme.job.locks import locked
 from deme.job.machine import computes_in_bf16
 
 Result = TypeVar("Result")
@@ -65,14 +65,9 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Res
     return result
 
 
-@contextmanager
-def locked_by_all(accelerator: Accelerator, output: Path, key: str, wait: bool = False) -> Iterator[None]:
-    """`locks.locked` for all processes of a job; the main process holds the lock."""
-    with ExitStack() as held:
-        attempt = Attempts(held, output, key, wait)
-        while not in_main_process(accelerator, attempt):  # all wait, as a broadcast has a time limit
-            pass
-        yield
+def locked_by_all(accelerator: Accelerator, output: Path, key: str, wait: bool = False) -> AbstractContextManager[None]:
+    """`locked` for all processes of a job; the main process holds the lock."""
+    return locked(output, key, wait, partial(in_main_process, accelerator))
 
 
 class Agreement:

@@ -14,7 +14,6 @@ from deme.config.experiment import Config
 from deme.config.sections import Training
 from deme.errors import naming
 from deme.job.files import checkpoint_steps, make_folder
-from deme.job.locks import clear_lock
 from deme.job.records import IMAGE_COLUMN, RUN, Record, changes, provenance, read_record
 
 
@@ -144,7 +143,6 @@ class Session:
         if not run.output.exists():
             return False
         self.with_data(run).check_same()
-        clear_lock(run.folder)
         if os.environ.get("RANK", "0") == "0":  # accelerate is not imported yet
             print(f"{run.output} is complete")
         return True

@@ -329,7 +329,7 @@ def fingerprint(work: Path) -> dict[str, str | list]:
     found = {}
     for path in sorted((work / "runs").rglob("*")):
         name = str(path.relative_to(work))
-        if "events.out.tfevents" in name:
+        if "events.out.tfevents" in name or path.suffix == ".lock":  # a lock may outlive what is complete
             continue
         if path.is_dir():
             found[name] = "folder"
