@@ -3,15 +3,13 @@
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -29,9 +27,8 @@ SUFFIX_LENGTH = 8  # random characters that tempfile appends
 UMASK = os.umask(0o077)  # can be read only by setting it
 os.umask(UMASK)
 LARGEST = 1e38  # of a number: a larger one is damage, and fits neither float32 nor a plot
-NAMES = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
-NAMES |= {list: "a list", dict: "a mapping"}
-_hints = cache(get_type_hints)
+TYPES = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+TYPES |= {list: "a list", dict: "a mapping"}
 
 
 @contextmanager
@@ -192,25 +189,22 @@ def write_yaml(path: Path, values: dict) -> None:
 
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file."""
-    with naming(path):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(one_line(error)) from None
-        values = read_yaml_text(text)
-        if not isinstance(values, dict):
-            raise UserError("not a YAML mapping")
-    return values
+    return _read_mapping(path, read_yaml_text, "YAML mapping")
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
+    return _read_mapping(path, json.loads, "JSON object")
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any], name: str) -> dict:
+    with naming(path):
+        try:
+            values = parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(one_line(error)) from None
+        if not isinstance(values, dict):
+            raise UserError(f"not a {name}")
     return values
 
 
@@ -225,35 +219,30 @@ def checked(value: Any, kind: Any, name: str = "") -> Any:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return None if value is None else checked(value, parts[0], name)
-    if origin is list:
-        _check(isinstance(value, list), list, name)
-        return [checked(part, parts[0], f"{name}[{i}]") for i, part in enumerate(value)]
-    if origin is dict:
-        _check(isinstance(value, dict), dict, name)
-        return {checked(key, str, f"{name}: a key"): checked(value[key], parts[1], f"{name}.{key}") for key in value}
-    if is_dataclass(kind):
-        _check(isinstance(value, dict), dict, name)
-        return _made(kind, value, name)
     if kind is float and type(value) is int and abs(value) < LARGEST:
         value = float(value)
-    _check(type(value) is kind, kind, name)
-    if kind in (int, float):
-        _check(abs(value) < LARGEST and math.isfinite(value), kind, name)
-    if kind is str:  # JSON may hold halves of a character, which no file takes
-        _check(value.encode(errors="ignore").decode() == value, kind, name)
-    return value
-
-
-def _check(fits: bool, kind: type, name: str) -> None:
+    expected = dict if is_dataclass(kind) else origin or kind
+    fits = type(value) is expected
+    if fits and expected in (int, float):
+        fits = abs(value) < LARGEST  # false for NaN
+    if fits and expected is str:  # JSON may hold halves of a character, which no file takes
+        fits = value.encode(errors="ignore").decode() == value
     if not fits:
-        raise UserError(f"{name or 'it'} is not {NAMES[kind]}")
+        raise UserError(f"{name or 'it'} is not {TYPES[expected]}")
+    if is_dataclass(kind):
+        return _made(kind, value, name)
+    if expected is list:
+        return [checked(part, parts[0], f"{name}[{i}]") for i, part in enumerate(value)]
+    if expected is dict:
+        return {checked(key, str, f"{name}: a key"): checked(value[key], parts[1], f"{name}.{key}") for key in value}
+    return value
 
 
 def _made(kind: type, given: dict, name: str) -> Any:
     prefix = f"{name}." if name else ""
-    values = {}
+    values, hints = {}, get_type_hints(kind)
     for field in fields(kind):
-        hint = _hints(kind)[field.name]
+        hint = hints[field.name]
         if field.name in given or (get_origin(hint) is UnionType and field.default is MISSING):
             values[field.name] = checked(given.get(field.name), hint, prefix + field.name)
         elif field.default is MISSING:

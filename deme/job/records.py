@@ -2,10 +2,9 @@
 
 import hashlib
 import json
+import platform
 import subprocess
-import sys
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -19,24 +18,16 @@ from deme.job.machine import processor
 LONGEST_VALUE = 60  # characters of a setting in a message; longer values, as hashes, are left out
 
 
-class Policy(Enum):
-    """What happens to an output that was made from something else."""
-
-    REFUSE = "refuse"  # it took hours: a person decides
-    REPLACE = "replace"  # it is made anew, with a message
-    REBUILD = "rebuild"  # a cache: it is made anew
-
-
 @dataclass(frozen=True)
 class Kind:
     """A kind of output, and where its record is kept."""
 
     name: str  # for messages
-    policy: Policy
-    file: str | None = None  # YAML in the output's folder; None: the output carries its record itself
+    file: str | None = None  # YAML in the output's folder; None: a cache, which carries its record itself
     key: str | None = None  # of that file, with the record below; None: at its top, beside the provenance
     beside: dict[str, type] = field(default_factory=dict, hash=False)  # what else the file must hold
     later: tuple[str, ...] = ()  # known once the data is open: compared if both records have it
+    is_precious: bool = False  # it took hours: of other settings it is refused, others are made anew
 
 
 DATA = "data (SHA-256)"  # of the images that were read: all, or some of many
@@ -46,19 +37,18 @@ ARCHITECTURE = "architecture (SHA-256)"
 IMAGE_COLUMN = "data.image_column"  # the one that was read
 ENCODER = "encoders (SHA-256)"  # of a text-to-image pipeline
 WEIGHTS_HASH = "weights (SHA-256)"  # of a merged network, beside its record
-# what is written beside every record for the reader, and never compared
-PROVENANCE = {"git_commit": str | None, "versions": dict | None, "processor": str | None, "config": dict | None}
+PROVENANCE = ("git_commit", "versions", "processor", "config")  # beside every record, for the reader; never compared
 
 OF_DATA = (DATA, CONTENTS, IMAGE_COLUMN)
-RUN = Kind("a run", Policy.REFUSE, "config.yaml", "trained_from", {"free": dict}, OF_DATA)
-MERGED = Kind("a merged network", Policy.REPLACE, "merge.yaml")
-SAMPLES = Kind("samples", Policy.REFUSE, "samples.yaml", "identity", {"num_images": int})
-SEARCH = Kind("a search", Policy.REFUSE, "search.yaml", "searched")
-CLASSIFIER = Kind("a classifier", Policy.REBUILD)
-STATISTICS = Kind("statistics", Policy.REBUILD)
-IMAGES = Kind("decoded images", Policy.REBUILD)
-LATENTS = Kind("encoded images", Policy.REBUILD)
-ANALYSIS = Kind("an analysis", Policy.REBUILD)
+RUN = Kind("a run", "config.yaml", "trained_from", {"free": dict}, OF_DATA, is_precious=True)
+MERGED = Kind("a merged network", "merge.yaml")
+SAMPLES = Kind("samples", "samples.yaml", "identity", {"num_images": int}, is_precious=True)
+SEARCH = Kind("a search", "search.yaml", "searched", is_precious=True)
+CLASSIFIER = Kind("a classifier")
+STATISTICS = Kind("statistics")
+IMAGES = Kind("decoded images")
+LATENTS = Kind("encoded images")
+ANALYSIS = Kind("an analysis")
 
 
 @dataclass(frozen=True)
@@ -70,17 +60,16 @@ class Record:
     beside: dict[str, Any] = field(default_factory=dict)
 
     def fits(self, wanted: "Record", output: Path, remedy: str = "", overwrite: bool = False) -> bool:
-        """True if the output with this record is what is wanted; else its kind's policy is followed.
+        """True if the output with this record is what is wanted; a precious one that is not is refused.
 
         Args:
             remedy: what a person can do if it is refused.
-            overwrite: replace it instead.
+            overwrite: do not refuse it.
         """
         changed = changes(self.made_from, wanted.made_from, self.kind.later)
-        policy = Policy.REPLACE if overwrite else self.kind.policy
-        if changed and policy is Policy.REFUSE:
+        if changed and self.kind.is_precious and not overwrite:
             raise UserError(f"holds {self.kind.name} of other settings: {', '.join(changed)}; {remedy}")
-        if changed and policy is Policy.REPLACE:
+        if changed and self.kind.file is not None:
             print(f"{output} was made from something else: replacing it")
         return not changed
 
@@ -101,10 +90,10 @@ def read_record(kind: Kind, folder: Path) -> Record | None:
     if not file.exists():
         return None
     content = read_yaml(file)
-    expected_types = kind.beside | PROVENANCE if kind.key is None else {kind.key: dict} | kind.beside | PROVENANCE
+    expected_types = kind.beside if kind.key is None else {kind.key: dict, **kind.beside}
     for key, expected in expected_types.items():
         value = content.get(key)
-        if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        if type(value) is not expected:
             what = "is missing" if value is None else f"is {shown(value)[:LONGEST_VALUE]}"
             raise UserError(f"{file}: not the record of {kind.name}: {key} {what}")
     if kind.key is None:
@@ -112,7 +101,7 @@ def read_record(kind: Kind, folder: Path) -> Record | None:
         made_from = content
     else:
         made_from, beside = content.pop(kind.key), content
-    if not all(isinstance(key, str) for key in (*made_from, *beside)):
+    if not all(isinstance(key, str) for key in made_from):
         raise UserError(f"{file}: not the record of {kind.name}: a key is not a text")
     return Record(kind, made_from, beside)
 
@@ -137,9 +126,8 @@ def changes(before: dict[str, Any], now: dict[str, Any], later: tuple[str, ...] 
 def provenance(config: Config) -> dict[str, Any]:
     """Git commit, package versions, processor and resolved configuration."""
     packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy")
-    versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}
-    values = (_git_commit(), versions, processor(), config.recorded)
-    return dict(zip(PROVENANCE, values, strict=True))
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    return dict(zip(PROVENANCE, (_git_commit(), versions, processor(), config.recorded), strict=True))
 
 
 @cache

@@ -25,7 +25,7 @@ def test_records_are_read_as_they_were_written(tmp_path, kind):
     assert read_record(kind, tmp_path / "absent") is None
 
 
-def test_every_policy_is_followed(tmp_path, capsys):
+def test_other_settings_are_refused_or_replaced_by_kind(tmp_path, capsys):
     """Refused by name of what differs, with its values where they are short; replaced, saying so; rebuilt."""
     other = {"weights": "b" * 64, "steps": 20}
     with pytest.raises(UserError, match=r"^holds samples of other settings: steps=20 \(was 50\), weights; go away$"):
@@ -50,13 +50,10 @@ def test_damaged_records_are_named(tmp_path, content):
         read_record(SAMPLES, tmp_path)
 
 
-@pytest.mark.parametrize("line", ["num_images: true", "num_images: [1]", "versions: 3", "config: []", "git_commit: {}"])
-def test_what_stands_beside_a_record_has_its_type(tmp_path, line):
-    """Pages and messages rely on it."""
-    (tmp_path / SAMPLES.file).write_text(
-        f"identity: {{}}\nnum_images: 3\n{line}\n".replace("num_images: 3\nnum", "num")
-    )
-    with pytest.raises(UserError, match=f"not the record of samples: {line.split(':')[0]} is "):
+@pytest.mark.parametrize("value", ["true", "[1]", "a"])
+def test_what_stands_beside_a_record_has_its_type(tmp_path, value):
+    (tmp_path / SAMPLES.file).write_text(f"identity: {{}}\nnum_images: {value}\n")
+    with pytest.raises(UserError, match=r"not the record of samples: num_images is "):
         read_record(SAMPLES, tmp_path)
 
 
@@ -70,7 +67,7 @@ def test_caches_keep_their_names():
 def test_provenance_is_plain_yaml():
     record = provenance(Config())
     assert yaml.safe_load(yaml.safe_dump(record)) == record
-    assert tuple(record) == tuple(PROVENANCE)
+    assert tuple(record) == PROVENANCE
     assert record["versions"]["numpy"] == np.__version__
     assert record["processor"]
     assert record["config"]["finetune"]["range"] is None
