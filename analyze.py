@@ -54,12 +54,14 @@ def main(config: Config) -> None:
 
     # --- torch is imported after what can be answered without it
     from deme.analysis.material import Material
+    from deme.data.opening import open_source
     from deme.data.sources import data_hashes
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
 
-    made_of = data_hashes(config.data, paths.image_cache, with_captions=True) | inputs.hashes()
+    source = open_source(config.data)
+    made_of = data_hashes(source, paths.image_cache, with_captions=True) | inputs.hashes()
     accelerator = make_accelerator("no", "analyze")
-    material = Material(config, accelerator, pretrained, networks, made_of)
+    material = Material(config, accelerator, pretrained, networks, source, made_of)
     watched.check()  # what was hashed was read
 
     # --- tell the cost

@@ -57,14 +57,15 @@ def main(config: Config) -> None:
     from deme.search.ways import find
 
     # --- what is searched
-    made_of = data_hashes(config.data, config.paths.image_cache, with_captions=True) | model.hashes()
-    column = {IMAGE_COLUMN: open_source(config.data).data.image_column}
+    source = open_source(config.data)
+    made_of = data_hashes(source, config.paths.image_cache, with_captions=True) | model.hashes()
+    column = {IMAGE_COLUMN: source.data.image_column}
     pretrained, *finetuned = map(weights_hash, model.denoisers)
     weights = {"pretrained": pretrained, "finetuned": finetuned}
     made_from = searched(config) | column | model.spacing(config.sample) | weights | made_of
     wanted = Record(SEARCH, made_from, provenance(config))
     accelerator = make_accelerator(config.sample.mixed_precision, "sample.mixed_precision")
-    problem = Problem(config, accelerator, model.pipeline, made_of, output)
+    problem = Problem(config, accelerator, model.pipeline, source, made_of, output)
     watched.check()  # what was hashed was read
     with locked_by_all(accelerator, output / "claim", "search.output", wait=True):
         in_main_process(accelerator, lambda: claim(output, wanted))

@@ -24,6 +24,7 @@ from benchmarks.unets import CHURCH
 from deme.config.sections import Data
 from deme.data.decoding import ahead, available_threads
 from deme.data.images import CroppedImages
+from deme.data.opening import open_source
 from deme.data.sources import load_training_images
 from deme.report.tables import markdown_table
 from scripts.estimate import GPU_TFLOPS, unet_cost
@@ -82,7 +83,9 @@ def compare(title: str, data: Data, folder: Path, repeats: int) -> list[dict]:
 
     def load(name: str, **settings: float) -> float:
         part = Data(**{**vars(data), **settings})
-        return seconds(lambda: found.update({name: load_training_images(part, 3, folder / "cache").training}), "cpu")
+        return seconds(
+            lambda: found.update({name: load_training_images(open_source(part), 3, folder / "cache").training}), "cpu"
+        )
 
     first = {"in memory": load("in memory", cache_gb=100.0), "mapped file": load("mapped file", cache_gb=0.0)}
     load("on the fly", cache_gb=0.0, cache_disk_gb=0.0)

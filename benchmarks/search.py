@@ -28,6 +28,7 @@ from benchmarks.report import save
 from benchmarks.unets import CHURCH, SMALL
 from deme.config.experiment import Config
 from deme.config.reading import load_config
+from deme.data.opening import open_source
 from deme.job.files import atomic_file, read_json
 from deme.job.processes import make_accelerator
 from deme.measure.metrics import statistics as feature_statistics
@@ -123,7 +124,8 @@ class Bench:
         settings = replace(settings, **changed, seed_offset=settings.seed_offset + 1_000_000 * seed)
         folder = self.folder / str(seed)  # searches of one seed share the images of their control
         folder.mkdir(exist_ok=True)
-        return Problem(replace(self.config, search=settings), self.accelerator, self.pretrained, {}, folder)
+        source = open_source(self.config.data)
+        return Problem(replace(self.config, search=settings), self.accelerator, self.pretrained, source, {}, folder)
 
     def blocks(self, name: str, network_at: "NetworkAt") -> list[float]:
         """The distance of each block of the fresh seeds; kept in a file.

@@ -87,9 +87,12 @@ def main(output: Path) -> None:
 def load_images() -> tuple["torch.Tensor", "torch.Tensor"]:
     """The digits to train on and the held-out ones: float32 in [−1, 1], shape (N, 1, 8, 8)."""
     from deme.config.sections import Data
+    from deme.data.opening import open_source
     from deme.data.sources import load_training_images
 
-    split = load_training_images(Data(name="digits", resolution=8, held_out_images=HELD_OUT), 1, Path("unused"))
+    split = load_training_images(
+        open_source(Data(name="digits", resolution=8, held_out_images=HELD_OUT)), 1, Path("unused")
+    )
     images, held_out = (part.batch(range(len(part))).contiguous().float() / 127.5 - 1 for part in split)
     return images, held_out
 

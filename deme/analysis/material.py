@@ -14,6 +14,7 @@ from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.data.examples import load_examples
 from deme.data.images import Examples, TrainingImages
+from deme.data.opening import Source
 from deme.errors import UserError, naming
 from deme.job.arrays import Arrays, Keep, kept
 from deme.job.records import ANALYSIS, Record
@@ -44,6 +45,7 @@ class Material:
         accelerator: Accelerator,
         pretrained: Path,
         networks: dict[str, Path],
+        source: Source,
         made_of: dict[str, str],
     ):
         self.config = config
@@ -51,6 +53,7 @@ class Material:
         self.accelerator = accelerator
         self.pretrained = pretrained
         self.networks = networks
+        self.source = source
         self.made_of = made_of
         self.hashes = {name: weights_hash(folder) for name, folder in networks.items()}
         self.ranges = config.timesteps.ranges
@@ -126,7 +129,7 @@ class Material:
     def data(self) -> TrainingImages:
         """The training images and the held-out ones."""
         config = self.config
-        return load_examples(config, config.finetune, self.encoder, self.made_of, self.accelerator)
+        return load_examples(config, config.finetune, self.source, self.encoder, self.made_of, self.accelerator)
 
     @property
     def measured_on(self) -> str:

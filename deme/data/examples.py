@@ -9,6 +9,7 @@ index.json comes last, and says how many images there are.
 import json
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from deme.config.experiment import Config
-from deme.config.sections import Data, Training
+from deme.config.sections import Training
 from deme.data.decoding import ahead
-from deme.data.images import CaptionedImages, CroppedImages, TrainingImages, choose_caption
-from deme.data.opening import open_source
+from deme.data.images import CroppedImages, TrainingImages, choose_caption
+from deme.data.opening import Source
 from deme.data.sources import contents_hash, load_training_images, split_held_out
 from deme.errors import RunError, UserError, one_line
 from deme.job.files import atomic_file, make_folder, read_json
@@ -37,33 +38,39 @@ EMPTY = "empty.safetensors"
 
 
 def load_examples(
-    config: Config, settings: Training, encoder: Encoder, made_of: dict[str, str], accelerator: Accelerator
+    config: Config,
+    settings: Training,
+    source: Source,
+    encoder: Encoder,
+    made_of: dict[str, str],
+    accelerator: Accelerator,
 ) -> TrainingImages:
-    """The configured data as the encoder takes it.
+    """The data as the encoder takes it.
 
     Args:
         made_of: the hashes of the data, and of the encoders if there are any.
     """
-    data = config.data
+    data = source.data
     has_captions = data.caption_column is not None
     data.check("caption_column", has_captions or not encoder.takes_text, "a text-to-image model needs captions")
     data.check("caption_column", encoder.takes_text or not has_captions, "the model takes no captions")
     data.check("cache_latents", encoder.takes_text or not data.cache_latents, "the model works on pixels")
     if not data.cache_latents:
-        return load_training_images(data, encoder.image_channels, config.paths.image_cache, settings.caption_dropout)
+        return load_training_images(source, encoder.image_channels, config.paths.image_cache, settings.caption_dropout)
     encoder.prepare(accelerator.device, settings.mixed_precision)
-    folder = cached_latents(config, encoder, made_of, accelerator)
+    folder = cached_latents(config, source, encoder, made_of, accelerator)
     parts = split_held_out(data, read_count(folder))
     return TrainingImages(*(CachedLatents(folder, chosen, settings.caption_dropout) for chosen in parts))
 
 
-def cached_latents(config: Config, encoder: LatentsAndText, made_of: dict[str, str], accelerator: Accelerator) -> Path:
+def cached_latents(
+    config: Config, source: Source, encoder: LatentsAndText, made_of: dict[str, str], accelerator: Accelerator
+) -> Path:
     """The folder of the data's latents and embeddings, made once by all processes, while other jobs wait.
 
     What a killed job has encoded is used.
     """
     cache = config.paths.image_cache
-    source = open_source(config.data)
     made_from = {
         **{key: made_of[key] for key in (DATA, ENCODER)},
         CONTENTS: contents_hash(source, cache),
@@ -80,21 +87,15 @@ def cached_latents(config: Config, encoder: LatentsAndText, made_of: dict[str, s
     with locked_by_all(accelerator, folder, "output_dir", wait=True):
         if not is_complete():  # as it may be after the wait
             in_main_process(accelerator, lambda: make_folder(folder, "output_dir"))
-            images = _all_images(config.data, encoder, cache)
+            training = load_training_images(source, encoder.image_channels, cache).training
+            images = replace(training, chosen=None)  # all of them, those that are held out too
             parts = range(accelerator.process_index, num_parts(len(images)), accelerator.num_processes)
             for part in tqdm(parts, "encoding images", disable=not accelerator.is_main_process, mininterval=1):
-                write_part(folder, part, images, config.data.cached_views, encoder)
+                write_part(folder, part, images, source.data.cached_views, encoder)
             accelerator.wait_for_everyone()
             in_main_process(accelerator, lambda: write_index(folder, len(images), encoder))
             encoder.rest()
     return folder
-
-
-def _all_images(data: Data, encoder: LatentsAndText, cache: Path) -> CaptionedImages:
-    """The images with their captions, those that are held out too."""
-    images = load_training_images(data, encoder.image_channels, cache).training
-    crops = CroppedImages(images.images.images, data.resolution, data.center_crop, data.random_flip)
-    return CaptionedImages(crops, images.captions, dropout=0.0)
 
 
 # --- writing
@@ -110,7 +111,7 @@ def num_parts(count: int) -> int:
     return -(-count // PART)
 
 
-def write_part(folder: Path, part: int, images: CaptionedImages, views: int, encoder: LatentsAndText) -> None:
+def write_part(folder: Path, part: int, images: CroppedImages, views: int, encoder: LatentsAndText) -> None:
     """Encode a part's images and captions, unless that is done; views are drawn from the numbers of image and view."""
     file = part_file(folder, part)
     if file.exists():
@@ -121,7 +122,7 @@ def write_part(folder: Path, part: int, images: CaptionedImages, views: int, enc
     places = [(number, view) for number in numbers for view in range(views)]
 
     def crops(places: list[tuple[int, int]]) -> torch.Tensor:
-        return torch.cat([images.images.batch([number], np.random.default_rng((number, v))) for number, v in places])
+        return torch.cat([images.crops([number], np.random.default_rng((number, v))) for number, v in places])
 
     decoded = ahead(crops, _groups(places), images.threads)
     tensors = {

@@ -110,13 +110,15 @@ class StreamedImages(Sequence):
 
 @dataclass
 class CroppedImages:
-    """Square crops of images whose shorter side is `resolution`."""
+    """Square crops of images whose shorter side is `resolution`, each with a caption if the data has captions."""
 
     images: Sequence[torch.Tensor]
     resolution: int
     center_crop: bool
     random_flip: bool
     chosen: np.ndarray | None = None  # indices of the images to use; None: all
+    captions: Sequence[list[str]] | None = None  # of each row of the data set, one or more
+    caption_dropout: float = 0.0  # the probability of an empty caption
 
     def __post_init__(self):
         self.chosen = np.arange(len(self.images)) if self.chosen is None else self.chosen
@@ -125,15 +127,31 @@ class CroppedImages:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> torch.Tensor:
-        """The images at `indices`: uint8, shape (B, C, R, R), channels-last.
+    def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> torch.Tensor | Captioned:
+        """The crops at `indices`, with their captions if there are any.
 
-        `random` draws crops and flips; centre crops without flips need none.
+        `random` draws crops and flips, then captions. Without it, the first caption is taken.
         """
+        pixels = self.crops(indices, random)
+        if self.captions is None:
+            return pixels
+        texts = []
+        for index in indices:
+            captions = self.captions_of(index)
+            number = choose_caption(len(captions), self.caption_dropout, random)
+            texts.append("" if number is None else captions[number])
+        return Captioned(pixels, texts)
+
+    def captions_of(self, index: int) -> list[str]:
+        """All captions of an image."""
+        return self.captions[int(self.images.rows[self.chosen[index]])]
+
+    def crops(self, indices: Sequence[int], random: np.random.Generator | None = None) -> torch.Tensor:
+        """uint8, shape (B, C, R, R), channels-last; centre crops without flips need no generator."""
         chosen = self.chosen[np.asarray(indices)]
         stacked = getattr(self.images, "stacked", None)
         if stacked is not None:
-            return self._stacked_batch(stacked, chosen, random)
+            return self._stacked_crops(stacked, chosen, random)
         size = self.resolution
         crops = []
         for image in map(self.images.__getitem__, chosen):
@@ -142,7 +160,7 @@ class CroppedImages:
             crops.append((crop.flip(-1) if is_flipped else crop).permute(1, 2, 0))
         return torch.stack(crops).permute(0, 3, 1, 2)
 
-    def _stacked_batch(
+    def _stacked_crops(
         self, stacked: np.ndarray, chosen: np.ndarray, random: np.random.Generator | None
     ) -> torch.Tensor:
         """The same from images of one size, (N, H, W, C): three times as fast for small ones."""
@@ -161,36 +179,6 @@ class CroppedImages:
         if not self.center_crop:
             top, left = (random.integers(side - size + 1) if side > size else 0 for side in (height, width))
         return top, left, self.random_flip and random.random() < 0.5
-
-
-@dataclass
-class CaptionedImages:
-    """Square crops, each with one of its captions."""
-
-    images: CroppedImages
-    captions: Sequence[list[str]]  # of each row of the data set, one or more
-    dropout: float  # the probability of an empty caption
-
-    def __post_init__(self):
-        self.threads = self.images.threads
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def captions_of(self, index: int) -> list[str]:
-        """All captions of an image."""
-        images = self.images
-        return self.captions[int(images.images.rows[images.chosen[index]])]
-
-    def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> Captioned:
-        """The images at `indices`; `random` draws crops and flips, then captions."""
-        pixels = self.images.batch(indices, random)
-        texts = []
-        for index in indices:
-            captions = self.captions_of(index)
-            number = choose_caption(len(captions), self.dropout, random)
-            texts.append("" if number is None else captions[number])
-        return Captioned(pixels, texts)
 
 
 # --- micro-batches

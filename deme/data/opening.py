@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
 from PIL import Image
+from pyarrow import ArrowException
 from tqdm import tqdm
 
 from deme.config.sections import Data
@@ -20,16 +22,13 @@ from deme.data.folders import count_files, read_folder
 from deme.data.prompts import DIGIT_CAPTIONS
 from deme.errors import UserError, naming, one_line, shown
 
-if TYPE_CHECKING:
-    import datasets
-
 CSV_TEXTS = {"keep_default_na": False, "na_values": [""]}  # NA, null and None are texts; what is empty is missing
 
 
 class Rows(Sequence):
     """One column of a data set, read row by row; datasets' own Column looks through all batches for each row."""
 
-    def __init__(self, dataset: "datasets.Dataset", column: str):
+    def __init__(self, dataset: datasets.Dataset, column: str):
         self.dataset = dataset.select_columns([column])
         self.column = column
 
@@ -94,8 +93,6 @@ def open_source(data: Data) -> Source:
             rows, version = _open_images(data, files) if holds_images(files) else _open_tables(data, files)
         else:
             with _loading():
-                import datasets
-
                 rows, version = datasets.load_dataset(data.name, split=data.split), ""
     data = _with_columns(data, rows)
     if data.skip_uncaptioned and data.caption_column is not None:
@@ -122,10 +119,8 @@ def _digits(data: Data) -> Source:
     return Source(data, [Image.fromarray(image) for image in pixels], labels, captions, lambda: "digits")
 
 
-def _open_images(data: Data, files: list[File]) -> tuple["datasets.Dataset", str]:
+def _open_images(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
     """The rows of a folder of images, and an empty version: the fingerprint covers their files."""
-    import datasets
-
     folder = read_folder(files, data.caption_column)
     with _loading():
         rows = {split: [] for split in dict.fromkeys(folder.splits)}
@@ -143,10 +138,8 @@ def _open_images(data: Data, files: list[File]) -> tuple["datasets.Dataset", str
     return opened, ""
 
 
-def _open_tables(data: Data, files: list[File]) -> tuple["datasets.Dataset", str]:
+def _open_tables(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
     """The rows of the tables in a folder, and the version of its files, which names the cache of `datasets`."""
-    import datasets
-
     folder = Path(data.name).resolve()
     for pattern in ("[", "]", "*", "?", "::"):
         if pattern in str(folder):
@@ -185,9 +178,8 @@ def _loading() -> Iterator[None]:
 # --- columns
 
 
-def _with_columns(data: Data, rows: "datasets.Dataset") -> Data:
+def _with_columns(data: Data, rows: datasets.Dataset) -> Data:
     """The settings with their columns checked; a missing column of images is replaced by the only one there is."""
-    import datasets
 
     def holds_images(feature: Any) -> bool:
         is_struct = isinstance(feature, dict) and {*feature} <= {"bytes", "path"}
@@ -204,11 +196,8 @@ def _with_columns(data: Data, rows: "datasets.Dataset") -> Data:
     return data
 
 
-def _undecoded(data: Data, rows: "datasets.Dataset") -> Rows:
+def _undecoded(data: Data, rows: datasets.Dataset) -> Rows:
     """The column of images."""
-    import datasets
-    from pyarrow import ArrowException
-
     kind = _array_type(rows.features[data.image_column])
     if kind == "uint8":
         return Rows(rows, data.image_column)
@@ -222,8 +211,6 @@ def _undecoded(data: Data, rows: "datasets.Dataset") -> Rows:
 
 def _array_type(feature: Any) -> str | None:
     """The type of the numbers in a column of arrays or nested lists; None for other columns."""
-    import datasets
-
     if isinstance(feature, (datasets.Array2D, datasets.Array3D)):
         return feature.dtype
     depth = 0

@@ -12,15 +12,8 @@ from tqdm import tqdm
 
 from deme.config.sections import Data
 from deme.data.decoding import ahead, decode_image, decoding, decoding_threads
-from deme.data.images import (
-    HELD_OUT_CHOICE,
-    CachedImages,
-    CaptionedImages,
-    CroppedImages,
-    StreamedImages,
-    TrainingImages,
-)
-from deme.data.opening import Source, open_source
+from deme.data.images import HELD_OUT_CHOICE, CachedImages, CroppedImages, StreamedImages, TrainingImages
+from deme.data.opening import Source
 from deme.errors import UserError, shown
 from deme.job.files import atomic_folder
 from deme.job.locks import locked
@@ -29,7 +22,7 @@ from deme.job.records import CONTENTS, DATA, IMAGES, Record
 FINGERPRINTED = 1_000  # images
 
 
-def load_training_images(data: Data, channels: int, cache: Path, caption_dropout: float = 0.0) -> TrainingImages:
+def load_training_images(source: Source, channels: int, cache: Path, caption_dropout: float = 0.0) -> TrainingImages:
     """The images to train on, and the `data.held_out_images` others (centre-cropped, not flipped).
 
     Args:
@@ -37,16 +30,14 @@ def load_training_images(data: Data, channels: int, cache: Path, caption_dropout
         cache: folder for images that don't fit into `data.cache_gb` of memory.
         caption_dropout: the probability of an empty caption, where the data has any.
     """
-    source = open_source(data)
+    data = source.data
     images = _load(source, channels, cache)
     trained, held_out = split_held_out(data, len(images))
-    parts = (
-        CroppedImages(images, data.resolution, data.center_crop, data.random_flip, trained),
-        CroppedImages(images, data.resolution, center_crop=True, random_flip=False, chosen=held_out),
+    captions = (source.captions, caption_dropout)
+    return TrainingImages(
+        CroppedImages(images, data.resolution, data.center_crop, data.random_flip, trained, *captions),
+        CroppedImages(images, data.resolution, True, False, held_out, *captions),
     )
-    if source.captions is not None:
-        parts = (CaptionedImages(part, source.captions, caption_dropout) for part in parts)
-    return TrainingImages(*parts)
 
 
 def split_held_out(data: Data, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,9 +52,9 @@ def split_held_out(data: Data, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[held_out:]), order[:held_out]
 
 
-def load_evaluation_images(data: Data, cache: Path) -> tuple[CroppedImages, torch.Tensor | None]:
+def load_evaluation_images(source: Source, cache: Path) -> tuple[CroppedImages, torch.Tensor | None]:
     """All images as RGB, centre-cropped and not flipped, and int64 class indices (N,), if the data has labels."""
-    source = open_source(data)
+    data = source.data
     images = _load(source, 3, cache)
     classes = None
     if source.labels is not None:
@@ -78,15 +69,14 @@ def load_evaluation_images(data: Data, cache: Path) -> tuple[CroppedImages, torc
 # --- hashes
 
 
-def data_hashes(data: Data, cache: Path, with_labels: bool = False, with_captions: bool = False) -> dict[str, str]:
+def data_hashes(source: Source, cache: Path, with_labels: bool = False, with_captions: bool = False) -> dict[str, str]:
     """SHA-256 of the data for records.
 
     DATA covers up to FINGERPRINTED decoded images, evenly spread, and all labels and captions if wanted: a training run
     may change its label_column. CONTENTS covers all images of a larger local folder.
     """
-    source = open_source(data)
     hashes = {DATA: _sampled_hash(source, with_labels, with_captions)}
-    if Path(data.name).is_dir() and len(source.rows) > FINGERPRINTED:
+    if Path(source.data.name).is_dir() and len(source.rows) > FINGERPRINTED:
         hashes[CONTENTS] = contents_hash(source, cache)
     return hashes
 

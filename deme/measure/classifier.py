@@ -19,7 +19,7 @@ from tqdm import trange
 
 from deme.config.experiment import Config
 from deme.config.sections import LEAST_CLASSIFIED
-from deme.data.opening import open_source
+from deme.data.opening import Source, open_source
 from deme.data.sources import data_hashes, load_evaluation_images
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file
@@ -139,10 +139,9 @@ def _augment(pixels: torch.Tensor, random_flip: bool) -> torch.Tensor:
     return pixels.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def evaluated_data(config: Config, with_labels: bool = False) -> dict[str, Any]:
+def evaluated_data(config: Config, source: Source, with_labels: bool = False) -> dict[str, Any]:
     """The record of the images that are evaluated: the settings that choose them, and their SHA-256."""
-    settings = open_source(config.data).data.tagged("statistics")
-    return {"data": settings, **data_hashes(config.data, config.paths.image_cache, with_labels)}
+    return {"data": source.data.tagged("statistics"), **data_hashes(source, config.paths.image_cache, with_labels)}
 
 
 def check_classified(features: str, width: int, height: int) -> None:
@@ -163,12 +162,13 @@ def trained_classifier(config: Config, accelerator: Accelerator) -> tuple[Classi
         "precision": config.evaluate.classifier_precision,
         "seed": config.seed,
     }
-    wanted = Record(CLASSIFIER, evaluated_data(config, with_labels=True) | training)
+    source = open_source(config.data)
+    wanted = Record(CLASSIFIER, evaluated_data(config, source, with_labels=True) | training)
 
     def train() -> None:
         if load_classifier(file, wanted) is not None:
             return
-        images, labels = load_evaluation_images(config.data, config.paths.image_cache)
+        images, labels = load_evaluation_images(source, config.paths.image_cache)
         if labels is None:
             raise UserError("data.label_column=null: evaluate.features=classifier needs labels")
         pixels = images.batch(range(len(images)))

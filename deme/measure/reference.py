@@ -99,14 +99,15 @@ class Images:
 
 def _images_of_data(config: Config) -> Images:
     """The images of the configured data."""
+    source = open_source(config.data)
 
     def opened():
-        images, _ = load_evaluation_images(config.data, config.paths.image_cache)
+        images, _ = load_evaluation_images(source, config.paths.image_cache)
         if len(images) < 2:
             raise UserError(f"data.name={config.data.name}: {len(images)} image, statistics need at least 2")
         return len(images), lambda part: images.batch(range(part.start, part.stop)), images.threads
 
-    return Images(evaluated_data(config), config.paths.reference, opened)
+    return Images(evaluated_data(config, source), config.paths.reference, opened)
 
 
 def _images_of_folder(config: Config) -> Images:

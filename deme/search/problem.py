@@ -12,6 +12,7 @@ from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.data.examples import load_examples
 from deme.data.images import Examples
+from deme.data.opening import Source
 from deme.data.prompts import load_prompts
 from deme.errors import naming
 from deme.job.arrays import Arrays, kept
@@ -46,12 +47,19 @@ class Problem:
     """
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, pretrained: Path, made_of: dict[str, str], folder: Path
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        pretrained: Path,
+        source: Source,
+        made_of: dict[str, str],
+        folder: Path,
     ):
         self.folder = folder
         self.config = config
         self.settings = config.search
         self.accelerator = accelerator
+        self.source = source
         self.made_of = made_of
         folders = [denoiser_folder(pretrained), *config.paths.finetuned]
         self.architecture = common_architecture(folders)
@@ -85,7 +93,9 @@ class Problem:
     @cached_property
     def _images(self) -> Examples:
         config = self.config
-        images = load_examples(config, config.finetune, self.encoder, self.made_of, self.accelerator).training
+        images = load_examples(
+            config, config.finetune, self.source, self.encoder, self.made_of, self.accelerator
+        ).training
         self.encoder.prepare(self.accelerator.device, config.sample.mixed_precision)  # the cache is in finetune's
         return images
 

@@ -123,18 +123,23 @@ class Session:
         return TrainingRun(objective, settings, folder, output, record)
 
     @cached_property
+    def source(self) -> Any:
+        """The data set, opened once."""
+        from deme.data.opening import open_source
+
+        return open_source(self.config.data)
+
+    @cached_property
     def data_hashes(self) -> dict[str, str]:
         """SHA-256 of the images and captions. Imports torch, as nothing else reads images."""
         from deme.data.sources import data_hashes
 
-        return data_hashes(self.config.data, self.config.paths.image_cache, with_captions=True)
+        return data_hashes(self.source, self.config.paths.image_cache, with_captions=True)
 
     def with_data(self, run: TrainingRun) -> TrainingRun:
         """The run with the hashes of the data in its record."""
-        from deme.data.opening import open_source
-
-        made_from = run.record.made_from | self.data_hashes
-        made_from[IMAGE_COLUMN] = open_source(self.config.data).data.image_column
+        column = {IMAGE_COLUMN: self.source.data.image_column}
+        made_from = run.record.made_from | self.data_hashes | column
         return replace(run, record=replace(run.record, made_from=made_from))
 
     def is_complete(self, run: TrainingRun) -> bool:

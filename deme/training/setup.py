@@ -79,7 +79,8 @@ def open_training(session: Session, load: Callable[[], Start], watched: Watched,
     start = load()
     accelerator.wait_for_everyone()
     watched.check()  # every process has read the same files
-    images = load_examples(session.config, settings, start.encoder, session.data_hashes | made_from, accelerator)
+    made_of = session.data_hashes | made_from
+    images = load_examples(session.config, settings, session.source, start.encoder, made_of, accelerator)
     return Opened(accelerator, start, images)
 
 

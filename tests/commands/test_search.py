@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_text_to_image import text_config, text_to_image  # noqa: F401  fixtures
 
 from deme.config.reading import load_config
+from deme.data.opening import open_source
 from deme.models.denoisers import with_projections
 from deme.models.searched import SECONDS, seconds_of
 from deme.models.variants import find_pretrained
@@ -112,7 +113,7 @@ def test_what_is_found_is_what_merge_py_merges(method, config_file, root):
     run("merge.py", config_file, "merge.coefficients=search")
     merged = load_file(root / "tiny" / "merged" / "unet" / WEIGHTS)
     config = load_config(config_file, options)
-    problem = Problem(config, Accelerator(cpu=True), find_pretrained(config.paths), {}, root)
+    problem = Problem(config, Accelerator(cpu=True), find_pretrained(config.paths), open_source(config.data), {}, root)
     problem.candidates.form(problem.network, list(found["coefficients"].values()))
     expected = problem.network.state_dict()
     assert merged.keys() == expected.keys()

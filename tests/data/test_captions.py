@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from deme.config.sections import Data
-from deme.data.images import CachedImages, CaptionedImages, CroppedImages, choose_caption
+from deme.data.images import CachedImages, CroppedImages, choose_caption
+from deme.data.opening import open_source
 from deme.data.prompts import PROMPTS, claim_prompts, load_prompts, read_prompts
 from deme.data.sources import data_hashes, load_training_images
 from deme.errors import UserError
@@ -13,11 +14,11 @@ from deme.errors import UserError
 COUNT = 20_000
 
 
-def captioned(captions: list[list[str]], dropout: float) -> CaptionedImages:
+def captioned(captions: list[list[str]], dropout: float) -> CroppedImages:
     """As many gray 2×2 images as captions."""
     sizes = np.full((len(captions), 2), 2)
     images = CachedImages(np.zeros(4 * len(captions), dtype=np.uint8), sizes, np.arange(len(captions)), 1)
-    return CaptionedImages(CroppedImages(images, 2, center_crop=True, random_flip=False), captions, dropout)
+    return CroppedImages(images, 2, True, False, captions=captions, caption_dropout=dropout)
 
 
 def test_captions_are_dropped_with_their_probability():
@@ -50,17 +51,21 @@ def test_images_without_captions_draw_what_they_have_always_drawn():
 
 
 def test_digits_have_captions(tmp_path):
-    images = load_training_images(Data(caption_column="caption"), 1, tmp_path).training
+    images = load_training_images(open_source(Data(caption_column="caption")), 1, tmp_path).training
     assert images.batch([3, 0]).captions == ["a handwritten three", "a handwritten zero"]
-    assert torch.equal(images.batch([3]).pixels, load_training_images(Data(), 1, tmp_path).training.batch([3]))
+    assert torch.equal(
+        images.batch([3]).pixels, load_training_images(open_source(Data()), 1, tmp_path).training.batch([3])
+    )
 
 
 def test_captions_are_part_of_what_is_read(tmp_path):
     """Of a training run; statistics of images do not depend on them."""
     captioned = Data(caption_column="caption")
-    with_captions, without = (data_hashes(data, tmp_path, with_captions=True) for data in (captioned, Data()))
+    with_captions, without = (
+        data_hashes(open_source(data), tmp_path, with_captions=True) for data in (captioned, Data())
+    )
     assert with_captions != without
-    assert data_hashes(captioned, tmp_path) == data_hashes(Data(), tmp_path)
+    assert data_hashes(open_source(captioned), tmp_path) == data_hashes(open_source(Data()), tmp_path)
 
 
 @pytest.mark.parametrize(

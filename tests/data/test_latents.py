@@ -28,8 +28,8 @@ def folder(tmp_path, monkeypatch):
     """The first 20 digits, 8 images in a part."""
     monkeypatch.setattr("deme.data.examples.PART", 8)
     data = Data(split="train", caption_column="caption")
-    images = load_training_images(data, 1, tmp_path).training
-    images.images.chosen = images.images.chosen[:20]
+    images = load_training_images(open_source(data), 1, tmp_path).training
+    images.chosen = images.chosen[:20]
     (tmp_path / "cache").mkdir()
     for part in range(3):
         write_part(tmp_path / "cache", part, images, 1, ENCODER)

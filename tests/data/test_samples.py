@@ -5,6 +5,7 @@ from PIL import Image
 
 from deme.config.paths import image_path
 from deme.config.sections import Data
+from deme.data.opening import open_source
 from deme.data.samples import (
     check_sizes,
     claim_samples,
@@ -142,7 +143,7 @@ def test_samples_are_read_as_data_is(tmp_path):
     assert [path.name for path in paths] == ["a.png", "b.png", "c.png", "d.tga"]
     assert check_sizes(paths) == (8, 12)
     data = Data(name=str(tmp_path), label_column=None, resolution=8)
-    images = load_evaluation_images(data, tmp_path / "cache")[0].images
+    images = load_evaluation_images(open_source(data), tmp_path / "cache")[0].images
     assert all(torch.equal(one, other) for one, other in zip(read_images(paths), images, strict=True))
 
 

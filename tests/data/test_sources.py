@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 
 def test_digits_are_all_there(tmp_path):
-    images, _ = load_training_images(Data(), 1, tmp_path)
+    images, _ = load_training_images(open_source(Data()), 1, tmp_path)
     batch = images.batch(np.arange(len(images)), random_state())
     assert batch.shape == (1797, 1, 8, 8)
     assert batch.dtype == torch.uint8
@@ -46,7 +46,7 @@ def test_digits_are_all_there(tmp_path):
 
 
 def test_evaluation_images_are_rgb_with_labels(tmp_path):
-    images, labels = load_evaluation_images(Data(), tmp_path)
+    images, labels = load_evaluation_images(open_source(Data()), tmp_path)
     pixels = images.batch(range(len(images)))
     assert pixels.shape == (1797, 3, 8, 8)
     assert torch.equal(pixels[:, 0], pixels[:, 2])
@@ -54,16 +54,16 @@ def test_evaluation_images_are_rgb_with_labels(tmp_path):
 
 
 def test_an_image_folder_is_resized_to_its_shorter_side_and_cropped(folder, tmp_path):
-    images, _ = load_training_images(Data(name=folder, resolution=3), 3, tmp_path)
+    images, _ = load_training_images(open_source(Data(name=folder, resolution=3)), 3, tmp_path)
     assert sorted(tuple(image.shape) for image in images.images) == [(3, 3, 4), (3, 4, 3)]
     assert images.batch(np.array([0, 1]), random_state()).shape == (2, 3, 3, 3)
-    images, labels = load_evaluation_images(Data(name=folder, resolution=3), tmp_path)
+    images, labels = load_evaluation_images(open_source(Data(name=folder, resolution=3)), tmp_path)
     assert images.batch([0, 1]).shape == (2, 3, 3, 3)
     assert labels.tolist() == [0, 1]
 
 
 def test_small_images_are_enlarged(folder, tmp_path):
-    images, _ = load_training_images(Data(name=folder, resolution=32), 1, tmp_path)
+    images, _ = load_training_images(open_source(Data(name=folder, resolution=32)), 1, tmp_path)
     assert images.batch(np.array([0]), random_state()).shape == (1, 1, 32, 32)
 
 
@@ -95,7 +95,7 @@ def test_centre_crop_without_flip_ignores_the_generator():
 )
 def test_mistakes_name_the_key(folder, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        load_training_images(Data(**({"name": folder, "resolution": 8} | change)), 3, tmp_path)
+        load_training_images(open_source(Data(**({"name": folder, "resolution": 8} | change))), 3, tmp_path)
 
 
 def table(tmp_path, name: str, columns: dict, features: datasets.Features | None = None) -> str:
@@ -117,8 +117,13 @@ def test_the_only_column_of_images_is_read_where_another_is_named(tmp_path, caps
     for name in (str(tmp_path / "told"), table(tmp_path, "untold", {"image": rows, "label": [0, 1]})):
         data = Data(name=name, image_column="img")
         assert open_source(data).data.image_column == "image"
-        assert data_hashes(data, tmp_path) == data_hashes(Data(name=name), tmp_path)
-        assert load_training_images(data, 3, tmp_path).training.batch([0], random_state()).shape == (1, 3, 8, 8)
+        assert data_hashes(open_source(data), tmp_path) == data_hashes(open_source(Data(name=name)), tmp_path)
+        assert load_training_images(open_source(data), 3, tmp_path).training.batch([0], random_state()).shape == (
+            1,
+            3,
+            8,
+            8,
+        )
         assert capsys.readouterr().out == f"data.image_column=img: {name} has none; image, its only images, is read\n"
     for columns in ({"a": rows, "b": rows}, {"label": [0, 1]}):
         data = Data(name=table(tmp_path, "+".join(columns), columns), image_column="img", label_column=None)
@@ -233,19 +238,21 @@ def test_columns_of_arrays_hold_bytes_or_are_refused(tmp_path):
         name = table(tmp_path, f"{number}", {"image": pixels.tolist()}, features)
         for cache_gb in (0, 1):
             data = Data(name=name, label_column=None, cache_gb=cache_gb)
-            images = load_training_images(data, 3, tmp_path / "cache").training.batch(range(2), random_state())
+            images = load_training_images(open_source(data), 3, tmp_path / "cache").training.batch(
+                range(2), random_state()
+            )
             assert np.array_equal(images.permute(0, 2, 3, 1), pixels)
     for kind in ("float32", "int64"):
         features = datasets.Features({"image": datasets.Array3D((8, 8, 3), kind)})
         data = Data(name=table(tmp_path, kind, {"image": pixels.tolist()}, features), label_column=None)
         with pytest.raises(UserError, match=f"image_column=image: holds no images: .* {kind}, whose range is not"):
-            load_training_images(data, 3, tmp_path)
+            load_training_images(open_source(data), 3, tmp_path)
     first = datasets.Features({"image": datasets.Array3D((3, 8, 8), "uint8")})
     data = Data(
         name=table(tmp_path, "first", {"image": pixels.transpose(0, 3, 1, 2).tolist()}, first), label_column=None
     )
     with pytest.raises(UserError, match=r"row 0: not a readable image: an array of uint8, \(3, 8, 8\)"):
-        load_training_images(data, 3, tmp_path)
+        load_training_images(open_source(data), 3, tmp_path)
 
 
 def test_images_at_addresses_are_opened_as_datasets_opens_them(tmp_path):
@@ -255,7 +262,9 @@ def test_images_at_addresses_are_opened_as_datasets_opens_them(tmp_path):
         archive.write(tmp_path / "a.png", "in/a.png")
     address = f"zip://in/a.png::{tmp_path / 'a.zip'}"
     data = Data(name=table(tmp_path, "paths", {"image": [address]}), label_column=None)
-    assert load_training_images(data, 3, tmp_path).training.batch([0], random_state())[0, :, 0, 0].tolist() == [*RED]
+    assert load_training_images(open_source(data), 3, tmp_path).training.batch([0], random_state())[
+        0, :, 0, 0
+    ].tolist() == [*RED]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
@@ -264,8 +273,8 @@ def test_unreadable_images_stop_the_run_or_are_skipped(folder, tmp_path, capsys,
     bad.write_bytes((bad.with_name("0.png")).read_bytes()[:150] if content == "truncated" else content)
     data = {"name": folder, "resolution": 8}
     with pytest.raises(UserError, match=r"row 1 \(.*cat/1\.png\): not a readable image"):
-        load_training_images(Data(**data), 3, tmp_path)
-    images, labels = load_evaluation_images(Data(**data, skip_unreadable=True), tmp_path)
+        load_training_images(open_source(Data(**data)), 3, tmp_path)
+    images, labels = load_evaluation_images(open_source(Data(**data, skip_unreadable=True)), tmp_path)
     assert len(images) == 2
     assert labels.tolist() == [0, 1]
     assert "skipped 1 of 3 images" in capsys.readouterr().out
@@ -276,31 +285,33 @@ def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "images" / "a.png").write_text("text")
     data = Data(name=str(tmp_path / "images"), label_column=None, skip_unreadable=True)
     with pytest.raises(UserError, match="none of its 1 images can be read"):
-        load_training_images(data, 3, tmp_path)
+        load_training_images(open_source(data), 3, tmp_path)
 
 
 def test_parquet_and_arrow_folders_are_read(folder, tmp_path):
     rows = datasets.load_dataset(folder, split="train")
     (tmp_path / "parquet").mkdir()
     rows.to_parquet(tmp_path / "parquet" / "train.parquet")
-    expected = load_training_images(Data(name=folder), 3, tmp_path)[0].batch([0, 1], random_state())
-    found = load_training_images(Data(name=str(tmp_path / "parquet")), 3, tmp_path)[0].batch([0, 1], random_state())
+    expected = load_training_images(open_source(Data(name=folder)), 3, tmp_path)[0].batch([0, 1], random_state())
+    found = load_training_images(open_source(Data(name=str(tmp_path / "parquet"))), 3, tmp_path)[0].batch(
+        [0, 1], random_state()
+    )
     assert torch.equal(found, expected)
 
 
 def test_the_file_cache_holds_the_same_images_and_is_built_once(folder, tmp_path, monkeypatch):
     """cache_gb: 0 maps a file; the second time nothing is decoded; other preprocessing makes another file."""
-    in_memory, _ = load_training_images(Data(name=folder), 3, tmp_path / "cache")
+    in_memory, _ = load_training_images(open_source(Data(name=folder)), 3, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
-    mapped, _ = load_training_images(Data(name=folder, cache_gb=0), 3, tmp_path / "cache")
+    mapped, _ = load_training_images(open_source(Data(name=folder, cache_gb=0)), 3, tmp_path / "cache")
     for one, other in zip(in_memory.images, mapped.images, strict=True):
         assert torch.equal(one, other)
     monkeypatch.setattr("deme.data.sources.decode_image", lambda *_: pytest.fail("decoded again"))
-    again, _ = load_training_images(Data(name=folder, cache_gb=0), 3, tmp_path / "cache")
+    again, _ = load_training_images(open_source(Data(name=folder, cache_gb=0)), 3, tmp_path / "cache")
     assert torch.equal(again.batch([0, 1], random_state()), in_memory.batch([0, 1], random_state()))
     monkeypatch.undo()
-    load_training_images(Data(name=folder, cache_gb=0, resolution=4), 3, tmp_path / "cache")
-    load_training_images(Data(name=folder, cache_gb=0), 1, tmp_path / "cache")
+    load_training_images(open_source(Data(name=folder, cache_gb=0, resolution=4)), 3, tmp_path / "cache")
+    load_training_images(open_source(Data(name=folder, cache_gb=0)), 1, tmp_path / "cache")
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 3
 
 
@@ -310,24 +321,24 @@ def test_held_out_images_are_the_same_for_all_and_never_trained_on(tmp_path):
     def found(images) -> list[bytes]:
         return [image.numpy().tobytes() for image in images.batch(range(len(images)), random_state())]
 
-    everything, none = load_training_images(Data(), 1, tmp_path)
+    everything, none = load_training_images(open_source(Data()), 1, tmp_path)
     assert len(none) == 0
-    training, held_out = load_training_images(Data(held_out_images=100), 1, tmp_path)
+    training, held_out = load_training_images(open_source(Data(held_out_images=100)), 1, tmp_path)
     assert (len(training), len(held_out)) == (1697, 100)
     assert sorted(found(training) + found(held_out)) == sorted(found(everything))
-    assert found(load_training_images(Data(held_out_images=100), 1, tmp_path)[1]) == found(held_out)
+    assert found(load_training_images(open_source(Data(held_out_images=100)), 1, tmp_path)[1]) == found(held_out)
     with pytest.raises(UserError, match=r"data\.held_out_images=1797: digits has 1797 images"):
-        load_training_images(Data(held_out_images=1797), 1, tmp_path)
+        load_training_images(open_source(Data(held_out_images=1797)), 1, tmp_path)
 
 
 def test_the_hash_tells_other_images_and_where_asked_for_other_labels(folder, tmp_path):
     """A training run may change its label_column; a classifier is made of it."""
     data = {label: Data(name=folder, label_column=label) for label in ("label", None)}
-    before = data_hashes(data[None], tmp_path)
-    assert data_hashes(data["label"], tmp_path) == before
-    assert data_hashes(data["label"], tmp_path, with_labels=True) != before
+    before = data_hashes(open_source(data[None]), tmp_path)
+    assert data_hashes(open_source(data["label"]), tmp_path) == before
+    assert data_hashes(open_source(data["label"]), tmp_path, with_labels=True) != before
     Image.effect_noise((12, 9), 90).save(tmp_path / "images" / "train" / "cat" / "0.png")
-    assert data_hashes(data[None], tmp_path) != before
+    assert data_hashes(open_source(data[None]), tmp_path) != before
 
 
 def test_one_image_of_many_is_not_changed_without_being_noticed(tmp_path, monkeypatch):
@@ -338,29 +349,33 @@ def test_one_image_of_many_is_not_changed_without_being_noticed(tmp_path, monkey
     for number in range(4):
         Image.effect_noise((8, 8), 90).save(images / f"{number}.png")
     data = Data(name=str(images), label_column=None)
-    before = data_hashes(data, cache)
+    before = data_hashes(open_source(data), cache)
     read = []
     monkeypatch.setattr(Source, "contents", lambda self, original=Source.contents: read.append(1) or original(self))
-    assert data_hashes(data, cache) == before
+    assert data_hashes(open_source(data), cache) == before
     assert not read
     Image.effect_noise((8, 8), 90).save(images / "1.png")
-    after = data_hashes(data, cache)
+    after = data_hashes(open_source(data), cache)
     assert (after[DATA], read) == (before[DATA], [1])
     assert after[CONTENTS] != before[CONTENTS]
     monkeypatch.setattr(sources, "FINGERPRINTED", 4)
-    assert data_hashes(data, cache).keys() == {DATA}  # which looks at all
+    assert data_hashes(open_source(data), cache).keys() == {DATA}  # which looks at all
 
 
 def test_data_larger_than_the_caches_are_decoded_on_the_fly(folder, tmp_path):
     """cache_gb and cache_disk_gb of 0: the same images, and nothing is written."""
-    cached = load_training_images(Data(name=folder), 3, tmp_path / "cache").training
-    streamed = load_training_images(Data(name=folder, cache_gb=0, cache_disk_gb=0), 3, tmp_path / "cache").training
+    cached = load_training_images(open_source(Data(name=folder)), 3, tmp_path / "cache").training
+    streamed = load_training_images(
+        open_source(Data(name=folder, cache_gb=0, cache_disk_gb=0)), 3, tmp_path / "cache"
+    ).training
     assert isinstance(streamed.images, StreamedImages)
     for seed in range(5):
         batches = [images.batch([0, 1, 0], np.random.default_rng(seed)) for images in (cached, streamed)]
         assert torch.equal(*batches)
     assert not (tmp_path / "cache").exists()
-    evaluated, labels = load_evaluation_images(Data(name=folder, cache_gb=0, cache_disk_gb=0), tmp_path / "cache")
+    evaluated, labels = load_evaluation_images(
+        open_source(Data(name=folder, cache_gb=0, cache_disk_gb=0)), tmp_path / "cache"
+    )
     assert evaluated.batch([0, 1]).shape == (2, 3, 8, 8)
     assert labels.tolist() == [0, 1]
 
@@ -369,12 +384,12 @@ def test_unreadable_images_are_skipped_on_the_fly_after_one_pass(folder, tmp_pat
     """Which rows can be read is kept; without skip_unreadable the bad one stops whoever asks for it, by name."""
     (tmp_path / "images" / "train" / "cat" / "1.png").write_text("text")
     settings = {"name": folder, "cache_gb": 0, "cache_disk_gb": 0}
-    images = load_training_images(Data(**settings), 3, tmp_path / "cache").training
+    images = load_training_images(open_source(Data(**settings)), 3, tmp_path / "cache").training
     with pytest.raises(UserError, match=r"row 1 \(.*cat/1\.png\): not a readable image"):
         images.batch([0, 1, 2], random_state())
     skipping = Data(**settings, skip_unreadable=True)
     for _ in range(2):
-        images = load_training_images(skipping, 3, tmp_path / "cache").training
+        images = load_training_images(open_source(skipping), 3, tmp_path / "cache").training
         assert len(images) == 2
         assert images.batch([0, 1], random_state()).shape == (2, 3, 8, 8)
     assert capsys.readouterr().out.count("skipped 1 of 3 images") == 1

@@ -1,6 +1,7 @@
 import torch
 
 from deme.config.sections import Data
+from deme.data.opening import open_source
 from deme.data.sources import load_evaluation_images
 from deme.job.records import CLASSIFIER, Record
 from deme.measure.classifier import load_classifier, save_classifier, train_classifier
@@ -8,7 +9,7 @@ from deme.measure.classifier import load_classifier, save_classifier, train_clas
 
 def test_the_classifier_knows_the_digits(tmp_path):
     """At least 97 % on digits it was not trained on; saved and loaded it gives the same features."""
-    images, labels = load_evaluation_images(Data(), tmp_path)
+    images, labels = load_evaluation_images(open_source(Data()), tmp_path)
     pixels = images.batch(range(len(images)))
     device = torch.device("cpu")
     classifier, accuracy = train_classifier(

@@ -8,10 +8,9 @@ from PIL import Image
 from torch import nn
 
 from deme.config.experiment import Config
-from deme.config.sections import Evaluate
+from deme.config.sections import Data, Evaluate
 from deme.errors import UserError
 from deme.job.records import STATISTICS, Record
-from deme.measure.classifier import evaluated_data
 from deme.measure.metrics import Reference, statistics
 from deme.measure.reference import (
     content_hash,
@@ -20,7 +19,7 @@ from deme.measure.reference import (
     save_reference,
 )
 
-DIGITS = evaluated_data(Config())["data"]
+DIGITS = Data().tagged("statistics")
 CLASSIFIER = {"features": "classifier", "classifier": "ab"}
 
 

@@ -213,6 +213,7 @@ def parquet(choose: random.Random, folder: Path) -> Readers:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from deme.data.opening import open_source
     from deme.data.sources import data_hashes, load_evaluation_images, load_training_images
 
     buffer = io.BytesIO()
@@ -253,16 +254,17 @@ def parquet(choose: random.Random, folder: Path) -> Readers:
     channels = choose.choice([1, 3])
 
     def train() -> None:
-        images = load_training_images(data, channels, folder / "cache").training
+        images = load_training_images(open_source(data), channels, folder / "cache").training
         images.batch(range(len(images)), np.random.default_rng(0))
 
     yield train
-    yield lambda: load_evaluation_images(data, folder / "cache")
-    yield lambda: data_hashes(data, folder / "cache", with_labels=True)
+    yield lambda: load_evaluation_images(open_source(data), folder / "cache")
+    yield lambda: data_hashes(open_source(data), folder / "cache", with_labels=True)
 
 
 def png(choose: random.Random, folder: Path) -> Readers:
     """An image among samples, and among the data."""
+    from deme.data.opening import open_source
     from deme.data.samples import check_sizes, list_images, missing_seeds, read_images
     from deme.data.sources import load_training_images
 
@@ -295,7 +297,7 @@ def png(choose: random.Random, folder: Path) -> Readers:
     yield score
     yield lambda: missing_seeds(samples, range(1))
     if choose.random() < 0.05:  # datasets takes a tenth of a second
-        yield lambda: load_training_images(data, choose.choice([1, 3]), folder / "cache")
+        yield lambda: load_training_images(open_source(data), choose.choice([1, 3]), folder / "cache")
 
 
 def pickles(choose: random.Random, folder: Path) -> Readers:
