@@ -89,16 +89,15 @@ def _trained(problem: Problem) -> dict[str, Path]:
 
 
 def _known(file: Path, made_from: str) -> dict[str, Score]:
-    """The rows in the file."""
+    """The rows in the file; none if it is missing or damaged, or made from something else, which is said."""
     try:
-        if not file.exists():
-            return {}
-        if read_json(file).get("made_from") != made_from:
-            print(f"{file} was made from something else: all rows are scored anew")
-            return {}
-        return {row.samples: row for row in load_scores(file)[1]}
-    except UserError:  # damaged
+        if file.exists() and read_json(file).get("made_from") == made_from:
+            return {row.samples: row for row in load_scores(file)[1]}
+    except UserError:
         return {}
+    if file.exists():
+        print(f"{file} was made from something else: all rows are scored anew")
+    return {}
 
 
 def verdict(result: Result, fresh: Fresh) -> list[str]:

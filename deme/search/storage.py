@@ -32,12 +32,8 @@ def open_storage(url: str) -> RDBStorage:
             engine.dispose()
             if tables and "studies" not in tables:  # the first one that Optuna creates
                 raise UserError("a database of another program")
-        return RDBStorage(
-            url,
-            heartbeat_interval=HEARTBEAT,
-            grace_period=GRACE,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-        )
+        retry = RetryHeartbeatStaleTrialCallback()
+        return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=retry)
     except UserError:
         raise
     except Exception as error:  # SQLAlchemy and the database drivers raise their own
@@ -76,11 +72,7 @@ def joined(storage: RDBStorage, clear: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def reading(storage: RDBStorage) -> Iterator[None]:
-    """Explain errors of reading and writing the storage, without its password.
-
-    Raises:
-        RunError: the storage is gone, full or locked for long.
-    """
+    """Explain errors of the storage without its password: RunError if it is gone, full or locked for long."""
     try:
         yield
     except StorageInternalError as error:

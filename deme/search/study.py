@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -38,6 +38,7 @@ class Space:
     interval: tuple[float, float]  # bounds of each coefficient
 
 
+@dataclass(eq=False)
 class Study:
     """Candidates that were tried with one objective, and those still to be tried.
 
@@ -46,26 +47,19 @@ class Study:
     Of `count` candidates the `first` ones are given, and the sampler draws the others.
     """
 
-    def __init__(
-        self,
-        storage: RDBStorage,
-        name: str,
-        space: Space,
-        first: Sequence[np.ndarray] = (),
-        sampler: str = "random",
-        stream: Stream = (0,),
-        count: int = 0,
-    ):
-        self.storage = storage
-        self.space = space
-        self.first = list(first)
-        self.sampler = sampler
-        self.stream = stream
-        self.count = count
-        with reading(storage):
-            self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+    storage: RDBStorage
+    name: str
+    space: Space
+    first: Sequence[np.ndarray] = ()
+    sampler: str = "random"
+    stream: Stream = (0,)
+    count: int = 0
+
+    def __post_init__(self):
+        with reading(self.storage):
+            self.study = optuna.create_study(storage=self.storage, study_name=self.name, load_if_exists=True)
             if self.study.directions != [StudyDirection.MINIMIZE]:
-                raise ValueError(f"study {name} does not minimize one value")
+                raise ValueError(f"study {self.name} does not minimize one value")
 
     # --- what was tried
 
@@ -89,8 +83,8 @@ class Study:
     def table(self) -> tuple[Sequence[str], np.ndarray, np.ndarray]:
         """The coefficients' names, the candidates (n, P) and their values (n,)."""
         trials = self.trials()
-        rows = [self.coefficients(trial).ravel() for trial in trials]
-        return self.space.names, np.array(rows), np.array([trial.value for trial in trials])
+        rows = np.array([self.coefficients(trial).ravel() for trial in trials])
+        return self.space.names, rows, np.array([trial.value for trial in trials])
 
     def importance(self) -> dict[str, float]:
         """Each coefficient's share of the values' variance, the largest first; empty if the values do not differ."""
@@ -110,16 +104,14 @@ class Study:
     def best(self, count: int) -> list[np.ndarray]:
         """The different candidates with the lowest values, the best first."""
         ranked = sorted(self.trials(), key=lambda trial: trial.value)
-        unique = {tuple(trial.params[name] for name in self.space.names): self.coefficients(trial) for trial in ranked}
-        return list(unique.values())[:count]
+        return distinct(map(self.coefficients, ranked))[:count]
 
     # --- trying
 
     def extend(self, candidates: Sequence[np.ndarray]) -> None:
         """Try these candidates, without the sampler, after those that were tried before."""
         tried = [self.coefficients(trial) for trial in self.trials()]
-        new = [row for row in candidates if not any(np.array_equal(row, other) for other in tried)]
-        self.first = tried + new
+        self.first = tried + [row for row in candidates if not any(np.array_equal(row, other) for other in tried)]
         self.count = len(self.first)
 
     def run(
@@ -131,9 +123,7 @@ class Study:
     ) -> None:
         """Try candidates until all are tried, together with the other jobs that share the storage.
 
-        Args:
-            value: of a candidate; called in every process.
-            passes: UNet passes that a candidate's value takes.
+        `value` is called in every process; `passes` gives the UNet passes that it takes.
         """
 
         def score(coefficients: np.ndarray) -> tuple[float, int]:
@@ -178,7 +168,10 @@ class Study:
             except Exception as error:  # not the storage's
                 raised.append(error)
                 raise
-            self._print(f"{label} {place + 1} of {self.count}", coefficients, value)
+            best = min([value, *(trial.value for trial in self.trials())])
+            few = len(coefficients) == 1
+            at = np.round(coefficients, 3).tolist()[0] if few else f"{coefficients.size} coefficients"
+            print(f"{label} {place + 1} of {self.count}: {value:.4f} at {at}; the best: {best:.4f}", flush=True)
             return value
 
         try:
@@ -188,11 +181,6 @@ class Study:
             if raised:
                 raise raised[0] from None
             raise
-
-    def _print(self, label: str, coefficients: np.ndarray, value: float) -> None:
-        best = min([value, *(trial.value for trial in self.trials())])
-        shown = np.round(coefficients, 3).tolist()[0] if len(coefficients) == 1 else f"{coefficients.size} coefficients"
-        print(f"{label}: {value:.4f} at {shown}; the best: {best:.4f}", flush=True)
 
     def _fail_running(self) -> None:
         """Give up what killed jobs left running; it is tried again as the same candidate."""
@@ -234,6 +222,11 @@ class Study:
         """A sampler of one candidate."""
         clipped = np.clip(coefficients, *self.space.interval).tolist()
         return PartialFixedSampler(dict(zip(self.space.names, clipped, strict=True)), RandomSampler(0))
+
+
+def distinct(rows: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """The coefficients without repetitions, in order."""
+    return list({tuple(row.ravel()): row for row in rows}.values())
 
 
 def grid_point(number: int, values: int, dimensions: int, interval: tuple[float, float]) -> np.ndarray:

@@ -15,7 +15,7 @@ from deme.search.problem import Problem
 from deme.search.progress import Evaluated
 from deme.search.solvers import closed_form, gradient_descent
 from deme.search.storage import open_by_all
-from deme.search.study import Study, grid_values
+from deme.search.study import Study, distinct, grid_values
 
 UNIFORM = (0.5, 1.0)  # beside 1 / the number of ranges
 LONGER = 2.0  # the closed form, times this: it matches the experts, whose directions may be worth more
@@ -85,8 +85,7 @@ def _one_after_another(problem: Problem, folder: Path, digest: str, objective: s
     """Candidates that a sampler proposes, given the values of those before."""
     settings = problem.settings
     storage = open_by_all(problem.accelerator, settings.storage, folder)
-    evaluated: list[Evaluated] = []
-    first: list[np.ndarray] = []
+    evaluated, first = [], []
     if settings.sampler == "grid":
         with naming("search.trials", settings.trials):
             grid_values(settings.trials, int(np.prod(problem.shape)))
@@ -99,8 +98,7 @@ def _one_after_another(problem: Problem, folder: Path, digest: str, objective: s
     spent = evaluated[-1].passes if evaluated else 0
     spent += problem.prepare(objective)
     tried = _tried(problem, study, objective, settings.num_images, settings.sampler, spent)
-    best = _best(tried)
-    pretrained = _value_of_pretrained(tried)
+    best, pretrained = _best(tried), _value_of_pretrained(tried)
     if pretrained is None:
         pretrained = problem.value(objective, np.zeros(problem.shape))
     return Result(best.coefficients, objective, best.value, pretrained, evaluated + tried, study)
@@ -149,5 +147,4 @@ def first_candidates(cheap: np.ndarray, interval: tuple[float, float]) -> list[n
     if len(PUBLISHED) == ranges:
         rows.append(np.broadcast_to(PUBLISHED, cheap.shape))
     low, high = interval
-    inside = [row for row in rows if low <= row.min() and row.max() <= high]
-    return list({tuple(row.ravel()): row for row in inside}.values())
+    return distinct(row for row in rows if low <= row.min() and row.max() <= high)
