@@ -117,7 +117,8 @@ def operations(config: Config, size: Size) -> dict[str, float]:
     coded = seen + control + distilled
     if config.data.cache_latents:
         coded = size.images * config.data.cached_views
-    searched, reported = searched_images(config)
+    searched = searched_images(config)
+    reported = config.needs_search * config.search.report_images * REPORTED
     drawn = len(size.models) * config.sample.num_images
     image = config.sample.num_inference_steps * size.per_step * flops + size.coding
     candidate = config.search_steps * size.per_step * flops + size.coding
@@ -134,17 +135,13 @@ def operations(config: Config, size: Size) -> dict[str, float]:
     }
 
 
-def searched_images(config: Config) -> tuple[int, int]:
-    """Images that search.py draws to find the coefficients, and those of its report."""
+def searched_images(config: Config) -> int:
+    """Images that search.py draws to find the coefficients."""
     search = config.search
-    if not config.needs_search:
-        return 0, 0
-    drawn = search.control_images + search.trials * search.num_images
-    if search.method == "multi_fidelity":
-        drawn += search.finalists * search.finalist_images
-    elif search.objective != "fd":
-        drawn = 0
-    return drawn, search.report_images * REPORTED
+    if not config.needs_search or (search.objective != "fd" and search.method != "multi_fidelity"):
+        return 0
+    finalists = search.finalists * search.finalist_images if search.method == "multi_fidelity" else 0
+    return search.control_images + search.trials * search.num_images + finalists
 
 
 def from_environment(name: str, default: float) -> float:

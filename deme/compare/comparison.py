@@ -40,14 +40,14 @@ class Comparison(Section):
         self.check("seeds", len(self.seeds) == len(set(self.seeds)) > 0, "must be a list of different seeds")
         self.check("runs", len(self.runs) > 0, "must be a mapping from names to `models` and `overrides`")
         for name, variation in self.runs.items():
-            key = f"runs.{name}.models"
             if not variation.models:
-                raise UserError(f"{key}={variation.models}: must be a list of models")
+                raise UserError(f"runs.{name}.models={variation.models}: must be a list of models")
             for model in variation.models:
-                if model not in ORDER:
-                    raise UserError(f"{key}={model}: {one_of(ORDER, model)}")
-                if model == PRETRAINED and variation.overrides:
-                    raise UserError(f"{key}={model}: all runs start from the base's, which has the only such row")
+                with naming(f"runs.{name}.models", model):
+                    if model not in ORDER:
+                        raise UserError(one_of(ORDER, model))
+                    if model == PRETRAINED and variation.overrides:
+                        raise UserError("all runs start from the base's, which has the only such row")
         plain = [variation for variation in self.runs.values() if not variation.overrides]
         rule = "a run without overrides must have the model pretrained, which all rows are compared with"
         self.check("runs", len(plain) == 1 and PRETRAINED in plain[0].models, rule)
@@ -73,13 +73,9 @@ def is_comparison(file: str | Path) -> bool:
 
 
 def load_comparison(file: str | Path, overrides: list[str]) -> tuple[Comparison, list[ComparedRun]]:
-    """Read a comparison.
+    """Read a comparison and its runs. The first one is the base, from whose pretrained network the others start.
 
-    Args:
-        overrides: those of OWN_KEYS change the comparison, all others go to every run.
-
-    Returns:
-        the comparison, and its runs. The first one is the base, from whose pretrained network the others start.
+    Overrides of OWN_KEYS change the comparison, all others go to every run.
     """
     own = [text for text in overrides if text.partition("=")[0] in OWN_KEYS]
     given = read_mapping(file, Comparison)
@@ -121,18 +117,10 @@ def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Comp
 
 
 def check_no_shared_output(config: Config) -> None:
-    """Refuse settings that would have all runs write to one place, or read from it."""
+    """Refuse settings by which all runs would write to, or read from, one place."""
     for section in config.sections:
         for key, value in section.tagged("one_run").items():
             section.check(key, value is None, "each run of a comparison has its own")
-
-
-def check_what_all_share(base: Config, config: Config) -> None:
-    """Refuse a variation of a setting that all runs share."""
-    for section, usual in zip(config.sections, base.sections, strict=True):
-        shared = usual.tagged("all_runs")
-        for key, value in section.tagged("all_runs").items():
-            section.check(key, value == shared[key], f"all runs have the base's, {shown(shared[key])}")
 
 
 def varied(
@@ -143,14 +131,16 @@ def varied(
     If it has another number of ranges, all ranges together take as many steps as the base's, unless the variation sets
     finetune.max_steps.
     """
-    check_what_all_share(base, load_config(file, [*overrides, *variation.overrides]))
-    parts = [base.name]
-    if variation.overrides:
-        parts.append(name.replace(", ", "-").replace(" ", "_"))
-    if seed != base.seed:
-        parts.append(f"seed{seed}")
-    given = [*overrides, *variation.overrides, override("name", "-".join(parts)), override("seed", seed)]
-    given.append(override("model.pretrained", base.paths.pretrained))
+    config = load_config(file, [*overrides, *variation.overrides])
+    for section, usual in zip(config.sections, base.sections, strict=True):
+        shared = usual.tagged("all_runs")
+        for key, value in section.tagged("all_runs").items():
+            section.check(key, value == shared[key], f"all runs have the base's, {shown(shared[key])}")
+    full_name = base.name
+    full_name += f"-{name}".replace(", ", "-").replace(" ", "_") if variation.overrides else ""
+    full_name += f"-seed{seed}" if seed != base.seed else ""
+    own = {"name": full_name, "seed": seed, "model.pretrained": base.paths.pretrained}
+    given = [*overrides, *variation.overrides, *(override(key, value) for key, value in own.items())]
     config = load_config(file, given)
     count, usual = len(config.timesteps.ranges), len(base.timesteps.ranges)
     if count != usual and not any(text.startswith("finetune.max_steps=") for text in variation.overrides):

@@ -51,17 +51,22 @@ class Job:
     @property
     def before(self) -> list["Job"]:
         """The jobs whose output this one may read. Caches, which only a cluster has, change no result."""
-        return [job for job in (*self.after, *self.after_all) if job.output is not None]
+        return [job for job in self.waits_for if job.output is not None]
+
+    @property
+    def waits_for(self) -> list["Job"]:
+        """The jobs that must have ended before this one starts."""
+        return [*self.after, *self.after_all]
+
+    @property
+    def needed(self) -> list["Job"]:
+        """The jobs that must succeed for a complete output."""
+        return self.waits_for if callable(self.arguments) else self.after
 
     @property
     def is_made(self) -> bool:
         """True if the job has succeeded, now or earlier."""
         return self.state in ("done", "unchanged")
-
-    @property
-    def needed(self) -> list["Job"]:
-        """The jobs that must succeed for a complete output."""
-        return [*self.after, *(self.after_all if callable(self.arguments) else [])]
 
     def arguments_after(self, there: Sequence["Job"]) -> list[str] | None:
         """The arguments without `own`, given the jobs of `after_all` that are done."""
@@ -109,7 +114,7 @@ class Ledger:
         for kind, lines in (("before", [one.name for one in job.before]), ("made", job.made)):
             folder = self.folder.with_name(kind)
             make_folder(folder, "output_dir")
-            write_small_file(folder / job.name, os.fsencode("".join(f"{line}\n" for line in lines)))
+            write_small_file(folder / job.name, as_lines(lines))
 
     def is_done(self, job: Job) -> bool:
         """True if a job was done with these settings and inputs, and its output has not changed since.
@@ -143,6 +148,10 @@ class Ledger:
 
 def state_of(paths: Iterable[str]) -> str:
     """A hash of files and folders that changes with every write to them, by scripts/state_of.sh."""
-    lines = os.fsencode("".join(f"{path}\n" for path in paths))
     script = ["bash", str(REPOSITORY / "scripts/state_of.sh")]
-    return subprocess.run(script, input=lines, stdout=subprocess.PIPE, check=True).stdout.decode().strip()
+    return subprocess.run(script, input=as_lines(paths), stdout=subprocess.PIPE, check=True).stdout.decode().strip()
+
+
+def as_lines(parts: Iterable[str]) -> bytes:
+    """Names and paths for a shell script, one a line."""
+    return os.fsencode("".join(f"{part}\n" for part in parts))

@@ -66,8 +66,7 @@ class Jobs:
         if any(before.state in ("failed", "dropped") for before in job.after):
             job.state = "dropped"
             return
-        have_ended = all(before.state not in ("waiting", "running") for before in (*job.after, *job.after_all))
-        if not have_ended or not self.free:
+        if not self.free or any(before.state in ("waiting", "running") for before in job.waits_for):
             return
         if self.ledger.is_done(job):
             job.state = "unchanged"
@@ -108,10 +107,8 @@ class Jobs:
                 print(f"{job.name}: done in {time.monotonic() - running.since:.0f} s", flush=True)
                 continue
             job.state = "stopped" if stopped else "failed"
-            if status == 0:  # finetune.max_minutes
-                job.error = "its time is up; the same command goes on"
-            else:
-                job.error = last_line(self._log(job)) or f"status {status}"
+            time_is_up = "its time is up; the same command goes on" if status == 0 else ""  # finetune.max_minutes
+            job.error = time_is_up or last_line(self._log(job)) or f"status {status}"
             print(f"{job.name}: {'' if stopped else 'FAILED: '}{job.error}", file=sys.stderr, flush=True)
 
     def _log(self, job: Job) -> Path:
@@ -126,7 +123,7 @@ def longest_chain_first(jobs: Sequence[Job]) -> list[Job]:
     """
     length = dict.fromkeys(jobs, 1)
     for job in reversed(jobs):
-        for before in (*job.after, *job.after_all):
+        for before in job.waits_for:
             length[before] = max(length[before], length[job] + 1)
     return sorted(jobs, key=length.__getitem__, reverse=True)
 
@@ -134,11 +131,7 @@ def longest_chain_first(jobs: Sequence[Job]) -> list[Job]:
 def places(processes: int, jobs_per_gpu: int = 1) -> list[dict[str, str]]:
     """The environment variables of each place where a job can run: `processes` GPUs, or CPU cores if there is no GPU.
 
-    Args:
-        jobs_per_gpu: jobs that share a GPU, which small networks leave idle most of the time.
-
-    Returns:
-        an empty list if there are fewer GPUs than `processes`.
+    The list is empty if there are fewer GPUs than `processes`. `jobs_per_gpu` jobs share a GPU.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "false") != "true":
         import torch
@@ -146,8 +139,7 @@ def places(processes: int, jobs_per_gpu: int = 1) -> list[dict[str, str]]:
         if torch.cuda.is_available():
             given = os.environ.get("CUDA_VISIBLE_DEVICES")
             gpus = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
-            starts = range(0, len(gpus) - processes + 1, processes)
-            groups = [gpus[start : start + processes] for start in starts]
+            groups = [gpus[start : start + processes] for start in range(0, len(gpus) - processes + 1, processes)]
             return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups] * jobs_per_gpu
     count = max(1, len(os.sched_getaffinity(0)) // processes)
     return [{"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}] * count

@@ -13,12 +13,7 @@ from deme.errors import RunError, UserError
 from deme.job.signals import Interrupted, noted_signals
 
 JOBS = "jobs.tsv"  # a line for each submitted job: its name, its key and Slurm's number
-OPTIONS = {
-    "PARTITION": "partition",
-    "ACCOUNT": "account",
-    "TIME": "time",
-    "CPUS": "cpus-per-task",
-}  # sbatch's names
+OPTIONS = {"PARTITION": "partition", "ACCOUNT": "account", "TIME": "time", "CPUS": "cpus-per-task"}  # sbatch's names
 
 
 class Queue:
@@ -38,11 +33,7 @@ class Queue:
             self.keys[parts[0]], self.numbers[parts[0]] = parts[1:]
 
     def ask(self) -> None:
-        """Ask Slurm for the jobs' states, if it is installed and there are any jobs.
-
-        Raises:
-            RunError: it does not answer.
-        """
+        """Ask Slurm for the jobs' states, if it is installed and there are jobs. RunError: it does not answer."""
         if not self.numbers or shutil.which("squeue") is None:
             return
         answer = answer_of(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i %T"])
@@ -58,34 +49,23 @@ class Queue:
 
 
 def missing_jobs(jobs: Sequence[Job], ledger: Ledger, queue: Queue) -> list[Job]:
-    """The jobs that are neither in the queue nor done, or that read what is still to be made.
-
-    Args:
-        jobs: each behind those that it needs.
-    """
-    missing: list[Job] = []
-    outdated: list[str] = []
+    """The jobs that are neither in the queue nor done, or that read what is still to be made."""
+    missing, outdated = [], []
     for job in jobs:
         if job.name not in queue.states:
-            waits = any(before.name in queue.states or before in missing for before in (*job.after, *job.after_all))
+            waits = any(before.name in queue.states or before in missing for before in job.waits_for)
             if waits or not ledger.is_done(job):
                 missing.append(job)
         elif queue.keys[job.name] != job.key or any(before in missing for before in job.needed):
             outdated.append(job.name)
     if outdated:
-        numbers = " ".join(queue.numbers[name] for name in outdated)
-        rule = "under way with other settings or inputs: wait until that has ended, or"
-        raise UserError(f"{', '.join(outdated)}: {rule} scancel {numbers}")
+        remedy = f"wait until that has ended, or scancel {' '.join(queue.numbers[name] for name in outdated)}"
+        raise UserError(f"{', '.join(outdated)}: under way with other settings or inputs: {remedy}")
     return missing
 
 
 def submit(jobs: Sequence[Job], ledger: Ledger, queue: Queue, logs: Path, is_dry: bool = False) -> None:
-    """Submit jobs, those of one stage of a run as an array; or print sbatch's command lines if `is_dry`.
-
-    Args:
-        jobs: each behind those that it needs.
-        logs: folder.
-    """
+    """Submit jobs, those of one stage of a run as an array; or print sbatch's command lines if `is_dry`."""
     by_stage: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         by_stage.setdefault((job.run, job.stage), []).append(job)
@@ -141,11 +121,7 @@ def dependencies(job: Job, queue: Queue) -> list[str]:
 
 
 def answer_of(command: list[str]) -> str:
-    """The standard output of a command of Slurm's.
-
-    Raises:
-        RunError: it failed; says why.
-    """
+    """The standard output of a command of Slurm's. RunError: it failed."""
     if shutil.which(command[0]) is None:
         raise UserError(f"{command[0]}: not found; DRY_RUN=1 prints what would be submitted")
     result = subprocess.run(command, capture_output=True, text=True)

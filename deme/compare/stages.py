@@ -100,10 +100,10 @@ class Stages:
             scored = [override("evaluate.samples", folders), override("evaluate.output", str(paths.results))]
             return [*self.base.arguments, *scored] if folders else None
 
-        waited = [job for jobs in drawn.values() for job in jobs]
+        images = [job for jobs in drawn.values() for job in jobs]
         settings = self.settings(run.config, "evaluate.py", asdict(self.base.config.evaluate), run.models)
-        named = (run.config.name, "evaluate", "evaluate.py")
-        scores = Job(*named, arguments, paths.results, settings, self.reference, waited)
+        made_from = {"settings": settings, "after": self.reference, "after_all": images}
+        scores = Job(run.config.name, "evaluate", "evaluate.py", arguments, paths.results, **made_from)
         self.by_name[scores.name] = scores
         if "merged" in run.models:  # the model card shows the scores
             self.add(run, "card", "merge.py", output=paths.merged / "README.md", after=[scores], single_process=True)
@@ -138,8 +138,8 @@ class Stages:
         paths = run.config.paths
         if run.config.needs_search:
             # the search's report has a row of the control if it is trained
-            scored = [name for name in run.models if name == CONTINUED] if run.config.search.report_images else []
-            controls = [self.trained(run, "train", name, self.first) for name in scored]
+            has_control = CONTINUED in run.models and run.config.search.report_images > 0
+            controls = [self.trained(run, "train", CONTINUED, self.first)] if has_control else []
             before = {"after": [*experts, *self.reference], "after_all": controls}
             experts = [self.add(run, "search", "search.py", output=paths.best_coefficients, **before)]
         parts = [paths.merged / part for part in ("merge.yaml", DENOISER, "scheduler", "model_index.json")]

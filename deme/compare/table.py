@@ -26,20 +26,12 @@ class Row:
     passes: int  # UNet passes to make the model, mean over the trainings
     hours: float | None  # None: unknown, as its search took no notes
 
-    @property
-    def deviation(self) -> float | None:
-        """Standard deviation between the trainings."""
-        return mean_and_deviation(np.mean(self.to_pretrained, axis=1))[1]
-
 
 def difference(blocks: Sequence[Sequence[float]]) -> tuple[float, float | None]:
-    """The mean of differences and its standard error, which has two parts.
+    """The mean of the differences of each block of images, per training, and its standard error.
 
-    The images' noise is estimated from the blocks, whose images are the same for all trainings; the trainings' noise
-    from the trainings.
-
-    Args:
-        blocks: difference of each block of images, per training.
+    The error has two parts. The images' noise is estimated from the blocks, as all trainings have the same images; the
+    trainings' noise from the trainings.
     """
     values = np.asarray(blocks)
     mean, between = mean_and_deviation(values.mean(axis=1))
@@ -60,12 +52,10 @@ def compared_rows(runs: Sequence[ComparedRun]) -> list[Row]:
     trainings: dict[tuple[str, str], list[ComparedRun]] = {}
     for run in runs:
         for model in run.models:
-            scored = [run] if model in scores[run.name, run.seed] else []
-            trainings.setdefault((run.name, model), []).extend(scored)
+            if model in scores[run.name, run.seed]:
+                trainings.setdefault((run.name, model), []).append(run)
     rows = []
     for (name, model), scored in trainings.items():
-        if not scored:
-            continue
         own = [scores[name, run.seed][model] for run in scored]
         controls = [scores.get((base.name, run.seed), {}).get(CONTINUED) for run in scored]
         has_control = all(controls) and model not in (PRETRAINED, CONTINUED)
@@ -118,19 +108,22 @@ def comparison_table(rows: Sequence[Row], features: str) -> str:
     def cells(value: Callable[[Row], str]) -> list[str]:
         return ["-" if row.name == PRETRAINED else value(row) for row in rows]
 
-    def to_continued(row: Row) -> str:
-        return number(*difference(row.to_continued), "+.4f") if row.to_continued else "-"
+    def change(blocks: Sequence[Sequence[float]] | None) -> str:
+        return number(*difference(blocks), "+.4f") if blocks else "-"
+
+    def between(row: Row) -> str:
+        return number(mean_and_deviation(np.mean(row.to_pretrained, axis=1))[1])
 
     several = any(len(row.seeds) > 1 for row in rows)
     columns = {"model": [row.name for row in rows]}
     if several:
         columns["trainings"] = cells(lambda row: str(len(row.seeds)))
     columns[f"{NAMES[features][0]}, all images"] = [number(row.pooled) for row in rows]
-    columns["difference to pretrained ± s.e."] = cells(lambda row: number(*difference(row.to_pretrained), "+.4f"))
+    columns["difference to pretrained ± s.e."] = cells(lambda row: change(row.to_pretrained))
     if several:
-        columns["s.d. between trainings"] = cells(lambda row: number(row.deviation))
+        columns["s.d. between trainings"] = cells(between)
     if any(row.to_continued for row in rows):
-        columns["to continued ± s.e."] = cells(to_continued)
+        columns["to continued ± s.e."] = cells(lambda row: change(row.to_continued))
     columns["UNet passes to make it"] = cells(lambda row: f"{row.passes:,}")
     columns["hours"] = cells(lambda row: number(row.hours, form=".2f"))
     return markdown_table(list(columns), list(map(list, zip(*columns.values(), strict=True))))
