@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from deme.data.files import open_file
+from deme.data.files import read_file
 from deme.errors import UserError, one_line
 
 LARGEST_16_BITS = 65535
@@ -87,8 +87,7 @@ def read_bytes(content: dict) -> bytes | None:
     """The encoded image in a dictionary of `bytes` and `path`, as `datasets` gives it; None where it has neither."""
     if content["bytes"] is not None or not content["path"]:
         return content["bytes"]
-    with open_file(content["path"]) as file:
-        return file.read()
+    return read_file(content["path"])
 
 
 def _of_array(pixels: np.ndarray) -> Image.Image:

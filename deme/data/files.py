@@ -28,7 +28,7 @@ class File:
     """A file of a folder, or of a zip archive in it."""
 
     name: str  # relative to the folder, with /; archives count as unpacked in place
-    path: str  # as `open_file` takes it
+    path: str  # as `read_file` takes it
 
     @property
     def suffix(self) -> str:
@@ -62,16 +62,17 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in known if name in Image.OPEN) - {*NO_IMAGES}
 
 
-def open_file(path: str) -> Any:
-    """Open a local file, or an address that `datasets` opens such as zip://a.png::b.zip, to read bytes."""
+def read_file(path: str) -> bytes:
+    """The content of a local file, or of an address that `datasets` opens such as zip://a.png::b.zip."""
     if "://" not in path or os.path.isabs(path):
-        return open(path, "rb")
+        return Path(path).read_bytes()
     member, _, archive = path.removeprefix("zip://").partition("::")
     if path.startswith("zip://") and os.path.isfile(archive):  # datasets would read its table of contents each time
-        return _archive(archive, os.stat(archive).st_ctime_ns).open(member)
+        return _archive(archive, os.stat(archive).st_ctime_ns).read(member)
     from datasets.utils.file_utils import xopen
 
-    return xopen(path, "rb")
+    with xopen(path, "rb") as file:
+        return file.read()
 
 
 @lru_cache(maxsize=16)
@@ -127,10 +128,8 @@ def holds_images(files: list[File]) -> bool:
     """
     images = [file for file in files if file.is_image]
     stems = {splitext(file.name)[0] for file in images}
-    tables = [
-        file for file in files if file.suffix in (*DATA_SETS, *TABLES) and not (file.is_metadata or file.is_hidden)
-    ]
-    tables = [file for file in tables if splitext(file.name)[0] not in stems]
+    others = [file for file in files if not (file.is_metadata or file.is_hidden)]
+    tables = [file for file in others if file.suffix in DATA_SETS + TABLES and splitext(file.name)[0] not in stems]
     data_sets = [file for file in tables if file.suffix in DATA_SETS]
     if len(images) > len(data_sets) > 0:
         names = f"{data_sets[0].name} beside {images[0].name}"

@@ -6,7 +6,7 @@ from functools import lru_cache
 from posixpath import dirname, join, normpath, splitext
 from typing import Any
 
-from deme.data.files import File, image_suffixes, open_file, read_lines, read_rows
+from deme.data.files import File, image_suffixes, read_file, read_lines, read_rows
 from deme.errors import UserError, naming, one_line
 
 SIDECAR = "sidecar"  # the column of the captions in NAME.txt beside NAME.png, one a line
@@ -123,8 +123,7 @@ def _read_metadata(
             if any(dirname(other.name) == dirname(file.name) for other in metadata if other != file):
                 raise UserError("another metadata file stands beside it")
             try:
-                with open_file(file.path) as opened:
-                    content = opened.read()
+                content = read_file(file.path)
             except OSError as error:
                 raise UserError(one_line(error)) from None
             for number, row in enumerate(read_rows(file.name, content)):
@@ -179,8 +178,7 @@ def _numbers(texts: list[str | None]) -> list:
 def _sidecar(file: File) -> list[str] | None:
     """The captions in a text file, one a line; None where there are none."""
     try:
-        with open_file(file.path) as opened:
-            lines = read_lines(opened.read())
+        lines = read_lines(read_file(file.path))
     except (OSError, ValueError) as error:
         raise UserError(f"{file.path}: cannot be read as UTF-8: {one_line(error)}") from None
     return [line.strip() for line in lines if line.strip()] or None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deme.data.files import read_lines, read_rows
-from deme.errors import UserError, naming, one_line, shown
+from deme.errors import UserError, one_line, shown
 from deme.job.files import atomic_file
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -98,16 +98,13 @@ def _read_pairs(folder: Path) -> list[tuple[str, str]]:
         raise UserError(f"{PROMPTS}: {one_line(error)}") from None
     pairs = []
     for number, line in enumerate(lines, start=1):
-        with naming(f"{PROMPTS}, line {number}"):
-            pairs.append(_parse_pair(line))
+        try:
+            values = json.loads(line)
+            pair = (values["file"], values["prompt"])
+        except (ValueError, RecursionError, TypeError, KeyError):
+            pair = (None, None)
+        if not all(map(_is_text, pair)):
+            example = '{"file": "000000.png", "prompt": "…"}'
+            raise UserError(f"{PROMPTS}, line {number}: not a JSON object of two texts, {example}")
+        pairs.append(pair)
     return pairs
-
-
-def _parse_pair(line: str) -> tuple[str, str]:
-    try:
-        values = json.loads(line)
-        if _is_text(values["file"]) and _is_text(values["prompt"]):
-            return values["file"], values["prompt"]
-    except (ValueError, RecursionError, TypeError, KeyError):
-        pass
-    raise UserError('not a JSON object of two texts, {"file": "000000.png", "prompt": "…"}')
