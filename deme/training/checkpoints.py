@@ -63,15 +63,14 @@ class TrainingState:
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """File name → tensors."""
-        of_student = [name for name, _ in self.student.named_parameters()]
-        names = list(self.trained)
-        moments = self.optimizer.state_dict()["state"]
+        moments = {name: self.optimizer.state[parameter] for name, parameter in self.trained.items()}
         learned = {} if self.weighting is None else {WEIGHTING: self.weighting.state_dict()}
+        names = (name for name, _ in self.student.named_parameters())
         return {
             STUDENT: self.student.state_dict(),
-            EMA: dict(zip(of_student, self.ema.shadow_params, strict=True)),
+            EMA: dict(zip(names, self.ema.shadow_params, strict=True)),
             **learned,
-            OPTIMIZER: {f"{names[i]}/{key}": value for i, values in moments.items() for key, value in values.items()},
+            OPTIMIZER: {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()},
         }
 
     def scalars(self) -> dict:
@@ -86,8 +85,8 @@ class TrainingState:
 class CheckpointWriter:
     """Writes `folder`/step-… in the background: the state is copied, and a thread writes the copy to disk.
 
-    One checkpoint is written at a time; then all but it and the `keep` − 1 before it are deleted. The copy stays
-    allocated, as a process fills new memory slowly.
+    One checkpoint is written at a time; then all but the last `keep` are deleted. The copy stays allocated, as a
+    process fills new memory slowly.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -98,14 +97,11 @@ class CheckpointWriter:
         self.unfinished: Future | None = None
 
     def write(self, state: TrainingState, before: Callable[[], None], last: bool = False) -> None:
-        """Copy the state and have the copy written.
+        """Copy the state and have the copy written. Raises RunError if the previous checkpoint could not be written.
 
         Args:
             before: called in the thread before the checkpoint gets its name.
             last: the run stops after this checkpoint, so it is tried even if the previous one failed.
-
-        Raises:
-            RunError: the previous checkpoint could not be written.
         """
         try:
             self.wait()
@@ -123,14 +119,9 @@ class CheckpointWriter:
         self.unfinished = self.thread.submit(self._write, state.step, state.scalars(), before)
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written, if any.
-
-        Raises:
-            RunError: it could not be written.
-        """
-        unfinished = self.unfinished
-        self.unfinished = None
-        if unfinished is not None:
+        """Wait for the checkpoint that is being written, if any. Raises RunError if it could not be written."""
+        if self.unfinished is not None:
+            unfinished, self.unfinished = self.unfinished, None
             unfinished.result()
 
     def check(self) -> None:
@@ -155,7 +146,7 @@ class CheckpointWriter:
         """Delete all checkpoints before `path` but for the `keep` − 1 newest of them."""
         older = [other for other in list_checkpoints(self.folder) if other < path]
         for other in older[self.keep - 1 :]:
-            shutil.rmtree(other, ignore_errors=True)  # what is left of it goes the next time
+            shutil.rmtree(other, ignore_errors=True)  # a later call deletes the rest
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -166,8 +157,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -> Path | None:
     """Fill `state` from the newest intact checkpoint. Damaged ones are reported and skipped.
 
-    Raises:
-        RunError: the disk fails to read one. That may pass, and resuming from an older one would delete it.
+    A failing disk raises RunError: the failure may pass, and resuming from an older checkpoint would delete the newest.
     """
     checkpoints = list_checkpoints(folder)
     for path in checkpoints:
@@ -181,18 +171,13 @@ def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -
                 raise RunError(f"{path}: cannot be read: {one_line(error)}") from error
             print(f"{path}: unreadable, trying the one before it ({one_line(error)})")
     if checkpoints:
-        raise UserError(
-            f"{folder}: none of the {len(checkpoints)} checkpoints can be read; delete the folder to restart"
-        )
+        message = f"none of the {len(checkpoints)} checkpoints can be read; delete the folder to restart"
+        raise UserError(f"{folder}: {message}")
     return None
 
 
 def load_checkpoint(path: Path, state: TrainingState, max_steps: int) -> None:
-    """Fill `state` from a checkpoint.
-
-    Raises:
-        Exception: of any type if the checkpoint is damaged.
-    """
+    """Fill `state` from a checkpoint; a damaged one raises an exception of any type."""
     content = json.loads((path / STATE).read_text(encoding="utf-8"))
     scalars = {name: checked(content[name], kind, name) for name, kind in SAVED.items()}
     step = scalars["step"]
@@ -209,10 +194,10 @@ def load_checkpoint(path: Path, state: TrainingState, max_steps: int) -> None:
         state.weighting.load_state_dict(tensors[WEIGHTING])
     for (name, _), shadow in zip(state.student.named_parameters(), state.ema.shadow_params, strict=True):
         shadow.copy_(tensors[EMA][name])
-    parameters = state.trained
+    trained = state.trained
     for key, value in tensors[OPTIMIZER].items():
         name, moment = key.rsplit("/", 1)
-        parameter = parameters[name]
+        parameter = trained[name]
         # a fused step needs everything on the parameter's device, and the moments in its memory format
         like = parameter if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
         state.optimizer.state[parameter][moment] = torch.empty_like(like).copy_(value)

@@ -1,4 +1,4 @@
-"""What a run shows of its network while it trains: the loss on held-out images, and preview images."""
+"""The loss on held-out images and the preview images of a network in training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ from deme.method.sampling import guided, sample_images
 from deme.models.encoders import Encoder
 
 NOISE = 2  # the purpose that the generators' seeds name
-LEAST_FALL = 1e-3  # relative: a smaller decrease of the loss does not count
 PREVIEW_IMAGES = 64  # of a network that takes no text
 PREVIEW_STEPS = 50
 PREVIEW_GUIDANCE = 7.5
@@ -59,17 +58,12 @@ def held_out_loss(
             generator.manual_seed(torch_seed(random))
             torch.manual_seed(torch_seed(random))  # for the encoder's draws
             clean, condition = encoder.encode(images.batch(batch))
-            # evenly spread over [0, T), so that few images give a steady mean
+            # evenly spread over [0, T): few images then give a steady mean
             timesteps = torch.arange(start, batch.stop) * scheduler.config.num_train_timesteps // len(images)
             noise = torch.randn(clean.shape, generator=generator).to(device)
             loss, _ = decoupled_loss(denoiser, None, scheduler, clean, noise, timesteps.to(device), condition)
             total += loss * len(batch)
     return float(accelerator.reduce(total, "sum")) / len(images)
-
-
-def has_fallen(loss: float, lowest: float | None) -> bool:
-    """True if a loss is clearly below the lowest one so far, or the first."""
-    return lowest is None or loss < (1 - LEAST_FALL) * lowest
 
 
 def save_preview(
@@ -87,12 +81,13 @@ def save_preview(
         prompts: one per image, if the network takes text.
         batch_size: images that fit into memory.
     """
-    size = denoiser.config.sample_size
-    shape = (denoiser.config.in_channels, size, size)
+    config = denoiser.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
     steps = min(PREVIEW_STEPS, scheduler.config.num_train_timesteps)
+    count = len(prompts) if encoder.takes_text else PREVIEW_IMAGES
     parts = []
-    for part in torch.arange(len(prompts) if encoder.takes_text else PREVIEW_IMAGES).split(batch_size):
-        seeds = part.tolist()
+    for start in range(0, count, batch_size):
+        seeds = range(start, min(start + batch_size, count))
         texts = [prompts[seed] for seed in seeds] if encoder.takes_text else []
         conditions = encoder.condition(texts), encoder.condition([""])
         network_at = guided(lambda _: denoiser, *conditions, PREVIEW_GUIDANCE)

@@ -36,19 +36,12 @@ def make_optimizer(
 
 
 def learning_rate_factor(optimizer: torch.optim.Optimizer, settings: Training) -> Callable[[int], float]:
-    """Optimizer step → factor of the learning rate.
+    """Optimizer step → factor of each group's initial learning rate.
 
     A scheduler that is stepped through accelerate would count the steps of all processes.
     """
     steps = {"num_warmup_steps": settings.lr_warmup_steps, "num_training_steps": settings.max_steps}
-    schedule = get_scheduler(settings.lr_scheduler, optimizer, **steps)
-    return schedule.lr_lambdas[0]
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's rate to its initial rate times a factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+    return get_scheduler(settings.lr_scheduler, optimizer, **steps).lr_lambdas[0]
 
 
 def make_ema(network: nn.Module, settings: Training) -> EMAModel:

@@ -4,9 +4,8 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,8 +20,7 @@ MEASURED = ("loss", "denoising_loss", "consistency_loss", "gradient_norm")
 
 
 class Meter:
-    """Sums over the steps since the last log line, and the first fault in them. Only `read` and `fault` wait for the
-    device."""
+    """Sums over the steps since the last log line, and the first fault. Only `read` and `fault` wait for the device."""
 
     def __init__(self, accelerator: Accelerator):
         device = accelerator.device
@@ -64,11 +62,7 @@ class Meter:
         return dict(zip(MEASURED, means, strict=True)) | {"steps_per_second": speed}
 
     def fault(self, step: int) -> str | None:
-        """Why the run can't go on, if it can't.
-
-        Args:
-            step: optimizer steps done.
-        """
+        """Why the run can't go on after optimizer step `step`, if it can't."""
         first_bad = int(self.first_bad_step)
         most_skipped = int(self.most_skipped_steps)
         if first_bad >= 0:
@@ -81,22 +75,15 @@ class Meter:
 class RunLog:
     """`folder`/log.jsonl and the trackers, cut back to the step that a run resumes from.
 
+    All methods raise RunError if the disk is full or fails.
+
     Args:
         last_step: later lines are dropped, as their steps are repeated; so are lines that a crash left incomplete.
         trackers: tensorboard (`folder`/logs/) and wandb (`folder`/wandb/, or its server).
         settings: shown by Weights & Biases beside the curves.
-
-    Raises:
-        RunError: from all methods, if the disk is full or fails.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        last_step: int,
-        trackers: Sequence[str] = (),
-        settings: Mapping[str, Any] = MappingProxyType({}),
-    ):
+    def __init__(self, folder: Path, last_step: int, trackers: Sequence[str], settings: dict[str, Any]):
         self.file = folder / "log.jsonl"
         with writing(self.file):
             before = self.file.read_text(encoding="utf-8", errors="replace") if self.file.exists() else ""
@@ -141,7 +128,7 @@ def logged_step(line: str) -> int:
         return 0
 
 
-def wandb_tracker(folder: Path, settings: Mapping[str, Any]) -> WandBTracker:
+def wandb_tracker(folder: Path, settings: dict[str, Any]) -> WandBTracker:
     """The Weights & Biases run of a folder; the same one after a resume."""
     import wandb
 
@@ -150,7 +137,7 @@ def wandb_tracker(folder: Path, settings: Mapping[str, Any]) -> WandBTracker:
         with atomic_file(file) as temporary:
             temporary.write_text(secrets.token_hex(8), encoding="utf-8")
     run_id = file.read_text(encoding="utf-8").strip()
-    tracker = WandBTracker("deme", id=run_id, resume="allow", dir=folder, name=str(folder), config=dict(settings))
+    tracker = WandBTracker("deme", id=run_id, resume="allow", dir=folder, name=str(folder), config=settings)
     try:
         tracker.start()
     except wandb.errors.Error as error:

@@ -1,13 +1,12 @@
-"""The record and the completeness of a training run. Imports no torch, so that a finished run is reported at once."""
+"""Training runs and their records. Imports no torch, so that a finished run is reported at once."""
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from deme.config.experiment import Config
@@ -46,17 +45,15 @@ class TrainingRun:
         return self.output.exists() or checkpoint_steps(self.folder / "checkpoints") != []
 
     def check_same(self) -> None:
-        """Compare the run with the one in its folder, if any."""
-        found = read_record(RUN, self.folder)
-        if found is None or not self.has_trained:
+        """Refuse the run if the one in its folder has other settings and has trained."""
+        before = read_record(RUN, self.folder)
+        if before is None or not self.has_trained:
             return
-        changed = changes(found.made_from, self.record.made_from, RUN.later)
-        free = found.beside["free"]
+        free = before.beside["free"]
         allowed = changes(free, {key: value for key, value in self.record.beside["free"].items() if key in free})
-        remedy = f"set {'it' if len(changed) == 1 else 'them'} back, or give this run another name"
         also = f"; {', '.join(allowed)} may change" if allowed else ""
         with naming(self.folder):
-            found.fits(self.record, self.folder, remedy + also)
+            before.fits(self.record, self.folder, f"set this back, or give the run another name{also}")
 
     def claim(self) -> None:
         """Create the run's folder with its record, or check that the run in it is the same.
@@ -64,11 +61,7 @@ class TrainingRun:
         A run without a checkpoint, for example after running out of memory, is replaced.
         """
         self.check_same()
-        found = read_record(RUN, self.folder)
-        if found is not None and not self.has_trained and changes(found.made_from, self.record.made_from, RUN.later):
-            print(f"{self.folder}: a run of other settings ended before its first checkpoint; starting again")
-            found = None
-        if found is None:
+        if not self.has_trained or read_record(RUN, self.folder) is None:
             make_folder(self.folder, "output_dir")
             self.record.write(self.folder)
 
@@ -94,7 +87,7 @@ class Session:
         folder: Path,
         output: Path,
         made_from: dict[str, Any],
-        renamed: Mapping[str, str] = MappingProxyType({}),
+        renamed: dict[str, str] | None = None,
     ) -> TrainingRun:
         """A run with its record, except for the hashes of the data.
 
@@ -109,7 +102,7 @@ class Session:
                 unused = section.tagged("text") if self.config.data.caption_column is None else {}
                 tagged = section.tagged(tag)
                 values |= {f"{section.section}.{key}": tagged[key] for key in tagged if key not in unused}
-            return {renamed.get(key, key): value for key, value in values.items()}
+            return {(renamed or {}).get(key, key): value for key, value in values.items()}
 
         weights, free = tagged("weights"), tagged("free")
         del weights[IMAGE_COLUMN]  # `with_data` adds the one that is read

@@ -5,11 +5,9 @@ neither the number of processes nor an interruption changes what a run is traine
 never waits for the device.
 """
 
-import signal
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,29 +36,14 @@ from deme.training.checkpoints import (
     load_newest_checkpoint,
     prepare_checkpoints,
 )
-from deme.training.held_out import HeldOut, has_fallen, held_out_loss, save_preview
-from deme.training.optimizer import (
-    ema_weights,
-    learning_rate_factor,
-    make_ema,
-    make_optimizer,
-    set_learning_rate,
-    update_ema,
-)
+from deme.training.held_out import HeldOut, held_out_loss, save_preview
+from deme.training.optimizer import ema_weights, learning_rate_factor, make_ema, make_optimizer, update_ema
 from deme.training.run_log import Meter, RunLog
 from deme.training.session import Objective
 
-
-class Stop(IntEnum):
-    """Why a run stops before its end. If processes differ, the greatest value counts for all."""
-
-    NO = 0
-    TIME_IS_UP = 1
-    INTERRUPTED = 2
-    TERMINATED = 3
-
-
-SIGNALS = {Stop.INTERRUPTED: signal.SIGINT, Stop.TERMINATED: signal.SIGTERM}
+# why a run stops early: one of these or a signal's number; if processes differ, the greatest counts for all
+GO_ON, TIME_IS_UP = 0, 1
+LEAST_FALL = 1e-3  # relative: a smaller decrease of the held-out loss does not count
 
 
 @dataclass(frozen=True)
@@ -74,11 +57,7 @@ class Networks:
 
 
 class Trainer:
-    """One training run in `folder`: checkpoints/, previews/, log.jsonl and the trackers' files.
-
-    Args:
-        held_out: its loss may end the training early.
-    """
+    """One training run in `folder`: checkpoints/, previews/, log.jsonl and the trackers' files."""
 
     def __init__(
         self,
@@ -98,6 +77,7 @@ class Trainer:
         self.objective = objective
         self.settings = settings
         self.folder = folder
+        self.checkpoints = folder / "checkpoints"
         self.held_out = held_out
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -125,37 +105,27 @@ class Trainer:
 
     def _make_weighting(self) -> TimestepWeights | UncertaintyWeights | None:
         """The weighting of the denoising loss; None: not weighted."""
-        settings = self.settings
+        name = self.settings.loss_weighting
         if self.objective.uncertainty_learning_rate is not None:
             return UncertaintyWeights(self.objective.ranges).to(self.device)
-        if settings.loss_weighting is None:
+        if name is None:
             return None
-        with naming(f"{settings.section}.loss_weighting", settings.loss_weighting):
-            weights = loss_weights(
-                settings.loss_weighting,
-                self.scheduler.alphas_cumprod,
-                self.scheduler.config.prediction_type,
-                settings,
-            )
+        predicts = self.scheduler.config.prediction_type
+        with naming(f"{self.settings.section}.loss_weighting", name):
+            weights = loss_weights(name, self.scheduler.alphas_cumprod, predicts, self.settings)
         return TimestepWeights(weights).to(self.device)
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of step-00005000/ and so on."""
-        return self.folder / "checkpoints"
 
     def run(self, deadline: float | None = None) -> bool:
         """Train to max_steps, or until the held-out loss has stopped falling, resuming from the newest checkpoint.
+
+        A signal raises Interrupted after a checkpoint. A loss, gradient or weight that is not finite, or a full disk,
+        raises RunError.
 
         Args:
             deadline: time.monotonic() at which to stop with a checkpoint.
 
         Returns:
             True if training is over (`student` then has the EMA weights), False if stopped by the deadline.
-
-        Raises:
-            RunError: the loss, its gradient or the weights are not finite, or the disk is full.
-            Interrupted: by a signal, after a checkpoint.
         """
         in_main_process(self.accelerator, lambda: prepare_checkpoints(self.checkpoints))
         self._resume()
@@ -166,17 +136,17 @@ class Trainer:
                 self.batches.close()
             in_main_process(self.accelerator, self.writer.wait)
             in_main_process(self.accelerator, lambda: self.log.close())
-            if stop not in SIGNALS:  # a signal may have come during the wait
-                stop = max(stop, _wish(signals))
-        if stop in SIGNALS:
-            raise Interrupted(SIGNALS[stop], f"checkpoint of step {self.state.step} saved, the same command resumes")
+            if stop <= TIME_IS_UP:  # a signal may have come during the wait
+                stop = max([stop, *signals[:1]])
+        if stop > TIME_IS_UP:
+            raise Interrupted(stop, f"checkpoint of step {self.state.step} saved, the same command resumes")
         if not self._is_over():
             return False
         self.state.ema.copy_to(self.student.parameters())
         return True
 
-    def _train(self, deadline: float | None, signals: list[int]) -> Stop:
-        """The loop, to its end or until all processes stop with a checkpoint.
+    def _train(self, deadline: float | None, signals: list[int]) -> int:
+        """The loop, to its end or until all processes stop with a checkpoint; why it stopped.
 
         Args:
             signals: numbers of the signals received so far; grows.
@@ -184,7 +154,7 @@ class Trainer:
         settings = self.settings
         state = self.state
         agree = Agreement()
-        stop = Stop.NO
+        stop = GO_ON
         silent = not self.accelerator.is_main_process
         bar = {"total": settings.max_steps, "initial": state.step, "desc": self.objective.name, "mininterval": 1}
         with tqdm(**bar, disable=silent) as progress:
@@ -193,28 +163,30 @@ class Trainer:
                 self.step()
                 progress.update()
                 time_is_up = deadline is not None and time.monotonic() >= deadline
-                stop = Stop(agree(max(_wish(signals), Stop.TIME_IS_UP if time_is_up else Stop.NO)))
+                stop = agree(max([TIME_IS_UP if time_is_up else GO_ON, *signals[:1]]))
                 measuring = self.held_out is not None and state.step % self.held_out.every == 0
                 saving = stop or state.step % settings.checkpoint_every == 0
                 logging = state.step % settings.log_every == 0
                 if logging or saving or measuring or state.step == settings.max_steps:
                     self._log(progress, measuring)
                 if saving or self._is_over():
-                    self.save(last=stop is not Stop.NO)
+                    self.save(last=stop != GO_ON)
                 elif logging:
                     in_main_process(self.accelerator, self.writer.check)
                 if settings.preview_every is not None and state.step % settings.preview_every == 0:
                     in_main_process(self.accelerator, self._preview)
                 if self.meter.steps == 0:  # what was done since the last step was no training
                     self.meter.restart_clock()
-        return Stop(max(stop, agree(_wish(signals)), agree.close()))  # a signal may have come in the last step
+        return max(stop, agree(max([GO_ON, *signals[:1]])), agree.close())  # a signal may have come in the last step
 
     def step(self) -> None:
         """One optimizer step, from the images to the EMA of the weights."""
         accelerator = self.accelerator
         objective = self.objective
         share = len(self.batches.numbers)  # this process's micro-batches
-        set_learning_rate(self.optimizer, self.learning_rate_factor(self.state.step))
+        factor = self.learning_rate_factor(self.state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
         losses = torch.zeros(3, device=self.device)
         for batch in self.batches.of_step(self.state.step):
             is_last = batch.number == self.batches.numbers[-1]
@@ -246,13 +218,10 @@ class Trainer:
         return decoupled_loss(self.model, self.teacher, *inputs, self.weighting)
 
     def save(self, last: bool = False) -> None:
-        """Have a checkpoint written in the background.
+        """Have a checkpoint written in the background, if the weights are finite: the last step may have broken them.
 
         Args:
             last: the run stops here.
-
-        Raises:
-            RunError: the disk is full, or the weights are not finite, as the last step may make them.
         """
         weights = [*self.state.trained.values(), *self.state.ema.shadow_params]
         if not torch.isfinite(torch.stack(torch._foreach_norm(weights))).all():
@@ -282,14 +251,7 @@ class Trainer:
         in_main_process(self.accelerator, open_log)
 
     def _log(self, progress: tqdm, measuring: bool) -> None:
-        """Write a log line. Nothing else waits for the device.
-
-        Args:
-            measuring: measure the held-out loss, too.
-
-        Raises:
-            RunError: the loss or its gradient was not finite.
-        """
+        """Write a log line, with the held-out loss if `measuring`. Nothing else waits for the device."""
         means = self.meter.read()
         fault = self.meter.fault(self.state.step)
         if fault is not None:
@@ -311,12 +273,8 @@ class Trainer:
         if measuring:
             line["held_out_loss"] = self.measure_held_out()
         in_main_process(self.accelerator, lambda: self.log.write(line))
-        progress.set_postfix(
-            loss=f"{line['loss']:.4f}",
-            consistency=f"{line['consistency_loss']:.4f}",
-            lr=f"{line['learning_rate']:.1e}",
-            images_s=f"{speed:.0f}",
-        )
+        consistency, rate = line["consistency_loss"], line["learning_rate"]
+        progress.set_postfix(loss=line["loss"], consistency=consistency, lr=rate, images_s=speed)
 
     def measure_held_out(self) -> float:
         """The held-out loss of the EMA weights. Updates the lowest one in the state."""
@@ -324,7 +282,7 @@ class Trainer:
         with ema_weights(state.ema, self.student) as denoiser:
             measured = (self.held_out.images, self.micro_batch_size, self.accelerator)
             loss = held_out_loss(denoiser, self.scheduler, self.encoder, *measured)
-        if has_fallen(loss, state.lowest_held_out_loss):
+        if state.lowest_held_out_loss is None or loss < (1 - LEAST_FALL) * state.lowest_held_out_loss:
             state.lowest_held_out_loss = loss
             state.held_out_losses_since = 0
         else:
@@ -341,8 +299,3 @@ class Trainer:
         self.writer.wait()
         saved = list_checkpoints(self.checkpoints)
         raise RunError(f"{self.objective.name}: {what}; last good checkpoint: {saved[0] if saved else 'none'}")
-
-
-def _wish(signals: list[int]) -> Stop:
-    """What the first signal asks for."""
-    return next((stop for stop, number in SIGNALS.items() if signals[:1] == [number]), Stop.NO)

@@ -127,10 +127,10 @@ def test_distillation_holds_the_merged_network_to_the_experts_alone(config_file)
     assert "is complete" in run("finetune.py", config_file, *DISTILLED).stdout
 
     refused = run("finetune.py", config_file, *DISTILLED[:1], "distill.max_steps=7", status=2).stderr
-    assert "distilled: holds a run of other settings: distill.max_steps=7 (was 6); set it back" in refused
+    assert "distilled: holds a run of other settings: distill.max_steps=7 (was 6); set this back" in refused
     run("merge.py", config_file, "merge.coefficients=[0.5,0.5]")
     refused = run("finetune.py", config_file, *DISTILLED, status=2).stderr
-    assert "distilled: holds a run of other settings: merged weights (SHA-256); set it back" in refused
+    assert "distilled: holds a run of other settings: merged weights (SHA-256); set this back" in refused
 
 
 def test_a_merged_network_that_is_the_only_expert_has_nothing_to_learn(config_file):

@@ -1151,8 +1151,8 @@ def test_a_resume_under_other_settings_names_them_and_those_that_may_change(star
     before = content(root)
     options = ["finetune.range=0", "finetune.max_steps=3", "finetune.log_every=7"]
     message = (
-        "{root}/tiny/finetuned/0000-0500: holds a run of other settings: finetune.max_steps=3 (was 2); set it back, or "
-        "give this run another name; finetune.log_every=7 (was 1) may change"
+        "{root}/tiny/finetuned/0000-0500: holds a run of other settings: finetune.max_steps=3 (was 2); set this back, "
+        "or give the run another name; finetune.log_every=7 (was 1) may change"
     )
     assert_refused(start, root, "finetune.py", options, message)
     assert content(root) == before
@@ -1207,7 +1207,7 @@ def test_a_run_does_not_go_on_from_other_inputs_behind_the_same_path(
     CHANGES[changed](root)
     status, errors = start("finetune.py", *options)
     assert status == 2
-    assert f"0000-0500: holds a run of other settings: {changed} (SHA-256); set it back" in errors
+    assert f"0000-0500: holds a run of other settings: {changed} (SHA-256); set this back" in errors
 
 
 def test_merged_weights_that_are_no_longer_those_are_merged_again(start, config_file, pretrained):
