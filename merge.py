@@ -36,9 +36,10 @@ Groups = dict[str, list[float]]  # name pattern → coefficients, one per range
 
 def plan(config: Config) -> str:
     """What this command would do."""
-    from deme.method.merging import merge_method
+    if config.merge.settings:  # else torch is not needed
+        from deme.method.merging import merge_method
 
-    merge_method(config.merge.method, config.merge.settings)  # checks the settings
+        merge_method(config.merge.method, config.merge.settings)  # checks the settings
     file = searched_file(config)
     groups = config.coefficient_groups if file is None else {"those in": file}
     coefficients = [f"  {pattern}: {coefficients}" for pattern, coefficients in groups.items()]

@@ -56,14 +56,29 @@ def test_nothing_imports_an_entry_script():
         assert imports(path) & SCRIPTS == set(), path
 
 
+def test_accelerate_is_known_to_training_and_its_processes_alone():
+    for path in (REPOSITORY / "deme").rglob("*.py"):
+        if path.parent.name != "training" and path.name != "processes.py":
+            assert not any(name.split(".")[0] == "accelerate" for name in imports(path)), path
+
+
+@pytest.mark.parametrize(("pattern", "most"), [("*.py", 60), ("deme/**/*.py", 50)])
+def test_functions_and_files_stay_short(pattern, most):
+    """An entry script's main and every function of the package fit on a screen."""
+    for path in REPOSITORY.glob(pattern):
+        text = path.read_text()
+        assert text.count("\n") <= 330, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < most, f"{path}: {node.name}"
+
+
 def test_modules_import_each_other_in_no_circle():
-    """File by file, in whichever function an import stands; what is imported for its types alone may point back."""
+    """File by file, in whichever function an import stands, also for types alone."""
     graph = {}
     for path in (REPOSITORY / "deme").rglob("*.py"):
         module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
-        source = re.sub(r"\nif TYPE_CHECKING:\n((    .*)?\n)+", "\n", path.read_text())
-        names = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
-        graph[module] = {name for name in names if name.startswith("deme.")}
+        graph[module] = {name for name in imports(path) if name.startswith("deme.")}
     while graph:
         free = [module for module, needed in graph.items() if not needed & graph.keys()]
         assert free, f"a circle among {sorted(graph)}"

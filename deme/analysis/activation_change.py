@@ -5,13 +5,13 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
 from deme.analysis.material import Material
 from deme.job.arrays import Arrays
+from deme.job.processes import Processes
 from deme.measure.noisy import Batch
 from deme.method.projection import PROJECTION_SUFFIX
 from deme.method.task_vectors import Tensors
@@ -35,7 +35,7 @@ def measure(material: Material) -> Arrays:
             tensors = material.tensors(name)
             after.load_state_dict(tensors)
             inside = (batch.part(batch.ranges == k) for batch in batches)
-            change = squared_change(before, after, inside, material.accelerator)
+            change = squared_change(before, after, inside, material.processes)
             squares.append(change["squares"])
             of_block = projection_distances(tensors)
             distances.append([of_block.get(block, np.nan) for block in blocks])
@@ -76,7 +76,7 @@ def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def squared_change(
-    pretrained: nn.Module, finetuned: nn.Module, batches: Iterable[Batch], accelerator: Accelerator
+    pretrained: nn.Module, finetuned: nn.Module, batches: Iterable[Batch], processes: Processes
 ) -> Arrays:
     """Squares of the activations after each block, and of what finetuning changed in them.
 
@@ -98,8 +98,8 @@ def squared_change(
 
             hooks.append(block.register_forward_hook(remember))
     names = list(blocks_of(pretrained))
-    squares = torch.zeros(len(names), 2, len(PARTS), dtype=torch.float64, device=accelerator.device)
-    shapes = torch.zeros(len(names), 2, dtype=torch.int64, device=accelerator.device)
+    squares = torch.zeros(len(names), 2, len(PARTS), dtype=torch.float64, device=processes.device)
+    shapes = torch.zeros(len(names), 2, dtype=torch.int64, device=processes.device)
     for batch in batches:
         if len(batch.timesteps) == 0:
             continue
@@ -111,8 +111,8 @@ def squared_change(
             row += torch.stack([split_squares(before), split_squares(after - before)])
     for hook in hooks:
         hook.remove()
-    shapes = accelerator.gather(shapes[None]).amax(0)  # a process may have no image
-    return {"squares": accelerator.reduce(squares, "sum").cpu().numpy(), "shapes": shapes.cpu().numpy()}
+    shapes = processes.gather(shapes[None]).amax(0)  # a process may have no image
+    return {"squares": processes.reduce(squares, "sum").cpu().numpy(), "shapes": shapes.cpu().numpy()}
 
 
 def projection_distances(network: Tensors) -> dict[str, float]:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
 from torch import nn
@@ -13,6 +12,7 @@ from deme.analysis.material import Material
 from deme.analysis.task_vectors import block_name, cosines
 from deme.data.images import Stream
 from deme.job.arrays import Arrays, Keep
+from deme.job.processes import Processes
 from deme.measure.noisy import CleanImages
 from deme.method.coefficients import pattern_of, patterns_of
 from deme.report.figures import BLACK, COLOURS, DASHES, UNKNOWN, cosine_maps, noted
@@ -31,14 +31,14 @@ def measure(material: Material) -> Arrays:
         network = material.load(material.networks["pretrained"]).requires_grad_(True)
         images = material.clean(material.data.training, 0)
         size = material.settings.sketch
-        found = gradient_products(network, images, material.timesteps, size, material.accelerator, keep)
+        found = gradient_products(network, images, material.timesteps, size, material.processes, keep)
         return found | {"images": np.array(images.count)}
 
     return material.keep("gradient_conflict", ["pretrained"], ("timesteps", "images", "sketch"), make)
 
 
 def gradient_products(
-    network: nn.Module, images: CleanImages, timesteps: Sequence[int], size: int, accelerator: Accelerator, keep: Keep
+    network: nn.Module, images: CleanImages, timesteps: Sequence[int], size: int, processes: Processes, keep: Keep
 ) -> Arrays:
     """Inner products of the denoising loss's gradients at n timesteps, for two independent halves of the images.
 
@@ -69,7 +69,7 @@ def gradient_products(
                 (batch.losses(network).sum() / half).backward()
             halves.append(gradient_sketch(groups.values(), size, images.stream))
         network.zero_grad()
-        return {"sketches": accelerator.reduce(torch.stack(halves), "sum").cpu().numpy()}
+        return {"sketches": processes.reduce(torch.stack(halves), "sum").cpu().numpy()}
 
     kept = [keep(f"{t:04d}", lambda t=t: of_timestep(t))["sketches"] for t in timesteps]
     vectors = np.stack(kept, axis=1).astype(np.float64)  # (2, n, sum of the sketches' lengths)

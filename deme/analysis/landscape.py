@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import nn
 
 from deme.analysis.material import Material
 from deme.job.arrays import Arrays, Keep
+from deme.job.processes import Processes
 from deme.measure.noisy import Batch
 from deme.method.candidates import Candidates
 from deme.method.coefficients import PUBLISHED
@@ -32,10 +32,10 @@ def measure(material: Material) -> Arrays:
     def make(keep: Keep) -> Arrays:
         base = material.tensors("pretrained")
         finetuned = {name: material.tensors(name) for name in experts}
-        candidates = Candidates(base, finetuned, dict.fromkeys(base, 0), material.accelerator.device)
+        candidates = Candidates(base, finetuned, dict.fromkeys(base, 0), material.processes.device)
         batches = material.spread(settings.landscape_images, 3)
         shape = (len(material.ranges), settings.landscape_points)
-        return plane_losses(material.network, candidates, batches, *shape, material.accelerator, keep)
+        return plane_losses(material.network, candidates, batches, *shape, material.processes, keep)
 
     keys = ("landscape_points", "landscape_images", "landscape_ranges")
     return material.keep("landscape", ["pretrained", *experts], keys, make)
@@ -52,7 +52,7 @@ def plane_losses(
     batches: Sequence[Batch],
     num_ranges: int,
     points: int,
-    accelerator: Accelerator,
+    processes: Processes,
     keep: Keep,
 ) -> Arrays:
     """Losses at pretrained + w₁ τ₁ + w₂ τ₂, on the same noisy images at every point.
@@ -70,7 +70,7 @@ def plane_losses(
     """
 
     def mean(values: Sequence[torch.Tensor]) -> np.ndarray:
-        return range_sums(values, batches, num_ranges, accelerator) / counts
+        return range_sums(values, batches, num_ranges, processes) / counts
 
     def at(*coefficients: float) -> list[torch.Tensor]:
         if coefficients in CORNERS:  # the network's own weights, bit for bit
@@ -87,7 +87,7 @@ def plane_losses(
         errors = np.sqrt(variances.clip(0) / np.maximum(1, counts - 1)) / mean(pretrained)
         return {"corners": np.stack([mean(values) for values in (pretrained, *experts)]), "errors": errors}
 
-    counts = range_sums([torch.ones_like(batch.weights) for batch in batches], batches, num_ranges, accelerator)
+    counts = range_sums([torch.ones_like(batch.weights) for batch in batches], batches, num_ranges, processes)
     side = axis(points).tolist()
     corners = keep("corners", at_corners)
     rows = [
@@ -104,13 +104,13 @@ def image_losses(network: nn.Module, batches: Sequence[Batch]) -> list[torch.Ten
 
 
 def range_sums(
-    values: Sequence[torch.Tensor], batches: Sequence[Batch], num_ranges: int, accelerator: Accelerator
+    values: Sequence[torch.Tensor], batches: Sequence[Batch], num_ranges: int, processes: Processes
 ) -> np.ndarray:
     """Sums over the images of each range, of a value per image: float64, shape (ranges,), the same in every process."""
-    totals = torch.zeros(num_ranges, dtype=torch.float64, device=accelerator.device)
+    totals = torch.zeros(num_ranges, dtype=torch.float64, device=processes.device)
     for value, batch in zip(values, batches, strict=True):
         totals.index_add_(0, batch.ranges, value.double())
-    return accelerator.reduce(totals, "sum").cpu().numpy()
+    return processes.reduce(totals, "sum").cpu().numpy()
 
 
 def _experts(material: Material) -> list[str]:

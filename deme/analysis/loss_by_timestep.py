@@ -5,13 +5,13 @@ from functools import cache
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from matplotlib.figure import Figure
 from torch import nn
 
 from deme.analysis.material import Material
 from deme.config.sections import CONTINUED, DISTILLED
 from deme.job.arrays import Arrays
+from deme.job.processes import Processes
 from deme.measure.noisy import CleanImages
 from deme.report.figures import model_style, noted
 from deme.report.tables import headed_table, number
@@ -30,7 +30,7 @@ def measure(material: Material) -> Arrays:
 
     def make(name: str) -> Arrays:
         material.network.load_state_dict(material.tensors(name))
-        return {"losses": losses_by_timestep(material.network, images(), material.timesteps, material.accelerator)}
+        return {"losses": losses_by_timestep(material.network, images(), material.timesteps, material.processes)}
 
     keys = ("timesteps", "images")
     losses = {
@@ -44,14 +44,14 @@ def measure(material: Material) -> Arrays:
 
 @torch.no_grad()
 def losses_by_timestep(
-    network: nn.Module, images: CleanImages, timesteps: Sequence[int], accelerator: Accelerator
+    network: nn.Module, images: CleanImages, timesteps: Sequence[int], processes: Processes
 ) -> np.ndarray:
     """The loss of each image at each of n timesteps: float64, shape (n, images), the same in every process."""
-    losses = torch.zeros(len(timesteps), images.count, dtype=torch.float64, device=accelerator.device)
+    losses = torch.zeros(len(timesteps), images.count, dtype=torch.float64, device=processes.device)
     for row, timestep in zip(losses, timesteps, strict=True):
         for places, batch in images.at(timestep, range(images.count)):
             row[places] = batch.losses(network).double()
-    return accelerator.reduce(losses, "sum").cpu().numpy()
+    return processes.reduce(losses, "sum").cpu().numpy()
 
 
 def ensemble_losses(experts: Sequence[np.ndarray], timesteps: Sequence[int], ranges: Sequence[Range]) -> np.ndarray:

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import nn
 
@@ -17,6 +16,7 @@ from deme.data.images import Examples, TrainingImages
 from deme.data.opening import Source
 from deme.errors import UserError, naming
 from deme.job.arrays import Arrays, Keep, kept
+from deme.job.processes import Processes
 from deme.job.records import ANALYSIS, Record
 from deme.measure.noisy import ENCODED_AT_ONCE, Batch, CleanImages, draw_clean, draw_probes, regrouped
 from deme.method.projection import with_identity_projections
@@ -42,7 +42,7 @@ class Material:
     def __init__(
         self,
         config: Config,
-        accelerator: Accelerator,
+        processes: Processes,
         pretrained: Path,
         networks: dict[str, Path],
         source: Source,
@@ -50,7 +50,7 @@ class Material:
     ):
         self.config = config
         self.settings = config.analyze
-        self.accelerator = accelerator
+        self.processes = processes
         self.pretrained = pretrained
         self.networks = networks
         self.source = source
@@ -78,10 +78,10 @@ class Material:
         parts = config.paths.analysis / name
 
         def keep_part(part: str, make_part: Callable[[], Arrays]) -> Arrays:
-            return kept(self.accelerator, parts / f"{part}.npz", record, make_part)
+            return kept(self.processes, parts / f"{part}.npz", record, make_part)
 
-        arrays = kept(self.accelerator, parts.with_name(f"{name}.npz"), record, lambda: make(keep_part))
-        if self.accelerator.is_main_process:
+        arrays = kept(self.processes, parts.with_name(f"{name}.npz"), record, lambda: make(keep_part))
+        if self.processes.is_main_process:
             shutil.rmtree(parts, ignore_errors=True)
         return arrays
 
@@ -99,7 +99,7 @@ class Material:
 
     def load(self, folder: Path) -> nn.Module:
         """The network in a folder, on the device, ready to predict; its weights may be changed."""
-        return freeze(load_denoiser(folder), self.accelerator.device, "no", may_pack=False)
+        return freeze(load_denoiser(folder), self.processes.device, "no", may_pack=False)
 
     @cached_property
     def network(self) -> nn.Module:
@@ -122,14 +122,14 @@ class Material:
         network = load_denoiser(denoiser_folder(self.pretrained))
         encoder = load_encoder(self.pretrained, network)
         try_out(network, self.scheduler, encoder)
-        encoder.prepare(self.accelerator.device, "no")
+        encoder.prepare(self.processes.device, "no")
         return encoder
 
     @cached_property
     def data(self) -> TrainingImages:
         """The training images and the held-out ones."""
         config = self.config
-        return load_examples(config, config.finetune, self.source, self.encoder, self.made_of, self.accelerator)
+        return load_examples(config, config.finetune, self.source, self.encoder, self.made_of, self.processes)
 
     @property
     def measured_on(self) -> str:
@@ -147,12 +147,12 @@ class Material:
         if count == 0:
             raise UserError(f"data.name={self.config.data.name}: {len(images)} image, an analysis needs at least 2")
         stream = (self.config.seed, STREAM, number)
-        drawn = (stream, count, self.settings.batch_size, self.accelerator)
+        drawn = (stream, count, self.settings.batch_size, self.processes)
         return draw_clean(images, self.encoder, self.scheduler, *drawn)
 
     def spread(self, count: int, number: int) -> list[Batch]:
         """This process's share of `count` noisy images, spread evenly over the timesteps, in batches."""
         stream = (self.config.seed, STREAM, number)
-        drawn = (self.ranges, stream, range(count), ENCODED_AT_ONCE, self.accelerator)
+        drawn = (self.ranges, stream, range(count), ENCODED_AT_ONCE, self.processes)
         probes = draw_probes(self.measured_images, self.encoder, self.scheduler, *drawn)
         return regrouped(probes, self.settings.batch_size)

@@ -24,7 +24,7 @@ def measure(material: Material) -> Arrays:
 
     def make(_keep: object) -> Arrays:
         pretrained, *networks = (material.tensors(name) for name in ("pretrained", *names))
-        return in_main_process(material.accelerator, lambda: statistics(pretrained, networks))
+        return in_main_process(material.processes, lambda: statistics(pretrained, networks))
 
     return material.keep("task_vectors", ["pretrained", *names], (), make) | {"names": np.array(names)}
 

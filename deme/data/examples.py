@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -27,7 +26,7 @@ from deme.data.opening import Source
 from deme.data.sources import contents_hash, load_training_images, split_held_out
 from deme.errors import RunError, UserError, one_line
 from deme.job.files import atomic_file, make_folder, read_json
-from deme.job.processes import in_main_process, locked_by_all
+from deme.job.processes import Processes, in_main_process, locked_by_all
 from deme.job.records import CONTENTS, DATA, ENCODER, LATENTS, Record
 from deme.models.encoders import Encoded, Encoder, LatentsAndText
 
@@ -43,7 +42,7 @@ def load_examples(
     source: Source,
     encoder: Encoder,
     made_of: dict[str, str],
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> TrainingImages:
     """The data as the encoder takes it.
 
@@ -57,14 +56,14 @@ def load_examples(
     data.check("cache_latents", encoder.takes_text or not data.cache_latents, "the model works on pixels")
     if not data.cache_latents:
         return load_training_images(source, encoder.image_channels, config.paths.image_cache, settings.caption_dropout)
-    encoder.prepare(accelerator.device, settings.mixed_precision)
-    folder = cached_latents(config, source, encoder, made_of, accelerator)
+    encoder.prepare(processes.device, settings.mixed_precision)
+    folder = cached_latents(config, source, encoder, made_of, processes)
     parts = split_held_out(data, read_count(folder))
     return TrainingImages(*(CachedLatents(folder, chosen, settings.caption_dropout) for chosen in parts))
 
 
 def cached_latents(
-    config: Config, source: Source, encoder: LatentsAndText, made_of: dict[str, str], accelerator: Accelerator
+    config: Config, source: Source, encoder: LatentsAndText, made_of: dict[str, str], processes: Processes
 ) -> Path:
     """The folder of the data's latents and embeddings, made once by all processes, while other jobs wait.
 
@@ -80,20 +79,20 @@ def cached_latents(
     folder = config.paths.latent_cache / Record(LATENTS, made_from).digest
 
     def is_complete() -> bool:
-        return in_main_process(accelerator, (folder / INDEX).exists)
+        return in_main_process(processes, (folder / INDEX).exists)
 
     if is_complete():
         return folder
-    with locked_by_all(accelerator, folder, "output_dir", wait=True):
+    with locked_by_all(processes, folder, "output_dir", wait=True):
         if not is_complete():  # as it may be after the wait
-            in_main_process(accelerator, lambda: make_folder(folder, "output_dir"))
+            in_main_process(processes, lambda: make_folder(folder, "output_dir"))
             training = load_training_images(source, encoder.image_channels, cache).training
             images = replace(training, chosen=None)  # all of them, those that are held out too
-            parts = range(accelerator.process_index, num_parts(len(images)), accelerator.num_processes)
-            for part in tqdm(parts, "encoding images", disable=not accelerator.is_main_process, mininterval=1):
+            parts = range(processes.process_index, num_parts(len(images)), processes.num_processes)
+            for part in tqdm(parts, "encoding images", disable=not processes.is_main_process, mininterval=1):
                 write_part(folder, part, images, source.data.cached_views, encoder)
-            accelerator.wait_for_everyone()
-            in_main_process(accelerator, lambda: write_index(folder, len(images), encoder))
+            processes.wait_for_everyone()
+            in_main_process(processes, lambda: write_index(folder, len(images), encoder))
             encoder.rest()
     return folder
 

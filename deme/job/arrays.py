@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file, make_folder
-from deme.job.processes import in_main_process
+from deme.job.processes import Processes, in_main_process
 from deme.job.records import Record
 
 Arrays = dict[str, np.ndarray]
@@ -19,16 +18,16 @@ MADE_FROM = "made_from"  # the array that holds the record, as JSON
 CONTENT = "arrays (SHA-256)"  # in the record
 
 
-def kept(accelerator: Accelerator, file: Path, wanted: Record, make: Callable[[], Arrays]) -> Arrays:
+def kept(processes: Processes, file: Path, wanted: Record, make: Callable[[], Arrays]) -> Arrays:
     """The arrays in a file if they were made from the same, else those of `make`, which are written; in every process.
 
     Args:
         make: called by all processes, or by none.
     """
-    arrays = in_main_process(accelerator, lambda: read_arrays(file, wanted))
+    arrays = in_main_process(processes, lambda: read_arrays(file, wanted))
     if arrays is None:
         arrays = make()
-        in_main_process(accelerator, lambda: write_arrays(file, arrays, wanted))
+        in_main_process(processes, lambda: write_arrays(file, arrays, wanted))
     return arrays
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,22 @@ from deme.job.locks import locked
 from deme.job.machine import computes_in_bf16
 
 Result = TypeVar("Result")
+
+
+class Processes(Protocol):
+    """What code outside of training needs of accelerate's `Accelerator`: who am I, and how do all agree."""
+
+    device: torch.device
+    is_main_process: bool
+    process_index: int
+    num_processes: int
+
+    def print(self, *values: Any) -> None: ...
+    def wait_for_everyone(self) -> None: ...
+    def main_process_first(self) -> AbstractContextManager[None]: ...
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def pad_across_processes(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor: ...
 
 
 def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
@@ -48,11 +64,11 @@ def _warn_of_bf16(key: str) -> None:
     print(f"{key}=bf16: this CPU has no bf16 instructions and takes many times as long as with no")
 
 
-def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+def in_main_process(processes: Processes, work: Callable[[], Result]) -> Result:
     """The result of `work` in the main process, for every process; if it raises an error, all stop."""
     result: Result | None = None
     error: UserError | RunError | None = None
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         try:
             result = work()
         except (UserError, RunError) as caught:
@@ -65,9 +81,9 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Res
     return result
 
 
-def locked_by_all(accelerator: Accelerator, output: Path, key: str, wait: bool = False) -> AbstractContextManager[None]:
+def locked_by_all(processes: Processes, output: Path, key: str, wait: bool = False) -> AbstractContextManager[None]:
     """`locked` for all processes of a job; the main process holds the lock."""
-    return locked(output, key, wait, partial(in_main_process, accelerator))
+    return locked(output, key, wait, partial(in_main_process, processes))
 
 
 class Agreement:

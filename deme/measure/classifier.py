@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,7 +22,7 @@ from deme.data.opening import Source, open_source
 from deme.data.sources import data_hashes, load_evaluation_images
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file
-from deme.job.processes import in_main_process
+from deme.job.processes import Processes, in_main_process
 from deme.job.records import CLASSIFIER, Record
 
 HELD_OUT_SHARE = 0.2  # of the data
@@ -151,7 +150,7 @@ def check_classified(features: str, width: int, height: int) -> None:
         raise UserError(f"images of {width} x {height} pixels, {rule}")
 
 
-def trained_classifier(config: Config, accelerator: Accelerator) -> tuple[Classifier, float]:
+def trained_classifier(config: Config, processes: Processes) -> tuple[Classifier, float]:
     """The classifier of the configured data, trained once and kept, on the device; its held-out accuracy."""
     file = config.paths.classifier
     training = {
@@ -172,12 +171,12 @@ def trained_classifier(config: Config, accelerator: Accelerator) -> tuple[Classi
         if labels is None:
             raise UserError("data.label_column=null: evaluate.features=classifier needs labels")
         pixels = images.batch(range(len(images)))
-        trained = train_classifier(pixels, labels, **training, device=accelerator.device)
+        trained = train_classifier(pixels, labels, **training, device=processes.device)
         save_classifier(file, *trained, wanted)
 
-    in_main_process(accelerator, train)
+    in_main_process(processes, train)
     classifier, accuracy = load_classifier(file, wanted)
-    return classifier.to(accelerator.device), accuracy
+    return classifier.to(processes.device), accuracy
 
 
 def save_classifier(path: Path, classifier: Classifier, accuracy: float, record: Record) -> None:

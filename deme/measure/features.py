@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
 from deme.data.decoding import ahead
 from deme.errors import UserError, one_line
+from deme.job.processes import Processes
 
 
 class InceptionFeatures(nn.Module):
@@ -50,7 +50,7 @@ def load_inception() -> InceptionFeatures:
 
 @torch.inference_mode()
 def extract(
-    accelerator: Accelerator,
+    processes: Processes,
     network: nn.Module,
     read: Callable[[slice], Any],
     count: int,
@@ -64,21 +64,21 @@ def extract(
         read: slice → uint8 RGB images (B, 3, H, W), or what else the network's `features` takes and `to` moves.
         threads: that read ahead.
     """
-    edges = [count * rank // accelerator.num_processes for rank in range(accelerator.num_processes + 1)]
-    first = edges[accelerator.process_index]
-    last = max(first + 1, edges[accelerator.process_index + 1])  # one without a share takes part, and is dropped below
+    edges = [count * rank // processes.num_processes for rank in range(processes.num_processes + 1)]
+    first = edges[processes.process_index]
+    last = max(first + 1, edges[processes.process_index + 1])  # one without a share takes part, and is dropped below
     batches = [slice(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
     images = tqdm(
         ahead(read, batches, threads),
         "features",
         len(batches),
-        disable=not accelerator.is_main_process,
+        disable=not processes.is_main_process,
         leave=False,
         delay=5,
     )
-    parts = [network.features(part.to(accelerator.device)) for part in images]
-    shares = accelerator.gather(accelerator.pad_across_processes(torch.cat(parts)))
-    shares = shares.cpu().chunk(accelerator.num_processes)
+    parts = [network.features(part.to(processes.device)) for part in images]
+    shares = processes.gather(processes.pad_across_processes(torch.cat(parts)))
+    shares = shares.cpu().chunk(processes.num_processes)
     features = torch.cat([share[: edges[i + 1] - edges[i]] for i, share in enumerate(shares)]).numpy()
     if not np.isfinite(features).all():
         raise UserError("the feature network gives NaN or infinite values")

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import nn
 
 from deme.data.images import Examples, Stream, batch_indices, torch_seed
+from deme.job.processes import Processes
 from deme.method.losses import prediction_target
 from deme.models.encoders import Condition, Encoder
 
@@ -83,12 +83,12 @@ def draw_clean(
     stream: Stream,
     count: int,
     batch_size: int,
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> CleanImages:
     """Encode the first `count` of the shuffled images, `batch_size` per process at a time later on."""
     random = np.random.default_rng((*stream, ENCODING))
     indices = batch_indices(stream, len(images), 0, count)
-    share = torch.arange(accelerator.process_index, count, accelerator.num_processes)
+    share = torch.arange(processes.process_index, count, processes.num_processes)
     tensors: list[torch.Tensor] = []
     conditions: list[Condition] = []
     for start in range(0, count, ENCODED_AT_ONCE):
@@ -110,7 +110,7 @@ def draw_probes(
     stream: Stream,
     places: range,
     batch_size: int,
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> list[Batch]:
     """Noisy images with weights 1 whose timesteps are spread evenly over every range, so that few give a steady mean.
 
@@ -128,7 +128,7 @@ def draw_probes(
         strata = random.permutation(mine.sum())
         timesteps[mine] = low + (strata + 0.5) / max(1, len(strata)) * (high - low)
     indices = batch_indices(stream, len(images), places.start, count)
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    share = slice(processes.process_index, None, processes.num_processes)
     batches = []
     for start in range(0, count, batch_size):
         part = slice(start, start + batch_size)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from deme.config.experiment import Config
@@ -20,7 +19,7 @@ from deme.data.samples import check_sizes, list_images, read_images
 from deme.data.sources import load_evaluation_images
 from deme.errors import UserError, naming, one_line, shown
 from deme.job.files import LARGEST, atomic_file, checked, make_folder, sha256
-from deme.job.processes import locked_by_all
+from deme.job.processes import Processes, locked_by_all
 from deme.job.records import STATISTICS, Record
 from deme.measure.classifier import check_classified, evaluated_data, trained_classifier
 from deme.measure.features import extract, load_inception
@@ -41,25 +40,25 @@ class FeatureSpace:
     accuracy: float | None  # of the classifier, on images that it was not trained on
 
 
-def load_feature_space(config: Config, accelerator: Accelerator) -> FeatureSpace:
+def load_feature_space(config: Config, processes: Processes) -> FeatureSpace:
     """The configured feature space, made once and kept in stats/. If another job is making it, wait for that job."""
     name = config.evaluate.features
     features = {"features": name}
     accuracy = None
-    with locked_by_all(accelerator, config.paths.stats, "output_dir", wait=True):
+    with locked_by_all(processes, config.paths.stats, "output_dir", wait=True):
         make_folder(config.paths.stats, "output_dir")
         if name == "inception":
-            with accelerator.main_process_first(), naming("evaluate.features", name):
-                network = load_inception().to(accelerator.device)  # one process downloads the weights
+            with processes.main_process_first(), naming("evaluate.features", name):
+                network = load_inception().to(processes.device)  # one process downloads the weights
         else:
-            network, accuracy = trained_classifier(config, accelerator)
+            network, accuracy = trained_classifier(config, processes)
             features["classifier"] = sha256(config.paths.classifier)
-            accelerator.print(f"classifier: held-out accuracy {accuracy:.1%}")
-        return FeatureSpace(name, network, reference_statistics(config, accelerator, network, features), accuracy)
+            processes.print(f"classifier: held-out accuracy {accuracy:.1%}")
+        return FeatureSpace(name, network, reference_statistics(config, processes, network, features), accuracy)
 
 
 def reference_statistics(
-    config: Config, accelerator: Accelerator, network: nn.Module, features: dict[str, str]
+    config: Config, processes: Processes, network: nn.Module, features: dict[str, str]
 ) -> Reference:
     """The statistics in the file evaluate.reference, or those of its images or of the data, made once.
 
@@ -68,19 +67,19 @@ def reference_statistics(
         features: its name, and the SHA-256 of a classifier.
     """
     if config.evaluate.reference is None:
-        return _made_once(config, accelerator, network, _images_of_data(config), features)
+        return _made_once(config, processes, network, _images_of_data(config), features)
     file = config.paths.reference
     with naming("evaluate.reference", config.evaluate.reference):
         if file.is_dir():
-            return _made_once(config, accelerator, network, _images_of_folder(config), features)
+            return _made_once(config, processes, network, _images_of_folder(config), features)
         reference, record = load_reference(file)
-        image = torch.zeros(1, 3, LEAST_CLASSIFIED, LEAST_CLASSIFIED, dtype=torch.uint8, device=accelerator.device)
+        image = torch.zeros(1, 3, LEAST_CLASSIFIED, LEAST_CLASSIFIED, dtype=torch.uint8, device=processes.device)
         with torch.inference_mode():
             count = network.features(image).shape[1]
         if len(reference.mu) != count:
             raise UserError(f"holds statistics of {len(reference.mu)} features, {features['features']} has {count}")
         description = _check_comparable(record, features, open_source(config.data).data)
-        accelerator.print(f"{file}: {description}")
+        processes.print(f"{file}: {description}")
         return reference
 
 
@@ -131,7 +130,7 @@ def content_hash(path: Path) -> str:
 
 
 def _made_once(
-    config: Config, accelerator: Accelerator, network: nn.Module, images: Images, features: dict[str, str]
+    config: Config, processes: Processes, network: nn.Module, images: Images, features: dict[str, str]
 ) -> Reference:
     """The statistics of images, kept in their file; made again if they are of other images or features, or damaged."""
     file = images.file
@@ -142,7 +141,7 @@ def _made_once(
             if record.fits(wanted, file) and saved.features is not None:
                 return saved
         except UserError as error:
-            accelerator.print(f"{file}: unreadable, made anew ({error})")
+            processes.print(f"{file}: unreadable, made anew ({error})")
     count, read, threads = images.open()
 
     def features_from(start: int) -> np.ndarray:
@@ -150,16 +149,16 @@ def _made_once(
             return read(slice(start + part.start, start + part.stop))
 
         size = min(PART, count - start)
-        return extract(accelerator, network, read_part, size, config.evaluate.batch_size, threads)
+        return extract(processes, network, read_part, size, config.evaluate.batch_size, threads)
 
     parts = map(features_from, range(0, count, PART))
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         save_reference(file, Reference.of(parts, count), wanted)
         print(f"wrote {file}: statistics of {count:,} images")
     else:
         for _ in parts:  # this process's share of the work
             pass
-    accelerator.wait_for_everyone()
+    processes.wait_for_everyone()
     return load_reference(file)[0]
 
 

@@ -7,11 +7,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from deme.data.samples import as_read
 from deme.errors import RunError, UserError
+from deme.job.processes import Processes
 from deme.measure.features import extract
 from deme.measure.metrics import frechet_distance, statistics
 from deme.measure.noisy import Batch
@@ -39,7 +39,7 @@ class Squares:
     images: int  # over all processes; the UNet passes of one value
     candidates: Candidates
     network: nn.Module  # in which candidates are formed
-    accelerator: Accelerator
+    processes: Processes
 
     @property
     def spent(self) -> int:
@@ -50,17 +50,17 @@ class Squares:
     def value(self, coefficients: np.ndarray) -> float:
         """The objective of a candidate; infinite if a prediction is not finite."""
         self.candidates.form(self.network, coefficients)
-        added = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        added = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for batch in self.batches:
             if len(batch.weights) > 0:
                 added += weighted_squares(batch, batch.predict(self.network)).double()
-        value = float(self.accelerator.reduce(added, "sum"))
+        value = float(self.processes.reduce(added, "sum"))
         return value if math.isfinite(value) else math.inf  # numpy would take NaN for the lowest
 
 
-def total(accelerator: Accelerator, count: int) -> int:
+def total(processes: Processes, count: int) -> int:
     """The sum of a count over all processes."""
-    return int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum"))
+    return int(processes.reduce(torch.tensor(count, device=processes.device), "sum"))
 
 
 def weighted_squares(batch: Batch, prediction: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ def make_squares(
     candidates: Candidates,
     network: nn.Module,
     num_train_timesteps: int,
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> Squares:
     """The objective `match` or `loss` on these noisy images, as `draw_probes` gives them."""
     if name == "match":
@@ -87,13 +87,13 @@ def make_squares(
         bins = [batch.timesteps * LOSS_BINS // num_train_timesteps for batch in probes]
         count = LOSS_BINS
     candidates.form(network, torch.zeros(candidates.shape))
-    totals, sizes = (torch.zeros(count, dtype=torch.float64, device=accelerator.device) for _ in range(2))
+    totals, sizes = (torch.zeros(count, dtype=torch.float64, device=processes.device) for _ in range(2))
     for batch, target, places in zip(probes, targets, bins, strict=True):
         if len(places) > 0:
             distances = (batch.predict(network) - target).square().flatten(1).sum(1)
             totals.index_add_(0, places, distances.double())
             sizes.index_add_(0, places, target.square().flatten(1).sum(1).double())
-    totals, sizes = (accelerator.reduce(part, "sum") for part in (totals, sizes))
+    totals, sizes = (processes.reduce(part, "sum") for part in (totals, sizes))
     empty = (totals <= NO_DISTANCE * sizes).nonzero().flatten().tolist()
     if empty and name == "match":
         raise UserError(f"the expert of range {empty[0]} predicts what the pretrained network does")
@@ -104,7 +104,7 @@ def make_squares(
         replace(batch, target=target, weights=weights[places])
         for batch, target, places in zip(probes, targets, bins, strict=True)
     ]
-    return Squares(name, batches, total(accelerator, sum(map(len, bins))), candidates, network, accelerator)
+    return Squares(name, batches, total(processes, sum(map(len, bins))), candidates, network, processes)
 
 
 def _expert_predictions(probes: Sequence[Batch], candidates: Candidates, network: nn.Module) -> list[torch.Tensor]:
@@ -130,7 +130,7 @@ class FrechetDistance:
     bias proportional to 1 / images, which the jackknife removes.
     """
 
-    accelerator: Accelerator
+    processes: Processes
     drawing: Drawing
     space: FeatureSpace
     prompts: Sequence[str]  # seed i takes the i-th, in turn; empty if the model takes none
@@ -162,8 +162,8 @@ class FrechetDistance:
                 return torch.zeros(len(chosen), 3, self.resolution, self.resolution, dtype=torch.uint8)
             return as_read(images, settings.size_on_disk)
 
-        features = extract(self.accelerator, self.space.network, draw, len(seeds), settings.batch_size)
-        if total(self.accelerator, len(faults)) > 0:
+        features = extract(self.processes, self.space.network, draw, len(seeds), settings.batch_size)
+        if total(self.processes, len(faults)) > 0:
             raise faults[0] if faults else RunError("NaN or infinite images in another process")
         return features
 

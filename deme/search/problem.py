@@ -5,7 +5,6 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 from torch import nn
 
 from deme.config.experiment import Config
@@ -16,7 +15,7 @@ from deme.data.opening import Source
 from deme.data.prompts import load_prompts
 from deme.errors import naming
 from deme.job.arrays import Arrays, kept
-from deme.job.processes import locked_by_all
+from deme.job.processes import Processes, locked_by_all
 from deme.measure.noisy import draw_probes
 from deme.measure.reference import load_feature_space
 from deme.method.candidates import Candidates
@@ -49,7 +48,7 @@ class Problem:
     def __init__(
         self,
         config: Config,
-        accelerator: Accelerator,
+        processes: Processes,
         pretrained: Path,
         source: Source,
         made_of: dict[str, str],
@@ -58,7 +57,7 @@ class Problem:
         self.folder = folder
         self.config = config
         self.settings = config.search
-        self.accelerator = accelerator
+        self.processes = processes
         self.source = source
         self.made_of = made_of
         folders = [denoiser_folder(pretrained), *config.paths.finetuned]
@@ -69,7 +68,7 @@ class Problem:
         with naming("search.groups", config.search.groups):
             self.patterns = patterns_of(config.search.groups, list(base))
         group_of = {name: self.patterns.index(pattern_of(name, self.patterns)) for name in base}
-        self.candidates = Candidates(base, finetuned, group_of, accelerator.device)
+        self.candidates = Candidates(base, finetuned, group_of, processes.device)
         self.shape = self.candidates.shape  # of the coefficients: (groups, ranges)
         self.ranges = list(map(range_name, config.timesteps.ranges))
         names = [f"{pattern} {name}" for pattern in self.patterns for name in self.ranges]
@@ -80,8 +79,8 @@ class Problem:
         network = load_denoiser(self.architecture)
         self.encoder = load_encoder(pretrained, network)
         try_out(network, self.scheduler, self.encoder)
-        self.encoder.prepare(accelerator.device, config.sample.mixed_precision)
-        self.network = freeze(network, accelerator.device, "no", may_pack=False)
+        self.encoder.prepare(processes.device, config.sample.mixed_precision)
+        self.network = freeze(network, processes.device, "no", may_pack=False)
         self.squares = cache(self._make_squares)
 
     def seeds(self, count: int) -> range:
@@ -94,9 +93,9 @@ class Problem:
     def _images(self) -> Examples:
         config = self.config
         images = load_examples(
-            config, config.finetune, self.source, self.encoder, self.made_of, self.accelerator
+            config, config.finetune, self.source, self.encoder, self.made_of, self.processes
         ).training
-        self.encoder.prepare(self.accelerator.device, config.sample.mixed_precision)  # the cache is in finetune's
+        self.encoder.prepare(self.processes.device, config.sample.mixed_precision)  # the cache is in finetune's
         return images
 
     def _make_squares(self, name: str, role: str = "fit") -> Squares:
@@ -108,11 +107,11 @@ class Problem:
             "held-out": range(count, count + held_out),
             "fresh": range(count + held_out, 2 * count + held_out),
         }[role]
-        drawn = (timesteps.ranges, self.stream, places, self.settings.batch_size, self.accelerator)
+        drawn = (timesteps.ranges, self.stream, places, self.settings.batch_size, self.processes)
         setting = ("search.images", count) if name == "loss" else ("search.objective", name)
         with naming(*setting):
             probes = draw_probes(self._images, self.encoder, self.scheduler, *drawn)
-            made_of = (probes, self.candidates, self.network, timesteps.num_train_timesteps, self.accelerator)
+            made_of = (probes, self.candidates, self.network, timesteps.num_train_timesteps, self.processes)
             return make_squares(name, *made_of)
 
     # --- fd
@@ -126,8 +125,8 @@ class Problem:
             return {"features": self.plain_distance.features(self.merged(np.zeros(self.shape)), seeds)}
 
         file = self.folder / "control.npz"
-        with locked_by_all(self.accelerator, file, "search.output", wait=True):
-            control = kept(self.accelerator, file, RECORD, draw)
+        with locked_by_all(self.processes, file, "search.output", wait=True):
+            control = kept(self.processes, file, RECORD, draw)
         return replace(self.plain_distance, control=control["features"])
 
     @cached_property
@@ -138,7 +137,7 @@ class Problem:
         shape = (self.network.config.in_channels, size, size)
         with naming("sample.scheduler", sample.scheduler):
             try_sampler(self.scheduler, sample.scheduler, config.search_steps, shape, sample.timestep_spacing)
-        space = load_feature_space(config, self.accelerator)
+        space = load_feature_space(config, self.processes)
         prompts = []
         if self.encoder.takes_text:
             with naming("sample.prompts", sample.prompts):
@@ -146,8 +145,8 @@ class Problem:
         resolution = sample.size_on_disk or config.data.resolution
         with naming("evaluate.reference", config.evaluate.reference):
             space.reference.check_size(resolution, resolution)
-        drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.accelerator.device)
-        return FrechetDistance(self.accelerator, drawing, space, prompts, resolution)
+        drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.processes.device)
+        return FrechetDistance(self.processes, drawing, space, prompts, resolution)
 
     @cached_property
     def sampled_network(self) -> nn.Module:
@@ -155,7 +154,7 @@ class Problem:
         precision = self.config.sample.mixed_precision
         if precision == "no":
             return self.network
-        return freeze(load_denoiser(self.architecture), self.accelerator.device, precision, may_pack=False)
+        return freeze(load_denoiser(self.architecture), self.processes.device, precision, may_pack=False)
 
     def merged(self, coefficients: np.ndarray) -> NetworkAt:
         """The candidate of these coefficients, for drawing; until another one is formed."""

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from deme.job.arrays import read_arrays, write_arrays
-from deme.job.processes import in_main_process
+from deme.job.processes import Processes, in_main_process
 from deme.job.records import SEARCH, Record
 
 Tensors = dict[str, torch.Tensor]
@@ -33,14 +32,14 @@ class Progress:
     Both are read from the file if it is there.
     """
 
-    def __init__(self, accelerator: Accelerator, file: Path, way: str, objective: str, state: Tensors):
-        self.accelerator = accelerator
+    def __init__(self, processes: Processes, file: Path, way: str, objective: str, state: Tensors):
+        self.processes = processes
         self.file = file
         self.way = way
         self.objective = objective
         self.state = state
         self.rows: list[Evaluated] = []
-        arrays = in_main_process(accelerator, lambda: read_arrays(file, RECORD))
+        arrays = in_main_process(processes, lambda: read_arrays(file, RECORD))
         if arrays is not None:
             columns = [arrays.pop(name) for name in COLUMNS]
             self.state = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -61,4 +60,4 @@ class Progress:
         columns = zip(*((row.passes, row.value, row.coefficients) for row in self.rows), strict=True)
         arrays = {name: tensor.numpy() for name, tensor in self.state.items()}
         arrays |= dict(zip(COLUMNS, map(np.array, columns), strict=True))
-        in_main_process(self.accelerator, lambda: write_arrays(self.file, arrays, RECORD))
+        in_main_process(self.processes, lambda: write_arrays(self.file, arrays, RECORD))

@@ -36,7 +36,7 @@ def score_fresh(problem: Problem, result: Result, file: Path, made_from: str, be
     Args:
         file: report.json; rows of the same `made_from` and the same trained network are not scored again.
     """
-    accelerator = problem.accelerator
+    processes = problem.processes
     objective = None
     if result.objective != "fd":
         objective = problem.squares(result.objective, "fresh").value(result.coefficients)
@@ -49,7 +49,7 @@ def score_fresh(problem: Problem, result: Result, file: Path, made_from: str, be
     hashes = {name: [weights_hash(folder)] for name, folder in _trained(problem).items()}
     distance = problem.plain_distance.with_steps(problem.config.sample.num_inference_steps)
     space = distance.space
-    known = in_main_process(accelerator, lambda: _known(file, made_from))
+    known = in_main_process(processes, lambda: _known(file, made_from))
     scores: list[Score] = []
     for name, network_at in _contenders(problem, result).items():
         row = known.get(name)
@@ -57,7 +57,7 @@ def score_fresh(problem: Problem, result: Result, file: Path, made_from: str, be
             features = distance.features(network_at(), seeds)
             row = score(Path(name), hashes.get(name), features, space.reference, space.name, blocks)
         scores.append(compared(row, scores[:1]))
-        in_main_process(accelerator, lambda: save_scores(file, space.name, scores, content))
+        in_main_process(processes, lambda: save_scores(file, space.name, scores, content))
     return Fresh(scores, objective)
 
 
@@ -69,7 +69,7 @@ def _contenders(problem: Problem, result: Result) -> dict[str, Callable[[], Netw
         return lambda: problem.merged(np.broadcast_to(row, problem.shape))
 
     def loaded(folder: Path) -> NetworkAt:
-        network = freeze(load_denoiser(folder), problem.accelerator.device, problem.config.sample.mixed_precision)
+        network = freeze(load_denoiser(folder), problem.processes.device, problem.config.sample.mixed_precision)
         return lambda _: network
 
     contenders = {"pretrained": merged(np.zeros(ranges))}

@@ -47,7 +47,7 @@ def closed_form(squares: Squares, settings: Search, file: Path, way: str = "clos
         "pull": torch.zeros((), dtype=torch.float64),
         "spent": torch.tensor(squares.spent),  # UNet passes
     }
-    progress = Progress(squares.accelerator, file, way, squares.name, state)
+    progress = Progress(squares.processes, file, way, squares.name, state)
     state = progress.state
     if not progress.rows:
         progress.add(1.0, np.zeros(candidates.shape))
@@ -75,13 +75,13 @@ def closed_form(squares: Squares, settings: Search, file: Path, way: str = "clos
 
 def _add_equations(state: Tensors, squares: Squares, batch: Batch) -> None:
     """Add a batch to the normal equations about the network's weights, over all processes."""
-    accelerator = squares.accelerator
+    processes = squares.processes
     added = [torch.zeros_like(state[name]) for name in EQUATIONS]
     if len(batch.weights) > 0:
         added = linearized(batch, squares.candidates, squares.network)
     for name, part in zip(EQUATIONS, added, strict=True):
-        state[name] = state[name] + accelerator.reduce(part.to(accelerator.device), "sum").cpu()
-    state["spent"] += JVP_PASSES * len(state["slope"]) * total(accelerator, len(batch.weights))
+        state[name] = state[name] + processes.reduce(part.to(processes.device), "sum").cpu()
+    state["spent"] += JVP_PASSES * len(state["slope"]) * total(processes, len(batch.weights))
 
 
 @torch.no_grad()
@@ -138,12 +138,10 @@ def ridge_step(
 def gradient_descent(
     squares: Squares, held_out: Squares, settings: Search, start: np.ndarray, file: Path, spent: int = 0
 ) -> list[Evaluated]:
-    """Adam (Kingma and Ba 2015) on the coefficients, a batch a step.
+    """Adam (Kingma and Ba 2015) on the coefficients, a batch a step; returns the measurements on the held-out images.
 
     One backward pass gives the gradient by the weights; times the task vectors it is the gradient by the coefficients.
     So candidates are formed in place, and no graph over merged copies of the weights is held.
-
-    Returns the measurements on the held-out images, with each of which the file is written.
 
     Args:
         held_out: the same objective on other images, which stops the descent early.
@@ -158,7 +156,7 @@ def gradient_descent(
         "mean": torch.zeros_like(origin),
         "square": torch.zeros_like(origin),
     }
-    progress = Progress(squares.accelerator, file, "gradient", f"{squares.name}, held-out images", state)
+    progress = Progress(squares.processes, file, "gradient", f"{squares.name}, held-out images", state)
     state = progress.state
 
     def measure() -> None:
@@ -190,16 +188,16 @@ def gradient_descent(
 
 def _gradient(squares: Squares, step: int, coefficients: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The gradient of the objective on one batch, and how many images that is, over all processes."""
-    accelerator, candidates, network = squares.accelerator, squares.candidates, squares.network
+    processes, candidates, network = squares.processes, squares.candidates, squares.network
     batch = squares.batches[step % len(squares.batches)]
     candidates.form(network, coefficients)
-    gradient = torch.zeros(candidates.shape, dtype=torch.float64, device=accelerator.device)
+    gradient = torch.zeros(candidates.shape, dtype=torch.float64, device=processes.device)
     if len(batch.weights) > 0:
         network.zero_grad()
         weighted_squares(batch, batch.predict(network)).backward()
         gradient = candidates.gradient(network)
-    images = total(accelerator, len(batch.weights))
-    return accelerator.reduce(gradient, "sum").cpu() * squares.images / images, images
+    images = total(processes, len(batch.weights))
+    return processes.reduce(gradient, "sum").cpu() * squares.images / images, images
 
 
 def _adam_step(state: Tensors, gradient: torch.Tensor, settings: Search) -> None:

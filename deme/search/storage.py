@@ -7,14 +7,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
-from accelerate import Accelerator
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from sqlalchemy import create_engine, inspect
 
 from deme.config.section import without_password
 from deme.errors import RunError, UserError, naming, one_line
-from deme.job.processes import in_main_process, locked_by_all
+from deme.job.processes import Processes, in_main_process, locked_by_all
 
 HEARTBEAT = 30  # seconds between two heartbeats of a running trial
 GRACE = 300  # seconds without a heartbeat after which a trial's candidate is tried again
@@ -41,7 +40,7 @@ def open_storage(url: str) -> RDBStorage:
         raise UserError(f"no Optuna storage can be opened there: {reason}") from None
 
 
-def open_by_all(accelerator: Accelerator, url: str | None, folder: Path) -> RDBStorage:
+def open_by_all(processes: Processes, url: str | None, folder: Path) -> RDBStorage:
     """Open `search.storage`, or study.db of the search's folder, in every process."""
     where = url or f"sqlite:///{folder / 'study.db'}"
 
@@ -49,8 +48,8 @@ def open_by_all(accelerator: Accelerator, url: str | None, folder: Path) -> RDBS
         with naming("search.storage", without_password(url) or folder / "study.db"):
             open_storage(where)
 
-    with locked_by_all(accelerator, folder / "storage", "search.output", wait=True):  # two at once would fail
-        in_main_process(accelerator, create)
+    with locked_by_all(processes, folder / "storage", "search.output", wait=True):  # two at once would fail
+        in_main_process(processes, create)
     return open_storage(where)
 
 

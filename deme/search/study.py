@@ -9,7 +9,6 @@ from datetime import datetime, timedelta
 
 import numpy as np
 import optuna
-from accelerate import Accelerator
 from optuna.samplers import GPSampler, PartialFixedSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
@@ -18,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from deme.data.images import Stream
 from deme.errors import UserError
 from deme.job.locks import POLLED_EVERY
-from deme.job.processes import in_main_process
+from deme.job.processes import Processes, in_main_process
 from deme.search.progress import Evaluated
 from deme.search.storage import GRACE, joined, reading
 
@@ -116,7 +115,7 @@ class Study:
 
     def run(
         self,
-        accelerator: Accelerator,
+        processes: Processes,
         value: Callable[[np.ndarray], float],
         passes: Callable[[np.ndarray], int],
         label: str,
@@ -127,12 +126,12 @@ class Study:
         """
 
         def score(coefficients: np.ndarray) -> tuple[float, int]:
-            in_main_process(accelerator, lambda: coefficients)  # `told` in the other processes
+            in_main_process(processes, lambda: coefficients)  # `told` in the other processes
             return value(coefficients), passes(coefficients)
 
-        with joined(self.storage, self._fail_running) if accelerator.is_main_process else nullcontext():
+        with joined(self.storage, self._fail_running) if processes.is_main_process else nullcontext():
             while True:
-                told = in_main_process(accelerator, lambda: self._try_all(score, label))
+                told = in_main_process(processes, lambda: self._try_all(score, label))
                 if isinstance(told, np.ndarray):
                     value(told)
                 elif told:

@@ -66,7 +66,7 @@ def _cheap_answer(problem: Problem, folder: Path, by_gradient: bool) -> Result:
     objective = settings.objective if settings.objective != "fd" else "match"
     squares = problem.squares(objective)
     # a job at a time: another one, on another machine, waits and reads what was found
-    with locked_by_all(problem.accelerator, folder / "cheap", "search.output", wait=True):
+    with locked_by_all(problem.processes, folder / "cheap", "search.output", wait=True):
         if not by_gradient:
             rows = closed_form(squares, settings, folder / f"closed-form-{objective}.npz")
         else:
@@ -84,7 +84,7 @@ def _cheap_answer(problem: Problem, folder: Path, by_gradient: bool) -> Result:
 def _one_after_another(problem: Problem, folder: Path, digest: str, objective: str) -> Result:
     """Candidates that a sampler proposes, given the values of those before."""
     settings = problem.settings
-    storage = open_by_all(problem.accelerator, settings.storage, folder)
+    storage = open_by_all(problem.processes, settings.storage, folder)
     evaluated, first = [], []
     if settings.sampler == "grid":
         with naming("search.trials", settings.trials):
@@ -110,7 +110,7 @@ def _multi_fidelity(problem: Problem, folder: Path, digest: str) -> Result:
     few = _one_after_another(problem, folder, digest, "fd")
     finals = Study(few.study.storage, f"{digest}-finalists-{settings.finalist_images}", problem.space)
     zeros = np.zeros(problem.shape)
-    in_main_process(problem.accelerator, lambda: finals.extend([zeros, *few.study.best(settings.finalists)]))
+    in_main_process(problem.processes, lambda: finals.extend([zeros, *few.study.best(settings.finalists)]))
     tried = _tried(problem, finals, "fd", settings.finalist_images, "finalists", few.passes)
     best = _best(tried)
     return Result(best.coefficients, "fd", best.value, _value_of_pretrained(tried), few.evaluated + tried, few.study)
@@ -119,13 +119,13 @@ def _multi_fidelity(problem: Problem, folder: Path, digest: str) -> Result:
 def _tried(problem: Problem, study: Study, objective: str, images: int, way: str, spent: int) -> list[Evaluated]:
     """The candidates of a study after all were tried; fd draws so many images of each."""
     study.run(
-        problem.accelerator,
+        problem.processes,
         lambda coefficients: problem.value(objective, coefficients, images),
         lambda coefficients: problem.passes(objective, coefficients, images),
         f"{objective}, {'finalist' if way == 'finalists' else 'candidate'}",
     )
     label = f"fd of {images:,} images" if objective == "fd" else objective
-    return in_main_process(problem.accelerator, lambda: study.evaluated(way, label, spent))
+    return in_main_process(problem.processes, lambda: study.evaluated(way, label, spent))
 
 
 def _best(rows: list[Evaluated]) -> Evaluated:
