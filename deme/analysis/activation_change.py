@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from deme.analysis.material import Material
-from deme.job.arrays import Arrays
+from deme.job.arrays import Arrays, Keep
 from deme.job.processes import Processes
 from deme.measure.noisy import Batch
 from deme.method.projection import PROJECTION_SUFFIX
 from deme.method.task_vectors import Tensors
-from deme.report.figures import BLUE, GREY, PINK, grid, legend_above, model_style, name_rows, noted
+from deme.report.figures import BLUE, GREY, PINK, grid, legend_above, model_style, name_rows
 from deme.report.tables import headed_table, mean_of, number
 
 PARTS = ("mean", "channels", "positions", "both")
@@ -24,7 +24,7 @@ PARTS = ("mean", "channels", "positions", "both")
 def measure(material: Material) -> Arrays:
     """Squared activations and their change by block and range, and distances of the projections from the identity."""
 
-    def make(_keep: object) -> Arrays:
+    def make(_keep: Keep) -> Arrays:
         before = material.network
         before.load_state_dict(material.tensors("pretrained"))
         after = copy.deepcopy(before)
@@ -34,30 +34,23 @@ def measure(material: Material) -> Arrays:
         for k, name in enumerate(material.range_names):
             tensors = material.tensors(name)
             after.load_state_dict(tensors)
-            inside = (batch.part(batch.ranges == k) for batch in batches)
+            inside = [batch.part(batch.ranges == k) for batch in batches]
             change = squared_change(before, after, inside, material.processes)
             squares.append(change["squares"])
-            of_block = projection_distances(tensors)
-            distances.append([of_block.get(block, np.nan) for block in blocks])
-        return {
-            "squares": np.stack(squares, axis=1),
-            "shapes": change["shapes"],
-            "projections": np.array(distances).T,
-            "blocks": np.array(blocks),
-        }
+            by_block = projection_distances(tensors)
+            distances.append([by_block.get(block, np.nan) for block in blocks])
+        arrays = {"squares": np.stack(squares, axis=1), "shapes": change["shapes"]}
+        return arrays | {"projections": np.array(distances).T, "blocks": np.array(blocks)}
 
     return material.keep("activation_change", ["pretrained", *material.range_names], ("images",), make)
 
 
 def split_squares(activations: torch.Tensor) -> torch.Tensor:
-    """The squares of activations, split into four parts in the order of PARTS: float64, shape (4,).
+    """The squares of activations (B, C, H, W), split into four parts in the order of PARTS: float64, shape (4,).
 
     An image's activations a(c, p), channel c and position p, are the sum of their mean, of a channel profile (the means
     over the positions, less the mean), of a position profile (the means over the channels, less the mean), and of the
     rest. The four are orthogonal, as in an analysis of variance of two factors, so their squares add up.
-
-    Args:
-        activations: or the difference of those of two networks, shape (B, C, H, W).
     """
     a = activations.flatten(2).double()
     mean = a.mean((1, 2), keepdim=True)
@@ -78,45 +71,42 @@ def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
 def squared_change(
     pretrained: nn.Module, finetuned: nn.Module, batches: Iterable[Batch], processes: Processes
 ) -> Arrays:
-    """Squares of the activations after each block, and of what finetuning changed in them.
-
-    Args:
-        pretrained, finetuned: of the same architecture.
-        batches: this process's share of the noisy images, which both networks see.
+    """Squares of the activations after each block, and of what finetuning changed in them, on the same noisy images.
 
     Returns:
         squares: of the pretrained network's activations, and of the change, split as PARTS: float64, (blocks, 2, 4).
         shapes: numbers of channels and of positions after each block, shape (blocks, 2).
     """
-    outputs: list[dict[str, torch.Tensor]] = [{}, {}]
-    hooks = []
-    for network, output in zip((pretrained, finetuned), outputs, strict=True):
-        for name, block in blocks_of(network).items():
-
-            def remember(_block: nn.Module, _inputs: tuple, given: object, name=name, output=output) -> None:
-                output[name] = (given[0] if isinstance(given, tuple) else given).float()  # after the projection
-
-            hooks.append(block.register_forward_hook(remember))
-    names = list(blocks_of(pretrained))
-    squares = torch.zeros(len(names), 2, len(PARTS), dtype=torch.float64, device=processes.device)
-    shapes = torch.zeros(len(names), 2, dtype=torch.int64, device=processes.device)
+    count = len(blocks_of(pretrained))
+    squares = torch.zeros(count, 2, len(PARTS), dtype=torch.float64, device=processes.device)
+    shapes = torch.zeros(count, 2, dtype=torch.int64, device=processes.device)
     for batch in batches:
         if len(batch.timesteps) == 0:
             continue
-        for network in (pretrained, finetuned):
-            batch.predict(network)
-        for row, shape, name in zip(squares, shapes, names, strict=True):
-            before, after = (output[name] for output in outputs)
-            shape[0], shape[1] = before.shape[1], before[0, 0].numel()
-            row += torch.stack([split_squares(before), split_squares(after - before)])
-    for hook in hooks:
-        hook.remove()
+        pairs = zip(block_outputs(pretrained, batch), block_outputs(finetuned, batch), strict=True)
+        for k, (before, after) in enumerate(pairs):
+            shapes[k, 0], shapes[k, 1] = before.shape[1], before[0, 0].numel()
+            squares[k] += torch.stack([split_squares(before), split_squares(after - before)])
     shapes = processes.gather(shapes[None]).amax(0)  # a process may have no image
     return {"squares": processes.reduce(squares, "sum").cpu().numpy(), "shapes": shapes.cpu().numpy()}
 
 
+def block_outputs(network: nn.Module, batch: Batch) -> list[torch.Tensor]:
+    """The output of each block, after its projection: float32, shape (B, C, H, W)."""
+    outputs: list[torch.Tensor] = []
+
+    def append(_block: nn.Module, _inputs: tuple, output: torch.Tensor | tuple) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).float())
+
+    hooks = [block.register_forward_hook(append) for block in blocks_of(network).values()]
+    batch.predict(network)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
 def projection_distances(network: Tensors) -> dict[str, float]:
-    """Distance ‖P − I‖ / ‖I‖ of each block's projection P, C × C, from the identity, in the Frobenius norm."""
+    """Frobenius distance ‖P − I‖ / ‖I‖ of each block's projection P from the identity, by block."""
     distances = {}
     for name, weight in network.items():
         if name.endswith(PROJECTION_SUFFIX):
@@ -127,49 +117,45 @@ def projection_distances(network: Tensors) -> dict[str, float]:
 
 
 def relative_change(squares: np.ndarray, part: str) -> np.ndarray:
-    """How much one of PARTS changed relative to itself: shape (…,); NaN for 0 / 0.
-
-    Args:
-        squares: as `squared_change` returns them, shape (…, 2, 4).
-    """
+    """How much one of PARTS changed relative to itself, from squares (…, 2, 4): shape (…,); NaN for 0 / 0."""
     before, change = squares[..., 0, PARTS.index(part)], squares[..., 1, PARTS.index(part)]
     return np.sqrt(change / np.where(before > 0, before, np.nan))
 
 
 def change_shares(squares: np.ndarray) -> np.ndarray:
-    """The parts' shares of the squared change: shape (…, 4); NaN where nothing changed."""
+    """The parts' shares of the squared change, from squares (…, 2, 4): shape (…, 4); NaN where nothing changed."""
     change = squares[..., 1, :]
     total = change.sum(axis=-1, keepdims=True)
     return change / np.where(total > 0, total, np.nan)
 
 
-def table(found: Arrays, material: Material) -> str:
+def table(arrays: Arrays, material: Material) -> str:
     """The change across channels and across positions, averaged over the blocks of each range."""
     rows = []
     for k, name in enumerate(material.range_names):
-        squares = found["squares"][:, k]
+        squares = arrays["squares"][:, k]
         changes = [relative_change(squares, part) for part in ("channels", "positions")]
-        means = map(mean_of, [*changes, *change_shares(squares).T, found["projections"][:, k]])
+        means = map(mean_of, [*changes, *change_shares(squares).T, arrays["projections"][:, k]])
         rows.append([name, *(number(mean, form=".2%") for mean in means)])
     titles = ["mean over the blocks", "channel profile changed by", "position profile changed by"]
     titles += ["share of the change: mean", "channels", "positions", "neither alone", "projection from identity"]
     return headed_table("Channel against spatial change", _note(material), titles, rows)
 
 
-def plot(found: Arrays, material: Material) -> dict[str, Figure]:
+def plot(arrays: Arrays, material: Material) -> dict[str, Figure]:
     """Changes of the profiles, what the change is made of, and the projections if there are any."""
-    figures = {"activation-change": _changes(found, material), "activation-shares": _shares(found, material)}
-    if np.isfinite(found["projections"]).any():
-        figures["projections"] = _projections(found, material)
+    figures = {"activation-change": _changes(arrays, material), "activation-shares": _shares(arrays, material)}
+    if np.isfinite(arrays["projections"]).any():
+        figures["projections"] = _projections(arrays, material)
     return figures
 
 
-def _changes(found: Arrays, material: Material) -> Figure:
+def _changes(arrays: Arrays, material: Material) -> Figure:
     """By how much of itself each block's channel profile and position profile changed."""
-    figure, pictures = _by_block(found, material, "change, % of the profile")
+    figure, pictures = _by_block(arrays, material, "change, % of the profile")
     for k, axes in enumerate(pictures):
         for marker, colour, part in (("o", BLUE, "channels"), ("s", PINK, "positions")):
-            change = 100 * relative_change(found["squares"][:, k], part)
+            change = 100 * relative_change(arrays["squares"][:, k], part)
             label = f"{part.removesuffix('s')} profile"
             axes.plot(change, range(len(change)), marker, color=colour, label=label, markersize=7)
     pictures[0].set_xlim(left=0)
@@ -177,47 +163,43 @@ def _changes(found: Arrays, material: Material) -> Figure:
     return figure
 
 
-def _shares(found: Arrays, material: Material) -> Figure:
+def _shares(arrays: Arrays, material: Material) -> Figure:
     """What the change of each block's activations is made of, and what white noise would be made of."""
-    figure, pictures = _by_block(found, material, "% of the squared change")
+    figure, pictures = _by_block(arrays, material, "% of the squared change")
     labels = {"one number": GREY, "channels": BLUE, "positions": PINK, "neither alone": "#dddddd"}
-    channels, positions = found["shapes"].T
-    chance = 100 * channels / (channels * positions)
+    chance = 100 / arrays["shapes"][:, 1]
+    rows = range(len(chance))
     for k, axes in enumerate(pictures):
-        shares = 100 * np.nan_to_num(change_shares(found["squares"][:, k]))
-        start = np.zeros(len(shares))
-        for values, (label, colour) in zip(shares.T, labels.items(), strict=True):
-            axes.barh(range(len(shares)), values, left=start, color=colour, label=label)
-            start = start + values
+        shares = 100 * np.nan_to_num(change_shares(arrays["squares"][:, k])).T
+        starts = np.cumsum(shares, axis=0) - shares
+        for values, left, (label, colour) in zip(shares, starts, labels.items(), strict=True):
+            axes.barh(rows, values, left=left, color=colour, label=label)
         style = {"color": "black", "markersize": 16, "markeredgewidth": 2}
-        axes.plot(chance, range(len(shares)), "|", label="one number and channels in white noise", **style)
+        axes.plot(chance, rows, "|", label="one number and channels in white noise", **style)
     pictures[0].set_xlim(0, 100)
     legend_above(figure, pictures[0], 5)
     return figure
 
 
-def _by_block(found: Arrays, material: Material, label: str) -> tuple[Figure, list[Axes]]:
+def _by_block(arrays: Arrays, material: Material, label: str) -> tuple[Figure, list[Axes]]:
     """A picture for each range with a row for each block."""
-    blocks = found["blocks"].tolist()
-    size = (2.9, 1.6 + 0.3 * len(blocks))
-    figure, pictures = grid(len(material.ranges), size, _note(material), label, "activations behind")
+    size = (2.9, 1.6 + 0.3 * len(arrays["blocks"]))
+    figure, pictures = grid(len(material.ranges), size, _note(material), label, "activations after")
     for axes, name in zip(pictures, material.range_names, strict=True):
         axes.set_title(f"expert of {name}")
-    name_rows(pictures[0], blocks)
+    name_rows(pictures[0], arrays["blocks"].tolist())
     return figure, pictures
 
 
-def _projections(found: Arrays, material: Material) -> Figure:
+def _projections(arrays: Arrays, material: Material) -> Figure:
     """How far each trained projection is from the identity that it began as."""
-    blocks = found["blocks"].tolist()
-    figure = noted(6.5, 1.9 + 0.3 * len(blocks), "P: the 1×1 convolution after a block, I: the identity")
-    axes = figure.subplots()
+    note, label = "P: the 1×1 convolution after a block, I: the identity", "‖P − I‖ / ‖I‖, %"
+    figure, [axes] = grid(1, (6.5, 1.5 + 0.3 * len(arrays["blocks"])), note, label, "projection after")
     for k, name in enumerate(material.range_names):
-        values = 100 * found["projections"][:, k]
-        axes.plot(values, range(len(blocks)), linestyle="", label=name, markersize=7, **model_style(name, k))
-    name_rows(axes, blocks)
+        style = {"linestyle": "", "markersize": 7} | model_style(name, k)
+        axes.plot(100 * arrays["projections"][:, k], range(len(arrays["blocks"])), label=name, **style)
+    name_rows(axes, arrays["blocks"].tolist())
     axes.set_xlim(left=0)
-    axes.set(xlabel="‖P − I‖ / ‖I‖, %", ylabel="projection after")
     legend_above(figure, axes, 4)
     return figure
 

@@ -1,6 +1,7 @@
 """Loss landscape: the denoising loss on the plane through the pretrained network and two experts (figures 4, 6a)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ CORNERS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))  # pretrained, and the two expert
 
 def measure(material: Material) -> Arrays:
     """Losses on the plane; nothing if there is a single expert."""
-    settings = material.settings
     if len(material.ranges) < 2:
         return {}
     experts = _experts(material)
@@ -33,8 +33,8 @@ def measure(material: Material) -> Arrays:
         base = material.tensors("pretrained")
         finetuned = {name: material.tensors(name) for name in experts}
         candidates = Candidates(base, finetuned, dict.fromkeys(base, 0), material.processes.device)
-        batches = material.spread(settings.landscape_images, 3)
-        shape = (len(material.ranges), settings.landscape_points)
+        batches = material.spread(material.settings.landscape_images, 3)
+        shape = (len(material.ranges), material.settings.landscape_points)
         return plane_losses(material.network, candidates, batches, *shape, material.processes, keep)
 
     keys = ("landscape_points", "landscape_images", "landscape_ranges")
@@ -55,13 +55,11 @@ def plane_losses(
     processes: Processes,
     keep: Keep,
 ) -> Arrays:
-    """Losses at pretrained + w₁ τ₁ + w₂ τ₂, on the same noisy images at every point.
+    """Losses at pretrained + w₁ τ₁ + w₂ τ₂, on the same noisy images at every point, kept row by row.
 
     Args:
-        network: is given each point's weights.
+        network: gets each point's weights.
         candidates: of one group and two experts.
-        batches: this process's share.
-        keep: called for each row of points.
 
     Returns:
         losses: mean over the images of each range, float64, shape (points, points, ranges): by w₁, then w₂.
@@ -73,7 +71,7 @@ def plane_losses(
         return range_sums(values, batches, num_ranges, processes) / counts
 
     def at(*coefficients: float) -> list[torch.Tensor]:
-        if coefficients in CORNERS:  # the network's own weights, bit for bit
+        if coefficients in CORNERS:  # that network's own weights, bit for bit
             network.load_state_dict([candidates.pretrained, *candidates.finetuned][CORNERS.index(coefficients)])
         else:
             candidates.form(network, [coefficients])
@@ -87,13 +85,13 @@ def plane_losses(
         errors = np.sqrt(variances.clip(0) / np.maximum(1, counts - 1)) / mean(pretrained)
         return {"corners": np.stack([mean(values) for values in (pretrained, *experts)]), "errors": errors}
 
+    def along_row(first: float) -> Arrays:
+        return {"losses": np.stack([mean(at(first, second)) for second in side])}
+
     counts = range_sums([torch.ones_like(batch.weights) for batch in batches], batches, num_ranges, processes)
     side = axis(points).tolist()
     corners = keep("corners", at_corners)
-    rows = [
-        keep(f"row-{row:03d}", lambda first=first: {"losses": np.stack([mean(at(first, w)) for w in side])})["losses"]
-        for row, first in enumerate(side)
-    ]
+    rows = [keep(f"row-{row:03d}", partial(along_row, first))["losses"] for row, first in enumerate(side)]
     return {"losses": np.stack(rows)} | corners
 
 
@@ -119,7 +117,7 @@ def _experts(material: Material) -> list[str]:
 
 
 def marks(material: Material) -> dict[str, tuple[float, float]]:
-    """Both coefficients of the merges to mark: uniform, published, and searched ones if all tensors share them."""
+    """Both coefficients of the merges to mark; searched ones only if all tensors share them."""
     config, count = material.config, len(material.ranges)
     by_name = {f"uniform 1/{count}": [1 / count] * count}
     total = config.timesteps.num_train_timesteps
@@ -135,14 +133,15 @@ def marks(material: Material) -> dict[str, tuple[float, float]]:
     return {name: (values[first], values[second]) for name, values in by_name.items()}
 
 
-def table(found: Arrays, material: Material) -> str:
+def table(arrays: Arrays, material: Material) -> str:
     """Where on the plane the loss is least, overall and in each range."""
-    if not found:
+    if not arrays:
         return "### Loss landscape\n\nLeft out: a plane needs two experts, timesteps.num_ranges=1 has one."
     names = _experts(material)
-    side = axis(len(found["losses"]))
-    plane, experts = (_with_mean(100 * (a / found["corners"][0] - 1)) for a in (found["losses"], found["corners"][1:]))
-    errors = 100 * found["errors"]
+    side = axis(len(arrays["losses"]))
+    pretrained, *experts = arrays["corners"]
+    plane, experts = (_with_mean(100 * (losses / pretrained - 1)) for losses in (arrays["losses"], np.stack(experts)))
+    errors = 100 * arrays["errors"]
     errors = np.concatenate([np.sqrt((errors**2).sum(-1, keepdims=True)) / len(material.ranges), errors], axis=-1)
     rows = []
     for k, name in enumerate(["mean over the ranges", *material.range_names]):
@@ -154,13 +153,13 @@ def table(found: Arrays, material: Material) -> str:
     return headed_table("Loss landscape", _note(material), titles, rows)
 
 
-def plot(found: Arrays, material: Material) -> dict[str, Figure]:
+def plot(arrays: Arrays, material: Material) -> dict[str, Figure]:
     """Contours of the loss, in per cent of the pretrained network's, over all timesteps and in each range."""
-    if not found:
+    if not arrays:
         return {}
     first, second = _experts(material)
-    side = axis(len(found["losses"]))
-    changes = _with_mean(100 * (found["losses"] / found["corners"][0] - 1))
+    side = axis(len(arrays["losses"]))
+    changes = _with_mean(100 * (arrays["losses"] / arrays["corners"][0] - 1))
     note = "loss in % above the pretrained network's; other experts' coefficients are 0 on this plane\n"
     labels = (f"coefficient of {first}", f"coefficient of {second}")
     figure, pictures = grid(1 + len(material.ranges), (3.7, 3.5), note + _note(material), *labels, across=3)

@@ -8,17 +8,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from deme.analysis.material import Material
+from deme.analysis.material import Material, Range, within_ranges
 from deme.config.sections import CONTINUED, DISTILLED
 from deme.job.arrays import Arrays
 from deme.job.processes import Processes
 from deme.measure.noisy import CleanImages
-from deme.report.figures import model_style, noted
+from deme.report.figures import SEPARATOR, model_style, noted
 from deme.report.tables import headed_table, number
 
 MOST_BLOCKS = 8  # of images, whose spread gives the standard errors
 WHOLE = ("pretrained", CONTINUED, "ensemble", "merged", DISTILLED)  # models for all timesteps
-Range = tuple[int, int]  # [low, high)
 
 
 def measure(material: Material) -> Arrays:
@@ -56,30 +55,23 @@ def losses_by_timestep(
 
 def ensemble_losses(experts: Sequence[np.ndarray], timesteps: Sequence[int], ranges: Sequence[Range]) -> np.ndarray:
     """The ensemble's losses, at each timestep those of its range's expert: shape (n, images)."""
-    numbers = [next(k for k, (low, high) in enumerate(ranges) if low <= t < high) for t in timesteps]
+    numbers = within_ranges(timesteps, ranges).argmax(axis=0)
     return np.stack([experts[number][row] for row, number in enumerate(numbers)])
 
 
 def relative_loss(losses: np.ndarray, pretrained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean loss at each timestep relative to the pretrained network's, and its standard error: shapes (n,).
-
-    The error is NaN if there is a single block of images.
-
-    Args:
-        losses, pretrained: shape (n, images), on the same noisy images.
-    """
+    """The mean loss (n, images) at each timestep relative to the pretrained network's, and its standard error: (n,)."""
     return losses.mean(axis=1) / pretrained.mean(axis=1), _error(_block_ratios(losses, pretrained))
 
 
 def relative_means(
-    losses: np.ndarray, pretrained: np.ndarray, timesteps: np.ndarray, ranges: Sequence[Range]
+    losses: np.ndarray, pretrained: np.ndarray, timesteps: Sequence[int], ranges: Sequence[Range]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means of the relative loss over each range, and over all timesteps, with standard errors: shapes (ranges + 1,).
 
     These are means of ratios. The ratio of the means would be that of the lowest timesteps, whose loss is largest.
     """
-    total = (0, ranges[-1][1])
-    chosen = [(timesteps >= low) & (timesteps < high) for low, high in [*ranges, total]]
+    chosen = within_ranges(timesteps, [*ranges, (0, ranges[-1][1])])
     by_timestep, _ = relative_loss(losses, pretrained)
     ratios = _block_ratios(losses, pretrained)
     errors = [_error(ratios[part].mean(axis=0)) for part in chosen]
@@ -93,47 +85,47 @@ def _block_ratios(losses: np.ndarray, pretrained: np.ndarray) -> np.ndarray:
 
 
 def _error(ratios: np.ndarray) -> np.ndarray:
-    """The standard error of the mean over the last axis."""
+    """The standard error of the mean over the last axis; NaN for a single value."""
     count = ratios.shape[-1]
     return ratios.std(axis=-1, ddof=1) / count**0.5 if count > 1 else np.full(ratios.shape[:-1], np.nan)
 
 
-def table(found: Arrays, material: Material) -> str:
+def table(arrays: Arrays, material: Material) -> str:
     """Means of the relative loss in each range and over all timesteps."""
     rows = []
-    for name, losses in found.items():
-        means = relative_means(losses, found["pretrained"], np.array(material.timesteps), material.ranges)
+    for name, losses in arrays.items():
+        means = relative_means(losses, arrays["pretrained"], material.timesteps, material.ranges)
         rows.append([name, *(number(*pair) for pair in zip(*means, strict=True))])
     titles = ["loss relative to pretrained", *material.range_names, "all timesteps"]
-    return headed_table("Loss by timestep", _note(found, material), titles, rows)
+    return headed_table("Loss by timestep", _note(arrays, material), titles, rows)
 
 
-def plot(found: Arrays, material: Material) -> dict[str, Figure]:
+def plot(arrays: Arrays, material: Material) -> dict[str, Figure]:
     """The relative loss of whole models, and of each expert in and out of its range."""
     timesteps = np.array(material.timesteps)
-    figure = noted(9.2, 7.6, f"{_note(found, material)}; bands: ± 2 standard errors over blocks of images")
+    inside = within_ranges(timesteps, material.ranges)
+    figure = noted(9.2, 7.6, f"{_note(arrays, material)}; bands: ± 2 standard errors over blocks of images")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    for row, name in enumerate(name for name in found if name not in material.range_names):
-        mean, error = relative_loss(found[name], found["pretrained"])
+    for row, name in enumerate(name for name in arrays if name not in material.range_names):
+        mean, error = relative_loss(arrays[name], arrays["pretrained"])
         [line] = upper.plot(timesteps, mean, label=name, markersize=3.5, **model_style(name, row))
         band = 2 * np.nan_to_num(error)
         upper.fill_between(timesteps, mean - band, mean + band, color=line.get_color(), alpha=0.2, linewidth=0)
-    for row, (name, (low, high)) in enumerate(zip(material.range_names, material.ranges, strict=True)):
-        mean, _ = relative_loss(found[name], found["pretrained"])
-        inside = (timesteps >= low) & (timesteps < high)
+    for row, name in enumerate(material.range_names):
+        mean, _ = relative_loss(arrays[name], arrays["pretrained"])
         style = {"markersize": 3.5, "linewidth": 2} | model_style(name, row)
         lower.plot(timesteps, mean, color=style["color"], linewidth=1, linestyle="--")
-        lower.plot(timesteps[inside], mean[inside], label=f"expert of {name}", **style)
+        lower.plot(timesteps[inside[row]], mean[inside[row]], label=f"expert of {name}", **style)
     lower.axhline(1, color="black", linewidth=0.8)
     for axes, title in ((upper, "whole models"), (lower, "experts: thick in their range, dashed outside of it")):
         for low, _ in material.ranges[1:]:
-            axes.axvline(low, color="black", linewidth=0.8, linestyle=":")
+            axes.axvline(low, **SEPARATOR)
         axes.set(title=title, ylabel="denoising loss / pretrained's")
         axes.legend(ncols=3)
     lower.set_xlabel("timestep")
     return {"loss-by-timestep": figure}
 
 
-def _note(found: Arrays, material: Material) -> str:
-    images = f"{found['pretrained'].shape[1]} {material.measured_on} images"
+def _note(arrays: Arrays, material: Material) -> str:
+    images = f"{arrays['pretrained'].shape[1]} {material.measured_on} images"
     return f"{len(material.timesteps)} timesteps × {images}, the same noise for all networks"

@@ -1,11 +1,12 @@
-"""What the analyses work on: a run's networks, its images, and the arrays that were measured before."""
+"""What the analyses work on: a run's networks, its images, and arrays that were measured before."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from diffusers import DDPMScheduler
 from torch import nn
 
@@ -20,7 +21,7 @@ from deme.job.processes import Processes
 from deme.job.records import ANALYSIS, Record
 from deme.measure.noisy import ENCODED_AT_ONCE, Batch, CleanImages, draw_clean, draw_probes, regrouped
 from deme.method.projection import with_identity_projections
-from deme.method.task_vectors import Tensors, check_compatible
+from deme.method.task_vectors import Tensors, check_compatible, check_finite
 from deme.models.denoisers import load_denoiser, load_scheduler, try_out
 from deme.models.encoders import Encoder, load_encoder
 from deme.models.inference import freeze
@@ -28,10 +29,16 @@ from deme.models.pipelines import common_architecture, denoiser_folder
 from deme.models.weights import load_tensors, weights_hash
 
 STREAM = 4  # of the analyses' random draws, apart from those of training and of the search
+Range = tuple[int, int]  # [low, high)
+
+
+def within_ranges(timesteps: Sequence[int], ranges: Sequence[Range]) -> np.ndarray:
+    """Masks (ranges, timesteps) of the timesteps in each range."""
+    return np.array([[low <= t < high for t in timesteps] for low, high in ranges])
 
 
 class Material:
-    """Networks, images and kept arrays of a run. What is kept needs none of the others, so they are loaded on demand.
+    """Networks, images and arrays of a run. Networks and images are loaded on demand: kept arrays need neither.
 
     Args:
         pretrained: pipeline folder.
@@ -69,11 +76,15 @@ class Material:
             make: is given a function that keeps parts in a folder NAME until the whole is there.
         """
         config = self.config
-        made_from: dict[str, Any] = {"seed": config.seed, "ranges": self.ranges}
-        made_from |= {f"analyze.{key}": getattr(self.settings, key) for key in keys}
-        made_from |= {f"data.{key}": value for key, value in config.data.tagged("examples").items()}
-        made_from |= {"finetune.caption_dropout": config.finetune.caption_dropout}
-        made_from |= {"weights": [self.hashes[network] for network in networks]} | self.made_of
+        made_from: dict[str, Any] = {
+            "seed": config.seed,
+            "ranges": self.ranges,
+            **{f"analyze.{key}": getattr(self.settings, key) for key in keys},
+            **{f"data.{key}": value for key, value in config.data.tagged("examples").items()},
+            "finetune.caption_dropout": config.finetune.caption_dropout,
+            "weights": [self.hashes[network] for network in networks],
+            **self.made_of,
+        }
         record = Record(ANALYSIS, made_from)
         parts = config.paths.analysis / name
 
@@ -92,9 +103,8 @@ class Material:
         tensors = with_identity_projections(load_tensors(folder), like)
         with naming(folder):
             check_compatible(like, tensors, name)
-            for key, tensor in tensors.items():
-                if not tensor.isfinite().all():
-                    raise UserError(f"tensor {key} holds NaN or infinite values")
+        for key, tensor in tensors.items():
+            check_finite(str(folder), key, tensor)
         return tensors
 
     def load(self, folder: Path) -> nn.Module:
@@ -113,12 +123,10 @@ class Material:
 
     @cached_property
     def scheduler(self) -> DDPMScheduler:
-        """The pretrained noise schedule."""
         return load_scheduler(self.pretrained)
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Turns images into what the network sees."""
         network = load_denoiser(denoiser_folder(self.pretrained))
         encoder = load_encoder(self.pretrained, network)
         try_out(network, self.scheduler, encoder)
@@ -127,27 +135,24 @@ class Material:
 
     @cached_property
     def data(self) -> TrainingImages:
-        """The training images and the held-out ones."""
         config = self.config
         return load_examples(config, config.finetune, self.source, self.encoder, self.made_of, self.processes)
 
     @property
     def measured_on(self) -> str:
-        """Which images losses are measured on."""
+        """Which images losses are measured on, for notes."""
         return "held-out" if self.config.data.held_out_images > 0 else "training"
 
     @property
     def measured_images(self) -> Examples:
-        """These images."""
-        return self.data.held_out if self.measured_on == "held-out" else self.data.training
+        return self.data.held_out if self.config.data.held_out_images > 0 else self.data.training
 
     def clean(self, images: Examples, number: int) -> CleanImages:
         """`analyze.images` of the images, or all if there are fewer; `number` seeds the draws of an analysis."""
         count = min(self.settings.images, len(images) // 2 * 2)
         if count == 0:
             raise UserError(f"data.name={self.config.data.name}: {len(images)} image, an analysis needs at least 2")
-        stream = (self.config.seed, STREAM, number)
-        drawn = (stream, count, self.settings.batch_size, self.processes)
+        drawn = ((self.config.seed, STREAM, number), count, self.settings.batch_size, self.processes)
         return draw_clean(images, self.encoder, self.scheduler, *drawn)
 
     def spread(self, count: int, number: int) -> list[Batch]:

@@ -7,11 +7,11 @@ import torch
 from matplotlib.figure import Figure
 
 from deme.analysis.material import Material
-from deme.job.arrays import Arrays
+from deme.job.arrays import Arrays, Keep
 from deme.job.processes import in_main_process
 from deme.method.coefficients import pattern_of, patterns_of
 from deme.method.task_vectors import Tensors
-from deme.report.figures import COLOURS, cosine_maps, legend_above, model_style, name_rows, noted
+from deme.report.figures import COLOURS, SEPARATOR, cosine_maps, grid, legend_above, model_style, name_rows, noted
 from deme.report.tables import headed_table, number
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -19,10 +19,9 @@ MOST_VALUES = 2**18  # of a tensor, evenly spread, for the quantiles
 
 
 def measure(material: Material) -> Arrays:
-    """The statistics of all networks' task vectors."""
     names = [name for name in material.networks if name != "pretrained"]
 
-    def make(_keep: object) -> Arrays:
+    def make(_keep: Keep) -> Arrays:
         pretrained, *networks = (material.tensors(name) for name in ("pretrained", *names))
         return in_main_process(material.processes, lambda: statistics(pretrained, networks))
 
@@ -38,8 +37,7 @@ def statistics(pretrained: Tensors, networks: Sequence[Tensors]) -> Arrays:
         sizes: numbers of parameters, shape (G,).
         products: inner products of the task vectors, float64, shape (G, N, N).
         squares: sums of the squared pretrained weights, shape (G,).
-        opposed: how many parameters two task vectors move in opposite directions, shape (G, N, N).
-        moved: how many both move, shape (G, N, N).
+        opposed, moved: how many parameters two task vectors move in opposite directions, and at all, shape (G, N, N).
         quantiles: QUANTILES of the task vectors' values, shape (G, N, 5).
     """
     patterns = patterns_of("block", list(pretrained))
@@ -59,15 +57,9 @@ def statistics(pretrained: Tensors, networks: Sequence[Tensors]) -> Arrays:
         squares[group] += float(base.double().square().sum())
         sizes[group] += base.numel()
         values[group].append(vectors[:, :: -(-base.numel() // MOST_VALUES)].numpy())
-    return {
-        "groups": np.array([block_name(pattern) for pattern in patterns]),
-        "sizes": sizes,
-        "products": products,
-        "squares": squares,
-        "opposed": opposed,
-        "moved": moved,
-        "quantiles": np.stack([np.quantile(np.concatenate(v, axis=1), QUANTILES, axis=1).T for v in values]),
-    }
+    quantiles = np.stack([np.quantile(np.concatenate(v, axis=1), QUANTILES, axis=1).T for v in values])
+    arrays = {"groups": np.array([block_name(pattern) for pattern in patterns]), "sizes": sizes, "squares": squares}
+    return arrays | {"products": products, "opposed": opposed, "moved": moved, "quantiles": quantiles}
 
 
 def block_name(pattern: str) -> str:
@@ -92,39 +84,40 @@ def opposed_shares(opposed: np.ndarray, moved: np.ndarray) -> np.ndarray:
     return opposed / np.where(moved > 0, moved, np.nan)
 
 
-def table(found: Arrays, material: Material) -> str:
+def table(arrays: Arrays, material: Material) -> str:
     """Norms and pairwise cosines of whole task vectors, and how often two of them have opposite signs."""
-    names = found["names"].tolist()
-    products = found["products"].sum(axis=0)
+    names = arrays["names"].tolist()
+    products = arrays["products"].sum(axis=0)
     lengths, angles = norms(products), cosines(products)
-    opposed = opposed_shares(found["opposed"].sum(axis=0), found["moved"].sum(axis=0))
+    opposed = opposed_shares(arrays["opposed"].sum(axis=0), arrays["moved"].sum(axis=0))
     rows = []
     for i, name in enumerate(names):
         pairs = ["-" if i == j else f"{angles[i, j]:.2f} ({opposed[i, j]:.0%})" for j in range(len(names))]
-        relative = lengths[i] / np.sqrt(found["squares"].sum())
+        relative = lengths[i] / np.sqrt(arrays["squares"].sum())
         rows.append([name, number(lengths[i], form=".3f"), f"{relative:.2%}", *pairs])
     titles = ["task vector", "norm", "of the pretrained weights'", *names]
-    return headed_table("Task vectors", f"cosine (share of opposite signs) of {_note(found)}", titles, rows)
+    return headed_table("Task vectors", f"cosine (share of opposite signs) of {_note(arrays)}", titles, rows)
 
 
-def plot(found: Arrays, material: Material) -> dict[str, Figure]:
+def plot(arrays: Arrays, material: Material) -> dict[str, Figure]:
     """Norms and signs by block; cosines, overall and by block; box plots of the values."""
-    names, experts = found["names"].tolist(), len(material.ranges)
-    whole, by_block = cosines(found["products"].sum(axis=0)), cosines(found["products"])[:, :experts, :experts]
-    blocks, label = found["groups"].tolist(), "cosine of the task vectors"
+    names, experts = arrays["names"].tolist(), len(material.ranges)
+    products, blocks = arrays["products"], arrays["groups"].tolist()
+    by_block = cosines(products)[:, :experts, :experts]
+    maps = (cosines(products.sum(axis=0)), names, by_block, blocks, "cosine of the task vectors")
     return {
-        "task-vectors": _norms_and_signs(found, names, experts),
-        "task-cosines": cosine_maps(whole, names, by_block, blocks, label, _note(found)),
-        "task-values": _values(found, names[:experts]),
+        "task-vectors": _norms_and_signs(arrays, names, experts),
+        "task-cosines": cosine_maps(*maps, _note(arrays)),
+        "task-values": _values(arrays, names[:experts]),
     }
 
 
-def _norms_and_signs(found: Arrays, names: list[str], experts: int) -> Figure:
+def _norms_and_signs(arrays: Arrays, names: list[str], experts: int) -> Figure:
     """By block: norms relative to the pretrained weights', and how often two experts' signs are opposed."""
-    blocks = [*found["groups"].tolist(), "all"]
+    blocks = [*arrays["groups"].tolist(), "all"]
     keys = ("products", "squares", "opposed", "moved")
-    products, squares, opposed, moved = (np.concatenate([found[k], found[k].sum(0, keepdims=True)]) for k in keys)
-    figure = noted(9.2, 2.3 + 0.36 * len(blocks), _note(found))
+    products, squares, opposed, moved = (np.concatenate([arrays[k], arrays[k].sum(0, keepdims=True)]) for k in keys)
+    figure = noted(9.2, 2.3 + 0.36 * len(blocks), _note(arrays))
     left, right = figure.subplots(1, 2, sharey=True)
     for row, name in enumerate(names):
         relative = 100 * norms(products)[:, row] / np.sqrt(squares)
@@ -133,7 +126,7 @@ def _norms_and_signs(found: Arrays, names: list[str], experts: int) -> Figure:
     if len(first):
         shares = 100 * opposed_shares(opposed, moved)[:, first, second]
         right.boxplot(shares.T, orientation="horizontal", positions=range(len(blocks)), whis=(0, 100), widths=0.5)
-    right.axvline(50, color="black", linewidth=0.8, linestyle=":")
+    right.axvline(50, **SEPARATOR)
     right.set(title="opposed signs", xlabel=f"% of parameters, {len(first)} pairs of experts; dotted: chance")
     left.set(title="norm of the task vector", xlabel="% of the pretrained weights' norm", ylabel="block of layers")
     left.set_xlim(left=0)
@@ -142,26 +135,24 @@ def _norms_and_signs(found: Arrays, names: list[str], experts: int) -> Figure:
     return figure
 
 
-def _values(found: Arrays, experts: list[str]) -> Figure:
+def _values(arrays: Arrays, experts: list[str]) -> Figure:
     """Box plots of the experts' task vectors by block."""
-    blocks = found["groups"].tolist()
-    note = f"{_note(found)}; boxes: quartiles; whiskers: 5 and 95 %"
-    figure = noted(9.2, 1.9 + 0.22 * len(experts) * len(blocks), note)
-    axes = figure.subplots()
-    height = 0.8 / len(experts)
-    drawn = {"orientation": "horizontal", "showfliers": False, "patch_artist": True}
+    blocks, height = arrays["groups"].tolist(), 0.8 / len(experts)
+    size = (9.2, 1.5 + 0.22 * len(experts) * len(blocks))
+    note = f"{_note(arrays)}; boxes: quartiles; whiskers: 5 and 95 %"
+    figure, [axes] = grid(1, size, note, "finetuned − pretrained weights × 10³", "block of layers")
+    style = {"orientation": "horizontal", "showfliers": False, "patch_artist": True, "medianprops": {"color": "black"}}
     for row, name in enumerate(experts):
         keys = ("whislo", "q1", "med", "q3", "whishi")
-        boxes = [dict(zip(keys, values, strict=True)) for values in 1e3 * found["quantiles"][:, row]]
+        boxes = [dict(zip(keys, values, strict=True)) for values in 1e3 * arrays["quantiles"][:, row]]
         places = np.arange(len(blocks)) + (row - (len(experts) - 1) / 2) * height
-        style = {"boxprops": {"facecolor": COLOURS[row % len(COLOURS)]}, "medianprops": {"color": "black"}}
-        axes.bxp(boxes, places, widths=0.8 * height, label=name, **style, **drawn)
+        colour = {"facecolor": COLOURS[row % len(COLOURS)]}
+        axes.bxp(boxes, places, widths=0.8 * height, label=name, boxprops=colour, **style)
     axes.axvline(0, color="black", linewidth=0.8)
     name_rows(axes, blocks)
-    axes.set(xlabel="finetuned − pretrained weights × 10³", ylabel="block of layers")
     legend_above(figure, axes, 4)
     return figure
 
 
-def _note(found: Arrays) -> str:
-    return f"all {found['sizes'].sum():,} parameters"
+def _note(arrays: Arrays) -> str:
+    return f"all {arrays['sizes'].sum():,} parameters"

@@ -28,6 +28,7 @@ MARKERS = "osD^vPX*"  # as many as colours
 MODELS = {"pretrained": BLACK, CONTINUED: SKY, "ensemble": GREEN, "merged": VERMILION, DISTILLED: GREY}
 DASHES = ("-", "--", "-.", ":")
 UNKNOWN = "#bbbbbb"  # cells of a heat map that hold NaN
+SEPARATOR = {"color": "black", "linewidth": 0.8, "linestyle": ":"}  # style of lines between ranges
 MOST_CELLS = 150  # of a heat map with a number in each cell
 
 

@@ -15,6 +15,7 @@ from deme.analysis.gradient_conflict import (
     pairs_within,
     products_of_ranges,
 )
+from deme.analysis.material import within_ranges
 from deme.measure.noisy import draw_clean
 from deme.models.encoders import Pixels
 
@@ -136,8 +137,8 @@ def test_gradients_of_ranges_are_sums_over_their_timesteps():
 
 
 def test_pairs_within_a_range_are_those_of_different_timesteps_in_it():
-    found = pairs_within([1, 2, 3, 4], 2, 4)
-    assert np.argwhere(found).tolist() == [[1, 2]]
+    [inside] = within_ranges([1, 2, 3, 4], [(2, 4)])
+    assert np.argwhere(pairs_within(inside)).tolist() == [[1, 2]]
 
 
 def test_what_is_kept_of_a_timestep_is_not_computed_again():

@@ -60,7 +60,7 @@ def test_the_pretrained_network_is_1_everywhere():
     ratios, errors = relative_loss(pretrained, pretrained)
     assert (ratios == 1).all()
     assert (errors == 0).all()
-    means, _ = relative_means(pretrained, pretrained, np.array(TIMESTEPS), RANGES)
+    means, _ = relative_means(pretrained, pretrained, TIMESTEPS, RANGES)
     assert (means == 1).all()
 
 
@@ -77,7 +77,7 @@ def test_means_of_ranges_are_means_of_ratios_with_errors_over_blocks():
     pretrained = np.array([[1.0], [100.0], [2.0], [2.0]]).repeat(16, 1)
     blocks = np.repeat(np.tile([-0.1, 0.1], 4), 2)
     factors = np.stack([np.full(16, 1.1), np.full(16, 1.3), 0.9 + blocks, 0.9 + blocks])
-    means, errors = relative_means(factors * pretrained, pretrained, np.array(TIMESTEPS), RANGES)
+    means, errors = relative_means(factors * pretrained, pretrained, TIMESTEPS, RANGES)
     assert means == pytest.approx([1.2, 0.9, 1.05])
     error = np.std([-0.1, 0.1] * 4, ddof=1) / 8**0.5
     assert errors == pytest.approx([0, error, error / 2], abs=1e-12)
