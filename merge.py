@@ -21,7 +21,7 @@ from pathlib import Path
 from deme.config.experiment import Config
 from deme.config.paths import DENOISER
 from deme.config.sections import range_name
-from deme.errors import UserError, naming, one_line
+from deme.errors import UserError, blaming, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, sha256
 from deme.job.locks import locked
@@ -186,13 +186,11 @@ def push_to_hub(folder: Path, name: str, private: bool) -> None:
     """Upload a pipeline folder; the Hub's repository is made where it does not exist."""
     from huggingface_hub import HfApi
 
-    try:
+    with blaming(f"merge.push_to_hub={name}"):  # network, token and permission errors have no common class
         HfApi().create_repo(name, exist_ok=True, **({"private": True} if private else {}))
         if private and not HfApi().repo_info(name).private:  # it was there before
             raise UserError("the Hub's repository is public, merge.push_private=true: nothing is uploaded")
         commit = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Merged by Decouple-then-Merge")
-    except Exception as error:  # network, token and permission errors have no common class
-        raise UserError(f"merge.push_to_hub={name}: {one_line(error)}") from None
     print(f"uploaded {folder}: {commit}")
 
 

@@ -45,3 +45,12 @@ def naming(name: str | Path, value: object = NOTHING) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{name}{'' if value is NOTHING else f'={shown(value)}'}: {error}") from error
+
+
+@contextmanager
+def blaming(name: str | Path) -> Iterator[None]:
+    """Turn whatever a library raises in the block into a UserError that begins with the name of a setting or a file."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{name}: {one_line(error)}") from None

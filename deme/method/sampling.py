@@ -8,7 +8,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
-from deme.errors import RunError, UserError, one_line, shown
+from deme.errors import RunError, UserError, blaming, one_line, shown
 
 NetworkAt = Callable[[float], Callable]  # timestep → the denoiser that is used there, or what calls it
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -78,12 +78,10 @@ def try_sampler(
     """The sampler, after one step from an image of zeros: what does not work shows before anything is written."""
     stepper = make_sampler(pretrained, name, timestep_spacing)
     images = torch.zeros(1, *shape)
-    try:
+    with blaming(f"{num_inference_steps} steps of {type(stepper).__name__}"):
         stepper.set_timesteps(num_inference_steps)
         timestep = stepper.timesteps.tolist()[0]
         stepper.step(stepper.scale_model_input(images, timestep), timestep, images)
-    except Exception as error:  # diffusers raises anything
-        raise UserError(f"{num_inference_steps} steps of {type(stepper).__name__}: {one_line(error)}") from None
     return stepper
 
 

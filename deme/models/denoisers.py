@@ -10,15 +10,22 @@ from diffusers import DDPMScheduler, ModelMixin, UNet2DConditionModel, UNet2DMod
 from torch import nn
 
 from deme.config.paths import DENOISER
-from deme.errors import UserError, one_line
-from deme.job.files import read_json
+from deme.errors import UserError, blaming, one_line
 from deme.method.losses import prediction_target
 from deme.method.projection import PROJECTION_SUFFIX, add_projections
 from deme.method.sampling import SCHEDULE
 from deme.method.task_vectors import FLOATS
 from deme.models.encoders import Encoder
-from deme.models.kinds import PROJECTED, check_part, check_settings, denoiser_class, index_class, read_index
-from deme.models.pipelines import SCHEDULER_CONFIG, is_projected, scheduler_folder, takes_text
+from deme.models.kinds import (
+    PROJECTED,
+    SCHEDULER_CONFIG,
+    check_settings,
+    denoiser_class,
+    index_class,
+    read_index,
+    read_part,
+)
+from deme.models.pipelines import is_projected, scheduler_folder, takes_text
 from deme.models.weights import load_tensors, weights_files
 
 
@@ -38,7 +45,7 @@ def projected_class(unet_class: type[ModelMixin]) -> type[ModelMixin]:
 
 ProjectedUNet2DModel = projected_class(UNet2DModel)
 ProjectedUNet2DConditionModel = projected_class(UNet2DConditionModel)
-LATENT_SCHEDULE = {"clip_sample": False, "steps_offset": 1}
+LATENT_SCHEDULE = {"clip_sample": False, "steps_offset": 1}  # as StableDiffusionPipeline enforces
 DENOISER_CLASSES = {
     kind.__name__: kind
     for kind in (UNet2DModel, UNet2DConditionModel, ProjectedUNet2DModel, ProjectedUNet2DConditionModel)
@@ -56,17 +63,13 @@ def with_projections(unet: nn.Module) -> nn.Module:
 
 def load_denoiser(folder: Path) -> nn.Module:
     """The denoiser in a folder: float32, in eval mode, with projections if its config.json says so."""
-    file = folder / "config.json"
-    settings = read_json(file)
-    check_part(DENOISER, file)
+    settings = read_part(DENOISER, folder / "config.json")
     name = settings.get("_class_name", denoiser_class(settings))
     tensors = load_tensors(folder)
     if not is_projected(folder) and any(key.endswith(PROJECTION_SUFFIX) for key in tensors):
         raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED}{name}")
-    try:
+    with blaming(folder):
         denoiser = DENOISER_CLASSES[name].from_config(settings)
-    except Exception as error:  # diffusers and torch raise anything for a wrong value
-        raise UserError(f"{folder}: {one_line(error)}") from None
     _fill(denoiser, tensors, folder)
     return denoiser.eval()
 
@@ -74,35 +77,31 @@ def load_denoiser(folder: Path) -> nn.Module:
 def _fill(denoiser: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Copy a folder's tensors into a network."""
     expected = denoiser.state_dict()
+    misfit = f"{folder}: weights and config.json do not fit each other"
     if odd := sorted(expected.keys() ^ tensors.keys()):
-        raise UserError(f"{folder}: weights and config.json do not fit each other ({', '.join(odd[:3])} …)")
+        raise UserError(f"{misfit} ({', '.join(odd[:3])} …)")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-            raise UserError(f"{folder}: weights and config.json do not fit each other ({name} has the shape {shapes})")
-        if tensor.dtype not in FLOATS and expected[name].is_floating_point():  # such as float8, which can't be merged
+        parameter = expected[name]
+        if tensor.shape != parameter.shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(parameter.shape)}"
+            raise UserError(f"{misfit} ({name} has the shape {shapes})")
+        if tensor.dtype not in FLOATS and parameter.is_floating_point():  # such as float8, which can't be merged
             raise UserError(f"{weights_files(folder)[0]}: tensor {name} is of type {tensor.dtype}")
-        expected[name].copy_(tensor)
-        if not expected[name].isfinite().all():
+        parameter.copy_(tensor)
+        if not parameter.isfinite().all():
             raise UserError(f"{weights_files(folder)[0]}: tensor {name} holds NaN or infinite values")
 
 
 def load_scheduler(pipeline: Path) -> DDPMScheduler:
-    """The pretrained noise schedule as a DDPMScheduler; betas that the file leaves out are those of the class it names.
-
-    Latents are never clipped, and steps begin one later, as StableDiffusionPipeline enforces.
-    """
+    """The pretrained noise schedule as a DDPMScheduler, with the defaults of the class that its file names."""
     file = scheduler_folder(pipeline) / SCHEDULER_CONFIG
     named = index_class(read_index(pipeline), "scheduler")
-    check_part("scheduler", file, named)
-    settings = read_json(file)
+    settings = read_part("scheduler", file, named)
     kind = getattr(diffusers, settings.get("_class_name", named))
     defaults = inspect.signature(kind.__init__).parameters
     defaults = {key: defaults[key].default for key in SCHEDULE if key in defaults}
-    try:
+    with blaming(file):
         return DDPMScheduler.from_config(defaults | settings | (LATENT_SCHEDULE if takes_text(pipeline) else {}))
-    except Exception as error:  # diffusers raises anything for a wrong value
-        raise UserError(f"{file}: {one_line(error)}") from None
 
 
 def try_out(denoiser: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None:

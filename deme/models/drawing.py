@@ -14,17 +14,12 @@ from deme.models.encoders import Condition, Encoder
 
 @dataclass(frozen=True)
 class Drawing:
-    """How images are drawn.
-
-    Args:
-        settings: sampler, steps, eta, and for text-to-image guidance.
-        shape: (C, H, W) of what the network works on.
-    """
+    """How images are drawn."""
 
     scheduler: DDPMScheduler
     encoder: Encoder
     settings: Sample
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # (C, H, W) of what the network works on
     device: torch.device
 
     @cached_property
@@ -38,11 +33,7 @@ class Drawing:
         return self.settings.num_inference_steps * (1 + is_guided)
 
     def images(self, network_at: NetworkAt, seeds: Sequence[int], prompts: Sequence[str]) -> torch.Tensor:
-        """The images of these seeds: uint8, shape (B, C', H', W'), on the CPU.
-
-        Args:
-            prompts: of each seed; empty where the model takes none.
-        """
+        """The images of these seeds, each with its prompt if there are prompts: uint8, (B, C', H', W'), on the CPU."""
         settings = self.settings
         network = guided(network_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
         sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, settings.timestep_spacing)

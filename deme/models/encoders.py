@@ -1,12 +1,10 @@
 """Between images and what a network works on: pixels, or latents and text. Nothing else knows the difference.
 
-`Pixels` and `LatentsAndText` have the same methods. Their condition is what a network is told beside its noisy input,
-by the name of its argument.
+`Pixels` and `LatentsAndText` have the same methods. A condition is a network's further arguments, by name.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deme.errors import RunError, UserError, naming, one_line
+from deme.errors import RunError, UserError, blaming, naming
 from deme.models.inference import AUTOCAST_TYPES, memory_format
 from deme.models.pipelines import has_full_precision, latent_factor, takes_text
 
@@ -42,11 +40,7 @@ class Encoded:
 
 
 class Pixels:
-    """Images in [−1, 1], without a condition.
-
-    Args:
-        channels: 1 (grayscale) or 3 (RGB).
-    """
+    """Images in [−1, 1], grayscale or RGB, without a condition."""
 
     takes_text = False
 
@@ -55,16 +49,16 @@ class Pixels:
         self.device = torch.device("cpu")
 
     def check_fits(self, channels: int) -> None:
-        """Check that a network with this number of input channels works on images."""
+        """Check that a network's input channels are an image's."""
         if channels not in MODES:
             raise UserError(f"in_channels={channels}: images have {' or '.join(map(str, MODES))} channels")
 
     def prepare(self, device: torch.device, mixed_precision: str) -> None:
-        """Set the device."""
+        """Set the device and the type."""
         self.device = device
 
     def rest(self) -> None:
-        """Free the device's memory: nothing is held."""
+        """Free the device's memory; here there is nothing to free."""
 
     def encode(self, examples: torch.Tensor) -> tuple[torch.Tensor, Condition]:
         """uint8 images (B, C, H, W) to [−1, 1] on the device, same shape, and no condition."""
@@ -80,13 +74,7 @@ class Pixels:
 
 
 class LatentsAndText:
-    """Latents of a VAE and embeddings of captions (Rombach et al. 2022).
-
-    Args:
-        vae: diffusers' AutoencoderKL.
-        text_encoder: transformers' CLIPTextModel.
-        tokenizer: its CLIPTokenizer.
-    """
+    """Latents of an AutoencoderKL, and a CLIPTextModel's embeddings of captions (Rombach et al. 2022)."""
 
     takes_text = True
 
@@ -97,10 +85,11 @@ class LatentsAndText:
         self.image_channels = vae.config.in_channels
         self.device = torch.device("cpu")
         self.dtype = torch.float32
+        self.shift = vae.config.get("shift_factor") or 0.0  # subtracted from latents before they are scaled
         self.has_warned = os.environ.get("RANK", "0") != "0"  # one process does
 
     def check_fits(self, channels: int) -> None:
-        """Check that a network with this number of input channels works on the latents, and PIL on the images."""
+        """Check that a network's input channels are the latents', and that PIL can write the images."""
         latents = self.vae.config.latent_channels
         if channels != latents:
             raise UserError(f"in_channels={channels}: the VAE's latents have {latents} channels")
@@ -108,7 +97,7 @@ class LatentsAndText:
             raise UserError(f"vae: in_channels={self.image_channels}: images have 1 or 3 channels")
 
     def prepare(self, device: torch.device, mixed_precision: str) -> None:
-        """Set device and type: on a GPU that of the networks. A part moves there when it is first used."""
+        """Set the device and, on a GPU, the type. Parts move there when they are used."""
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else AUTOCAST_TYPES[mixed_precision] or torch.float32
 
@@ -117,13 +106,7 @@ class LatentsAndText:
         for part in (self.vae, self.text_encoder):
             nn.Module.to(part, "cpu")
 
-    @property
-    def _shift(self) -> float:
-        """Subtracted from latents before they are scaled; most VAEs have none."""
-        return self.vae.config.get("shift_factor") or 0.0
-
     def _ready(self, part: nn.Module) -> nn.Module:
-        """A part on its device, in its type."""
         return nn.Module.to(part, self.device, self.dtype)  # diffusers' own warns of every change of the type
 
     @torch.no_grad()
@@ -147,7 +130,7 @@ class LatentsAndText:
         mean, log_variance = moments.float().contiguous().chunk(2, dim=1)
         deviation = torch.exp(log_variance.clamp(-30, 20) / 2)
         noise = torch.randn(mean.shape, device=mean.device)  # randn_like's order depends on the memory format
-        latents = (mean + deviation * noise - self._shift) * self.vae.config.scaling_factor
+        latents = (mean + deviation * noise - self.shift) * self.vae.config.scaling_factor
         return latents.to(memory_format=memory_format(self.device))
 
     @torch.no_grad()
@@ -163,7 +146,7 @@ class LatentsAndText:
         return self._ready(self.text_encoder)(self.tokens(texts).to(self.device))[0]
 
     def tokens(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts, cut or filled to the tokenizer's length: int64, (B, tokens)."""
+        """Texts, cut or padded to the tokenizer's length: int64, (B, tokens)."""
         filled = {"padding": "max_length", "max_length": self.tokenizer.model_max_length, "truncation": True}
         return self.tokenizer(list(texts), **filled, return_tensors="pt").input_ids
 
@@ -179,7 +162,7 @@ class LatentsAndText:
             RunError: the VAE gives NaN or infinite values, as some do in half precision.
         """
         vae = self._ready(self.vae)
-        latents = (tensors / self.vae.config.scaling_factor + self._shift).to(self.dtype)
+        latents = (tensors / self.vae.config.scaling_factor + self.shift).to(self.dtype)
         images = []
         for part in latents.split(CODED_AT_ONCE):
             decoded = vae.decode(part).sample.float()
@@ -193,7 +176,7 @@ Encoder = Pixels | LatentsAndText
 
 
 def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
-    """The encoder of a pipeline, tried out."""
+    """The encoder of a pipeline, each of its parts tried once."""
     asks_for_text = hasattr(denoiser.config, "cross_attention_dim")
     if asks_for_text != takes_text(pipeline):
         wants = "needs a text encoder, which the folder lacks" if asks_for_text else "takes no text"
@@ -203,18 +186,6 @@ def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
     encoder = LatentsAndText(*_load_parts(pipeline))
     _try_parts(encoder, pipeline, denoiser.config.cross_attention_dim)
     return encoder
-
-
-@contextmanager
-def _blaming(folder: Path) -> Iterator[None]:
-    """Name a part's folder before whatever diffusers, transformers or torch raise."""
-    with naming(folder):
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(one_line(error)) from None
 
 
 def _load_parts(pipeline: Path) -> tuple[nn.Module, nn.Module, Any]:
@@ -240,12 +211,8 @@ def _load_parts(pipeline: Path) -> tuple[nn.Module, nn.Module, Any]:
 
 
 def _load(folder: Path, kind: Any, **dtype: torch.dtype) -> Any:
-    """A part of this class.
-
-    Args:
-        dtype: of a network, by the name of its argument; a tokenizer has none.
-    """
-    with _blaming(folder):
+    """A part of this class: a network in the given type, or else a tokenizer."""
+    with blaming(folder):
         if not folder.is_dir():
             raise UserError("missing")
         if not dtype:
@@ -261,26 +228,21 @@ def _load(folder: Path, kind: Any, **dtype: torch.dtype) -> Any:
 
 
 def check_filled(report: dict) -> None:
-    """Check the report of diffusers or transformers on a network that they loaded: no tensor is missing."""
-    missing = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
-    if missing:
+    """Check in diffusers' or transformers' report on a network that its file held every tensor."""
+    if missing := [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]:
         raise UserError(f"weights and config.json do not fit each other ({', '.join(sorted(missing)[:3])} …)")
 
 
 @torch.no_grad()
-def _try_parts(encoder: LatentsAndText, pipeline: Path, width: Any) -> None:
-    """Use each part once, so that an error names the part.
-
-    Args:
-        width: the network's cross_attention_dim; a list where its blocks differ.
-    """
-    with _blaming(pipeline / "tokenizer"):
+def _try_parts(encoder: LatentsAndText, pipeline: Path, width: int | list[int]) -> None:
+    """Use each part once, so that an error names it; `width` is the network's cross_attention_dim."""
+    with blaming(pipeline / "tokenizer"):
         tokens = encoder.tokens([""])
-    with _blaming(pipeline / "text_encoder"):
+    with blaming(pipeline / "text_encoder"):
         entries = encoder.text_encoder(tokens)[0].shape[2]
         if isinstance(width, int) and entries != width:
             raise UserError(f"its embeddings have {entries} entries, the network's cross_attention_dim is {width}")
-    with _blaming(pipeline / "vae"):
+    with blaming(pipeline / "vae"):
         side = 2 * latent_factor(pipeline)
         pixels = torch.zeros(1, encoder.image_channels, side, side, dtype=torch.uint8)
         mean, _ = encoder.moments(pixels).chunk(2, dim=1)

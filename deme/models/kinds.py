@@ -4,16 +4,17 @@ Each is looked up in a table; what is not in it is refused by name, with the lis
 support another denoiser, add its class to PIPELINES and DENOISERS here and to DENOISER_CLASSES in denoisers.py.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from deme.config.paths import DENOISER
+from deme.config.section import is_finite
 from deme.errors import UserError, naming, shown
 from deme.job.files import read_json
 
 INDEX = "model_index.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
 PROJECTED = "Projected"  # prefix of the classes with projections
 ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
 PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written where a folder names none
@@ -37,7 +38,6 @@ CLASSES = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 NEVER_RUN = ("safety_checker", "feature_extractor", "image_encoder")  # no image depends on them
-FILES = {DENOISER: "config.json", "scheduler": "scheduler_config.json", "vae": "config.json"}  # each names its class
 SETTINGS = {  # supported values; diffusers' default, where a file leaves a setting out, is one of them
     DENOISER: {
         "class_embed_type": (None,),  # labels
@@ -79,38 +79,35 @@ def denoiser_class(settings: dict[str, Any]) -> str:
 def check_pipeline(pipeline: Path, denoiser: Path, scheduler: Path) -> None:
     """Look up the classes and the settings of a pipeline folder's parts; parts that are missing are left to others."""
     index = read_index(pipeline)
-    entries = {name: entry for name, entry in index.items() if name in CLASSES or isinstance(entry, list)}
-    entries.pop("_class_name", None)
-    parts = {name: index_class(index, name) for name, entry in entries.items() if entry != [None, None]}
+    file = pipeline / INDEX
     if index:
-        _look_up(f"{pipeline / INDEX}: _class_name", index.get("_class_name"), PIPELINES)
+        _look_up(f"{file}: _class_name", index.get("_class_name"), PIPELINES)
+    parts = {
+        name: index_class(index, name)
+        for name, entry in index.items()
+        if (name in CLASSES or isinstance(entry, list)) and entry != [None, None] and name not in NEVER_RUN
+    }
     for name, given in parts.items():
-        if name not in NEVER_RUN:
-            _look_up(f"{pipeline / INDEX}: the part", name, CLASSES)
-            _look_up(f"{pipeline / INDEX}: {name}", given, CLASSES[name])
-    folders = {DENOISER: denoiser, "scheduler": scheduler, "vae": pipeline / "vae"}
-    for name, folder in folders.items():
-        if (folder / FILES[name]).is_file():
-            check_part(name, folder / FILES[name], parts.get(name))
-    if (denoiser / FILES[DENOISER]).is_file():
-        name = denoiser_class(read_json(denoiser / FILES[DENOISER]))
-        if index and PIPELINES[index["_class_name"]] != name:
-            raise UserError(f"{pipeline / INDEX}: _class_name={index['_class_name']}: its network is a {name}")
-        _check_parts(pipeline, parts, name)
+        _look_up(f"{file}: the part", name, CLASSES)
+        _look_up(f"{file}: {name}", given, CLASSES[name])
+    if (pipeline / "vae" / "config.json").is_file():
+        read_part("vae", pipeline / "vae" / "config.json", parts.get("vae"))
+    if (scheduler / SCHEDULER_CONFIG).is_file():
+        read_part("scheduler", scheduler / SCHEDULER_CONFIG, parts.get("scheduler"))
+    if not (denoiser / "config.json").is_file():
+        return
+    kind = denoiser_class(read_part(DENOISER, denoiser / "config.json", parts.get(DENOISER)))
+    if index and PIPELINES[index["_class_name"]] != kind:
+        raise UserError(f"{file}: _class_name={index['_class_name']}: its network is a {kind}")
+    present = {path.parent.name for path in pipeline.glob("*/config.json")}
+    if parts:  # the index says which parts count; these would be passed over
+        present = (present & {"vae", "vqvae"}) | (parts.keys() & ENCODERS)
+    for part in sorted(present - {DENOISER, "scheduler", *NEVER_RUN, *DENOISERS[kind]}):
+        raise UserError(f"{pipeline / part}: a {kind} is supported without one")
 
 
-def _check_parts(pipeline: Path, parts: dict[str, str], name: str) -> None:
-    """"""
-    there = {path.parent.name for path in pipeline.glob("*/config.json")}
-    if parts:  # the index says which ones count; these would be passed over
-        there &= {"vae", "vqvae"}
-    for part in sorted(there | {part for part in parts if part in ENCODERS}):
-        if part not in (DENOISER, "scheduler", *NEVER_RUN, *DENOISERS[name]):
-            raise UserError(f"{pipeline / part}: a {name} is supported without one")
-
-
-def check_part(part: str, file: Path, named: str | None = None) -> None:
-    """Look up the class and the settings in the file of a part of SETTINGS.
+def read_part(part: str, file: Path, named: str | None = None) -> dict[str, Any]:
+    """The settings in the file of a part of SETTINGS, its class and values looked up.
 
     Args:
         named: its class in model_index.json, for files that name none.
@@ -120,6 +117,7 @@ def check_part(part: str, file: Path, named: str | None = None) -> None:
     _look_up(f"{file}: _class_name", given, CLASSES[part])
     with naming(file):
         check_settings(part, settings)
+    return settings
 
 
 def check_settings(part: str, settings: Mapping[str, Any]) -> None:
@@ -128,13 +126,11 @@ def check_settings(part: str, settings: Mapping[str, Any]) -> None:
         if key in settings:
             _look_up(key, settings[key], supported)
     scale = settings.get("scaling_factor", 1)  # of latents
-    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if part == "vae" and not (is_number and math.isfinite(scale) and scale != 0):
+    if part == "vae" and not (is_finite(scale) and scale != 0):
         raise UserError(f"scaling_factor={shown(scale)}: must be a finite number other than 0")
 
 
-def _look_up(what: str, given: Any, supported: Any) -> None:
-    """"""
+def _look_up(what: str, given: Any, supported: Collection[Any]) -> None:
     if isinstance(given, (list, dict)) or given not in supported:
         names = [shown(value) for value in supported if not str(value).startswith(PROJECTED)]
         raise UserError(f"{what}={shown(given)}: not {'one of ' * (len(names) > 1)}{', '.join(names)}")

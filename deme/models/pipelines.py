@@ -1,8 +1,7 @@
 """diffusers pipelines as folders: where their parts lie, and what makes a folder a pipeline.
 
 A pipeline has `unet/` and `scheduler/`, or is flat, with `config.json`, `scheduler_config.json` and the weights side by
-side (google/ddpm-*); text-to-image pipelines also have `vae/`, `text_encoder/` and `tokenizer/`. Only files are read:
-torch is not imported, diffusers only for the defaults of its classes.
+side (google/ddpm-*). Text-to-image pipelines also have `vae/`, `text_encoder/` and `tokenizer/`. Nothing imports torch.
 """
 
 import functools
@@ -28,6 +27,7 @@ from deme.models.kinds import (
     NEVER_RUN,
     PIPELINES,
     PROJECTED,
+    SCHEDULER_CONFIG,
     check_pipeline,
     denoiser_class,
     index_class,
@@ -35,20 +35,12 @@ from deme.models.kinds import (
 )
 from deme.models.weights import download, weights_files
 
-SCHEDULER_CONFIG = "scheduler_config.json"
-
 
 def find_pipeline(source: str) -> Path:
-    """The local folder of a pipeline, which is downloaded to the Hub's cache if necessary.
-
-    Args:
-        source: a folder, as `find_folder` takes it, or owner/name[@revision] on the Hub (a branch, tag or commit).
-    """
-    folder = find_folder(source)
-    if folder is not None:
+    """The folder of a pipeline: a local one, or owner/name[@revision] in the Hub's cache, downloaded if necessary."""
+    if (folder := find_folder(source)) is not None:
         return check_folder(folder)
-    name = hub_name(source)
-    if name is None:
+    if (name := hub_name(source)) is None:
         raise UserError("no such folder")
     return download(name, source.removeprefix(name).removeprefix("@") or None, check_folder)
 
@@ -101,11 +93,12 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
     schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
     given = read_index(pretrained)
     kinds = [kind for kind, network in PIPELINES.items() if network == denoiser]
-    kind = given["_class_name"] if given.get("_class_name") in kinds else kinds[0]
-    scheduler = read_json(schedule).get("_class_name", index_class(given, "scheduler"))
     library = "deme.projection" if is_projected(folder / DENOISER) else "diffusers"
-    index = {"_class_name": kind, "scheduler": ["diffusers", scheduler]}
-    index[DENOISER] = [library, settings.get("_class_name", denoiser)]
+    index = {
+        "_class_name": given["_class_name"] if given.get("_class_name") in kinds else kinds[0],
+        "scheduler": ["diffusers", read_json(schedule).get("_class_name", index_class(given, "scheduler"))],
+        DENOISER: [library, settings.get("_class_name", denoiser)],
+    }
     if DENOISERS[denoiser]:
         index |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"]}
         index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "requires_safety_checker": False}
@@ -126,7 +119,7 @@ def has_full_precision(part: Path) -> bool:
 def part_files(part: Path) -> dict[str, Path]:
     """What is read of a pipeline's part, by name: settings, and one form of the weights, never pickles.
 
-    Weights of the variant fp16 are named without it, except for shards, which an index names.
+    A name leaves out the variant fp16, except for shards, which an index names.
     """
     full = has_full_precision(part)
     return {
@@ -154,16 +147,17 @@ def common_architecture(folders: Sequence[Path]) -> Path:
     """
     first, *others = (folder / "config.json" for folder in folders)
     settings = read_json(first)
+    kind = denoiser_class(settings)
     for file in others:
         given = read_json(file)
-        if denoiser_class(given) != denoiser_class(settings):
-            raise UserError(f"{file}: _class_name={denoiser_class(given)}, but {denoiser_class(settings)} in {first}")
+        if denoiser_class(given) != kind:
+            raise UserError(f"{file}: _class_name={denoiser_class(given)}, but {kind} in {first}")
         for key in sorted({*given, *settings} - {"dropout"}):  # of training alone
             if key.startswith("_") or (key in given and key in settings and given[key] == settings[key]):
                 continue
-            defaults = {} if key in given and key in settings else _defaults(denoiser_class(settings))
-            value, expected = (found.get(key, defaults.get(key)) for found in (given, settings))
-            if value != expected and (key in defaults or not defaults):  # what diffusers does not know it passes over
+            defaults = {} if key in given and key in settings else _defaults(kind)
+            value, expected = given.get(key, defaults.get(key)), settings.get(key, defaults.get(key))
+            if value != expected and (key in defaults or not defaults):  # diffusers ignores unknown keys
                 raise UserError(f"{file}: {key}={shown(value)}, but {shown(expected)} in {first}")
     by_preference = [*folders[1:], folders[0]]
     return next(filter(is_projected, by_preference), by_preference[0])
@@ -210,13 +204,12 @@ def latent_factor(pipeline: Path) -> int:
 
 
 def encoder_files(pipeline: Path) -> dict[str, Path]:
-    """The files that are read of a text-to-image pipeline's encoders, by name; none if the network works on pixels."""
-    found = {}
-    for part in ENCODERS if takes_text(pipeline) else ():
+    """The files that are read of a pipeline's encoders, by name; none if the network works on pixels."""
+    parts = ENCODERS if takes_text(pipeline) else ()
+    for part in parts:
         if not (pipeline / part).is_dir():
             raise UserError(f"{pipeline / part}: missing")
-        found |= {f"{part}/{name}": path for name, path in part_files(pipeline / part).items()}
-    return found
+    return {f"{part}/{name}": path for part in parts for name, path in part_files(pipeline / part).items()}
 
 
 def encoders_hash(pipeline: Path) -> str:

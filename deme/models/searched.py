@@ -11,13 +11,13 @@ from deme.config.experiment import Config
 from deme.errors import UserError, naming
 from deme.job.files import checked, read_yaml
 
-SECONDS = "seconds.txt"  # in the search's folder: a line for each command; none where the first ones noted nothing
+SECONDS = "seconds.txt"  # in the search's folder: a line for each command
 OF_PRETRAINED = "value of the pretrained network"
 
 
 @dataclass(frozen=True)
 class Searched:
-    """What a best.yaml holds; one that a person wrote may hold the coefficients alone."""
+    """What a best.yaml holds; a hand-written one may hold the coefficients alone."""
 
     file: str
     coefficients: dict[str, list[float]]  # by name pattern
@@ -35,12 +35,12 @@ class Searched:
             return replace(config, merge=merge).coefficient_groups
 
     def is_of(self, pretrained: str, finetuned: list[str]) -> bool:
-        """Whether they were found for networks of these hashes."""
+        """True if the coefficients were found for networks of these hashes."""
         return (self.pretrained, self.finetuned) == (pretrained, finetuned)
 
 
 def read_searched(file: Path) -> Searched:
-    """Read such a file."""
+    """Read a best.yaml."""
     if not file.is_file():
         raise UserError(f"{file} is missing; search.py makes it")
     content = read_yaml(file)
@@ -50,7 +50,7 @@ def read_searched(file: Path) -> Searched:
 
 @contextmanager
 def timed(folder: Path) -> Iterator[None]:
-    """Note how long the block took, however it ends, in a search's folder where all commands have done so."""
+    """Add the block's seconds to a search's SECONDS, if there is one, however the block ends."""
     begin = time.monotonic()
     try:
         yield
@@ -61,7 +61,7 @@ def timed(folder: Path) -> Iterator[None]:
 
 
 def seconds_of(folder: Path) -> float | None:
-    """What all commands of a search took together; None where it is not known."""
+    """The seconds of all commands of a search; None if they are not known."""
     try:
         taken = [float(line) for line in (folder / SECONDS).read_text(encoding="utf-8").split()]
     except (OSError, ValueError):

@@ -9,8 +9,8 @@ from deme.config.sections import BASELINES, CONTINUED, DDIM, DISTILLED, NAMED_TR
 from deme.errors import UserError, naming
 from deme.job.files import Watched, read_json, sha256
 from deme.job.records import ENCODER, SCHEDULE
+from deme.models.kinds import SCHEDULER_CONFIG
 from deme.models.pipelines import (
-    SCHEDULER_CONFIG,
     denoiser_folder,
     encoder_files,
     encoders_hash,

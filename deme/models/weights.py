@@ -1,7 +1,6 @@
 """The weights in a network's folder or on the Hub, in every form that the Hub has them, read without running code.
 
-Forms: safetensors in one file or in shards with an index, in full or half precision, or a `.bin`; tensor names are
-today's or those of diffusers up to 0.15. torch is imported only where tensors are read, diffusers not at all.
+Forms: safetensors, whole or in shards, in full or half precision, or a `.bin`. torch is imported only to read tensors.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.paths import DENOISER
-from deme.errors import UserError, one_line
+from deme.errors import UserError, blaming, one_line
 from deme.job.files import read_json, sha256
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
@@ -73,23 +72,18 @@ def weights_hash(folder: Path) -> str:
 
 def load_tensors(folder: Path) -> dict[str, Any]:
     """The tensors of a network's folder under today's names, memory-mapped."""
+    import torch
+    from safetensors.torch import load_file
+
     tensors: dict[str, Any] = {}
     for file in weights_files(folder):
-        try:
-            tensors |= {todays_name(name): tensor for name, tensor in _read(file).items()}
-        except Exception as error:  # zip, pickle, safetensors and torch raise anything for a damaged file
-            raise UserError(f"{file}: cannot be read: {one_line(error)}") from None
+        with blaming(f"{file}: cannot be read"):
+            if file.suffix == ".safetensors":
+                content = load_file(file)
+            else:
+                content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+            tensors |= {todays_name(name): tensor for name, tensor in content.items()}
     return tensors
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    import torch
-
-    return torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
 
 
 def todays_name(name: str) -> str:
@@ -107,14 +101,12 @@ def write_denoiser(folder: Path, tensors: dict[str, Any], config: dict) -> None:
 
 
 def download(name: str, revision: str | None, check: Callable[[Path], object]) -> Path:
-    """The folder in the Hub's cache of a pipeline; only the files that are read are downloaded.
-
-    Without a connection the cache is enough, if it has those files.
+    """The folder of a pipeline in the Hub's cache; only files that are read are downloaded, none without a connection.
 
     Args:
         name: owner/name.
         revision: a branch, tag or commit; None: the newest.
-        check: called with the settings alone, before the weights: raises UserError if this is no pipeline.
+        check: called with the folder before the weights are downloaded; raises UserError if it is no pipeline.
     """
     from huggingface_hub import snapshot_download
 
