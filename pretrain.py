@@ -20,9 +20,8 @@ from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, sha256, write_yaml
 from deme.job.records import ENCODER, SCHEDULE, provenance
-from deme.models.kinds import check_pipeline
+from deme.models.kinds import SCHEDULER_CONFIG, check_pipeline
 from deme.models.pipelines import (
-    SCHEDULER_CONFIG,
     encoder_files,
     encoders_hash,
     find_folder,
