@@ -88,7 +88,7 @@ def test_a_call_is_counted_in_operations():
 
 def test_packages_are_missing_with_what_they_need(monkeypatch):
     """Followed through Requires-Dist, from what is missing; of this Python from what is there, too."""
-    present = missing_wheels.installed()
+    present = set(missing_wheels.installed())
     wanted = [Requirement("datasets==1.0"), Requirement("numpy")]
     without = present - {"datasets", "dill", "multiprocess"}
     found = missing_wheels.missing(wanted, without, here=False)
@@ -102,7 +102,13 @@ def test_packages_are_missing_with_what_they_need(monkeypatch):
 def test_a_list_of_packages_is_read_in_both_forms(tmp_path):
     file = tmp_path / "packages.txt"
     file.write_text("Pillow==13.0.0\nscikit_learn\n# note\n\nPyYAML==6.0\n")
-    assert missing_wheels.listed(file) >= {"pillow", "scikit-learn", "pyyaml"}
+    assert missing_wheels.listed(file).items() >= {"pillow": "13.0.0", "scikit-learn": "", "pyyaml": "6.0"}.items()
+
+
+def test_a_package_of_too_old_a_version_is_missing():
+    """Builds of a vendor's own count as the release that they precede."""
+    present = {"filelock": "3.20.0", "optuna": "", "torch": "2.11.0a0+nv26", "diffusers": "99.0"}
+    assert missing_wheels.usable(present) == {"optuna", "torch", "diffusers"}
 
 
 def test_the_steps_that_fit_and_the_losses_at_each_quarter(tmp_path):
