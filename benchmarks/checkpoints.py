@@ -35,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(accelerator, unet, pixels, Finetune(batch_size=4), Path(folder))
         trainer.checkpoints.mkdir()
-        trainer.log = RunLog(Path(folder), 0)
+        trainer.log = RunLog(Path(folder), 0, trackers=[], settings={})
         trainer.step()  # AdamW's moments exist from now on
         for number in range(2 if arguments.quick else 9):
             row["step"].append(seconds(trainer.step, device))
