@@ -22,6 +22,7 @@ from deme.job.files import Watched, sha256, write_yaml
 from deme.job.records import ENCODER, SCHEDULE, provenance
 from deme.models.kinds import SCHEDULER_CONFIG, check_pipeline
 from deme.models.pipelines import (
+    denoiser_folder,
     encoder_files,
     encoders_hash,
     find_folder,
@@ -29,7 +30,6 @@ from deme.models.pipelines import (
     num_train_timesteps,
     scheduler_folder,
     takes_text,
-    denoiser_folder,
     write_pipeline_files,
 )
 from deme.training.session import Objective, Session

@@ -24,7 +24,7 @@ from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, provenance, read_record
-from deme.models.pipelines import takes_text, denoiser_folder
+from deme.models.pipelines import denoiser_folder, takes_text
 from deme.models.searched import SECONDS, timed
 from deme.models.variants import ModelFiles, find_finetuned, find_pretrained
 from deme.models.weights import weights_hash
@@ -50,7 +50,6 @@ def main(config: Config) -> None:
     from deme.data.opening import open_source
     from deme.data.sources import data_hashes
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
-    from deme.report.search_plots import save_search_plots
     from deme.report.tables import score_table
     from deme.search.problem import Problem
     from deme.search.report import score_fresh, verdict
@@ -90,6 +89,8 @@ def main(config: Config) -> None:
             if fresh.scores:
                 print(score_table(fresh.scores, config.evaluate.features))
             print(*verdict(result, fresh), sep="\n")
+            from deme.report.search_plots import save_search_plots  # imports matplotlib and TensorBoard
+
             make_folder(config.paths.plots, "output_dir")
             tried = (result.evaluated, result.coefficients, problem.patterns, problem.ranges, result.study)
             pictures = save_search_plots(config.paths.search_picture, output / "logs", *tried, fresh.scores)
