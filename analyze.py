@@ -23,7 +23,7 @@ from deme.config.experiment import Config
 from deme.config.sections import ANALYSES, CONTINUED, DISTILLED, range_name
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
-from deme.models.pipelines import denoiser_folder
+from deme.models.kinds import denoiser_folder
 from deme.models.variants import MAKERS, ModelFiles, find_finetuned, find_pretrained, made_denoisers
 from deme.models.weights import has_weights
 

@@ -18,20 +18,11 @@ from deme.config.experiment import Config
 from deme.config.paths import DENOISER
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
-from deme.job.files import Watched, sha256, write_yaml
-from deme.job.records import ENCODER, SCHEDULE, provenance
-from deme.models.kinds import SCHEDULER_CONFIG, check_pipeline
-from deme.models.pipelines import (
-    denoiser_folder,
-    encoder_files,
-    encoders_hash,
-    find_folder,
-    latent_factor,
-    num_train_timesteps,
-    scheduler_folder,
-    takes_text,
-    write_pipeline_files,
-)
+from deme.job.files import Watched, write_yaml
+from deme.job.records import provenance
+from deme.models.kinds import check_pipeline, schedule_file
+from deme.models.pipelines import find_folder, latent_factor, num_train_timesteps, takes_text, write_pipeline_files
+from deme.models.variants import ModelFiles
 from deme.training.session import Objective, Session
 
 if TYPE_CHECKING:
@@ -45,10 +36,10 @@ def find_encoders(config: Config) -> Path:
         raise UserError("no such folder")
     if not takes_text(pipeline):
         raise UserError(f"{pipeline / 'text_encoder'}: missing")
-    check_pipeline(pipeline, denoiser_folder(pipeline), scheduler_folder(pipeline))
+    check_pipeline(pipeline, is_whole=False)
     factor = latent_factor(pipeline)
     config.data.check("resolution", config.data.resolution % factor == 0, f"must be a multiple of {factor}, as latents")
-    config.check_fits({}, scheduler_folder(pipeline), num_train_timesteps(pipeline))
+    config.check_fits({}, schedule_file(pipeline), num_train_timesteps(pipeline))
     config.pretrain.check("scheduler", not config.pretrain.scheduler, "pretrain.encoders brings its own")
     return pipeline
 
@@ -116,9 +107,8 @@ def main(config: Config) -> None:
     if settings.encoders is not None:
         with naming("pretrain.encoders", settings.encoders):
             encoders = find_encoders(config)
-        schedule = scheduler_folder(encoders) / SCHEDULER_CONFIG
-        watched = Watched([*encoder_files(encoders).values(), schedule])
-        hashes = {ENCODER: encoders_hash(encoders), SCHEDULE: sha256(schedule)}
+        inputs = ModelFiles(encoders, [])
+        watched, hashes = inputs.watched(), inputs.hashes()
     objective = Objective("pretraining", (config.seed, 0), [(0, config.timesteps.num_train_timesteps)])
     run = session.new_run(objective, settings, config.paths.pretraining, config.paths.pretrained_here, hashes)
     if session.is_complete(run):

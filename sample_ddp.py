@@ -27,6 +27,7 @@ from deme.errors import RunError, naming
 from deme.job.command import run_script
 from deme.job.files import check_apart, sha256
 from deme.job.records import ENCODER, SAMPLES, Record, provenance
+from deme.models.kinds import schedule_file
 from deme.models.pipelines import encoders_hash, takes_text
 from deme.models.variants import ModelFiles, find_model
 from deme.models.weights import weights_hash
@@ -148,7 +149,7 @@ def identity(config: Config, model: ModelFiles, sampler: str) -> dict[str, Any]:
     made_from = {
         "weights": list(map(weights_hash, model.denoisers)),
         "timesteps": [list(edges) for edges in ranges_of(config, model)],
-        "scheduler": sha256(model.schedule),
+        "scheduler": sha256(schedule_file(model.pipeline)),
         "num_inference_steps": settings.num_inference_steps,
         "sample.scheduler": sampler,
         "eta": settings.eta,

@@ -24,7 +24,8 @@ from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, provenance, read_record
-from deme.models.pipelines import denoiser_folder, takes_text
+from deme.models.kinds import denoiser_folder
+from deme.models.pipelines import takes_text
 from deme.models.searched import SECONDS, timed
 from deme.models.variants import ModelFiles, find_finetuned, find_pretrained
 from deme.models.weights import weights_hash

@@ -25,7 +25,8 @@ from deme.method.task_vectors import Tensors, check_compatible, check_finite
 from deme.models.denoisers import load_denoiser, load_scheduler, try_out
 from deme.models.encoders import Encoder, load_encoder
 from deme.models.inference import freeze
-from deme.models.pipelines import common_architecture, denoiser_folder
+from deme.models.kinds import denoiser_folder
+from deme.models.pipelines import common_architecture
 from deme.models.weights import load_tensors, weights_hash
 
 STREAM = 4  # of the analyses' random draws, apart from those of training and of the search

@@ -173,23 +173,19 @@ class Config(Section):
         count = self.analyze.timesteps
         return [(2 * i + 1) * self.timesteps.num_train_timesteps // (2 * count) for i in range(count)]
 
-    def check_fits(
-        self, sample_sizes: dict[Path, int | None], scheduler_folder: Path, num_train_timesteps: int
-    ) -> None:
+    def check_fits(self, sample_sizes: dict[Path, int | None], schedule: Path, num_train_timesteps: int) -> None:
         """Compare networks and a noise schedule with what is configured.
 
         Args:
             sample_sizes: UNet folder → the resolution that it is made for.
-            scheduler_folder: where the noise schedule lies.
+            schedule: the file of the noise schedule.
             num_train_timesteps: its T.
         """
         for folder, size in sample_sizes.items():
             fits = size == self.data.resolution
             self.data.check("resolution", fits, f"the UNet in {folder} has sample_size={size}")
         fits = num_train_timesteps == self.timesteps.num_train_timesteps
-        self.timesteps.check(
-            "num_train_timesteps", fits, f"the scheduler in {scheduler_folder} has {num_train_timesteps}"
-        )
+        self.timesteps.check("num_train_timesteps", fits, f"the scheduler in {schedule} has {num_train_timesteps}")
 
 
 def check_shares(settings: Training, processes: int) -> None:

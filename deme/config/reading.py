@@ -3,6 +3,7 @@
 OmegaConf checks keys and types; every mistake is a `UserError` of one line that names the key and its value.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,10 +24,6 @@ from deme.errors import UserError, naming, one_line, shown
 for resolver in ("oc.env", "oc.decode", "oc.deprecated"):  # a secret in the environment must not get into a record
     OmegaConf.clear_resolver(resolver)
 
-RENAMED = {  # settings that have another name now
-    "merge.ties_fraction": "merge.settings.fraction",
-    "merge.ties_combine": "merge.settings.combine",
-}
 DEEPEST = 40  # mappings and lists inside of each other
 MOST_VALUES = 1_000_000
 READING_ERRORS = (yaml.YAMLError, ValueError, TypeError, OverflowError, AssertionError, OmegaConfBaseException)
@@ -44,9 +41,6 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
             except (ValueError, TypeError, IndexError, OmegaConfBaseException):  # below a value without such keys
                 parent = key.rpartition(".")[0]
                 raise UserError(f"{override}: can't be set in {parent}={_raw(given, parent)}") from None
-        for key, name in RENAMED.items():
-            if _raw(given, key) is not None:
-                raise UserError(f"{key}={shown(_raw(given, key))}: is {name} now")
         for key in OmegaConf.missing_keys(given):
             raise UserError(f"{key}=???: has no value")
         for field in fields(Config):
@@ -124,30 +118,19 @@ def override(key: str, value: Any) -> str:
         with suppress(UserError):
             if read_override(plain) == value:
                 return plain
-    text = yaml.dump(_escaped(value), Dumper=_Quoting, default_flow_style=True, width=float("inf"))
-    return f"{key}={text.strip().removesuffix('...').strip()}"  # which ends a text that is one word
+    return f"{key}={_in_flow_style(value)}"
 
 
-class _Quoting(yaml.SafeDumper):
-    """Puts all texts in double quotes, as YAML has many words and numbers that are none to others."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-    def represent_text(self, text: str) -> yaml.Node:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"')
-
-
-_Quoting.add_representer(str, _Quoting.represent_text)
-
-
-def _escaped(value: Any) -> Any:
-    """A value whose texts name no other setting by ${…}."""
+def _in_flow_style(value: Any) -> str:
+    """A value as YAML in one line: texts in double quotes, and none of them names another setting by ${…}."""
     if isinstance(value, dict):
-        return {key: _escaped(part) for key, part in value.items()}
+        return f"{{{', '.join(f'{_in_flow_style(key)}: {_in_flow_style(part)}' for key, part in value.items())}}}"
     if isinstance(value, list):
-        return [_escaped(part) for part in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+        return f"[{', '.join(map(_in_flow_style, value))}]"
+    if isinstance(value, str):
+        text = json.dumps(re.sub(r"(\\*)\$\{", r"\1\1\\${", value), ensure_ascii=False)
+        return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
+    return yaml.safe_dump(value).split("\n")[0]
 
 
 def read_override(override: str, kind: type[Section] = Config) -> Any:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from deme.data.samples import read_images
 from deme.errors import UserError, one_line
 from deme.models.encoders import LEAST_VOCABULARY, check_filled
-from deme.models.pipelines import find_folder, is_hub_id
+from deme.models.pipelines import find_folder, hub_name
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def load_clip(source: str) -> ClipScores:
         source: a folder relative to the working directory or else to the repository, or owner/name on the Hub.
     """
     place: str | Path = source
-    if not is_hub_id(source):
+    if hub_name(source) is None:
         place = find_folder(source)
         if place is None:
             raise UserError("no such folder")

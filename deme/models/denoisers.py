@@ -18,14 +18,14 @@ from deme.method.task_vectors import FLOATS
 from deme.models.encoders import Encoder
 from deme.models.kinds import (
     PROJECTED,
-    SCHEDULER_CONFIG,
     check_settings,
     denoiser_class,
     index_class,
     read_index,
     read_part,
+    schedule_file,
 )
-from deme.models.pipelines import is_projected, scheduler_folder, takes_text
+from deme.models.pipelines import is_projected, takes_text
 from deme.models.weights import load_tensors, weights_files
 
 
@@ -94,7 +94,7 @@ def _fill(denoiser: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -
 
 def load_scheduler(pipeline: Path) -> DDPMScheduler:
     """The pretrained noise schedule as a DDPMScheduler, with the defaults of the class that its file names."""
-    file = scheduler_folder(pipeline) / SCHEDULER_CONFIG
+    file = schedule_file(pipeline)
     named = index_class(read_index(pipeline), "scheduler")
     settings = read_part("scheduler", file, named)
     kind = getattr(diffusers, settings.get("_class_name", named))

@@ -76,10 +76,24 @@ def denoiser_class(settings: dict[str, Any]) -> str:
     return str(settings.get("_class_name", "UNet2DModel")).removeprefix(PROJECTED)
 
 
-def check_pipeline(pipeline: Path, denoiser: Path, scheduler: Path) -> None:
-    """Look up the classes and the settings of a pipeline folder's parts; parts that are missing are left to others."""
-    index = read_index(pipeline)
-    file = pipeline / INDEX
+def denoiser_folder(pipeline: Path) -> Path:
+    """The folder of a pipeline's denoiser: its sub-folder, or the pipeline itself if that is flat."""
+    return pipeline / DENOISER if (pipeline / DENOISER).is_dir() else pipeline
+
+
+def schedule_file(pipeline: Path) -> Path:
+    """The file of a pipeline's noise schedule: in scheduler/, or in the pipeline itself if that is flat."""
+    has_parts = any((pipeline / part).is_dir() for part in (DENOISER, "scheduler"))
+    return (pipeline / "scheduler" if has_parts else pipeline) / SCHEDULER_CONFIG
+
+
+def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
+    """Check that a folder is a pipeline of known classes and settings, and return it.
+
+    Args:
+        is_whole: False for the pipeline that encoders are taken from, which may lack the denoiser.
+    """
+    file, index = pipeline / INDEX, read_index(pipeline)
     if index:
         _look_up(f"{file}: _class_name", index.get("_class_name"), PIPELINES)
     parts = {
@@ -90,13 +104,15 @@ def check_pipeline(pipeline: Path, denoiser: Path, scheduler: Path) -> None:
     for name, given in parts.items():
         _look_up(f"{file}: the part", name, CLASSES)
         _look_up(f"{file}: {name}", given, CLASSES[name])
-    if (pipeline / "vae" / "config.json").is_file():
-        read_part("vae", pipeline / "vae" / "config.json", parts.get("vae"))
-    if (scheduler / SCHEDULER_CONFIG).is_file():
-        read_part("scheduler", scheduler / SCHEDULER_CONFIG, parts.get("scheduler"))
-    if not (denoiser / "config.json").is_file():
-        return
-    kind = denoiser_class(read_part(DENOISER, denoiser / "config.json", parts.get(DENOISER)))
+    files = {"vae": pipeline / "vae" / "config.json", "scheduler": schedule_file(pipeline)}
+    files[DENOISER] = denoiser_folder(pipeline) / "config.json"
+    settings = {name: read_part(name, path, parts.get(name)) for name, path in files.items() if path.is_file()}
+    for name in (DENOISER, "scheduler") if is_whole else ():
+        if name not in settings:
+            raise UserError(f"not a pipeline folder: {files[name]} is missing")
+    if DENOISER not in settings:
+        return pipeline
+    kind = denoiser_class(settings[DENOISER])
     if index and PIPELINES[index["_class_name"]] != kind:
         raise UserError(f"{file}: _class_name={index['_class_name']}: its network is a {kind}")
     present = {path.parent.name for path in pipeline.glob("*/config.json")}
@@ -104,6 +120,7 @@ def check_pipeline(pipeline: Path, denoiser: Path, scheduler: Path) -> None:
         present = (present & {"vae", "vqvae"}) | (parts.keys() & ENCODERS)
     for part in sorted(present - {DENOISER, "scheduler", *NEVER_RUN, *DENOISERS[kind]}):
         raise UserError(f"{pipeline / part}: a {kind} is supported without one")
+    return pipeline
 
 
 def read_part(part: str, file: Path, named: str | None = None) -> dict[str, Any]:

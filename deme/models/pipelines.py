@@ -27,11 +27,12 @@ from deme.models.kinds import (
     NEVER_RUN,
     PIPELINES,
     PROJECTED,
-    SCHEDULER_CONFIG,
     check_pipeline,
     denoiser_class,
+    denoiser_folder,
     index_class,
     read_index,
+    schedule_file,
 )
 from deme.models.weights import download, weights_files
 
@@ -39,20 +40,10 @@ from deme.models.weights import download, weights_files
 def find_pipeline(source: str) -> Path:
     """The folder of a pipeline: a local one, or owner/name[@revision] in the Hub's cache, downloaded if necessary."""
     if (folder := find_folder(source)) is not None:
-        return check_folder(folder)
+        return check_pipeline(folder)
     if (name := hub_name(source)) is None:
         raise UserError("no such folder")
-    return download(name, source.removeprefix(name).removeprefix("@") or None, check_folder)
-
-
-def check_folder(pipeline: Path) -> Path:
-    """Check that a folder is a pipeline of known classes, and return it."""
-    denoiser, scheduler = denoiser_folder(pipeline), scheduler_folder(pipeline)
-    check_pipeline(pipeline, denoiser, scheduler)
-    for part in (denoiser / "config.json", scheduler / SCHEDULER_CONFIG):
-        if not part.is_file():
-            raise UserError(f"not a pipeline folder: {part} is missing")
-    return pipeline
+    return download(name, source.removeprefix(name).removeprefix("@") or None, check_pipeline)
 
 
 def find_folder(source: str) -> Path | None:
@@ -60,24 +51,8 @@ def find_folder(source: str) -> Path | None:
     return next((folder for folder in (Path(source), REPOSITORY / source) if folder.is_dir()), None)
 
 
-def denoiser_folder(pipeline: Path) -> Path:
-    """The folder of a pipeline's denoiser: its sub-folder, or the pipeline itself if that is flat."""
-    return pipeline / DENOISER if (pipeline / DENOISER).is_dir() else pipeline
-
-
-def scheduler_folder(pipeline: Path) -> Path:
-    """The folder of a pipeline's noise schedule: scheduler/, or the pipeline itself if that is flat."""
-    has_parts = any((pipeline / part).is_dir() for part in (DENOISER, "scheduler"))
-    return pipeline / "scheduler" if has_parts else pipeline
-
-
-def is_hub_id(source: str) -> bool:
-    """True if a pipeline or data set is on the Hub, and not a folder."""
-    return find_folder(source) is None and re.fullmatch(HUB_ID, source) is not None
-
-
 def hub_name(source: str) -> str | None:
-    """owner/name of a pipeline on the Hub, without its @revision; None for a folder."""
+    """owner/name of a pipeline, model or data set on the Hub, without its @revision; None for a folder."""
     name, at, revision = source.partition("@")
     fits = re.fullmatch(HUB_ID, name) is not None and (revision != "" or at == "")
     return name if fits and find_folder(source) is None else None
@@ -90,7 +65,7 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
     """
     settings = read_json(folder / DENOISER / "config.json")
     denoiser = denoiser_class(settings)
-    schedule = scheduler_folder(pretrained) / SCHEDULER_CONFIG
+    schedule = schedule_file(pretrained)
     given = read_index(pretrained)
     kinds = [kind for kind, network in PIPELINES.items() if network == denoiser]
     library = "deme.projection" if is_projected(folder / DENOISER) else "diffusers"
@@ -220,5 +195,4 @@ def encoders_hash(pipeline: Path) -> str:
 
 def num_train_timesteps(pipeline: Path) -> int:
     """T of a pipeline's noise schedule."""
-    settings = read_json(scheduler_folder(pipeline) / SCHEDULER_CONFIG)
-    return settings.get("num_train_timesteps", 1000)  # diffusers' default
+    return read_json(schedule_file(pipeline)).get("num_train_timesteps", 1000)  # diffusers' default

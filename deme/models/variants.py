@@ -9,15 +9,13 @@ from deme.config.sections import BASELINES, CONTINUED, DDIM, DISTILLED, NAMED_TR
 from deme.errors import UserError, naming
 from deme.job.files import Watched, read_json, sha256
 from deme.job.records import ENCODER, SCHEDULE
-from deme.models.kinds import SCHEDULER_CONFIG
+from deme.models.kinds import denoiser_folder, schedule_file
 from deme.models.pipelines import (
-    denoiser_folder,
     encoder_files,
     encoders_hash,
     find_pipeline,
     num_train_timesteps,
     sample_size,
-    scheduler_folder,
     takes_text,
 )
 from deme.models.weights import WEIGHTS, has_weights, weights_files
@@ -37,31 +35,26 @@ class ModelFiles:
     pipeline: Path  # its noise schedule and encoders are used
     denoisers: list[Path]  # folders: one, or one per timestep range
 
-    @property
-    def schedule(self) -> Path:
-        """The file of the noise schedule."""
-        return scheduler_folder(self.pipeline) / SCHEDULER_CONFIG
-
     def check_fits(self, config: Config) -> None:
         """Compare resolution and number of timesteps with the configuration."""
         sizes = {folder: sample_size(folder, self.pipeline) for folder in self.denoisers}
-        config.check_fits(sizes, scheduler_folder(self.pipeline), num_train_timesteps(self.pipeline))
+        config.check_fits(sizes, schedule_file(self.pipeline), num_train_timesteps(self.pipeline))
 
     def watched(self, *more: Path) -> Watched:
         """The files whose hash and content are read, and `more`."""
         weights = [file for folder in self.denoisers for file in weights_files(folder)]
-        return Watched([*weights, self.schedule, *encoder_files(self.pipeline).values(), *more])
+        return Watched([*weights, schedule_file(self.pipeline), *encoder_files(self.pipeline).values(), *more])
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the noise schedule and, for text-to-image, of the encoders, as records name them."""
         encoders = {ENCODER: encoders_hash(self.pipeline)} if takes_text(self.pipeline) else {}
-        return {SCHEDULE: sha256(self.schedule), **encoders}
+        return {SCHEDULE: sha256(schedule_file(self.pipeline)), **encoders}
 
     def spacing(self, settings: Sample) -> dict[str, str]:
         """The timestep spacing for the record of samples; nothing where it is the sampler's default."""
         given = settings.timestep_spacing
         if settings.scheduler in DDIM:
-            given = given or read_json(self.schedule).get("timestep_spacing", "leading")
+            given = given or read_json(schedule_file(self.pipeline)).get("timestep_spacing", "leading")
             given = None if given == "leading" else given
         return {} if given is None else {"sample.timestep_spacing": given}
 

@@ -9,7 +9,7 @@ from deme.config.paths import DENOISER
 from deme.config.sections import range_name
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_scores
-from deme.models.pipelines import hub_name, is_hub_id, is_projected, takes_text
+from deme.models.pipelines import hub_name, is_projected, takes_text
 from deme.report.tables import NAMES, markdown_table, public
 
 PAPER = "[Decouple-then-Merge](https://arxiv.org/abs/2410.06664)"
@@ -69,7 +69,7 @@ def header(config: Config) -> dict[str, Any]:
     known = {
         "license": config.model.license,
         "base_model": hub_name(config.paths.pretrained),
-        "datasets": [config.data.name] if is_hub_id(config.data.name) else None,
+        "datasets": [config.data.name] if hub_name(config.data.name) else None,
     }
     return {
         "library_name": "diffusers",

@@ -26,7 +26,8 @@ from deme.models.denoisers import load_denoiser, load_scheduler, try_out
 from deme.models.drawing import Drawing
 from deme.models.encoders import load_encoder
 from deme.models.inference import freeze
-from deme.models.pipelines import common_architecture, denoiser_folder
+from deme.models.kinds import denoiser_folder
+from deme.models.pipelines import common_architecture
 from deme.models.weights import load_tensors
 from deme.search.objectives import FrechetDistance, Squares, make_squares
 from deme.search.progress import RECORD

@@ -848,7 +848,7 @@ MISTAKES = [
         "a model's folder whose noise schedule has other timesteps",
         "sample_ddp.py",
         ["sample.model=copy"],
-        "timesteps.num_train_timesteps=1000: the scheduler in copy/scheduler has 500",
+        "timesteps.num_train_timesteps=1000: the scheduler in copy/scheduler/scheduler_config.json has 500",
         copied_pretrained(edit_json("scheduler/scheduler_config.json", num_train_timesteps=500)),
     ),
     Mistake(

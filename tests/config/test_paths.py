@@ -5,7 +5,6 @@ import pytest
 from conftest import REPOSITORY
 
 from deme.config.experiment import Config
-from deme.config.paths import Paths
 from deme.config.sections import Evaluate, Merge, Model, Sample, Search
 
 SCRIPTS = ["pretrain.py", "finetune.py", "search.py", "merge.py", "sample_ddp.py", "evaluate.py", "analyze.py"]
@@ -42,7 +41,7 @@ def test_everything_of_a_run_lies_below_its_folder():
         "results": "out/a/results.json",
         "jobs": "out/a/jobs",
     }
-    assert {name: paths.lines(name) for name in Paths.names()} == expected
+    assert {name: paths.lines(name) for name in vars(paths)} == expected
 
 
 def test_settings_move_what_they_name():

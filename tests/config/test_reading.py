@@ -94,8 +94,6 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("merge.coefficients={'*': 1}", "merge.coefficients={'*': 1}: must be a list of finite numbers, a mapping"),
         ("merge.coefficients={'*': [1, 1]}", "merge.coefficients={'*': [1, 1]}: 2 coefficients for 4 timestep ranges"),
         ("merge.method=average", "merge.method=average: must be one of task_arithmetic, ties"),
-        ("merge.ties_fraction=0.1", "merge.ties_fraction=0.1: is merge.settings.fraction now"),
-        ("merge.ties_combine=sum", "merge.ties_combine=sum: is merge.settings.combine now"),
         ("finetune.lr_warmup_steps=5", "finetune.lr_warmup_steps=5: finetune.lr_scheduler=constant has no warm-up"),
         ("sample.num_inference_steps=2000", "sample.num_inference_steps=2000: must be at most timesteps.num_train"),
         ("sample.eta=-1", "sample.eta=-1.0: must be at least 0 and at most 1"),
