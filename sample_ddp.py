@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from deme.method.sampling import NetworkAt
-    from deme.models.drawing import Drawing
+    from deme.models.encoders import Drawing
 
 GRID_IMAGES = 100
 
@@ -118,8 +118,7 @@ def load(accelerator: "Accelerator", config: Config, model: ModelFiles) -> tuple
     """Load the networks and the noise schedule, and try them out with the sampler."""
     from deme.method.sampling import ensemble, passed_over, try_sampler
     from deme.models.denoisers import load_denoiser, load_scheduler, try_out
-    from deme.models.drawing import Drawing
-    from deme.models.encoders import load_encoder
+    from deme.models.encoders import Drawing, load_encoder
     from deme.models.inference import freeze
 
     settings = config.sample

@@ -114,7 +114,7 @@ def override(key: str, value: Any) -> str:
     Texts stand in quotes where YAML would read something else.
     """
     plain = f"{key}={value}"
-    if isinstance(value, str) and "${" not in value:
+    if isinstance(value, str) and "${" not in value and value.isprintable():
         with suppress(UserError):
             if read_override(plain) == value:
                 return plain
@@ -124,13 +124,17 @@ def override(key: str, value: Any) -> str:
 def _in_flow_style(value: Any) -> str:
     """A value as YAML in one line: texts in double quotes, and none of them names another setting by ${…}."""
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_in_flow_style(key)}: {_in_flow_style(part)}' for key, part in value.items())}}}"
+        return f"{{{', '.join(f'{_quoted(key)}: {_in_flow_style(part)}' for key, part in value.items())}}}"
     if isinstance(value, list):
         return f"[{', '.join(map(_in_flow_style, value))}]"
     if isinstance(value, str):
-        text = json.dumps(re.sub(r"(\\*)\$\{", r"\1\1\\${", value), ensure_ascii=False)
-        return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
+        return _quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
     return yaml.safe_dump(value).split("\n")[0]
+
+
+def _quoted(text: str) -> str:
+    escaped = json.dumps(text, ensure_ascii=False)
+    return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", escaped)
 
 
 def read_override(override: str, kind: type[Section] = Config) -> Any:

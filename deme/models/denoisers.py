@@ -70,26 +70,20 @@ def load_denoiser(folder: Path) -> nn.Module:
         raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED}{name}")
     with blaming(folder):
         denoiser = DENOISER_CLASSES[name].from_config(settings)
-    _fill(denoiser, tensors, folder)
-    return denoiser.eval()
-
-
-def _fill(denoiser: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Copy a folder's tensors into a network."""
-    expected = denoiser.state_dict()
+    parameters = denoiser.state_dict()
     misfit = f"{folder}: weights and config.json do not fit each other"
-    if odd := sorted(expected.keys() ^ tensors.keys()):
+    if odd := sorted(parameters.keys() ^ tensors.keys()):
         raise UserError(f"{misfit} ({', '.join(odd[:3])} …)")
-    for name, tensor in tensors.items():
-        parameter = expected[name]
+    for key, tensor in tensors.items():
+        parameter = parameters[key]
         if tensor.shape != parameter.shape:
-            shapes = f"{tuple(tensor.shape)}, not {tuple(parameter.shape)}"
-            raise UserError(f"{misfit} ({name} has the shape {shapes})")
+            raise UserError(f"{misfit} ({key} has the shape {tuple(tensor.shape)}, not {tuple(parameter.shape)})")
         if tensor.dtype not in FLOATS and parameter.is_floating_point():  # such as float8, which can't be merged
-            raise UserError(f"{weights_files(folder)[0]}: tensor {name} is of type {tensor.dtype}")
+            raise UserError(f"{weights_files(folder)[0]}: tensor {key} is of type {tensor.dtype}")
         parameter.copy_(tensor)
         if not parameter.isfinite().all():
-            raise UserError(f"{weights_files(folder)[0]}: tensor {name} holds NaN or infinite values")
+            raise UserError(f"{weights_files(folder)[0]}: tensor {key} holds NaN or infinite values")
+    return denoiser.eval()
 
 
 def load_scheduler(pipeline: Path) -> DDPMScheduler:

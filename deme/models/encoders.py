@@ -6,13 +6,17 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 
-from deme.errors import RunError, UserError, blaming, naming
+from deme.config.sections import Sample
+from deme.errors import RunError, UserError, blaming
+from deme.method.sampling import NetworkAt, guided, sample_images
 from deme.models.inference import AUTOCAST_TYPES, memory_format
 from deme.models.pipelines import has_full_precision, latent_factor, takes_text
 
@@ -183,23 +187,22 @@ def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
         raise UserError(f"{pipeline}: its network, a {type(denoiser).__name__}, {wants}")
     if not asks_for_text:
         return Pixels(denoiser.config.in_channels)
-    encoder = LatentsAndText(*_load_parts(pipeline))
-    _try_parts(encoder, pipeline, denoiser.config.cross_attention_dim)
-    return encoder
+    return _load_latents_and_text(pipeline, denoiser.config.cross_attention_dim)
 
 
-def _load_parts(pipeline: Path) -> tuple[nn.Module, nn.Module, Any]:
-    """VAE, text encoder and tokenizer; the tokenizer's model_max_length fits the text encoder."""
+@torch.no_grad()
+def _load_latents_and_text(pipeline: Path, width: int | list[int]) -> LatentsAndText:
+    """VAE, text encoder and tokenizer; `width` is the network's cross_attention_dim."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # errors are told below, in one line
-    vae = _load(pipeline / "vae", AutoencoderKL, torch_dtype=torch.float32)
-    text_encoder = _load(pipeline / "text_encoder", CLIPTextModel, dtype=torch.float32)
-    tokenizer = _load(pipeline / "tokenizer", CLIPTokenizer)
-    with naming(pipeline / "tokenizer"):
+    vae = _load_network(pipeline / "vae", AutoencoderKL, torch_dtype=torch.float32)
+    text_encoder = _load_network(pipeline / "text_encoder", CLIPTextModel, dtype=torch.float32)
+    with blaming(pipeline / "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(str(pipeline / "tokenizer"), local_files_only=True)
         vocabulary = text_encoder.config.vocab_size
         if not LEAST_VOCABULARY <= len(tokenizer) <= vocabulary:  # transformers makes an empty one where it is missing
             raise UserError(f"{len(tokenizer)} tokens, the text encoder has {vocabulary}")
@@ -207,19 +210,27 @@ def _load_parts(pipeline: Path) -> tuple[nn.Module, nn.Module, Any]:
         if not isinstance(length, (int, float)) or not length >= LEAST_LENGTH:
             raise UserError(f"model_max_length={length}: must be a number of at least {LEAST_LENGTH}")
         tokenizer.model_max_length = int(min(length, text_encoder.config.max_position_embeddings))
-    return vae, text_encoder, tokenizer
+        encoder = LatentsAndText(vae, text_encoder, tokenizer)
+        tokens = encoder.tokens([""])
+    with blaming(pipeline / "text_encoder"):
+        entries = text_encoder(tokens)[0].shape[2]
+        if isinstance(width, int) and entries != width:
+            raise UserError(f"its embeddings have {entries} entries, the network's cross_attention_dim is {width}")
+    with blaming(pipeline / "vae"):
+        side = 2 * latent_factor(pipeline)
+        pixels = torch.zeros(1, encoder.image_channels, side, side, dtype=torch.uint8)
+        decoded = encoder.decode(encoder.moments(pixels).chunk(2, dim=1)[0])
+        if decoded.shape != pixels.shape:
+            raise UserError(f"encodes and decodes {tuple(pixels.shape)} to {tuple(decoded.shape)}")
+    return encoder
 
 
-def _load(folder: Path, kind: Any, **dtype: torch.dtype) -> Any:
-    """A part of this class: a network in the given type, or else a tokenizer."""
+def _load_network(folder: Path, kind: Any, **dtype: torch.dtype) -> Any:
+    """A part of this class, all of its tensors in its file and finite."""
     with blaming(folder):
-        if not folder.is_dir():
-            raise UserError("missing")
-        if not dtype:
-            return kind.from_pretrained(str(folder), local_files_only=True)
         variant = {} if has_full_precision(folder) else {"variant": "fp16"}
-        options = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True, **variant}
-        part, report = kind.from_pretrained(str(folder), **options, **dtype)
+        options = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True, **variant, **dtype}
+        part, report = kind.from_pretrained(str(folder), **options)
         check_filled(report)
         for name, tensor in part.state_dict().items():
             if not tensor.isfinite().all():
@@ -233,24 +244,6 @@ def check_filled(report: dict) -> None:
         raise UserError(f"weights and config.json do not fit each other ({', '.join(sorted(missing)[:3])} …)")
 
 
-@torch.no_grad()
-def _try_parts(encoder: LatentsAndText, pipeline: Path, width: int | list[int]) -> None:
-    """Use each part once, so that an error names it; `width` is the network's cross_attention_dim."""
-    with blaming(pipeline / "tokenizer"):
-        tokens = encoder.tokens([""])
-    with blaming(pipeline / "text_encoder"):
-        entries = encoder.text_encoder(tokens)[0].shape[2]
-        if isinstance(width, int) and entries != width:
-            raise UserError(f"its embeddings have {entries} entries, the network's cross_attention_dim is {width}")
-    with blaming(pipeline / "vae"):
-        side = 2 * latent_factor(pipeline)
-        pixels = torch.zeros(1, encoder.image_channels, side, side, dtype=torch.uint8)
-        mean, _ = encoder.moments(pixels).chunk(2, dim=1)
-        decoded = encoder.decode(mean)
-        if decoded.shape != pixels.shape:
-            raise UserError(f"encodes and decodes {tuple(pixels.shape)} to {tuple(decoded.shape)}")
-
-
 def to_unit_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 images (B, C, H, W) to [−1, 1] on the device, same shape, in its memory format, without waiting for it."""
     if device.type == "cuda":
@@ -262,3 +255,31 @@ def to_unit_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
 def to_bytes(images: torch.Tensor) -> torch.Tensor:
     """Images in [−1, 1] (B, C, H, W) to uint8 on the CPU, clipped."""
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn: a batch of seeds, from noise to pixels."""
+
+    scheduler: DDPMScheduler
+    encoder: Encoder
+    settings: Sample
+    shape: tuple[int, int, int]  # (C, H, W) of what the network works on
+    device: torch.device
+
+    @cached_property
+    def _negative(self) -> Condition:
+        return self.encoder.condition([self.settings.negative_prompt])
+
+    @property
+    def passes(self) -> int:
+        """Passes through the network for each image."""
+        is_guided = self.encoder.takes_text and self.settings.guidance_scale != 1
+        return self.settings.num_inference_steps * (1 + is_guided)
+
+    def images(self, network_at: NetworkAt, seeds: Sequence[int], prompts: Sequence[str]) -> torch.Tensor:
+        """The images of these seeds, each with its prompt if there are prompts: uint8, (B, C', H', W'), on the CPU."""
+        settings = self.settings
+        network = guided(network_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
+        sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, settings.timestep_spacing)
+        return self.encoder.decode(sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler))

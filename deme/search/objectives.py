@@ -18,7 +18,7 @@ from deme.measure.noisy import Batch
 from deme.measure.reference import FeatureSpace
 from deme.method.candidates import Candidates
 from deme.method.sampling import NetworkAt
-from deme.models.drawing import Drawing
+from deme.models.encoders import Drawing
 
 LOSS_BINS = 16  # of timesteps, within which the denoising loss is compared with the pretrained network's
 NO_DISTANCE = 1e-10  # of squares, relative to those of the predictions themselves: rounding

@@ -23,8 +23,7 @@ from deme.method.coefficients import pattern_of, patterns_of
 from deme.method.projection import with_identity_projections
 from deme.method.sampling import NetworkAt, ensemble, try_sampler
 from deme.models.denoisers import load_denoiser, load_scheduler, try_out
-from deme.models.drawing import Drawing
-from deme.models.encoders import load_encoder
+from deme.models.encoders import Drawing, load_encoder
 from deme.models.inference import freeze
 from deme.models.kinds import denoiser_folder
 from deme.models.pipelines import common_architecture

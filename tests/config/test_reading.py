@@ -175,6 +175,7 @@ VALUES = some.recursive(
 @example("0x10")
 @example("1_000")
 @example("on")
+@example("0\n0")
 @example("\U0001f600 'a' \"b\": {c} ${seed} \\${d} \\\\${e}")
 def test_an_override_is_read_as_the_value_that_was_written(value):
     written = override("pretrain.unet.given", value)
