@@ -10,8 +10,8 @@ from torch import nn
 
 from deme.analysis.material import Material, Range, within_ranges
 from deme.analysis.task_vectors import block_name, cosines
-from deme.job.arrays import Arrays, Keep
 from deme.job.processes import Processes
+from deme.job.records import Arrays, Keep
 from deme.measure.noisy import CleanImages
 from deme.method.coefficients import pattern_of, patterns_of
 from deme.report.figures import BLACK, COLOURS, DASHES, SEPARATOR, UNKNOWN, cosine_maps, noted

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from deme.analysis.material import Material
-from deme.job.arrays import Arrays, Keep
 from deme.job.processes import Processes
+from deme.job.records import Arrays, Keep
 from deme.measure.noisy import Batch
 from deme.method.candidates import Candidates
 from deme.method.coefficients import PUBLISHED

@@ -10,8 +10,8 @@ from torch import nn
 
 from deme.analysis.material import Material, Range, within_ranges
 from deme.config.sections import CONTINUED, DISTILLED
-from deme.job.arrays import Arrays
 from deme.job.processes import Processes
+from deme.job.records import Arrays
 from deme.measure.noisy import CleanImages
 from deme.report.figures import SEPARATOR, model_style, noted
 from deme.report.tables import headed_table, number

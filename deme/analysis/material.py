@@ -16,9 +16,8 @@ from deme.data.examples import load_examples
 from deme.data.images import Examples, TrainingImages
 from deme.data.opening import Source
 from deme.errors import UserError, naming
-from deme.job.arrays import Arrays, Keep, kept
-from deme.job.processes import Processes
-from deme.job.records import ANALYSIS, Record
+from deme.job.processes import Processes, kept
+from deme.job.records import ANALYSIS, Arrays, Keep, Record
 from deme.measure.noisy import ENCODED_AT_ONCE, Batch, CleanImages, draw_clean, draw_probes, regrouped
 from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import Tensors, check_compatible, check_finite

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deme.config.paths import for_shell
-from deme.job.files import REPOSITORY, make_folder, write_small_file
+from deme.job.files import REPOSITORY, atomic_file, make_folder
 
 
 @dataclass(eq=False)
@@ -106,15 +106,17 @@ class Ledger:
 
     def note(self, job: Job, made_of: str) -> None:
         """Note that a job is done; `made_of` is what `begin` returned."""
-        make_folder(self.folder, "output_dir")
-        write_small_file(self.entry(job), self._lines(job, made_of))
+        self._write(self.folder, job, self._lines(job, made_of))
 
     def plan(self, job: Job) -> None:
         """Write what scripts/slurm/job.sh needs for the entry: the jobs before this one, and what it makes."""
         for kind, lines in (("before", [one.name for one in job.before]), ("made", job.made)):
-            folder = self.folder.with_name(kind)
-            make_folder(folder, "output_dir")
-            write_small_file(folder / job.name, as_lines(lines))
+            self._write(self.folder.with_name(kind), job, as_lines(lines))
+
+    def _write(self, folder: Path, job: Job, content: bytes) -> None:
+        make_folder(folder, "output_dir")
+        with atomic_file(folder / job.name, is_durable=False) as temporary:
+            temporary.write_bytes(content)
 
     def is_done(self, job: Job) -> bool:
         """True if a job was done with these settings and inputs, and its output has not changed since.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deme.compare.graph import Job, Ledger
+from deme.job.command import Interrupted, end_with_parent, noted_signals
 from deme.job.files import make_folder
-from deme.job.signals import Interrupted, end_with_parent, noted_signals
 
 POLLED_EVERY = 0.2  # seconds
 

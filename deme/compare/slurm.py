@@ -10,7 +10,7 @@ from pathlib import Path
 from deme.compare.graph import Job, Ledger
 from deme.config.paths import for_shell
 from deme.errors import RunError, UserError
-from deme.job.signals import Interrupted, noted_signals
+from deme.job.command import Interrupted, noted_signals
 
 JOBS = "jobs.tsv"  # a line for each submitted job: its name, its key and Slurm's number
 OPTIONS = {"PARTITION": "partition", "ACCOUNT": "account", "TIME": "time", "CPUS": "cpus-per-task"}  # sbatch's names

@@ -1,7 +1,6 @@
 """Sample folders: one PNG per seed and samples.yaml, the record; prompts.jsonl for text-to-image models."""
 
 import glob
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from deme.data.decoding import as_seen, decoding
 from deme.data.files import image_suffixes
 from deme.data.prompts import PROMPTS
 from deme.errors import UserError
-from deme.job.files import TEMPORARY, atomic_file, make_folder, unfinished, write_small_file
+from deme.job.files import TEMPORARY, atomic_file, make_folder, unfinished
 from deme.job.locks import InUse, locked
 from deme.job.records import SAMPLES, Record, read_record
 
@@ -120,9 +119,8 @@ def to_picture(image: "torch.Tensor", size: int | None = None) -> Image.Image:
 
 def write_image(folder: Path, seed: int, image: "torch.Tensor", size: int | None = None) -> None:
     """Save `to_picture` of an image under its seed."""
-    file = io.BytesIO()
-    to_picture(image, size).save(file, format="PNG")
-    write_small_file(image_path(folder, seed), file.getvalue())
+    with atomic_file(image_path(folder, seed), is_durable=False) as temporary:
+        to_picture(image, size).save(temporary, format="PNG")
 
 
 def as_read(images: "torch.Tensor", size: int | None = None) -> "torch.Tensor":

@@ -1,6 +1,7 @@
-"""A script's command line, and how it ends: any error is one line."""
+"""A script's command line, its signals, and how it ends: any error is one line."""
 
 import argparse
+import ctypes
 import json
 import os
 import signal
@@ -11,13 +12,28 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
 from deme.config.experiment import Config
 from deme.config.reading import load_config
 from deme.errors import RunError, UserError, one_line
 from deme.job.files import REPOSITORY, to_yaml
-from deme.job.signals import SIGNALS, Interrupted, end_with_parent, ignore_signals, raise_interrupted, stopped_by
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # preemption and Ctrl-C
+stopped_by: list[int] = []  # signals that raised Interrupted, which libraries may swallow or translate
+
+
+class Interrupted(BaseException):
+    """A signal ended the run. Not an Exception: nothing that handles errors may go on after it.
+
+    Args:
+        state: what the run leaves behind, for the message.
+    """
+
+    def __init__(self, number: int, state: str = ""):
+        super().__init__(f"stopped by {signal.Signals(number).name}{state and f'; {state}'}")
+        self.status = 128 + number
 
 
 def run_script(description: str, plan: Callable[[Config], str], main: Callable[[Config], None]) -> None:
@@ -34,7 +50,8 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     with ended_in_one_line(parser.prog) as run_folder:
         arguments = parser.parse_intermixed_args()
-        _end_with_launcher()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # a worker of torch's launcher
+            end_with_parent()
         config = load_config(arguments.config, arguments.overrides)
         run_folder.append(config.paths.run_folder)
         if arguments.path is not None:
@@ -43,7 +60,10 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
             print(to_yaml(config.recorded), plan(config), sep="\n")
         else:
             main(config)
-            _leave_process_group()
+            distributed = sys.modules.get("torch.distributed")
+            if distributed is not None and distributed.is_available() and distributed.is_initialized():
+                distributed.barrier()  # a process that just exits may abort in the threads of its connections
+                distributed.destroy_process_group()
 
 
 @contextmanager
@@ -54,8 +74,11 @@ def ended_in_one_line(script: str) -> Iterator[list[Path]]:
         a list for the folder that takes a traceback, once it is known.
     """
     for number in SIGNALS:
-        signal.signal(number, raise_interrupted)
-    _prepare_streams()
+        signal.signal(number, _raise_interrupted)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: the next file would take its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  as long as the process lives
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # for terminals of every alphabet
     folder: list[Path] = []
     try:
         yield folder
@@ -65,27 +88,21 @@ def ended_in_one_line(script: str) -> Iterator[list[Path]]:
     except SystemExit:
         raise
     except BaseException as error:
-        ignore_signals()
+        _ignore_signals()
         if stopped_by and not isinstance(error, Interrupted):
             error = Interrupted(stopped_by[0])
         _end(script, error, folder[0] if folder else None)
-
-
-def _prepare_streams() -> None:
-    """Replace closed outputs, whose numbers the next files would take, and print in terminals of every alphabet."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for as long as the process lives
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _end(script: str, error: BaseException, folder: Path | None) -> None:
     """Leave the script with an error's line and status."""
     status, message = _explained(error, folder)
     line = f"{script}: {message}"
-    if not _tell_launcher(line) or os.environ.get("RANK", "0") == "0":
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # of torch's launcher, which prints it as its own last lines
+    if file:
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+    if not file or os.environ.get("RANK", "0") == "0":
         with suppress(OSError, ValueError):  # closed, or full
             print(line, file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
@@ -95,21 +112,23 @@ def _end(script: str, error: BaseException, folder: Path | None) -> None:
 
 
 def _explained(error: BaseException, folder: Path | None) -> tuple[int, str]:
-    """The exit status and the line for an error."""
+    """The exit status and the line for an error; the traceback of a fault of ours is written."""
     reason = one_line(error)
     if isinstance(error, Interrupted):
         return error.status, str(error)
-    if isinstance(error, UserError):
-        return error.status, f"error: {reason}"
-    if isinstance(error, RunError):
-        return error.status, reason
+    if isinstance(error, UserError | RunError):
+        return error.status, f"error: {reason}" if isinstance(error, UserError) else reason
     if isinstance(error, OSError) and error.filename is not None:
         return UserError.status, f"error: {error.filename}: {reason}"
     if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and _is_stuck(sys.stdout)):
         return RunError.status, f"standard output: {reason}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return RunError.status, f"out of memory, a smaller batch_size or micro_batch_size takes less: {reason}"
-    return RunError.status, f"this is a fault of ours: {reason}; the traceback is in {_write_traceback(folder)}"
+    place = folder if folder is not None and os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+    file = place / f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    with suppress(OSError):
+        file.write_text(traceback.format_exc(), encoding="utf-8")
+    return RunError.status, f"this is a fault of ours: {reason}; the traceback is in {file}"
 
 
 def _is_stuck(stream: TextIO) -> bool:
@@ -121,38 +140,34 @@ def _is_stuck(stream: TextIO) -> bool:
     return False
 
 
-def _write_traceback(folder: Path | None) -> Path:
-    """Write the traceback of the error that is handled beside the run, or else among temporary files."""
-    name = f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    places = [folder, Path(tempfile.gettempdir())] if folder is not None else [Path(tempfile.gettempdir())]
-    for place in places:
-        with suppress(OSError):
-            (place / name).write_text(traceback.format_exc(), encoding="utf-8")
-            return place / name
-    return places[-1] / name
+def _raise_interrupted(number: int, frame: FrameType | None) -> None:
+    """The handler of SIGNALS. No second signal interrupts the cleaning up."""
+    _ignore_signals()
+    stopped_by.append(number)
+    raise Interrupted(number)
 
 
-def _end_with_launcher() -> None:
-    """Have a worker of torch's launcher end when the launcher ends."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = os.getppid()
-        end_with_parent()
-        if os.getppid() != launcher:  # it ended in between
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_parent() -> None:
+    """Have Linux send SIGTERM when the parent is gone: a process left alone would train on, and hold its lock."""
+    if sys.platform == "linux":
+        parent, pr_set_pdeathsig = os.getppid(), 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended in between
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _leave_process_group() -> None:
-    """Wait for the other processes and close the connections: one that just exits may abort in their threads."""
-    distributed = sys.modules.get("torch.distributed")  # imported by main, or not needed
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
-        distributed.destroy_process_group()
-
-
-def _tell_launcher(line: str) -> bool:
-    """Write an error to the file that torch's launcher names, if it is there, for its own last lines."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        with suppress(OSError):
-            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
-    return bool(file)
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Within the block, only append signals to the list that is yielded."""
+    received = list(stopped_by)
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

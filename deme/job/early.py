@@ -3,16 +3,13 @@
 import os
 import signal
 import sys
-from types import FrameType
-
-from deme.job.signals import SIGNALS
 
 
-def end_at_once(number: int, _frame: FrameType | None) -> None:
+def end_at_once(number: int, _frame: object) -> None:
     """The handler: nothing has begun yet."""
     os.write(2, f"{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name}\n".encode())
     os._exit(128 + number)
 
 
-for number in SIGNALS:
+for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, end_at_once)

@@ -45,7 +45,8 @@ def atomic_file(path: Path, is_durable: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; it becomes `path` when the block ends without an error.
 
     Args:
-        is_durable: sync it, and search the folder for leftovers of killed runs.
+        is_durable: sync it, and search the folder for leftovers of killed runs. This takes too long for thousands of
+            small files; they are checked before they are relied on.
     """
     with writing(path):
         if is_durable:
@@ -61,12 +62,6 @@ def atomic_file(path: Path, is_durable: bool = True) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def write_small_file(path: Path, content: bytes) -> None:
-    """Write one of thousands of small files that are checked before they are relied on; syncing takes too long."""
-    with atomic_file(path, is_durable=False) as temporary:
-        temporary.write_bytes(content)
 
 
 @contextmanager
@@ -87,38 +82,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             temporary.chmod(0o777 & ~UMASK)
             sync_to_disk(temporary)
             if path.exists():
-                os.replace(path, _aside(path))
+                os.replace(path, path.with_name(f"{REPLACED}{path.name}"))
             os.replace(temporary, path)
             sync_to_disk(path.parent)
         finally:
-            settle_replacement(path)
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def settle_replacement(path: Path) -> None:
-    """Finish or undo a replacement that was cut short. The caller holds the lock of `path`."""
-    old = _aside(path)
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    elif old.exists():
-        os.replace(old, path)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Clear up after a run that was killed while it wrote `path`."""
-    settle_replacement(path)
-    remove_unfinished(path.parent, glob.escape(path.name))
-
-
-def unfinished(folder: Path, pattern: str) -> Iterator[Path]:
-    """What a killed run left unfinished directly in `folder`, of the names that fit a pattern such as *.png."""
-    return folder.glob(f"{TEMPORARY}{pattern}-{'?' * SUFFIX_LENGTH}")
-
-
-def remove_unfinished(folder: Path, pattern: str) -> None:
-    """Delete what `unfinished` finds."""
-    for leftover in unfinished(folder, pattern):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            remove_leftovers(path)
 
 
 def _sibling(path: Path) -> dict[str, str]:
@@ -126,8 +94,23 @@ def _sibling(path: Path) -> dict[str, str]:
     return {"prefix": f"{TEMPORARY}{path.name}-", "dir": str(path.parent)}
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{REPLACED}{path.name}")
+def remove_leftovers(path: Path, pattern: str | None = None) -> None:
+    """Clear up after a run that was killed while it wrote `path`, whose lock the caller holds.
+
+    Args:
+        pattern: clear up after files and folders in the folder `path` whose names fit this pattern.
+    """
+    folder, pattern = (path.parent, glob.escape(path.name)) if pattern is None else (path, pattern)
+    for old in folder.glob(f"{REPLACED}{pattern}"):
+        replaced = old.with_name(old.name.removeprefix(REPLACED))
+        shutil.rmtree(old, ignore_errors=True) if replaced.exists() else os.replace(old, replaced)
+    for leftover in unfinished(folder, pattern):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+
+
+def unfinished(folder: Path, pattern: str) -> Iterator[Path]:
+    """What a killed run left unfinished directly in `folder`, of the names that fit a pattern such as *.png."""
+    return folder.glob(f"{TEMPORARY}{pattern}-{'?' * SUFFIX_LENGTH}")
 
 
 def check_apart(key: str, output: Path, inputs: Iterable[Path]) -> None:
@@ -171,8 +154,7 @@ def make_folder(path: Path, key: str) -> None:
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, rising; none if there is no folder."""
-    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    matches = (re.fullmatch(r"step-([0-9]{8}|[1-9][0-9]{8,17})", name) for name in names)
+    matches = (re.fullmatch(r"step-([0-9]{8}|[1-9][0-9]{8,17})", path.name) for path in folder.glob("step-*/"))
     return sorted(int(match[1]) for match in matches if match)
 
 
@@ -189,15 +171,11 @@ def write_yaml(path: Path, values: dict) -> None:
 
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file."""
-    return _read_mapping(path, read_yaml_text, "YAML mapping")
+    return read_json(path, read_yaml_text, "YAML mapping")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, parse: Callable[[str], Any] = json.loads, name: str = "JSON object") -> dict:
     """The object in a JSON file."""
-    return _read_mapping(path, json.loads, "JSON object")
-
-
-def _read_mapping(path: Path, parse: Callable[[str], Any], name: str) -> dict:
     with naming(path):
         try:
             values = parse(path.read_text(encoding="utf-8"))
@@ -213,12 +191,16 @@ def checked(value: Any, kind: Any, name: str = "") -> Any:
 
     Args:
         kind: str, int, float, bool, a dataclass of such, or list[T], dict[str, T], T | None of them. A dataclass is
-            made of a mapping: other keys are ignored, and what may be None or has a default may be missing.
+            made of a mapping: other keys are ignored, and what may be None or has a default may be missing. Any.
         name: of the value, for messages.
     """
     origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any or (origin is UnionType and value is None):
+        return value
     if origin is UnionType:
-        return None if value is None else checked(value, parts[0], name)
+        return checked(value, parts[0], name)
+    if value is None:
+        raise UserError(f"{name or 'it'} is missing")
     if kind is float and type(value) is int and abs(value) < LARGEST:
         value = float(value)
     expected = dict if is_dataclass(kind) else origin or kind
@@ -230,24 +212,14 @@ def checked(value: Any, kind: Any, name: str = "") -> Any:
     if not fits:
         raise UserError(f"{name or 'it'} is not {TYPES[expected]}")
     if is_dataclass(kind):
-        return _made(kind, value, name)
+        prefix, hints = f"{name}." if name else "", get_type_hints(kind)
+        given = {field.name: None if field.default is MISSING else field.default for field in fields(kind)} | value
+        return kind(**{key: checked(given[key], hint, prefix + key) for key, hint in hints.items()})
     if expected is list:
         return [checked(part, parts[0], f"{name}[{i}]") for i, part in enumerate(value)]
     if expected is dict:
         return {checked(key, str, f"{name}: a key"): checked(value[key], parts[1], f"{name}.{key}") for key in value}
     return value
-
-
-def _made(kind: type, given: dict, name: str) -> Any:
-    prefix = f"{name}." if name else ""
-    values, hints = {}, get_type_hints(kind)
-    for field in fields(kind):
-        hint = hints[field.name]
-        if field.name in given or (get_origin(hint) is UnionType and field.default is MISSING):
-            values[field.name] = checked(given.get(field.name), hint, prefix + field.name)
-        elif field.default is MISSING:
-            raise UserError(f"{prefix}{field.name} is missing")
-    return kind(**values)
 
 
 def sha256(path: Path) -> str:

@@ -87,10 +87,8 @@ def _attempts(lock: SoftFileLease, output: Path, key: str, wait: bool) -> Iterat
                 _remove_dead(file, seen)
             if not is_told and (wait or now - since > LEASE / 30):
                 is_told = True
-                if os.environ.get("RANK", "0") == "0":
-                    print(
-                        f"{in_use}; waiting for it, or for {LEASE / 60:.0f} minutes without a sign of life", flush=True
-                    )
+                limit = f"{LEASE / 60:.0f} minutes without a sign of life"
+                print(f"{in_use}; waiting for it, or for {limit}", flush=True)
             time.sleep(pause)
             pause = min(2 * pause, POLLED_EVERY)
             yield False

@@ -16,8 +16,10 @@ from torch import distributed
 from deme.errors import RunError, UserError, one_line
 from deme.job.locks import locked
 from deme.job.machine import computes_in_bf16
+from deme.job.records import Arrays, Record, read_arrays, write_arrays
 
 Result = TypeVar("Result")
+print_once = cache(print)
 
 
 class Processes(Protocol):
@@ -54,14 +56,8 @@ def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
         if mixed_precision == "fp16":
             raise UserError(f"{key}=fp16: needs a GPU; on this CPU use {'bf16' if computes_in_bf16() else 'no'}")
         if mixed_precision == "bf16" and not computes_in_bf16() and accelerator.is_main_process:
-            _warn_of_bf16(key)
+            print_once(f"{key}=bf16: this CPU has no bf16 instructions and takes many times as long as with no")
     return accelerator
-
-
-@cache
-def _warn_of_bf16(key: str) -> None:
-    """Print it once."""
-    print(f"{key}=bf16: this CPU has no bf16 instructions and takes many times as long as with no")
 
 
 def in_main_process(processes: Processes, work: Callable[[], Result]) -> Result:
@@ -84,6 +80,19 @@ def in_main_process(processes: Processes, work: Callable[[], Result]) -> Result:
 def locked_by_all(processes: Processes, output: Path, key: str, wait: bool = False) -> AbstractContextManager[None]:
     """`locked` for all processes of a job; the main process holds the lock."""
     return locked(output, key, wait, partial(in_main_process, processes))
+
+
+def kept(processes: Processes, file: Path, wanted: Record, make: Callable[[], Arrays]) -> Arrays:
+    """The arrays in a file if they were made from the same, else those of `make`, which are written; in every process.
+
+    Args:
+        make: called by all processes, or by none.
+    """
+    arrays = in_main_process(processes, lambda: read_arrays(file, wanted))
+    if arrays is None:
+        arrays = make()
+        in_main_process(processes, lambda: write_arrays(file, arrays, wanted))
+    return arrays
 
 
 class Agreement:

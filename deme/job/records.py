@@ -4,17 +4,25 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deme.config.experiment import Config
-from deme.errors import UserError, shown
-from deme.job.files import REPOSITORY, read_yaml, write_yaml
+from deme.errors import UserError, naming, one_line, shown
+from deme.job.files import REPOSITORY, atomic_file, checked, make_folder, read_yaml, write_yaml
 from deme.job.machine import processor
 
+Arrays = dict[str, np.ndarray]
+Keep = Callable[[str, Callable[[], Arrays]], Arrays]  # name, what makes the arrays → the same, perhaps from a file
+MADE_FROM = "made_from"  # in an npz file the array that holds the record, as JSON
+CONTENT = "arrays (SHA-256)"  # in that record
+ABSENT = "not recorded"
 LONGEST_VALUE = 60  # characters of a setting in a message; longer values, as hashes, are left out
 
 
@@ -25,7 +33,7 @@ class Kind:
     name: str  # for messages
     file: str | None = None  # YAML in the output's folder; None: a cache, which carries its record itself
     key: str | None = None  # of that file, with the record below; None: at its top, beside the provenance
-    beside: dict[str, type] = field(default_factory=dict, hash=False)  # what else the file must hold
+    beside: dict[str, Any] = field(default_factory=dict, hash=False)  # what else the file must hold
     later: tuple[str, ...] = ()  # known once the data is open: compared if both records have it
     is_precious: bool = False  # it took hours: of other settings it is refused, others are made anew
 
@@ -40,7 +48,7 @@ WEIGHTS_HASH = "weights (SHA-256)"  # of a merged network, beside its record
 PROVENANCE = ("git_commit", "versions", "processor", "config")  # beside every record, for the reader; never compared
 
 OF_DATA = (DATA, CONTENTS, IMAGE_COLUMN)
-RUN = Kind("a run", "config.yaml", "trained_from", {"free": dict}, OF_DATA, is_precious=True)
+RUN = Kind("a run", "config.yaml", "trained_from", {"free": dict[str, Any]}, OF_DATA, is_precious=True)
 MERGED = Kind("a merged network", "merge.yaml")
 SAMPLES = Kind("samples", "samples.yaml", "identity", {"num_images": int}, is_precious=True)
 SEARCH = Kind("a search", "search.yaml", "searched", is_precious=True)
@@ -90,20 +98,15 @@ def read_record(kind: Kind, folder: Path) -> Record | None:
     if not file.exists():
         return None
     content = read_yaml(file)
-    expected_types = kind.beside if kind.key is None else {kind.key: dict, **kind.beside}
-    for key, expected in expected_types.items():
-        value = content.get(key)
-        if type(value) is not expected:
-            what = "is missing" if value is None else f"is {shown(value)[:LONGEST_VALUE]}"
-            raise UserError(f"{file}: not the record of {kind.name}: {key} {what}")
-    if kind.key is None:
-        beside = {key: content.pop(key) for key in (*PROVENANCE, WEIGHTS_HASH) if key in content}
-        made_from = content
-    else:
-        made_from, beside = content.pop(kind.key), content
-    if not all(isinstance(key, str) for key in made_from):
-        raise UserError(f"{file}: not the record of {kind.name}: a key is not a text")
-    return Record(kind, made_from, beside)
+    with naming(f"{file}: not the record of {kind.name}"):
+        for key, expected in kind.beside.items():
+            checked(content.get(key), expected, key)
+        if kind.key is None:
+            beside = {key: content.pop(key) for key in (*PROVENANCE, WEIGHTS_HASH) if key in content}
+            made_from = content
+        else:
+            made_from, beside = content.pop(kind.key, None), content
+        return Record(kind, checked(made_from, dict[str, Any], kind.key or "it"), beside)
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], later: tuple[str, ...] = ()) -> list[str]:
@@ -114,13 +117,51 @@ def changes(before: dict[str, Any], now: dict[str, Any], later: tuple[str, ...] 
     """
     differing = []
     for key in sorted({*before, *now}):
-        if key in later and (key not in before or key not in now):
-            continue
-        if (key in before) != (key in now) or before.get(key) != now.get(key):
-            old, new = (shown(values[key]) if key in values else "not recorded" for values in (before, now))
-            change = f"={new} (was {old})"
+        old, new = before.get(key, ABSENT), now.get(key, ABSENT)
+        if old != new and not (key in later and ABSENT in (old, new)):
+            change = f"={shown(new)} (was {shown(old)})"
             differing.append(key + change * (len(change) <= LONGEST_VALUE))
     return differing
+
+
+# --- arrays that take long to compute, in an npz file with the record of what they were made from
+
+
+def read_arrays(file: Path, wanted: Record) -> Arrays | None:
+    """The arrays in a file; None if it is missing, damaged (with a message) or made from something else."""
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in content.files}
+        made_from = json.loads(str(arrays.pop(MADE_FROM)))
+        if made_from.pop(CONTENT) != _content_hash(arrays):
+            raise UserError("its arrays are not those that were written")
+        as_read = json.loads(json.dumps(wanted.made_from))  # tuples become lists
+        return arrays if made_from == as_read else None
+    except Exception as error:  # numpy, zipfile and json raise whatever a damaged file leads to
+        print(f"{file}: unreadable, made anew ({one_line(error)})")
+        return None
+
+
+def write_arrays(file: Path, arrays: Arrays, record: Record) -> None:
+    """Write arrays with their record, whole or not at all."""
+    make_folder(file.parent, "output_dir")
+    made_from = record.made_from | {CONTENT: _content_hash(arrays)}
+    with atomic_file(file) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, **arrays, **{MADE_FROM: np.array(json.dumps(made_from))})
+
+
+def _content_hash(arrays: Arrays) -> str:
+    """SHA-256 of arrays with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+# --- what is written beside every record
 
 
 def provenance(config: Config) -> dict[str, Any]:
@@ -133,12 +174,10 @@ def provenance(config: Config) -> dict[str, Any]:
 @cache
 def _git_commit() -> str | None:
     """The commit, with -dirty if tracked files differ; None without git. A kill leaves no lock of git behind."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ["git", "--no-optional-locks", "-C", str(REPOSITORY), "status", "--porcelain=v2", "--branch"]
     try:
-        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no"))
+        status = subprocess.run([*command, "--untracked-files=no"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
+    commit, *lines = status.removeprefix("# branch.oid ").splitlines()
+    return commit + "-dirty" * any(not line.startswith("#") for line in lines)

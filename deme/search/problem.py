@@ -14,8 +14,8 @@ from deme.data.images import Examples
 from deme.data.opening import Source
 from deme.data.prompts import load_prompts
 from deme.errors import naming
-from deme.job.arrays import Arrays, kept
-from deme.job.processes import Processes, locked_by_all
+from deme.job.processes import Processes, kept, locked_by_all
+from deme.job.records import Arrays
 from deme.measure.noisy import draw_probes
 from deme.measure.reference import load_feature_space
 from deme.method.candidates import Candidates

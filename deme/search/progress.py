@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deme.job.arrays import read_arrays, write_arrays
 from deme.job.processes import Processes, in_main_process
-from deme.job.records import SEARCH, Record
+from deme.job.records import SEARCH, Record, read_arrays, write_arrays
 
 Tensors = dict[str, torch.Tensor]
 COLUMNS = ("trace.passes", "trace.values", "trace.coefficients")  # of the candidates in a file

@@ -16,16 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deme.errors import RunError, UserError, one_line
-from deme.job.files import (
-    REPLACED,
-    atomic_folder,
-    checked,
-    checkpoint_steps,
-    make_folder,
-    remove_unfinished,
-    settle_replacement,
-    sha256,
-)
+from deme.job.files import atomic_folder, checked, checkpoint_steps, make_folder, remove_leftovers, sha256
 
 STUDENT = "student.safetensors"
 EMA = "ema.safetensors"
@@ -211,6 +202,4 @@ def load_checkpoint(path: Path, state: TrainingState, max_steps: int) -> None:
 def prepare_checkpoints(folder: Path) -> None:
     """Create `folder` and delete what a killed run left half-written in it."""
     make_folder(folder, "output_dir")
-    for aside in folder.glob(f"{REPLACED}step-*"):
-        settle_replacement(folder / aside.name.removeprefix(REPLACED))
-    remove_unfinished(folder, "step-*")
+    remove_leftovers(folder, "step-*")

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from deme.config.sections import Training
 from deme.data.images import Examples, MicroBatch, MicroBatches
 from deme.errors import RunError, naming
+from deme.job.command import Interrupted, noted_signals
 from deme.job.machine import keep_freed_memory, peak_memory
 from deme.job.processes import Agreement, in_main_process
-from deme.job.signals import Interrupted, noted_signals
 from deme.method.losses import decoupled_loss
 from deme.method.timesteps import choose_ranges, spread_timesteps
 from deme.method.weighting import TimestepWeights, UncertaintyWeights, loss_weights

@@ -30,7 +30,7 @@ from PIL import Image
 from pytorch_fid import inception
 from safetensors.torch import load_file, save_file
 
-from deme.job.signals import SIGNALS
+from deme.job.command import SIGNALS
 from deme.models.denoisers import with_projections
 from deme.models.weights import WEIGHTS
 

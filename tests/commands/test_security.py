@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY, run
 from PIL import Image
 
-from deme.job.files import atomic_file, atomic_folder, write_small_file
+from deme.job.files import atomic_file, atomic_folder
 
 PROGRAM = "import pathlib\npathlib.Path({marker!r}).touch()\n"
 DANGEROUS = [
@@ -67,7 +67,8 @@ def test_unfinished_files_are_private_and_finished_ones_follow_the_umask(tmp_pat
     (tmp_path / "usual" / "file").touch()
     with atomic_file(tmp_path / "file") as temporary:
         assert mode(temporary) == 0o600
-    write_small_file(tmp_path / "small", b"")
+    with atomic_file(tmp_path / "small", is_durable=False) as temporary:
+        assert mode(temporary) == 0o600
     assert mode(tmp_path / "file") == mode(tmp_path / "small") == mode(tmp_path / "usual" / "file")
     with atomic_folder(tmp_path / "folder") as temporary:
         assert mode(temporary) == 0o700

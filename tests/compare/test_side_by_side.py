@@ -9,7 +9,7 @@ import torch
 
 from deme.compare.graph import Job, Ledger
 from deme.compare.side_by_side import Jobs, longest_chain_first, places
-from deme.job.signals import Interrupted
+from deme.job.command import Interrupted
 
 CPU = [{}, {}]
 

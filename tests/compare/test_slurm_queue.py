@@ -10,7 +10,7 @@ from deme.compare import slurm
 from deme.compare.graph import Job, Ledger
 from deme.compare.slurm import Queue, missing_jobs
 from deme.errors import UserError
-from deme.job.signals import Interrupted
+from deme.job.command import Interrupted
 
 
 def chain(tmp_path) -> list[Job]:

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from deme.job.arrays import MADE_FROM, kept
-from deme.job.records import ANALYSIS, Record
+from deme.job.processes import kept
+from deme.job.records import ANALYSIS, MADE_FROM, Record
 
 
 def test_arrays_are_made_once_for_each_record(tmp_path, capsys):

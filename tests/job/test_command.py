@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, environment
 
-from deme.job.signals import SIGNALS
+from deme.job.command import SIGNALS
 
 FAULTY = """
 import sys

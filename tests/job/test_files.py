@@ -17,9 +17,7 @@ from deme.job.files import (
     make_folder,
     read_yaml,
     remove_leftovers,
-    remove_unfinished,
     sha256,
-    write_small_file,
 )
 from deme.job.locks import locked
 
@@ -40,12 +38,16 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path):
 
 
 def test_a_small_file_is_replaced_whole_and_one_that_fails_leaves_nothing(tmp_path):
-    for content in (b"first", b"second"):
-        write_small_file(tmp_path / "a", content)
-        assert (tmp_path / "a").read_bytes() == content
+    def write(path: Path, text: str) -> None:
+        with atomic_file(path, is_durable=False) as temporary:
+            temporary.write_text(text)
+
+    for text in ("first", "second"):
+        write(tmp_path / "a", text)
+        assert (tmp_path / "a").read_text() == text
     (tmp_path / "folder").mkdir()
     with pytest.raises(RunError, match="folder: cannot be written: Is a directory"):
-        write_small_file(tmp_path / "folder", b"third")
+        write(tmp_path / "folder", "third")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "folder"]
 
 
@@ -88,7 +90,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / "kept").touch()
     remove_leftovers(tmp_path / "a")
     remove_leftovers(tmp_path / "[a]")
-    remove_unfinished(tmp_path, "*.png")
+    remove_leftovers(tmp_path, "*.png")
     left = [path.name.removeprefix(TEMPORARY) for path in sorted(tmp_path.iterdir())]
     assert left == ["a-b-0123abcd", "b.txt-0123abcd", "kept"]
 

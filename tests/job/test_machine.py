@@ -36,7 +36,7 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one():
 def test_a_cpu_says_what_precision_it_has(monkeypatch, capsys, has_bf16):
     """bf16 without instructions for it is warned of in one line; fp16's message names what works well here."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    processes._warn_of_bf16.cache_clear()
+    processes.print_once.cache_clear()
     monkeypatch.setattr(processes, "computes_in_bf16", lambda: has_bf16)
     processes.make_accelerator("bf16", "sample.mixed_precision")
     AcceleratorState._reset_state(reset_partial_state=True)
