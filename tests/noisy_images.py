@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import nn
 
-from deme.measure.noisy import Batch, draw_probes
+from deme.measure.noisy import Batch, Noiser, draw_probes
 from deme.method.candidates import Candidates
 from deme.models.encoders import Pixels
 from deme.search.objectives import Squares, make_squares
@@ -47,9 +47,12 @@ def linear_candidates() -> Candidates:
     return Candidates(Linear(0).state_dict(), experts, {"near.weight": 0, "far.weight": 1}, "cpu")
 
 
+def noiser(accelerator) -> Noiser:
+    return Noiser(Images(), Pixels(1), DDPMScheduler(), accelerator)
+
+
 def probes(accelerator, places: range = range(30), ranges=RANGES, batch_size: int = 8) -> list[Batch]:
-    drawn = (ranges, (0, 3), places, batch_size, accelerator)
-    return draw_probes(Images(), Pixels(1), DDPMScheduler(), *drawn)
+    return draw_probes(noiser(accelerator), ranges, (0, 3), places, batch_size)
 
 
 def squares(name: str, candidates: Candidates, network: nn.Module, places: range = range(30)) -> Squares:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
 from torch import nn
 
-from deme.analysis.material import Material, Range, within_ranges
+from deme.analysis.material import Material, within_ranges
 from deme.analysis.task_vectors import block_name, cosines
 from deme.job.processes import Processes
 from deme.job.records import Arrays, Keep
@@ -27,7 +27,7 @@ def measure(material: Material) -> Arrays:
 
     def make(keep: Keep) -> Arrays:
         network = material.load(material.networks["pretrained"]).requires_grad_(True)
-        images = material.clean(material.data.training, 0)
+        images = material.clean("training", 0)
         size = material.settings.sketch
         arrays = gradient_products(network, images, material.timesteps, size, material.processes, keep)
         return arrays | {"images": np.array(images.count)}
@@ -114,7 +114,7 @@ def corrected_cosines(products: np.ndarray) -> np.ndarray:
     return cosines((products[..., 0, :, 1, :] + products[..., 1, :, 0, :]) / 2)
 
 
-def products_of_ranges(products: np.ndarray, timesteps: Sequence[int], ranges: Sequence[Range]) -> np.ndarray:
+def products_of_ranges(products: np.ndarray, timesteps: Sequence[int], ranges: Sequence[tuple[int, int]]) -> np.ndarray:
     """Inner products of the N ranges' gradients, (…, 2, N, 2, N), from those of n timesteps, (…, 2, n, 2, n).
 
     Finetuning on a range starts with the sum of its timesteps' gradients, which is easier to tell from noise than one.

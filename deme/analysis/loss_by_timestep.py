@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from deme.analysis.material import Material, Range, within_ranges
+from deme.analysis.material import Material, within_ranges
 from deme.config.sections import CONTINUED, DISTILLED
 from deme.job.processes import Processes
 from deme.job.records import Arrays
@@ -25,7 +25,7 @@ def measure(material: Material) -> Arrays:
 
     @cache
     def images() -> CleanImages:
-        return material.clean(material.measured_images, 1)
+        return material.clean(material.measured_on, 1)
 
     def make(name: str) -> Arrays:
         material.network.load_state_dict(material.tensors(name))
@@ -53,7 +53,9 @@ def losses_by_timestep(
     return processes.reduce(losses, "sum").cpu().numpy()
 
 
-def ensemble_losses(experts: Sequence[np.ndarray], timesteps: Sequence[int], ranges: Sequence[Range]) -> np.ndarray:
+def ensemble_losses(
+    experts: Sequence[np.ndarray], timesteps: Sequence[int], ranges: Sequence[tuple[int, int]]
+) -> np.ndarray:
     """The ensemble's losses, at each timestep those of its range's expert: shape (n, images)."""
     numbers = within_ranges(timesteps, ranges).argmax(axis=0)
     return np.stack([experts[number][row] for row, number in enumerate(numbers)])
@@ -65,7 +67,7 @@ def relative_loss(losses: np.ndarray, pretrained: np.ndarray) -> tuple[np.ndarra
 
 
 def relative_means(
-    losses: np.ndarray, pretrained: np.ndarray, timesteps: Sequence[int], ranges: Sequence[Range]
+    losses: np.ndarray, pretrained: np.ndarray, timesteps: Sequence[int], ranges: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means of the relative loss over each range, and over all timesteps, with standard errors: shapes (ranges + 1,).
 

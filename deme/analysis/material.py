@@ -2,70 +2,57 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from diffusers import DDPMScheduler
 from torch import nn
 
 from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.data.examples import load_examples
-from deme.data.images import Examples, TrainingImages
 from deme.data.opening import Source
 from deme.errors import UserError, naming
 from deme.job.processes import Processes, kept
 from deme.job.records import ANALYSIS, Arrays, Keep, Record
-from deme.measure.noisy import ENCODED_AT_ONCE, Batch, CleanImages, draw_clean, draw_probes, regrouped
+from deme.measure.noisy import ENCODED_AT_ONCE, Batch, CleanImages, Noiser, draw_clean, draw_probes, regrouped
 from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import Tensors, check_compatible, check_finite
 from deme.models.denoisers import load_denoiser, load_scheduler, try_out
-from deme.models.encoders import Encoder, load_encoder
+from deme.models.encoders import load_encoder
 from deme.models.inference import freeze
 from deme.models.kinds import denoiser_folder
 from deme.models.pipelines import common_architecture
 from deme.models.weights import load_tensors, weights_hash
 
 STREAM = 4  # of the analyses' random draws, apart from those of training and of the search
-Range = tuple[int, int]  # [low, high)
 
 
-def within_ranges(timesteps: Sequence[int], ranges: Sequence[Range]) -> np.ndarray:
-    """Masks (ranges, timesteps) of the timesteps in each range."""
+def within_ranges(timesteps: Sequence[int], ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Masks (ranges, timesteps) of the timesteps in each range [low, high)."""
     return np.array([[low <= t < high for t in timesteps] for low, high in ranges])
 
 
+@dataclass
 class Material:
-    """Networks, images and arrays of a run. Networks and images are loaded on demand: kept arrays need neither.
+    """A run's networks and images, loaded on demand: arrays that are kept need neither."""
 
-    Args:
-        pretrained: pipeline folder.
-        networks: UNet folders by name: "pretrained", the experts by their ranges, other models.
-        made_of: hashes of the data, the noise schedule and the encoders.
-    """
+    config: Config
+    processes: Processes
+    pretrained: Path  # pipeline folder
+    networks: dict[str, Path]  # denoiser folders by name: "pretrained", the experts by their ranges, other models
+    source: Source
+    made_of: dict[str, str]  # hashes of the data, the noise schedule and the encoders
 
-    def __init__(
-        self,
-        config: Config,
-        processes: Processes,
-        pretrained: Path,
-        networks: dict[str, Path],
-        source: Source,
-        made_of: dict[str, str],
-    ):
-        self.config = config
-        self.settings = config.analyze
-        self.processes = processes
-        self.pretrained = pretrained
-        self.networks = networks
-        self.source = source
-        self.made_of = made_of
-        self.hashes = {name: weights_hash(folder) for name, folder in networks.items()}
-        self.ranges = config.timesteps.ranges
+    def __post_init__(self):
+        self.settings = self.config.analyze
+        self.hashes = {name: weights_hash(folder) for name, folder in self.networks.items()}
+        self.ranges = self.config.timesteps.ranges
         self.range_names = list(map(range_name, self.ranges))  # the experts' names, too
-        self.timesteps = config.analyzed_timesteps
+        self.timesteps = self.config.analyzed_timesteps
+        # which images losses are measured on
+        self.measured_on = "held-out" if self.config.data.held_out_images > 0 else "training"
 
     def keep(self, name: str, networks: list[str], keys: tuple[str, ...], make: Callable[[Keep], Arrays]) -> Arrays:
         """The arrays in NAME.npz if they are up to date, else those that `make` returns.
@@ -76,7 +63,7 @@ class Material:
             make: is given a function that keeps parts in a folder NAME until the whole is there.
         """
         config = self.config
-        made_from: dict[str, Any] = {
+        made_from = {
             "seed": config.seed,
             "ranges": self.ranges,
             **{f"analyze.{key}": getattr(self.settings, key) for key in keys},
@@ -112,52 +99,38 @@ class Material:
         return freeze(load_denoiser(folder), self.processes.device, "no", may_pack=False)
 
     @cached_property
-    def network(self) -> nn.Module:
-        """A network of the common architecture, which every analysis fills with weights of its own."""
-        return self.load(self.architecture)
-
-    @cached_property
     def architecture(self) -> Path:
         """The folder whose config.json fits all networks: one with projections if any network has them."""
         return common_architecture(list(self.networks.values()))
 
     @cached_property
-    def scheduler(self) -> DDPMScheduler:
-        return load_scheduler(self.pretrained)
+    def network(self) -> nn.Module:
+        """A network of the common architecture, which every analysis fills with weights of its own."""
+        return self.load(self.architecture)
 
     @cached_property
-    def encoder(self) -> Encoder:
-        network = load_denoiser(denoiser_folder(self.pretrained))
+    def noisers(self) -> dict[str, Noiser]:
+        """What adds noise to the training images, and to the held-out ones."""
+        config, processes = self.config, self.processes
+        network, scheduler = load_denoiser(denoiser_folder(self.pretrained)), load_scheduler(self.pretrained)
         encoder = load_encoder(self.pretrained, network)
-        try_out(network, self.scheduler, encoder)
-        encoder.prepare(self.processes.device, "no")
-        return encoder
+        try_out(network, scheduler, encoder)
+        encoder.prepare(processes.device, "no")
+        data = load_examples(config, config.finetune, self.source, encoder, self.made_of, processes)
+        parts = {"training": data.training, "held-out": data.held_out}
+        return {name: Noiser(images, encoder, scheduler, processes) for name, images in parts.items()}
 
-    @cached_property
-    def data(self) -> TrainingImages:
-        config = self.config
-        return load_examples(config, config.finetune, self.source, self.encoder, self.made_of, self.processes)
-
-    @property
-    def measured_on(self) -> str:
-        """Which images losses are measured on, for notes."""
-        return "held-out" if self.config.data.held_out_images > 0 else "training"
-
-    @property
-    def measured_images(self) -> Examples:
-        return self.data.held_out if self.config.data.held_out_images > 0 else self.data.training
-
-    def clean(self, images: Examples, number: int) -> CleanImages:
-        """`analyze.images` of the images, or all if there are fewer; `number` seeds the draws of an analysis."""
-        count = min(self.settings.images, len(images) // 2 * 2)
+    def clean(self, images: str, number: int) -> CleanImages:
+        """`analyze.images` of the training or the held-out images, or all of fewer; `number` seeds the draws."""
+        noiser = self.noisers[images]
+        count = min(self.settings.images, len(noiser.images) // 2 * 2)
         if count == 0:
-            raise UserError(f"data.name={self.config.data.name}: {len(images)} image, an analysis needs at least 2")
-        drawn = ((self.config.seed, STREAM, number), count, self.settings.batch_size, self.processes)
-        return draw_clean(images, self.encoder, self.scheduler, *drawn)
+            given = f"data.name={self.config.data.name}: {len(noiser.images)} image"
+            raise UserError(f"{given}, an analysis needs at least 2")
+        return draw_clean(noiser, (self.config.seed, STREAM, number), count, self.settings.batch_size)
 
     def spread(self, count: int, number: int) -> list[Batch]:
         """This process's share of `count` noisy images, spread evenly over the timesteps, in batches."""
         stream = (self.config.seed, STREAM, number)
-        drawn = (self.ranges, stream, range(count), ENCODED_AT_ONCE, self.processes)
-        probes = draw_probes(self.measured_images, self.encoder, self.scheduler, *drawn)
+        probes = draw_probes(self.noisers[self.measured_on], self.ranges, stream, range(count), ENCODED_AT_ONCE)
         return regrouped(probes, self.settings.batch_size)

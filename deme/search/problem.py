@@ -10,13 +10,12 @@ from torch import nn
 from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.data.examples import load_examples
-from deme.data.images import Examples
 from deme.data.opening import Source
 from deme.data.prompts import load_prompts
 from deme.errors import naming
 from deme.job.processes import Processes, kept, locked_by_all
 from deme.job.records import Arrays
-from deme.measure.noisy import draw_probes
+from deme.measure.noisy import Noiser, draw_probes
 from deme.measure.reference import load_feature_space
 from deme.method.candidates import Candidates
 from deme.method.coefficients import pattern_of, patterns_of
@@ -90,13 +89,12 @@ class Problem:
     # --- match and loss
 
     @cached_property
-    def _images(self) -> Examples:
+    def _noiser(self) -> Noiser:
         config = self.config
-        images = load_examples(
-            config, config.finetune, self.source, self.encoder, self.made_of, self.processes
-        ).training
+        made_of = (self.source, self.encoder, self.made_of, self.processes)
+        images = load_examples(config, config.finetune, *made_of).training
         self.encoder.prepare(self.processes.device, config.sample.mixed_precision)  # the cache is in finetune's
-        return images
+        return Noiser(images, self.encoder, self.scheduler, self.processes)
 
     def _make_squares(self, name: str, role: str = "fit") -> Squares:
         """The objective match or loss, made once for each role; the roles' images differ if the data has enough."""
@@ -107,10 +105,9 @@ class Problem:
             "held-out": range(count, count + held_out),
             "fresh": range(count + held_out, 2 * count + held_out),
         }[role]
-        drawn = (timesteps.ranges, self.stream, places, self.settings.batch_size, self.processes)
         setting = ("search.images", count) if name == "loss" else ("search.objective", name)
         with naming(*setting):
-            probes = draw_probes(self._images, self.encoder, self.scheduler, *drawn)
+            probes = draw_probes(self._noiser, timesteps.ranges, self.stream, places, self.settings.batch_size)
             made_of = (probes, self.candidates, self.network, timesteps.num_train_timesteps, self.processes)
             return make_squares(name, *made_of)
 

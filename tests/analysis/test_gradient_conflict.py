@@ -3,8 +3,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_unet
-from diffusers import DDPMScheduler
-from noisy_images import Images
+from noisy_images import noiser
 from torch import nn
 
 from deme.analysis.gradient_conflict import (
@@ -17,7 +16,6 @@ from deme.analysis.gradient_conflict import (
 )
 from deme.analysis.material import within_ranges
 from deme.measure.noisy import draw_clean
-from deme.models.encoders import Pixels
 
 TIMESTEPS = [50, 400, 950]
 
@@ -35,8 +33,7 @@ class Line(nn.Module):
 
 
 def clean(count: int = 20, batch_size: int = 8, accelerator=None):
-    drawn = ((0, 4), count, batch_size, accelerator or Accelerator(cpu=True))
-    return draw_clean(Images(), Pixels(1), DDPMScheduler(), *drawn)
+    return draw_clean(noiser(accelerator or Accelerator(cpu=True)), (0, 4), count, batch_size)
 
 
 def made(name, make):

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_unet
 from diffusers import DDPMScheduler
-from noisy_images import Images
+from noisy_images import noiser
 
 from deme.analysis.loss_by_timestep import (
     ensemble_losses,
@@ -16,7 +16,6 @@ from deme.analysis.loss_by_timestep import (
 )
 from deme.measure.noisy import draw_clean
 from deme.method.losses import decoupled_loss
-from deme.models.encoders import Pixels
 
 TIMESTEPS = [100, 400, 600, 900]
 RANGES = [(0, 500), (500, 1000)]
@@ -30,12 +29,12 @@ def alone(rank: int = 0, processes: int = 1) -> SimpleNamespace:
 
 def losses(seed: int, accelerator=None, batch_size: int = 8) -> np.ndarray:
     accelerator = accelerator or Accelerator(cpu=True)
-    images = draw_clean(Images(), Pixels(1), DDPMScheduler(), (0, 4), 20, batch_size, accelerator)
+    images = draw_clean(noiser(accelerator), (0, 4), 20, batch_size)
     return losses_by_timestep(tiny_unet(seed), images, TIMESTEPS, accelerator)
 
 
 def test_the_losses_are_those_that_training_sees():
-    images = draw_clean(Images(), Pixels(1), DDPMScheduler(), (0, 4), 20, 20, Accelerator(cpu=True))
+    images = draw_clean(noiser(Accelerator(cpu=True)), (0, 4), 20, 20)
     found = losses(1)
     assert found.shape == (4, 20)
     for row, timestep in zip(found, TIMESTEPS, strict=True):
