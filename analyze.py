@@ -54,8 +54,7 @@ def main(config: Config) -> None:
 
     # --- torch is imported after what can be answered without it
     from deme.analysis.material import Material
-    from deme.data.opening import open_source
-    from deme.data.sources import data_hashes
+    from deme.data.opening import data_hashes, open_source
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
 
     source = open_source(config.data)

@@ -92,8 +92,7 @@ def find_samples(config: Config) -> list[Samples]:
 
 def open_samples(folder: Path, settings: Evaluate) -> Samples:
     """Check that a folder can be scored."""
-    from deme.data.prompts import read_prompts
-    from deme.data.samples import check_sizes, list_images
+    from deme.data.samples import check_sizes, list_images, read_prompts
     from deme.measure.classifier import check_classified
 
     with naming("evaluate.samples", folder):
@@ -172,7 +171,7 @@ def plan(config: Config) -> str:
 
 def main(config: Config) -> None:
     """Score all folders."""
-    from deme.data.prompts import PROMPTS
+    from deme.data.samples import PROMPTS
 
     # --- what is scored
     output = config.paths.results

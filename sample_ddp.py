@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from deme.config.experiment import Config
 from deme.config.paths import image_path
 from deme.config.sections import Sample
-from deme.data.prompts import claim_prompts, load_prompts
+from deme.data.samples import claim_prompts, load_prompts
 from deme.errors import RunError, naming
 from deme.job.command import run_script
 from deme.job.files import check_apart, sha256

@@ -48,8 +48,7 @@ def main(config: Config) -> None:
     watched = model.watched()
 
     # --- torch is imported after what can be answered without it
-    from deme.data.opening import open_source
-    from deme.data.sources import data_hashes
+    from deme.data.opening import data_hashes, open_source
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.report.tables import score_table
     from deme.search.problem import Problem

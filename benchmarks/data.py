@@ -23,9 +23,9 @@ from benchmarks.report import save
 from benchmarks.unets import CHURCH
 from deme.config.sections import Data
 from deme.data.decoding import ahead, available_threads
+from deme.data.examples import load_training_images
 from deme.data.images import CroppedImages
 from deme.data.opening import open_source
-from deme.data.sources import load_training_images
 from deme.report.tables import markdown_table
 from scripts.estimate import GPU_TFLOPS, unet_cost
 

@@ -43,6 +43,7 @@ def make_trainer(
         pixels: uint8 images of the network's size, shape (C, H, W) each.
         projected: train with channel-wise projections.
     """
+    pixels = [image.permute(1, 2, 0).numpy() for image in pixels]
     images = CroppedImages(pixels, pretrained.config.sample_size, center_crop=False, random_flip=random_flip)
     student = with_projections(pretrained) if projected else copy.deepcopy(pretrained)
     teacher = copy.deepcopy(pretrained) if objective.consistency_weight > 0 else None

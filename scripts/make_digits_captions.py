@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deme.data.prompts import DIGIT_CAPTIONS as CAPTIONS
+from deme.data.opening import DIGIT_CAPTIONS as CAPTIONS
 from deme.errors import UserError
 from deme.job.command import ended_in_one_line
 from deme.job.files import atomic_folder, make_folder
@@ -87,8 +87,8 @@ def main(output: Path) -> None:
 def load_images() -> tuple["torch.Tensor", "torch.Tensor"]:
     """The digits to train on and the held-out ones: float32 in [−1, 1], shape (N, 1, 8, 8)."""
     from deme.config.sections import Data
+    from deme.data.examples import load_training_images
     from deme.data.opening import open_source
-    from deme.data.sources import load_training_images
 
     split = load_training_images(
         open_source(Data(name="digits", resolution=8, held_out_images=HELD_OUT)), 1, Path("unused")

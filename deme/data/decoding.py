@@ -4,7 +4,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from deme.data.files import read_file
-from deme.errors import UserError, one_line
+from deme.errors import UserError
 
 LARGEST_16_BITS = 65535
 SAME_LEVEL = 2  # of 255: a profile that changes no colour by more is taken for sRGB
@@ -55,15 +54,6 @@ def available_threads() -> int:
 # --- one image
 
 
-@contextmanager
-def decoding(name: str) -> Iterator[None]:
-    """Turn whatever PIL raises for a damaged image into a UserError that names it."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{name}: not a readable image: {one_line(error)}") from None
-
-
 def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
     """An image as a viewer shows it, its shorter side resized to `resolution`: uint8, shape (H, W, C).
 
@@ -77,10 +67,20 @@ def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
         encoded = read_bytes(content)
         content = None if encoded is None else Image.open(BytesIO(encoded))
     elif isinstance(content, (list, np.ndarray)):
-        content = _of_array(np.array(content, dtype=np.uint8))
+        pixels = np.array(content, dtype=np.uint8)
+        if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4)):
+            raise UserError(f"an array of {pixels.dtype}, {pixels.shape}; uint8 (H, W) or (H, W, 1, 3 or 4) is read")
+        content = Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
     if content is None:
         raise ValueError("no image in this row")
-    return _resize(as_seen(content, channels), resolution, channels)
+    image = as_seen(content, channels)
+    if min(image.size) != resolution:
+        scale = resolution / min(image.size)
+        width, height = (max(resolution, round(side * scale)) for side in image.size)
+        if width * height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} would become {width} x {height}")
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(image.height, image.width, channels)
 
 
 def read_bytes(content: dict) -> bytes | None:
@@ -88,14 +88,6 @@ def read_bytes(content: dict) -> bytes | None:
     if content["bytes"] is not None or not content["path"]:
         return content["bytes"]
     return read_file(content["path"])
-
-
-def _of_array(pixels: np.ndarray) -> Image.Image:
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (3, 4)):
-        raise UserError(f"an array of {pixels.dtype}, {pixels.shape}; uint8 (H, W) or (H, W, 1, 3 or 4) is read")
-    return Image.fromarray(pixels)
 
 
 def as_seen(image: Image.Image, channels: int) -> Image.Image:
@@ -179,14 +171,3 @@ def _to_srgb(profile: bytes, mode: str) -> Any:
     probe = Image.fromarray(colours)
     changes = np.abs(np.asarray(transform.apply(probe), dtype=int) - np.asarray(probe.convert("RGB"), dtype=int))
     return transform if changes.max() > SAME_LEVEL else None
-
-
-def _resize(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
-    """Shorter side to `resolution`, bilinear: uint8, shape (H, W, C)."""
-    if min(image.size) != resolution:
-        scale = resolution / min(image.size)
-        size = [max(resolution, round(side * scale)) for side in image.size]
-        if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} would become {size[0]} x {size[1]}")
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(image.height, image.width, channels)

@@ -1,30 +1,39 @@
-"""Training data as the network's encoder takes it: images, or latents and embeddings that are cached in a folder.
+"""A data set as training and scoring take it: decoded images, or the latents and embeddings of a network's encoder.
 
-part-000000.safetensors and so on hold PART images each: `moments` of the VAE's posterior (n, views, C, h, w),
-`embeddings` of all their captions (m, tokens, D), `first` (n + 1,), where each image's captions begin, and m, and
-`crc32` (n,) of each image's moments and embeddings. empty.safetensors holds the embedding of the empty caption.
-index.json comes last, and says how many images there are.
+Both are cached in folders. One of latents holds part-000000.safetensors and so on, of PART images each: `moments` of
+the VAE's posterior (n, views, C, h, w), `embeddings` of all their captions (m, tokens, D), `first` (n + 1,), where each
+image's captions begin, and m, and `crc32` (n,) of each image's moments and embeddings. empty.safetensors holds the
+embedding of the empty caption. index.json comes last, and says how many images there are.
 """
 
+import copy
+import io
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from deme.config.experiment import Config
-from deme.config.sections import Training
-from deme.data.decoding import ahead
-from deme.data.images import CroppedImages, TrainingImages, choose_caption
-from deme.data.opening import Source
-from deme.data.sources import contents_hash, load_training_images, split_held_out
-from deme.errors import RunError, UserError, one_line
+from deme.config.sections import Data, Training
+from deme.data.decoding import ahead, decoding_threads
+from deme.data.images import (
+    HELD_OUT_CHOICE,
+    CachedImages,
+    CroppedImages,
+    StreamedImages,
+    TrainingImages,
+    choose_caption,
+)
+from deme.data.opening import Source, cached, contents_hash
+from deme.errors import RunError, UserError, one_line, shown
 from deme.job.files import atomic_file, make_folder, read_json
 from deme.job.processes import Processes, in_main_process, locked_by_all
 from deme.job.records import CONTENTS, DATA, ENCODER, LATENTS, Record
@@ -36,6 +45,117 @@ INDEX = "index.json"
 EMPTY = "empty.safetensors"
 
 
+# --- images
+
+
+def load_training_images(source: Source, channels: int, cache: Path, caption_dropout: float = 0.0) -> TrainingImages:
+    """The images to train on, and the `data.held_out_images` others (centre-cropped, not flipped).
+
+    Args:
+        channels: 1 (grayscale) or 3 (RGB).
+        cache: folder for images that don't fit into `data.cache_gb` of memory.
+        caption_dropout: the probability of an empty caption, where the data has any.
+    """
+    data = source.data
+    images = _load(source, channels, cache)
+    trained, held_out = split_held_out(data, len(images))
+    captions = (source.captions, caption_dropout)
+    return TrainingImages(
+        CroppedImages(images, data.resolution, data.center_crop, data.random_flip, trained, *captions),
+        CroppedImages(images, data.resolution, True, False, held_out, *captions),
+    )
+
+
+def split_held_out(data: Data, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` images are trained on, in rising order, and which `data.held_out_images` are not.
+
+    The choice depends on the data alone: it is the same for every seed and script.
+    """
+    held_out = data.held_out_images
+    if held_out >= count:
+        raise UserError(f"data.held_out_images={held_out}: {data.name} has {count} images")
+    order = np.random.default_rng(HELD_OUT_CHOICE).permutation(count)
+    return np.sort(order[held_out:]), order[:held_out]
+
+
+def load_evaluation_images(source: Source, cache: Path) -> tuple[CroppedImages, torch.Tensor | None]:
+    """All images as RGB, centre-cropped and not flipped, and int64 class indices (N,), if the data has labels."""
+    data = source.data
+    images = _load(source, 3, cache)
+    classes = None
+    if source.labels is not None:
+        for row, label in enumerate(source.labels):
+            if not isinstance(label, (int, str, float)) or label != label:
+                raise UserError(f"data.label_column={data.label_column}: row {row} has the label {shown(label)}")
+        labels = np.asarray(source.labels)[images.rows]
+        classes = torch.from_numpy(np.unique(labels, return_inverse=True)[1])
+    return CroppedImages(images, data.resolution, center_crop=True, random_flip=False), classes
+
+
+def _load(source: Source, channels: int, cache: Path) -> CachedImages | StreamedImages:
+    """The images, resized, the same in each case: in memory up to `data.cache_gb`, in a mapped file up to
+    `data.cache_disk_gb`, and decoded on the fly above that."""
+    data = source.data
+    size = len(source.rows) * data.resolution**2 * channels  # bytes, if all were square
+    if size <= data.cache_gb * 2**30:
+        buffer = io.BytesIO()
+        sizes, rows = _decode_all(source, channels, buffer)
+        return CachedImages(np.frombuffer(buffer.getbuffer(), np.uint8), sizes, rows, channels)
+
+    def write_pixels(folder: Path) -> None:
+        with (folder / "pixels.bin").open("wb") as file:
+            sizes, rows = _decode_all(source, channels, file)
+        np.savez(folder / "index.npz", sizes=sizes, rows=rows)
+
+    def write_rows(folder: Path) -> None:
+        with open(os.devnull, "wb") as nowhere:
+            np.save(folder / "rows.npy", _decode_all(source, channels, nowhere)[1])
+
+    made_from = {"fingerprint": source.fingerprint(), "image_column": data.image_column}
+    if size > data.cache_disk_gb * 2**30:
+        rows = np.arange(len(source.rows))
+        if data.skip_unreadable:
+            folder = cached(cache, made_from | {"content": "readable rows"}, write_rows)
+            rows = np.load(folder / "rows.npy", allow_pickle=False)
+        threads = decoding_threads(data.resolution)
+        return StreamedImages(lambda row: source.decode(row, source.rows[row], channels), rows, threads)
+
+    made_from |= {"resolution": data.resolution, "channels": channels, "skip_unreadable": data.skip_unreadable}
+    folder = cached(cache, made_from, write_pixels)
+    with np.load(folder / "index.npz", allow_pickle=False) as index:
+        pixels = np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r")
+        return CachedImages(pixels, index["sizes"], index["rows"], channels)
+
+
+def _decode_all(source: Source, channels: int, file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    """Write all images that can be read to a file, one after another; their sizes, shape (N, 2), and rows (N,)."""
+    data, count = source.data, len(source.rows)
+
+    def decode(item: tuple[int, Any]) -> np.ndarray | None:
+        try:
+            return source.decode(*item, channels)
+        except UserError:
+            if data.skip_unreadable:
+                return None
+            raise
+
+    rows, sizes = [], []
+    decoded = ahead(decode, enumerate(source.rows), decoding_threads(data.resolution))  # iterating reads in batches
+    for row, image in enumerate(tqdm(decoded, "decoding images", count, mininterval=1, delay=2)):
+        if image is not None:
+            file.write(image.tobytes())
+            rows.append(row)
+            sizes.append(image.shape[:2])
+    if len(rows) < count:
+        print(f"data.skip_unreadable: skipped {count - len(rows)} of {count} images")
+    if not rows:
+        raise UserError(f"data.name={data.name}: none of its {count} images can be read")
+    return np.array(sizes), np.array(rows)
+
+
+# --- latents
+
+
 def load_examples(
     config: Config,
     settings: Training,
@@ -44,108 +164,87 @@ def load_examples(
     made_of: dict[str, str],
     processes: Processes,
 ) -> TrainingImages:
-    """The data as the encoder takes it.
+    """The data as the encoder takes it; latents are made once by all processes, while other jobs wait.
 
     Args:
         made_of: the hashes of the data, and of the encoders if there are any.
     """
-    data = source.data
+    data, cache = source.data, config.paths.image_cache
     has_captions = data.caption_column is not None
     data.check("caption_column", has_captions or not encoder.takes_text, "a text-to-image model needs captions")
     data.check("caption_column", encoder.takes_text or not has_captions, "the model takes no captions")
     data.check("cache_latents", encoder.takes_text or not data.cache_latents, "the model works on pixels")
     if not data.cache_latents:
-        return load_training_images(source, encoder.image_channels, config.paths.image_cache, settings.caption_dropout)
+        return load_training_images(source, encoder.image_channels, cache, settings.caption_dropout)
+
     encoder.prepare(processes.device, settings.mixed_precision)
-    folder = cached_latents(config, source, encoder, made_of, processes)
-    parts = split_held_out(data, read_count(folder))
-    return TrainingImages(*(CachedLatents(folder, chosen, settings.caption_dropout) for chosen in parts))
-
-
-def cached_latents(
-    config: Config, source: Source, encoder: LatentsAndText, made_of: dict[str, str], processes: Processes
-) -> Path:
-    """The folder of the data's latents and embeddings, made once by all processes, while other jobs wait.
-
-    What a killed job has encoded is used.
-    """
-    cache = config.paths.image_cache
     made_from = {
         **{key: made_of[key] for key in (DATA, ENCODER)},
         CONTENTS: contents_hash(source, cache),
         "type": str(encoder.dtype),
-        **source.data.tagged("latents"),
+        **data.tagged("latents"),
     }
     folder = config.paths.latent_cache / Record(LATENTS, made_from).digest
 
     def is_complete() -> bool:
         return in_main_process(processes, (folder / INDEX).exists)
 
-    if is_complete():
-        return folder
-    with locked_by_all(processes, folder, "output_dir", wait=True):
-        if not is_complete():  # as it may be after the wait
-            in_main_process(processes, lambda: make_folder(folder, "output_dir"))
-            training = load_training_images(source, encoder.image_channels, cache).training
-            images = replace(training, chosen=None)  # all of them, those that are held out too
-            parts = range(processes.process_index, num_parts(len(images)), processes.num_processes)
-            for part in tqdm(parts, "encoding images", disable=not processes.is_main_process, mininterval=1):
-                write_part(folder, part, images, source.data.cached_views, encoder)
-            processes.wait_for_everyone()
-            in_main_process(processes, lambda: write_index(folder, len(images), encoder))
-            encoder.rest()
-    return folder
+    if not is_complete():
+        with locked_by_all(processes, folder, "output_dir", wait=True):
+            if not is_complete():  # as it may be after the wait
+                in_main_process(processes, lambda: make_folder(folder, "output_dir"))
+                images = load_training_images(source, encoder.image_channels, cache).training
+                images = replace(images, chosen=None)  # all of them, those that are held out too
+                write_latents(folder, images, data.cached_views, encoder, processes)
+    latents = CachedLatents(folder, settings.caption_dropout)
+    return TrainingImages(*map(latents.of, split_held_out(data, len(latents))))
 
 
-# --- writing
+def write_latents(
+    folder: Path, images: CroppedImages, views: int, encoder: LatentsAndText, processes: Processes
+) -> None:
+    """Encode all images and captions, shared out over the processes. What a killed job has encoded is used."""
+    parts = range(processes.process_index, -(-len(images) // PART), processes.num_processes)
+    for part in tqdm(parts, "encoding images", disable=not processes.is_main_process, mininterval=1):
+        file = folder / f"part-{part:06d}.safetensors"
+        if not file.exists():
+            numbers = range(part * PART, min(len(images), (part + 1) * PART))
+            tensors = _encode(images, numbers, views, encoder)
+            for name, tensor in tensors.items():
+                if not tensor.isfinite().all():
+                    raise RunError(f"{file}: the encoders, in {encoder.dtype}, give {name} that are NaN or infinite")
+            _save(file, tensors)
+    processes.wait_for_everyone()
+
+    def write_index() -> None:
+        embedding = encoder.embed([""]).cpu()
+        _save(folder / EMPTY, {"embedding": embedding, "crc32": torch.tensor([_crc32(embedding)])})
+        with atomic_file(folder / INDEX) as temporary:
+            temporary.write_text(json.dumps({"images": len(images)}), encoding="utf-8")
+
+    in_main_process(processes, write_index)
+    encoder.rest()
 
 
-def part_file(folder: Path, part: int) -> Path:
-    """Where a part lies."""
-    return folder / f"part-{part:06d}.safetensors"
-
-
-def num_parts(count: int) -> int:
-    """How many parts hold `count` images."""
-    return -(-count // PART)
-
-
-def write_part(folder: Path, part: int, images: CroppedImages, views: int, encoder: LatentsAndText) -> None:
-    """Encode a part's images and captions, unless that is done; views are drawn from the numbers of image and view."""
-    file = part_file(folder, part)
-    if file.exists():
-        return
-    numbers = range(part * PART, min(len(images), (part + 1) * PART))
+def _encode(images: CroppedImages, numbers: range, views: int, encoder: LatentsAndText) -> dict[str, torch.Tensor]:
+    """The tensors of a part; views are drawn from the numbers of image and view."""
     captions = [images.captions_of(number) for number in numbers]
     texts = [text for own in captions for text in own]
     places = [(number, view) for number in numbers for view in range(views)]
 
+    def grouped(items: list) -> list[list]:
+        return [items[start : start + ENCODED_AT_ONCE] for start in range(0, len(items), ENCODED_AT_ONCE)]
+
     def crops(places: list[tuple[int, int]]) -> torch.Tensor:
-        return torch.cat([images.crops([number], np.random.default_rng((number, v))) for number, v in places])
+        return torch.cat([images.crops([place[0]], np.random.default_rng(place)) for place in places])
 
-    decoded = ahead(crops, _groups(places), images.threads)
-    tensors = {
-        "moments": torch.cat([encoder.moments(pixels).cpu() for pixels in decoded]).unflatten(0, (-1, views)),
-        "embeddings": torch.cat([encoder.embed(group).cpu() for group in _groups(texts)]),
-        "first": torch.tensor(np.cumsum([0, *map(len, captions)])),
-    }
-    for name in ("moments", "embeddings"):
-        if not tensors[name].isfinite().all():
-            raise RunError(f"{file}: the encoders, in {encoder.dtype}, give {name} that are NaN or infinite")
-    tensors["crc32"] = torch.tensor([_image_crc32(tensors, i) for i in range(len(numbers))])
-    _save(file, tensors)
-
-
-def write_index(folder: Path, count: int, encoder: LatentsAndText) -> None:
-    """Complete the folder: write the empty caption's embedding and the number of images."""
-    embedding = encoder.embed([""]).cpu()
-    _save(folder / EMPTY, {"embedding": embedding, "crc32": torch.tensor([_crc32(embedding)])})
-    with atomic_file(folder / INDEX) as temporary:
-        temporary.write_text(json.dumps({"images": count}), encoding="utf-8")
-
-
-def _groups(items: list) -> list[list]:
-    return [items[start : start + ENCODED_AT_ONCE] for start in range(0, len(items), ENCODED_AT_ONCE)]
+    decoded = ahead(crops, grouped(places), images.threads)
+    moments = torch.cat([encoder.moments(pixels).cpu() for pixels in decoded]).unflatten(0, (-1, views))
+    embeddings = torch.cat([encoder.embed(group).cpu() for group in grouped(texts)])
+    first = torch.tensor(np.cumsum([0, *map(len, captions)]))
+    own = embeddings.tensor_split(first[1:-1])
+    crc32 = torch.tensor([_crc32(*tensors) for tensors in zip(moments, own, strict=True)])
+    return {"moments": moments, "embeddings": embeddings, "first": first, "crc32": crc32}
 
 
 def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -161,94 +260,70 @@ def _crc32(*tensors: torch.Tensor) -> int:
     return value
 
 
-def _image_crc32(tensors: dict[str, torch.Tensor], i: int) -> int:
-    """The checksum of image i of a part."""
-    first, end = tensors["first"][i : i + 2].tolist()
-    return _crc32(tensors["moments"][i], tensors["embeddings"][first:end])
-
-
-# --- reading
-
-
 class CachedLatents:
     """Encoded images, each with one of its captions, memory-mapped from a folder; checked when first read.
 
     Args:
-        chosen: the numbers of the images to use.
         dropout: the probability of the empty caption.
     """
 
     threads = 0  # that load batches ahead: a batch only has to be copied
 
-    def __init__(self, folder: Path, chosen: np.ndarray, dropout: float):
-        count = read_count(folder)
-        self.files = [part_file(folder, part) for part in range(num_parts(count))]
-        if part_file(folder, num_parts(count)).exists():
-            raise _damaged(folder / INDEX, f"images={count}, and there are more")
-        self.parts = [_read_part(file, min(PART, count - PART * part)) for part, file in enumerate(self.files)]
+    def __init__(self, folder: Path, dropout: float):
+        self.files = sorted(folder.glob("part-*.safetensors"))
+        self.parts = [_read(file, "moments", "embeddings", "first", "crc32") for file in self.files]
+        count = sum(len(part["moments"]) for part in self.parts)
+        expected = read_json(folder / INDEX).get("images")
+        if count != expected:
+            raise _damaged(folder / INDEX, f"images={expected}, and the parts hold {count}")
         empty = _read(folder / EMPTY, "embedding", "crc32")
         if empty["crc32"].tolist() != [_crc32(empty["embedding"])]:
             raise _damaged(folder / EMPTY, "is not what was written")
         self.empty = empty["embedding"][0]
         self.checked = np.zeros(count, dtype=bool)
-        self.chosen = chosen
+        self.chosen = np.arange(count)
         self.dropout = dropout
 
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def of(self, chosen: np.ndarray) -> "CachedLatents":
+        """The images of these numbers."""
+        some = copy.copy(self)
+        some.chosen = chosen
+        return some
+
     def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> Encoded:
         """The images at `indices`; `random` draws views, then captions."""
-        places = [divmod(int(self.chosen[index]), PART) for index in indices]
-        for place in places:
-            self._check(*place)
-        views = self.parts[0]["moments"].shape[1]
-        draws_view = random is not None and views > 1
-        chosen_views = [random.integers(views) if draws_view else 0 for _ in places]
-        moments = [self.parts[part]["moments"][i, v] for (part, i), v in zip(places, chosen_views, strict=True)]
-        return Encoded(torch.stack(moments), torch.stack([self._embedding(*place, random) for place in places]))
+        images = [self._read_image(int(self.chosen[index])) for index in indices]
+        moments = []
+        for views, _ in images:
+            moments.append(views[random.integers(len(views)) if random is not None and len(views) > 1 else 0])
+        embeddings = []
+        for _, captions in images:
+            number = choose_caption(len(captions), self.dropout, random)
+            embeddings.append(self.empty if number is None else captions[number])
+        return Encoded(torch.stack(moments), torch.stack(embeddings))
 
-    def _check(self, part: int, i: int) -> None:
-        """Compare image i of a part with its checksum, once."""
-        number = part * PART + i
-        if not self.checked[number] and _image_crc32(self.parts[part], i) != int(self.parts[part]["crc32"][i]):
+    def _read_image(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The moments (views, C, h, w) and embeddings (captions, tokens, D) of an image, checked once."""
+        part, i = divmod(number, PART)
+        tensors = self.parts[part]
+        first, end = tensors["first"][i : i + 2].tolist()
+        image = tensors["moments"][i], tensors["embeddings"][first:end]
+        if not self.checked[number] and _crc32(*image) != int(tensors["crc32"][i]):
             raise _damaged(self.files[part], f"image {number} is not what was written")
         self.checked[number] = True
-
-    def _embedding(self, part: int, i: int, random: np.random.Generator | None) -> torch.Tensor:
-        """The embedding, (tokens, D), of one caption of image i of a part."""
-        first, end = self.parts[part]["first"][i : i + 2].tolist()
-        number = choose_caption(end - first, self.dropout, random)
-        return self.empty if number is None else self.parts[part]["embeddings"][first + number]
-
-
-def read_count(folder: Path) -> int:
-    """How many images a complete folder holds."""
-    count = read_json(folder / INDEX).get("images")
-    if not isinstance(count, int) or count < 1:
-        raise _damaged(folder / INDEX, f"images={count}")
-    return count
-
-
-def _read_part(file: Path, count: int) -> dict[str, torch.Tensor]:
-    """The tensors of a part of `count` images; their checksums tell whether what they hold is what was written."""
-    tensors = _read(file, "moments", "embeddings", "first", "crc32")
-    counts = [len(tensors["moments"]), len(tensors["crc32"]), len(tensors["first"]) - 1]
-    is_whole = tensors["moments"].dim() == 5 and int(tensors["first"][-1]) == len(tensors["embeddings"])
-    if counts != [count] * 3 or not is_whole:
-        raise _damaged(file, f"holds {counts[0]} images and the captions of {counts[2]}, not {count}")
-    return tensors
+        return image
 
 
 def _read(file: Path, *names: str) -> dict[str, torch.Tensor]:
     """The tensors in a file, memory-mapped."""
     try:
         tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
+        return {name: tensors[name] for name in names}
+    except Exception as error:
         raise _damaged(file, one_line(error)) from None
-    if missing := {*names} - tensors.keys():
-        raise _damaged(file, f"{', '.join(sorted(missing))} is missing")
-    return tensors
 
 
 def _damaged(file: Path, reason: str) -> UserError:

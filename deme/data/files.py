@@ -1,26 +1,33 @@
-"""Files of a folder and of the zip archives in it, and the tables that hold captions and prompts."""
+"""Folders of images: files, zip archives and metadata; each image's split, class and captions. And tables of texts."""
 
 import csv
 import hashlib
 import io
 import json
 import os
+import re
 import zipfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path, PurePath
-from posixpath import splitext
+from posixpath import dirname, join, normpath, splitext
 from typing import Any
 
-from deme.errors import UserError, naming, one_line
+from deme.errors import UserError, blaming, naming
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # that `read_rows` reads
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-DATA_SETS = (".arrow", ".parquet", ".tar")  # files that hold whole data sets
 NO_IMAGES = (".h5", ".hdf", ".mpg", ".mpeg")  # suffixes of formats that PIL registers but cannot decode
+SIDECAR = "sidecar"  # the column of the captions in NAME.txt beside NAME.png, one a line
+SPLIT_WORDS = {  # in a folder's name that make it a split, as in `datasets`
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+NAMED_FILES = 3  # of those that are left out
 
 
 @dataclass(frozen=True)
@@ -35,21 +42,15 @@ class File:
         """In lower case, with the dot."""
         return splitext(self.name)[1].lower()
 
-    @property
-    def is_hidden(self) -> bool:
-        """True for .name, and for files in a folder .name or __name."""
+    @cached_property
+    def kind(self) -> str:
+        """Either hidden (.name, or in a folder .name or __name), metadata, image (by its suffix) or other."""
         *folders, name = self.name.split("/")
-        return name.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
-
-    @property
-    def is_image(self) -> bool:
-        """True if PIL reads files of this suffix."""
-        return self.suffix in image_suffixes() and not self.is_hidden
-
-    @property
-    def is_metadata(self) -> bool:
-        """True if the file describes the images next to it and below."""
-        return self.name.rpartition("/")[2].lower() in METADATA and not self.is_hidden
+        if name.startswith(".") or any(folder.startswith((".", "__")) for folder in folders):
+            return "hidden"
+        if name.lower() in METADATA:
+            return "metadata"
+        return "image" if self.suffix in image_suffixes() else "other"
 
 
 @cache
@@ -60,6 +61,35 @@ def image_suffixes() -> frozenset[str]:
     Image.init()
     known = Image.registered_extensions().items()
     return frozenset(suffix for suffix, name in known if name in Image.OPEN) - {*NO_IMAGES}
+
+
+def list_files(folder: Path) -> list[File]:
+    """All files of a folder, of the folders that links lead to, and of zip archives, sorted by name."""
+    files = sorted(_walk(os.path.realpath(folder), "", ()), key=lambda file: file.name)
+    for one, other in pairwise(files):
+        if one.name == other.name:
+            raise UserError(f"holds {one.name} twice, in archives or beside them")
+    return files
+
+
+def _walk(folder: str, prefix: str, parents: tuple[str, ...]) -> Iterator[File]:
+    """The files below a folder, their names after `prefix`; `parents` (links resolved) show where a link loops."""
+    real = os.path.realpath(folder)
+    if real in parents:
+        raise UserError(f"{prefix}: a link that leads back to {real}")
+    with blaming(folder), os.scandir(folder) as entries:
+        entries = list(entries)
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*parents, real))
+        elif entry.name.lower().endswith(".zip") and not entry.name.startswith("."):
+            with blaming(f"{entry.path}: cannot be read"), zipfile.ZipFile(entry.path) as archive:
+                names = [member.filename for member in archive.infolist() if not member.is_dir()]
+                if "::" in "".join(names) + entry.path:
+                    raise UserError("the name of the archive or of a file in it holds ::")
+            yield from (File(prefix + name, f"zip://{name}::{entry.path}") for name in names)
+        elif entry.is_file() or entry.is_symlink():  # a broken link is reported when it is opened
+            yield File(prefix + entry.name, entry.path)
 
 
 def read_file(path: str) -> bytes:
@@ -81,79 +111,22 @@ def _archive(path: str, _: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def list_files(folder: Path) -> list[File]:
-    """All files of a folder, of the folders that links lead to, and of zip archives, sorted by name."""
-    files = sorted(_walk(os.path.realpath(folder), "", ()), key=lambda file: file.name)
-    for one, other in pairwise(files):
-        if one.name == other.name:
-            raise UserError(f"holds {one.name} twice, in archives or beside them")
-    return files
-
-
-def _walk(folder: str, prefix: str, parents: tuple[str, ...]) -> Iterator[File]:
-    """The files below a folder, their names after `prefix`; `parents` (links resolved) show where a link loops."""
-    real = os.path.realpath(folder)
-    if real in parents:
-        raise UserError(f"{prefix}: a link that leads back to {real}")
-    try:
-        with os.scandir(folder) as entries:
-            entries = list(entries)
-    except OSError as error:
-        raise UserError(f"{folder}: {one_line(error)}") from None
-    for entry in entries:
-        if entry.is_dir():
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*parents, real))
-        elif entry.name.lower().endswith(".zip") and not entry.name.startswith("."):
-            yield from _members(entry.path, prefix)
-        elif entry.is_file() or entry.is_symlink():  # a broken link is reported when it is opened
-            yield File(prefix + entry.name, entry.path)
-
-
-def _members(archive: str, prefix: str) -> Iterator[File]:
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            names = [member.filename for member in opened.infolist() if not member.is_dir()]
-    except Exception as error:  # zipfile raises many types for a damaged archive
-        raise UserError(f"{archive}: cannot be read: {one_line(error)}") from None
-    for name in names:
-        if "::" in f"{name}{archive}":
-            raise UserError(f"{archive}: {name} cannot be read from an archive, as :: stands in the names")
-        yield File(prefix + name, f"zip://{name}::{archive}")
-
-
-def holds_images(files: list[File]) -> bool:
-    """True for a folder of images, False for one of tables with a few pictures beside them.
-
-    Tables named after images, such as 0.json beside 0.png, do not count.
-    """
-    images = [file for file in files if file.is_image]
-    stems = {splitext(file.name)[0] for file in images}
-    others = [file for file in files if not (file.is_metadata or file.is_hidden)]
-    tables = [file for file in others if file.suffix in DATA_SETS + TABLES and splitext(file.name)[0] not in stems]
-    data_sets = [file for file in tables if file.suffix in DATA_SETS]
-    if len(images) > len(data_sets) > 0:
-        names = f"{data_sets[0].name} beside {images[0].name}"
-        raise UserError(f"holds {names}: which are the data? Name the folder of one of them, or move the others")
-    most = max(Counter(file.suffix for file in tables).values(), default=0)
-    return len(images) > 0 and not data_sets and len(images) >= most
-
-
 def stamp(paths: Iterable[str]) -> str:
     """A SHA-256 of the files' sizes, inodes and change times: it changes when one of them may have changed.
 
     Programs that keep time stamps can't set the last two. What an address leads to is assumed not to change.
     """
     digest = hashlib.sha256()
-    known = {}
+    states = {}
     for path in paths:
         file = path if os.path.isabs(path) else path.rpartition("::")[2].removeprefix("file://")
-        if file not in known:
+        if file not in states:
             try:
                 status = os.stat(file)
-                known[file] = f"{status.st_size} {status.st_ino} {status.st_ctime_ns}"
+                states[file] = f"{status.st_size} {status.st_ino} {status.st_ctime_ns}"
             except (OSError, ValueError):
-                known[file] = "-"
-        digest.update(f"{path}\0{known[file]}\n".encode(errors="surrogateescape"))
+                states[file] = "-"
+        digest.update(f"{path}\0{states[file]}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -165,51 +138,36 @@ def read_rows(name: str, content: bytes, text_column: str = "") -> list[dict[str
 
     All values of a csv or tsv file are texts, NA and null too; an empty one is None. A text in a json list is a row
     with `text_column` alone.
+
+    Raises:
+        Exception: csv, json and pyarrow raise many types for a damaged file.
     """
     suffix = PurePath(name).suffix.lower()
     if suffix not in TABLES:
         raise UserError(f"the suffix {suffix or '(none)'} is of no table; {', '.join(TABLES)} are read")
-    try:
-        rows = _read_table(suffix, content)
-    except UserError:
-        raise
-    except Exception as error:  # csv, json and pyarrow raise many types for a damaged file
-        raise UserError(f"cannot be read: {one_line(error)}") from None
+    if suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+    elif suffix in (".csv", ".tsv"):
+        csv.field_size_limit(len(content) + 1)  # Python's own limit is 131,072 characters
+        lines = io.StringIO(content.decode("utf-8-sig"), newline="")
+        table = csv.DictReader(lines, delimiter="," if suffix == ".csv" else "\t", strict=True)
+        rows = [{key: value or None for key, value in row.items()} for row in table]
+    elif suffix == ".json":
+        rows = json.loads(content.decode("utf-8-sig"))
+        rows = rows if isinstance(rows, list) else [rows]
+    else:
+        rows = []
+        for number, line in enumerate(read_lines(content), start=1):
+            with blaming(f"line {number}"):
+                rows += [json.loads(line)] if line.strip() else []
     rows = [{text_column: row} if isinstance(row, str) else row for row in rows]
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"row {number} is not an object")
-    return rows
-
-
-def _read_table(suffix: str, content: bytes) -> list[Any]:
-    if suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-    if suffix in (".csv", ".tsv"):
-        return _read_csv(content, "," if suffix == ".csv" else "\t")
-    if suffix == ".json":
-        rows = json.loads(content.decode("utf-8-sig"))
-        return rows if isinstance(rows, list) else [rows]
-    rows = []
-    for number, line in enumerate(read_lines(content), start=1):
-        with naming(f"line {number}"):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except (ValueError, RecursionError) as error:
-                raise UserError(one_line(error)) from None
-    return rows
-
-
-def _read_csv(content: bytes, delimiter: str) -> list[dict[str, Any]]:
-    csv.field_size_limit(len(content) + 1)  # Python's own limit is 131,072 characters
-    lines = io.StringIO(content.decode("utf-8-sig"), newline="")
-    rows = []
-    for number, row in enumerate(csv.DictReader(lines, delimiter=delimiter, strict=True)):
-        if None in row:
+        if None in row:  # where csv.DictReader puts what is too much
             raise UserError(f"row {number} has more values than the first line has columns; texts may need quotes")
-        rows.append({key: value or None for key, value in row.items()})
     return rows
 
 
@@ -217,3 +175,149 @@ def read_lines(content: bytes) -> list[str]:
     """The lines of a text file; str.splitlines would also split at what a prompt may hold, such as U+2028."""
     text = content.decode("utf-8-sig").removesuffix("\n")
     return [line.removesuffix("\r") for line in text.split("\n")] if text else []
+
+
+# --- folders of images; none is opened
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder, with what is known of them."""
+
+    columns: dict[str, list]  # one value per image
+    image_columns: list[str]  # those of them that hold paths
+    splits: list[str]  # of each image
+    left_out: list[str]  # descriptions of the files that are not read
+
+
+def read_folder(files: list[File], caption_column: str | None) -> ImageFolder:
+    """The images among these files, by name or in the order of the metadata that lists them.
+
+    Values of `caption_column` stay texts.
+    """
+    kinds: dict[str, dict[str, File]] = defaultdict(dict)  # kind → name → file
+    for file in files:
+        kinds[file.kind][file.name] = file
+    images, metadata, others = kinds["image"], [*kinds["metadata"].values()], kinds["other"]
+    splits, classes = layout_of({dirname(name) for name in images})
+    if metadata:
+        rows = _read_metadata(metadata, images)
+    elif classes:
+        rows = [{"image": file, "label": classes[dirname(name)]} for name, file in images.items()]
+    else:
+        rows = [{"image": file} for file in images.values()]
+    read = {value.name for row in rows for value in row.values() if isinstance(value, File)}
+    if caption_column == SIDECAR and SIDECAR not in rows[0]:
+        for row in rows:
+            text = others.get(f"{splitext(row['image'].name)[0]}.txt")
+            row[SIDECAR] = None
+            if text is not None:
+                read.add(text.name)
+                with blaming(f"{text.path}: cannot be read as UTF-8"):
+                    lines = read_lines(read_file(text.path))
+                row[SIDECAR] = [line.strip() for line in lines if line.strip()] or None
+
+    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+    image_columns = [key for key, values in columns.items() if all(isinstance(value, File) for value in values)]
+    for key, values in columns.items():
+        columns[key] = [value.path if isinstance(value, File) else value for value in values]
+        if key != caption_column and any(file.suffix == ".csv" for file in metadata):
+            columns[key] = _numbers(columns[key])
+    hidden = [name for name, file in kinds["hidden"].items() if file.suffix in image_suffixes()]
+    left_out = [
+        *count_files("image", images.keys() - read, f" that {metadata[0].name if metadata else ''} does not list"),
+        *count_files("hidden image", hidden),
+        *count_files("other file", others.keys() - read),
+    ]
+    return ImageFolder(columns, image_columns, [splits[dirname(row["image"].name)] for row in rows], left_out)
+
+
+def layout_of(folders: set[str]) -> tuple[dict[str, str], dict[str, int] | None]:
+    """The split of each folder of images, and its class: the index of its name. None: the folders are no classes.
+
+    If all folders at one depth name a split, they are splits. Otherwise all images are train. File names do not count.
+    """
+    parts = {folder: folder.split("/") if folder else [] for folder in folders}
+    splits, depth_of_classes = dict.fromkeys(folders, "train"), 1
+    for depth in range(max(map(len, parts.values()))):
+        names = {folder: path[depth] if len(path) > depth else "" for folder, path in parts.items()}
+        found = {name: _splits_in(name) for name in names.values()}
+        if all(len(words) == 1 for words in found.values()):
+            splits, depth_of_classes = {folder: found[name][0] for folder, name in names.items()}, depth + 2
+            break
+        if len({word for words in found.values() for word in words}) > 1:
+            told = sorted(name for name, words in found.items() if words)
+            others = sorted(name or "images" for name, words in found.items() if not words)
+            beside = f" beside {', '.join(others[:NAMED_FILES])}" if others else ""
+            remedy = "move what is no split elsewhere, or all into one folder train if they are classes"
+            raise UserError(f"which images are of which split? It holds {', '.join(told)}{beside}; {remedy}")
+    depths = {len(path) for path in parts.values()}
+    classes = sorted({path[-1] for path in parts.values() if path})
+    if len(depths) > 1 or max(depths) < depth_of_classes or len(classes) < 2:
+        return splits, None
+    return splits, {folder: classes.index(path[-1]) for folder, path in parts.items()}
+
+
+def _splits_in(folder: str) -> list[str]:
+    """The splits that a folder's name tells, as train2017 and val-set do."""
+    words = {*re.split(r"[-._ 0-9]+", folder.lower())}
+    return [split for split, synonyms in SPLIT_WORDS.items() if words & synonyms]
+
+
+def count_files(kind: str, names: Iterable[str], rest: str = "") -> list[str]:
+    """A description such as "2 hidden images (a.png, b.png)"; empty where there are none."""
+    names = sorted(names)
+    if not names:
+        return []
+    examples = ", ".join(names[:NAMED_FILES]) + ", …" * (len(names) > NAMED_FILES)
+    return [f"{len(names):,} {kind}{'s' * (len(names) > 1)}{rest} ({examples})"]
+
+
+def _read_metadata(metadata: list[File], images: dict[str, File]) -> list[dict[str, Any]]:
+    """The rows of metadata files; file_name is called image, and mask_file_name mask, as `datasets` calls them."""
+    rows = []
+    listed_in: dict[str, str] = {}  # image → metadata file
+    for file in metadata:
+        folder = dirname(file.name)
+        with blaming(file.name):
+            if sum(dirname(other.name) == folder for other in metadata) > 1:
+                raise UserError("another metadata file stands beside it")
+            for number, given in enumerate(read_rows(file.name, read_file(file.path))):
+                with naming(f"row {number}"):
+                    row = _with_images(given, folder, images)
+                    image = row["image"].name
+                    if listed_in.setdefault(image, file.name) != file.name:
+                        raise UserError(f"lists {image}, as {listed_in[image]} does")
+                rows.append(row)
+    if not rows:
+        raise UserError(f"{metadata[0].name}: lists no images")
+    return rows
+
+
+def _with_images(row: dict[str, Any], folder: str, images: dict[str, File]) -> dict[str, Any]:
+    """A row of the metadata of a folder, with files in place of their names."""
+    if "file_name" not in row:
+        raise UserError("has no column file_name")
+    renamed = {}
+    for key, value in row.items():
+        if key == "file_name" or key.endswith("_file_name"):
+            column = key.removesuffix("file_name").removesuffix("_") or "image"
+            if column in row:
+                raise UserError(f"has a column {column} beside {key}, which is read as {column}; rename it")
+            if value is None:
+                raise UserError(f"{key} is missing")
+            name = normpath(join(folder, str(value).replace("\\", "/")))
+            if name not in images:
+                raise UserError(f"names {name}, which is no image in this folder")
+            renamed[column] = images[name]
+        else:
+            renamed[key] = value
+    return renamed
+
+
+def _numbers(texts: list) -> list:
+    """A csv column as whole numbers or as numbers, if all its texts are written as such."""
+    for pattern, number in ((r"0|-?[1-9][0-9]*", int), (r"-?[0-9]+\.[0-9]*(e[+-]?[0-9]+)?", float)):
+        if all(text is None or re.fullmatch(pattern, str(text)) for text in texts):
+            return [None if text is None else number(text) for text in texts]
+    return texts

@@ -4,14 +4,15 @@ A run is a function of its seed: each generator is seeded with the stream of its
 it is used. So neither the number of processes nor an interruption changes what is trained on.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 
 from deme.data.decoding import ahead
 from deme.models.encoders import Captioned
@@ -72,23 +73,17 @@ class CachedImages(Sequence):
 
     def __init__(self, pixels: np.ndarray, sizes: np.ndarray, rows: np.ndarray, channels: int):
         self.pixels = pixels
-        self.sizes = sizes
+        self.shapes = np.insert(sizes, 2, channels, axis=1)
+        self.ends = np.cumsum(self.shapes.prod(axis=1, dtype=np.int64))
         self.rows = rows
-        self.channels = channels
-        self.ends = np.cumsum(sizes.prod(axis=1, dtype=np.int64) * channels)
-        self.stacked: np.ndarray | None = None  # (N, H, W, C), if all have one size
-        if len(sizes) and (sizes == sizes[0]).all():
-            self.stacked = pixels.reshape(len(sizes), *sizes[0].tolist(), channels)
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """uint8, shape (C, H, W); shares memory with `pixels`."""
-        height, width = map(int, self.sizes[index])
-        end = self.ends[index]
-        pixels = self.pixels[end - height * width * self.channels : end]
-        return torch.from_numpy(pixels.reshape(height, width, self.channels)).permute(2, 0, 1)
+    def __getitem__(self, index: int) -> np.ndarray:
+        """uint8, shape (H, W, C); shares memory with `pixels`."""
+        shape = self.shapes[index].tolist()
+        return self.pixels[self.ends[index] - math.prod(shape) : self.ends[index]].reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -102,17 +97,16 @@ class StreamedImages(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """uint8, shape (C, H, W)."""
-        pixels = self.decode(int(self.rows[index]))
-        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+    def __getitem__(self, index: int) -> np.ndarray:
+        """uint8, shape (H, W, C)."""
+        return self.decode(int(self.rows[index]))
 
 
 @dataclass
 class CroppedImages:
     """Square crops of images whose shorter side is `resolution`, each with a caption if the data has captions."""
 
-    images: Sequence[torch.Tensor]
+    images: Sequence[np.ndarray]  # uint8 (H, W, C)
     resolution: int
     center_crop: bool
     random_flip: bool
@@ -148,37 +142,17 @@ class CroppedImages:
 
     def crops(self, indices: Sequence[int], random: np.random.Generator | None = None) -> torch.Tensor:
         """uint8, shape (B, C, R, R), channels-last; centre crops without flips need no generator."""
-        chosen = self.chosen[np.asarray(indices)]
-        stacked = getattr(self.images, "stacked", None)
-        if stacked is not None:
-            return self._stacked_crops(stacked, chosen, random)
         size = self.resolution
         crops = []
-        for image in map(self.images.__getitem__, chosen):
-            top, left, is_flipped = self._draw(*image.shape[1:], random)
-            crop = image[:, top : top + size, left : left + size]
-            crops.append((crop.flip(-1) if is_flipped else crop).permute(1, 2, 0))
-        return torch.stack(crops).permute(0, 3, 1, 2)
-
-    def _stacked_crops(
-        self, stacked: np.ndarray, chosen: np.ndarray, random: np.random.Generator | None
-    ) -> torch.Tensor:
-        """The same from images of one size, (N, H, W, C): three times as fast for small ones."""
-        size = self.resolution
-        draws = [self._draw(*stacked.shape[1:3], random) for _ in chosen]
-        tops, lefts, flipped = (np.array(values) for values in zip(*draws, strict=True))
-        windows = sliding_window_view(stacked, (size, size), (1, 2)).transpose(0, 1, 2, 4, 5, 3)
-        crops = windows[chosen, tops, lefts]  # (B, R, R, C)
-        crops[flipped] = crops[flipped, :, ::-1]
-        return torch.from_numpy(np.ascontiguousarray(crops)).permute(0, 3, 1, 2)
-
-    def _draw(self, height: int, width: int, random: np.random.Generator | None) -> tuple[int, int, bool]:
-        """Top and left of an image's crop, and whether it is flipped."""
-        size = self.resolution
-        top, left = ((side - size) // 2 for side in (height, width))
-        if not self.center_crop:
-            top, left = (random.integers(side - size + 1) if side > size else 0 for side in (height, width))
-        return top, left, self.random_flip and random.random() < 0.5
+        for image in map(self.images.__getitem__, self.chosen[np.asarray(indices)].tolist()):
+            sides = image.shape[:2]
+            if self.center_crop:
+                top, left = ((side - size) // 2 for side in sides)
+            else:
+                top, left = (random.integers(side - size + 1) if side > size else 0 for side in sides)
+            crop = image[top : top + size, left : left + size]
+            crops.append(crop[:, ::-1] if self.random_flip and random.random() < 0.5 else crop)
+        return torch.from_numpy(np.ascontiguousarray(np.stack(crops))).permute(0, 3, 1, 2)
 
 
 # --- micro-batches
@@ -222,28 +196,23 @@ class MicroBatches:
     batch_size: int  # images per optimizer step, over all processes
     micro_batch_size: int
     numbers: range  # this process's micro-batches of each step
-    _loaded: Iterator[MicroBatch] = field(default_factory=lambda: iter(()))
+
+    def __post_init__(self):
+        self.close()
 
     def of_step(self, step: int) -> Iterator[MicroBatch]:
         """This process's micro-batches of an optimizer step."""
-        for number in self.numbers:
-            batch = next(self._loaded, None)
-            if batch is None or (batch.step, batch.number) != (step, number):  # the first step, or a resumed one
-                self._loaded = ahead(self._load, self._places(step, number), self.images.threads)
-                batch = next(self._loaded)
-            yield batch
+        if step != self._next_step:  # the first step, or a resumed one
+            places = ((later, number) for later in itertools.count(step) for number in self.numbers)
+            self._loaded = ahead(self._load, places, self.images.threads)
+        self._next_step = None  # until all were taken
+        yield from itertools.islice(self._loaded, len(self.numbers))
+        self._next_step = step + 1
 
     def close(self) -> None:
         """Stop loading ahead."""
-        self._loaded = iter(())
-
-    def _places(self, step: int, number: int) -> Iterator[tuple[int, int]]:
-        """All (step, number) from here on, without an end."""
-        numbers = self.numbers[self.numbers.index(number) :]
-        while True:
-            yield from ((step, number) for number in numbers)
-            numbers = self.numbers
-            step += 1
+        self._loaded: Iterator[MicroBatch] = iter(())
+        self._next_step: int | None = None  # that `_loaded` begins with
 
     def _load(self, place: tuple[int, int]) -> MicroBatch:
         step, number = place

@@ -1,28 +1,33 @@
-"""A data set opened: its undecoded images with labels and captions."""
+"""A data set opened: its undecoded images with labels and captions, and hashes of what it holds."""
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from posixpath import splitext
 from typing import Any
 
 import datasets
 import numpy as np
 from PIL import Image
-from pyarrow import ArrowException
 from tqdm import tqdm
 
 from deme.config.sections import Data
-from deme.data.decoding import ahead, available_threads, read_bytes
-from deme.data.files import TABLES, File, holds_images, image_suffixes, list_files, stamp
-from deme.data.folders import count_files, read_folder
-from deme.data.prompts import DIGIT_CAPTIONS
-from deme.errors import UserError, naming, one_line, shown
+from deme.data.decoding import ahead, available_threads, decode_image, decoding_threads, read_bytes
+from deme.data.files import TABLES, File, count_files, image_suffixes, list_files, read_folder, stamp
+from deme.errors import UserError, blaming, naming, one_line, shown
+from deme.job.files import atomic_folder
+from deme.job.locks import locked
+from deme.job.records import CONTENTS, DATA, IMAGES, Record
 
 CSV_TEXTS = {"keep_default_na": False, "na_values": [""]}  # NA, null and None are texts; what is empty is missing
+DATA_SETS = (".arrow", ".parquet", ".tar")  # files that hold whole data sets
+FINGERPRINTED = 1_000  # images
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_CAPTIONS = tuple(f"a handwritten {name}" for name in DIGITS)
 
 
 class Rows(Sequence):
@@ -65,22 +70,14 @@ class Source:
     captions: list[list[str]] | None  # one or more per row
     fingerprint: Callable[[], str]  # changes when what is read may have changed
 
-    def contents(self) -> str:
-        """A SHA-256 of all images as they are stored; reads everything."""
-        digest = hashlib.sha256()
-        stored = ahead(_stored_bytes, self.rows, available_threads())
-        for content in tqdm(stored, "hashing images", len(self.rows), mininterval=1, delay=2):
-            digest.update(f"{len(content)}\n".encode() + content)
-        return digest.hexdigest()
-
-
-def _stored_bytes(image: Any) -> bytes:
-    """Empty where the image can't be read, which decoding it reports."""
-    try:
-        content = read_bytes(image) if isinstance(image, dict) else image
-        return content if isinstance(content, bytes) else np.asarray(content, dtype=np.uint8).tobytes()
-    except Exception:  # an address fails with whatever its file system raises
-        return b""
+    def decode(self, row: int, content: Any, channels: int) -> np.ndarray:
+        """The image of a row, its shorter side resized: uint8, shape (H, W, C)."""
+        path = content.get("path") if isinstance(content, dict) else None
+        try:
+            with blaming(f"data.name={self.data.name}: row {row}{f' ({path})' if path else ''}: not a readable image"):
+                return decode_image(content, self.data.resolution, channels)
+        except UserError as error:
+            raise UserError(f"{error}; data.skip_unreadable=true leaves such images out") from None
 
 
 def open_source(data: Data) -> Source:
@@ -88,22 +85,26 @@ def open_source(data: Data) -> Source:
     if data.name == "digits":
         return _digits(data)
     with naming(f"data.name={data.name} (data.split={data.split})"):
-        if os.path.isdir(data.name):
-            files = list_files(Path(data.name))
-            rows, version = _open_images(data, files) if holds_images(files) else _open_tables(data, files)
-        else:
-            with _loading():
+        try:
+            if os.path.isdir(data.name):
+                files = list_files(Path(data.name))
+                rows, version = _open_images(data, files) if _holds_images(files) else _open_tables(data, files)
+            else:
                 rows, version = datasets.load_dataset(data.name, split=data.split), ""
+        except UserError:
+            raise
+        except Exception as error:  # the message of `datasets` often omits the causes
+            causes = [error]
+            while causes[-1].__cause__ is not None:
+                causes.append(causes[-1].__cause__)
+            raise UserError(f"cannot be loaded: {', '.join(map(one_line, causes))}") from error
     data = _with_columns(data, rows)
-    if data.skip_uncaptioned and data.caption_column is not None:
-        captioned = [row for row, caption in enumerate(rows[data.caption_column]) if not _is_missing(caption)]
-        if len(captioned) < len(rows):
-            say_once(f"data.skip_uncaptioned: skipped {len(rows) - len(captioned):,} of {len(rows):,} images")
-            rows = rows.select(captioned)
+    captions = None
+    if data.caption_column is not None:
+        rows, captions = _captioned(data, rows)
     if len(rows) == 0:
         raise UserError(f"data.name={data.name} (data.split={data.split}): holds no images")
     labels = None if data.label_column is None else rows[data.label_column]
-    captions = None if data.caption_column is None else _captions(data, rows[data.caption_column])
     images = _undecoded(data, rows)
     return Source(data, images, labels, captions, lambda: images.fingerprint(version))
 
@@ -119,20 +120,34 @@ def _digits(data: Data) -> Source:
     return Source(data, [Image.fromarray(image) for image in pixels], labels, captions, lambda: "digits")
 
 
+def _holds_images(files: list[File]) -> bool:
+    """True for a folder of images, False for one of tables with a few pictures beside them.
+
+    Tables named after images, such as 0.json beside 0.png, do not count.
+    """
+    images = [file for file in files if file.kind == "image"]
+    stems = {splitext(file.name)[0] for file in images}
+    others = [file for file in files if file.kind == "other" and splitext(file.name)[0] not in stems]
+    data_sets = [file for file in others if file.suffix in DATA_SETS]
+    if len(images) > len(data_sets) > 0:
+        names = f"{data_sets[0].name} beside {images[0].name}"
+        raise UserError(f"holds {names}: which are the data? Name the folder of one of them, or move the others")
+    tables = Counter(file.suffix for file in others if file.suffix in TABLES)
+    return len(images) > 0 and not data_sets and len(images) >= max(tables.values(), default=0)
+
+
 def _open_images(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
     """The rows of a folder of images, and an empty version: the fingerprint covers their files."""
     folder = read_folder(files, data.caption_column)
-    with _loading():
-        rows = {split: [] for split in dict.fromkeys(folder.splits)}
-        for row, split in enumerate(folder.splits):
-            rows[split].append(row)
-        counts = {split: len(numbers) for split, numbers in rows.items()}
-        parts = datasets.ReadInstruction.from_spec(data.split).to_absolute(counts)
-        chosen = [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
-        columns = {key: [values[row] for row in chosen] for key, values in folder.columns.items()}
-        opened = datasets.Dataset.from_dict(columns)
-        for key in folder.image_columns:
-            opened = opened.cast_column(key, datasets.Image(decode=False))
+    rows = {split: [] for split in dict.fromkeys(folder.splits)}
+    for row, split in enumerate(folder.splits):
+        rows[split].append(row)
+    counts = {split: len(numbers) for split, numbers in rows.items()}
+    parts = datasets.ReadInstruction.from_spec(data.split).to_absolute(counts)
+    chosen = [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
+    opened = datasets.Dataset.from_dict({key: [values[i] for i in chosen] for key, values in folder.columns.items()})
+    for key in folder.image_columns:
+        opened = opened.cast_column(key, datasets.Image(decode=False))
     if folder.left_out:
         say_once(f"data.name={data.name}: {len(chosen):,} images are read; left out: {'; '.join(folder.left_out)}")
     return opened, ""
@@ -146,33 +161,20 @@ def _open_tables(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
             raise UserError(f"datasets would take the {pattern} in {folder} for a pattern; rename or link the folder")
     version = stamp(file.path for file in files)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{version[:16]}"
-    with _loading():
-        builder = datasets.load_dataset_builder(str(folder), cache_dir=str(cache))
-        if hasattr(builder.config, "keep_default_na"):  # tables of csv files
-            builder = datasets.load_dataset_builder(str(folder), cache_dir=str(cache), **CSV_TEXTS)
-        builder.download_and_prepare()
-        rows = builder.as_dataset(data.split)
+    builder = datasets.load_dataset_builder(str(folder), cache_dir=str(cache))
+    if hasattr(builder.config, "keep_default_na"):  # tables of csv files
+        builder = datasets.load_dataset_builder(str(folder), cache_dir=str(cache), **CSV_TEXTS)
+    builder.download_and_prepare()
+    rows = builder.as_dataset(data.split)
     read = {os.path.realpath(str(file)) for split in builder.config.data_files.values() for file in split}
     suffixes = image_suffixes() | {*TABLES, ".arrow", ".tar", ".txt"}
-    candidates = [file for file in files if file.suffix in suffixes and not file.is_hidden and "://" not in file.path]
+    candidates = [
+        file for file in files if file.suffix in suffixes and file.kind != "hidden" and "://" not in file.path
+    ]
     left_out = count_files("file", [file.name for file in candidates if os.path.realpath(file.path) not in read])
     if left_out:
         say_once(f"data.name={data.name}: {len(rows):,} rows are read; left out: {left_out[0]}")
     return rows, version
-
-
-@contextmanager
-def _loading() -> Iterator[None]:
-    """Turn any error of `datasets` into a UserError with all its causes: its own message often omits them."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        causes = [error]
-        while causes[-1].__cause__ is not None:
-            causes.append(causes[-1].__cause__)
-        raise UserError(f"cannot be loaded: {', '.join(map(one_line, causes))}") from error
 
 
 # --- columns
@@ -180,12 +182,11 @@ def _loading() -> Iterator[None]:
 
 def _with_columns(data: Data, rows: datasets.Dataset) -> Data:
     """The settings with their columns checked; a missing column of images is replaced by the only one there is."""
-
-    def holds_images(feature: Any) -> bool:
-        is_struct = isinstance(feature, dict) and {*feature} <= {"bytes", "path"}
-        return isinstance(feature, datasets.Image) or is_struct
-
-    images = [column for column, feature in rows.features.items() if holds_images(feature)]
+    images = [
+        column
+        for column, feature in rows.features.items()
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {*feature} <= {"bytes", "path"})
+    ]
     if data.image_column not in rows.column_names and len(images) == 1:
         say_once(f"data.image_column={data.image_column}: {data.name} has none; {images[0]}, its only images, is read")
         data = replace(data, image_column=images[0])
@@ -196,38 +197,20 @@ def _with_columns(data: Data, rows: datasets.Dataset) -> Data:
     return data
 
 
-def _undecoded(data: Data, rows: datasets.Dataset) -> Rows:
-    """The column of images."""
-    kind = _array_type(rows.features[data.image_column])
-    if kind == "uint8":
-        return Rows(rows, data.image_column)
-    try:
-        if kind is not None:
-            raise TypeError(f"arrays of {kind}, whose range is not known; uint8 is read")
-        return Rows(rows.cast_column(data.image_column, datasets.Image(decode=False)), data.image_column)
-    except (TypeError, ValueError, ArrowException) as error:
-        raise UserError(f"data.image_column={data.image_column}: holds no images: {one_line(error)}") from None
-
-
-def _array_type(feature: Any) -> str | None:
-    """The type of the numbers in a column of arrays or nested lists; None for other columns."""
-    if isinstance(feature, (datasets.Array2D, datasets.Array3D)):
-        return feature.dtype
-    depth = 0
-    while isinstance(feature, (datasets.List, datasets.LargeList)):
-        feature = feature.feature
-        depth += 1
-    return feature.dtype if depth > 0 and isinstance(feature, datasets.Value) else None
-
-
-def _captions(data: Data, column: Iterable) -> list[list[str]]:
-    """The captions of each row: a text, or a list of them."""
-    rows = [[captions] if isinstance(captions, str) else captions for captions in column]
-    for row, captions in enumerate(rows):
-        if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-            given = f"data.caption_column={data.caption_column}: row {row} has the caption {shown(captions)}"
-            raise UserError(given if captions else f"{given}; data.skip_uncaptioned=true leaves such rows out")
-    return rows
+def _captioned(data: Data, rows: datasets.Dataset) -> tuple[datasets.Dataset, list[list[str]]]:
+    """The rows without those that `data.skip_uncaptioned` leaves out, and the captions of each: one text or more."""
+    captions = rows[data.caption_column]
+    if data.skip_uncaptioned:
+        captioned = [row for row, caption in enumerate(captions) if not _is_missing(caption)]
+        if len(captioned) < len(rows):
+            say_once(f"data.skip_uncaptioned: skipped {len(rows) - len(captioned):,} of {len(rows):,} images")
+            rows = rows.select(captioned)
+    captions = [[value] if isinstance(value, str) else value for value in rows[data.caption_column]]
+    for row, texts in enumerate(captions):
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            given = f"data.caption_column={data.caption_column}: row {row} has the caption {shown(texts)}"
+            raise UserError(given if texts else f"{given}; data.skip_uncaptioned=true leaves such rows out")
+    return rows, captions
 
 
 def _is_missing(caption: Any) -> bool:
@@ -235,8 +218,89 @@ def _is_missing(caption: Any) -> bool:
     return caption is None or caption != caption or not (caption.strip() if isinstance(caption, str) else caption)
 
 
+def _undecoded(data: Data, rows: datasets.Dataset) -> Rows:
+    """The column of images: encoded, or arrays or nested lists of uint8."""
+    feature = rows.features[data.image_column]
+    is_array = isinstance(feature, (datasets.Array2D, datasets.Array3D, datasets.List, datasets.LargeList))
+    while isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature = feature.feature
+    with blaming(f"data.image_column={data.image_column}: holds no images"):
+        if not is_array:
+            rows = rows.cast_column(data.image_column, datasets.Image(decode=False))
+        elif (kind := getattr(feature, "dtype", "objects")) != "uint8":
+            raise UserError(f"arrays of {kind}, whose range is not known; uint8 is read")
+    return Rows(rows, data.image_column)
+
+
 @cache
 def say_once(line: str) -> None:
     """Print a line once, in one of the processes that a launcher started."""
     if os.environ.get("RANK", "0") == "0":
         print(line)
+
+
+# --- hashes
+
+
+def data_hashes(source: Source, cache: Path, with_labels: bool = False, with_captions: bool = False) -> dict[str, str]:
+    """SHA-256 of the data for records.
+
+    DATA covers up to FINGERPRINTED decoded images, evenly spread, and all labels and captions if wanted: a training run
+    may change its label_column. CONTENTS covers all images of a larger local folder.
+    """
+    count = len(source.rows)
+    digest = hashlib.sha256(f"{count} images".encode())
+    if with_labels and source.labels is not None:
+        digest.update(repr(list(source.labels)).encode())
+    if with_captions and source.captions is not None:
+        digest.update(repr(source.captions).encode())
+
+    def read(row: int) -> bytes:
+        try:
+            image = source.decode(row, source.rows[row], channels=3)
+        except UserError:  # loading the images reports it
+            return b""
+        return str(image.shape).encode() + image.tobytes()
+
+    sampled = min(count, FINGERPRINTED)
+    places = [count * i // sampled for i in range(sampled)]
+    for content in ahead(read, places, decoding_threads(source.data.resolution)):
+        digest.update(content)
+    hashes = {DATA: digest.hexdigest()}
+    if os.path.isdir(source.data.name) and count > FINGERPRINTED:
+        hashes[CONTENTS] = contents_hash(source, cache)
+    return hashes
+
+
+def contents_hash(source: Source, cache: Path) -> str:
+    """SHA-256 of all images as they are stored, cached until a file may have changed."""
+
+    def write(folder: Path) -> None:
+        digest = hashlib.sha256()
+        stored = ahead(_stored_bytes, source.rows, available_threads())
+        for content in tqdm(stored, "hashing images", len(source.rows), mininterval=1, delay=2):
+            digest.update(f"{len(content)}\n".encode() + content)
+        (folder / "sha256").write_text(digest.hexdigest())
+
+    made_from = {"fingerprint": source.fingerprint(), "content": "SHA-256 of all images"}
+    return (cached(cache, made_from, write) / "sha256").read_text()
+
+
+def _stored_bytes(image: Any) -> bytes:
+    """Empty where the image can't be read, which decoding it reports."""
+    try:
+        content = read_bytes(image) if isinstance(image, dict) else image
+        return content if isinstance(content, bytes) else np.asarray(content, dtype=np.uint8).tobytes()
+    except Exception:  # an address fails with whatever its file system raises
+        return b""
+
+
+def cached(cache: Path, made_from: dict[str, Any], build: Callable[[Path], None]) -> Path:
+    """The folder in `cache` for `made_from`; the first process that needs it builds it, others wait."""
+    folder = cache / Record(IMAGES, made_from).digest
+    if not folder.exists():
+        with locked(folder, "output_dir", wait=True):
+            if not folder.exists():
+                with atomic_folder(folder) as temporary:
+                    build(temporary)
+    return folder

@@ -1,10 +1,13 @@
 """Sample folders: one PNG per seed and samples.yaml, the record; prompts.jsonl for text-to-image models."""
 
 import glob
+import json
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +15,9 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from deme.config.paths import image_path
-from deme.data.decoding import as_seen, decoding
-from deme.data.files import image_suffixes
-from deme.data.prompts import PROMPTS
-from deme.errors import UserError
+from deme.data.decoding import as_seen
+from deme.data.files import image_suffixes, read_lines, read_rows
+from deme.errors import UserError, blaming, shown
 from deme.job.files import TEMPORARY, atomic_file, make_folder, unfinished
 from deme.job.locks import InUse, locked
 from deme.job.records import SAMPLES, Record, read_record
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     import torch
 
 TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height
+PROMPTS = "prompts.jsonl"  # in a sample folder: which image was drawn from which prompt
+TEXT_SUFFIXES = ("", ".txt")  # of files with a prompt a line
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can hold these, UTF-8 can't
+REMEDY = "choose another folder or set sample.overwrite=true"
 
 
 def block_of(folder: Path, seeds: range) -> Path:
@@ -33,19 +39,17 @@ def block_of(folder: Path, seeds: range) -> Path:
 
 def check_apart_from_other_jobs(folder: Path, seeds: range) -> None:
     """Raise InUse if another job draws some of these seeds into the folder."""
-    own = block_of(folder, seeds).name
     for lock in folder.parent.glob(f".{glob.escape(folder.name)}.seeds-*-*.lock"):
-        name = lock.name.removeprefix(".").removesuffix(".lock")
-        numbers = re.fullmatch(r"([0-9]{1,20})-([0-9]{1,20})", name.rpartition(".seeds-")[2])
+        numbers = re.search(r"\.seeds-([0-9]{1,20})-([0-9]{1,20})\.lock$", lock.name)
         if numbers is None or lock.is_dir():  # none of ours
             continue
-        start, stop = map(int, numbers.groups())
-        if name != own and max(start, seeds.start) < min(stop, seeds.stop):
+        other = range(*map(int, numbers.groups()))
+        if other != seeds and max(other.start, seeds.start) < min(other.stop, seeds.stop):
             try:
-                with locked(lock.with_name(name), "sample.output"):  # it may be a dead job's
+                with locked(block_of(folder, other), "sample.output"):  # it may be a dead job's
                     pass
             except InUse:
-                message = f"another job draws the seeds {start} … {stop - 1}; if that has ended, `rm {lock}`"
+                message = f"another job draws the seeds {other[0]} … {other[-1]}; if that has ended, `rm {lock}`"
                 raise InUse(message) from None
 
 
@@ -61,12 +65,11 @@ def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool, b
     check_apart_from_other_jobs(folder, block)
     if folder.exists() and not folder.is_dir():
         raise UserError("is not a folder")
-    remedy = "choose another folder or set sample.overwrite=true"
     if folder.exists() and any(not path.name.startswith(f"{TEMPORARY}{SAMPLES.file}-") for path in folder.iterdir()):
         record = read_record(SAMPLES, folder)
         if record is None:
             raise UserError(f"holds files but no {SAMPLES.file}; choose another folder")
-        if not record.fits(wanted, folder, remedy, overwrite):
+        if not record.fits(wanted, folder, REMEDY, overwrite):
             for path in (*folder.glob("*.png"), folder / SAMPLES.file, folder / PROMPTS):
                 path.unlink(missing_ok=True)
     make_folder(folder, "sample.output")
@@ -76,7 +79,7 @@ def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool, b
     images = {image_path(folder, seed) for seed in seeds}
     surplus = [path for path in folder.glob("*.png") if path not in images]
     if surplus and not overwrite:
-        raise UserError(f"holds {len(surplus)} images of other seeds than {seeds.start} … {seeds.stop - 1}; {remedy}")
+        raise UserError(f"holds {len(surplus)} images of other seeds than {seeds.start} … {seeds.stop - 1}; {REMEDY}")
     for path in surplus:
         path.unlink()
     wanted.write(folder)
@@ -98,7 +101,7 @@ def missing_seeds(folder: Path, seeds: range) -> list[int]:
 
     def is_whole(seed: int) -> bool:
         try:
-            with decoding(str(seed)), Image.open(image_path(folder, seed)) as image:
+            with blaming(str(seed)), Image.open(image_path(folder, seed)) as image:
                 image.load()
             return True
         except UserError:
@@ -108,28 +111,31 @@ def missing_seeds(folder: Path, seeds: range) -> list[int]:
         return [seed for seed, whole in zip(seeds, pool.map(is_whole, seeds), strict=True) if not whole]
 
 
-def to_picture(image: "torch.Tensor", size: int | None = None) -> Image.Image:
+def to_picture(image: "torch.Tensor", size: int | None) -> Image.Image:
     """One uint8 image (C, H, W), grayscale or RGB, as PIL's, resized to `size` pixels by PIL's best filter."""
-    pixels = image.permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-    if size is not None and size != picture.width:
-        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
-    return picture
+    from torchvision.transforms.functional import to_pil_image
+
+    picture = to_pil_image(image)
+    return picture if size is None else picture.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def write_image(folder: Path, seed: int, image: "torch.Tensor", size: int | None = None) -> None:
-    """Save `to_picture` of an image under its seed."""
+    """Save `to_picture` of an image under its seed; it is checked before it is relied on, so it is not synced."""
     with atomic_file(image_path(folder, seed), is_durable=False) as temporary:
         to_picture(image, size).save(temporary, format="PNG")
 
 
 def as_read(images: "torch.Tensor", size: int | None = None) -> "torch.Tensor":
     """uint8 images (N, C, H, W) as `read_images` would read them after `write_image`: RGB (N, 3, size, size)."""
-    import torch
-
     if size is None or size == images.shape[-1]:
         return images.expand(-1, 3, -1, -1)
-    pictures = [np.array(to_picture(image, size).convert("RGB")) for image in images]
+    return _stack([to_picture(image, size).convert("RGB") for image in images])
+
+
+def _stack(pictures: Sequence[Image.Image]) -> "torch.Tensor":
+    """RGB images of one size as uint8, shape (N, 3, H, W)."""
+    import torch
+
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
@@ -145,11 +151,12 @@ def list_images(folder: Path) -> list[Path]:
     if not paths:
         raise UserError("no images in this folder")
     record = read_record(SAMPLES, folder)
-    strays = [path for path in paths if _seed(path.name) is None or path != image_path(folder, _seed(path.name))]
-    if record is not None and strays:
-        raise UserError(f"holds {strays[0].name}, which sample_ddp.py did not draw; move it elsewhere")
-    if record is not None and len(paths) != record.beside["num_images"]:
-        raise UserError(f"holds {len(paths)} of {record.beside['num_images']} images; finish sample_ddp.py")
+    if record is not None:
+        for path in paths:
+            if _seed(path.name) is None or path != image_path(folder, _seed(path.name)):
+                raise UserError(f"holds {path.name}, which sample_ddp.py did not draw; move it elsewhere")
+        if len(paths) != record.beside["num_images"]:
+            raise UserError(f"holds {len(paths)} of {record.beside['num_images']} images; finish sample_ddp.py")
     return paths
 
 
@@ -163,7 +170,7 @@ def check_sizes(paths: Sequence[Path]) -> tuple[int, int]:
     """The size in pixels, (width, height), that all images must have; only their headers are read."""
 
     def size_of(path: Path) -> tuple[int, int]:
-        with decoding(str(path)), Image.open(path) as image:
+        with blaming(f"{path}: not a readable image"), Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
             return image.size[::-1] if turned else image.size
 
@@ -181,13 +188,11 @@ def read_images(paths: Sequence[Path]) -> "torch.Tensor":
 
     pytorch_fid reads the PNGs of sample_ddp.py the same.
     """
-    import torch
-
     images = []
     for path in paths:
-        with decoding(str(path)), Image.open(path) as image:
-            images.append(np.array(as_seen(image, 3)))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        with blaming(f"{path}: not a readable image"), Image.open(path) as image:
+            images.append(as_seen(image, 3))
+    return _stack(images)
 
 
 def save_grid(images: "torch.Tensor", path: Path) -> None:
@@ -200,3 +205,82 @@ def save_grid(images: "torch.Tensor", path: Path) -> None:
     sheet = make_grid(magnified, nrow=math.ceil(math.sqrt(len(images))), padding=2)
     with atomic_file(path) as temporary:
         to_pil_image(sheet).save(temporary, format="PNG")
+
+
+# --- prompts
+
+
+def load_prompts(source: str | list[str], column: str) -> list[str]:
+    """The prompts in a list, in a text file (one a line), or in a column of a table as `read_rows` takes it."""
+    prompts = source
+    if not isinstance(source, list):
+        if not os.path.isfile(source):  # Path's own raises where a prompt is too long for a name
+            raise UserError("no such file")
+        with blaming("cannot be read"):
+            file = Path(source)
+            if file.suffix.lower() in TEXT_SUFFIXES:
+                prompts = read_lines(file.read_bytes())
+            else:
+                rows = read_rows(file.name, file.read_bytes(), column)
+                if any(column not in row for row in rows):
+                    raise UserError(f"has no column {column}")
+                prompts = [row[column] for row in rows]
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip() or HALF_CHARACTER.search(prompt):
+            raise UserError(f"row {row} holds the prompt {shown(prompt)}")
+    if not prompts:
+        raise UserError("holds no prompts")
+    return prompts
+
+
+def claim_prompts(folder: Path, prompts: Mapping[str, str], overwrite: bool) -> None:
+    """Write the prompts of a sample folder; images of other or unknown prompts are refused, or deleted.
+
+    Args:
+        prompts: image's file name → prompt.
+    """
+    try:
+        before = dict(_read_pairs(folder))
+    except UserError:
+        if not overwrite:
+            raise
+        before = {}
+    changed = [name for name in prompts if before.get(name) != prompts[name] and (folder / name).exists()]
+    if changed and not overwrite:
+        others = "other prompts" if changed[0] in before else f"prompts that {PROMPTS} does not tell"
+        raise UserError(f"holds {len(changed)} images of {others}, such as {changed[0]}; {REMEDY}")
+    for name in changed:
+        (folder / name).unlink()
+    lines = [json.dumps({"file": name, "prompt": prompt}) for name, prompt in prompts.items()]
+    with atomic_file(folder / PROMPTS) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def read_prompts(folder: Path, paths: Sequence[Path]) -> list[str] | None:
+    """The prompts of a folder's images, in the order of `paths`; None where it has no prompts.jsonl."""
+    if not (folder / PROMPTS).exists():
+        return None
+    pairs = _read_pairs(folder)
+    names = [name for name, _ in pairs]
+    for number, (name, expected) in enumerate(zip_longest(names, [path.name for path in paths]), start=1):
+        if name != expected:
+            raise UserError(f"{PROMPTS}, line {number}: names {name or 'no image'} instead of {expected or 'none'}")
+    return [prompt for _, prompt in pairs]
+
+
+def _read_pairs(folder: Path) -> list[tuple[str, str]]:
+    """The image's name and the prompt in each line of a folder's prompts.jsonl; empty where there is none."""
+    if not (folder / PROMPTS).exists():
+        return []
+    with blaming(PROMPTS):
+        lines = read_lines((folder / PROMPTS).read_bytes())
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            pairs.append((values["file"], values["prompt"]))
+            "".join(pairs[-1]).encode()  # fails for half a character
+        except (ValueError, RecursionError, TypeError, KeyError):
+            example = '{"file": "000000.png", "prompt": "…"}'
+            raise UserError(f"{PROMPTS}, line {number}: not a JSON object of two texts, {example}") from None
+    return pairs

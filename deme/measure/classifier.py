@@ -18,8 +18,8 @@ from tqdm import trange
 
 from deme.config.experiment import Config
 from deme.config.sections import LEAST_CLASSIFIED
-from deme.data.opening import Source, open_source
-from deme.data.sources import data_hashes, load_evaluation_images
+from deme.data.examples import load_evaluation_images
+from deme.data.opening import Source, data_hashes, open_source
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file
 from deme.job.processes import Processes, in_main_process

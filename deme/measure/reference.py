@@ -14,9 +14,9 @@ from torch import nn
 from deme.config.experiment import Config
 from deme.config.sections import LEAST_CLASSIFIED, Data
 from deme.data.decoding import available_threads
+from deme.data.examples import load_evaluation_images
 from deme.data.opening import open_source
 from deme.data.samples import check_sizes, list_images, read_images
-from deme.data.sources import load_evaluation_images
 from deme.errors import UserError, naming, one_line, shown
 from deme.job.files import LARGEST, atomic_file, checked, make_folder, sha256
 from deme.job.processes import Processes, locked_by_all

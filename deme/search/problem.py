@@ -11,7 +11,7 @@ from deme.config.experiment import Config
 from deme.config.sections import range_name
 from deme.data.examples import load_examples
 from deme.data.opening import Source
-from deme.data.prompts import load_prompts
+from deme.data.samples import load_prompts
 from deme.errors import naming
 from deme.job.processes import Processes, kept, locked_by_all
 from deme.job.records import Arrays

@@ -125,7 +125,7 @@ class Session:
     @cached_property
     def data_hashes(self) -> dict[str, str]:
         """SHA-256 of the images and captions. Imports torch, as nothing else reads images."""
-        from deme.data.sources import data_hashes
+        from deme.data.opening import data_hashes
 
         return data_hashes(self.source, self.config.paths.image_cache, with_captions=True)
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from deme.config.sections import Data
+from deme.data.examples import load_training_images
 from deme.data.images import CachedImages, CroppedImages, choose_caption
-from deme.data.opening import open_source
-from deme.data.prompts import PROMPTS, claim_prompts, load_prompts, read_prompts
-from deme.data.sources import data_hashes, load_training_images
+from deme.data.opening import data_hashes, open_source
+from deme.data.samples import PROMPTS, claim_prompts, load_prompts, read_prompts
 from deme.errors import UserError
 
 COUNT = 20_000

@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 
 from deme.config.sections import Data
-from deme.data.files import list_files
-from deme.data.folders import read_folder, splits_of
+from deme.data.examples import load_training_images
+from deme.data.files import layout_of, list_files, read_folder
 from deme.data.opening import open_source
-from deme.data.sources import load_training_images
 from deme.errors import UserError
 
 
@@ -74,14 +73,14 @@ def test_a_class_whose_name_is_a_splits_is_a_class(tmp_path):
     ],
 )
 def test_folders_are_splits_where_all_at_one_depth_tell_one(folders, splits):
-    found = splits_of(set(folders))
-    assert [found[folder][0] for folder in folders] == splits
+    found, _ = layout_of(set(folders))
+    assert [found[folder] for folder in folders] == splits
 
 
 @pytest.mark.parametrize("folders", [["train", "test", "extra"], ["", "train", "val"], ["train_val", "test"]])
 def test_splits_beside_other_images_are_refused(folders):
     with pytest.raises(UserError, match="which images are of which split"):
-        splits_of(set(folders))
+        layout_of(set(folders))
 
 
 @pytest.mark.parametrize("name", ["set[1]", "a*b", "what?", "a::b", "über {x}", "zip:", "#1 ~"])

@@ -36,7 +36,6 @@ def streamed(threads: int, decode=PIXELS.__getitem__) -> CroppedImages:
 
 def decoded() -> CroppedImages:
     images = CachedImages(PIXELS.reshape(-1), np.full((len(PIXELS), 2), PIXELS.shape[1:3]), np.arange(len(PIXELS)), 3)
-    assert images.stacked is not None
     return CroppedImages(images, 9, center_crop=False, random_flip=True)
 
 

@@ -1,8 +1,8 @@
 import torch
 
 from deme.config.sections import Data
+from deme.data.examples import load_evaluation_images
 from deme.data.opening import open_source
-from deme.data.sources import load_evaluation_images
 from deme.job.records import CLASSIFIER, Record
 from deme.measure.classifier import load_classifier, save_classifier, train_classifier
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from text_to_image import CONTEXT, tiny_clip
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from deme.data.prompts import PROMPTS, read_prompts
+from deme.data.samples import PROMPTS, read_prompts
 from deme.errors import UserError
 from deme.measure.clip import load_clip
 from deme.measure.features import extract

@@ -213,8 +213,8 @@ def parquet(choose: random.Random, folder: Path) -> Readers:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from deme.data.opening import open_source
-    from deme.data.sources import data_hashes, load_evaluation_images, load_training_images
+    from deme.data.examples import load_evaluation_images, load_training_images
+    from deme.data.opening import data_hashes, open_source
 
     buffer = io.BytesIO()
     Image.effect_noise((9, 8), 50).save(buffer, "PNG")
@@ -264,9 +264,9 @@ def parquet(choose: random.Random, folder: Path) -> Readers:
 
 def png(choose: random.Random, folder: Path) -> Readers:
     """An image among samples, and among the data."""
+    from deme.data.examples import load_training_images
     from deme.data.opening import open_source
     from deme.data.samples import check_sizes, list_images, missing_seeds, read_images
-    from deme.data.sources import load_training_images
 
     mode = choose.choice(["L", "RGB", "RGBA", "LA", "P", "1", "I;16", "I", "F", "CMYK"])
     size = choose.choice([(1, 1), (7, 7), (8, 8), (3, 9), (1, 2000), (64, 64)])

@@ -25,7 +25,7 @@ LIBRARIES = [
     "accelerate",
     "datasets",
     "deme.training.trainer",
-    "deme.data.sources",
+    "deme.data.examples",
     "deme.models.denoisers",
     "deme.search.ways",
     "deme.report.search_plots",

@@ -58,7 +58,7 @@ def pretrainer(folder, every=1000, patience=None, **settings) -> Trainer:
     """Plain training that measures its loss on seven held-out images."""
     objective = Objective("plain", stream=(0, 0), ranges=[(0, 1000)])
     pixels = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    images = CroppedImages(list(pixels), 8, center_crop=True, random_flip=False)
+    images = CroppedImages(list(pixels.permute(0, 2, 3, 1).numpy()), 8, center_crop=True, random_flip=False)
     held_out = HeldOut(images, every, patience)
     return trainer(folder, objective, settings_class=Pretrain, held_out=held_out, **settings)
 
