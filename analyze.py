@@ -100,11 +100,11 @@ def show(analysis: ModuleType, arrays: dict[str, Any], material: Any) -> None:
     from deme.report.figures import save_figure
 
     paths = material.config.paths
-    table = analysis.table(arrays, material)
+    table, figures = analysis.report(arrays, material)
     files = [paths.analysis / f"{analysis.__name__.rpartition('.')[2]}.md"]
     with atomic_file(files[0]) as temporary:
         temporary.write_text(f"{table}\n", encoding="utf-8")
-    for name, figure in analysis.plot(arrays, material).items():
+    for name, figure in figures.items():
         files.append(paths.plots / f"analysis-{name}.png")
         save_figure(figure, files[-1])
     print(f"\n{table}\n", *files, sep="\n")

@@ -1,10 +1,9 @@
 """The analyses of analyze.py, one module each.
 
-Each module has the same three functions:
+Each module has the same two functions:
 
     measure(material) -> arrays by name, kept in the analysis folder
-    plot(arrays, material) -> figures by name
-    table(arrays, material) -> the same in numbers, as Markdown
+    report(arrays, material) -> tables as Markdown, and figures by name
 
 To add an analysis, write such a module, name it in ANALYSES of deme/config/sections.py and give it a line below.
 """

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -77,32 +76,28 @@ def squared_change(
         squares: of the pretrained network's activations, and of the change, split as PARTS: float64, (blocks, 2, 4).
         shapes: numbers of channels and of positions after each block, shape (blocks, 2).
     """
-    count = len(blocks_of(pretrained))
-    squares = torch.zeros(count, 2, len(PARTS), dtype=torch.float64, device=processes.device)
-    shapes = torch.zeros(count, 2, dtype=torch.int64, device=processes.device)
-    for batch in batches:
-        if len(batch.timesteps) == 0:
-            continue
-        pairs = zip(block_outputs(pretrained, batch), block_outputs(finetuned, batch), strict=True)
-        for k, (before, after) in enumerate(pairs):
-            shapes[k, 0], shapes[k, 1] = before.shape[1], before[0, 0].numel()
-            squares[k] += torch.stack([split_squares(before), split_squares(after - before)])
-    shapes = processes.gather(shapes[None]).amax(0)  # a process may have no image
-    return {"squares": processes.reduce(squares, "sum").cpu().numpy(), "shapes": shapes.cpu().numpy()}
-
-
-def block_outputs(network: nn.Module, batch: Batch) -> list[torch.Tensor]:
-    """The output of each block, after its projection: float32, shape (B, C, H, W)."""
-    outputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []  # after each block and its projection, float32, shape (B, C, H, W)
 
     def append(_block: nn.Module, _inputs: tuple, output: torch.Tensor | tuple) -> None:
         outputs.append((output[0] if isinstance(output, tuple) else output).float())
 
-    hooks = [block.register_forward_hook(append) for block in blocks_of(network).values()]
-    batch.predict(network)
+    count = len(blocks_of(pretrained))
+    blocks = [*blocks_of(pretrained).values(), *blocks_of(finetuned).values()]
+    hooks = [block.register_forward_hook(append) for block in blocks]
+    squares = torch.zeros(count, 2, len(PARTS), dtype=torch.float64, device=processes.device)
+    shapes = torch.zeros(count, 2, dtype=torch.int64, device=processes.device)
+    for batch in batches:
+        if len(batch.timesteps) > 0:
+            outputs.clear()
+            batch.predict(pretrained)
+            batch.predict(finetuned)
+            for k, (before, after) in enumerate(zip(outputs[:count], outputs[count:], strict=True)):
+                shapes[k, 0], shapes[k, 1] = before.shape[1], before[0, 0].numel()
+                squares[k] += torch.stack([split_squares(before), split_squares(after - before)])
     for hook in hooks:
         hook.remove()
-    return outputs
+    shapes = processes.gather(shapes[None]).amax(0)  # a process may have no image
+    return {"squares": processes.reduce(squares, "sum").cpu().numpy(), "shapes": shapes.cpu().numpy()}
 
 
 def projection_distances(network: Tensors) -> dict[str, float]:
@@ -116,94 +111,57 @@ def projection_distances(network: Tensors) -> dict[str, float]:
     return distances
 
 
-def relative_change(squares: np.ndarray, part: str) -> np.ndarray:
-    """How much one of PARTS changed relative to itself, from squares (…, 2, 4): shape (…,); NaN for 0 / 0."""
-    before, change = squares[..., 0, PARTS.index(part)], squares[..., 1, PARTS.index(part)]
-    return np.sqrt(change / np.where(before > 0, before, np.nan))
+def changes(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How much each of PARTS changed relative to itself, and its share of the squared change, from squares (…, 2, 4).
 
-
-def change_shares(squares: np.ndarray) -> np.ndarray:
-    """The parts' shares of the squared change, from squares (…, 2, 4): shape (…, 4); NaN where nothing changed."""
-    change = squares[..., 1, :]
+    Both have the shape (…, 4). NaN stands for 0 / 0.
+    """
+    before, change = squares[..., 0, :], squares[..., 1, :]
     total = change.sum(axis=-1, keepdims=True)
-    return change / np.where(total > 0, total, np.nan)
+    return np.sqrt(change / np.where(before > 0, before, np.nan)), change / np.where(total > 0, total, np.nan)
 
 
-def table(arrays: Arrays, material: Material) -> str:
-    """The change across channels and across positions, averaged over the blocks of each range."""
-    rows = []
-    for k, name in enumerate(material.range_names):
-        squares = arrays["squares"][:, k]
-        changes = [relative_change(squares, part) for part in ("channels", "positions")]
-        means = map(mean_of, [*changes, *change_shares(squares).T, arrays["projections"][:, k]])
-        rows.append([name, *(number(mean, form=".2%") for mean in means)])
+def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
+    """The change across channels and positions in each range: means over the blocks, and pictures by block."""
+    names, projections = material.range_names, arrays["projections"]
+    images = f"{material.settings.images} {material.measured_on} images in each range"
+    note = f"{images}, seen by pretrained network and expert"
+    relative, shares = changes(arrays["squares"])  # (blocks, ranges, 4)
+    columns = np.concatenate([relative[..., 1:3], shares, projections[..., None]], axis=-1)
+    rows = [[name, *(number(mean_of(v), form=".2%") for v in columns[:, k].T)] for k, name in enumerate(names)]
     titles = ["mean over the blocks", "channel profile changed by", "position profile changed by"]
     titles += ["share of the change: mean", "channels", "positions", "neither alone", "projection from identity"]
-    return headed_table("Channel against spatial change", _note(material), titles, rows)
+    table = headed_table("Channel against spatial change", note, titles, rows)
 
-
-def plot(arrays: Arrays, material: Material) -> dict[str, Figure]:
-    """Changes of the profiles, what the change is made of, and the projections if there are any."""
-    figures = {"activation-change": _changes(arrays, material), "activation-shares": _shares(arrays, material)}
-    if np.isfinite(arrays["projections"]).any():
-        figures["projections"] = _projections(arrays, material)
-    return figures
-
-
-def _changes(arrays: Arrays, material: Material) -> Figure:
-    """By how much of itself each block's channel profile and position profile changed."""
-    figure, pictures = _by_block(arrays, material, "change, % of the profile")
-    for k, axes in enumerate(pictures):
-        for marker, colour, part in (("o", BLUE, "channels"), ("s", PINK, "positions")):
-            change = 100 * relative_change(arrays["squares"][:, k], part)
-            label = f"{part.removesuffix('s')} profile"
-            axes.plot(change, range(len(change)), marker, color=colour, label=label, markersize=7)
-    pictures[0].set_xlim(left=0)
-    legend_above(figure, pictures[0], 2)
-    return figure
-
-
-def _shares(arrays: Arrays, material: Material) -> Figure:
-    """What the change of each block's activations is made of, and what white noise would be made of."""
-    figure, pictures = _by_block(arrays, material, "% of the squared change")
+    blocks = arrays["blocks"].tolist()
+    places, height = range(len(blocks)), 0.3 * len(blocks)
+    left, profiles = grid(len(names), (2.9, 1.6 + height), note, "change, % of the profile", "activations after")
+    right, parts = grid(len(names), (2.9, 1.6 + height), note, "% of the squared change", "activations after")
     labels = {"one number": GREY, "channels": BLUE, "positions": PINK, "neither alone": "#dddddd"}
-    chance = 100 / arrays["shapes"][:, 1]
-    rows = range(len(chance))
-    for k, axes in enumerate(pictures):
-        shares = 100 * np.nan_to_num(change_shares(arrays["squares"][:, k])).T
-        starts = np.cumsum(shares, axis=0) - shares
-        for values, left, (label, colour) in zip(shares, starts, labels.items(), strict=True):
-            axes.barh(rows, values, left=left, color=colour, label=label)
+    for k, name in enumerate(names):
+        profiles[k].plot(100 * relative[:, k, 1], places, "o", color=BLUE, label="channel profile", markersize=7)
+        profiles[k].plot(100 * relative[:, k, 2], places, "s", color=PINK, label="position profile", markersize=7)
+        widths = 100 * np.nan_to_num(shares[:, k]).T
+        starts = np.cumsum(widths, axis=0) - widths
+        for width, start, (label, colour) in zip(widths, starts, labels.items(), strict=True):
+            parts[k].barh(places, width, left=start, color=colour, label=label)
         style = {"color": "black", "markersize": 16, "markeredgewidth": 2}
-        axes.plot(chance, rows, "|", label="one number and channels in white noise", **style)
-    pictures[0].set_xlim(0, 100)
-    legend_above(figure, pictures[0], 5)
-    return figure
-
-
-def _by_block(arrays: Arrays, material: Material, label: str) -> tuple[Figure, list[Axes]]:
-    """A picture for each range with a row for each block."""
-    size = (2.9, 1.6 + 0.3 * len(arrays["blocks"]))
-    figure, pictures = grid(len(material.ranges), size, _note(material), label, "activations after")
-    for axes, name in zip(pictures, material.range_names, strict=True):
-        axes.set_title(f"expert of {name}")
-    name_rows(pictures[0], arrays["blocks"].tolist())
-    return figure, pictures
-
-
-def _projections(arrays: Arrays, material: Material) -> Figure:
-    """How far each trained projection is from the identity that it began as."""
-    note, label = "P: the 1×1 convolution after a block, I: the identity", "‖P − I‖ / ‖I‖, %"
-    figure, [axes] = grid(1, (6.5, 1.5 + 0.3 * len(arrays["blocks"])), note, label, "projection after")
-    for k, name in enumerate(material.range_names):
-        style = {"linestyle": "", "markersize": 7} | model_style(name, k)
-        axes.plot(100 * arrays["projections"][:, k], range(len(arrays["blocks"])), label=name, **style)
-    name_rows(axes, arrays["blocks"].tolist())
-    axes.set_xlim(left=0)
-    legend_above(figure, axes, 4)
-    return figure
-
-
-def _note(material: Material) -> str:
-    images = f"{material.settings.images} {material.measured_on} images in each range"
-    return f"{images}, seen by pretrained network and expert"
+        parts[k].plot(
+            100 / arrays["shapes"][:, 1], places, "|", label="one number and channels in white noise", **style
+        )
+        for axes in (profiles[k], parts[k]):
+            axes.set_title(f"expert of {name}")
+    parts[0].set_xlim(right=100)
+    pictures = {"activation-change": (left, profiles[0]), "activation-shares": (right, parts[0])}
+    if np.isfinite(projections).any():
+        note, label = "P: the 1×1 convolution after a block, I: the identity", "‖P − I‖ / ‖I‖, %"
+        figure, [axes] = grid(1, (6.5, 1.5 + height), note, label, "projection after")
+        for k, name in enumerate(names):
+            style = {"linestyle": "", "markersize": 7} | model_style(name, k)
+            axes.plot(100 * projections[:, k], places, label=name, **style)
+        pictures["projections"] = (figure, axes)
+    for figure, axes in pictures.values():
+        axes.set_xlim(left=0)
+        name_rows(axes, blocks)
+        legend_above(figure, axes, min(5, len(axes.get_legend_handles_labels()[0])))
+    return table, {name: figure for name, (figure, _) in pictures.items()}

@@ -9,11 +9,10 @@ from scipy.stats import gaussian_kde
 from torch import nn
 
 from deme.analysis.material import Material, within_ranges
-from deme.analysis.task_vectors import block_name, cosines
+from deme.analysis.task_vectors import cosines, names_by_block
 from deme.job.processes import Processes
 from deme.job.records import Arrays, Keep
 from deme.measure.noisy import CleanImages
-from deme.method.coefficients import pattern_of, patterns_of
 from deme.report.figures import BLACK, COLOURS, DASHES, SEPARATOR, UNKNOWN, cosine_maps, noted
 from deme.report.tables import headed_table, markdown_table, mean_of, number
 
@@ -48,16 +47,8 @@ def gradient_products(
         exact: bool, shape (G,): the block has no more parameters than the sketch, which then is the gradient itself.
     """
     parameters = dict(network.named_parameters())
-    patterns = patterns_of("block", sorted(parameters))  # down, mid, up, rest
-    groups: dict[str, list[nn.Parameter]] = {pattern: [] for pattern in patterns}
-    for name, parameter in parameters.items():
-        groups[pattern_of(name, patterns)].append(parameter)
-    sizes = [sum(parameter.numel() for parameter in group) for group in groups.values()]
+    blocks = names_by_block(parameters)
     half = images.count // 2
-
-    def sketch_block(number: int, group: list[nn.Parameter]) -> torch.Tensor:
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
-        return count_sketch(gradients, size, np.random.default_rng((*images.stream, SKETCH, number)))
 
     def sketch_timestep(timestep: int) -> Arrays:
         halves = []
@@ -65,15 +56,20 @@ def gradient_products(
             network.zero_grad()
             for _, batch in images.at(timestep, positions):
                 (batch.losses(network).sum() / half).backward()
-            halves.append(torch.cat([sketch_block(*group) for group in enumerate(groups.values())]).float())
+            parts = []
+            for k, names in enumerate(blocks.values()):
+                gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in map(parameters.get, names)]
+                parts.append(count_sketch(gradients, size, np.random.default_rng((*images.stream, SKETCH, k))))
+            halves.append(torch.cat(parts).float())
         return {"sketches": processes.reduce(torch.stack(halves), "sum").cpu().numpy()}
 
     sketches = [keep(f"{t:04d}", lambda t=t: sketch_timestep(t))["sketches"] for t in timesteps]
     vectors = np.stack(sketches, axis=1).astype(np.float64)  # (2, n, sum of the sketches' lengths)
-    blocks = np.split(vectors, np.cumsum([min(size, count) for count in sizes])[:-1], axis=2)
+    sizes = [sum(parameters[name].numel() for name in names) for names in blocks.values()]
+    parts = np.split(vectors, np.cumsum([min(size, count) for count in sizes])[:-1], axis=2)
     return {
-        "products": np.stack([np.einsum("htd,kud->htku", block, block, optimize=True) for block in blocks]),
-        "groups": np.array([block_name(pattern) for pattern in patterns]),
+        "products": np.stack([np.einsum("htd,kud->htku", part, part, optimize=True) for part in parts]),
+        "groups": np.array(list(blocks)),
         "exact": np.array([count <= size for count in sizes]),
     }
 
@@ -100,18 +96,15 @@ def count_sketch(tensors: Sequence[torch.Tensor], size: int, random: np.random.G
     return sketch
 
 
-def measured_cosines(products: np.ndarray) -> np.ndarray:
-    """Cosines (n, n) of the gradients over all images, from (2, n, 2, n); the noise of few images pulls them to 0."""
-    return cosines(products.sum(axis=(-4, -2)))
+def both_cosines(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines (…, n, n) of the gradients over all images, from (…, 2, n, 2, n): as measured, and noise-corrected.
 
-
-def corrected_cosines(products: np.ndarray) -> np.ndarray:
-    """Cosines (…, n, n) without the bias of sampling noise, from (…, 2, n, 2, n); NaN: not told from noise.
-
-    The noise in the halves' gradients g_A and g_B is independent, so ⟨g_A(s), g_B(t)⟩ has the mean ⟨g(s), g(t)⟩, also
-    for s = t: the cosine is ½ (⟨g_A(s), g_B(t)⟩ + ⟨g_B(s), g_A(t)⟩) / √(⟨g_A(s), g_B(s)⟩ ⟨g_A(t), g_B(t)⟩).
+    As measured, the noise of few images pulls them to 0. The noise in the halves' gradients g_A and g_B is independent,
+    so ⟨g_A(s), g_B(t)⟩ has the mean ⟨g(s), g(t)⟩, also for s = t: without this bias the cosine is
+    ½ (⟨g_A(s), g_B(t)⟩ + ⟨g_B(s), g_A(t)⟩) / √(⟨g_A(s), g_B(s)⟩ ⟨g_A(t), g_B(t)⟩), or NaN if not told from noise.
     """
-    return cosines((products[..., 0, :, 1, :] + products[..., 1, :, 0, :]) / 2)
+    crossed = (products[..., 0, :, 1, :] + products[..., 1, :, 0, :]) / 2
+    return cosines(products.sum(axis=(-4, -2))), cosines(crossed)
 
 
 def products_of_ranges(products: np.ndarray, timesteps: Sequence[int], ranges: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -123,75 +116,70 @@ def products_of_ranges(products: np.ndarray, timesteps: Sequence[int], ranges: S
     return np.einsum("rt,...htku,su->...hrks", inside, products, inside, optimize=True)
 
 
+def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
+    """Cosines over pairs of timesteps, their distribution, and cosines of the ranges' gradients, also by block."""
+    timesteps, ranges, names = material.timesteps, material.ranges, material.range_names
+    sketched = f"sketches of {material.settings.sketch:,} dimensions per block"
+    exact = "exact gradients" if arrays["exact"].all() else sketched
+    note = f"{len(timesteps)} timesteps × {arrays['images']} training images in two halves, {exact}"
+    measured, corrected = both_cosines(arrays["products"].sum(axis=0))
+    by_timestep = {"as measured": measured, "noise-corrected": corrected}
+    by_range = products_of_ranges(arrays["products"], timesteps, ranges)
+    measured, corrected = both_cosines(by_range.sum(axis=0))
+    rows = []
+    for name, *cells in zip(names, measured, corrected, strict=True):
+        both = zip(*cells, strict=True)
+        rows.append([name, *(f"{number(raw, form='.2f')} ({number(free, form='.2f')})" for raw, free in both)])
+    table = markdown_table(["cosine of the ranges' gradients (noise-corrected)", *names], rows)
+    _, by_block = both_cosines(by_range)
+    by_block[np.abs(by_block) > LARGEST_COSINE] = np.nan
+    maps = (corrected, names, by_block, arrays["groups"].tolist(), "noise-corrected cosine of the ranges' gradients")
+    unknown = f"{note}; grey: not told from noise"
+    return f"{_table_of_pairs(by_timestep, material, note)}\n\n{table}", {
+        "gradient-conflict": _map(by_timestep, ranges, unknown),
+        "gradient-densities": _densities(by_timestep, material, note),
+        "gradient-blocks": cosine_maps(*maps, unknown),
+    }
+
+
 def pairs_within(inside: np.ndarray) -> np.ndarray:
     """Mask (n, n) of the pairs s < t of timesteps that a mask (n,) selects."""
     return np.triu(np.outer(inside, inside), k=1)
 
 
-def table(arrays: Arrays, material: Material) -> str:
-    """Mean cosines of the gradients over pairs of timesteps, and cosines of the ranges' gradients.
+def _table_of_pairs(by_timestep: dict[str, np.ndarray], material: Material, note: str) -> str:
+    """Mean cosines over pairs of timesteps.
 
     The mean of the noise-corrected cosines is left out if less than half of the pairs can be told from noise, as these
     are no fair sample of all.
     """
-    products = arrays["products"].sum(axis=0)
-    measured, corrected = measured_cosines(products), corrected_cosines(products)
-    rows = []
-    for name, pairs in _groups_of_pairs(material).items():
-        raw, known = measured[pairs], np.isfinite(corrected[pairs])
-        mean = mean_of(corrected[pairs]) if known.sum() >= len(known) / 2 else None
-        row = [name, number(mean_of(raw), form=".3f"), number(mean_of(raw < 0), form=".0%")]
-        rows.append([*row, number(mean, form=".3f"), f"{known.sum():,} of {len(known):,}"])
-    titles = ["pairs of timesteps", "mean cosine as measured", "below 0", "noise-corrected", "told from noise"]
-    of_pairs = headed_table("Gradient conflict", _note(arrays, material), titles, rows)
-    by_range = products_of_ranges(products, material.timesteps, material.ranges)
-    rows = []
-    for name, *cells in zip(material.range_names, measured_cosines(by_range), corrected_cosines(by_range), strict=True):
-        pairs = zip(*cells, strict=True)
-        rows.append([name, *(f"{number(raw, form='.2f')} ({number(free, form='.2f')})" for raw, free in pairs)])
-    titles = ["cosine of the ranges' gradients (noise-corrected)", *material.range_names]
-    return f"{of_pairs}\n\n{markdown_table(titles, rows)}"
-
-
-def _groups_of_pairs(material: Material) -> dict[str, np.ndarray]:
-    """Masks of the pairs s < t: within each range, within any, in different ones, in the lowest and the highest."""
     inside = within_ranges(material.timesteps, material.ranges)
     groups = {f"within {name}": pairs_within(mask) for name, mask in zip(material.range_names, inside, strict=True)}
     groups["same range"] = np.any(list(groups.values()), axis=0)
     if len(inside) > 1:
         groups["different ranges"] = np.triu(~groups["same range"], k=1)
         groups["lowest and highest range"] = np.outer(inside[0], inside[-1])
-    return groups
+    rows = []
+    for name, chosen in groups.items():
+        measured, corrected = (values[chosen] for values in by_timestep.values())
+        known = np.isfinite(corrected)
+        mean = mean_of(corrected) if known.sum() >= len(known) / 2 else None
+        row = [name, number(mean_of(measured), form=".3f"), number(mean_of(measured < 0), form=".0%")]
+        rows.append([*row, number(mean, form=".3f"), f"{known.sum():,} of {len(known):,}"])
+    titles = ["pairs of timesteps", "mean cosine as measured", "below 0", "noise-corrected", "told from noise"]
+    return headed_table("Gradient conflict", note, titles, rows)
 
 
-def plot(arrays: Arrays, material: Material) -> dict[str, Figure]:
-    """Cosines of all pairs of timesteps, their distribution, and those of the ranges by block."""
-    by_range = products_of_ranges(arrays["products"], material.timesteps, material.ranges)
-    by_block = corrected_cosines(by_range)
-    by_block[np.abs(by_block) > LARGEST_COSINE] = np.nan
-    whole = corrected_cosines(by_range.sum(axis=0))
-    blocks, label = arrays["groups"].tolist(), "noise-corrected cosine of the ranges' gradients"
-    note = _note(arrays, material)
-    unknown = f"{note}; grey: not told from noise"
-    products = arrays["products"].sum(axis=0)
-    by_timestep = {"as measured": measured_cosines(products), "noise-corrected": corrected_cosines(products)}
-    return {
-        "gradient-conflict": _map(by_timestep, material, unknown),
-        "gradient-densities": _densities(by_timestep, material, note),
-        "gradient-blocks": cosine_maps(whole, material.range_names, by_block, blocks, label, unknown),
-    }
-
-
-def _map(by_timestep: dict[str, np.ndarray], material: Material, note: str) -> Figure:
+def _map(by_timestep: dict[str, np.ndarray], ranges: Sequence[tuple[int, int]], note: str) -> Figure:
     """Cosines at all pairs of timesteps; lines separate the ranges."""
     figure = noted(9.2, 4.6, note)
-    total = material.ranges[-1][1]
+    total = ranges[-1][1]
     pictures = figure.subplots(1, 2, sharey=True)
     for axes, (name, values) in zip(pictures, by_timestep.items(), strict=True):
         axes.set_facecolor(UNKNOWN)
         image = axes.imshow(values, cmap="PuOr_r", vmin=-1, vmax=1, origin="lower", extent=(0, total, 0, total))
         axes.grid(False)
-        for low, _ in material.ranges[1:]:
+        for low, _ in ranges[1:]:
             axes.axhline(low, **SEPARATOR)
             axes.axvline(low, **SEPARATOR)
         axes.set(title=f"{name}, {len(values)}² timesteps", xlabel="timestep")
@@ -206,8 +194,7 @@ def _densities(by_timestep: dict[str, np.ndarray], material: Material, note: str
     names, ranges = ["all pairs", *material.range_names], [(0, material.ranges[-1][1]), *material.ranges]
     masks = [pairs_within(inside) for inside in within_ranges(material.timesteps, ranges)]
     pictures = figure.subplots(1, 2, sharey=True)
-    for axes, (title, values) in zip(pictures, by_timestep.items(), strict=True):
-        largest = 1 if title == "as measured" else LARGEST_COSINE
+    for axes, (title, values), largest in zip(pictures, by_timestep.items(), (1, LARGEST_COSINE), strict=True):
         places = np.linspace(-largest, largest, 300)
         axes.set(title=title, xlabel="cosine of the loss's gradients", xlim=(-largest, largest))
         axes.axvline(0, color="black", linewidth=0.8)
@@ -221,9 +208,3 @@ def _densities(by_timestep: dict[str, np.ndarray], material: Material, note: str
             axes.legend(loc="upper left")
     pictures[0].set_ylabel("density over pairs of timesteps")
     return figure
-
-
-def _note(arrays: Arrays, material: Material) -> str:
-    sketched = f"sketches of {material.settings.sketch:,} dimensions per block"
-    exact = "exact gradients" if arrays["exact"].all() else sketched
-    return f"{len(material.timesteps)} timesteps × {arrays['images']} training images in two halves, {exact}"

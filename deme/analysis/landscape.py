@@ -1,10 +1,10 @@
 """Loss landscape: the denoising loss on the plane through the pretrained network and two experts (figures 4, 6a)."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import nn
@@ -41,6 +41,11 @@ def measure(material: Material) -> Arrays:
     return material.keep("landscape", ["pretrained", *experts], keys, make)
 
 
+def _experts(material: Material) -> list[str]:
+    """The two experts that span the plane: the chosen ones, or those of the lowest and the highest range."""
+    return [material.range_names[k] for k in material.settings.landscape_ranges or (0, -1)]
+
+
 def axis(points: int) -> np.ndarray:
     """The coefficients along one side of the plane: shape (points,)."""
     return np.linspace(*AXIS, points).round(9)  # so that 0 and 1 are exact where they are on the grid
@@ -67,53 +72,71 @@ def plane_losses(
         errors: standard errors over the images of the experts' losses relative to the pretrained one's, (2, ranges).
     """
 
-    def mean(values: Sequence[torch.Tensor]) -> np.ndarray:
-        return range_sums(values, batches, num_ranges, processes) / counts
+    def total(values: torch.Tensor) -> np.ndarray:
+        sums = torch.zeros(num_ranges, dtype=torch.float64, device=processes.device)
+        return processes.reduce(sums.index_add_(0, ranges, values.double()), "sum").cpu().numpy()
 
-    def at(*coefficients: float) -> list[torch.Tensor]:
+    @torch.no_grad()
+    def at(*coefficients: float) -> torch.Tensor:
         if coefficients in CORNERS:  # that network's own weights, bit for bit
             network.load_state_dict([candidates.pretrained, *candidates.finetuned][CORNERS.index(coefficients)])
         else:
             candidates.form(network, [coefficients])
-        return image_losses(network, batches)
+        return torch.cat([batch.losses(network) if len(batch.ranges) > 0 else batch.weights for batch in batches])
 
     def at_corners() -> Arrays:
-        pretrained, *experts = (at(*corner) for corner in CORNERS)
-        differences = [[a - b for a, b in zip(expert, pretrained, strict=True)] for expert in experts]
-        squares = np.stack([mean([d.square() for d in difference]) for difference in differences])
-        variances = squares - np.stack([mean(difference) for difference in differences]) ** 2
-        errors = np.sqrt(variances.clip(0) / np.maximum(1, counts - 1)) / mean(pretrained)
-        return {"corners": np.stack([mean(values) for values in (pretrained, *experts)]), "errors": errors}
+        pretrained, *experts = values = [at(*corner) for corner in CORNERS]
+        squares = np.stack([total((expert - pretrained).square()) for expert in experts]) / counts
+        variances = squares - (np.stack([total(expert - pretrained) for expert in experts]) / counts) ** 2
+        errors = np.sqrt(variances.clip(0) / np.maximum(1, counts - 1)) / (total(pretrained) / counts)
+        return {"corners": np.stack(list(map(total, values))) / counts, "errors": errors}
 
-    def along_row(first: float) -> Arrays:
-        return {"losses": np.stack([mean(at(first, second)) for second in side])}
-
-    counts = range_sums([torch.ones_like(batch.weights) for batch in batches], batches, num_ranges, processes)
-    side = axis(points).tolist()
+    ranges = torch.cat([batch.ranges for batch in batches])
+    counts, side = total(torch.ones_like(ranges)), axis(points).tolist()
     corners = keep("corners", at_corners)
-    rows = [keep(f"row-{row:03d}", partial(along_row, first))["losses"] for row, first in enumerate(side)]
+    rows = []
+    for k, first in enumerate(side):
+        row = keep(f"row-{k:03d}", lambda w=first: {"losses": np.stack([total(at(w, v)) for v in side]) / counts})
+        rows.append(row["losses"])
     return {"losses": np.stack(rows)} | corners
 
 
-@torch.no_grad()
-def image_losses(network: nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """The denoising loss of each noisy image, by batch."""
-    return [batch.losses(network) if len(batch.ranges) > 0 else batch.weights for batch in batches]
+def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
+    """Contours of the loss, over all timesteps and in each range, and where it is least."""
+    if not arrays:
+        return "### Loss landscape\n\nLeft out: a plane needs two experts, timesteps.num_ranges=1 has one.", {}
 
+    def excess(losses: np.ndarray) -> np.ndarray:
+        """In % above the pretrained network's: the mean over the ranges, then each range."""
+        by_range = 100 * (losses / arrays["corners"][0] - 1)
+        return np.concatenate([by_range.mean(axis=-1, keepdims=True), by_range], axis=-1)
 
-def range_sums(
-    values: Sequence[torch.Tensor], batches: Sequence[Batch], num_ranges: int, processes: Processes
-) -> np.ndarray:
-    """Sums over the images of each range, of a value per image: float64, shape (ranges,), the same in every process."""
-    totals = torch.zeros(num_ranges, dtype=torch.float64, device=processes.device)
-    for value, batch in zip(values, batches, strict=True):
-        totals.index_add_(0, batch.ranges, value.double())
-    return processes.reduce(totals, "sum").cpu().numpy()
+    settings, names = material.settings, ["mean over the ranges", *material.range_names]
+    images = f"{settings.landscape_images} {material.measured_on} images, spread evenly over the timesteps"
+    note = f"{settings.landscape_points}² points, each on the same {images}"
+    first, second = _experts(material)
+    side, plane, experts = axis(len(arrays["losses"])), excess(arrays["losses"]), excess(arrays["corners"][1:])
+    errors = 100 * arrays["errors"]
+    errors = np.concatenate([np.sqrt((errors**2).sum(-1, keepdims=True)) / len(material.ranges), errors], axis=-1)
+    rows = []
+    for k, name in enumerate(names):
+        x, y = np.unravel_index(np.nanargmin(plane[..., k]), plane.shape[:2])
+        row = [name, f"{side[x]:.2f}, {side[y]:.2f}", f"{plane[..., k].min():+.2f}"]
+        rows.append([*row, *(number(*pair, "+.2f") for pair in zip(experts[:, k], errors[:, k], strict=True))])
+    titles = ["loss at timesteps", f"least at the coefficients of {first}, {second}", "there, % above pretrained"]
+    titles += [f"expert {name}, % above pretrained ± s.e." for name in (first, second)]
+    table = headed_table("Loss landscape", note, titles, rows)
 
-
-def _experts(material: Material) -> list[str]:
-    """The two experts that span the plane: the chosen ones, or those of the lowest and the highest range."""
-    return [material.range_names[k] for k in material.settings.landscape_ranges or (0, -1)]
+    note = f"loss in % above the pretrained network's; other experts' coefficients are 0 on this plane\n{note}"
+    labels = (f"coefficient of {first}", f"coefficient of {second}")
+    figure, pictures = grid(len(names), (3.7, 3.5), note, *labels, across=3)
+    points = dict(zip(("pretrained", f"expert {first}", f"expert {second}"), CORNERS, strict=True)) | marks(material)
+    for k, (axes, title) in enumerate(zip(pictures, names, strict=True)):
+        _draw_contours(axes, side, plane[..., k].T, points)  # w₁ to the right
+        axes.set(title=title, aspect="equal")
+        axes.grid(False)
+    legend_above(figure, pictures[0], 3)
+    return table, {"landscape": figure}
 
 
 def marks(material: Material) -> dict[str, tuple[float, float]]:
@@ -133,61 +156,15 @@ def marks(material: Material) -> dict[str, tuple[float, float]]:
     return {name: (values[first], values[second]) for name, values in by_name.items()}
 
 
-def table(arrays: Arrays, material: Material) -> str:
-    """Where on the plane the loss is least, overall and in each range."""
-    if not arrays:
-        return "### Loss landscape\n\nLeft out: a plane needs two experts, timesteps.num_ranges=1 has one."
-    names = _experts(material)
-    side = axis(len(arrays["losses"]))
-    pretrained, *experts = arrays["corners"]
-    plane, experts = (_with_mean(100 * (losses / pretrained - 1)) for losses in (arrays["losses"], np.stack(experts)))
-    errors = 100 * arrays["errors"]
-    errors = np.concatenate([np.sqrt((errors**2).sum(-1, keepdims=True)) / len(material.ranges), errors], axis=-1)
-    rows = []
-    for k, name in enumerate(["mean over the ranges", *material.range_names]):
-        first, second = np.unravel_index(np.nanargmin(plane[..., k]), plane.shape[:2])
-        row = [name, f"{side[first]:.2f}, {side[second]:.2f}", f"{plane[..., k].min():+.2f}"]
-        rows.append([*row, *(number(*pair, "+.2f") for pair in zip(experts[:, k], errors[:, k], strict=True))])
-    titles = ["loss at timesteps", f"least at the coefficients of {', '.join(names)}", "there, % above pretrained"]
-    titles += [f"expert {name}, % above pretrained ± s.e." for name in names]
-    return headed_table("Loss landscape", _note(material), titles, rows)
-
-
-def plot(arrays: Arrays, material: Material) -> dict[str, Figure]:
-    """Contours of the loss, in per cent of the pretrained network's, over all timesteps and in each range."""
-    if not arrays:
-        return {}
-    first, second = _experts(material)
-    side = axis(len(arrays["losses"]))
-    changes = _with_mean(100 * (arrays["losses"] / arrays["corners"][0] - 1))
-    note = "loss in % above the pretrained network's; other experts' coefficients are 0 on this plane\n"
-    labels = (f"coefficient of {first}", f"coefficient of {second}")
-    figure, pictures = grid(1 + len(material.ranges), (3.7, 3.5), note + _note(material), *labels, across=3)
-    points = dict(zip(("pretrained", f"expert {first}", f"expert {second}"), CORNERS, strict=True)) | marks(material)
-    for k, (axes, title) in enumerate(zip(pictures, ["mean over the ranges", *material.range_names], strict=True)):
-        values = changes[..., k].T  # w₁ to the right
-        steep = max(abs(np.quantile(values, 0.9)), abs(values.min()), 1e-6)
-        colours = {"cmap": "PuOr_r", "norm": TwoSlopeNorm(0, vmin=-steep, vmax=steep), "extend": "both"}
-        axes.contourf(side, side, values, levels=np.linspace(-steep, steep, 21), **colours)
-        # dense around the least value, up to the steep slopes
-        levels = values.min() + (steep - values.min()) * np.array([0.02, 0.08, 0.18, 0.32, 0.5, 0.75, 1])
-        lines = axes.contour(side, side, values, levels=np.unique(levels.round(6)), colors="black", linewidths=0.7)
-        axes.clabel(lines, fmt=lambda value: f"{value:+.2g}", fontsize=9)
-        for place, (label, point) in enumerate(points.items()):
-            style = {"markeredgecolor": "white", "markersize": 9, "color": COLOURS[(place + 5) % len(COLOURS)]}
-            axes.plot(*point, MARKERS[place % len(MARKERS)], label=label, clip_on=False, linestyle="", **style)
-        axes.set(title=title, aspect="equal")
-        axes.grid(False)
-    legend_above(figure, pictures[0], 3)
-    return {"landscape": figure}
-
-
-def _with_mean(by_range: np.ndarray) -> np.ndarray:
-    """Values of each range, shape (…, ranges), after their mean: shape (…, 1 + ranges)."""
-    return np.concatenate([by_range.mean(axis=-1, keepdims=True), by_range], axis=-1)
-
-
-def _note(material: Material) -> str:
-    settings = material.settings
-    images = f"{settings.landscape_images} {material.measured_on} images, spread evenly over the timesteps"
-    return f"{settings.landscape_points}² points, each on the same {images}"
+def _draw_contours(axes: Axes, side: np.ndarray, values: np.ndarray, points: dict[str, tuple[float, float]]) -> None:
+    """Values on the plane as colours and contours, and points by name."""
+    steep = max(abs(np.quantile(values, 0.9)), abs(values.min()), 1e-6)
+    colours = {"cmap": "PuOr_r", "norm": TwoSlopeNorm(0, vmin=-steep, vmax=steep), "extend": "both"}
+    axes.contourf(side, side, values, levels=np.linspace(-steep, steep, 21), **colours)
+    # dense around the least value, up to the steep slopes
+    levels = values.min() + (steep - values.min()) * np.array([0.02, 0.08, 0.18, 0.32, 0.5, 0.75, 1])
+    lines = axes.contour(side, side, values, levels=np.unique(levels.round(6)), colors="black", linewidths=0.7)
+    axes.clabel(lines, fmt=lambda value: f"{value:+.2g}", fontsize=9)
+    for place, (label, point) in enumerate(points.items()):
+        style = {"markeredgecolor": "white", "markersize": 9, "color": COLOURS[(place + 5) % len(COLOURS)]}
+        axes.plot(*point, MARKERS[place % len(MARKERS)], label=label, clip_on=False, linestyle="", **style)

@@ -9,36 +9,31 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from deme.analysis.material import Material, within_ranges
-from deme.config.sections import CONTINUED, DISTILLED
 from deme.job.processes import Processes
 from deme.job.records import Arrays
 from deme.measure.noisy import CleanImages
+from deme.models.variants import ORDER
 from deme.report.figures import SEPARATOR, model_style, noted
 from deme.report.tables import headed_table, number
 
 MOST_BLOCKS = 8  # of images, whose spread gives the standard errors
-WHOLE = ("pretrained", CONTINUED, "ensemble", "merged", DISTILLED)  # models for all timesteps
 
 
 def measure(material: Material) -> Arrays:
     """Losses of shape (n, images) by model: whole models first, then the experts."""
-
-    @cache
-    def images() -> CleanImages:
-        return material.clean(material.measured_on, 1)
+    images = cache(lambda: material.clean(material.measured_on, 1))  # not drawn if all losses are kept
 
     def make(name: str) -> Arrays:
         material.network.load_state_dict(material.tensors(name))
         return {"losses": losses_by_timestep(material.network, images(), material.timesteps, material.processes)}
 
-    keys = ("timesteps", "images")
-    losses = {
-        name: material.keep(f"loss_by_timestep-{name}", [name], keys, lambda _, name=name: make(name))["losses"]
-        for name in material.networks
-    }
+    losses = {}
+    for name in material.networks:
+        kept = (f"loss_by_timestep-{name}", [name], ("timesteps", "images"))
+        losses[name] = material.keep(*kept, lambda _, name=name: make(name))["losses"]
     experts = [losses[name] for name in material.range_names]
     losses["ensemble"] = ensemble_losses(experts, material.timesteps, material.ranges)
-    return {name: losses[name] for name in (*WHOLE, *material.range_names) if name in losses}
+    return {name: losses[name] for name in (*ORDER, *material.range_names) if name in losses}
 
 
 @torch.no_grad()
@@ -62,8 +57,13 @@ def ensemble_losses(
 
 
 def relative_loss(losses: np.ndarray, pretrained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean loss (n, images) at each timestep relative to the pretrained network's, and its standard error: (n,)."""
-    return losses.mean(axis=1) / pretrained.mean(axis=1), _error(_block_ratios(losses, pretrained))
+    """The loss (n, images) at each timestep relative to the pretrained network's: of all images, (n,), and by block.
+
+    The spread of up to MOST_BLOCKS blocks of images, (n, blocks), gives the standard errors.
+    """
+    blocks = np.array_split(np.arange(losses.shape[1]), min(MOST_BLOCKS, losses.shape[1]))
+    ratios = [losses[:, part].mean(axis=1) / pretrained[:, part].mean(axis=1) for part in blocks]
+    return losses.mean(axis=1) / pretrained.mean(axis=1), np.stack(ratios, axis=1)
 
 
 def relative_means(
@@ -74,45 +74,37 @@ def relative_means(
     These are means of ratios. The ratio of the means would be that of the lowest timesteps, whose loss is largest.
     """
     chosen = within_ranges(timesteps, [*ranges, (0, ranges[-1][1])])
-    by_timestep, _ = relative_loss(losses, pretrained)
-    ratios = _block_ratios(losses, pretrained)
-    errors = [_error(ratios[part].mean(axis=0)) for part in chosen]
+    by_timestep, by_block = relative_loss(losses, pretrained)
+    errors = [error(by_block[part].mean(axis=0)) for part in chosen]
     return np.array([by_timestep[part].mean() for part in chosen]), np.array(errors)
 
 
-def _block_ratios(losses: np.ndarray, pretrained: np.ndarray) -> np.ndarray:
-    """The relative loss at each timestep in each block of images: shape (n, blocks)."""
-    blocks = np.array_split(np.arange(losses.shape[1]), min(MOST_BLOCKS, losses.shape[1]))
-    return np.stack([losses[:, part].mean(axis=1) / pretrained[:, part].mean(axis=1) for part in blocks], axis=1)
-
-
-def _error(ratios: np.ndarray) -> np.ndarray:
+def error(ratios: np.ndarray) -> np.ndarray:
     """The standard error of the mean over the last axis; NaN for a single value."""
     count = ratios.shape[-1]
     return ratios.std(axis=-1, ddof=1) / count**0.5 if count > 1 else np.full(ratios.shape[:-1], np.nan)
 
 
-def table(arrays: Arrays, material: Material) -> str:
-    """Means of the relative loss in each range and over all timesteps."""
+def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
+    """The relative loss of whole models, and of each expert in and out of its range; means over the ranges."""
+    images = f"{arrays['pretrained'].shape[1]} {material.measured_on} images"
+    note = f"{len(material.timesteps)} timesteps × {images}, the same noise for all networks"
     rows = []
     for name, losses in arrays.items():
         means = relative_means(losses, arrays["pretrained"], material.timesteps, material.ranges)
         rows.append([name, *(number(*pair) for pair in zip(*means, strict=True))])
     titles = ["loss relative to pretrained", *material.range_names, "all timesteps"]
-    return headed_table("Loss by timestep", _note(arrays, material), titles, rows)
+    table = headed_table("Loss by timestep", note, titles, rows)
 
-
-def plot(arrays: Arrays, material: Material) -> dict[str, Figure]:
-    """The relative loss of whole models, and of each expert in and out of its range."""
     timesteps = np.array(material.timesteps)
-    inside = within_ranges(timesteps, material.ranges)
-    figure = noted(9.2, 7.6, f"{_note(arrays, material)}; bands: ± 2 standard errors over blocks of images")
+    figure = noted(9.2, 7.6, f"{note}; bands: ± 2 standard errors over blocks of images")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for row, name in enumerate(name for name in arrays if name not in material.range_names):
-        mean, error = relative_loss(arrays[name], arrays["pretrained"])
+        mean, by_block = relative_loss(arrays[name], arrays["pretrained"])
         [line] = upper.plot(timesteps, mean, label=name, markersize=3.5, **model_style(name, row))
-        band = 2 * np.nan_to_num(error)
+        band = 2 * np.nan_to_num(error(by_block))
         upper.fill_between(timesteps, mean - band, mean + band, color=line.get_color(), alpha=0.2, linewidth=0)
+    inside = within_ranges(timesteps, material.ranges)
     for row, name in enumerate(material.range_names):
         mean, _ = relative_loss(arrays[name], arrays["pretrained"])
         style = {"markersize": 3.5, "linewidth": 2} | model_style(name, row)
@@ -125,9 +117,4 @@ def plot(arrays: Arrays, material: Material) -> dict[str, Figure]:
         axes.set(title=title, ylabel="denoising loss / pretrained's")
         axes.legend(ncols=3)
     lower.set_xlabel("timestep")
-    return {"loss-by-timestep": figure}
-
-
-def _note(arrays: Arrays, material: Material) -> str:
-    images = f"{arrays['pretrained'].shape[1]} {material.measured_on} images"
-    return f"{len(material.timesteps)} timesteps × {images}, the same noise for all networks"
+    return table, {"loss-by-timestep": figure}

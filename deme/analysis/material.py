@@ -51,6 +51,7 @@ class Material:
         self.ranges = self.config.timesteps.ranges
         self.range_names = list(map(range_name, self.ranges))  # the experts' names, too
         self.timesteps = self.config.analyzed_timesteps
+        self.architecture = common_architecture(list(self.networks.values()))  # a folder
         # which images losses are measured on
         self.measured_on = "held-out" if self.config.data.held_out_images > 0 else "training"
 
@@ -97,11 +98,6 @@ class Material:
     def load(self, folder: Path) -> nn.Module:
         """The network in a folder, on the device, ready to predict; its weights may be changed."""
         return freeze(load_denoiser(folder), self.processes.device, "no", may_pack=False)
-
-    @cached_property
-    def architecture(self) -> Path:
-        """The folder whose config.json fits all networks: one with projections if any network has them."""
-        return common_architecture(list(self.networks.values()))
 
     @cached_property
     def network(self) -> nn.Module:

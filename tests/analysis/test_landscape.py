@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from noisy_images import RANGES, Linear, probes
 
-from deme.analysis.landscape import axis, image_losses, plane_losses, range_sums
+from deme.analysis.landscape import axis, plane_losses
 from deme.method.candidates import Candidates
 
 
@@ -15,14 +15,17 @@ def measured(points: int, keep=lambda name, make: make()):
     candidates = Candidates(base, {"a": first, "b": second}, dict.fromkeys(base, 0), "cpu")
     batches = probes(accelerator)
     found = plane_losses(Linear(7), candidates, batches, len(RANGES), points, accelerator, keep)
-    return found, [image_losses(network, batches) for network in networks], batches
+    with torch.no_grad():
+        losses = [torch.cat([batch.losses(network) for batch in batches]).double() for network in networks]
+    return found, losses, torch.cat([batch.ranges for batch in batches])
 
 
 def test_the_corners_are_the_three_networks_losses_exactly():
     """Those that are measured beside the plane, and those that a grid of 15 points meets."""
-    found, losses, batches = measured(15)
-    expected = np.stack([range_sums(values, batches, len(RANGES), Accelerator(cpu=True)) for values in losses]) / 15
-    assert np.array_equal(found["corners"], expected)
+    found, losses, ranges = measured(15)
+    expected = found["corners"]
+    for row, values in zip(expected, losses, strict=True):
+        assert row == pytest.approx([float(values[ranges == k].mean()) for k in range(len(RANGES))], rel=1e-12)
     side = axis(15).tolist()
     zero, one = side.index(0), side.index(1)
     assert np.array_equal(found["losses"][zero, zero], expected[0])
@@ -31,12 +34,10 @@ def test_the_corners_are_the_three_networks_losses_exactly():
 
 
 def test_errors_of_the_experts_are_paired_by_image():
-    found, losses, batches = measured(2)
-    numbers = torch.cat([batch.ranges for batch in batches])
-    pretrained, *experts = (torch.cat(values).double() for values in losses)
+    found, [pretrained, *experts], ranges = measured(2)
     for row, expert in zip(found["errors"], experts, strict=True):
         for k, error in enumerate(row):
-            a, b = expert[numbers == k], pretrained[numbers == k]
+            a, b = expert[ranges == k], pretrained[ranges == k]
             assert error == pytest.approx(float((a - b).std() / len(a) ** 0.5 / b.mean()))
 
 
