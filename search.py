@@ -84,17 +84,16 @@ def main(config: Config) -> None:
         scored = {"images": config.search.report_images, "blocks": config.report_blocks}
         scored["steps"] = config.sample.num_inference_steps
         identity = Record(SEARCH, {**wanted.made_from, **answer, **scored}).digest
-        fresh = score_fresh(problem, result, output / "report.json", identity, beside)
+        scores, fresh = score_fresh(problem, result, output / "report.json", identity, beside)
         if accelerator.is_main_process:
-            if fresh.scores:
-                print(score_table(fresh.scores, config.evaluate.features))
-            print(*verdict(result, fresh), sep="\n")
+            if scores:
+                print(score_table(scores, config.evaluate.features))
+            print(*verdict(result, scores, fresh), sep="\n")
             from deme.report.search_plots import save_search_plots  # imports matplotlib and TensorBoard
 
             make_folder(config.paths.plots, "output_dir")
-            tried = (result.evaluated, result.coefficients, problem.patterns, problem.ranges, result.study)
-            pictures = save_search_plots(config.paths.search_picture, output / "logs", *tried, fresh.scores)
-            print("pictures:", *pictures, sep="\n")
+            tried = (answer["coefficients"], result.evaluated, result.study)
+            print("pictures:", *save_search_plots(config, *tried, scores), sep="\n")
 
 
 def check_inputs(config: Config) -> ModelFiles:

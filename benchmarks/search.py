@@ -166,7 +166,7 @@ class Bench:
         file = self.folder / "ranks.json"
         rows = read_json(file)["rows"] if file.exists() and not self.arguments.quick else []
         for candidate in candidates[len(rows) :]:
-            row = {name: self.problem.value(name, candidate) for name in ("match", "loss")}
+            row = {name: self.problem.value(name, candidate)[0] for name in ("match", "loss")}
             features = self.problem.distance.features(self.problem.merged(candidate), many)
             row |= {"few": self.problem.distance.of_features(features[: len(few)])}
             row |= {"plain": self.problem.plain_distance.of_features(features[: len(few)])}
@@ -241,7 +241,7 @@ class Bench:
         difference, error = self.difference(blocks)
         return {
             "coefficients": found.coefficients.tolist(),
-            "passes": found.passes,
+            "passes": found.evaluated[-1].passes,
             "searched_difference": found.value - found.pretrained,
             "difference": difference,
             "standard_error": error,

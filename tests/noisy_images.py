@@ -1,15 +1,18 @@
 """What the cheap objectives work on: noisy images, and a network for which every answer has a closed form."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import nn
 
+from deme.config.sections import Search
 from deme.measure.noisy import Batch, Noiser, draw_probes
 from deme.method.candidates import Candidates
 from deme.models.encoders import Pixels
-from deme.search.objectives import Squares, make_squares
+from deme.search.objectives import Squares
 
 RANGES = [(0, 500), (500, 1000)]
 
@@ -57,4 +60,16 @@ def probes(accelerator, places: range = range(30), ranges=RANGES, batch_size: in
 
 def squares(name: str, candidates: Candidates, network: nn.Module, places: range = range(30)) -> Squares:
     accelerator = Accelerator(cpu=True)
-    return make_squares(name, probes(accelerator, places), candidates, network, 1000, accelerator)
+    return Squares(name, probes(accelerator, places), candidates, network, 1000, accelerator)
+
+
+def problem_of(names: list[str], seed: int = 0) -> SimpleNamespace:
+    """What a study takes of a search's problem: coefficients within [0, 1.5], whose sum is the value."""
+    return SimpleNamespace(
+        names=names,
+        shape=(1, len(names)),
+        settings=Search(),
+        stream=(seed,),
+        processes=Accelerator(cpu=True),
+        value=lambda objective, coefficients, images: (float(coefficients.sum()), 1),
+    )

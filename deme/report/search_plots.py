@@ -1,7 +1,7 @@
 """Pictures of a search for coefficients: what it cost, what it found, what mattered, what it is worth."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+from deme.config.experiment import Config
+from deme.config.sections import range_name
 from deme.measure.scores import Score
 from deme.report.figures import BLUE, SETTINGS, VERMILION, bars, save_figure
 
@@ -20,31 +22,31 @@ MOST_PAIRED = 5  # coefficients whose pairs are shown
 
 
 def save_search_plots(
-    place: Callable[[str], Path],
-    logs: Path,
+    config: Config,
+    coefficients: dict[str, list[float]],
     evaluated: Sequence[Any],
-    coefficients: np.ndarray,
-    patterns: Sequence[str],
-    ranges: Sequence[str],
     study: Any | None,
     scores: Sequence[Score],
 ) -> list[Path]:
     """Write pictures of a search, and the same for TensorBoard.
 
     Args:
-        place: name of a picture → its file.
-        logs: TensorBoard's folder, which is written anew.
+        coefficients: the best, by name pattern.
         evaluated: the candidates in order, each with its way, objective, passes and value.
-        coefficients: the best, shape (groups, ranges).
-        study: gives a table of its candidates, and the importance of each coefficient.
+        study: gives the rows of its candidates, and the importance of each coefficient.
         scores: on fresh seeds, the pretrained network first.
     """
+    place, logs = config.paths.search_picture, config.paths.search / "logs"
+    patterns, ranges = list(coefficients), list(map(range_name, config.timesteps.ranges))
     with matplotlib.rc_context(SETTINGS):
-        figures = {"cost": cost(evaluated), "coefficients": coefficient_map(coefficients, patterns, ranges)}
+        figures = {
+            "cost": cost(evaluated),
+            "coefficients": coefficient_map(np.array(list(coefficients.values())), patterns, ranges),
+        }
         importance = study.importance() if study is not None else {}
         if importance:
             figures["importance"] = importances(importance)
-            figures["pairs"] = pairs(*study.table(), list(importance)[:MOST_PAIRED])
+            figures["pairs"] = pairs(study.problem.names, study.rows(), list(importance)[:MOST_PAIRED])
         if len(scores) > 1:
             figures["fresh"] = fresh_differences(scores)
         files = {name: place(name) for name in figures}
@@ -104,11 +106,11 @@ def importances(importance: dict[str, float]) -> Figure:
     return figure
 
 
-def pairs(names: Sequence[str], candidates: np.ndarray, values: np.ndarray, chosen: Sequence[str]) -> Figure:
+def pairs(names: Sequence[str], rows: Sequence[Any], chosen: Sequence[str]) -> Figure:
     """The objective over each pair of the chosen coefficients: a dot per candidate, the best one ringed."""
-    order = np.argsort(-values[np.isfinite(values)])  # the best on top
-    candidates, values = candidates[np.isfinite(values)][order], values[np.isfinite(values)][order]
-    columns = [candidates[:, names.index(name)] for name in chosen]
+    rows = sorted((row for row in rows if np.isfinite(row.value)), key=lambda row: -row.value)  # the best on top
+    values = [row.value for row in rows]
+    columns = [[row.coefficients.flat[names.index(name)] for row in rows] for name in chosen]
     upper = np.quantile(values, 0.9)  # a few bad ones would take all the colours
     size = max(1, len(chosen) - 1)
     figure = Figure(figsize=(2.4 * size + 1.4, 2.2 * size + 0.6))

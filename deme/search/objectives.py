@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from deme.config.sections import LEAST_CLASSIFIED
 from deme.data.samples import as_read
 from deme.errors import RunError, UserError
 from deme.job.processes import Processes
@@ -25,26 +26,73 @@ NO_DISTANCE = 1e-10  # of squares, relative to those of the predictions themselv
 JACKKNIFE = 8  # parts of the images (Quenouille 1956)
 
 
-@dataclass(frozen=True, eq=False)
 class Squares:
     """An objective Σ_i c_i ‖ε_w(x_i) − y_i‖², which is 1 for the pretrained network, over all processes.
 
     `match` compares with the expert y_i of the range that the timestep belongs to: the mean over the ranges of the
     squared distance relative to the pretrained network's. `loss` compares with what a network is trained to predict:
     the mean over LOSS_BINS bins of timesteps of the denoising loss relative to the pretrained network's.
+
+    Args:
+        name: match or loss.
+        probes: noisy images as `draw_probes` gives them.
+        network: in which candidates are formed.
     """
 
-    name: str  # match or loss
-    batches: Sequence[Batch]  # this process's share of each
-    images: int  # over all processes; the UNet passes of one value
-    candidates: Candidates
-    network: nn.Module  # in which candidates are formed
-    processes: Processes
+    @torch.no_grad()
+    def __init__(
+        self,
+        name: str,
+        probes: Sequence[Batch],
+        candidates: Candidates,
+        network: nn.Module,
+        num_train_timesteps: int,
+        processes: Processes,
+    ):
+        self.name, self.candidates, self.network, self.processes = name, candidates, network, processes
+        if name == "match":
+            count, bins = candidates.shape[1], [batch.ranges for batch in probes]
+            targets = self._expert_predictions(probes)
+        else:
+            count, bins = LOSS_BINS, [batch.timesteps * LOSS_BINS // num_train_timesteps for batch in probes]
+            targets = [batch.target for batch in probes]
+        sums = torch.zeros(2, count, dtype=torch.float64, device=processes.device)
+        candidates.form(network, torch.zeros(candidates.shape))
+        for batch, target, places in zip(probes, targets, bins, strict=True):
+            if len(places) > 0:
+                for row, difference in zip(sums, (batch.predict(network) - target, target), strict=True):
+                    row.index_add_(0, places, difference.square().flatten(1).sum(1).double())
+        distances, sizes = processes.reduce(sums, "sum")
+        empty = (distances <= NO_DISTANCE * sizes).nonzero().flatten().tolist()
+        if empty and name == "match":
+            raise UserError(f"the expert of range {empty[0]} predicts what the pretrained network does")
+        if empty:
+            raise UserError(f"no image falls into bin {empty[0]} of {count} bins of timesteps")
+        weights = (1 / (count * distances)).float()
+        self.batches = [  # this process's share of each
+            replace(batch, target=target, weights=weights[places])
+            for batch, target, places in zip(probes, targets, bins, strict=True)
+        ]
+        # of each batch, in images over all processes
+        lengths = torch.tensor(list(map(len, bins)), device=processes.device)
+        self.sizes: list[int] = processes.reduce(lengths, "sum").tolist()
+        self.images = sum(self.sizes)  # the UNet passes of one value
+        self.spent = self.images * (2 if name == "match" else 1)  # UNet passes up to here
 
-    @property
-    def spent(self) -> int:
-        """UNet passes that making the objective took."""
-        return self.images * (2 if self.name == "match" else 1)
+    def _expert_predictions(self, probes: Sequence[Batch]) -> list[torch.Tensor]:
+        """What the expert of each image's range predicts, per batch."""
+        predictions = [torch.empty_like(batch.target) for batch in probes]
+        for number in range(self.candidates.shape[1]):
+            self.candidates.form_expert(self.network, number)
+            for batch, prediction in zip(probes, predictions, strict=True):
+                chosen = batch.ranges == number
+                if chosen.any():
+                    prediction[chosen] = batch.part(chosen).predict(self.network)
+        return predictions
+
+    def of_batch(self, batch: Batch) -> torch.Tensor:
+        """What a batch adds to the objective of the network as it is: a scalar."""
+        return (batch.weights * (batch.predict(self.network) - batch.target).square().flatten(1).sum(1)).sum()
 
     @torch.no_grad()
     def value(self, coefficients: np.ndarray) -> float:
@@ -53,70 +101,9 @@ class Squares:
         added = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for batch in self.batches:
             if len(batch.weights) > 0:
-                added += weighted_squares(batch, batch.predict(self.network)).double()
+                added += self.of_batch(batch).double()
         value = float(self.processes.reduce(added, "sum"))
         return value if math.isfinite(value) else math.inf  # numpy would take NaN for the lowest
-
-
-def total(processes: Processes, count: int) -> int:
-    """The sum of a count over all processes."""
-    return int(processes.reduce(torch.tensor(count, device=processes.device), "sum"))
-
-
-def weighted_squares(batch: Batch, prediction: torch.Tensor) -> torch.Tensor:
-    """Σ_i c_i ‖prediction_i − y_i‖² of a batch: a scalar."""
-    return (batch.weights * (prediction - batch.target).square().flatten(1).sum(1)).sum()
-
-
-@torch.no_grad()
-def make_squares(
-    name: str,
-    probes: Sequence[Batch],
-    candidates: Candidates,
-    network: nn.Module,
-    num_train_timesteps: int,
-    processes: Processes,
-) -> Squares:
-    """The objective `match` or `loss` on these noisy images, as `draw_probes` gives them."""
-    if name == "match":
-        targets = _expert_predictions(probes, candidates, network)
-        bins = [batch.ranges for batch in probes]
-        count = candidates.shape[1]
-    else:
-        targets = [batch.target for batch in probes]
-        bins = [batch.timesteps * LOSS_BINS // num_train_timesteps for batch in probes]
-        count = LOSS_BINS
-    candidates.form(network, torch.zeros(candidates.shape))
-    totals, sizes = (torch.zeros(count, dtype=torch.float64, device=processes.device) for _ in range(2))
-    for batch, target, places in zip(probes, targets, bins, strict=True):
-        if len(places) > 0:
-            distances = (batch.predict(network) - target).square().flatten(1).sum(1)
-            totals.index_add_(0, places, distances.double())
-            sizes.index_add_(0, places, target.square().flatten(1).sum(1).double())
-    totals, sizes = (processes.reduce(part, "sum") for part in (totals, sizes))
-    empty = (totals <= NO_DISTANCE * sizes).nonzero().flatten().tolist()
-    if empty and name == "match":
-        raise UserError(f"the expert of range {empty[0]} predicts what the pretrained network does")
-    if empty:
-        raise UserError(f"no image falls into bin {empty[0]} of {count} bins of timesteps")
-    weights = (1 / (count * totals)).float()
-    batches = [
-        replace(batch, target=target, weights=weights[places])
-        for batch, target, places in zip(probes, targets, bins, strict=True)
-    ]
-    return Squares(name, batches, total(processes, sum(map(len, bins))), candidates, network, processes)
-
-
-def _expert_predictions(probes: Sequence[Batch], candidates: Candidates, network: nn.Module) -> list[torch.Tensor]:
-    """What the expert of each image's range predicts, per batch."""
-    predictions = [torch.empty_like(batch.target) for batch in probes]
-    for number in range(candidates.shape[1]):
-        candidates.form_expert(network, number)
-        for batch, prediction in zip(probes, predictions, strict=True):
-            chosen = batch.ranges == number
-            if chosen.any():
-                prediction[chosen] = batch.part(chosen).predict(network)
-    return predictions
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +121,6 @@ class FrechetDistance:
     drawing: Drawing
     space: FeatureSpace
     prompts: Sequence[str]  # seed i takes the i-th, in turn; empty if the model takes none
-    resolution: int  # pixels of the images' sides on disk
     control: np.ndarray | None = None  # features of the pretrained network's images of the first seeds, shape (M, D)
     lucks: dict[int, float] = field(default_factory=dict)  # by number of images, as it takes long to compute
 
@@ -153,26 +139,18 @@ class FrechetDistance:
         faults: list[RunError] = []
 
         def draw(part: slice) -> torch.Tensor:
-            chosen = seeds[part]
+            chosen = list(seeds[part])
             prompts = [self.prompts[seed % len(self.prompts)] for seed in chosen if self.prompts]
             try:
-                images = self.drawing.images(network_at, list(chosen), prompts)
+                return as_read(self.drawing.images(network_at, chosen, prompts), settings.size_on_disk)
             except RunError as error:  # the other processes don't know yet
                 faults.append(error)
-                return torch.zeros(len(chosen), 3, self.resolution, self.resolution, dtype=torch.uint8)
-            return as_read(images, settings.size_on_disk)
+                return torch.zeros(len(chosen), 3, LEAST_CLASSIFIED, LEAST_CLASSIFIED, dtype=torch.uint8)
 
         features = extract(self.processes, self.space.network, draw, len(seeds), settings.batch_size)
-        if total(self.processes, len(faults)) > 0:
+        if self.processes.reduce(torch.tensor(len(faults), device=self.processes.device), "sum") > 0:
             raise faults[0] if faults else RunError("NaN or infinite images in another process")
         return features
-
-    def value(self, network_at: NetworkAt, seeds: range) -> float:
-        """The distance of the images of these seeds, with a control its first; infinite if an image is not finite."""
-        try:
-            return self.of_features(self.features(network_at, seeds))
-        except RunError:
-            return math.inf
 
     def of_features(self, features: np.ndarray) -> float:
         """The distance of images with these features, shape (N, D); with a control, of the first N of its seeds.
@@ -180,31 +158,26 @@ class FrechetDistance:
         A covariance of few images can't be corrected. N ≤ 2 D give the control's distance plus the plain difference to
         the pretrained network on the same seeds.
         """
-        if self.control is None or len(features) == len(self.control):
+        count, size = features.shape
+        if self.control is None or count == len(self.control):
             return self._at(*statistics(features))
-        few = self.control[: len(features)]
-        if len(features) <= 2 * features.shape[1]:
-            return self._at(*statistics(features)) - self._luck(few)
-        left_out = [
-            self._corrected(*(np.delete(part, np.s_[i::JACKKNIFE], axis=0) for part in (features, few)))
-            for i in range(JACKKNIFE)
-        ]
-        return JACKKNIFE * self._corrected(features, few) - (JACKKNIFE - 1) * float(np.mean(left_out))
+        few = self.control[:count]
+        if count <= 2 * size:
+            if count not in self.lucks:
+                self.lucks[count] = self._at(*statistics(few)) - self._at(*self._of_control)
+            return self._at(*statistics(features)) - self.lucks[count]
+
+        def corrected(chosen: slice | np.ndarray) -> float:
+            parts = zip(statistics(features[chosen]), statistics(few[chosen]), self._of_control, strict=True)
+            return self._at(*(own - luck + whole for own, luck, whole in parts))
+
+        part = np.arange(count) % JACKKNIFE
+        left_out = [corrected(part != i) for i in range(JACKKNIFE)]
+        return JACKKNIFE * corrected(np.s_[:]) - (JACKKNIFE - 1) * float(np.mean(left_out))
 
     @cached_property
     def _of_control(self) -> tuple[np.ndarray, np.ndarray]:
         return statistics(self.control)
-
-    def _luck(self, few: np.ndarray) -> float:
-        """By how much the distance of the control's first images exceeds that of all."""
-        if len(few) not in self.lucks:
-            self.lucks[len(few)] = self._at(*statistics(few)) - self._at(*self._of_control)
-        return self.lucks[len(few)]
-
-    def _corrected(self, features: np.ndarray, few: np.ndarray) -> float:
-        """The distance with the control's correction; `few` are the control's features of the same seeds."""
-        parts = zip(statistics(features), statistics(few), self._of_control, strict=True)
-        return self._at(*(own - luck + whole for own, luck, whole in parts))
 
     def _at(self, mu: np.ndarray, sigma: np.ndarray) -> float:
         """The distance of features of this mean and covariance, which may have negative eigenvalues."""

@@ -1,7 +1,8 @@
 """What is searched: the candidates of a run, and the objectives that tell them apart."""
 
+import math
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from deme.config.sections import range_name
 from deme.data.examples import load_examples
 from deme.data.opening import Source
 from deme.data.samples import load_prompts
-from deme.errors import naming
+from deme.errors import RunError, naming
 from deme.job.processes import Processes, kept, locked_by_all
 from deme.job.records import Arrays
 from deme.measure.noisy import Noiser, draw_probes
@@ -27,9 +28,8 @@ from deme.models.inference import freeze
 from deme.models.kinds import denoiser_folder
 from deme.models.pipelines import common_architecture
 from deme.models.weights import load_tensors
-from deme.search.objectives import FrechetDistance, Squares, make_squares
-from deme.search.progress import RECORD
-from deme.search.study import Space
+from deme.search.objectives import FrechetDistance, Squares
+from deme.search.solvers import RECORD
 
 HELD_OUT_SHARE = 0.25  # of search.images: as many more, on which the gradient descent is measured
 PROBES = 3  # what the stream is for, beside those of pretraining and finetuning
@@ -53,12 +53,12 @@ class Problem:
         made_of: dict[str, str],
         folder: Path,
     ):
-        self.folder = folder
-        self.config = config
-        self.settings = config.search
-        self.processes = processes
-        self.source = source
-        self.made_of = made_of
+        self.config, self.settings, self.processes = config, config.search, processes
+        self.source, self.made_of, self.folder = source, made_of, folder
+        # what all random draws follow from; another seed_offset is another search
+        self.stream = (config.seed, PROBES, config.search.seed_offset)
+        self.squares = cache(self._draw_squares)
+
         folders = [denoiser_folder(pretrained), *config.paths.finetuned]
         self.architecture = common_architecture(folders)
         like = load_tensors(self.architecture)
@@ -69,22 +69,16 @@ class Problem:
         group_of = {name: self.patterns.index(pattern_of(name, self.patterns)) for name in base}
         self.candidates = Candidates(base, finetuned, group_of, processes.device)
         self.shape = self.candidates.shape  # of the coefficients: (groups, ranges)
-        self.ranges = list(map(range_name, config.timesteps.ranges))
-        names = [f"{pattern} {name}" for pattern in self.patterns for name in self.ranges]
-        self.space = Space(names if len(self.patterns) > 1 else self.ranges, self.shape, config.search.interval)
-        # what all random draws follow from; another seed_offset is another search
-        self.stream = (config.seed, PROBES, config.search.seed_offset)
+        self.names = ranges = list(map(range_name, config.timesteps.ranges))  # of the coefficients in row-major order
+        if len(self.patterns) > 1:
+            self.names = [f"{pattern} {name}" for pattern in self.patterns for name in ranges]
+
         self.scheduler = load_scheduler(pretrained)
         network = load_denoiser(self.architecture)
         self.encoder = load_encoder(pretrained, network)
         try_out(network, self.scheduler, self.encoder)
         self.encoder.prepare(processes.device, config.sample.mixed_precision)
         self.network = freeze(network, processes.device, "no", may_pack=False)
-        self.squares = cache(self._make_squares)
-
-    def seeds(self, count: int) -> range:
-        """The first of those that candidates are drawn from."""
-        return range(self.settings.seed_offset, self.settings.seed_offset + count)
 
     # --- match and loss
 
@@ -96,22 +90,26 @@ class Problem:
         self.encoder.prepare(self.processes.device, config.sample.mixed_precision)  # the cache is in finetune's
         return Noiser(images, self.encoder, self.scheduler, self.processes)
 
-    def _make_squares(self, name: str, role: str = "fit") -> Squares:
-        """The objective match or loss, made once for each role; the roles' images differ if the data has enough."""
+    def _draw_squares(self, name: str, role: str = "fit") -> Squares:
+        """The objective match or loss; the images of the roles fit, held-out and fresh differ if the data has enough.
+
+        As `squares` it is made once for each role.
+        """
         timesteps, count = self.config.timesteps, self.settings.images
         held_out = max(len(timesteps.ranges), int(HELD_OUT_SHARE * count))
-        places = {
-            "fit": range(count),
-            "held-out": range(count, count + held_out),
-            "fresh": range(count + held_out, 2 * count + held_out),
-        }[role]
+        start, size = {"fit": (0, count), "held-out": (count, held_out), "fresh": (count + held_out, count)}[role]
+        places = range(start, start + size)
         setting = ("search.images", count) if name == "loss" else ("search.objective", name)
         with naming(*setting):
             probes = draw_probes(self._noiser, timesteps.ranges, self.stream, places, self.settings.batch_size)
-            made_of = (probes, self.candidates, self.network, timesteps.num_train_timesteps, self.processes)
-            return make_squares(name, *made_of)
+            number = timesteps.num_train_timesteps
+            return Squares(name, probes, self.candidates, self.network, number, self.processes)
 
     # --- fd
+
+    def seeds(self, count: int) -> range:
+        """The first of those that candidates are drawn from."""
+        return range(self.settings.seed_offset, self.settings.seed_offset + count)
 
     @cached_property
     def distance(self) -> FrechetDistance:
@@ -143,7 +141,7 @@ class Problem:
         with naming("evaluate.reference", config.evaluate.reference):
             space.reference.check_size(resolution, resolution)
         drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.processes.device)
-        return FrechetDistance(self.processes, drawing, space, prompts, resolution)
+        return FrechetDistance(self.processes, drawing, space, prompts)
 
     @cached_property
     def sampled_network(self) -> nn.Module:
@@ -162,36 +160,27 @@ class Problem:
         """The ensemble before merging: at each timestep the expert of its range, formed when it comes to it."""
         network = self.sampled_network  # made here: sampling would make it of inference tensors
         number_at = ensemble(range(self.shape[1]), self.config.timesteps.ranges)
-        formed = None
+        form = lru_cache(maxsize=1)(lambda number: self.candidates.form_expert(network, number))
 
         def network_at(timestep: float) -> nn.Module:
-            nonlocal formed
-            if number_at(timestep) != formed:
-                formed = number_at(timestep)
-                self.candidates.form_expert(network, formed)
+            form(number_at(timestep))
             return network
 
         return network_at
 
     # --- any of them
 
-    def prepare(self, objective: str) -> int:
-        """Load what an objective needs, and draw fd's control. Returns the UNet passes that the control takes."""
-        if objective == "fd":
-            return self.settings.control_images * self.distance.drawing.passes
-        self.squares(objective)
-        return 0
-
-    def passes(self, objective: str, coefficients: np.ndarray, images: int) -> int:
-        """UNet passes of a value; fd draws so many images."""
+    def value(self, objective: str, coefficients: np.ndarray, images: int = 0) -> tuple[float, int]:
+        """The value of a candidate, the lower the better, and its UNet passes; fd draws so many images."""
         if objective != "fd":
-            return self.squares(objective).images
-        return images * self.plain_distance.drawing.passes if np.any(coefficients) else 0
-
-    def value(self, objective: str, coefficients: np.ndarray, images: int = 0) -> float:
-        """The value of a candidate: the lower the better. fd draws so many images."""
-        if objective != "fd":
-            return self.squares(objective).value(coefficients)
+            squares = self.squares(objective)
+            return squares.value(coefficients), squares.images
         if not np.any(coefficients):  # the control itself
-            return self.distance.of_features(self.distance.control)
-        return self.distance.value(self.merged(coefficients), self.seeds(images))
+            return self.distance.of_features(self.distance.control), 0
+        passes = images * self.distance.drawing.passes
+        try:
+            return self.distance.of_features(
+                self.distance.features(self.merged(coefficients), self.seeds(images))
+            ), passes
+        except RunError:  # an image is not finite
+            return math.inf, passes

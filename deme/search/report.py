@@ -1,8 +1,5 @@
 """What a search is worth: its result and what it has to beat, scored on seeds that no candidate was drawn from."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,71 +18,65 @@ from deme.models.weights import weights_hash
 from deme.search.problem import Problem
 from deme.search.ways import Result
 
-
-@dataclass(frozen=True)
-class Fresh:
-    """Scores on fresh seeds, and on fresh images if the objective is match or loss."""
-
-    scores: list[Score]  # the pretrained network first, the search's result last; empty without search.report_images
-    objective: float | None  # of the result, on images that were not searched on; None: fd
+ENSEMBLE = "ensemble"
 
 
-def score_fresh(problem: Problem, result: Result, file: Path, made_from: str, beside: dict[str, Any]) -> Fresh:
-    """Score the models on fresh seeds, with the schedule of sample_ddp.py; each score is written at once.
+def score_fresh(
+    problem: Problem, result: Result, file: Path, made_from: str, beside: dict[str, Any]
+) -> tuple[list[Score], float | None]:
+    """Score the contenders on fresh seeds, with the schedule of sample_ddp.py; each score is written at once.
 
     Args:
         file: report.json; rows of the same `made_from` and the same trained network are not scored again.
+
+    Returns:
+        The scores, the pretrained network's first, the result's last; none without search.report_images. Match or loss
+        of the result on images that were not searched on; None: fd was searched.
     """
-    processes = problem.processes
-    objective = None
+    fresh = None
     if result.objective != "fd":
-        objective = problem.squares(result.objective, "fresh").value(result.coefficients)
-    settings, blocks = problem.settings, problem.config.report_blocks
+        fresh = problem.squares(result.objective, "fresh").value(result.coefficients)
+    processes, settings, blocks = problem.processes, problem.settings, problem.config.report_blocks
     first = settings.seed_offset + settings.control_images  # no candidate is drawn from these seeds
     seeds = range(first, first + settings.report_images // blocks * blocks)
     if not seeds:
-        return Fresh([], objective)
+        return [], fresh
     content = {"made_from": made_from, "seeds": [seeds.start, seeds.stop], **beside}
-    hashes = {name: [weights_hash(folder)] for name, folder in _trained(problem).items()}
     distance = problem.plain_distance.with_steps(problem.config.sample.num_inference_steps)
     space = distance.space
     known = in_main_process(processes, lambda: _known(file, made_from))
     scores: list[Score] = []
-    for name, network_at in _contenders(problem, result).items():
+    for name, contender in _contenders(problem, result).items():
+        weights = [weights_hash(contender)] if isinstance(contender, Path) else None
         row = known.get(name)
-        if row is None or row.weights != hashes.get(name):
-            features = distance.features(network_at(), seeds)
-            row = score(Path(name), hashes.get(name), features, space.reference, space.name, blocks)
+        if row is None or row.weights != weights:
+            features = distance.features(_network_at(problem, contender), seeds)
+            row = score(Path(name), weights, features, space.reference, space.name, blocks)
         scores.append(compared(row, scores[:1]))
         in_main_process(processes, lambda: save_scores(file, space.name, scores, content))
-    return Fresh(scores, objective)
+    return scores, fresh
 
 
-def _contenders(problem: Problem, result: Result) -> dict[str, Callable[[], NetworkAt]]:
-    """Name → what makes the network of a model; only one of them exists at a time."""
-    ranges = problem.shape[1]
-
-    def merged(row: np.ndarray) -> Callable[[], NetworkAt]:
-        return lambda: problem.merged(np.broadcast_to(row, problem.shape))
-
-    def loaded(folder: Path) -> NetworkAt:
-        network = freeze(load_denoiser(folder), problem.processes.device, problem.config.sample.mixed_precision)
-        return lambda _: network
-
-    contenders = {"pretrained": merged(np.zeros(ranges))}
-    contenders |= {name: partial(loaded, folder) for name, folder in _trained(problem).items()}
-    contenders["ensemble"] = problem.experts
-    contenders[f"uniform {1 / ranges:g}"] = merged(np.full(ranges, 1 / ranges))
+def _contenders(problem: Problem, result: Result) -> dict[str, np.ndarray | Path | str]:
+    """Name → coefficients, the folder of another network that was trained, or ENSEMBLE."""
+    ranges, paths = problem.shape[1], problem.config.paths
+    trained = {CONTINUED: paths.continued, DISTILLED: paths.distilled}
+    contenders = {"pretrained": np.zeros(ranges)}
+    contenders |= {name: folder for name, folder in trained.items() if folder.is_dir()}
+    contenders |= {ENSEMBLE: ENSEMBLE, f"uniform {1 / ranges:g}": np.full(ranges, 1 / ranges)}
     if len(PUBLISHED) == ranges:
-        contenders["published coefficients"] = merged(np.array(PUBLISHED))
-    contenders["best"] = merged(result.coefficients)
-    return contenders
+        contenders["published coefficients"] = np.array(PUBLISHED)
+    return contenders | {"best": result.coefficients}
 
 
-def _trained(problem: Problem) -> dict[str, Path]:
-    """Name → folder of the other networks that were trained: the control and the distilled network."""
-    folders = {CONTINUED: problem.config.paths.continued, DISTILLED: problem.config.paths.distilled}
-    return {name: folder for name, folder in folders.items() if folder.is_dir()}
+def _network_at(problem: Problem, contender: np.ndarray | Path | str) -> NetworkAt:
+    """The network of a contender; it is the only one that exists."""
+    if isinstance(contender, Path):
+        network = freeze(load_denoiser(contender), problem.processes.device, problem.config.sample.mixed_precision)
+        return lambda _: network
+    if isinstance(contender, str):
+        return problem.experts()
+    return problem.merged(np.broadcast_to(contender, problem.shape))
 
 
 def _known(file: Path, made_from: str) -> dict[str, Score]:
@@ -100,17 +91,17 @@ def _known(file: Path, made_from: str) -> dict[str, Score]:
     return {}
 
 
-def verdict(result: Result, fresh: Fresh) -> list[str]:
-    """What the fresh scores say of the search, in words."""
+def verdict(result: Result, scores: list[Score], fresh: float | None) -> list[str]:
+    """What `score_fresh` says of the search, in words."""
     lines = []
-    if fresh.objective is not None:
+    if fresh is not None:
         lines.append(
-            f"{result.objective}: {result.value:.4f} where it was searched (pretrained: 1), {fresh.objective:.4f} on "
-            f"fresh images: optimism {fresh.objective - result.value:+.4f}"
+            f"{result.objective}: {result.value:.4f} where it was searched (pretrained: 1), {fresh:.4f} on fresh "
+            f"images: optimism {fresh - result.value:+.4f}"
         )
-    if not fresh.scores:
+    if not scores:
         return [*lines, "search.report_images=0: the best is not compared with the pretrained model on fresh seeds"]
-    difference, error = fresh.scores[-1].difference, fresh.scores[-1].difference_standard_error
+    difference, error = scores[-1].difference, scores[-1].difference_standard_error
     if result.objective == "fd":
         gain = result.value - result.pretrained
         lines.append(
@@ -118,8 +109,6 @@ def verdict(result: Result, fresh: Fresh) -> list[str]:
             f"{error:.4f} on fresh seeds: optimism {difference - gain:+.4f}"
         )
     if abs(difference) <= CLEARLY * error:
-        lines.append("the best is NOT better than the pretrained model by more than two standard errors")
-    else:
-        word = "better" if difference < 0 else "WORSE"
-        lines.append(f"the best is {word} than the pretrained model by {abs(difference) / error:.1f} standard errors")
-    return lines
+        return [*lines, "the best is NOT better than the pretrained model by more than two standard errors"]
+    word = "better" if difference < 0 else "WORSE"
+    return [*lines, f"the best is {word} than the pretrained model by {abs(difference) / error:.1f} standard errors"]

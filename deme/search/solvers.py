@@ -1,7 +1,8 @@
-"""Coefficients of least match or loss: in closed form, and by gradient descent."""
+"""Coefficients of least match or loss: in closed form, and by gradient descent. Both resume from a file."""
 
 import warnings
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deme.config.sections import GRADIENT_PASSES, Search
+from deme.job.processes import Processes, in_main_process
+from deme.job.records import SEARCH, Record, read_arrays, write_arrays
 from deme.measure.noisy import Batch
 from deme.method.candidates import Candidates
-from deme.search.objectives import Squares, total, weighted_squares
-from deme.search.progress import Evaluated, Progress, Tensors
+from deme.search.objectives import Squares
 
 # torch makes forward derivatives by it, and warns of that itself
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
@@ -25,6 +27,56 @@ MEASURED_EVERY = 10  # steps of the gradient descent
 EQUATIONS = ("curvature", "slope")
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
+COLUMNS = ("trace.passes", "trace.values", "trace.coefficients")  # of the candidates in a file
+RECORD = Record(SEARCH, {})  # of a file: the search's folder has the whole record
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """A candidate that was scored."""
+
+    way: str
+    objective: str  # match, loss, or fd with its number of images
+    passes: int  # through the UNet since the search began
+    value: float
+    coefficients: np.ndarray  # float64, shape (groups, ranges)
+
+
+class Progress:
+    """A solver's state and the candidates that it has scored; both are read from the file if it is there.
+
+    Args:
+        state: at the start; `spent` counts UNet passes.
+    """
+
+    def __init__(self, processes: Processes, file: Path, way: str, objective: str, state: Tensors):
+        self.processes, self.file, self.way, self.objective, self.state = processes, file, way, objective, state
+        self.rows: list[Evaluated] = []
+        arrays = in_main_process(processes, lambda: read_arrays(file, RECORD))
+        if arrays is not None:
+            columns = [arrays.pop(name) for name in COLUMNS]
+            self.state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            self.rows = [Evaluated(way, objective, int(p), float(v), w) for p, v, w in zip(*columns, strict=True)]
+
+    @property
+    def stale(self) -> int:
+        """How many candidates were scored since the best one, the first of the lowest value."""
+        values = [row.value for row in self.rows]
+        return len(values) - 1 - values.index(min(values))
+
+    def add(self, value: float, coefficients: np.ndarray) -> None:
+        """Add a candidate that was scored after the passes in the state."""
+        row = np.array(coefficients, dtype=np.float64)  # a copy
+        self.rows.append(Evaluated(self.way, self.objective, int(self.state["spent"]), value, row))
+
+    def save(self) -> None:
+        """Write the state and the candidates."""
+        columns = zip(*((row.passes, row.value, row.coefficients) for row in self.rows), strict=True)
+        arrays = {name: tensor.numpy() for name, tensor in self.state.items()}
+        arrays |= dict(zip(COLUMNS, map(np.array, columns), strict=True))
+        in_main_process(self.processes, lambda: write_arrays(self.file, arrays, RECORD))
 
 
 # --- closed form
@@ -38,50 +90,43 @@ def closed_form(squares: Squares, settings: Search, file: Path, way: str = "clos
 
     Returns the pretrained network and the solution of each step. The file is written after each batch.
     """
-    candidates = squares.candidates
+    candidates, processes = squares.candidates, squares.processes
     size = int(np.prod(candidates.shape))
     state = {
         "done": torch.zeros(2, dtype=torch.int64),  # steps, and batches of the next one
         "curvature": torch.zeros(size, size, dtype=torch.float64),
         "slope": torch.zeros(size, dtype=torch.float64),
         "pull": torch.zeros((), dtype=torch.float64),
-        "spent": torch.tensor(squares.spent),  # UNet passes
+        "spent": torch.tensor(squares.spent),
     }
-    progress = Progress(squares.processes, file, way, squares.name, state)
+    progress = Progress(processes, file, way, squares.name, state)
     state = progress.state
     if not progress.rows:
         progress.add(1.0, np.zeros(candidates.shape))
-    while int(state["done"][0]) <= settings.gauss_newton and progress.best is progress.rows[-1]:
-        steps, batches = state["done"].tolist()
-        start = progress.best.coefficients
+    while int(state["done"][0]) <= settings.gauss_newton and progress.stale == 0:
+        start = progress.rows[-1].coefficients
         candidates.form(squares.network, start)
-        for number in range(batches, len(squares.batches)):
-            _add_equations(state, squares, squares.batches[number])
-            state["done"] = torch.tensor([steps, number + 1])
+        for number in range(int(state["done"][1]), len(squares.batches)):
+            batch = squares.batches[number]
+            added = [torch.zeros_like(state[name]) for name in EQUATIONS]
+            if len(batch.weights) > 0:
+                added = linearized(batch, candidates, squares.network)
+            for name, part in zip(EQUATIONS, added, strict=True):
+                state[name] += processes.reduce(part.to(processes.device), "sum").cpu()
+            state["spent"] += JVP_PASSES * size * squares.sizes[number]
+            state["done"][1] += 1
             progress.save()
-        if steps == 0:
+        if state["done"][0] == 0:
             state["pull"] = settings.ridge * state["curvature"].diagonal().mean()
-        curvature, slope = state["curvature"].numpy(), state["slope"].numpy()
+        curvature, slope = (state[name].numpy() for name in EQUATIONS)
         solution = ridge_step(curvature, slope, start.ravel(), float(state["pull"]), settings.interval)
         coefficients = solution.reshape(candidates.shape)
-        value = squares.value(coefficients)
         state["spent"] += squares.images
-        progress.add(value, coefficients)
+        progress.add(squares.value(coefficients), coefficients)
         state |= {name: torch.zeros_like(state[name]) for name in EQUATIONS}
-        state["done"] = torch.tensor([steps + 1, 0])
+        state["done"] = torch.tensor([int(state["done"][0]) + 1, 0])
         progress.save()
     return progress.rows
-
-
-def _add_equations(state: Tensors, squares: Squares, batch: Batch) -> None:
-    """Add a batch to the normal equations about the network's weights, over all processes."""
-    processes = squares.processes
-    added = [torch.zeros_like(state[name]) for name in EQUATIONS]
-    if len(batch.weights) > 0:
-        added = linearized(batch, squares.candidates, squares.network)
-    for name, part in zip(EQUATIONS, added, strict=True):
-        state[name] = state[name] + processes.reduce(part.to(processes.device), "sum").cpu()
-    state["spent"] += JVP_PASSES * len(state["slope"]) * total(processes, len(batch.weights))
 
 
 @torch.no_grad()
@@ -94,8 +139,7 @@ def linearized(batch: Batch, candidates: Candidates, network: nn.Module) -> tupl
     parameters = dict(network.named_parameters())
 
     def predict(some: Tensors) -> torch.Tensor:
-        inputs = (batch.noisy, batch.timesteps)
-        keywords = {**batch.condition, "return_dict": False}
+        inputs, keywords = (batch.noisy, batch.timesteps), {**batch.condition, "return_dict": False}
         return functional_call(network, parameters | some, inputs, keywords)[0].float()
 
     columns = []
@@ -138,74 +182,56 @@ def ridge_step(
 def gradient_descent(
     squares: Squares, held_out: Squares, settings: Search, start: np.ndarray, file: Path, spent: int = 0
 ) -> list[Evaluated]:
-    """Adam (Kingma and Ba 2015) on the coefficients, a batch a step; returns the measurements on the held-out images.
+    """Adam (Kingma and Ba 2015) on the coefficients, pulled to the start; the values on held-out images stop it early.
 
     One backward pass gives the gradient by the weights; times the task vectors it is the gradient by the coefficients.
     So candidates are formed in place, and no graph over merged copies of the weights is held.
-
-    Args:
-        held_out: the same objective on other images, which stops the descent early.
-        start: what the pull is to, shape (groups, ranges).
-        spent: UNet passes before.
     """
+    processes, candidates, network = squares.processes, squares.candidates, squares.network
     origin = torch.from_numpy(np.array(start, dtype=np.float64))  # a copy: the array may be read-only
-    state = {
-        "step": torch.zeros((), dtype=torch.int64),
-        "spent": torch.tensor(spent + held_out.spent),  # UNet passes
-        "coefficients": origin.clone(),
-        "mean": torch.zeros_like(origin),
-        "square": torch.zeros_like(origin),
-    }
-    progress = Progress(squares.processes, file, "gradient", f"{squares.name}, held-out images", state)
+    state = {"step": torch.tensor(0), "spent": torch.tensor(spent + held_out.spent), "coefficients": origin.clone()}
+    state |= {"mean": torch.zeros_like(origin), "square": torch.zeros_like(origin)}
+    progress = Progress(processes, file, "gradient", f"{squares.name}, held-out images", state)
     state = progress.state
 
     def measure() -> None:
-        coefficients = state["coefficients"].numpy()
-        value = held_out.value(coefficients)
         state["spent"] += held_out.images
-        progress.add(value, coefficients)
+        coefficients = state["coefficients"].numpy()
+        progress.add(held_out.value(coefficients), coefficients)
         progress.save()
 
     if not progress.rows:
         measure()
-    squares.network.requires_grad_(True)
+    network.requires_grad_(True)
     try:
-        while state["step"] < settings.gradient_steps:
-            if len(progress.rows) - 1 - progress.rows.index(progress.best) >= settings.gradient_patience:
-                break
-            gradient, images = _gradient(squares, int(state["step"]), state["coefficients"])
+        while (step := int(state["step"])) < settings.gradient_steps and progress.stale < settings.gradient_patience:
+            number = step % len(squares.batches)
+            batch, images = squares.batches[number], squares.sizes[number]
+            candidates.form(network, state["coefficients"])
+            gradient = torch.zeros(candidates.shape, dtype=torch.float64, device=processes.device)
+            if len(batch.weights) > 0:
+                network.zero_grad()
+                squares.of_batch(batch).backward()
+                gradient = candidates.gradient(network)
+            gradient = processes.reduce(gradient, "sum").cpu() * squares.images / images
             gradient += 2 * settings.pull * (state["coefficients"] - origin) / origin.numel()
-            state["step"] += 1
-            state["spent"] += GRADIENT_PASSES * images
             _adam_step(state, gradient, settings)
-            if int(state["step"]) % MEASURED_EVERY == 0 or state["step"] == settings.gradient_steps:
+            state["spent"] += GRADIENT_PASSES * images
+            if (step + 1) % MEASURED_EVERY == 0 or step + 1 == settings.gradient_steps:
                 measure()
     finally:
-        squares.network.requires_grad_(False)
-        squares.network.zero_grad()
-    return progress.rows
-
-
-def _gradient(squares: Squares, step: int, coefficients: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The gradient of the objective on one batch, and how many images that is, over all processes."""
-    processes, candidates, network = squares.processes, squares.candidates, squares.network
-    batch = squares.batches[step % len(squares.batches)]
-    candidates.form(network, coefficients)
-    gradient = torch.zeros(candidates.shape, dtype=torch.float64, device=processes.device)
-    if len(batch.weights) > 0:
+        network.requires_grad_(False)
         network.zero_grad()
-        weighted_squares(batch, batch.predict(network)).backward()
-        gradient = candidates.gradient(network)
-    images = total(processes, len(batch.weights))
-    return processes.reduce(gradient, "sum").cpu() * squares.images / images, images
+    return progress.rows
 
 
 def _adam_step(state: Tensors, gradient: torch.Tensor, settings: Search) -> None:
     """Adam's update of the coefficients, then back into the bounds."""
     first, second = BETAS
+    state["step"] += 1
     step = int(state["step"])
     state["mean"] = first * state["mean"] + (1 - first) * gradient
     state["square"] = second * state["square"] + (1 - second) * gradient**2
-    size = settings.gradient_learning_rate / (1 - first**step)
+    rate = settings.gradient_learning_rate / (1 - first**step)
     scale = (state["square"] / (1 - second**step)).sqrt() + EPSILON
-    state["coefficients"] = (state["coefficients"] - size * state["mean"] / scale).clamp(*settings.interval)
+    state["coefficients"] = (state["coefficients"] - rate * state["mean"] / scale).clamp(*settings.interval)

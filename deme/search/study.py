@@ -1,40 +1,38 @@
 """Candidates one after another: an Optuna study, in a storage that outlives the process and that jobs share."""
 
+import fcntl
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import optuna
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.samplers import GPSampler, PartialFixedSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import create_engine, inspect
 
-from deme.data.images import Stream
-from deme.errors import UserError
+from deme.config.section import without_password
+from deme.errors import RunError, UserError, naming, one_line
 from deme.job.locks import POLLED_EVERY
-from deme.job.processes import Processes, in_main_process
-from deme.search.progress import Evaluated
-from deme.search.storage import GRACE, joined, reading
+from deme.job.processes import Processes, in_main_process, locked_by_all
+from deme.search.problem import Problem
+from deme.search.solvers import Evaluated
 
 PASSES = "passes"  # attribute of a trial: UNet passes that its value took
+HEARTBEAT = 30  # seconds between two heartbeats of a running trial
+GRACE = 300  # seconds without a heartbeat after which a trial's candidate is tried again
 
-
-class Surplus(Exception):
-    """Another job took the last candidate at the same time."""
-
-
-@dataclass(frozen=True)
-class Space:
-    """The coefficients that are searched."""
-
-    names: Sequence[str]  # in row-major order
-    shape: tuple[int, int]  # (groups, ranges)
-    interval: tuple[float, float]  # bounds of each coefficient
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
 @dataclass(eq=False)
@@ -46,12 +44,14 @@ class Study:
     Of `count` candidates the `first` ones are given, and the sampler draws the others.
     """
 
+    problem: Problem
     storage: RDBStorage
     name: str
-    space: Space
+    objective: str
+    images: int  # that fd draws of each candidate
+    spent: int  # UNet passes before
+    sampler: str
     first: Sequence[np.ndarray] = ()
-    sampler: str = "random"
-    stream: Stream = (0,)
     count: int = 0
 
     def __post_init__(self):
@@ -62,181 +62,188 @@ class Study:
 
     # --- what was tried
 
-    def trials(self) -> list[FrozenTrial]:
-        """The complete trials, in order."""
+    def rows(self) -> list[Evaluated]:
+        """The candidates with a value, in order."""
+        label = f"fd of {self.images:,} images" if self.objective == "fd" else self.objective
+        rows, spent = [], self.spent
         with reading(self.storage):
-            trials = self._read(TrialState.COMPLETE)
-            for trial in trials:
-                read = [trial.user_attrs[PASSES], *(trial.params[name] for name in self.space.names)]
-                if not (np.isfinite(read).all() and read[0] >= 0 and isinstance(trial.value, float)):
+            for trial in self._trials(TrialState.COMPLETE):
+                passes, row = trial.user_attrs[PASSES], [trial.params[name] for name in self.problem.names]
+                if not (np.isfinite([passes, *row]).all() and passes >= 0 and isinstance(trial.value, float)):
                     raise ValueError(f"trial {trial.number} is not a candidate")
-        return trials
+                spent += passes
+                rows.append(Evaluated(self.sampler, label, spent, trial.value, np.reshape(row, self.problem.shape)))
+        return rows
 
-    def _read(self, *states: TrialState) -> list[FrozenTrial]:
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)
-
-    def coefficients(self, trial: FrozenTrial) -> np.ndarray:
-        """The coefficients of a trial: shape (groups, ranges)."""
-        return np.array([trial.params[name] for name in self.space.names]).reshape(self.space.shape)
-
-    def table(self) -> tuple[Sequence[str], np.ndarray, np.ndarray]:
-        """The coefficients' names, the candidates (n, P) and their values (n,)."""
-        trials = self.trials()
-        rows = np.array([self.coefficients(trial).ravel() for trial in trials])
-        return self.space.names, rows, np.array([trial.value for trial in trials])
 
     def importance(self) -> dict[str, float]:
         """Each coefficient's share of the values' variance, the largest first; empty if the values do not differ."""
-        if len({trial.value for trial in self.trials() if math.isfinite(trial.value)}) < 2:
+        if len({row.value for row in self.rows() if math.isfinite(row.value)}) < 2:
             return {}
         fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
         return optuna.importance.get_param_importances(self.study, evaluator=fanova)
 
-    def evaluated(self, way: str, objective: str, spent: int) -> list[Evaluated]:
-        """The candidates as rows of a search that had spent so many UNet passes before."""
-        rows = []
-        for trial in self.trials():
-            spent += trial.user_attrs[PASSES]
-            rows.append(Evaluated(way, objective, spent, trial.value, self.coefficients(trial)))
-        return rows
-
     def best(self, count: int) -> list[np.ndarray]:
         """The different candidates with the lowest values, the best first."""
-        ranked = sorted(self.trials(), key=lambda trial: trial.value)
-        return distinct(map(self.coefficients, ranked))[:count]
+        ranked = sorted(self.rows(), key=lambda row: row.value)
+        return distinct(row.coefficients for row in ranked)[:count]
 
     # --- trying
 
     def extend(self, candidates: Sequence[np.ndarray]) -> None:
         """Try these candidates, without the sampler, after those that were tried before."""
-        tried = [self.coefficients(trial) for trial in self.trials()]
-        self.first = tried + [row for row in candidates if not any(np.array_equal(row, other) for other in tried)]
+        self.first = distinct([*(row.coefficients for row in self.rows()), *candidates])
         self.count = len(self.first)
 
-    def run(
-        self,
-        processes: Processes,
-        value: Callable[[np.ndarray], float],
-        passes: Callable[[np.ndarray], int],
-        label: str,
-    ) -> None:
-        """Try candidates until all are tried, together with the other jobs that share the storage.
-
-        `value` is called in every process; `passes` gives the UNet passes that it takes.
-        """
-
-        def score(coefficients: np.ndarray) -> tuple[float, int]:
-            in_main_process(processes, lambda: coefficients)  # `told` in the other processes
-            return value(coefficients), passes(coefficients)
-
-        with joined(self.storage, self._fail_running) if processes.is_main_process else nullcontext():
+    def run(self) -> list[Evaluated]:
+        """Try candidates until all are tried, with the other jobs that share the storage; all of them, in order."""
+        processes = self.problem.processes
+        with self._joined() if processes.is_main_process else nullcontext():
             while True:
-                told = in_main_process(processes, lambda: self._try_all(score, label))
+                told = in_main_process(processes, self._try_all)  # a candidate if `_score` of the main process tells it
                 if isinstance(told, np.ndarray):
-                    value(told)
+                    self.problem.value(self.objective, told, self.images)
                 elif told:
-                    break
+                    return in_main_process(processes, self.rows)
                 else:  # other jobs still try the last candidates
                     time.sleep(POLLED_EVERY)
 
-    def _try_all(self, score: Callable[[np.ndarray], tuple[float, int]], label: str) -> bool:
+    @contextmanager
+    def _joined(self) -> Iterator[None]:
+        """Hold a lock beside an SQLite file with the other jobs that use it.
+
+        A job that is alone there gives up what killed jobs left running; it is tried again as the same candidates.
+        """
+        url = self.storage.engine.url
+        if url.get_backend_name() != "sqlite":
+            yield
+            return
+        with open(f"{url.database}.lock", "a") as file:
+            with suppress(OSError):  # another job holds it, or the disk has no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with reading(self.storage):
+                    for trial in self._trials(TrialState.RUNNING):
+                        self.study.tell(trial.number, state=TrialState.FAIL)
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+
+    def _try_all(self) -> bool:
         """Try candidates while there are free ones. Returns whether all are complete."""
         while True:
             with reading(self.storage):
                 self._retry_stale()
-                trials = self._read(TrialState.COMPLETE, TrialState.RUNNING)
+                trials = self._trials(TrialState.COMPLETE, TrialState.RUNNING)
             if len(trials) >= self.count:
                 return sum(trial.state is TrialState.COMPLETE for trial in trials) >= self.count
-            self._try_one(score, label)
-
-    def _try_one(self, score: Callable[[np.ndarray], tuple[float, int]], label: str) -> None:
-        raised: list[Exception] = []
-
-        def objective(trial: Trial) -> float:
-            place = self._place(trial)
-            if place >= self.count:
-                raise Surplus
-            self.study.sampler = self._sampler(place)  # Optuna samples at the first suggestion
-            values = [trial.suggest_float(name, *self.space.interval) for name in self.space.names]
-            coefficients = np.array(values).reshape(self.space.shape)
+            raised: list[Exception] = []
             try:
-                value, passes = score(coefficients)
-                value = math.inf if math.isnan(value) else value  # Optuna would take NaN for a failure
                 with reading(self.storage):
-                    trial.set_user_attr(PASSES, passes)
-            except Exception as error:  # not the storage's
-                raised.append(error)
-                raise
-            best = min([value, *(trial.value for trial in self.trials())])
-            few = len(coefficients) == 1
-            at = np.round(coefficients, 3).tolist()[0] if few else f"{coefficients.size} coefficients"
-            print(f"{label} {place + 1} of {self.count}: {value:.4f} at {at}; the best: {best:.4f}", flush=True)
-            return value
+                    self.study.optimize(partial(self._score, raised=raised), n_trials=1)
+            finally:
+                if raised:  # not by the storage
+                    raise raised[0] from None
 
+    def _score(self, trial: Trial, raised: list[Exception]) -> float:
+        """The value of the candidate that a trial gets; what computing it raises is also put into a list."""
+        others = self.study.get_trials(deepcopy=False)
+        place = sum(other.number < trial.number and other.state is not TrialState.FAIL for other in others)
+        if place >= self.count:  # another job took the last candidate at the same time
+            return math.nan  # for Optuna a failure
+        problem = self.problem
+        self.study.sampler = self._sampler(place)  # Optuna samples at the first suggestion
+        values = [trial.suggest_float(name, *problem.settings.interval) for name in problem.names]
+        coefficients = np.reshape(values, problem.shape)
         try:
+            in_main_process(problem.processes, lambda: coefficients)  # tells the other processes, which wait in `run`
+            value, passes = problem.value(self.objective, coefficients, self.images)
+            value = math.inf if math.isnan(value) else value
             with reading(self.storage):
-                self.study.optimize(objective, n_trials=1, catch=Surplus)
-        except Exception:
-            if raised:
-                raise raised[0] from None
+                trial.set_user_attr(PASSES, passes)
+        except Exception as error:
+            raised.append(error)
             raise
-
-    def _fail_running(self) -> None:
-        """Give up what killed jobs left running; it is tried again as the same candidate."""
-        with reading(self.storage):
-            for trial in self._read(TrialState.RUNNING):
-                self.study.tell(trial.number, state=TrialState.FAIL)
+        label = f"{self.objective}, {'finalist' if self.sampler == 'finalists' else 'candidate'}"
+        at = np.round(values, 3).tolist() if problem.shape[0] == 1 else f"{len(values)} coefficients"
+        best = min([value, *(row.value for row in self.rows())])
+        print(f"{label} {place + 1} of {self.count}: {value:.4f} at {at}; the best: {best:.4f}", flush=True)
+        return value
 
     def _retry_stale(self) -> None:
         """Have the candidates of killed jobs tried again."""
         optuna.storages.fail_stale_trials(self.study)
         oldest = datetime.now() - timedelta(seconds=GRACE)
-        for trial in self._read(TrialState.RUNNING):
+        for trial in self._trials(TrialState.RUNNING):
             if not trial.params and trial.datetime_start < oldest:  # killed before its first heartbeat
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
-    # --- which candidate is the n-th
-
-    def _place(self, trial: Trial) -> int:
-        """Which candidate a trial is, counted from 0; failed trials don't count."""
-        others = self.study.get_trials(deepcopy=False)
-        return sum(other.number < trial.number and other.state is not TrialState.FAIL for other in others)
-
     def _sampler(self, place: int) -> optuna.samplers.BaseSampler:
-        """What draws the candidate of this place."""
-        seed = int(np.random.default_rng((*self.stream, place)).integers(2**31))
+        """What draws the candidate of this place, counted from 0."""
         startup = len(self.first)
-        size = len(self.space.names)
         if place < startup:
-            return self._fixed(self.first[place].ravel())
+            clipped = np.clip(self.first[place].ravel(), *self.problem.settings.interval).tolist()
+            return PartialFixedSampler(dict(zip(self.problem.names, clipped, strict=True)), RandomSampler(0))
+        seed = int(np.random.default_rng((*self.problem.stream, place)).integers(2**31))
         if self.sampler == "tpe":
             return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
         if self.sampler == "gp":
             return GPSampler(seed=seed, n_startup_trials=startup)
-        if self.sampler == "grid" and place < grid_values(self.count, size) ** size:
-            return self._fixed(grid_point(place, grid_values(self.count, size), size, self.space.interval))
         return RandomSampler(seed)
 
-    def _fixed(self, coefficients: np.ndarray) -> optuna.samplers.BaseSampler:
-        """A sampler of one candidate."""
-        clipped = np.clip(coefficients, *self.space.interval).tolist()
-        return PartialFixedSampler(dict(zip(self.space.names, clipped, strict=True)), RandomSampler(0))
 
-
-def distinct(rows: Iterable[np.ndarray]) -> list[np.ndarray]:
+def distinct(candidates: Iterable[np.ndarray]) -> list[np.ndarray]:
     """The coefficients without repetitions, in order."""
-    return list({tuple(row.ravel()): row for row in rows}.values())
+    return list({tuple(row.ravel()): row for row in candidates}.values())
 
 
-def grid_point(number: int, values: int, dimensions: int, interval: tuple[float, float]) -> np.ndarray:
-    """The n-th of the values ** dimensions points of a grid over the bounds, their ends included: (dimensions,)."""
-    digits = [number // values**place % values for place in reversed(range(dimensions))]
-    return np.linspace(*interval, values)[digits]
+# --- the storage
 
 
-def grid_values(count: int, dimensions: int) -> int:
-    """How many values per coefficient a grid of at most `count` points has."""
-    values = int(count ** (1 / dimensions) + 1e-9)
-    if values < 2:
-        raise UserError(f"a grid of {dimensions} coefficients has at least 2 ** {dimensions} candidates")
-    return values
+def open_storage(url: str) -> RDBStorage:
+    """Open or create an Optuna storage."""
+    try:
+        if url.startswith("sqlite"):
+            engine = create_engine(url)
+            tables = inspect(engine).get_table_names()
+            engine.dispose()
+            if tables and "studies" not in tables:  # the first one that Optuna creates
+                raise UserError("a database of another program")
+        retry = RetryHeartbeatStaleTrialCallback()
+        return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=retry)
+    except UserError:
+        raise
+    except Exception as error:  # SQLAlchemy and the database drivers raise their own
+        reason = one_line(error).replace(url, without_password(url))
+        raise UserError(f"no Optuna storage can be opened there: {reason}") from None
+
+
+def open_by_all(processes: Processes, url: str | None, folder: Path) -> RDBStorage:
+    """Open `search.storage`, or study.db of the search's folder, in every process."""
+    where = url or f"sqlite:///{folder / 'study.db'}"
+
+    def create() -> None:
+        with naming("search.storage", without_password(url) or folder / "study.db"):
+            open_storage(where)
+
+    with locked_by_all(processes, folder / "storage", "search.output", wait=True):  # two at once would fail
+        in_main_process(processes, create)
+    return open_storage(where)
+
+
+@contextmanager
+def reading(storage: RDBStorage) -> Iterator[None]:
+    """Explain errors of the storage without its password: RunError if it is gone, full or locked for long."""
+    try:
+        yield
+    except StorageInternalError as error:
+        raise RunError(f"search.storage: {one_line(error)}; the same command goes on") from error
+    except UpdateFinishedTrialError as error:
+        reason = f"no sign of life for {GRACE} seconds, so another job tries this job's candidate"
+        raise RunError(f"search.storage: {reason}; the same command goes on") from error
+    except (UserError, RunError):
+        raise
+    except Exception as error:  # damaged rows lead to any error of Optuna and SQLAlchemy
+        place = storage.engine.url.render_as_string(hide_password=True)
+        raise UserError(f"search.storage={place}: damaged, or not of this search: {one_line(error)}") from error

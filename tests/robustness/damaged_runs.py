@@ -78,20 +78,17 @@ def run_files(choose: random.Random, folder: Path) -> Readers:
 
 def storage(choose: random.Random, folder: Path) -> Readers:
     """A search's study.db: damaged, or another program's."""
-    from accelerate import Accelerator
+    from noisy_images import problem_of
 
-    from deme.search.storage import open_storage
-    from deme.search.study import Space, Study
+    from deme.search.study import Study, open_storage
 
     file = folder / "study.db"
     url = f"sqlite:///{file}"
 
     def search(count: int) -> None:
-        study = Study(open_storage(url), "s", Space(["a", "b"], (1, 2), (0.0, 1.0)), count=count)
-        study.run(Accelerator(cpu=True), lambda w: float(w.sum()), lambda _: 1, "s")
-        study.table()
+        study = Study(problem_of(["a", "b"]), open_storage(url), "s", "match", 0, 0, "random", count=count)
+        study.run()
         study.best(2)
-        study.evaluated("a", "b", 0)
 
     with redirect_stdout(io.StringIO()):
         search(2)

@@ -1,4 +1,3 @@
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,7 @@ from deme.errors import UserError
 from deme.measure.metrics import Reference, frechet_distance, statistics
 from deme.measure.reference import FeatureSpace
 from deme.method.candidates import Candidates
-from deme.search.objectives import LOSS_BINS, FrechetDistance, make_squares
+from deme.search.objectives import LOSS_BINS, FrechetDistance, Squares
 
 BASE = tiny_unet().state_dict()
 ZEROS = np.zeros((1, 2))
@@ -39,10 +38,10 @@ def test_the_pretrained_network_has_the_value_1(name):
 def test_match_is_0_for_an_expert_of_all_timesteps_and_the_share_of_its_range_for_one_of_several():
     made, network = candidates(1), tiny_unet(7)
     accelerator = Accelerator(cpu=True)
-    objective = make_squares("match", probes(accelerator, ranges=[(0, 1000)]), made, network, 1000, accelerator)
+    objective = Squares("match", probes(accelerator, ranges=[(0, 1000)]), made, network, 1000, accelerator)
     assert objective.value(np.ones((1, 1))) < 1e-9
     ranges = squares("match", candidates(2), network)
-    ranges = replace(ranges, batches=[batch.part(batch.ranges == 0) for batch in ranges.batches])
+    ranges.batches = [batch.part(batch.ranges == 0) for batch in ranges.batches]
     assert ranges.value(np.array([[1, 0]])) < 1e-9
     assert ranges.value(ZEROS) == pytest.approx(0.5, abs=1e-5)
 
@@ -99,16 +98,16 @@ def test_an_expert_that_predicts_what_the_pretrained_network_does_is_refused():
     network = tiny_unet()
     same = Candidates(BASE, {"a": tiny_unet(1).state_dict(), "b": BASE}, dict.fromkeys(BASE, 0), "cpu")
     with pytest.raises(UserError, match=r"^the expert of range 1 predicts what the pretrained network does$"):
-        make_squares("match", probes(accelerator), same, network, 1000, accelerator)
+        Squares("match", probes(accelerator), same, network, 1000, accelerator)
     with pytest.raises(UserError, match=r"^no image falls into bin \d+ of 16 bins of timesteps$"):
-        make_squares("loss", probes(accelerator, range(2), RANGES), same, network, 1000, accelerator)
+        Squares("loss", probes(accelerator, range(2), RANGES), same, network, 1000, accelerator)
 
 
 # --- the distance with a control, on features that are drawn instead of images
 
 
 def distance(control: np.ndarray | None) -> FrechetDistance:
-    return FrechetDistance(None, None, FeatureSpace("classifier", None, REAL, None), [], 8, control)
+    return FrechetDistance(None, None, FeatureSpace("classifier", None, REAL, None), [], control)
 
 
 def plain(features: np.ndarray) -> float:

@@ -10,8 +10,7 @@ from scipy.optimize import minimize
 from deme.config.sections import Search
 from deme.method.candidates import Candidates
 from deme.search import solvers
-from deme.search.progress import Progress
-from deme.search.solvers import GRADIENT_PASSES, closed_form, gradient_descent, linearized, ridge_step
+from deme.search.solvers import GRADIENT_PASSES, Progress, closed_form, gradient_descent, linearized, ridge_step
 
 EXACT = Search(ridge=0.0, gauss_newton=1, bounds=[-100, 100])
 
