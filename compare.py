@@ -22,8 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deme.compare.comparison import ComparedRun, load_comparison
-from deme.compare.graph import Job, Ledger
-from deme.compare.side_by_side import Jobs, places
+from deme.compare.jobs import Job, Jobs, Ledger, places
 from deme.compare.stages import LAST, stages_of
 from deme.config.paths import Paths
 from deme.errors import RunError, UserError

@@ -87,18 +87,17 @@ def load_comparison(file: str | Path, overrides: list[str]) -> tuple[Comparison,
             comparison = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Comparison), given, mine)).at_home()
         except READING_ERRORS as error:
             raise UserError(one_line(error)) from None
-    return comparison, list(compared_runs(comparison, [text for text in overrides if text not in own]))
+    return comparison, list(_compared_runs(comparison, [text for text in overrides if text not in own]))
 
 
-def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[ComparedRun]:
+def _compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[ComparedRun]:
     """The runs, the base first; `overrides` go to all of them."""
     if comparison.reference is not None:
         statistics = load_config(comparison.reference, []).paths.reference
         overrides = [*overrides, override("evaluate.reference", str(statistics))]
     base = load_config(comparison.base, overrides)
     names = set()
-    variations = sorted(comparison.runs.items(), key=lambda item: len(item[1].overrides) > 0)
-    for name, variation in variations:
+    for name, variation in sorted(comparison.runs.items(), key=lambda item: len(item[1].overrides) > 0):
         is_plain = not variation.overrides
         for seed in dict.fromkeys([base.seed] * is_plain + comparison.seeds):
             is_base = is_plain and seed == base.seed
@@ -108,42 +107,33 @@ def compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Comp
             given, config = overrides, base
             if not is_base:
                 with naming(f"runs.{name}"):
-                    given, config = varied(comparison.base, base, overrides, name, variation, seed)
-            check_no_shared_output(config)
+                    given = [*overrides, *variation.overrides, *_own_overrides(comparison, base, overrides, name, seed)]
+                    config = load_config(comparison.base, given)
+            for section in config.sections:
+                for key, value in section.tagged("one_run").items():
+                    section.check(key, value is None, "each run of a comparison has its own")
             if config.name in names:
                 raise UserError(f"runs.{name}: its run is called {config.name}, as another one; choose another name")
             names.add(config.name)
             yield ComparedRun(name, seed, models, ["--config", for_shell(comparison.base), *given], config)
 
 
-def check_no_shared_output(config: Config) -> None:
-    """Refuse settings by which all runs would write to, or read from, one place."""
-    for section in config.sections:
-        for key, value in section.tagged("one_run").items():
-            section.check(key, value is None, "each run of a comparison has its own")
-
-
-def varied(
-    file: str, base: Config, overrides: list[str], name: str, variation: Variation, seed: int
-) -> tuple[list[str], Config]:
-    """The overrides of a variation's run, and its configuration.
+def _own_overrides(comparison: Comparison, base: Config, overrides: list[str], name: str, seed: int) -> list[str]:
+    """What a variation's run has for itself.
 
     If it has another number of ranges, all ranges together take as many steps as the base's, unless the variation sets
     finetune.max_steps.
     """
-    config = load_config(file, [*overrides, *variation.overrides])
+    varied = comparison.runs[name].overrides
+    config = load_config(comparison.base, [*overrides, *varied])
     for section, usual in zip(config.sections, base.sections, strict=True):
-        shared = usual.tagged("all_runs")
-        for key, value in section.tagged("all_runs").items():
-            section.check(key, value == shared[key], f"all runs have the base's, {shown(shared[key])}")
+        for key, value in usual.tagged("all_runs").items():
+            section.check(key, getattr(section, key) == value, f"all runs have the base's, {shown(value)}")
     full_name = base.name
-    full_name += f"-{name}".replace(", ", "-").replace(" ", "_") if variation.overrides else ""
+    full_name += f"-{name}".replace(", ", "-").replace(" ", "_") if varied else ""
     full_name += f"-seed{seed}" if seed != base.seed else ""
     own = {"name": full_name, "seed": seed, "model.pretrained": base.paths.pretrained}
-    given = [*overrides, *variation.overrides, *(override(key, value) for key, value in own.items())]
-    config = load_config(file, given)
     count, usual = len(config.timesteps.ranges), len(base.timesteps.ranges)
-    if count != usual and not any(text.startswith("finetune.max_steps=") for text in variation.overrides):
-        given.append(override("finetune.max_steps", max(1, base.finetune.max_steps * usual // count)))
-        config = load_config(file, given)
-    return given, config
+    if count != usual and not any(text.startswith("finetune.max_steps=") for text in varied):
+        own["finetune.max_steps"] = max(1, base.finetune.max_steps * usual // count)
+    return [override(key, value) for key, value in own.items()]

@@ -7,17 +7,20 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from deme.compare.graph import Job, Ledger
+from deme.compare.jobs import Job, Ledger
 from deme.config.paths import for_shell
 from deme.errors import RunError, UserError
 from deme.job.command import Interrupted, noted_signals
 
-JOBS = "jobs.tsv"  # a line for each submitted job: its name, its key and Slurm's number
 OPTIONS = {"PARTITION": "partition", "ACCOUNT": "account", "TIME": "time", "CPUS": "cpus-per-task"}  # sbatch's names
 
 
 class Queue:
-    """The jobs that were submitted, by name, and what Slurm says of them."""
+    """The jobs that were submitted, by name, and what Slurm says of them.
+
+    Args:
+        file: holds a line for each submitted job: its name, its key and Slurm's number.
+    """
 
     def __init__(self, file: Path):
         self.file = file
@@ -27,10 +30,10 @@ class Queue:
         self.has_answered = False
         content = file.read_bytes().decode(errors="replace") if file.exists() else ""
         for line in content.removesuffix("\n").split("\n") if content else []:
-            parts = line.rsplit("\t", 2)
-            if len(parts) != 3:
+            name, *parts = line.rsplit("\t", 2)
+            if len(parts) != 2:
                 raise UserError(f"{file}: not a line of a job: {line!a}; delete it")
-            self.keys[parts[0]], self.numbers[parts[0]] = parts[1:]
+            self.keys[name], self.numbers[name] = parts
 
     def ask(self) -> None:
         """Ask Slurm for the jobs' states, if it is installed and there are jobs. RunError: it does not answer."""
@@ -104,20 +107,15 @@ def sbatch_line(group: Sequence[Job], logs: Path, ledger: Ledger, queue: Queue) 
     log = "%x-%A_%a.log" if first.own else "%x-%j.log"
     line.append(f"--output={str(logs).replace('%', '%%')}/{log}")
     line += [f"--array=0-{len(group) - 1}"] if first.own else []
-    line += dependencies(first, queue)
+    others = [before for before in first.after_all if before not in first.needed]
+    waits = []
+    for kind, jobs in (("afterok", first.needed), ("afterany", others)):  # success, or just the end
+        numbers = [queue.numbers[before.name] for before in jobs if before.name in queue.states]
+        waits += [":".join([kind, *numbers])] if numbers else []
+    line += [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
     line += ["scripts/slurm/job.sh", for_shell(ledger.folder), nodes, processes, first.script]
     tasks = [part for job in group for part in (job.name, job.key, job.own)]
     return [*line, *first.arguments_after(first.after_all), "--", *tasks]
-
-
-def dependencies(job: Job, queue: Queue) -> list[str]:
-    """sbatch's options that make a job wait: for the success of those it needs, and for the end of the others."""
-    others = [before for before in job.after_all if before not in job.needed]
-    waits = []
-    for kind, jobs in (("afterok", job.needed), ("afterany", others)):
-        numbers = [queue.numbers[before.name] for before in jobs if before.name in queue.states]
-        waits += [":".join([kind, *numbers])] if numbers else []
-    return [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
 
 
 def answer_of(command: list[str]) -> str:

@@ -4,12 +4,14 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from deme.compare.comparison import ComparedRun, Comparison
-from deme.compare.graph import Job, state_of
+from deme.compare.jobs import Job, state_of
 from deme.config.experiment import Config
 from deme.config.paths import DENOISER, for_shell, image_path
 from deme.config.reading import load_config, override
@@ -30,64 +32,49 @@ def stages_of(
         blocks: number of jobs that draw from each model.
         has_cache: whether a job decodes and encodes the data before others read it.
     """
-    stages = Stages(runs[0], blocks)
-    stages.add_what_all_need(comparison.reference, has_cache)
+    stages = Stages(runs[0], blocks, comparison.reference, has_cache)
     for run in runs:
         stages.add_rows(run)
     return list(stages.by_name.values())
 
 
 class Stages:
-    """The graph under construction."""
+    """The graph under construction; it begins with what all rows need."""
 
-    def __init__(self, base: ComparedRun, blocks: int):
+    def __init__(self, base: ComparedRun, blocks: int, reference: str | None, has_cache: bool):
         self.base = base
         self.blocks = blocks
         self.by_name: dict[str, Job] = {}
-        self.states: dict[str, str] = {}  # of files that no job makes, by path
+        self.state_outside = cache(state_outside)
         self.pretrained: list[Job] = []  # make the pretrained network
-        self.first: list[Job] = []  # the jobs before trainings
-        self.reference: list[Job] = []  # the jobs before scores
-
-    def add(
-        self, run: ComparedRun, stage: str, script: str, *overrides: str, own: str = "", output: Path | None, **others
-    ) -> Job:
-        """A job of a run, which is made once; `others` are its other fields, or `inputs`: more that it depends on."""
-        name = f"{run.config.name} {stage} {own}".rstrip()
-        if name not in self.by_name:
-            arguments = [*run.arguments, *overrides]
-            if overrides or own:  # a mistake is reported before any job starts
-                load_config(arguments[1], [*arguments[2:], *([own] if own else [])])
-            settings = self.settings(run.config, script, overrides, own, others.pop("inputs", ()))
-            self.by_name[name] = Job(run.config.name, stage, script, arguments, output, settings, own=own, **others)
-        return self.by_name[name]
-
-    def settings(self, config: Config, script: str, *others: Any) -> str:
-        """All that a job's output depends on except what other jobs make, as text."""
-        read = config.read_by(script)
-        made = None if self.base.config.model.pretrained else str(self.base.config.paths.pretrained_here)
-        given = [path for path in outside(config, script) if path != made]
-        for path in given:
-            self.states[path] = self.states.get(path) or state_outside(path)
-        return json.dumps([read, others, [self.states[path] for path in given]], sort_keys=True)
-
-    def add_what_all_need(self, reference: str | None, has_cache: bool) -> None:
-        """The pretrained network, the data, and the statistics that images are compared with."""
-        base, paths = self.base, self.base.config.paths
+        paths = base.config.paths
         if paths.pretrained == str(paths.pretrained_here):
             parts = [paths.pretrained_here / part for part in (DENOISER, "scheduler", "pretrain.yaml")]
             # not the encoders, which merge.py may hard-link
             self.pretrained = [self.add(base, "pretrain", "pretrain.py", output=paths.pretrained_here, parts=parts)]
-        cache: list[Job] = []
-        if has_cache:
-            cache = [self.add(base, "cache", "scripts/cache.py", output=None, after=self.pretrained)]
-        self.first = [*self.pretrained, *cache]
+        caches = [self.add(base, "cache", "scripts/cache.py", output=None, after=self.pretrained)] if has_cache else []
+        self.first = [*self.pretrained, *caches]  # before trainings
         if reference is not None:
             base = replace(base, config=load_config(reference, []), arguments=["--config", for_shell(reference)])
-            cache = []
+            caches = []
         output = base.config.paths.reference
         made = {"output": output, "parts": [output, base.config.paths.classifier]}
-        self.reference = [self.add(base, "statistics", "evaluate.py", "evaluate.samples=[]", after=cache, **made)]
+        # before scores: what images are compared with
+        self.reference = [self.add(base, "statistics", "evaluate.py", "evaluate.samples=[]", after=caches, **made)]
+
+    def add(self, run: ComparedRun, stage: str, script: str, *overrides: str, inputs: Any = (), **others: Any) -> Job:
+        """A job of a run, which is made once; `others` are its other fields, and `inputs` more that it depends on."""
+        own = others.get("own", "")
+        name = f"{run.config.name} {stage} {own}".rstrip()
+        if name not in self.by_name:
+            if overrides or own:  # a mistake is reported before any job starts
+                load_config(run.arguments[1], [*run.arguments[2:], *overrides, *filter(None, [own])])
+            made = None if self.base.config.model.pretrained else str(self.base.config.paths.pretrained_here)
+            states = [self.state_outside(path) for path in outside(run.config, script) if path != made]
+            read = [run.config.read_by(script), [overrides, own, inputs], states]
+            given = {"arguments": [*run.arguments, *overrides], "settings": json.dumps(read, sort_keys=True)} | others
+            self.by_name[name] = Job(run.config.name, stage, script, **given)
+        return self.by_name[name]
 
     def add_rows(self, run: ComparedRun) -> None:
         """The jobs that draw and score a run's models, and describe them."""
@@ -100,17 +87,15 @@ class Stages:
             scored = [override("evaluate.samples", folders), override("evaluate.output", str(paths.results))]
             return [*self.base.arguments, *scored] if folders else None
 
-        images = [job for jobs in drawn.values() for job in jobs]
-        settings = self.settings(run.config, "evaluate.py", asdict(self.base.config.evaluate), run.models)
-        made_from = {"settings": settings, "after": self.reference, "after_all": images}
-        scores = Job(run.config.name, "evaluate", "evaluate.py", arguments, paths.results, **made_from)
-        self.by_name[scores.name] = scores
+        waits = {"after": self.reference, "after_all": list(chain(*drawn.values()))}
+        inputs = [asdict(self.base.config.evaluate), run.models]
+        scored = {"output": paths.results, "arguments": arguments, "inputs": inputs}
+        told = {"after": [self.add(run, "evaluate", "evaluate.py", **scored, **waits)], "single_process": True}
         if "merged" in run.models:  # the model card shows the scores
-            self.add(run, "card", "merge.py", output=paths.merged / "README.md", after=[scores], single_process=True)
+            self.add(run, "card", "merge.py", output=paths.merged / "README.md", **told)
         if run is self.base:
             pictures = state_of(map(for_shell, paths.plots.glob("analysis-*.png")))
-            told = {"after": [scores], "inputs": pictures, "single_process": True}
-            self.add(run, "report", "report.py", output=paths.report, **told)
+            self.add(run, "report", "report.py", output=paths.report, inputs=pictures, **told)
 
     def drawn(self, run: ComparedRun, model: str) -> list[Job]:
         """The jobs that draw a model's images, one for each block of seeds."""
@@ -119,7 +104,7 @@ class Stages:
         jobs = []
         for number, seeds in enumerate(replace(run.config.sample, blocks=self.blocks).chosen_blocks):
             images = [image_path(folder, seed) for seed in seeds]
-            job = {"own": f"sample.block={number}" if self.blocks > 1 else "", "output": images[-1], "parts": images}
+            job = {"own": f"sample.block={number}" * (self.blocks > 1), "output": images[-1], "parts": images}
             jobs.append(self.add(run, f"sample-{model}", "sample_ddp.py", *overrides, **job, after=before))
         return jobs
 

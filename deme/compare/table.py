@@ -45,25 +45,28 @@ def difference(blocks: Sequence[Sequence[float]]) -> tuple[float, float | None]:
 def compared_rows(runs: Sequence[ComparedRun]) -> list[Row]:
     """A row for each model of each variation that has scores; `runs` begins with the base."""
     base = runs[0]
-    scores = {(run.name, run.seed): scores_of(run) for run in runs}
-    pretrained = scores[base.name, base.seed].get(PRETRAINED)
-    if pretrained is None:  # its images could not be drawn
-        return []
+    scores: dict[tuple[str, int, str], Score] = {}  # by variation, seed and model
     trainings: dict[tuple[str, str], list[ComparedRun]] = {}
     for run in runs:
+        file = run.config.paths.results
+        scored = {Path(score.samples).name: score for score in (load_scores(file)[1] if file.is_file() else [])}
         for model in run.models:
-            if model in scores[run.name, run.seed]:
+            if model in scored:
+                scores[run.name, run.seed, model] = scored[model]
                 trainings.setdefault((run.name, model), []).append(run)
+    pretrained = scores.get((base.name, base.seed, PRETRAINED))
+    if pretrained is None:  # its images could not be drawn
+        return []
     rows = []
-    for (name, model), scored in trainings.items():
-        own = [scores[name, run.seed][model] for run in scored]
-        controls = [scores.get((base.name, run.seed), {}).get(CONTINUED) for run in scored]
+    for (name, model), trained in trainings.items():
+        own = [scores[name, run.seed, model] for run in trained]
+        controls = [scores.get((base.name, run.seed, CONTINUED)) for run in trained]
         has_control = all(controls) and model not in (PRETRAINED, CONTINUED)
-        passes, seconds = zip(*[cost(run, model) for run in scored], strict=True)
+        passes, seconds = zip(*[cost(run, model) for run in trained], strict=True)
         rows.append(
             Row(
                 name=model if name == base.name else f"{name}, {model}",
-                seeds=[run.seed for run in scored],
+                seeds=[run.seed for run in trained],
                 pooled=float(np.mean([score.pooled for score in own])),
                 to_pretrained=differences(own, [pretrained] * len(own)),
                 to_continued=differences(own, controls) if has_control else None,
@@ -72,13 +75,6 @@ def compared_rows(runs: Sequence[ComparedRun]) -> list[Row]:
             )
         )
     return rows
-
-
-def scores_of(run: ComparedRun) -> dict[str, Score]:
-    """The scores of the models that a run compares, by model."""
-    file = run.config.paths.results
-    scores = load_scores(file)[1] if file.is_file() else []
-    return {Path(score.samples).name: score for score in scores if Path(score.samples).name in run.models}
 
 
 def differences(scores: Sequence[Score], others: Sequence[Score]) -> list[list[float]]:
@@ -105,25 +101,23 @@ def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
 def comparison_table(rows: Sequence[Row], features: str) -> str:
     """The rows as Markdown, without columns that would be empty."""
 
-    def cells(value: Callable[[Row], str]) -> list[str]:
-        return ["-" if row.name == PRETRAINED else value(row) for row in rows]
-
     def change(blocks: Sequence[Sequence[float]] | None) -> str:
         return number(*difference(blocks), "+.4f") if blocks else "-"
 
-    def between(row: Row) -> str:
-        return number(mean_and_deviation(np.mean(row.to_pretrained, axis=1))[1])
+    pooled = f"{NAMES[features][0]}, all images"
+    several, has_control = any(len(row.seeds) > 1 for row in rows), any(row.to_continued for row in rows)
+    columns: dict[str, Callable[[Row], str]] = {"model": lambda row: row.name}
+    columns |= {"trainings": lambda row: str(len(row.seeds))} if several else {}
+    columns[pooled] = lambda row: number(row.pooled)
+    columns["difference to pretrained ± s.e."] = lambda row: change(row.to_pretrained)
+    if several:
+        means = {row.name: np.mean(row.to_pretrained, axis=1) for row in rows}
+        columns["s.d. between trainings"] = lambda row: number(mean_and_deviation(means[row.name])[1])
+    columns |= {"to continued ± s.e.": lambda row: change(row.to_continued)} if has_control else {}
+    columns["UNet passes to make it"] = lambda row: f"{row.passes:,}"
+    columns["hours"] = lambda row: number(row.hours, form=".2f")
 
-    several = any(len(row.seeds) > 1 for row in rows)
-    columns = {"model": [row.name for row in rows]}
-    if several:
-        columns["trainings"] = cells(lambda row: str(len(row.seeds)))
-    columns[f"{NAMES[features][0]}, all images"] = [number(row.pooled) for row in rows]
-    columns["difference to pretrained ± s.e."] = cells(lambda row: change(row.to_pretrained))
-    if several:
-        columns["s.d. between trainings"] = cells(between)
-    if any(row.to_continued for row in rows):
-        columns["to continued ± s.e."] = cells(lambda row: change(row.to_continued))
-    columns["UNet passes to make it"] = cells(lambda row: f"{row.passes:,}")
-    columns["hours"] = cells(lambda row: number(row.hours, form=".2f"))
-    return markdown_table(list(columns), list(map(list, zip(*columns.values(), strict=True))))
+    def cell(row: Row, title: str) -> str:
+        return "-" if row.name == PRETRAINED and title not in ("model", pooled) else columns[title](row)
+
+    return markdown_table(list(columns), [[cell(row, title) for title in columns] for row in rows])

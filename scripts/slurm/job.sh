@@ -5,7 +5,7 @@
 #
 # PROCESSES is per node; empty: one per GPU, or 1. A task of an array takes the NAME, KEY and OVERRIDE of its number. When it
 # is done, the file LEDGER/NAME holds KEY, the hash of the entries of the jobs in LEDGER/../before/NAME, and the hash of the
-# files in LEDGER/../made/NAME. This repeats deme/compare/graph.py in bash, because Python may be inside a container. Slurm
+# files in LEDGER/../made/NAME. This repeats deme/compare/jobs.py in bash, because Python may be inside a container. Slurm
 # sends USR1 before the time limit and, if configured, before another job takes the nodes. The script then saves, and the job
 # requeues itself, at most MAX_REQUEUES times.
 set -euo pipefail

@@ -22,7 +22,7 @@ from deme.config.reading import override
 from deme.errors import RunError
 from deme.job.command import ended_in_one_line
 from deme.job.files import checkpoint_steps, make_folder
-from deme.compare.graph import Job, Ledger
+from deme.compare.jobs import Job, Ledger
 from deme.job.locks import locked
 from deme.compare.slurm import JOBS, Queue, missing_jobs, submit
 from deme.compare.stages import LAST, stages_of

@@ -7,8 +7,7 @@ import time
 import pytest
 import torch
 
-from deme.compare.graph import Job, Ledger
-from deme.compare.side_by_side import Jobs, longest_chain_first, places
+from deme.compare.jobs import Job, Jobs, Ledger, longest_chain_first, places
 from deme.job.command import Interrupted
 
 CPU = [{}, {}]
@@ -132,7 +131,7 @@ def test_what_is_done_again_without_a_change_does_not_concern_others(tmp_path):
     first = job(tmp_path / "first", f"open({str(tmp_path / 'first')!r}, 'a')")
     second = writes(tmp_path / "second", before=[first])
     assert go(tmp_path, [first, second]) == ["done", "done"]
-    Ledger(tmp_path / "done").entry(first).write_text("damaged")
+    (tmp_path / "done" / first.name).write_text("damaged")
     first.state = second.state = "waiting"
     assert go(tmp_path, [first, second]) == ["done", "unchanged"]
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import REPOSITORY
 
 from deme.compare import slurm
-from deme.compare.graph import Job, Ledger
+from deme.compare.jobs import Job, Ledger
 from deme.compare.slurm import Queue, missing_jobs
 from deme.errors import UserError
 from deme.job.command import Interrupted
@@ -168,7 +168,7 @@ def test_an_entry_that_says_nothing_is_none(tmp_path, content):
     job, ledger = Job("run", "train", "a.py", [], None, "settings"), Ledger(tmp_path / "done")
     ledger.note(job, ledger.made_of(job))
     assert ledger.is_done(job)
-    ledger.entry(job).write_bytes(content.replace(b"key", job.key.encode()))
+    (tmp_path / "done" / job.name).write_bytes(content.replace(b"key", job.key.encode()))
     assert not ledger.is_done(job)
     assert ledger.done([job]) == set()
 

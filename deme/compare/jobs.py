@@ -1,0 +1,272 @@
+"""Jobs that depend on each other, a ledger of those that are done, and running them side by side on this machine."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deme.config.paths import for_shell
+from deme.job.command import Interrupted, end_with_parent, noted_signals
+from deme.job.files import REPOSITORY, atomic_file, make_folder
+
+POLLED_EVERY = 0.2  # seconds
+
+
+@dataclass(eq=False)
+class Job:
+    """One run of a script.
+
+    Jobs of the same run and stage that wait for the same jobs differ in `own` alone: they are an array on a cluster.
+    """
+
+    run: str
+    stage: str
+    script: str  # relative to the repository
+    # a function gets the jobs of `after_all` that are done; it returns None if there is nothing to do
+    arguments: list[str] | Callable[[Sequence["Job"]], list[str] | None]
+    output: Path | None  # None: a cache, which may not be needed
+    settings: str  # everything else that the output depends on, including files that no job makes
+    after: list["Job"] = field(default_factory=list)  # must be done before
+    after_all: list["Job"] = field(default_factory=list)  # must have ended before, done or not
+    own: str = ""  # one more override
+    parts: Sequence[Path] = ()  # files and folders of the output that other jobs read; empty: the output itself
+    single_process: bool = False
+    state: str = "waiting"  # running, done, unchanged (done earlier), failed, stopped, dropped (a job before it failed)
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """For messages and log files."""
+        return f"{self.run} {self.stage} {self.own}".rstrip()
+
+    @property
+    def key(self) -> str:
+        """A hash of the settings, 16 hexadecimal digits."""
+        return hashlib.sha256(self.settings.encode()).hexdigest()[:16]
+
+    @property
+    def made(self) -> list[str]:
+        """The files and folders that the job makes."""
+        return [for_shell(path) for path in self.parts or ([] if self.output is None else [self.output])]
+
+    @property
+    def waits_for(self) -> list["Job"]:
+        """The jobs that must have ended before this one starts."""
+        return [*self.after, *self.after_all]
+
+    @property
+    def needed(self) -> list["Job"]:
+        """The jobs that must succeed for a complete output."""
+        return self.waits_for if callable(self.arguments) else self.after
+
+    @property
+    def before(self) -> list["Job"]:
+        """The jobs whose output this one may read. Caches, which only a cluster has, change no result."""
+        return [job for job in self.waits_for if job.output is not None]
+
+    @property
+    def is_made(self) -> bool:
+        """True if the job has succeeded, now or earlier."""
+        return self.state in ("done", "unchanged")
+
+    def arguments_after(self, there: Sequence["Job"]) -> list[str] | None:
+        """The arguments without `own`, given the jobs of `after_all` that are done."""
+        return self.arguments(there) if callable(self.arguments) else self.arguments
+
+
+class Ledger:
+    """The jobs that are done: a file of three lines for each, in `folder`.
+
+    The lines are the job's key, a hash of the entries of the jobs before it when it began, and the state of its output
+    when it ended. On a cluster scripts/slurm/job.sh writes them.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def entry(self, job: Job) -> bytes:
+        """What is noted of a job; nothing if it is not done."""
+        file = self.folder / job.name
+        return file.read_bytes() if file.is_file() else b""
+
+    def made_of(self, job: Job) -> str:
+        """A hash of the entries of the jobs before this one."""
+        return hashlib.sha256(b"".join(map(self.entry, job.before))).hexdigest()
+
+    def begin(self, job: Job) -> str:
+        """Note that a job starts, which invalidates its earlier output; returns `made_of` at this moment."""
+        (self.folder / job.name).unlink(missing_ok=True)
+        return self.made_of(job)
+
+    def note(self, job: Job, made_of: str) -> None:
+        """Note that a job is done; `made_of` is what `begin` returned."""
+        self._write(self.folder.name, job, [job.key, made_of, state_of(job.made)])
+
+    def plan(self, job: Job) -> None:
+        """Write what scripts/slurm/job.sh needs for the entry: the jobs before this one, and what it makes."""
+        self._write("before", job, [before.name for before in job.before])
+        self._write("made", job, job.made)
+
+    def _write(self, folder: str, job: Job, lines: Iterable[str]) -> None:
+        make_folder(self.folder.with_name(folder), "output_dir")
+        with atomic_file(self.folder.with_name(folder) / job.name, is_durable=False) as temporary:
+            temporary.write_bytes(as_lines(lines))
+
+    def is_done(self, job: Job) -> bool:
+        """True if a job was done with these settings and inputs, and its output has not changed since.
+
+        The jobs before it are taken to be done.
+        """
+        entry = self.entry(job)
+        if not entry.startswith(job.key.encode()) or (job.output is not None and not job.output.exists()):
+            return False
+        return entry == as_lines([job.key, self.made_of(job), state_of(job.made)])
+
+    def done(self, jobs: Sequence[Job]) -> set[Job]:
+        """The jobs that are done, and so are all jobs before them; each job must follow those that it needs."""
+        done: set[Job] = set()
+        for job in jobs:
+            noted = [before for before in job.after_all if self.entry(before).startswith(before.key.encode())]
+            if done.issuperset([*job.after, *noted]) and self.is_done(job):
+                done.add(job)
+        return done
+
+
+def state_of(paths: Iterable[str]) -> str:
+    """A hash of files and folders that changes with every write to them, by scripts/state_of.sh."""
+    script = ["bash", str(REPOSITORY / "scripts/state_of.sh")]
+    return subprocess.run(script, input=as_lines(paths), stdout=subprocess.PIPE, check=True).stdout.decode().strip()
+
+
+def as_lines(parts: Iterable[str]) -> bytes:
+    """Names and paths for a shell script, one a line."""
+    return os.fsencode("".join(f"{part}\n" for part in parts))
+
+
+class Jobs:
+    """Runs jobs side by side; one that is done and whose inputs have not changed does not run again.
+
+    Args:
+        jobs: none before one that it needs. Those that the longest chain of others waits for start first.
+        logs: the folder of the jobs' logs.
+        places: the environment variables of each place where a job can run, from `places`.
+        processes: of each job.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], ledger: Ledger, logs: Path, places: Sequence[dict[str, str]], processes: int = 1
+    ):
+        self.jobs = longest_chain_first(jobs)
+        self.ledger = ledger
+        self.logs = logs
+        self.free = list(places)
+        self.processes = processes
+        self.running: dict[Job, tuple[subprocess.Popen, dict[str, str], str, float]] = {}
+        make_folder(logs, "output_dir")
+
+    def run(self) -> None:
+        """Run all that can run. An exception, such as a signal's, ends the processes, which save what they have."""
+        try:
+            while any(job.state in ("waiting", "running") for job in self.jobs):
+                for job in self.jobs:
+                    if job.state == "waiting":
+                        self._try_to_start(job)
+                if self.running:
+                    self._collect("failed")
+        except BaseException:
+            for process, *_ in self.running.values():
+                os.killpg(process.pid, signal.SIGTERM)
+            while self.running:
+                self._collect("stopped")
+            raise
+
+    def _try_to_start(self, job: Job) -> None:
+        if any(before.state in ("failed", "dropped") for before in job.after):
+            job.state = "dropped"
+        elif not self.free or any(before.state in ("waiting", "running") for before in job.waits_for):
+            return
+        elif self.ledger.is_done(job):
+            job.state = "unchanged"
+        elif (arguments := job.arguments_after([before for before in job.after_all if before.is_made])) is None:
+            job.state = "dropped"
+        else:
+            self._start(job, arguments)
+
+    def _start(self, job: Job, arguments: list[str]) -> None:
+        command = ["bash", str(REPOSITORY / "scripts/launch.sh"), "1" if job.single_process else str(self.processes)]
+        command += [str(REPOSITORY / job.script), *arguments, *filter(None, [job.own])]
+        place, made_of = self.free.pop(0), self.ledger.begin(job)
+        with self._log(job).open("ab") as log, noted_signals() as signals:  # no process may start unnoticed
+            process = subprocess.Popen(
+                command,
+                env=os.environ | place,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that Ctrl-C reaches it through `run` alone
+                preexec_fn=end_with_parent,
+            )
+            job.state = "running"
+            self.running[job] = process, place, made_of, time.monotonic()
+        print(f"{job.name}: started", flush=True)
+        if signals:
+            raise Interrupted(signals[0])
+
+    def _collect(self, state_of_failed: str) -> None:
+        """Wait a little, then note the jobs that have ended; `stopped` if `run` ended them."""
+        time.sleep(POLLED_EVERY)
+        for job, (process, place, made_of, since) in list(self.running.items()):
+            status = process.poll()
+            if status is None:
+                continue
+            del self.running[job]
+            self.free.append(place)
+            if status == 0 and (job.output is None or job.output.exists()):
+                job.state = "done"
+                self.ledger.note(job, made_of)
+                print(f"{job.name}: done in {time.monotonic() - since:.0f} s", flush=True)
+                continue
+            job.state = state_of_failed
+            log = self._log(job).read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+            lines = [line.strip() for line in log.splitlines() if line.strip()]
+            time_is_up = "its time is up; the same command goes on" if status == 0 else ""  # finetune.max_minutes
+            job.error = time_is_up or (lines or [f"status {status}"])[-1]
+            print(f"{job.name}: {'FAILED: ' * (job.state == 'failed')}{job.error}", file=sys.stderr, flush=True)
+
+    def _log(self, job: Job) -> Path:
+        return self.logs / f"{job.name}.log"
+
+
+def longest_chain_first(jobs: Sequence[Job]) -> list[Job]:
+    """Sort jobs by the length of the longest chain of jobs that wait for them, so that no place is idle at the end.
+
+    Args:
+        jobs: none before one that it needs; jobs of equal length keep this order.
+    """
+    length = dict.fromkeys(jobs, 1)
+    for job in reversed(jobs):
+        for before in job.waits_for:
+            length[before] = max(length[before], length[job] + 1)
+    return sorted(jobs, key=length.__getitem__, reverse=True)
+
+
+def places(processes: int, jobs_per_gpu: int = 1) -> list[dict[str, str]]:
+    """The environment variables of each place where a job can run: `processes` GPUs, or CPU cores if there is no GPU.
+
+    The list is empty if there are fewer GPUs than `processes`. `jobs_per_gpu` jobs share a GPU.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "false") != "true":
+        import torch
+
+        if torch.cuda.is_available():
+            given = os.environ.get("CUDA_VISIBLE_DEVICES")
+            gpus = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+            groups = [gpus[start : start + processes] for start in range(0, len(gpus) - processes + 1, processes)]
+            return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups] * jobs_per_gpu
+    count = max(1, len(os.sched_getaffinity(0)) // processes)
+    return [{"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}] * count
