@@ -27,7 +27,6 @@ class Queue:
         self.numbers: dict[str, str] = {}  # Slurm's
         self.keys: dict[str, str] = {}
         self.states: dict[str, str] = {}  # Slurm's word for a job that is queued or runs
-        self.has_answered = False
         content = file.read_bytes().decode(errors="replace") if file.exists() else ""
         for line in content.removesuffix("\n").split("\n") if content else []:
             name, *parts = line.rsplit("\t", 2)
@@ -35,14 +34,14 @@ class Queue:
                 raise UserError(f"{file}: not a line of a job: {line!a}; delete it")
             self.keys[name], self.numbers[name] = parts
 
-    def ask(self) -> None:
+    def ask(self) -> bool:
         """Ask Slurm for the jobs' states, if it is installed and there are jobs. RunError: it does not answer."""
         if not self.numbers or shutil.which("squeue") is None:
-            return
+            return False
         answer = answer_of(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i %T"])
         states = dict(line.split(maxsplit=1) for line in answer.splitlines())
         self.states = {name: states[number] for name, number in self.numbers.items() if number in states}
-        self.has_answered = True
+        return True
 
     def note(self, group: Sequence[Job], number: str) -> None:
         """A job has been submitted, or an array of jobs."""

@@ -24,7 +24,7 @@ from deme.job.command import ended_in_one_line
 from deme.job.files import checkpoint_steps, make_folder
 from deme.compare.jobs import Job, Ledger
 from deme.job.locks import locked
-from deme.compare.slurm import JOBS, Queue, missing_jobs, submit
+from deme.compare.slurm import Queue, missing_jobs, submit
 from deme.compare.stages import LAST, stages_of
 
 MODELS = "configs/comparison/models.yaml"
@@ -39,20 +39,11 @@ def plan_jobs(file: str, overrides: list[str]) -> tuple[Path, list[Job]]:
     jobs = stages_of(comparison, runs, int(os.environ["BLOCKS"]), has_cache=True)
     jobs = [job for job in jobs if job.stage not in LAST]
     scores = [job for job in jobs if job.stage == "evaluate"]
-    paths = runs[0].config.paths
-    arguments = ["--config", file, *overrides, "--table"]
-    settings = "\n".join(job.settings for job in scores)
-    table = Job(
-        runs[0].config.name,
-        f"table-{Path(file).stem}",
-        "compare.py",
-        arguments,
-        paths.comparison(file) / "table.md",
-        settings,
-        after_all=scores,
-        single_process=True,
-    )
-    return paths.jobs, [*jobs, table]
+    base = runs[0].config
+    name, output = f"table-{Path(file).stem}", base.paths.comparison(file) / "table.md"
+    arguments, settings = ["--config", file, *overrides, "--table"], "\n".join(job.settings for job in scores)
+    table = Job(base.name, name, "compare.py", arguments, output, settings, after_all=scores, single_process=True)
+    return base.paths.jobs, [*jobs, table]
 
 
 def check_runs(runs: list[ComparedRun]) -> None:
@@ -67,12 +58,12 @@ def check_runs(runs: list[ComparedRun]) -> None:
 
 def submit_missing(folder: Path, jobs: list[Job], again: str) -> None:
     """Submit the jobs that are missing, or print their sbatch lines."""
-    ledger, logs = Ledger(folder / "done"), folder / "logs"
+    ledger, logs, file = Ledger(folder / "done"), folder / "logs", folder / "jobs.tsv"
     is_dry = bool(os.environ.get("DRY_RUN"))
     if not is_dry:
         make_folder(logs, "output_dir")
-    with nullcontext() if is_dry else locked(folder / JOBS, "output_dir"):
-        queue = Queue(folder / JOBS)
+    with nullcontext() if is_dry else locked(file, "output_dir"):
+        queue = Queue(file)
         queue.ask()
         missing = missing_jobs(jobs, ledger, queue)
         submit(missing, ledger, queue, logs, is_dry)
@@ -82,16 +73,16 @@ def submit_missing(folder: Path, jobs: list[Job], again: str) -> None:
 
 def show(folder: Path, jobs: list[Job]) -> None:
     """Print a line for each job."""
-    queue = Queue(folder / JOBS)
+    queue, has_answered = Queue(folder / "jobs.tsv"), False
     try:
-        queue.ask()
+        has_answered = queue.ask()
     except RunError:
         print("Slurm does not answer: the files alone")
     done = Ledger(folder / "done").done(jobs)
     for job in jobs:
         slurm = ""
         if job not in done and job.name in queue.numbers:
-            state = queue.states.get(job.name, "ended").lower() if queue.has_answered else ""
+            state = queue.states.get(job.name, "ended").lower() if has_answered else ""
             slurm = f"job {queue.numbers[job.name]} {state}"
         print(f"{job.name:<50} {'complete' if job in done else progress(job):<16} {slurm}".rstrip())
     print(f"{len(done)} of {len(jobs)} complete")
