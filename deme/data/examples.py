@@ -24,14 +24,7 @@ from tqdm import tqdm
 from deme.config.experiment import Config
 from deme.config.sections import Data, Training
 from deme.data.decoding import ahead, decoding_threads
-from deme.data.images import (
-    HELD_OUT_CHOICE,
-    CachedImages,
-    CroppedImages,
-    StreamedImages,
-    TrainingImages,
-    choose_caption,
-)
+from deme.data.images import HELD_OUT_CHOICE, CroppedImages, Images, TrainingImages, choose_caption, flat_images
 from deme.data.opening import Source, cached, contents_hash
 from deme.errors import RunError, UserError, one_line, shown
 from deme.job.files import atomic_file, make_folder, read_json
@@ -92,7 +85,7 @@ def load_evaluation_images(source: Source, cache: Path) -> tuple[CroppedImages, 
     return CroppedImages(images, data.resolution, center_crop=True, random_flip=False), classes
 
 
-def _load(source: Source, channels: int, cache: Path) -> CachedImages | StreamedImages:
+def _load(source: Source, channels: int, cache: Path) -> Images:
     """The images, resized, the same in each case: in memory up to `data.cache_gb`, in a mapped file up to
     `data.cache_disk_gb`, and decoded on the fly above that."""
     data = source.data
@@ -100,31 +93,26 @@ def _load(source: Source, channels: int, cache: Path) -> CachedImages | Streamed
     if size <= data.cache_gb * 2**30:
         buffer = io.BytesIO()
         sizes, rows = _decode_all(source, channels, buffer)
-        return CachedImages(np.frombuffer(buffer.getbuffer(), np.uint8), sizes, rows, channels)
+        return flat_images(np.frombuffer(buffer.getbuffer(), np.uint8), sizes, rows, channels)
 
-    def write_pixels(folder: Path) -> None:
-        with (folder / "pixels.bin").open("wb") as file:
+    streams = size > data.cache_disk_gb * 2**30
+    settings = {"resolution": data.resolution, "channels": channels, "skip_unreadable": data.skip_unreadable}
+    made_from = {"fingerprint": source.fingerprint(), "image_column": data.image_column}
+    made_from |= {"content": "rows of readable images"} if streams else settings
+
+    def write(folder: Path) -> None:
+        with open(os.devnull if streams else folder / "pixels.bin", "wb") as file:
             sizes, rows = _decode_all(source, channels, file)
         np.savez(folder / "index.npz", sizes=sizes, rows=rows)
 
-    def write_rows(folder: Path) -> None:
-        with open(os.devnull, "wb") as nowhere:
-            np.save(folder / "rows.npy", _decode_all(source, channels, nowhere)[1])
-
-    made_from = {"fingerprint": source.fingerprint(), "image_column": data.image_column}
-    if size > data.cache_disk_gb * 2**30:
-        rows = np.arange(len(source.rows))
-        if data.skip_unreadable:
-            folder = cached(cache, made_from | {"content": "readable rows"}, write_rows)
-            rows = np.load(folder / "rows.npy", allow_pickle=False)
-        threads = decoding_threads(data.resolution)
-        return StreamedImages(lambda row: source.decode(row, source.rows[row], channels), rows, threads)
-
-    made_from |= {"resolution": data.resolution, "channels": channels, "skip_unreadable": data.skip_unreadable}
-    folder = cached(cache, made_from, write_pixels)
-    with np.load(folder / "index.npz", allow_pickle=False) as index:
-        pixels = np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r")
-        return CachedImages(pixels, index["sizes"], index["rows"], channels)
+    rows = np.arange(len(source.rows))
+    if data.skip_unreadable or not streams:
+        folder = cached(cache, made_from, write)
+        with np.load(folder / "index.npz", allow_pickle=False) as index:
+            sizes, rows = index["sizes"], index["rows"]
+    if streams:
+        return Images(lambda i: source.decode(int(rows[i]), channels), rows, decoding_threads(data.resolution))
+    return flat_images(np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r"), sizes, rows, channels)
 
 
 def _decode_all(source: Source, channels: int, file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
@@ -132,8 +120,9 @@ def _decode_all(source: Source, channels: int, file: BinaryIO) -> tuple[np.ndarr
     data, count = source.data, len(source.rows)
 
     def decode(item: tuple[int, Any]) -> np.ndarray | None:
+        row, content = item
         try:
-            return source.decode(*item, channels)
+            return source.decode(row, channels, content)
         except UserError:
             if data.skip_unreadable:
                 return None
@@ -296,13 +285,9 @@ class CachedLatents:
     def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> Encoded:
         """The images at `indices`; `random` draws views, then captions."""
         images = [self._read_image(int(self.chosen[index])) for index in indices]
-        moments = []
-        for views, _ in images:
-            moments.append(views[random.integers(len(views)) if random is not None and len(views) > 1 else 0])
-        embeddings = []
-        for _, captions in images:
-            number = choose_caption(len(captions), self.dropout, random)
-            embeddings.append(self.empty if number is None else captions[number])
+        draws_view = random is not None and len(images[0][0]) > 1
+        moments = [views[random.integers(len(views)) if draws_view else 0] for views, _ in images]
+        embeddings = [choose_caption(captions, self.empty, self.dropout, random) for _, captions in images]
         return Encoded(torch.stack(moments), torch.stack(embeddings))
 
     def _read_image(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,59 +47,45 @@ def torch_seed(generator: np.random.Generator) -> int:
     return int(generator.integers(2**63))
 
 
-def choose_caption(count: int, dropout: float, random: np.random.Generator | None) -> int | None:
-    """Which of `count` captions an image has; None with probability `dropout` (Ho and Salimans 2022, algorithm 1).
+def choose_caption(captions: Sequence, empty: Any, dropout: float, random: np.random.Generator | None) -> Any:
+    """One of an image's captions; `empty` with probability `dropout` (Ho and Salimans 2022, algorithm 1).
 
     Without a generator it is the first.
     """
     if random is None:
-        return 0
-    number = int(random.integers(count)) if count > 1 else 0
-    return None if dropout > 0 and random.random() < dropout else number
+        return captions[0]
+    number = int(random.integers(len(captions))) if len(captions) > 1 else 0
+    return empty if dropout > 0 and random.random() < dropout else captions[number]
 
 
 # --- images
 
 
-class CachedImages(Sequence):
-    """Images decoded into one flat uint8 array, in memory or mapped from a file, each in (H, W, C) order.
-
-    Args:
-        sizes: (height, width) of each, shape (N, 2).
-        rows: the data set's row of each, shape (N,); unreadable rows may be missing.
-    """
-
-    threads = 0  # that load batches ahead: a batch only has to be copied
-
-    def __init__(self, pixels: np.ndarray, sizes: np.ndarray, rows: np.ndarray, channels: int):
-        self.pixels = pixels
-        self.shapes = np.insert(sizes, 2, channels, axis=1)
-        self.ends = np.cumsum(self.shapes.prod(axis=1, dtype=np.int64))
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """uint8, shape (H, W, C); shares memory with `pixels`."""
-        shape = self.shapes[index].tolist()
-        return self.pixels[self.ends[index] - math.prod(shape) : self.ends[index]].reshape(shape)
-
-
 @dataclass(frozen=True)
-class StreamedImages(Sequence):
-    """Images decoded each time they are read."""
+class Images(Sequence):
+    """Images of a data set, which are copied from a cache or decoded each time they are read."""
 
-    decode: Callable[[int], np.ndarray]  # row of the data set → uint8 (H, W, C)
-    rows: np.ndarray  # the data set's row of each, shape (N,)
-    threads: int  # that load batches ahead
+    read: Callable[[int], np.ndarray]  # index → uint8 (H, W, C)
+    rows: np.ndarray  # the data set's row of each, shape (N,); unreadable rows may be missing
+    threads: int = 0  # that load batches ahead
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """uint8, shape (H, W, C)."""
-        return self.decode(int(self.rows[index]))
+        return self.read(index)
+
+
+def flat_images(pixels: np.ndarray, sizes: np.ndarray, rows: np.ndarray, channels: int) -> Images:
+    """Images of sizes (N, 2), height and width, that lie one after another in a flat uint8 array."""
+    shapes = np.insert(sizes, 2, channels, axis=1)
+    ends = np.cumsum(shapes.prod(axis=1, dtype=np.int64))
+
+    def read(index: int) -> np.ndarray:
+        shape = shapes[index].tolist()
+        return pixels[ends[index] - math.prod(shape) : ends[index]].reshape(shape)
+
+    return Images(read, rows)
 
 
 @dataclass
@@ -129,12 +115,8 @@ class CroppedImages:
         pixels = self.crops(indices, random)
         if self.captions is None:
             return pixels
-        texts = []
-        for index in indices:
-            captions = self.captions_of(index)
-            number = choose_caption(len(captions), self.caption_dropout, random)
-            texts.append("" if number is None else captions[number])
-        return Captioned(pixels, texts)
+        captions = map(self.captions_of, indices)
+        return Captioned(pixels, [choose_caption(own, "", self.caption_dropout, random) for own in captions])
 
     def captions_of(self, index: int) -> list[str]:
         """All captions of an image."""

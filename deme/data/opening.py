@@ -70,14 +70,16 @@ class Source:
     captions: list[list[str]] | None  # one or more per row
     fingerprint: Callable[[], str]  # changes when what is read may have changed
 
-    def decode(self, row: int, content: Any, channels: int) -> np.ndarray:
-        """The image of a row, its shorter side resized: uint8, shape (H, W, C)."""
-        path = content.get("path") if isinstance(content, dict) else None
+    def decode(self, row: int, channels: int, content: Any = None) -> np.ndarray:
+        """The image of a row, its shorter side resized: uint8, shape (H, W, C); `content` is the row, if it was read."""
+        content = self.rows[row] if content is None else content
+        path = f" ({content['path']})" if isinstance(content, dict) and content.get("path") else ""
         try:
-            with blaming(f"data.name={self.data.name}: row {row}{f' ({path})' if path else ''}: not a readable image"):
-                return decode_image(content, self.data.resolution, channels)
-        except UserError as error:
-            raise UserError(f"{error}; data.skip_unreadable=true leaves such images out") from None
+            return decode_image(content, self.data.resolution, channels)
+        except Exception as error:  # PIL raises many types for a damaged image
+            place = f"data.name={self.data.name}: row {row}{path}: not a readable image"
+            hint = "data.skip_unreadable=true leaves such images out"
+            raise UserError(f"{place}: {one_line(error)}; {hint}") from None
 
 
 def open_source(data: Data) -> Source:
@@ -257,7 +259,7 @@ def data_hashes(source: Source, cache: Path, with_labels: bool = False, with_cap
 
     def read(row: int) -> bytes:
         try:
-            image = source.decode(row, source.rows[row], channels=3)
+            image = source.decode(row, channels=3)
         except UserError:  # loading the images reports it
             return b""
         return str(image.shape).encode() + image.tobytes()

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,12 +101,10 @@ def missing_seeds(folder: Path, seeds: range) -> list[int]:
     """The seeds whose image is absent or does not decode, as after a machine crashed."""
 
     def is_whole(seed: int) -> bool:
-        try:
-            with blaming(str(seed)), Image.open(image_path(folder, seed)) as image:
-                image.load()
+        with suppress(Exception), Image.open(image_path(folder, seed)) as image:
+            image.load()
             return True
-        except UserError:
-            return False
+        return False
 
     with ThreadPoolExecutor() as pool:
         return [seed for seed, whole in zip(seeds, pool.map(is_whole, seeds), strict=True) if not whole]

@@ -6,7 +6,7 @@ import torch
 
 from deme.config.sections import Data
 from deme.data.examples import load_training_images
-from deme.data.images import CachedImages, CroppedImages, choose_caption
+from deme.data.images import CroppedImages, choose_caption, flat_images
 from deme.data.opening import data_hashes, open_source
 from deme.data.samples import PROMPTS, claim_prompts, load_prompts, read_prompts
 from deme.errors import UserError
@@ -17,7 +17,7 @@ COUNT = 20_000
 def captioned(captions: list[list[str]], dropout: float) -> CroppedImages:
     """As many gray 2×2 images as captions."""
     sizes = np.full((len(captions), 2), 2)
-    images = CachedImages(np.zeros(4 * len(captions), dtype=np.uint8), sizes, np.arange(len(captions)), 1)
+    images = flat_images(np.zeros(4 * len(captions), dtype=np.uint8), sizes, np.arange(len(captions)), 1)
     return CroppedImages(images, 2, True, False, captions=captions, caption_dropout=dropout)
 
 
@@ -40,7 +40,7 @@ def test_nothing_or_everything_is_dropped(dropout):
 def test_without_a_generator_the_first_caption_is_taken_and_none_dropped():
     """As held-out images are measured."""
     assert captioned([["a", "b"]] * 50, dropout=0.9).batch(range(50)).captions == ["a"] * 50
-    assert choose_caption(3, 0.9, None) == 0
+    assert choose_caption("abc", "", 0.9, None) == "a"
 
 
 def test_images_without_captions_draw_what_they_have_always_drawn():

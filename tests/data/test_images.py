@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deme.data.decoding import ahead
-from deme.data.images import CachedImages, CroppedImages, MicroBatches, StreamedImages, batch_indices
+from deme.data.images import CroppedImages, Images, MicroBatches, batch_indices, flat_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 9, 12, 3), dtype=np.uint8)
 
@@ -30,12 +30,12 @@ def test_batches_do_not_depend_on_how_they_are_cut():
 
 
 def streamed(threads: int, decode=PIXELS.__getitem__) -> CroppedImages:
-    images = StreamedImages(decode, np.arange(len(PIXELS)), threads)
+    images = Images(decode, np.arange(len(PIXELS)), threads)
     return CroppedImages(images, 9, center_crop=False, random_flip=True)
 
 
 def decoded() -> CroppedImages:
-    images = CachedImages(PIXELS.reshape(-1), np.full((len(PIXELS), 2), PIXELS.shape[1:3]), np.arange(len(PIXELS)), 3)
+    images = flat_images(PIXELS.reshape(-1), np.full((len(PIXELS), 2), PIXELS.shape[1:3]), np.arange(len(PIXELS)), 3)
     return CroppedImages(images, 9, center_crop=False, random_flip=True)
 
 
