@@ -65,7 +65,7 @@ def main(config: Config) -> None:
         *unet_cost(read_json(denoiser_folder(pretrained) / "config.json")),
         *encoder_cost(pretrained, config.data.resolution),
         per_step=1 + (takes_text(pretrained) and config.sample.guidance_scale != 1),
-        images=len(open_source(config.data).rows),
+        images=len(open_source(config.data)),
         models=os.environ.get("MODELS", "pretrained merged").split(),
     )
     print(f"{config.paths.pretrained}: {size.parameters:,} parameters; {config.data.name}: {size.images:,} images")

@@ -89,7 +89,7 @@ def _load(source: Source, channels: int, cache: Path) -> Images:
     """The images, resized, the same in each case: in memory up to `data.cache_gb`, in a mapped file up to
     `data.cache_disk_gb`, and decoded on the fly above that."""
     data = source.data
-    size = len(source.rows) * data.resolution**2 * channels  # bytes, if all were square
+    size = len(source) * data.resolution**2 * channels  # bytes, if all were square
     if size <= data.cache_gb * 2**30:
         buffer = io.BytesIO()
         sizes, rows = _decode_all(source, channels, buffer)
@@ -105,7 +105,7 @@ def _load(source: Source, channels: int, cache: Path) -> Images:
             sizes, rows = _decode_all(source, channels, file)
         np.savez(folder / "index.npz", sizes=sizes, rows=rows)
 
-    rows = np.arange(len(source.rows))
+    rows = np.arange(len(source))
     if data.skip_unreadable or not streams:
         folder = cached(cache, made_from, write)
         with np.load(folder / "index.npz", allow_pickle=False) as index:
@@ -117,7 +117,7 @@ def _load(source: Source, channels: int, cache: Path) -> Images:
 
 def _decode_all(source: Source, channels: int, file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
     """Write all images that can be read to a file, one after another; their sizes, shape (N, 2), and rows (N,)."""
-    data, count = source.data, len(source.rows)
+    data, count = source.data, len(source)
 
     def decode(item: tuple[int, Any]) -> np.ndarray | None:
         row, content = item
@@ -129,7 +129,7 @@ def _decode_all(source: Source, channels: int, file: BinaryIO) -> tuple[np.ndarr
             raise
 
     rows, sizes = [], []
-    decoded = ahead(decode, enumerate(source.rows), decoding_threads(data.resolution))  # iterating reads in batches
+    decoded = ahead(decode, enumerate(source), decoding_threads(data.resolution))  # iterating reads in batches
     for row, image in enumerate(tqdm(decoded, "decoding images", count, mininterval=1, delay=2)):
         if image is not None:
             file.write(image.tobytes())

@@ -12,7 +12,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from deme.config.sections import Data
@@ -30,52 +29,43 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 DIGIT_CAPTIONS = tuple(f"a handwritten {name}" for name in DIGITS)
 
 
-class Rows(Sequence):
-    """One column of a data set, read row by row; datasets' own Column looks through all batches for each row."""
+@dataclass(frozen=True)
+class Source(Sequence):
+    """An opened data set: a sequence of undecoded images, with their labels and captions."""
 
-    def __init__(self, dataset: datasets.Dataset, column: str):
-        self.dataset = dataset.select_columns([column])
-        self.column = column
+    data: Data  # the settings, with the column of images that is read
+    images: datasets.Dataset  # of that column alone
+    labels: Sequence | None
+    captions: list[list[str]] | None  # of each image, one or more
+    version: str  # of the files that `images` were read from
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.images)
 
     def __getitem__(self, row: int) -> Any:
-        return self.dataset[row][self.column]
+        return self.images[row][self.data.image_column]  # datasets' Column would look through all batches for each row
 
     def __iter__(self) -> Iterator[Any]:
-        return (row[self.column] for row in self.dataset)
+        return (row[self.data.image_column] for row in self.images)  # reads in batches
 
-    def fingerprint(self, version: str) -> str:
-        """The rows' fingerprint by `datasets`, the version of their files, and the state of the images' own files."""
+    def fingerprint(self) -> str:
+        """Changes when what is read may have changed: by `datasets`, and the state of the images' own files."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
         paths = []
-        column = self.dataset.data.column(self.column)  # of all rows that were opened, also those left out since
+        column = self.images.data.column(self.data.image_column)  # of all rows, also those that were left out since
         if pa.types.is_struct(column.type):
             in_files = pc.is_null(pc.struct_field(column, "bytes"))
             paths = [path for path in pc.struct_field(column, "path").filter(in_files).to_pylist() if path]
-        own = self.dataset._fingerprint + version
-        return f"{own}-{stamp(paths)}" if paths else own
+        return self.images._fingerprint + self.version + (f"-{stamp(paths)}" if paths else "")
 
-
-@dataclass(frozen=True)
-class Source:
-    """An opened data set."""
-
-    data: Data  # the settings, with the column of images that is read
-    rows: Sequence  # undecoded images
-    labels: Sequence | None  # one per row
-    captions: list[list[str]] | None  # one or more per row
-    fingerprint: Callable[[], str]  # changes when what is read may have changed
-
-    def decode(self, row: int, channels: int, content: Any = None) -> np.ndarray:
-        """The image of a row, its shorter side resized: uint8, shape (H, W, C); `content` is the row, if it was read."""
-        content = self.rows[row] if content is None else content
-        path = f" ({content['path']})" if isinstance(content, dict) and content.get("path") else ""
+    def decode(self, row: int, channels: int, image: Any = None) -> np.ndarray:
+        """The image of a row, its shorter side resized: uint8, shape (H, W, C); `image`, if it was read before."""
+        image = self[row] if image is None else image
+        path = f" ({image['path']})" if isinstance(image, dict) and image.get("path") else ""
         try:
-            return decode_image(content, self.data.resolution, channels)
+            return decode_image(image, self.data.resolution, channels)
         except Exception as error:  # PIL raises many types for a damaged image
             place = f"data.name={self.data.name}: row {row}{path}: not a readable image"
             hint = "data.skip_unreadable=true leaves such images out"
@@ -84,15 +74,9 @@ class Source:
 
 def open_source(data: Data) -> Source:
     """Open the data set; nothing is decoded."""
-    if data.name == "digits":
-        return _digits(data)
     with naming(f"data.name={data.name} (data.split={data.split})"):
         try:
-            if os.path.isdir(data.name):
-                files = list_files(Path(data.name))
-                rows, version = _open_images(data, files) if _holds_images(files) else _open_tables(data, files)
-            else:
-                rows, version = datasets.load_dataset(data.name, split=data.split), ""
+            rows, version = _open(data)
         except UserError:
             raise
         except Exception as error:  # the message of `datasets` often omits the causes
@@ -107,19 +91,27 @@ def open_source(data: Data) -> Source:
     if len(rows) == 0:
         raise UserError(f"data.name={data.name} (data.split={data.split}): holds no images")
     labels = None if data.label_column is None else rows[data.label_column]
-    images = _undecoded(data, rows)
-    return Source(data, images, labels, captions, lambda: images.fingerprint(version))
+    return Source(data, _undecoded(data, rows), labels, captions, version)
 
 
-def _digits(data: Data) -> Source:
+def _open(data: Data) -> tuple[datasets.Dataset, str]:
+    """All columns of a data set, and the version of the files that they were read from, where `datasets` has none."""
+    if data.name == "digits":
+        return _digits(), ""
+    if not os.path.isdir(data.name):
+        return datasets.load_dataset(data.name, split=data.split), ""
+    files = list_files(Path(data.name))
+    return (_open_images(data, files), "") if _holds_images(files) else _open_tables(data, files)
+
+
+def _digits() -> datasets.Dataset:
     """scikit-learn's 1,797 handwritten digits, which are part of the package."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # from values 0 … 16
-    labels = None if data.label_column is None else digits.target.tolist()
-    captions = None if data.caption_column is None else [[DIGIT_CAPTIONS[i]] for i in digits.target]
-    return Source(data, [Image.fromarray(image) for image in pixels], labels, captions, lambda: "digits")
+    captions = [DIGIT_CAPTIONS[i] for i in digits.target]
+    return datasets.Dataset.from_dict({"image": pixels, "label": digits.target, "caption": captions})
 
 
 def _holds_images(files: list[File]) -> bool:
@@ -138,8 +130,8 @@ def _holds_images(files: list[File]) -> bool:
     return len(images) > 0 and not data_sets and len(images) >= max(tables.values(), default=0)
 
 
-def _open_images(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
-    """The rows of a folder of images, and an empty version: the fingerprint covers their files."""
+def _open_images(data: Data, files: list[File]) -> datasets.Dataset:
+    """The rows of a folder of images."""
     folder = read_folder(files, data.caption_column)
     rows = {split: [] for split in dict.fromkeys(folder.splits)}
     for row, split in enumerate(folder.splits):
@@ -152,7 +144,7 @@ def _open_images(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
         opened = opened.cast_column(key, datasets.Image(decode=False))
     if folder.left_out:
         say_once(f"data.name={data.name}: {len(chosen):,} images are read; left out: {'; '.join(folder.left_out)}")
-    return opened, ""
+    return opened
 
 
 def _open_tables(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
@@ -220,7 +212,7 @@ def _is_missing(caption: Any) -> bool:
     return caption is None or caption != caption or not (caption.strip() if isinstance(caption, str) else caption)
 
 
-def _undecoded(data: Data, rows: datasets.Dataset) -> Rows:
+def _undecoded(data: Data, rows: datasets.Dataset) -> datasets.Dataset:
     """The column of images: encoded, or arrays or nested lists of uint8."""
     feature = rows.features[data.image_column]
     is_array = isinstance(feature, (datasets.Array2D, datasets.Array3D, datasets.List, datasets.LargeList))
@@ -231,7 +223,7 @@ def _undecoded(data: Data, rows: datasets.Dataset) -> Rows:
             rows = rows.cast_column(data.image_column, datasets.Image(decode=False))
         elif (kind := getattr(feature, "dtype", "objects")) != "uint8":
             raise UserError(f"arrays of {kind}, whose range is not known; uint8 is read")
-    return Rows(rows, data.image_column)
+    return rows.select_columns([data.image_column])
 
 
 @cache
@@ -250,7 +242,7 @@ def data_hashes(source: Source, cache: Path, with_labels: bool = False, with_cap
     DATA covers up to FINGERPRINTED decoded images, evenly spread, and all labels and captions if wanted: a training run
     may change its label_column. CONTENTS covers all images of a larger local folder.
     """
-    count = len(source.rows)
+    count = len(source)
     digest = hashlib.sha256(f"{count} images".encode())
     if with_labels and source.labels is not None:
         digest.update(repr(list(source.labels)).encode())
@@ -279,8 +271,8 @@ def contents_hash(source: Source, cache: Path) -> str:
 
     def write(folder: Path) -> None:
         digest = hashlib.sha256()
-        stored = ahead(_stored_bytes, source.rows, available_threads())
-        for content in tqdm(stored, "hashing images", len(source.rows), mininterval=1, delay=2):
+        stored = ahead(_stored_bytes, source, available_threads())
+        for content in tqdm(stored, "hashing images", len(source), mininterval=1, delay=2):
             digest.update(f"{len(content)}\n".encode() + content)
         (folder / "sha256").write_text(digest.hexdigest())
 

@@ -28,7 +28,7 @@ def draw(root: Path, *names: str) -> None:
 def read(root: Path, **settings) -> list[str]:
     """The images that are read, by name."""
     settings = {"label_column": None} | settings
-    rows = open_source(Data(name=str(root), **settings)).rows
+    rows = open_source(Data(name=str(root), **settings))
     return [os.path.relpath(row["path"], root.resolve()) for row in rows]
 
 
@@ -188,11 +188,7 @@ def test_two_metadata_files_of_the_same_images_are_refused(tmp_path):
 def test_a_column_of_other_images_can_be_named(tmp_path):
     draw(tmp_path, "a.png", "masks/a.png")
     with_metadata(tmp_path, [{"file_name": "a.png", "mask_file_name": "masks/a.png"}])
-    assert (
-        open_source(Data(name=str(tmp_path), label_column=None, image_column="mask"))
-        .rows[0]["path"]
-        .endswith("ks/a.png")
-    )
+    assert open_source(Data(name=str(tmp_path), label_column=None, image_column="mask"))[0]["path"].endswith("ks/a.png")
     with pytest.raises(UserError, match=r"data\.image_column=img: .* has the columns image, mask"):
         open_source(Data(name=str(tmp_path), image_column="img", label_column=None))
 
@@ -207,7 +203,7 @@ def test_sidecars_are_captions(tmp_path, capsys):
     with pytest.raises(UserError, match=r"data\.caption_column=sidecar: row 1 has the caption null; data\.skip_unc"):
         open_source(Data(**data))
     source = open_source(Data(**data, skip_uncaptioned=True))
-    assert (len(source.rows), source.captions) == (1, [["a cat", "a dog"]])
+    assert (len(source), source.captions) == (1, [["a cat", "a dog"]])
     assert "data.skip_uncaptioned: skipped 1 of 2 images" in capsys.readouterr().out
     (tmp_path / "b.txt").write_text("NA")
     assert open_source(Data(**data)).captions == [["a cat", "a dog"], ["NA"]]
@@ -272,7 +268,7 @@ def test_tables_are_read_by_datasets_and_what_it_leaves_out_is_named(tmp_path, c
     rows = {"image": [{"bytes": (tmp_path / "banner.png").read_bytes(), "path": None}]}
     for name in ("train-0.parquet", "train-1.parquet", "other.parquet"):
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / name)
-    assert len(open_source(Data(name=str(tmp_path), label_column=None)).rows) == 2
+    assert len(open_source(Data(name=str(tmp_path), label_column=None))) == 2
     assert "2 rows are read; left out: 3 files (banner.png, other.parquet, pictures/0.png)" in capsys.readouterr().out
     (tmp_path / "set[1]").mkdir()
     (tmp_path / "other.parquet").rename(tmp_path / "set[1]" / "train.parquet")
@@ -285,7 +281,7 @@ def test_pictures_beside_tables_are_not_the_data(tmp_path):
     draw(tmp_path, "preview.png")
     rows = {"image": [{"bytes": (tmp_path / "preview.png").read_bytes(), "path": None}] * 3}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
-    assert len(open_source(Data(name=str(tmp_path), label_column=None)).rows) == 3
+    assert len(open_source(Data(name=str(tmp_path), label_column=None))) == 3
     draw(tmp_path, "logo.png")
     with pytest.raises(UserError, match=r"holds train\.parquet beside logo\.png: which are the data\?"):
         read(tmp_path)
