@@ -26,8 +26,8 @@ from deme.job.locks import locked
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from deme.report.page import Part, Picture
     from deme.report.run import Run
+    from deme.report.tables import Part, Picture
 
 SEEDS = 8  # of each strip of samples
 LARGEST_PAGE = 10_000_000  # bytes
@@ -44,9 +44,8 @@ def main(config: Config) -> None:
     if not config.paths.run_folder.is_dir():
         raise UserError(f"output_dir: {config.paths.run_folder} is missing; finetune.py makes it")
 
-    from deme.report.page import Page, html_page, markdown_page
     from deme.report.run import MERGING, RESULTS, SEARCH, TRAINING, missing_stages, read_run
-    from deme.report.tables import public
+    from deme.report.tables import Page, public
 
     with locked(output, "output_dir"):
         make_folder(config.paths.plots, "output_dir")
@@ -64,8 +63,8 @@ def main(config: Config) -> None:
             sections[title][:0] = [f"Unreadable: {reason}." for reason in reasons]
         sections = {title: parts for title, parts in sections.items() if parts}
         page = Page(config.name, sections, list(missing_stages(run)))
-        html = html_page(page)
-        for file, text in ((output, html), (output.with_suffix(".md"), markdown_page(page, output.parent))):
+        html = page.html()
+        for file, text in ((output, html), (output.with_suffix(".md"), page.markdown(output.parent))):
             with atomic_file(file) as temporary:
                 temporary.write_text(public(text), encoding="utf-8", errors="backslashreplace")
     print(f"wrote {output}: {len(html) / 1e6:.1f} MB; {len(page.missing)} stage(s) not there yet")
@@ -98,7 +97,7 @@ def command_line(arguments: list[str]) -> str:
 def new_picture(run: "Run", name: str, figure: "Figure", caption: str) -> "Picture":
     """Write plots/report-NAME.png."""
     from deme.report.figures import save_figure
-    from deme.report.page import Picture
+    from deme.report.tables import Picture
 
     file = run.config.paths.plots / f"report-{name}.png"
     save_figure(figure, file)
@@ -108,7 +107,7 @@ def new_picture(run: "Run", name: str, figure: "Figure", caption: str) -> "Pictu
 def own_picture(run: "Run", file: Path, caption: str) -> "Part":
     """A picture in plots/ by another script, or why it is left out."""
     from deme.report.figures import check_own
-    from deme.report.page import Picture
+    from deme.report.tables import Picture
 
     try:
         check_own(file, run.config.paths.run_folder)
@@ -119,33 +118,31 @@ def own_picture(run: "Run", file: Path, caption: str) -> "Part":
 
 def results(run: "Run") -> "list[Part]":
     """The scores, what they say, and their picture."""
-    from deme.report import run_plots
+    from deme.report import plots, tables
     from deme.report.run import verdict
-    from deme.report.tables import NAMES, difference_table, score_table
 
     if not run.scores:
         return []
-    distance = NAMES[run.features][0]
-    caption = f"{distance} of each model, {run.scores[0].images:,} images of the same seeds each."
-    parts = [verdict(run.scores, run.features), score_table(run.scores, run.features)]
-    parts += [difference_table(run.scores, run.features)]
-    parts += [new_picture(run, "results", run_plots.results(run.scores, distance), caption)]
+    caption = f"{tables.NAMES[run.features][0]} of each model, {run.scores[0].images:,} images of the same seeds each."
+    parts = [verdict(run.scores, run.features), tables.score_table(run.scores, run.features)]
+    parts += [tables.difference_table(run.scores, run.features)]
+    parts += [new_picture(run, "results", plots.score_bars(run.scores, run.features, "merged"), caption)]
     return [part for part in parts if part]
 
 
 def samples(run: "Run") -> "list[Part]":
     """Images of the same seeds side by side."""
-    from deme.report import run_plots
+    from deme.report import plots
 
-    parts: list[Part] = []
-    names = run_plots.common_images(run.samples)
-    strips = run_plots.Strips(run.config.paths.run_folder)
-    if names:
-        figure = strips.draw(run.samples, names[:SEEDS])
-        parts.append(new_picture(run, "samples", figure, "The first seeds: each row starts from the same noise."))
+    names = plots.common_images(run.samples)
+    if not names:
+        return []
+    strips = plots.Strips(run.config.paths.run_folder)
+    figure = strips.draw(run.samples, names[:SEEDS])
+    parts = [new_picture(run, "samples", figure, "The first seeds: each row starts from the same noise.")]
     by_name = {folder.name: folder for folder in run.samples}
-    if names and {"pretrained", "merged"} <= by_name.keys():
-        compared = names[: run_plots.MOST_COMPARED]
+    if {"pretrained", "merged"} <= by_name.keys():
+        compared = names[: plots.MOST_COMPARED]
         different = strips.most_different(by_name["pretrained"], by_name["merged"], compared, SEEDS)
         if different:
             caption = f"Of {len(compared):,} seeds those where the pretrained and the merged network differ most."
@@ -157,7 +154,7 @@ def samples(run: "Run") -> "list[Part]":
 
 def training(run: "Run") -> "list[Part]":
     """The losses of all ranges on one axis."""
-    from deme.report.run_plots import training_curves
+    from deme.report.plots import training_curves
 
     logs = [log for log in run.logs if log.steps]
     caption = "Training loss as logged; at low timesteps most of the noise can't be told from the image."
@@ -166,18 +163,16 @@ def training(run: "Run") -> "list[Part]":
 
 def merging(run: "Run") -> "list[Part]":
     """The coefficients."""
-    import numpy as np
-
-    from deme.report import search_plots
-    from deme.report.run import coefficient_table
+    from deme.report.plots import MOST_GROUPS, coefficient_map
+    from deme.report.tables import Table
 
     if run.coefficients is None:
         return []
-    ranges = list(map(range_name, run.config.timesteps.ranges))
-    values = np.array(list(run.coefficients.values()))
-    figure = search_plots.coefficient_map(values, list(run.coefficients), ranges)
-    picture = new_picture(run, "coefficients", figure, "Coefficient of each expert's task vector by group of tensors.")
-    return [coefficient_table(run), picture] if len(values) <= search_plots.SHOWN_CELLS else [picture]
+    caption = "Coefficient of each expert's task vector by group of tensors."
+    picture = new_picture(run, "coefficients", coefficient_map(run.coefficients, run.config), caption)
+    rows = [[pattern, *(f"{w:.4g}" for w in values)] for pattern, values in run.coefficients.items()]
+    table = Table(["tensors", *map(range_name, run.config.timesteps.ranges)], rows)
+    return [table, picture] if len(rows) <= MOST_GROUPS else [picture]
 
 
 def search(run: "Run") -> "list[Part]":
@@ -190,10 +185,9 @@ def search(run: "Run") -> "list[Part]":
         "pairs": "The objective over pairs of coefficients; the best candidate is ringed.",
         "fresh": "The search's result and its rivals on seeds that no candidate was drawn from.",
     }
-    best = run.search
+    best, parts = run.search, []
     if best is None:
         return []
-    parts: list[Part] = []
     if None not in (best.objective, best.value, best.value_of_pretrained):
         values = f"{best.value:.4f}, the pretrained network's {best.value_of_pretrained:.4f}"
         passes = "" if best.passes is None else f"; {best.passes:,} UNet passes"
@@ -211,9 +205,8 @@ def analyses(run: "Run") -> "list[Part]":
 
 def made(run: "Run") -> "list[Part]":
     """What was made of what, by which commands, at which cost."""
-    from deme.report.page import Commands
     from deme.report.run import cost_table
-    from deme.report.tables import Table
+    from deme.report.tables import Commands, Table
 
     config = run.config
     versions = run.provenance.versions or {}
@@ -227,12 +220,8 @@ def made(run: "Run") -> "list[Part]":
         "git commit": run.provenance.git_commit or "not recorded",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded",
     }
-    again = Commands([f"python compare.py base={run.options}"])
-    parts = [
-        Table(["", ""], list(facts.items())),
-        "This makes it again, from the pretrained pipeline to this page:",
-        again,
-    ]
+    again = "This makes it again, from the pretrained pipeline to this page:"
+    parts = [Table(["", ""], list(facts.items())), again, Commands([f"python compare.py base={run.options}"])]
     cost = cost_table(run)
     return [*parts, cost] if cost.rows else parts
 

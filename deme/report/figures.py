@@ -15,10 +15,9 @@ from deme.errors import UserError, one_line
 from deme.job.files import atomic_file
 
 matplotlib.use("agg")
-SETTINGS = {"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True}
-SETTINGS |= {"axes.titlesize": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9}
-SETTINGS["text.parse_math"] = False  # names may hold dollars
-matplotlib.rcParams.update(SETTINGS)
+matplotlib.rcParams |= {"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True}
+matplotlib.rcParams |= {"axes.titlesize": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9}
+matplotlib.rcParams["text.parse_math"] = False  # names may hold dollars
 DPI = 110
 # Okabe and Ito's palette, which colour-blind readers tell apart
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
@@ -93,17 +92,19 @@ def legend_above(figure: Figure, axes: Axes, columns: int) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
 
 
-def heat_map(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> AxesImage:
-    """Values in [−1, 1] as colours, with their numbers if there are few."""
+def heat_map(
+    axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], limit: float = 1.0
+) -> AxesImage:
+    """Values in [−limit, limit] as colours, with their numbers if there are few."""
     axes.set_facecolor(UNKNOWN)
-    image = axes.imshow(values, cmap="PuOr_r", vmin=-1, vmax=1, aspect="auto")
+    image = axes.imshow(values, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
     axes.grid(False)
     axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), rows)
     if values.size <= MOST_CELLS:
         for (row, column), value in np.ndenumerate(values):
             text = f"{value:.2f}" if np.isfinite(value) else "?"
-            colour = "white" if abs(value) > 0.6 else "black"
+            colour = "white" if abs(value) > 0.6 * limit else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     return image
 
@@ -122,17 +123,4 @@ def cosine_maps(
     image = heat_map(right, by_block[:, first, second], blocks, pairs)
     right.set_title("pairs of ranges, by block of layers")
     figure.colorbar(image, ax=[left, right], label=label, shrink=0.85)
-    return figure
-
-
-def bars(names: Sequence[str], values: Sequence[float], errors: Sequence[float], chosen: str, label: str) -> Figure:
-    """A horizontal bar for each name, the first on top, with its error; the chosen one has another colour."""
-    figure = Figure(figsize=(6.5, 1.4 + 0.4 * len(names)))
-    axes = figure.subplots()
-    places = range(len(names))[::-1]
-    colours = [VERMILION if name == chosen else BLUE for name in names]
-    axes.barh(places, values, xerr=errors, color=colours, capsize=3)
-    axes.set_yticks(places, names)
-    axes.axvline(0, color=BLACK, linewidth=1)
-    axes.set_xlabel(label)
     return figure

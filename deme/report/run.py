@@ -50,16 +50,9 @@ class LogLine:
 class Provenance:
     """What is read of the provenance in a file."""
 
-    processor: str | None
-    git_commit: str | None
-    versions: dict[str, str] | None  # of packages
-
-
-@dataclass(frozen=True)
-class Merge:
-    """What is read of merge.yaml."""
-
-    coefficients: dict[str, list[float]]  # by name pattern, one per range
+    processor: str | None = None
+    git_commit: str | None = None
+    versions: dict[str, str] | None = None  # of packages
 
 
 @dataclass
@@ -78,7 +71,7 @@ class Run:
     search_seconds: float | None = None
     samples: list[Path] = field(default_factory=list)
     analyses: list[Path] = field(default_factory=list)
-    provenance: Provenance = Provenance(None, None, None)
+    provenance: Provenance = Provenance()
     unreadable: dict[str, list[str]] = field(default_factory=dict)  # reasons by title of a section
 
     def read(self, section: str, file: Path, reader: Callable[[Path], Any]) -> Any:
@@ -100,33 +93,30 @@ def read_run(config: Config, options: str) -> Run:
         run.logs += [log] if log is not None else []
     run.features, run.scores = run.read(RESULTS, paths.results, load_scores) or (None, [])
     merge = paths.merged / MERGED.file
-    run.coefficients = run.read(MERGING, merge, partial(read_merge, config=config))
+    run.coefficients = run.read(MERGING, merge, partial(read_merge, count=len(config.timesteps.ranges)))
     run.search = run.read(SEARCH, paths.best_coefficients, read_searched)
     run.search_features, run.search_scores = run.read(SEARCH, paths.search / "report.json", load_scores) or (None, [])
     run.search_seconds = seconds_of(paths.search)
     run.samples = [paths.all_samples / name for name in ORDER if (paths.all_samples / name).is_dir()]
     run.analyses = sorted(paths.plots.glob("analysis-*.png"))
-    if run.scores:
-        run.provenance = run.read(RESULTS, paths.results, lambda file: read_provenance(file, read_json(file)))
-    elif run.coefficients is not None:
-        beside = read_record(MERGED, paths.merged).beside
-        run.provenance = run.read(MERGING, merge, lambda file: read_provenance(file, beside))
-    run.provenance = run.provenance or Provenance(None, None, None)
+    if run.scores or run.coefficients is not None:
+        made = (RESULTS, paths.results) if run.scores else (MERGING, merge)
+        run.provenance = run.read(*made, read_provenance) or Provenance()
     return run
 
 
-def read_provenance(file: Path, content: dict[str, Any]) -> Provenance:
-    """How a file was made, from its content."""
+def read_provenance(file: Path) -> Provenance:
+    """How a results.json or merge.yaml was made."""
+    content = read_json(file) if file.suffix == ".json" else read_record(MERGED, file.parent).beside
     with naming(file):
         return checked(content, Provenance)
 
 
-def read_merge(file: Path, config: Config) -> dict[str, list[float]]:
-    """The coefficients in a merge.yaml, by name pattern."""
+def read_merge(file: Path, count: int) -> dict[str, list[float]]:
+    """The coefficients in a merge.yaml, by name pattern; `count` for each."""
     record = read_record(MERGED, file.parent)
     with naming(file):
-        coefficients = checked(record.made_from, Merge).coefficients
-        count = len(config.timesteps.ranges)
+        coefficients = checked(record.made_from.get("coefficients"), dict[str, list[float]], "coefficients")
         if not coefficients or any(len(values) != count for values in coefficients.values()):
             raise UserError(f"its coefficients are not those of timesteps.num_ranges={count}")
     return coefficients
@@ -207,9 +197,3 @@ def cost_table(run: Run) -> Table:
         rows.append([f"drawing {Path(row.samples).name}", f"{drawn:,}", "-"])
     note = "A training step counts 3 passes for the trained network, forward and backward, and 1 for its teacher."
     return Table(["stage", "UNet passes", "minutes of its steps"], rows, note)
-
-
-def coefficient_table(run: Run) -> Table:
-    """The merge's coefficients."""
-    rows = [[pattern, *(f"{w:.4g}" for w in values)] for pattern, values in run.coefficients.items()]
-    return Table(["tensors", *map(range_name, run.config.timesteps.ranges)], rows)

@@ -1,12 +1,14 @@
-"""Tables, as Markdown and for a page."""
+"""Tables as Markdown, and pages in HTML and Markdown."""
 
+import base64
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deme.measure.scores import BASELINES, SCALARS, Score
 
@@ -98,3 +100,57 @@ def difference_table(scores: Sequence[Score], features_name: str) -> Table | Non
         rows.append([Path(row.samples).name, *cells])
     titles = [f"paired difference of the {NAMES[features_name][0]} ± s.e.", *(f"to {name}" for name in baselines)]
     return Table(titles, rows)
+
+
+# --- a page
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file and its caption."""
+
+    file: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Lines for a shell; `str` gives them as Markdown."""
+
+    lines: Sequence[str]
+
+    def __str__(self) -> str:
+        return "\n".join(["```bash", *self.lines, "```"])
+
+
+Part = str | Table | Picture | Commands  # a string is a paragraph
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page tells."""
+
+    title: str
+    sections: Mapping[str, Sequence[Part]]  # by title
+    missing: Sequence[tuple[str, str]]  # stages that have not run, and the commands that run them
+
+    def html(self) -> str:
+        """A self-contained page: with pictures inside, without scripts or anything from a network."""
+        loader = FileSystemLoader(Path(__file__).parent)
+        environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+        environment.filters["inlined"] = lambda file: base64.b64encode(file.read_bytes()).decode()
+        return environment.get_template("page.html").render(page=self)
+
+    def markdown(self, folder: Path) -> str:
+        """The same for GitHub; pictures are links relative to the page's folder."""
+        blocks = [f"# {self.title}"]
+        for title, parts in self.sections.items():
+            blocks.append(f"## {title}")
+            for part in parts:
+                if isinstance(part, Picture):
+                    part = f"![{part.caption}]({part.file.relative_to(folder).as_posix()})\n\n*{part.caption}*"
+                blocks.append(str(part))
+        if self.missing:
+            rows = [[stage, f"`{command}`"] for stage, command in self.missing]
+            blocks += ["## Not there yet", markdown_table(["stage", "made by"], rows)]
+        return "\n\n".join(blocks) + "\n"

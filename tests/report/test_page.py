@@ -6,8 +6,7 @@ import pytest
 from conftest import run
 from pages import browse, check_html
 
-from deme.report.page import Commands, Page, Picture, html_page, markdown_page
-from deme.report.tables import Table
+from deme.report.tables import Commands, Page, Picture, Table
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def page(tmp_path) -> Page:
 
 def test_a_page_is_valid_and_a_browser_takes_it(tmp_path, page):
     file = tmp_path / "report.html"
-    file.write_text(html_page(page), encoding="utf-8")
+    file.write_text(page.html(), encoding="utf-8")
     text = check_html(file)
     assert re.findall("<h2>(.*)</h2>", text) == ["First", "Second", "Not there yet"]
     assert "<script>" not in text
@@ -38,7 +37,7 @@ def test_a_page_is_valid_and_a_browser_takes_it(tmp_path, page):
 
 
 def test_markdown_tells_the_same(tmp_path, page):
-    text = markdown_page(page, tmp_path)
+    text = page.markdown(tmp_path)
     assert re.findall("^#+ (.*)", text, re.MULTILINE) == ["a & b", "First", "Second", "Not there yet"]
     assert '![a "caption"](curve.png)' in text
     assert "```bash\npython x.py 'a b'\n```" in text
