@@ -51,9 +51,6 @@ def available_threads() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-# --- one image
-
-
 def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
     """An image as a viewer shows it, its shorter side resized to `resolution`: uint8, shape (H, W, C).
 
@@ -96,7 +93,11 @@ def as_seen(image: Image.Image, channels: int) -> Image.Image:
     It is upright by EXIF, its transparent pixels over white, its colours as sRGB by its profile.
     """
     _check_range(image)
-    _mend_transparency(image)
+    if image.format == "PNG" and "transparency" in image.info and image.tile:  # as long as it is not loaded
+        kind = image.tile[0].args
+        if kind == "RGB;16B":
+            raise UserError("a transparent colour of 16 bits; save it with an alpha channel")
+        image.info["transparency"] *= TRANSPARENT_LEVEL.get(kind, 1)
     profile = image.info.get("icc_profile")
     image = _in_8_bits(ImageOps.exif_transpose(image))
     if profile:
@@ -116,16 +117,6 @@ def _check_range(image: Image.Image) -> None:
         tags = getattr(image, "tag_v2", {})  # of TIFF: 258 is the bits per sample, 262 whether 0 is white
         if image.format != "TIFF" or tags.get(258) != (16,) or tags.get(262) != 1:
             raise UserError(f"{image.format} with more than 8 bits, whose range is not known; save it as PNG")
-
-
-def _mend_transparency(image: Image.Image) -> None:
-    """Scale the transparent grey value of a PNG as PIL scales its pixels; only before it is loaded."""
-    if image.format != "PNG" or "transparency" not in image.info or not image.tile:
-        return
-    kind = image.tile[0].args
-    if kind == "RGB;16B":
-        raise UserError("a transparent colour of 16 bits; save it with an alpha channel")
-    image.info["transparency"] = image.info["transparency"] * TRANSPARENT_LEVEL.get(kind, 1)
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

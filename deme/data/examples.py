@@ -243,10 +243,7 @@ def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def _crc32(*tensors: torch.Tensor) -> int:
     """The checksum of tensors one after another."""
-    value = 0
-    for tensor in tensors:
-        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), value)
-    return value
+    return zlib.crc32(b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors))
 
 
 class CachedLatents:

@@ -278,13 +278,10 @@ def _read_metadata(metadata: list[File], images: dict[str, File]) -> list[dict[s
     rows = []
     listed_in: dict[str, str] = {}  # image → metadata file
     for file in metadata:
-        folder = dirname(file.name)
         with blaming(file.name):
-            if sum(dirname(other.name) == folder for other in metadata) > 1:
-                raise UserError("another metadata file stands beside it")
             for number, given in enumerate(read_rows(file.name, read_file(file.path))):
                 with naming(f"row {number}"):
-                    row = _with_images(given, folder, images)
+                    row = _with_images(given, dirname(file.name), images)
                     image = row["image"].name
                     if listed_in.setdefault(image, file.name) != file.name:
                         raise UserError(f"lists {image}, as {listed_in[image]} does")

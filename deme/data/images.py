@@ -21,9 +21,6 @@ Stream = tuple[int, ...]  # the experiment's seed, then numbers that tell its ru
 PERMUTATION, MICRO_BATCH, HELD_OUT_CHOICE = 0, 1, 2  # purposes of a generator
 
 
-# --- random draws
-
-
 def batch_indices(stream: Stream, num_images: int, start: int, size: int) -> np.ndarray:
     """Images start … start + size − 1 of an endless shuffled stream: int64, shape (size,).
 
@@ -56,9 +53,6 @@ def choose_caption(captions: Sequence, empty: Any, dropout: float, random: np.ra
         return captions[0]
     number = int(random.integers(len(captions))) if len(captions) > 1 else 0
     return empty if dropout > 0 and random.random() < dropout else captions[number]
-
-
-# --- images
 
 
 @dataclass(frozen=True)
@@ -135,9 +129,6 @@ class CroppedImages:
             crop = image[top : top + size, left : left + size]
             crops.append(crop[:, ::-1] if self.random_flip and random.random() < 0.5 else crop)
         return torch.from_numpy(np.ascontiguousarray(np.stack(crops))).permute(0, 3, 1, 2)
-
-
-# --- micro-batches
 
 
 class Examples(Protocol):

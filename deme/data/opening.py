@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from deme.config.sections import Data
@@ -50,12 +51,9 @@ class Source(Sequence):
 
     def fingerprint(self) -> str:
         """Changes when what is read may have changed: by `datasets`, and the state of the images' own files."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         paths = []
         column = self.images.data.column(self.data.image_column)  # of all rows, also those that were left out since
-        if pa.types.is_struct(column.type):
+        if isinstance(self.images.features[self.data.image_column], datasets.Image):
             in_files = pc.is_null(pc.struct_field(column, "bytes"))
             paths = [path for path in pc.struct_field(column, "path").filter(in_files).to_pylist() if path]
         return self.images._fingerprint + self.version + (f"-{stamp(paths)}" if paths else "")
@@ -171,9 +169,6 @@ def _open_tables(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
     return rows, version
 
 
-# --- columns
-
-
 def _with_columns(data: Data, rows: datasets.Dataset) -> Data:
     """The settings with their columns checked; a missing column of images is replaced by the only one there is."""
     images = [
@@ -231,9 +226,6 @@ def say_once(line: str) -> None:
     """Print a line once, in one of the processes that a launcher started."""
     if os.environ.get("RANK", "0") == "0":
         print(line)
-
-
-# --- hashes
 
 
 def data_hashes(source: Source, cache: Path, with_labels: bool = False, with_captions: bool = False) -> dict[str, str]:

@@ -138,9 +138,6 @@ def _stack(pictures: Sequence[Image.Image]) -> "torch.Tensor":
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
-# --- reading
-
-
 def list_images(folder: Path) -> list[Path]:
     """The images directly in a folder, by name: in seed order, if sample_ddp.py drew them."""
     if not folder.is_dir():

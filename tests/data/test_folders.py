@@ -180,9 +180,6 @@ def test_two_metadata_files_of_the_same_images_are_refused(tmp_path):
     with_metadata(tmp_path / "cat", [{"file_name": "a.png"}])
     with pytest.raises(UserError, match=r"row 0: lists cat/a\.png, as cat/metadata\.csv does"):
         read(tmp_path)
-    with_metadata(tmp_path, [{"file_name": "cat/a.png"}], "metadata.jsonl")
-    with pytest.raises(UserError, match="another metadata file stands beside it"):
-        read(tmp_path)
 
 
 def test_a_column_of_other_images_can_be_named(tmp_path):
