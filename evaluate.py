@@ -29,7 +29,7 @@ from deme.models.variants import ORDER
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from deme.measure.clip import ClipScores
+    from deme.measure.features import ClipScores
     from deme.measure.reference import FeatureSpace
     from deme.measure.scores import Score
 
@@ -40,13 +40,9 @@ class Samples:
 
     folder: Path
     files: list[Path]  # its images, in seed order
+    seeds: list[str]  # the files' names, equal in folders of the same seeds
     size: tuple[int, int]  # width and height of the images
     prompts: list[str] | None  # of the images; None: no CLIP score
-
-    @property
-    def seeds(self) -> list[str]:
-        """The files' names, equal in folders of the same seeds."""
-        return [file.name for file in self.files]
 
 
 def sample_folders(config: Config) -> list[Path]:
@@ -82,14 +78,6 @@ def reference_files(config: Config) -> list[Path]:
         return list_images(config.paths.reference) if config.paths.reference.is_dir() else [config.paths.reference]
 
 
-def find_samples(config: Config) -> list[Samples]:
-    """The folders to score, all of them checked."""
-    folders = sample_folders(config)
-    if not folders and config.evaluate.samples is None:
-        raise UserError(f"evaluate.samples=null: no sample folders in {config.paths.all_samples}")
-    return [open_samples(folder, config.evaluate) for folder in folders]
-
-
 def open_samples(folder: Path, settings: Evaluate) -> Samples:
     """Check that a folder can be scored."""
     from deme.data.samples import check_sizes, list_images, read_prompts
@@ -105,17 +93,7 @@ def open_samples(folder: Path, settings: Evaluate) -> Samples:
     with naming("evaluate.samples", folder):
         check_classified(settings.features, *size)
         prompts = read_prompts(folder, files) if settings.clip_model is not None else None
-    return Samples(folder, files, size, prompts)
-
-
-def load_clip_once(config: Config, accelerator: "Accelerator", samples: list[Samples]) -> "ClipScores | None":
-    """The CLIP model if a folder has prompts; one process downloads the weights."""
-    if all(one.prompts is None for one in samples):
-        return None
-    with accelerator.main_process_first(), naming("evaluate.clip_model", config.evaluate.clip_model):
-        from deme.measure.clip import load_clip  # imports transformers
-
-        return load_clip(config.evaluate.clip_model).to(accelerator.device)
+    return Samples(folder, files, [file.name for file in files], size, prompts)
 
 
 def score_samples(
@@ -125,22 +103,19 @@ def score_samples(
     from deme.data.decoding import available_threads
     from deme.data.samples import drawn_from, read_images
     from deme.measure.features import extract
-    from deme.measure.scores import score, with_clip
+    from deme.measure.scores import score
 
-    settings = config.evaluate
-    share = (len(samples.files), settings.batch_size, available_threads())
+    settings, files = config.evaluate, samples.files
+    share, scores = (len(files), settings.batch_size, available_threads()), None
     with naming("evaluate.samples", samples.folder):
-        features = extract(accelerator, space.network, lambda part: read_images(samples.files[part]), *share)
-    of_images = None
+        features = extract(accelerator, space.network, lambda part: read_images(files[part]), *share)
     if samples.prompts is not None:
         with naming("evaluate.clip_model", settings.clip_model):
-            read = partial(clip.read, samples.files, samples.prompts)
-            of_images = extract(accelerator, clip, read, *share)[:, 0]
+            scores = extract(accelerator, clip, partial(clip.read, files, samples.prompts), *share)[:, 0]
     if not accelerator.is_main_process:
         return None
     weights = drawn_from(samples.folder)
-    row = score(samples.folder, weights, features, space.reference, settings.features, settings.blocks)
-    return row if of_images is None else with_clip(row, of_images)
+    return score(samples.folder, weights, features, space.reference, settings.features, settings.blocks, scores)
 
 
 def with_differences(rows: list["Score"], samples: list[Samples]) -> list["Score"]:
@@ -148,18 +123,14 @@ def with_differences(rows: list["Score"], samples: list[Samples]) -> list["Score
 
     The CLIP score has one to pretrained alone, if the prompts agree, too.
     """
-    from deme.measure.scores import compared, compared_clip
+    from deme.measure.scores import compared
 
-    found = []
-    for row, one in zip(rows, samples, strict=True):
-        same_seeds = [pair for pair in zip(rows, samples, strict=True) if pair[1].seeds == one.seeds]
-        differing = compared(row, [other for other, _ in same_seeds])
-        for other, theirs in same_seeds:
-            has_clip = one.prompts is not None and one.prompts == theirs.prompts
-            if has_clip and theirs.folder.name == "pretrained" and other is not row:
-                differing = compared_clip(differing, other)
-        found.append(differing)
-    return found
+    differing = []
+    for row, own in zip(rows, samples, strict=True):
+        same_seeds = [(other, its) for other, its in zip(rows, samples, strict=True) if its.seeds == own.seeds]
+        prompted = [other for other, its in same_seeds if own.prompts is not None and its.prompts == own.prompts]
+        differing.append(compared(row, [other for other, _ in same_seeds], prompted))
+    return differing
 
 
 def plan(config: Config) -> str:
@@ -179,11 +150,14 @@ def main(config: Config) -> None:
     with naming("evaluate.output", output):
         check_replaceable(output)
     given = reference_files(config)
-    samples = find_samples(config)
+    samples = [open_samples(folder, config.evaluate) for folder in sample_folders(config)]
+    if not samples and config.evaluate.samples is None:
+        raise UserError(f"evaluate.samples=null: no sample folders in {config.paths.all_samples}")
     beside_images = [one.folder / name for one in samples for name in (SAMPLES.file, PROMPTS)]
     watched = Watched([*given, *beside_images, *(file for one in samples for file in one.files)])
 
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
+    from deme.measure.features import load_clip
     from deme.measure.reference import load_feature_space
     from deme.measure.scores import save_scores
     from deme.report.tables import difference_table, score_table
@@ -192,7 +166,10 @@ def main(config: Config) -> None:
     key = "output_dir" if config.evaluate.output is None else "evaluate.output"
     with locked_by_all(accelerator, output, key):
         # --- the feature network, the reference statistics, and the CLIP model if there are prompts
-        clip = load_clip_once(config, accelerator, samples)
+        clip = None
+        if any(one.prompts is not None for one in samples):
+            with accelerator.main_process_first(), naming("evaluate.clip_model", config.evaluate.clip_model):
+                clip = load_clip(config.evaluate.clip_model).to(accelerator.device)  # one process downloads the weights
         space = load_feature_space(config, accelerator)
         for one in samples:
             with naming("evaluate.samples", one.folder):

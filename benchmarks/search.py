@@ -31,8 +31,8 @@ from deme.config.reading import load_config
 from deme.data.opening import open_source
 from deme.job.files import atomic_file, read_json
 from deme.job.processes import make_accelerator
-from deme.measure.metrics import statistics as feature_statistics
 from deme.measure.scores import DISTANCES, paired_difference
+from deme.measure.scores import statistics as feature_statistics
 from deme.method.candidates import Candidates
 from deme.method.coefficients import PUBLISHED
 from deme.method.sampling import NetworkAt
@@ -149,7 +149,8 @@ class Bench:
 
     def difference(self, blocks: list[float], others: list[float] | None = None) -> tuple[float, float]:
         """To the pretrained network, or to another's blocks, with its standard error."""
-        return paired_difference(blocks, self.baseline if others is None else others)
+        difference = paired_difference(blocks, self.baseline if others is None else others)
+        return difference.mean, difference.standard_error
 
     def mean_blocks(self, row: dict) -> list[float]:
         """Of the searches of a row, block by block."""

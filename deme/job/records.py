@@ -52,8 +52,6 @@ RUN = Kind("a run", "config.yaml", "trained_from", {"free": dict[str, Any]}, OF_
 MERGED = Kind("a merged network", "merge.yaml")
 SAMPLES = Kind("samples", "samples.yaml", "identity", {"num_images": int}, is_precious=True)
 SEARCH = Kind("a search", "search.yaml", "searched", is_precious=True)
-CLASSIFIER = Kind("a classifier")
-STATISTICS = Kind("statistics")
 IMAGES = Kind("decoded images")
 LATENTS = Kind("encoded images")
 ANALYSIS = Kind("an analysis")

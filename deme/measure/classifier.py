@@ -19,11 +19,10 @@ from tqdm import trange
 from deme.config.experiment import Config
 from deme.config.sections import LEAST_CLASSIFIED
 from deme.data.examples import load_evaluation_images
-from deme.data.opening import Source, data_hashes, open_source
+from deme.data.opening import Source, data_hashes
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file
 from deme.job.processes import Processes, in_main_process
-from deme.job.records import CLASSIFIER, Record
 
 HELD_OUT_SHARE = 0.2  # of the data
 LARGEST = 32  # pixels: the sides of larger images are halved before the first stage
@@ -33,13 +32,10 @@ LABEL_SMOOTHING = 0.05
 
 
 class Classifier(nn.Module):
-    """Residual network of three stages; `features` is its pooled last stage.
+    """Residual network of three stages after a convolution to `width` channels; `features` is its pooled last stage.
 
     A stage is a convolution that doubles the channels, max pooling that halves the resolution, and torchvision's
     basic residual block.
-
-    Args:
-        width: channels before the first stage.
     """
 
     def __init__(self, width: int, num_classes: int):
@@ -63,52 +59,35 @@ class Classifier(nn.Module):
 
 
 def _convolution(channels: int, out_channels: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(channels, out_channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    ]
+    convolution = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
 def train_classifier(
-    pixels: torch.Tensor,
-    labels: torch.Tensor,
-    width: int,
-    epochs: int,
-    batch_size: int,
-    random_flip: bool,
-    precision: str,
-    seed: int,
-    device: torch.device,
+    pixels: torch.Tensor, labels: torch.Tensor, config: Config, device: torch.device
 ) -> tuple[Classifier, float]:
-    """Train a classifier on all but a fifth of the data.
-
-    Args:
-        pixels: uint8 RGB, shape (N, 3, H, W).
-        labels: int64 class indices, shape (N,).
-        random_flip: mirror half of the training images.
-        precision: no, or bf16 (autocast); the features are always taken in float32.
+    """Train a classifier on all but a fifth of the data: uint8 RGB images (N, 3, H, W), and int64 classes (N,).
 
     Returns:
         the network in eval mode, and its accuracy on a seeded random fifth of the data that it was not trained on.
     """
-    torch.manual_seed(seed)
+    settings = config.evaluate
+    torch.manual_seed(config.seed)
     order = torch.randperm(len(pixels))  # data sets come sorted: by class, or by writer as the digits
-    count = int(HELD_OUT_SHARE * len(order))
-    held_out = order[:count]
-    kept = order[count:]
-    pixels = pixels.to(device)
-    labels = labels.to(device)
-    classifier = Classifier(width, int(labels.max()) + 1).to(device, memory_format=torch.channels_last)
+    held_out, kept = order.tensor_split([int(HELD_OUT_SHARE * len(order))])
+    pixels, labels = pixels.to(device), labels.to(device)
+    classifier = Classifier(settings.classifier_width, int(labels.max()) + 1)
+    classifier.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY)
-    steps = epochs * -(-len(kept) // batch_size)
+    steps = settings.classifier_epochs * -(-len(kept) // settings.classifier_batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    for _ in trange(epochs, desc="classifier", unit="epoch", mininterval=1):
-        for batch in kept[torch.randperm(len(kept))].split(batch_size):
+    in_bf16 = settings.classifier_precision == "bf16"
+    for _ in trange(settings.classifier_epochs, desc="classifier", unit="epoch", mininterval=1):
+        for batch in kept[torch.randperm(len(kept))].split(settings.classifier_batch_size):
             if len(batch) == 1:  # too few for batch normalization
                 continue
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = classifier(_augment(pixels[batch], random_flip))
+            with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):  # features are always float32
+                logits = classifier(_augment(pixels[batch], config.data.random_flip))
                 loss = F.cross_entropy(logits, labels[batch], label_smoothing=LABEL_SMOOTHING)
             loss.backward()
             optimizer.step()
@@ -121,11 +100,7 @@ def train_classifier(
 
 
 def _augment(pixels: torch.Tensor, random_flip: bool) -> torch.Tensor:
-    """Each image moved by up to an eighth of its size, the edge repeated, and mirrored at random if asked for.
-
-    Args:
-        pixels: shape (B, C, S, S).
-    """
+    """Images (B, C, S, S), each moved by up to S / 8 pixels, the edge repeated, and mirrored at random if asked for."""
     count, _, _, size = pixels.shape
     margin = max(1, size // 8)
     places = torch.arange(size, device=pixels.device)
@@ -150,51 +125,47 @@ def check_classified(features: str, width: int, height: int) -> None:
         raise UserError(f"images of {width} x {height} pixels, {rule}")
 
 
-def trained_classifier(config: Config, processes: Processes) -> tuple[Classifier, float]:
-    """The classifier of the configured data, trained once and kept, on the device; its held-out accuracy."""
-    file = config.paths.classifier
-    training = {
-        "width": config.evaluate.classifier_width,
-        "epochs": config.evaluate.classifier_epochs,
-        "batch_size": config.evaluate.classifier_batch_size,
+def trained_classifier(config: Config, processes: Processes, source: Source) -> tuple[Classifier, float]:
+    """The classifier of the data, trained once and kept, on the device; its held-out accuracy."""
+    file, settings = config.paths.classifier, config.evaluate
+    made_from = {
+        **evaluated_data(config, source, with_labels=True),
+        "width": settings.classifier_width,
+        "epochs": settings.classifier_epochs,
+        "batch_size": settings.classifier_batch_size,
         "random_flip": config.data.random_flip,
-        "precision": config.evaluate.classifier_precision,
+        "precision": settings.classifier_precision,
         "seed": config.seed,
     }
-    source = open_source(config.data)
-    wanted = Record(CLASSIFIER, evaluated_data(config, source, with_labels=True) | training)
 
     def train() -> None:
-        if load_classifier(file, wanted) is not None:
-            return
-        images, labels = load_evaluation_images(source, config.paths.image_cache)
-        if labels is None:
-            raise UserError("data.label_column=null: evaluate.features=classifier needs labels")
-        pixels = images.batch(range(len(images)))
-        trained = train_classifier(pixels, labels, **training, device=processes.device)
-        save_classifier(file, *trained, wanted)
+        if load_classifier(file, made_from) is None:
+            images, labels = load_evaluation_images(source, config.paths.image_cache)
+            if labels is None:
+                raise UserError("data.label_column=null: evaluate.features=classifier needs labels")
+            trained = train_classifier(images.batch(range(len(images))), labels, config, processes.device)
+            save_classifier(file, *trained, made_from)
 
     in_main_process(processes, train)
-    classifier, accuracy = load_classifier(file, wanted)
+    classifier, accuracy = load_classifier(file, made_from)
     return classifier.to(processes.device), accuracy
 
 
-def save_classifier(path: Path, classifier: Classifier, accuracy: float, record: Record) -> None:
+def save_classifier(path: Path, classifier: Classifier, accuracy: float, made_from: dict[str, Any]) -> None:
     """Write a classifier as safetensors, its record and accuracy in the metadata."""
-    metadata = {"made_from": json.dumps(record.made_from), "held_out_accuracy": repr(accuracy)}
+    metadata = {"made_from": json.dumps(made_from), "held_out_accuracy": repr(accuracy)}
     with atomic_file(path) as temporary:
         save_file(classifier.state_dict(), temporary, metadata)
 
 
-def load_classifier(path: Path, wanted: Record) -> tuple[Classifier, float] | None:
-    """The cached classifier and its held-out accuracy; None if it was made from something else or is damaged."""
+def load_classifier(path: Path, made_from: dict[str, Any]) -> tuple[Classifier, float] | None:
+    """The kept classifier and its held-out accuracy; None if it was made from something else or is damaged."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        record = Record(CLASSIFIER, json.loads(metadata["made_from"]))
-        if not record.fits(wanted, path):
+        if json.loads(metadata["made_from"]) != made_from:
             return None
         weights = load_file(path)
         classifier = Classifier(len(weights["layers.1.bias"]), len(weights["head.bias"]))

@@ -1,31 +1,130 @@
-"""The scores of folders of samples: of all images, of equal blocks of seeds, and of pairs of folders."""
+"""The scores of folders of samples: distances to reference images in feature space, of all images and of blocks.
+
+In pytorch_fid's Inception features the Fréchet and the kernel distance are FID and KID; in those of our own classifier
+they are called classifier FD and classifier KID.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from deme.config.sections import CONTINUED
 from deme.errors import UserError, naming
 from deme.job.files import atomic_file, checked, read_json
-from deme.measure.metrics import (
-    NEIGHBORHOOD,
-    Reference,
-    frechet_distance,
-    inception_frechet_distance,
-    kernel_distances,
-    kernel_subset_size,
-    precision_and_recall,
-    statistics,
-)
 
-DISTANCES = {"inception": inception_frechet_distance, "classifier": frechet_distance}
+KEPT_FEATURES = 10_000  # images whose features are kept, and that precision and recall look at
+KERNEL_SUBSET = 1_000  # images, as Bińkowski et al. 2018
+NEIGHBORHOOD = 3  # Kynkäänniemi et al. 2019
 BASELINES = ("pretrained", CONTINUED, "ensemble")  # every row is compared with these
 SCALARS = ("precision", "recall")  # of Score: shown by name in every table and model card
 CLEARLY = 2.0  # standard errors: a difference or a KID within them tells nothing
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with: statistics of the features of reference images."""
+
+    mu: np.ndarray  # mean of the features, float64, shape (D,)
+    sigma: np.ndarray  # their covariance, float64, shape (D, D)
+    features: np.ndarray | None  # of up to KEPT_FEATURES images in random order, float32, (M, D); None: unknown
+    size: list[int] | None = None  # of the images, [width, height] in pixels; None: unknown
+
+    def check_size(self, width: int, height: int) -> None:
+        """Refuse images of another size: the feature network would scale one of the two, which changes the score."""
+        if self.size not in (None, [width, height]):
+            both = "images of {} x {} pixels, a reference of {} x {} pixels".format(width, height, *self.size)
+            raise UserError(f"{both}: scores would not compare")
+
+    @classmethod
+    def of(cls, parts: Iterable[np.ndarray], count: int) -> "Reference":
+        """The statistics of `count` images, whose features come in parts of shape (n, D)."""
+        chosen = np.random.default_rng(0).permutation(count)[:KEPT_FEATURES]
+        start, total, scatter, kept = 0, 0.0, 0.0, {}
+        for part in parts:
+            wide = part.astype(np.float64)
+            mu = wide.mean(axis=0)
+            if start > 0:  # Chan, Golub and LeVeque 1983: the squares about the mean of both
+                difference = mu - total / start
+                scatter = scatter + np.outer(difference, difference) * (start * len(part) / (start + len(part)))
+            total = total + wide.sum(axis=0)
+            scatter = scatter + (wide - mu).T @ (wide - mu)
+            kept |= {i: part[i - start] for i in chosen if start <= i < start + len(part)}
+            start += len(part)
+        return cls(total / count, scatter / (count - 1), np.stack([kept[i] for i in chosen]))
+
+
+# --- distances
+
+
+def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D) of features (N, D), in float64."""
+    features = features.astype(np.float64)
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 √(Σ₁Σ₂)) (Dowson and Landau 1982), in float64.
+
+    With Σ₁ = A Aᵀ, tr √(Σ₁Σ₂) is the sum of the square roots of the eigenvalues of the symmetric AᵀΣ₂A, which are those
+    of Σ₁Σ₂. Unlike the matrix square root this is stable where features are dead or correlated.
+    """
+    values, vectors = np.linalg.eigh(sigma1)
+    root = vectors * np.sqrt(np.clip(values, 0, None))
+    eigenvalues = np.linalg.eigvalsh(root.T @ sigma2 @ root)
+    trace = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(np.clip(eigenvalues, 0, None)).sum()
+    return float(np.square(mu1 - mu2).sum() + trace)
+
+
+def inception_frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """The same quantity by pytorch_fid's own function, so that FIDs agree with `python -m pytorch_fid`."""
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
+    return float(calculate_frechet_distance(mu1, sigma1, mu2, sigma2))
+
+
+DISTANCES = {"inception": inception_frechet_distance, "classifier": frechet_distance}
+
+
+def kernel_distances(features: np.ndarray, reference: np.ndarray, size: int, first_reference: int = 0) -> np.ndarray:
+    """KID of disjoint subsets: unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018), by torch-fidelity.
+
+    Their mean is the KID, their standard deviation over the square root of their number its standard error, for the
+    given reference images, whose subsets take turns. What is left over is not used.
+
+    Args:
+        features: shape (N, D), N ≥ size; reference: shape (M, D), M ≥ size.
+        size: images in a subset.
+        first_reference: the reference's subset that the first one is compared with.
+
+    Returns:
+        float64, shape (N // size,).
+    """
+    from torch_fidelity.metric_kid import kernel_mmd
+
+    subsets, others = (
+        x[: len(x) // size * size].astype(np.float64).reshape(-1, size, x.shape[1]) for x in (features, reference)
+    )
+    return np.array([kernel_mmd(one, others[(first_reference + i) % len(others)]) for i, one in enumerate(subsets)])
+
+
+def precision_and_recall(features: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """The shares of samples near real images and of real images near samples, by torch-fidelity.
+
+    Near: within the distance from the other set's image to its third-nearest neighbour (Kynkäänniemi et al. 2019).
+    The first KEPT_FEATURES of features (N, D) and of the reference's (M, D) count; N and M must be above NEIGHBORHOOD.
+    """
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+
+    pair = (torch.from_numpy(part[:KEPT_FEATURES]) for part in (features, reference))
+    return calculate_precision_recall_part(*pair, NEIGHBORHOOD, batch_size=1_000)
+
+
+# --- scores
 
 
 @dataclass(frozen=True)
@@ -60,16 +159,9 @@ class Score:
     differences: dict[str, Difference] | None = None  # to each of BASELINES that was scored, by name
 
     @property
-    def difference(self) -> float | None:
-        """The mean difference to the pretrained model, if it was scored."""
-        found = (self.differences or {}).get("pretrained")
-        return None if found is None else found.mean
-
-    @property
-    def difference_standard_error(self) -> float | None:
-        """The standard error of `difference`."""
-        found = (self.differences or {}).get("pretrained")
-        return None if found is None else found.standard_error
+    def to_pretrained(self) -> Difference | None:
+        """The difference to the pretrained model, if it was scored."""
+        return (self.differences or {}).get("pretrained")
 
     @property
     def has_telling_kid(self) -> bool:
@@ -86,74 +178,69 @@ def score(
     reference: Reference,
     features_name: str,
     num_blocks: int,
+    clip: np.ndarray | None = None,
 ) -> Score:
     """Score a folder.
 
     Args:
         features: of its images, shape (N, D), in seed order; N a multiple of num_blocks.
         features_name: inception or classifier.
+        clip: the CLIP score of each image, shape (N,), in seed order.
     """
-    distance = DISTANCES[features_name]
+    distance, parts = DISTANCES[features_name], np.split(features, num_blocks)
     pooled = distance(*statistics(features), reference.mu, reference.sigma)
-    parts = np.split(features, num_blocks)
     blocks = [pooled]
     if num_blocks > 1:
         blocks = [distance(*statistics(part), reference.mu, reference.sigma) for part in parts]
-    mean, deviation = mean_and_deviation(blocks)
-    row = Score(str(samples), weights, len(features), pooled, blocks, mean, deviation)
+    row = Score(str(samples), weights, len(features), pooled, blocks, *mean_and_deviation(blocks))
+    if clip is not None:
+        clip_blocks = [float(part.mean()) for part in np.split(clip.astype(np.float64), num_blocks)]
+        mean, deviation = mean_and_deviation(clip_blocks)
+        row = replace(row, clip=mean, clip_blocks=clip_blocks, clip_standard_deviation=deviation)
     real = reference.features
     if real is None or min(len(real), len(features)) <= NEIGHBORHOOD:
         return row
-    size = kernel_subset_size(len(parts[0]) if num_blocks > 1 else len(features) // 2, len(real))
-    per_part = len(parts[0]) // size
-    subsets = [kernel_distances(part, real, size, i * per_part) for i, part in enumerate(parts)]
-    kid, deviation = mean_and_deviation(np.concatenate(subsets))
+    # the KID has no bias that depends on the size of the subsets, and its standard error falls with the size itself,
+    # but only with the square root of their number
+    images = len(parts[0]) if num_blocks > 1 else len(features) // 2
+    size = max(2, min(KERNEL_SUBSET, images, len(real) // 2))
+    subsets = [kernel_distances(part, real, size, i * (len(part) // size)) for i, part in enumerate(parts)]
+    kid = paired_difference(np.concatenate(subsets), 0)  # as it is, with its standard error
     precision, recall = precision_and_recall(features, real)
     return replace(
         row,
-        kid=kid,
-        kid_standard_error=None if deviation is None else deviation / np.size(subsets) ** 0.5,
+        kid=kid.mean,
+        kid_standard_error=kid.standard_error,
         kid_blocks=[float(part.mean()) for part in subsets],
         precision=precision,
         recall=recall,
     )
 
 
-def compared(row: Score, others: Sequence[Score]) -> Score:
-    """A score with its differences to BASELINES, block by block.
-
-    The standard error is that of the mean of the blocks' differences, in which much of the seeds' spread cancels.
+def compared(row: Score, others: Sequence[Score], prompted: Sequence[Score] = ()) -> Score:
+    """A score with its differences to BASELINES, and of its CLIP score to the pretrained model's, block by block.
 
     Args:
         others: scores of the same seeds; those of other models, and the row itself, are ignored.
+        prompted: those of them that have a CLIP score with the same prompts.
     """
-    named = {Path(other.samples).name: other for other in others if other.samples != row.samples}
-    pairs = {name: paired_difference(row.blocks, named[name].blocks) for name in BASELINES if name in named}
-    return replace(row, differences={name: Difference(*pair) for name, pair in pairs.items()})
+    by_name, with_clip = (
+        {Path(other.samples).name: other for other in scores if other.samples != row.samples}
+        for scores in (others, prompted)
+    )
+    differences = {name: paired_difference(row.blocks, by_name[name].blocks) for name in BASELINES if name in by_name}
+    row = replace(row, differences=differences)
+    if "pretrained" not in with_clip:
+        return row
+    clip = paired_difference(row.clip_blocks, with_clip["pretrained"].clip_blocks)
+    return replace(row, clip_difference=clip.mean, clip_difference_standard_error=clip.standard_error)
 
 
-def with_clip(row: Score, of_images: np.ndarray) -> Score:
-    """A score with the CLIP score of the same images, in the same blocks.
-
-    Args:
-        of_images: the CLIP score of each image, shape (N,), in seed order.
-    """
-    blocks = [float(part.mean()) for part in np.split(of_images.astype(np.float64), len(row.blocks))]
-    mean, deviation = mean_and_deviation(blocks)
-    return replace(row, clip=mean, clip_blocks=blocks, clip_standard_deviation=deviation)
-
-
-def compared_clip(row: Score, pretrained: Score) -> Score:
-    """A score with the difference of its CLIP score to the pretrained model's, of the same seeds and prompts."""
-    mean, error = paired_difference(row.clip_blocks, pretrained.clip_blocks)
-    return replace(row, clip_difference=mean, clip_difference_standard_error=error)
-
-
-def paired_difference(blocks: Sequence[float], baseline: Sequence[float]) -> tuple[float, float | None]:
-    """The mean of the blocks' differences, and its standard error."""
+def paired_difference(blocks: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """The mean of the blocks' differences, in which much of the seeds' spread cancels, and its standard error."""
     differences = np.subtract(blocks, baseline)
     mean, deviation = mean_and_deviation(differences)
-    return mean, None if deviation is None else deviation / len(differences) ** 0.5
+    return Difference(mean, None if deviation is None else deviation / len(differences) ** 0.5)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
@@ -161,12 +248,11 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def save_scores(path: Path, features_name: str, scores: Sequence[Score], beside: dict[str, Any]) -> None:
-    """Write results.json.
+# --- results.json
 
-    Args:
-        beside: further keys: the classifier's accuracy, the provenance.
-    """
+
+def save_scores(path: Path, features_name: str, scores: Sequence[Score], beside: dict[str, Any]) -> None:
+    """Write results.json; `beside` are further keys: the classifier's accuracy, the provenance."""
     content = {"features": features_name, "rows": [asdict(row) for row in scores], **beside}
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -193,7 +279,7 @@ def load_scores(path: Path) -> tuple[str, list[Score]]:
 
 
 def _check_row(row: Score, blocks: int, name: str) -> None:
-    errors = {key: value for key, value in asdict(row).items() if key.endswith(("deviation", "_error"))}
+    errors = {key: value for key, value in vars(row).items() if key.endswith(("deviation", "_error"))}
     errors |= {f"differences.{key}": one.standard_error for key, one in (row.differences or {}).items()}
     for key, value in errors.items():
         if value is not None and value < 0:

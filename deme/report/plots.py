@@ -127,10 +127,10 @@ def score_bars(scores: Sequence[Score], features: str, chosen: str) -> Figure:
         chosen: the model whose bar has another colour.
     """
     distance = NAMES[features][0]
-    rows = [row for row in scores if row.difference is not None]
+    rows = [row for row in scores if row.to_pretrained is not None]
     if rows:
-        values = [row.difference for row in rows]
-        errors = [2 * (row.difference_standard_error or 0) for row in rows]
+        values = [row.to_pretrained.mean for row in rows]
+        errors = [2 * (row.to_pretrained.standard_error or 0) for row in rows]
         label = f"{distance} − the pretrained network's (± 2 standard errors; lower is better)"
     else:
         rows = scores

@@ -166,22 +166,22 @@ def missing_stages(run: Run) -> Iterator[tuple[str, str]]:
 
 def verdict(scores: Sequence[Score], features: str) -> str:
     """What the scores say about merging, in a sentence or two; empty if there is nothing to compare."""
-    by_name = {Path(row.samples).name: row for row in scores if row.difference is not None}
+    by_name = {Path(row.samples).name: row.to_pretrained for row in scores if row.to_pretrained is not None}
     merged, control = by_name.get("merged"), by_name.get(CONTINUED)
     if merged is None:
         return ""
-    error = merged.difference_standard_error
-    difference = number(merged.difference, error, "+.4f")
+    error = merged.standard_error
+    difference = number(merged.mean, error, "+.4f")
     distance = NAMES[features][0]
     text = f"The merged network differs from the pretrained one by {difference} in {distance} (lower is better)"
     if error is None:
         text += ", without a standard error."
-    elif abs(merged.difference) <= CLEARLY * error:
+    elif abs(merged.mean) <= CLEARLY * error:
         text += ": less than two standard errors."
     else:
-        text += f": {'better' if merged.difference < 0 else 'worse'} by {abs(merged.difference) / error:.1f} of them."
+        text += f": {'better' if merged.mean < 0 else 'worse'} by {abs(merged.mean) / error:.1f} of them."
     if control is not None:
-        other = number(control.difference, control.difference_standard_error, "+.4f")
+        other = number(control.mean, control.standard_error, "+.4f")
         text += f" Plain training at the experts' cost: {other}."
     return text
 

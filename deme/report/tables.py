@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from deme.measure.scores import BASELINES, SCALARS, Score
+from deme.measure.scores import BASELINES, SCALARS, Difference, Score
 
 NAMES = {"inception": ("FID", "KID"), "classifier": ("classifier FD", "classifier KID")}  # of the two distances
 
@@ -74,7 +74,7 @@ def score_table(scores: Sequence[Score], features_name: str) -> Table:
     for row in scores:
         cells = [Path(row.samples).name, f"{row.images:,}", number(row.pooled)]
         cells += [number(row.mean, row.standard_deviation)]
-        cells += [number(row.difference, row.difference_standard_error, "+.4f")]
+        cells += [_difference(row.to_pretrained)]
         if with_kid:
             kid, error = (None if value is None else 1e3 * value for value in (row.kid, row.kid_standard_error))
             cells += [number(kid, error, ".3f")]
@@ -88,6 +88,10 @@ def score_table(scores: Sequence[Score], features_name: str) -> Table:
     return Table(titles, rows, "" if told else left_out)
 
 
+def _difference(difference: Difference | None) -> str:
+    return "-" if difference is None else number(difference.mean, difference.standard_error, "+.4f")
+
+
 def difference_table(scores: Sequence[Score], features_name: str) -> Table | None:
     """The rows' paired differences to each of BASELINES; None if fewer than two of these are there."""
     baselines = [name for name in BASELINES if any(name in (row.differences or {}) for row in scores)]
@@ -95,9 +99,7 @@ def difference_table(scores: Sequence[Score], features_name: str) -> Table | Non
         return None
     rows = []
     for row in scores:
-        differences = [(row.differences or {}).get(name) for name in baselines]
-        cells = ["-" if one is None else number(one.mean, one.standard_error, "+.4f") for one in differences]
-        rows.append([Path(row.samples).name, *cells])
+        rows.append([Path(row.samples).name, *(_difference((row.differences or {}).get(name)) for name in baselines)])
     titles = [f"paired difference of the {NAMES[features_name][0]} ± s.e.", *(f"to {name}" for name in baselines)]
     return Table(titles, rows)
 

@@ -14,9 +14,9 @@ from deme.data.samples import as_read
 from deme.errors import RunError, UserError
 from deme.job.processes import Processes
 from deme.measure.features import extract
-from deme.measure.metrics import frechet_distance, statistics
 from deme.measure.noisy import Batch
 from deme.measure.reference import FeatureSpace
+from deme.measure.scores import frechet_distance, statistics
 from deme.method.candidates import Candidates
 from deme.method.sampling import NetworkAt
 from deme.models.encoders import Drawing

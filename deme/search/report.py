@@ -101,7 +101,7 @@ def verdict(result: Result, scores: list[Score], fresh: float | None) -> list[st
         )
     if not scores:
         return [*lines, "search.report_images=0: the best is not compared with the pretrained model on fresh seeds"]
-    difference, error = scores[-1].difference, scores[-1].difference_standard_error
+    difference, error = scores[-1].to_pretrained.mean, scores[-1].to_pretrained.standard_error
     if result.objective == "fd":
         gain = result.value - result.pretrained
         lines.append(

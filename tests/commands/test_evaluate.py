@@ -91,6 +91,6 @@ def test_absent_inception_weights_say_where_to_put_them(config_file, samples, tm
 def test_reference_statistics_alone(config_file):
     run("evaluate.py", config_file, "evaluate.samples=[]")
     reference, record = load_reference(config_file.parent / "tiny" / "stats" / "classifier.npz")
-    assert record.made_from["data"]["name"] == "digits"
+    assert record["data"]["name"] == "digits"
     assert reference.features.shape == (1797, 128)
     assert not (config_file.parent / "tiny" / "results.json").exists()

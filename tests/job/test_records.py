@@ -9,7 +9,7 @@ from deme.config.experiment import Config
 from deme.config.sections import Search
 from deme.errors import UserError
 from deme.job import records
-from deme.job.records import IMAGES, MERGED, PROVENANCE, RUN, SAMPLES, STATISTICS, Record, provenance, read_record
+from deme.job.records import IMAGES, MERGED, PROVENANCE, RUN, SAMPLES, Record, provenance, read_record
 
 MADE_FROM = {"weights": "a" * 64, "steps": 50}
 BESIDE = {RUN: {"free": {"log_every": 1}}, SAMPLES: {"num_images": 4}, MERGED: {}}
@@ -33,7 +33,7 @@ def test_other_settings_are_refused_or_replaced_by_kind(tmp_path, capsys):
     assert not Record(SAMPLES, MADE_FROM).fits(Record(SAMPLES, other), tmp_path, overwrite=True)
     assert not Record(MERGED, MADE_FROM).fits(Record(MERGED, other), tmp_path)
     assert capsys.readouterr().out == 2 * f"{tmp_path} was made from something else: replacing it\n"
-    assert not Record(STATISTICS, MADE_FROM).fits(Record(STATISTICS, other), tmp_path)
+    assert not Record(IMAGES, MADE_FROM).fits(Record(IMAGES, other), tmp_path)
     assert capsys.readouterr().out == ""
 
 

@@ -14,8 +14,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from deme.data.samples import PROMPTS, read_prompts
 from deme.errors import UserError
-from deme.measure.clip import load_clip
-from deme.measure.features import extract
+from deme.measure.features import extract, load_clip
 
 TEXTS = ["a red cube", "", "Ein grüner Würfel", "long " * CONTEXT, "a red cube"]  # two are equal
 

@@ -9,15 +9,15 @@ from torch import nn
 
 from deme.config.experiment import Config
 from deme.config.sections import Data, Evaluate
+from deme.data.opening import open_source
 from deme.errors import UserError
-from deme.job.records import STATISTICS, Record
-from deme.measure.metrics import Reference, statistics
 from deme.measure.reference import (
     content_hash,
     load_reference,
     reference_statistics,
     save_reference,
 )
+from deme.measure.scores import Reference, statistics
 
 DIGITS = Data().tagged("statistics")
 CLASSIFIER = {"features": "classifier", "classifier": "ab"}
@@ -27,7 +27,7 @@ def test_references_survive_saving(tmp_path):
     """The statistics are those of all features, read in parts, and few features are all kept."""
     features = np.random.default_rng(0).normal(100, 1, size=(20, 3)).astype(np.float32)
     reference = Reference.of([features[:7], features[7:8], features[8:]], 20)
-    record = Record(STATISTICS, {"data": DIGITS, "features": "classifier"})
+    record = {"data": DIGITS, "features": "classifier"}
     save_reference(tmp_path / "a.npz", reference, record)
     loaded, found = load_reference(tmp_path / "a.npz")
     assert found == record
@@ -40,7 +40,7 @@ def test_references_survive_saving(tmp_path):
 def test_plain_pytorch_fid_files_are_read(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.eye(2))
     reference, record = load_reference(tmp_path / "a.npz")
-    assert record.made_from == {}
+    assert record == {}
     assert reference.features is None
 
 
@@ -73,12 +73,12 @@ def given(reference, features="classifier", **data):
     config = replace(config, data=replace(config.data, **data))
     config.paths.stats.mkdir(parents=True, exist_ok=True)
     network = CLASSIFIER if features == "classifier" else {"features": features}
-    return reference_statistics(config, Accelerator(cpu=True), Mean(), network)
+    return reference_statistics(config, Accelerator(cpu=True), Mean(), network, lambda: open_source(config.data))
 
 
 def write(file, made_from, size=2):
     features = np.random.default_rng(0).normal(size=(10, size)).astype(np.float32)
-    save_reference(file, Reference.of([features], 10), Record(STATISTICS, made_from))
+    save_reference(file, Reference.of([features], 10), made_from)
 
 
 def test_a_reference_of_this_feature_network_is_taken(tmp_path, capsys):

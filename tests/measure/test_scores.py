@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 
 from deme.errors import UserError
-from deme.measure.metrics import Reference, frechet_distance, statistics
-from deme.measure.scores import compared, compared_clip, load_scores, save_scores, score, with_clip
+from deme.measure.scores import (
+    Reference,
+    compared,
+    frechet_distance,
+    load_scores,
+    save_scores,
+    score,
+    statistics,
+)
 from deme.report.model_card import score_line
 from deme.report.tables import difference_table, score_table
 
@@ -17,9 +24,9 @@ def reference() -> Reference:
     return Reference.of([features], len(features))
 
 
-def scored(reference, shift=0.0, blocks=4, count=400, name="merged"):
+def scored(reference, shift=0.0, blocks=4, count=400, name="merged", clip=None):
     features = np.random.default_rng(1).normal(shift, 1, size=(count, 4)).astype(np.float32)
-    return score(name, ["abc"], features, reference, "classifier", blocks), features
+    return score(name, ["abc"], features, reference, "classifier", blocks, clip), features
 
 
 def test_blocks_are_scored_in_order_and_together(reference):
@@ -37,8 +44,8 @@ def test_differences_are_paired_by_block(reference):
     found, baseline = scored(reference, 0.2)[0], scored(reference, name="pretrained")[0]
     result = compared(found, [found, baseline])
     differences = np.subtract(found.blocks, baseline.blocks)
-    assert result.difference == pytest.approx(differences.mean())
-    assert result.difference_standard_error == pytest.approx(differences.std(ddof=1) / 2)
+    assert result.to_pretrained.mean == pytest.approx(differences.mean())
+    assert result.to_pretrained.standard_error == pytest.approx(differences.std(ddof=1) / 2)
     assert replace(result, differences=None) == found
 
 
@@ -66,7 +73,7 @@ def test_a_single_block_has_no_spread(reference):
     assert found.blocks == [found.pooled]
     assert found.standard_deviation is None
     assert found.kid_standard_error > 0  # of two halves
-    assert compared(found, [replace(found, samples="pretrained")]).difference_standard_error is None
+    assert compared(found, [replace(found, samples="pretrained")]).to_pretrained.standard_error is None
 
 
 def test_a_kid_is_shown_only_where_it_tells_something(reference):
@@ -87,25 +94,26 @@ def test_a_kid_is_shown_only_where_it_tells_something(reference):
 
 def test_clip_scores_are_means_of_blocks_and_paired_by_block(reference):
     """In closed form: blocks of 1, 2, 3, 4 and of 1.5, 2, 3, 4.5; the other scores stay as they are."""
-    merged, pretrained = (scored(reference, name=name)[0] for name in ("merged", "pretrained"))
-    found = with_clip(merged, np.repeat([1.5, 2, 3, 4.5], 100) + np.tile([-0.25, 0.25], 200))
-    baseline = with_clip(pretrained, np.repeat([1.0, 2, 3, 4], 100))
+    clip = np.repeat([1.5, 2, 3, 4.5], 100) + np.tile([-0.25, 0.25], 200)
+    found, _ = scored(reference, clip=clip)
+    baseline, _ = scored(reference, name="pretrained", clip=np.repeat([1.0, 2, 3, 4], 100))
     assert found.clip_blocks == [1.5, 2, 3, 4.5]
     assert found.clip == 2.75
     assert found.clip_standard_deviation == pytest.approx((5.25 / 3) ** 0.5)
-    result = compared_clip(found, baseline)
+    result = compared(found, [], [found, baseline])
     assert result.clip_difference == 0.25
     assert result.clip_difference_standard_error == pytest.approx((0.25 / 3) ** 0.5 / 2)
-    assert replace(result, clip_difference=None, clip_difference_standard_error=None) == found
-    assert replace(found, clip=None, clip_blocks=None, clip_standard_deviation=None) == merged
-    single = with_clip(scored(reference, blocks=1)[0], np.arange(400))
+    assert replace(result, differences=None, clip_difference=None, clip_difference_standard_error=None) == found
+    assert replace(found, clip=None, clip_blocks=None, clip_standard_deviation=None) == scored(reference)[0]
+    single, _ = scored(reference, blocks=1, clip=np.arange(400))
     assert (single.clip, single.clip_blocks, single.clip_standard_deviation) == (199.5, [199.5], None)
 
 
 def test_the_clip_score_is_shown_where_a_row_has_one(reference):
     """In the table and in the model card's line; a row without prompts has a dash."""
     plain = scored(reference)[0]
-    found = compared_clip(with_clip(plain, np.repeat([1, 2, 3, 4], 100)), with_clip(plain, np.ones(400)))
+    baseline, _ = scored(reference, name="pretrained", clip=np.ones(400))
+    found = compared(scored(reference, clip=np.repeat([1, 2, 3, 4], 100))[0], [], [baseline])
     assert "CLIP" not in str(score_table([plain], "inception"))
     assert "CLIP" not in score_line("inception", plain)
     lines = [line.strip("| ").split(" | ") for line in str(score_table([found, plain], "inception")).splitlines()[:4]]
@@ -126,7 +134,7 @@ def test_without_reference_features_there_is_the_distance_alone(reference):
 def test_scores_survive_saving(tmp_path, reference):
     rows = [scored(reference, name="pretrained")[0]]
     rows.append(compared(scored(reference, 0.2)[0], rows))
-    rows.append(with_clip(rows[1], np.arange(400)))
+    rows.append(scored(reference, clip=np.arange(400))[0])
     save_scores(tmp_path / "results.json", "classifier", rows, {"held_out_accuracy": 0.9})
     assert load_scores(tmp_path / "results.json") == ("classifier", rows)
     assert json.loads((tmp_path / "results.json").read_text())["held_out_accuracy"] == 0.9

@@ -111,7 +111,6 @@ def pipeline(choose: random.Random, folder: Path) -> Readers:
 
 def safetensors(choose: random.Random, folder: Path) -> Readers:
     """The weights of a pretrained network, a finetuned one, a checkpoint or a classifier."""
-    from deme.job.records import CLASSIFIER, Record
     from deme.measure.classifier import Classifier, load_classifier, save_classifier
     from deme.method.merging.task_arithmetic import TaskArithmetic
     from deme.method.task_vectors import merge_tensors
@@ -120,7 +119,7 @@ def safetensors(choose: random.Random, folder: Path) -> Readers:
 
     make_pipeline(folder)
     classifier = folder / "classifier.safetensors"
-    wanted = Record(CLASSIFIER, {"seed": 0})
+    wanted = {"seed": 0}
     save_classifier(classifier, Classifier(2, 3), 0.5, wanted)
     base = load_tensors(folder / "unet")
     for file in (folder / "unet" / WEIGHTS, classifier):
@@ -175,8 +174,8 @@ def checkpoint(choose: random.Random, folder: Path) -> Readers:
 
 def npz(choose: random.Random, folder: Path) -> Readers:
     """Reference statistics."""
-    from deme.measure.metrics import frechet_distance
     from deme.measure.reference import load_reference
+    from deme.measure.scores import frechet_distance
 
     kinds = [np.float32, np.float16, np.int8, np.bool_, np.complex64, "U3", "S2", "M8[s]", [("a", "f8"), ("b", "i4")]]
     shapes = [(), (0,), (1,), (2,), (2, 2), (0, 0), (3, 2), (2, 2, 2)]

@@ -8,8 +8,8 @@ from conftest import tiny_unet
 from noisy_images import RANGES, probes, squares
 
 from deme.errors import UserError
-from deme.measure.metrics import Reference, frechet_distance, statistics
 from deme.measure.reference import FeatureSpace
+from deme.measure.scores import Reference, frechet_distance, statistics
 from deme.method.candidates import Candidates
 from deme.search.objectives import LOSS_BINS, FrechetDistance, Squares
 
