@@ -175,12 +175,10 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
 
 def write_card(config: Config, record: Record) -> None:
     """Write the merged folder's README.md, with the scores in results.json that belong to its network."""
-    from deme.report.model_card import find_scores, model_card
+    from deme.report.model_card import model_card
 
-    output = config.paths.merged
-    scores = find_scores(config.paths.results, output / DENOISER / WEIGHTS)
-    with atomic_file(output / "README.md") as temporary:
-        temporary.write_text(model_card(config, record.made_from, scores), encoding="utf-8")
+    with atomic_file(config.paths.merged / "README.md") as temporary:
+        temporary.write_text(model_card(config, record.made_from), encoding="utf-8")
 
 
 def push_to_hub(folder: Path, name: str, private: bool) -> None:

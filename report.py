@@ -11,6 +11,7 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 
 import shlex
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,15 +50,15 @@ def main(config: Config) -> None:
 
     with locked(output, "output_dir"):
         make_folder(config.paths.plots, "output_dir")
-        run = read_run(config, command_line(sys.argv[1:]))
+        run = read_run(config)
         sections = {
             RESULTS: results(run),
             "Samples at equal seeds": samples(run),
             TRAINING: training(run),
             MERGING: merging(run),
             SEARCH: search(run),
-            "Analyses": analyses(run),
-            "How it was made": made(run),
+            "Analyses": [own_picture(run, file, name.replace("-", " ")) for name, file in run.analyses.items()],
+            "How it was made": made(run, command_line(sys.argv[1:])),
         }
         for title, reasons in run.unreadable.items():
             sections[title][:0] = [f"Unreadable: {reason}." for reason in reasons]
@@ -75,23 +76,15 @@ def main(config: Config) -> None:
 
 
 def command_line(arguments: list[str]) -> str:
-    """The configuration's file and the overrides, as the shell scripts take them."""
-    given = list(arguments)
-    file = "configs/digits.yaml"
-    for place, argument in enumerate(given):
-        if argument == "--config":
-            file = given[place + 1]
-            del given[place : place + 2]
-            break
-        if argument.startswith("--config="):
-            file = given.pop(place).removeprefix("--config=")
-            break
-    file = override("base", file).removeprefix("base=")
-    for place, argument in enumerate(given):
+    """The configuration's file and the overrides, as the shell scripts take them; without a password."""
+    parser = ArgumentParser()
+    parser.add_argument("--config", default="configs/digits.yaml")
+    given, overrides = parser.parse_known_args(arguments)
+    for place, argument in enumerate(overrides):
         key, equals, value = argument.partition("=")
         if equals and key == "search.storage":
-            given[place] = override(key, without_password(value))
-    return shlex.join([file, *given])
+            overrides[place] = override(key, without_password(value))
+    return shlex.join([override("base", given.config).removeprefix("base="), *overrides])
 
 
 def new_picture(run: "Run", name: str, figure: "Figure", caption: str) -> "Picture":
@@ -197,13 +190,7 @@ def search(run: "Run") -> "list[Part]":
     return parts + ([score_table(run.search_scores, run.search_features)] if run.search_scores else [])
 
 
-def analyses(run: "Run") -> "list[Part]":
-    """The pictures of analyze.py."""
-    captions = {file: file.stem.removeprefix("analysis-").replace("-", " ") for file in run.analyses}
-    return [own_picture(run, file, caption) for file, caption in captions.items()]
-
-
-def made(run: "Run") -> "list[Part]":
+def made(run: "Run", options: str) -> "list[Part]":
     """What was made of what, by which commands, at which cost."""
     from deme.report.run import cost_table
     from deme.report.tables import Commands, Table
@@ -221,7 +208,7 @@ def made(run: "Run") -> "list[Part]":
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded",
     }
     again = "This makes it again, from the pretrained pipeline to this page:"
-    parts = [Table(["", ""], list(facts.items())), again, Commands([f"python compare.py base={run.options}"])]
+    parts = [Table(["", ""], list(facts.items())), again, Commands([f"python compare.py base={options}"])]
     cost = cost_table(run)
     return [*parts, cost] if cost.rows else parts
 

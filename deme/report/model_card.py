@@ -1,7 +1,5 @@
 """The model card of a merged network: the README.md that the Hub shows."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
@@ -10,17 +8,16 @@ from deme.config.sections import range_name
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_scores
 from deme.models.pipelines import hub_name, is_projected, takes_text
+from deme.models.weights import WEIGHTS
 from deme.report.tables import NAMES, markdown_table, public
 
 PAPER = "[Decouple-then-Merge](https://arxiv.org/abs/2410.06664)"
 
 
-def model_card(config: Config, made_from: dict[str, Any], scores: Sequence[tuple[str, Score]]) -> str:
-    """The card of the merged folder that is configured, as the Hub reads it.
+def model_card(config: Config, made_from: dict[str, Any]) -> str:
+    """The card of the merged folder that is configured, as the Hub reads it, from the merge's record.
 
-    Args:
-        made_from: the merge's record.
-        scores: of this network, each with its features' name.
+    Scores in results.json are those of this network if their images were drawn from its weights.
     """
     from_hub = config.merge.push_to_hub is not None
     name = config.merge.push_to_hub if from_hub else str(config.paths.merged)
@@ -40,7 +37,7 @@ def model_card(config: Config, made_from: dict[str, Any], scores: Sequence[tuple
         loading.insert(0, "import deme.projection  # of the project that made it: adds the projections to diffusers")
     if projected and from_hub:
         loading.insert(1, "from huggingface_hub import snapshot_download")
-    ranges = [range_name(timestep_range) for timestep_range in config.timesteps.ranges]
+    ranges = list(map(range_name, config.timesteps.ranges))
     coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in made_from["coefficients"].items()]
     method = made_from["method"]
     settings = [f"{key} {value}" for key, value in made_from.items() if key.startswith(f"{method}_")]
@@ -58,8 +55,11 @@ def model_card(config: Config, made_from: dict[str, Any], scores: Sequence[tuple
         "## Merging coefficients",
         markdown_table(["tensors", f"timesteps {ranges[0]}", *ranges[1:]], coefficients),
     ]
+    features_name, rows = load_scores(config.paths.results) if config.paths.results.exists() else ("", [])
+    weights = [sha256(config.paths.merged / DENOISER / WEIGHTS)] if rows else []
+    scores = [f"- {score_line(features_name, row)}" for row in rows if row.weights == weights]
     if scores:
-        sections += ["## Scores", "\n".join(f"- {score_line(*row)}" for row in scores)]
+        sections += ["## Scores", "\n".join(scores)]
     sections += ["## How to load it", "\n".join(["```python", *loading, "```"])]
     return public("\n\n".join(sections) + "\n")
 
@@ -90,12 +90,3 @@ def score_line(features_name: str, row: Score) -> str:
     if row.clip is not None:
         line += f", CLIP score {row.clip:.3f}"
     return line
-
-
-def find_scores(results: Path, weights: Path) -> list[tuple[str, Score]]:
-    """The scores in a results.json whose images were drawn from a network's weights, with their features' name."""
-    if not results.exists():
-        return []
-    features_name, rows = load_scores(results)
-    network = [sha256(weights)]
-    return [(features_name, row) for row in rows if row.weights == network]

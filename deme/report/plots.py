@@ -90,6 +90,7 @@ def coefficient_map(coefficients: Mapping[str, Sequence[float]], config: Config)
     axes = figure.subplots()
     limit = max(1e-9, float(np.abs(values).max()))
     image = heat_map(axes, values, names if len(names) <= MOST_GROUPS else [], ranges, limit)
+    axes.set_xticks(range(len(ranges)), ranges, rotation=0, ha="center")
     axes.set(xlabel="timesteps of the expert", ylabel="tensors")
     figure.colorbar(image, label="coefficient")
     return figure

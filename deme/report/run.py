@@ -60,7 +60,6 @@ class Run:
     """What the files of a run hold; None or empty for a file that is missing or unreadable."""
 
     config: Config
-    options: str  # the configuration's file and the overrides
     logs: list[TrainingLog] = field(default_factory=list)
     features: str | None = None  # inception or classifier
     scores: list[Score] = field(default_factory=list)
@@ -70,7 +69,7 @@ class Run:
     search_scores: list[Score] = field(default_factory=list)
     search_seconds: float | None = None
     samples: list[Path] = field(default_factory=list)
-    analyses: list[Path] = field(default_factory=list)
+    analyses: dict[str, Path] = field(default_factory=dict)  # by what follows "analysis-" in their names
     provenance: Provenance = Provenance()
     unreadable: dict[str, list[str]] = field(default_factory=dict)  # reasons by title of a section
 
@@ -83,10 +82,10 @@ class Run:
             return None
 
 
-def read_run(config: Config, options: str) -> Run:
+def read_run(config: Config) -> Run:
     """Read the files of a run that are there."""
     paths = config.paths
-    run = Run(config, options)
+    run = Run(config)
     for name in [*map(range_name, config.timesteps.ranges), *NAMED_TRAININGS]:
         read = partial(read_log, name, batch_size=config.finetune.batch_size)
         log = run.read(TRAINING, paths.finetuning(name) / "log.jsonl", read)
@@ -98,7 +97,7 @@ def read_run(config: Config, options: str) -> Run:
     run.search_features, run.search_scores = run.read(SEARCH, paths.search / "report.json", load_scores) or (None, [])
     run.search_seconds = seconds_of(paths.search)
     run.samples = [paths.all_samples / name for name in ORDER if (paths.all_samples / name).is_dir()]
-    run.analyses = sorted(paths.plots.glob("analysis-*.png"))
+    run.analyses = {file.stem.removeprefix("analysis-"): file for file in sorted(paths.plots.glob("analysis-*.png"))}
     if run.scores or run.coefficients is not None:
         made = (RESULTS, paths.results) if run.scores else (MERGING, merge)
         run.provenance = run.read(*made, read_provenance) or Provenance()

@@ -183,7 +183,7 @@ def test_samples_of_other_names_and_sizes(config):
 
 def test_a_run_that_is_read_tells_its_numbers(config):
     """What `make_run` wrote, each from its file."""
-    run = read_run(config, "")
+    run = read_run(config)
     [log] = run.logs
     assert (log.name, log.steps, log.losses) == ("0000-0250", [1, 2, 4], [1, 0.5, 0.25])
     assert log.seconds == pytest.approx(4 * config.finetune.batch_size / 5)
