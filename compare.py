@@ -22,8 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deme.compare.comparison import ComparedRun, load_comparison
-from deme.compare.jobs import Job, Jobs, Ledger, places
-from deme.compare.stages import LAST, stages_of
+from deme.compare.jobs import MADE, Job, Jobs, Ledger, places
+from deme.compare.stages import LAST, Stages
 from deme.config.paths import Paths
 from deme.errors import RunError, UserError
 from deme.job.command import ended_in_one_line
@@ -72,7 +72,7 @@ def main(file: str, runs: list[ComparedRun], jobs: list[Job], processes: int, ta
 
         # --- the table
         evaluations = {job.run: job for job in jobs if job.stage == "evaluate"}
-        scored = [run for run in runs if evaluations[run.config.name].is_made]
+        scored = [run for run in runs if evaluations[run.config.name].state in MADE]
         if base in scored:
             write_table(scored, paths.comparison(file))
             print(f"page: {paths.report}\npictures:", *pictures(paths), sep="\n")
@@ -121,7 +121,7 @@ if __name__ == "__main__":
         comparison, runs = load_comparison(arguments.config, arguments.overrides)
         run_folder.append(runs[0].config.paths.run_folder)
         processes = number_given("NUM_PROCESSES")
-        jobs = stages_of(comparison, runs, number_given("BLOCKS"))
+        jobs = Stages(comparison, runs, number_given("BLOCKS")).jobs
         check_merge_settings(runs)
         if arguments.dry_run:
             print("\n".join(job.name for job in jobs))

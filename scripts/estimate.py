@@ -109,7 +109,7 @@ def operations(config: Config, size: Size) -> dict[str, float]:
 
     A backward pass costs two forward passes, the teacher and gradient checkpointing one each.
     """
-    settings, flops = config.finetune, size.flops
+    settings, search, flops = config.finetune, config.search, size.flops
     gradient = 3 + settings.gradient_checkpointing
     steps = len(config.timesteps.ranges) * settings.max_steps
     seen = steps * settings.batch_size
@@ -118,8 +118,11 @@ def operations(config: Config, size: Size) -> dict[str, float]:
     coded = seen + control + distilled
     if config.data.cache_latents:
         coded = size.images * config.data.cached_views
-    searched = searched_images(config)
-    reported = config.needs_search * config.search.report_images * REPORTED
+    has_finals = search.method == "multi_fidelity"
+    searched = search.control_images + search.trials * search.num_images
+    searched += has_finals * search.finalists * search.finalist_images
+    searched *= config.needs_search and (search.objective == "fd" or has_finals)  # others draw no images
+    reported = config.needs_search * search.report_images * REPORTED
     drawn = len(size.models) * config.sample.num_images
     image = config.sample.num_inference_steps * size.per_step * flops + size.coding
     candidate = config.search_steps * size.per_step * flops + size.coding
@@ -134,15 +137,6 @@ def operations(config: Config, size: Size) -> dict[str, float]:
         f"drawing {drawn:,} images": drawn * image,
         "statistics and FID": (size.images + drawn + searched + reported) * INCEPTION_FLOPS,
     }
-
-
-def searched_images(config: Config) -> int:
-    """Images that search.py draws to find the coefficients."""
-    search = config.search
-    if not config.needs_search or (search.objective != "fd" and search.method != "multi_fidelity"):
-        return 0
-    finalists = search.finalists * search.finalist_images if search.method == "multi_fidelity" else 0
-    return search.control_images + search.trials * search.num_images + finalists
 
 
 def from_environment(name: str, default: float) -> float:

@@ -64,14 +64,6 @@ class ComparedRun:
     config: Config
 
 
-def is_comparison(file: str | Path) -> bool:
-    """True if a YAML file lists runs, false if it is an experiment."""
-    try:
-        return "runs" in read_mapping(file)
-    except UserError:
-        return False  # whoever reads it next says what is wrong
-
-
 def load_comparison(file: str | Path, overrides: list[str]) -> tuple[Comparison, list[ComparedRun]]:
     """Read a comparison and its runs. The first one is the base, from whose pretrained network the others start.
 

@@ -15,6 +15,7 @@ from deme.job.command import Interrupted, end_with_parent, noted_signals
 from deme.job.files import REPOSITORY, atomic_file, make_folder
 
 POLLED_EVERY = 0.2  # seconds
+MADE = ("done", "unchanged")  # states of a job that has succeeded, now or earlier
 
 
 @dataclass(eq=False)
@@ -69,11 +70,6 @@ class Job:
         """The jobs whose output this one may read. Caches, which only a cluster has, change no result."""
         return [job for job in self.waits_for if job.output is not None]
 
-    @property
-    def is_made(self) -> bool:
-        """True if the job has succeeded, now or earlier."""
-        return self.state in ("done", "unchanged")
-
     def arguments_after(self, there: Sequence["Job"]) -> list[str] | None:
         """The arguments without `own`, given the jobs of `after_all` that are done."""
         return self.arguments(there) if callable(self.arguments) else self.arguments
@@ -98,13 +94,8 @@ class Ledger:
         """A hash of the entries of the jobs before this one."""
         return hashlib.sha256(b"".join(map(self.entry, job.before))).hexdigest()
 
-    def begin(self, job: Job) -> str:
-        """Note that a job starts, which invalidates its earlier output; returns `made_of` at this moment."""
-        (self.folder / job.name).unlink(missing_ok=True)
-        return self.made_of(job)
-
     def note(self, job: Job, made_of: str) -> None:
-        """Note that a job is done; `made_of` is what `begin` returned."""
+        """Note that a job is done; `made_of` is that of the moment when it began."""
         self._write(self.folder.name, job, [job.key, made_of, state_of(job.made)])
 
     def plan(self, job: Job) -> None:
@@ -192,7 +183,7 @@ class Jobs:
             return
         elif self.ledger.is_done(job):
             job.state = "unchanged"
-        elif (arguments := job.arguments_after([before for before in job.after_all if before.is_made])) is None:
+        elif (arguments := job.arguments_after([before for before in job.after_all if before.state in MADE])) is None:
             job.state = "dropped"
         else:
             self._start(job, arguments)
@@ -200,7 +191,8 @@ class Jobs:
     def _start(self, job: Job, arguments: list[str]) -> None:
         command = ["bash", str(REPOSITORY / "scripts/launch.sh"), "1" if job.single_process else str(self.processes)]
         command += [str(REPOSITORY / job.script), *arguments, *filter(None, [job.own])]
-        place, made_of = self.free.pop(0), self.ledger.begin(job)
+        place, made_of = self.free.pop(0), self.ledger.made_of(job)
+        (self.ledger.folder / job.name).unlink(missing_ok=True)  # its earlier output no longer counts
         with self._log(job).open("ab") as log, noted_signals() as signals:  # no process may start unnoticed
             process = subprocess.Popen(
                 command,
@@ -232,10 +224,9 @@ class Jobs:
                 print(f"{job.name}: done in {time.monotonic() - since:.0f} s", flush=True)
                 continue
             job.state = state_of_failed
-            log = self._log(job).read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-            lines = [line.strip() for line in log.splitlines() if line.strip()]
-            time_is_up = "its time is up; the same command goes on" if status == 0 else ""  # finetune.max_minutes
-            job.error = time_is_up or (lines or [f"status {status}"])[-1]
+            log = self._log(job).read_text(encoding="utf-8", errors="replace").split("\n")
+            lines = [f"status {status}", *filter(None, map(str.strip, log))]  # read_text makes line breaks of \r
+            job.error = lines[-1] if status else "its time is up; the same command goes on"  # finetune.max_minutes
             print(f"{job.name}: {'FAILED: ' * (job.state == 'failed')}{job.error}", file=sys.stderr, flush=True)
 
     def _log(self, job: Job) -> Path:

@@ -22,9 +22,7 @@ LAST = ("card", "report")  # stages that take seconds, and no GPU
 LINKED = ("vae", "text_encoder")  # parts of a pipeline whose weights merge.py gives another name
 
 
-def stages_of(
-    comparison: Comparison, runs: Sequence[ComparedRun], blocks: int = 1, has_cache: bool = False
-) -> list[Job]:
+class Stages:
     """All jobs of a comparison, each behind those that it needs. What several rows need is one job.
 
     Args:
@@ -32,17 +30,9 @@ def stages_of(
         blocks: number of jobs that draw from each model.
         has_cache: whether a job decodes and encodes the data before others read it.
     """
-    stages = Stages(runs[0], blocks, comparison.reference, has_cache)
-    for run in runs:
-        stages.add_rows(run)
-    return list(stages.by_name.values())
 
-
-class Stages:
-    """The graph under construction; it begins with what all rows need."""
-
-    def __init__(self, base: ComparedRun, blocks: int, reference: str | None, has_cache: bool):
-        self.base = base
+    def __init__(self, comparison: Comparison, runs: Sequence[ComparedRun], blocks: int = 1, has_cache: bool = False):
+        self.base = base = runs[0]
         self.blocks = blocks
         self.by_name: dict[str, Job] = {}
         self.state_outside = cache(state_outside)
@@ -51,18 +41,21 @@ class Stages:
         if paths.pretrained == str(paths.pretrained_here):
             parts = [paths.pretrained_here / part for part in (DENOISER, "scheduler", "pretrain.yaml")]
             # not the encoders, which merge.py may hard-link
-            self.pretrained = [self.add(base, "pretrain", "pretrain.py", output=paths.pretrained_here, parts=parts)]
-        caches = [self.add(base, "cache", "scripts/cache.py", output=None, after=self.pretrained)] if has_cache else []
+            self.pretrained = [self._add(base, "pretrain", "pretrain.py", output=paths.pretrained_here, parts=parts)]
+        caches = [self._add(base, "cache", "scripts/cache.py", output=None, after=self.pretrained)] if has_cache else []
         self.first = [*self.pretrained, *caches]  # before trainings
-        if reference is not None:
-            base = replace(base, config=load_config(reference, []), arguments=["--config", for_shell(reference)])
+        if (file := comparison.reference) is not None:
+            base = replace(base, config=load_config(file, []), arguments=["--config", for_shell(file)])
             caches = []
         output = base.config.paths.reference
         made = {"output": output, "parts": [output, base.config.paths.classifier]}
         # before scores: what images are compared with
-        self.reference = [self.add(base, "statistics", "evaluate.py", "evaluate.samples=[]", after=caches, **made)]
+        self.reference = [self._add(base, "statistics", "evaluate.py", "evaluate.samples=[]", after=caches, **made)]
+        for run in runs:
+            self._add_rows(run)
+        self.jobs = list(self.by_name.values())
 
-    def add(self, run: ComparedRun, stage: str, script: str, *overrides: str, inputs: Any = (), **others: Any) -> Job:
+    def _add(self, run: ComparedRun, stage: str, script: str, *overrides: str, inputs: Any = (), **others: Any) -> Job:
         """A job of a run, which is made once; `others` are its other fields, and `inputs` more that it depends on."""
         own = others.get("own", "")
         name = f"{run.config.name} {stage} {own}".rstrip()
@@ -76,10 +69,10 @@ class Stages:
             self.by_name[name] = Job(run.config.name, stage, script, **given)
         return self.by_name[name]
 
-    def add_rows(self, run: ComparedRun) -> None:
+    def _add_rows(self, run: ComparedRun) -> None:
         """The jobs that draw and score a run's models, and describe them."""
         paths = run.config.paths
-        drawn = {model: self.drawn(run, model) for model in run.models}
+        drawn = {model: self._drawn(run, model) for model in run.models}
 
         def arguments(there: Sequence[Job]) -> list[str] | None:
             """Score the complete folders, in the base's features."""
@@ -90,51 +83,51 @@ class Stages:
         waits = {"after": self.reference, "after_all": list(chain(*drawn.values()))}
         inputs = [asdict(self.base.config.evaluate), run.models]
         scored = {"output": paths.results, "arguments": arguments, "inputs": inputs}
-        told = {"after": [self.add(run, "evaluate", "evaluate.py", **scored, **waits)], "single_process": True}
+        told = {"after": [self._add(run, "evaluate", "evaluate.py", **scored, **waits)], "single_process": True}
         if "merged" in run.models:  # the model card shows the scores
-            self.add(run, "card", "merge.py", output=paths.merged / "README.md", **told)
+            self._add(run, "card", "merge.py", output=paths.merged / "README.md", **told)
         if run is self.base:
             pictures = state_of(map(for_shell, paths.plots.glob("analysis-*.png")))
-            self.add(run, "report", "report.py", output=paths.report, inputs=pictures, **told)
+            self._add(run, "report", "report.py", output=paths.report, inputs=pictures, **told)
 
-    def drawn(self, run: ComparedRun, model: str) -> list[Job]:
+    def _drawn(self, run: ComparedRun, model: str) -> list[Job]:
         """The jobs that draw a model's images, one for each block of seeds."""
-        folder, before = run.config.paths.all_samples / model, self.made(run, model)
+        folder, before = run.config.paths.all_samples / model, self._made(run, model)
         overrides = [f"sample.model={model}"] + [f"sample.blocks={self.blocks}"] * (self.blocks > 1)
         jobs = []
         for number, seeds in enumerate(replace(run.config.sample, blocks=self.blocks).chosen_blocks):
             images = [image_path(folder, seed) for seed in seeds]
             job = {"own": f"sample.block={number}" * (self.blocks > 1), "output": images[-1], "parts": images}
-            jobs.append(self.add(run, f"sample-{model}", "sample_ddp.py", *overrides, **job, after=before))
+            jobs.append(self._add(run, f"sample-{model}", "sample_ddp.py", *overrides, **job, after=before))
         return jobs
 
-    def made(self, run: ComparedRun, model: str) -> list[Job]:
+    def _made(self, run: ComparedRun, model: str) -> list[Job]:
         """The jobs that make a model."""
         if model == DISTILLED:
-            return [self.trained(run, "distill", DISTILLED, self.made(run, "merged"))]
+            return [self._trained(run, "distill", DISTILLED, self._made(run, "merged"))]
         if model in NAMED_TRAININGS:
-            return [self.trained(run, "train", model, self.first)]
+            return [self._trained(run, "train", model, self.first)]
         if model not in ("ensemble", "merged"):
             return self.pretrained
         numbers = range(len(run.config.timesteps.ranges))
-        experts = [self.trained(run, "train", str(number), self.first) for number in numbers]
+        experts = [self._trained(run, "train", str(number), self.first) for number in numbers]
         if model == "ensemble":
             return experts
         paths = run.config.paths
         if run.config.needs_search:
             # the search's report has a row of the control if it is trained
             has_control = CONTINUED in run.models and run.config.search.report_images > 0
-            controls = [self.trained(run, "train", CONTINUED, self.first)] if has_control else []
+            controls = [self._trained(run, "train", CONTINUED, self.first)] if has_control else []
             before = {"after": [*experts, *self.reference], "after_all": controls}
-            experts = [self.add(run, "search", "search.py", output=paths.best_coefficients, **before)]
+            experts = [self._add(run, "search", "search.py", output=paths.best_coefficients, **before)]
         parts = [paths.merged / part for part in ("merge.yaml", DENOISER, "scheduler", "model_index.json")]
-        return [self.add(run, "merge", "merge.py", output=parts[0], parts=parts, after=experts, single_process=True)]
+        return [self._add(run, "merge", "merge.py", output=parts[0], parts=parts, after=experts, single_process=True)]
 
-    def trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
+    def _trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
         """The training of a range, given its number, or of a model of NAMED_TRAININGS."""
         paths = run.config.paths
         output = paths.trained(chosen) if chosen in NAMED_TRAININGS else paths.finetuned[int(chosen)]
-        return self.add(run, stage, "finetune.py", own=f"finetune.range={chosen}", output=output, after=list(after))
+        return self._add(run, stage, "finetune.py", own=f"finetune.range={chosen}", output=output, after=list(after))
 
 
 def outside(config: Config, script: str) -> list[str]:

@@ -3,24 +3,24 @@
 import ctypes
 import platform
 import re
-import resource
 import sys
 from pathlib import Path
 
-INSTRUCTION_SETS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # the strongest first, as Linux names them
+INSTRUCTION_SETS = ("amx_bf16", "avx512_bf16", "bf16", "avx512f", "avx2")  # as Linux names them, the strongest first
 
 
 def processor() -> str:
     """The processor's name and its strongest instruction set, which rounding and speed depend on."""
-    name = re.search(r"model name\s*:\s*(.+)", _proc("cpuinfo"))
-    strongest = next((f" ({s})" for s in INSTRUCTION_SETS if s in (_flags() or ())), "")
+    told = _proc("cpuinfo")
+    name = re.search(r"model name\s*:\s*(.+)", told)
+    flags = re.search(r"(?:flags|Features)\s*:\s*(.+)", told)
+    strongest = next((f" ({one})" for one in INSTRUCTION_SETS if flags and one in flags[1].split()), "")
     return (name[1] if name else platform.processor() or platform.machine()) + strongest
 
 
 def computes_in_bf16() -> bool:
     """True if oneDNN multiplies bfloat16 by the processor's own instructions; emulated it is slower than float32."""
-    flags = _flags()
-    return _onednn_takes_bf16() and (flags is None or not flags.isdisjoint(("amx_bf16", "avx512_bf16", "bf16")))
+    return _onednn_takes_bf16() and processor().endswith("bf16)")
 
 
 def can_pack(in_bf16: bool) -> bool:
@@ -34,12 +34,6 @@ def _onednn_takes_bf16() -> bool:
     import torch
 
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _flags() -> set[str] | None:
-    """The processor's instruction sets as Linux names them; None on other systems."""
-    match = re.search(r"(?:flags|Features)\s*:\s*(.+)", _proc("cpuinfo"))
-    return None if match is None else set(match[1].split())
 
 
 def _proc(name: str) -> str:
@@ -61,12 +55,13 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(device_type: str) -> int:
-    """Bytes: the most that torch has allocated on a GPU; on a CPU, the most that this process has had resident."""
+    """Bytes: the most that torch has allocated on a GPU; on a CPU, the most that this process has had resident.
+
+    0 if the system does not tell.
+    """
     if device_type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
-    if match := re.search(r"VmHWM:\s*(\d+) kB", _proc("self/status")):
-        return 1024 * int(match[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # perhaps of the process that started this
+    match = re.search(r"VmHWM:\s*(\d+) kB", _proc("self/status"))
+    return 1024 * int(match[1]) if match else 0

@@ -16,27 +16,27 @@ import os
 import shlex
 from contextlib import nullcontext
 
-from deme.compare.comparison import ComparedRun, is_comparison, load_comparison
+from deme.compare.comparison import ComparedRun, load_comparison
 from deme.config.experiment import check_shares
-from deme.config.reading import override
+from deme.config.reading import override, read_mapping
 from deme.errors import RunError
 from deme.job.command import ended_in_one_line
 from deme.job.files import checkpoint_steps, make_folder
 from deme.compare.jobs import Job, Ledger
 from deme.job.locks import locked
 from deme.compare.slurm import Queue, missing_jobs, submit
-from deme.compare.stages import LAST, stages_of
+from deme.compare.stages import LAST, Stages
 
 MODELS = "configs/comparison/models.yaml"
 
 
 def plan_jobs(file: str, overrides: list[str]) -> tuple[Path, list[Job]]:
     """The folder of the jobs' files, and the jobs. The last one makes the table, the model card and the page."""
-    if not is_comparison(file):
+    if "runs" not in read_mapping(file):
         file, overrides = MODELS, [override("base", file), *overrides]
     comparison, runs = load_comparison(file, overrides)
     check_runs(runs)
-    jobs = stages_of(comparison, runs, int(os.environ["BLOCKS"]), has_cache=True)
+    jobs = Stages(comparison, runs, int(os.environ["BLOCKS"]), has_cache=True).jobs
     jobs = [job for job in jobs if job.stage not in LAST]
     scores = [job for job in jobs if job.stage == "evaluate"]
     base = runs[0].config

@@ -4,7 +4,7 @@ from pathlib import Path
 import yaml
 
 from deme.compare.comparison import load_comparison
-from deme.compare.stages import stages_of, state_outside
+from deme.compare.stages import Stages, state_outside
 from deme.config.paths import image_path
 from deme.config.reading import load_config, override
 
@@ -16,7 +16,7 @@ def stages(folder, *overrides, runs=MODELS, **options) -> dict:
     file = folder / "comparison.yaml"
     file.write_text(yaml.safe_dump({"base": "configs/digits.yaml", "runs": runs}))
     comparison, runs = load_comparison(file, ["merge.coefficients=null", *overrides])
-    jobs = stages_of(comparison, runs, **options)
+    jobs = Stages(comparison, runs, **options).jobs
     return {job.name.removeprefix("digits").strip(): job for job in jobs}
 
 

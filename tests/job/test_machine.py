@@ -15,7 +15,7 @@ from deme.job.machine import computes_in_bf16, keep_freed_memory, peak_memory, p
 
 def test_the_processor_has_a_name_and_an_instruction_set():
     """One line, as records and tables show it."""
-    assert re.fullmatch(r"[^\n()]+( \((amx_bf16|avx512_bf16|avx512f|avx2)\))?", processor())
+    assert re.fullmatch(r"[^\n()]+( \((amx_bf16|avx512_bf16|bf16|avx512f|avx2)\))?", processor())
 
 
 def test_the_peak_is_no_less_than_what_is_held_now():
