@@ -55,22 +55,22 @@ def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
     """An image as a viewer shows it, its shorter side resized to `resolution`: uint8, shape (H, W, C).
 
     Args:
-        content: a PIL image, values (H, W) or (H, W, 1, 3 or 4) as lists, or a dictionary of `bytes` and `path`.
+        content: values (H, W) or (H, W, 1, 3 or 4) as lists, or a dictionary of `bytes` and `path`.
 
     Raises:
         Exception: PIL raises many types for a damaged image.
     """
-    if isinstance(content, dict):
-        encoded = read_bytes(content)
-        content = None if encoded is None else Image.open(BytesIO(encoded))
-    elif isinstance(content, (list, np.ndarray)):
+    content = read_bytes(content) if isinstance(content, dict) else content
+    if content is None:
+        raise ValueError("no image in this row")
+    if isinstance(content, bytes):
+        image = Image.open(BytesIO(content))
+    else:
         pixels = np.array(content, dtype=np.uint8)
         if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4)):
             raise UserError(f"an array of {pixels.dtype}, {pixels.shape}; uint8 (H, W) or (H, W, 1, 3 or 4) is read")
-        content = Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
-    if content is None:
-        raise ValueError("no image in this row")
-    image = as_seen(content, channels)
+        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
+    image = as_seen(image, channels)
     if min(image.size) != resolution:
         scale = resolution / min(image.size)
         width, height = (max(resolution, round(side * scale)) for side in image.size)

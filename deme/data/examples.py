@@ -146,12 +146,7 @@ def _decode_all(source: Source, channels: int, file: BinaryIO) -> tuple[np.ndarr
 
 
 def load_examples(
-    config: Config,
-    settings: Training,
-    source: Source,
-    encoder: Encoder,
-    made_of: dict[str, str],
-    processes: Processes,
+    config: Config, settings: Training, source: Source, encoder: Encoder, made_of: dict[str, str], processes: Processes
 ) -> TrainingImages:
     """The data as the encoder takes it; latents are made once by all processes, while other jobs wait.
 

@@ -116,17 +116,19 @@ def stamp(paths: Iterable[str]) -> str:
 
     Programs that keep time stamps can't set the last two. What an address leads to is assumed not to change.
     """
+
+    @cache  # an archive holds many images
+    def state(file: str) -> str:
+        try:
+            status = os.stat(file)
+        except (OSError, ValueError):
+            return "-"
+        return f"{status.st_size} {status.st_ino} {status.st_ctime_ns}"
+
     digest = hashlib.sha256()
-    states = {}
     for path in paths:
         file = path if os.path.isabs(path) else path.rpartition("::")[2].removeprefix("file://")
-        if file not in states:
-            try:
-                status = os.stat(file)
-                states[file] = f"{status.st_size} {status.st_ino} {status.st_ctime_ns}"
-            except (OSError, ValueError):
-                states[file] = "-"
-        digest.update(f"{path}\0{states[file]}\n".encode(errors="surrogateescape"))
+        digest.update(f"{path}\0{state(file)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
