@@ -32,7 +32,7 @@ def save_search_plots(
     config: Config,
     coefficients: Mapping[str, Sequence[float]],
     evaluated: Sequence[Any],
-    study: Any | None,
+    study: Any,
     scores: Sequence[Score],
 ) -> list[Path]:
     """Write pictures of a search, and the same for TensorBoard.
@@ -40,7 +40,7 @@ def save_search_plots(
     Args:
         coefficients: the best, by name pattern.
         evaluated: the candidates in order, each with its way, objective, passes and value.
-        study: gives the rows of its candidates, and the importance of each coefficient.
+        study: gives the rows of its candidates, and the importance of each coefficient; None: there is none.
         scores: on fresh seeds, the pretrained network first.
     """
     from torch.utils.tensorboard import SummaryWriter

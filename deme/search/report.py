@@ -1,5 +1,6 @@
 """What a search is worth: its result and what it has to beat, scored on seeds that no candidate was drawn from."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,11 @@ def _network_at(problem: Problem, contender: np.ndarray | Path | str) -> Network
 
 def _known(file: Path, made_from: str) -> dict[str, Score]:
     """The rows in the file; none if it is missing or damaged, or made from something else, which is said."""
-    try:
-        if file.exists() and read_json(file).get("made_from") == made_from:
-            return {row.samples: row for row in load_scores(file)[1]}
-    except UserError:
-        return {}
     if file.exists():
-        print(f"{file} was made from something else: all rows are scored anew")
+        with suppress(UserError):
+            if read_json(file).get("made_from") == made_from:
+                return {row.samples: row for row in load_scores(file)[1]}
+            print(f"{file} was made from something else: all rows are scored anew")
     return {}
 
 

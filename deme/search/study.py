@@ -85,11 +85,6 @@ class Study:
         fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
         return optuna.importance.get_param_importances(self.study, evaluator=fanova)
 
-    def best(self, count: int) -> list[np.ndarray]:
-        """The different candidates with the lowest values, the best first."""
-        ranked = sorted(self.rows(), key=lambda row: row.value)
-        return distinct(row.coefficients for row in ranked)[:count]
-
     # --- trying
 
     def extend(self, candidates: Sequence[np.ndarray]) -> None:
@@ -222,13 +217,11 @@ def open_storage(url: str) -> RDBStorage:
 def open_by_all(processes: Processes, url: str | None, folder: Path) -> RDBStorage:
     """Open `search.storage`, or study.db of the search's folder, in every process."""
     where = url or f"sqlite:///{folder / 'study.db'}"
-
-    def create() -> None:
-        with naming("search.storage", without_password(url) or folder / "study.db"):
-            open_storage(where)
-
-    with locked_by_all(processes, folder / "storage", "search.output", wait=True):  # two at once would fail
-        in_main_process(processes, create)
+    with (
+        locked_by_all(processes, folder / "storage", "search.output", wait=True),  # two at once would fail
+        naming("search.storage", without_password(url) or folder / "study.db"),
+    ):
+        in_main_process(processes, lambda: open_storage(where))
     return open_storage(where)
 
 
@@ -237,13 +230,12 @@ def reading(storage: RDBStorage) -> Iterator[None]:
     """Explain errors of the storage without its password: RunError if it is gone, full or locked for long."""
     try:
         yield
-    except StorageInternalError as error:
-        raise RunError(f"search.storage: {one_line(error)}; the same command goes on") from error
-    except UpdateFinishedTrialError as error:
-        reason = f"no sign of life for {GRACE} seconds, so another job tries this job's candidate"
-        raise RunError(f"search.storage: {reason}; the same command goes on") from error
     except (UserError, RunError):
         raise
+    except (StorageInternalError, UpdateFinishedTrialError) as error:
+        is_stale = isinstance(error, UpdateFinishedTrialError)
+        stale = f"no sign of life for {GRACE} seconds, so another job tries this job's candidate"
+        raise RunError(f"search.storage: {stale if is_stale else one_line(error)}; the same command goes on") from error
     except Exception as error:  # damaged rows lead to any error of Optuna and SQLAlchemy
         place = storage.engine.url.render_as_string(hide_password=True)
         raise UserError(f"search.storage={place}: damaged, or not of this search: {one_line(error)}") from error

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from deme.search.study import Study, distinct, open_by_all
 
 UNIFORM = (0.5, 1.0)  # beside 1 / the number of ranges
 LONGER = 2.0  # the closed form, times this: it matches the experts, whose directions may be worth more
+VALUE = attrgetter("value")
 MOST_COLUMNS = 64  # coefficients up to which their closed form is cheap; with more the gradient is
 
 
@@ -73,10 +75,11 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
     if settings.method == "multi_fidelity":  # the best few on many images
         images, spent = settings.finalist_images, evaluated[-1].passes
         finals = Study(problem, storage, f"{digest}-finalists-{images}", "fd", images, spent, "finalists")
-        in_main_process(problem.processes, lambda: finals.extend([np.zeros(shape), *study.best(settings.finalists)]))
+        best = distinct(row.coefficients for row in sorted(tried, key=VALUE))[: settings.finalists]
+        in_main_process(problem.processes, lambda: finals.extend([np.zeros(shape), *best]))
         tried = finals.run()
         evaluated += tried
-    best = _best(tried)
+    best = min(tried, key=VALUE)
     pretrained = next((row.value for row in tried if not row.coefficients.any()), None)
     if pretrained is None:
         pretrained, _ = problem.value(objective, np.zeros(shape))
@@ -97,16 +100,12 @@ def _cheap_answer(problem: Problem, folder: Path, by_gradient: bool) -> Result:
             whole.candidates = problem.candidates.ungrouped()
             file = folder / f"closed-form-of-the-ranges-{objective}.npz"
             rows = closed_form(whole, settings, file, "closed form of the ranges")
-            start = np.broadcast_to(_best(rows).coefficients, problem.shape)
+            start = np.broadcast_to(min(rows, key=VALUE).coefficients, problem.shape)
             held_out = problem.squares(objective, "held-out")
             file = folder / f"gradient-{objective}.npz"
             rows = gradient_descent(squares, held_out, settings, start, file, rows[-1].passes)
-    best = _best(rows)
+    best = min(rows, key=VALUE)
     return Result(best.coefficients, objective, best.value, 1.0, rows)
-
-
-def _best(rows: list[Evaluated]) -> Evaluated:
-    return min(rows, key=lambda row: row.value)
 
 
 # --- where a study starts

@@ -88,7 +88,6 @@ def storage(choose: random.Random, folder: Path) -> Readers:
     def search(count: int) -> None:
         study = Study(problem_of(["a", "b"]), open_storage(url), "s", "match", 0, 0, "random", count=count)
         study.run()
-        study.best(2)
 
     with redirect_stdout(io.StringIO()):
         search(2)
