@@ -55,14 +55,10 @@ def sample_folders(config: Config) -> list[Path]:
 
 def check_replaceable(output: Path) -> None:
     """Make sure that nothing but results of this script is replaced."""
-    if output.is_dir():
-        raise UserError("is a folder; results are a JSON file")
-    if os.path.lexists(output):
-        if not output.is_file():
-            raise UserError("is not a file")
-        content = read_json(output)
-        if not {"features", "rows"} <= content.keys():
-            raise UserError("is not a file of this script, so it is not replaced")
+    if os.path.lexists(output) and not output.is_file():
+        raise UserError("is not a file")
+    if output.exists() and not {"features", "rows"} <= read_json(output).keys():
+        raise UserError("is not a file of this script, so it is not replaced")
 
 
 def reference_files(config: Config) -> list[Path]:
@@ -187,12 +183,8 @@ def main(config: Config) -> None:
             beside = {} if space.accuracy is None else {"held_out_accuracy": space.accuracy}
             save_scores(output, config.evaluate.features, rows, beside | made_with)
             tables = [table(rows, config.evaluate.features) for table in (score_table, difference_table)]
-            print(
-                "\n\n".join(str(table) for table in tables if table is not None),
-                f"on {made_with['processor']}",
-                output,
-                sep="\n",
-            )
+            printed = "\n\n".join(str(table) for table in tables if table is not None)
+            print(printed, f"on {made_with['processor']}", output, sep="\n")
 
         in_main_process(accelerator, finish)
 

@@ -128,11 +128,9 @@ def check_classified(features: str, width: int, height: int) -> None:
 def trained_classifier(config: Config, processes: Processes, source: Source) -> tuple[Classifier, float]:
     """The classifier of the data, trained once and kept, on the device; its held-out accuracy."""
     file, settings = config.paths.classifier, config.evaluate
-    made_from = {
-        **evaluated_data(config, source, with_labels=True),
-        "width": settings.classifier_width,
-        "epochs": settings.classifier_epochs,
-        "batch_size": settings.classifier_batch_size,
+    made_from = evaluated_data(config, source, with_labels=True)
+    made_from |= {key: getattr(settings, f"classifier_{key}") for key in ("width", "epochs", "batch_size")}
+    made_from |= {
         "random_flip": config.data.random_flip,
         "precision": settings.classifier_precision,
         "seed": config.seed,

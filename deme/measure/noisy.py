@@ -14,6 +14,8 @@ from deme.job.processes import Processes
 from deme.method.losses import prediction_target
 from deme.models.encoders import Condition, Encoder
 
+# "clean", on the device: images as the network sees them, shape (B, C, H, W); "condition": its further arguments
+Encoded = dict[str, Any]
 ENCODED_AT_ONCE = 32  # images; not a setting, because the encoder's random draws depend on it
 NOISE, ENCODING = 5, 6  # purposes of generators; deme/data/images.py has the others
 
@@ -69,24 +71,18 @@ class Noiser:
     scheduler: DDPMScheduler
     processes: Processes
 
-    def encode(self, indices: np.ndarray, random: np.random.Generator) -> tuple[torch.Tensor, Condition]:
-        """Images as the network sees them, shape (B, C, H, W), and its condition, on the device."""
+    def encode(self, indices: np.ndarray, random: np.random.Generator) -> Encoded:
         torch.manual_seed(torch_seed(random))  # for the encoder's draws
         clean, condition = self.encoder.encode(self.images.batch(indices, random))
-        return clean, {name: value.float() for name, value in condition.items()}  # half precision on a GPU
+        return {"clean": clean, "condition": on_tensors(torch.Tensor.float, condition)}  # half precision on a GPU
 
-    def batch(
-        self,
-        clean: torch.Tensor,
-        noise: torch.Tensor,
-        timesteps: torch.Tensor,
-        condition: Condition,
-        ranges: torch.Tensor,
-    ) -> Batch:
-        """Images with noise, both of shape (B, C, H, W), at timesteps (B,); all weights are 1."""
+    def batch(self, encoded: Encoded, noise: torch.Tensor, timesteps: torch.Tensor, ranges: torch.Tensor) -> Batch:
+        """Images with noise (B, C, H, W) at timesteps (B,); all weights are 1."""
+        clean = encoded["clean"]
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
         target = prediction_target(self.scheduler, clean, noise, timesteps)
-        return Batch(noisy, timesteps, condition, ranges, target, torch.ones(len(clean), device=clean.device))
+        weights = torch.ones(len(clean), device=clean.device)
+        return Batch(noisy, timesteps, encoded["condition"], ranges, target, weights)
 
 
 def _noise(shape: Sequence[int], random: np.random.Generator) -> torch.Tensor:
@@ -101,28 +97,23 @@ class CleanImages:
     """
 
     noiser: Noiser
-    clean: torch.Tensor  # as the network sees images, shape (S, C, H, W), on the device
-    condition: Condition  # of the network
+    encoded: Encoded  # S images
     places: torch.Tensor  # int64, shape (S,): positions among the images of all processes
     count: int  # images of all processes
     stream: Stream  # determines all random draws
     batch_size: int  # of a process
 
     def at(self, timestep: int, among: range) -> Iterator[tuple[torch.Tensor, Batch]]:
-        """Positions, int64 (B,), and noisy images of one timestep, in batches.
-
-        Args:
-            among: positions to use, over all processes.
-        """
+        """Positions, int64 (B,), and noisy images of one timestep, in batches, of those `among` all images."""
+        clean = self.encoded["clean"]
         random = np.random.default_rng((*self.stream, NOISE, timestep))
-        noise = _noise((self.count, *self.clean.shape[1:]), random)  # for all images, whichever process has them
-        noise = noise[self.places.cpu()].to(self.clean.device)
+        noise = _noise((self.count, *clean.shape[1:]), random)  # for all images, whichever process has them
+        noise = noise[self.places.cpu()].to(clean.device)
         inside = ((self.places >= among.start) & (self.places < among.stop)).nonzero().flatten()
         for chosen in inside.split(self.batch_size):
             if len(chosen) > 0:  # the share may be empty
                 timesteps, ranges = torch.full_like(chosen, timestep), torch.zeros_like(chosen)
-                condition = rows_of(self.condition, chosen)
-                batch = self.noiser.batch(self.clean[chosen], noise[chosen], timesteps, condition, ranges)
+                batch = self.noiser.batch(rows_of(self.encoded, chosen), noise[chosen], timesteps, ranges)
                 yield self.places[chosen], batch
 
 
@@ -134,14 +125,11 @@ def draw_clean(noiser: Noiser, stream: Stream, count: int, batch_size: int) -> C
     parts = []
     for start in range(0, count, ENCODED_AT_ONCE):
         chosen = indices[start : start + ENCODED_AT_ONCE]
-        clean, condition = noiser.encode(chosen, random)
         mine = share[(share >= start) & (share < start + len(chosen))] - start
-        parts.append(rows_of({"clean": clean, "condition": condition}, mine))
+        parts.append(rows_of(noiser.encode(chosen, random), mine))
     noiser.encoder.rest()
     whole = on_tensors(lambda *tensors: torch.cat(tensors), *parts)
-    return CleanImages(
-        noiser, **whole, places=share.to(clean.device), count=count, stream=stream, batch_size=batch_size
-    )
+    return CleanImages(noiser, whole, share.to(whole["clean"].device), count, stream, batch_size)
 
 
 def draw_probes(
@@ -167,9 +155,10 @@ def draw_probes(
     batches = []
     for start in range(0, count, batch_size):
         part = slice(start, start + batch_size)
-        clean, condition = noiser.encode(indices[part], random)
-        noise = _noise(clean.shape, random).to(clean.device)
-        at, number = (torch.from_numpy(values[part][share]).to(clean.device) for values in (timesteps, numbers))
-        batches.append(noiser.batch(clean[share], noise[share], at, rows_of(condition, share), number))
+        encoded = noiser.encode(indices[part], random)
+        device = encoded["clean"].device
+        noise = _noise(encoded["clean"].shape, random).to(device)
+        at, number = (torch.from_numpy(values[part][share]).to(device) for values in (timesteps, numbers))
+        batches.append(noiser.batch(rows_of(encoded, share), noise[share], at, number))
     noiser.encoder.rest()
     return batches

@@ -64,54 +64,18 @@ def load_feature_space(config: Config, processes: Processes) -> FeatureSpace:
 def reference_statistics(
     config: Config, processes: Processes, network: nn.Module, features: dict[str, str], open_data: OpenData
 ) -> Reference:
-    """The statistics in the file evaluate.reference, or those of its images or of the data, made once.
+    """The statistics in the file evaluate.reference, or those of its images or of the data.
+
+    The latter are kept in a file, and made again if they are of other images or features, or damaged.
 
     Args:
-        network: as `extract` takes it.
-        features: its name, and the SHA-256 of a classifier.
+        features: the network's name, and the SHA-256 of a classifier.
     """
-    file = config.paths.reference
-    if config.evaluate.reference is None:
-        source = open_data()
-        made_from = evaluated_data(config, source) | features
-        return _made_once(config, processes, network, file, made_from, lambda: _data_images(config, source))
-    with naming("evaluate.reference", config.evaluate.reference):
-        if not file.is_dir():
-            return _given(file, processes, network, features, open_data)
-        paths = list_images(file)
-        size = check_sizes(paths)
-        if len(paths) < 2:
-            raise UserError(f"{len(paths)} image, statistics need at least 2")
-        check_classified(features["features"], *size)
-        made_from = {"size": [*size], IMAGES: content_hash(file)} | features
-        file = config.paths.stats / f"{features['features']}-folder.npz"
-        images = (len(paths), lambda part: read_images(paths[part]), available_threads())
-        return _made_once(config, processes, network, file, made_from, lambda: images)
-
-
-def content_hash(path: Path) -> str:
-    """The SHA-256 of a file, or of the images directly in a folder."""
-    if path.is_dir():
-        return hashlib.sha256("".join(map(sha256, list_images(path))).encode()).hexdigest()
-    return sha256(path)
-
-
-def _data_images(config: Config, source: Source) -> Images:
-    images, _ = load_evaluation_images(source, config.paths.image_cache)
-    if len(images) < 2:
-        raise UserError(f"data.name={config.data.name}: {len(images)} image, statistics need at least 2")
-    return len(images), lambda part: images.batch(range(part.start, part.stop)), images.threads
-
-
-def _made_once(
-    config: Config,
-    processes: Processes,
-    network: nn.Module,
-    file: Path,
-    made_from: dict[str, Any],
-    open_images: Callable[[], Images],
-) -> Reference:
-    """The statistics of images, kept in a file; made again if they are of other images or features, or damaged."""
+    if config.evaluate.reference is not None and not config.paths.reference.is_dir():
+        with naming("evaluate.reference", config.evaluate.reference):
+            return _given(config.paths.reference, processes, network, features, open_data)
+    file, made_from, open_images = _images(config, open_data)
+    made_from |= features
     if file.exists():
         try:
             saved, saved_from = load_reference(file)
@@ -134,7 +98,34 @@ def _made_once(
     return load_reference(file)[0]
 
 
-# --- statistics that are given
+def _images(config: Config, open_data: OpenData) -> tuple[Path, dict[str, Any], Callable[[], Images]]:
+    """What statistics are made of, the data or the folder evaluate.reference: the file to keep them, record, images."""
+    if config.evaluate.reference is None:
+        source = open_data()
+
+        def decoded() -> Images:
+            images, _ = load_evaluation_images(source, config.paths.image_cache)
+            if len(images) < 2:
+                raise UserError(f"data.name={config.data.name}: {len(images)} image, statistics need at least 2")
+            return len(images), lambda part: images.batch(range(part.start, part.stop)), images.threads
+
+        return config.paths.reference, evaluated_data(config, source), decoded
+    name, folder = config.evaluate.features, config.paths.reference
+    with naming("evaluate.reference", config.evaluate.reference):
+        paths = list_images(folder)
+        size = check_sizes(paths)
+        if len(paths) < 2:
+            raise UserError(f"{len(paths)} image, statistics need at least 2")
+        check_classified(name, *size)
+    images = (len(paths), lambda part: read_images(paths[part]), available_threads())
+    return config.paths.stats / f"{name}-folder.npz", {"size": [*size], IMAGES: content_hash(folder)}, lambda: images
+
+
+def content_hash(path: Path) -> str:
+    """The SHA-256 of a file, or of the images directly in a folder."""
+    if path.is_dir():
+        return hashlib.sha256("".join(map(sha256, list_images(path))).encode()).hexdigest()
+    return sha256(path)
 
 
 def _given(
@@ -187,9 +178,6 @@ class MadeFrom:
     classifier: str | None = None  # SHA-256
     data: DataSet | None = None
     size: list[int] | None = None  # of the images of a folder: width, height
-
-
-# --- files
 
 
 def save_reference(path: Path, reference: Reference, made_from: dict[str, Any]) -> None:

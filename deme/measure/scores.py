@@ -81,7 +81,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 
 def inception_frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """The same quantity by pytorch_fid's own function, so that FIDs agree with `python -m pytorch_fid`."""
+    """The same by pytorch_fid's own function, so that FIDs agree with `python -m pytorch_fid`."""
     from pytorch_fid.fid_score import calculate_frechet_distance
 
     return float(calculate_frechet_distance(mu1, sigma1, mu2, sigma2))
@@ -91,18 +91,11 @@ DISTANCES = {"inception": inception_frechet_distance, "classifier": frechet_dist
 
 
 def kernel_distances(features: np.ndarray, reference: np.ndarray, size: int, first_reference: int = 0) -> np.ndarray:
-    """KID of disjoint subsets: unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018), by torch-fidelity.
+    """KID of disjoint subsets of `size` images, float64 (N // size,), by torch-fidelity.
 
-    Their mean is the KID, their standard deviation over the square root of their number its standard error, for the
-    given reference images, whose subsets take turns. What is left over is not used.
-
-    Args:
-        features: shape (N, D), N ≥ size; reference: shape (M, D), M ≥ size.
-        size: images in a subset.
-        first_reference: the reference's subset that the first one is compared with.
-
-    Returns:
-        float64, shape (N // size,).
+    It is the unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018). The mean is the KID, the standard
+    deviation over the square root of their number its standard error, for the given reference images, whose subsets
+    take turns, from `first_reference` on. What is left over of features (N, D) and of the reference's is not used.
     """
     from torch_fidelity.metric_kid import kernel_mmd
 
@@ -189,9 +182,8 @@ def score(
     """
     distance, parts = DISTANCES[features_name], np.split(features, num_blocks)
     pooled = distance(*statistics(features), reference.mu, reference.sigma)
-    blocks = [pooled]
-    if num_blocks > 1:
-        blocks = [distance(*statistics(part), reference.mu, reference.sigma) for part in parts]
+    rest = parts if num_blocks > 1 else []
+    blocks = [distance(*statistics(part), reference.mu, reference.sigma) for part in rest] or [pooled]
     row = Score(str(samples), weights, len(features), pooled, blocks, *mean_and_deviation(blocks))
     if clip is not None:
         clip_blocks = [float(part.mean()) for part in np.split(clip.astype(np.float64), num_blocks)]
@@ -206,15 +198,10 @@ def score(
     size = max(2, min(KERNEL_SUBSET, images, len(real) // 2))
     subsets = [kernel_distances(part, real, size, i * (len(part) // size)) for i, part in enumerate(parts)]
     kid = paired_difference(np.concatenate(subsets), 0)  # as it is, with its standard error
+    kid_blocks = [float(part.mean()) for part in subsets]
+    row = replace(row, kid=kid.mean, kid_standard_error=kid.standard_error, kid_blocks=kid_blocks)
     precision, recall = precision_and_recall(features, real)
-    return replace(
-        row,
-        kid=kid.mean,
-        kid_standard_error=kid.standard_error,
-        kid_blocks=[float(part.mean()) for part in subsets],
-        precision=precision,
-        recall=recall,
-    )
+    return replace(row, precision=precision, recall=recall)
 
 
 def compared(row: Score, others: Sequence[Score], prompted: Sequence[Score] = ()) -> Score:
@@ -224,15 +211,14 @@ def compared(row: Score, others: Sequence[Score], prompted: Sequence[Score] = ()
         others: scores of the same seeds; those of other models, and the row itself, are ignored.
         prompted: those of them that have a CLIP score with the same prompts.
     """
-    by_name, with_clip = (
-        {Path(other.samples).name: other for other in scores if other.samples != row.samples}
-        for scores in (others, prompted)
+    named, clips = (
+        {Path(s.samples).name: s for s in scores if s.samples != row.samples} for scores in (others, prompted)
     )
-    differences = {name: paired_difference(row.blocks, by_name[name].blocks) for name in BASELINES if name in by_name}
-    row = replace(row, differences=differences)
-    if "pretrained" not in with_clip:
+    pairs = {name: paired_difference(row.blocks, named[name].blocks) for name in BASELINES if name in named}
+    row = replace(row, differences=pairs)
+    if "pretrained" not in clips:
         return row
-    clip = paired_difference(row.clip_blocks, with_clip["pretrained"].clip_blocks)
+    clip = paired_difference(row.clip_blocks, clips["pretrained"].clip_blocks)
     return replace(row, clip_difference=clip.mean, clip_difference_standard_error=clip.standard_error)
 
 

@@ -41,7 +41,7 @@ def test_the_losses_are_those_that_training_sees():
         [(_, batch)] = images.at(timestep, range(20))
         noise = batch.target
         with torch.no_grad():
-            parts = (images.clean, noise, batch.timesteps, {})
+            parts = (images.encoded["clean"], noise, batch.timesteps, {})
             expected, _ = decoupled_loss(tiny_unet(1), None, DDPMScheduler(), *parts)
         assert row.mean() == pytest.approx(float(expected), rel=1e-5)
 

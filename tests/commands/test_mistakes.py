@@ -904,7 +904,7 @@ MISTAKES = [
         "a folder for the file of scores",
         "evaluate.py",
         ["evaluate.output=tiny"],
-        "evaluate.output=tiny: is a folder; results are a JSON file",
+        "evaluate.output=tiny: is not a file",
         samples("0.png"),
     ),
     Mistake(
