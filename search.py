@@ -23,7 +23,7 @@ from deme.config.experiment import Config
 from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
-from deme.job.records import IMAGE_COLUMN, SEARCH, Record, provenance, read_record
+from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
 from deme.models.kinds import denoiser_folder
 from deme.models.pipelines import takes_text
 from deme.models.searched import SECONDS, timed
@@ -73,7 +73,7 @@ def main(config: Config) -> None:
     if draws_images(config):
         _ = problem.plain_distance  # weights or labels that can't be had are told now
     with timed(output) if accelerator.is_main_process else nullcontext():
-        result = find(problem, output, wanted.digest)
+        result = find(problem, output, digest_of(wanted.made_from))
     answer = result.as_yaml(problem.patterns) | weights
     with locked_by_all(accelerator, output / "best", "search.output", wait=True):
         in_main_process(accelerator, lambda: write_yaml(config.paths.best_coefficients, answer))
@@ -83,7 +83,7 @@ def main(config: Config) -> None:
         beside = {"coefficients": answer["coefficients"]} | provenance(config)
         scored = {"images": config.search.report_images, "blocks": config.report_blocks}
         scored["steps"] = config.sample.num_inference_steps
-        identity = Record(SEARCH, {**wanted.made_from, **answer, **scored}).digest
+        identity = digest_of({**wanted.made_from, **answer, **scored})
         scores, fresh = score_fresh(problem, result, output / "report.json", identity, beside)
         if accelerator.is_main_process:
             if scores:

@@ -15,7 +15,7 @@ from deme.data.examples import load_examples
 from deme.data.opening import Source
 from deme.errors import UserError, naming
 from deme.job.processes import Processes, kept
-from deme.job.records import ANALYSIS, Arrays, Keep, Record
+from deme.job.records import Arrays, Keep
 from deme.measure.noisy import ENCODED_AT_ONCE, Batch, CleanImages, Noiser, draw_clean, draw_probes, regrouped
 from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import Tensors, check_compatible, check_finite
@@ -73,13 +73,12 @@ class Material:
             "weights": [self.hashes[network] for network in networks],
             **self.made_of,
         }
-        record = Record(ANALYSIS, made_from)
         parts = config.paths.analysis / name
 
         def keep_part(part: str, make_part: Callable[[], Arrays]) -> Arrays:
-            return kept(self.processes, parts / f"{part}.npz", record, make_part)
+            return kept(self.processes, parts / f"{part}.npz", made_from, make_part)
 
-        arrays = kept(self.processes, parts.with_name(f"{name}.npz"), record, lambda: make(keep_part))
+        arrays = kept(self.processes, parts.with_name(f"{name}.npz"), made_from, lambda: make(keep_part))
         if self.processes.is_main_process:
             shutil.rmtree(parts, ignore_errors=True)
         return arrays

@@ -29,7 +29,7 @@ from deme.data.opening import Source, cached, contents_hash
 from deme.errors import RunError, UserError, one_line, shown
 from deme.job.files import atomic_file, make_folder, read_json
 from deme.job.processes import Processes, in_main_process, locked_by_all
-from deme.job.records import CONTENTS, DATA, ENCODER, LATENTS, Record
+from deme.job.records import CONTENTS, DATA, ENCODER, digest_of
 from deme.models.encoders import Encoded, Encoder, LatentsAndText
 
 PART = 512  # images
@@ -168,7 +168,7 @@ def load_examples(
         "type": str(encoder.dtype),
         **data.tagged("latents"),
     }
-    folder = config.paths.latent_cache / Record(LATENTS, made_from).digest
+    folder = config.paths.latent_cache / digest_of(made_from)
 
     def is_complete() -> bool:
         return in_main_process(processes, (folder / INDEX).exists)

@@ -21,7 +21,7 @@ from deme.data.files import TABLES, File, count_files, image_suffixes, list_file
 from deme.errors import UserError, blaming, naming, one_line, shown
 from deme.job.files import atomic_folder
 from deme.job.locks import locked
-from deme.job.records import CONTENTS, DATA, IMAGES, Record
+from deme.job.records import CONTENTS, DATA, digest_of
 
 CSV_TEXTS = {"keep_default_na": False, "na_values": [""]}  # NA, null and None are texts; what is empty is missing
 DATA_SETS = (".arrow", ".parquet", ".tar")  # files that hold whole data sets
@@ -283,7 +283,7 @@ def _stored_bytes(image: Any) -> bytes:
 
 def cached(cache: Path, made_from: dict[str, Any], build: Callable[[Path], None]) -> Path:
     """The folder in `cache` for `made_from`; the first process that needs it builds it, others wait."""
-    folder = cache / Record(IMAGES, made_from).digest
+    folder = cache / digest_of(made_from)
     if not folder.exists():
         with locked(folder, "output_dir", wait=True):
             if not folder.exists():

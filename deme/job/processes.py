@@ -16,7 +16,7 @@ from torch import distributed
 from deme.errors import RunError, UserError, one_line
 from deme.job.locks import locked
 from deme.job.machine import computes_in_bf16
-from deme.job.records import Arrays, Record, read_arrays, write_arrays
+from deme.job.records import Arrays, read_arrays, write_arrays
 
 Result = TypeVar("Result")
 print_once = cache(print)
@@ -82,16 +82,16 @@ def locked_by_all(processes: Processes, output: Path, key: str, wait: bool = Fal
     return locked(output, key, wait, partial(in_main_process, processes))
 
 
-def kept(processes: Processes, file: Path, wanted: Record, make: Callable[[], Arrays]) -> Arrays:
-    """The arrays in a file if they were made from the same, else those of `make`, which are written; in every process.
+def kept(processes: Processes, file: Path, made_from: dict[str, Any], make: Callable[[], Arrays]) -> Arrays:
+    """The arrays in a file if they were made from this, else those of `make`, which are written; in every process.
 
     Args:
         make: called by all processes, or by none.
     """
-    arrays = in_main_process(processes, lambda: read_arrays(file, wanted))
+    arrays = in_main_process(processes, lambda: read_arrays(file, made_from))
     if arrays is None:
         arrays = make()
-        in_main_process(processes, lambda: write_arrays(file, arrays, wanted))
+        in_main_process(processes, lambda: write_arrays(file, arrays, made_from))
     return arrays
 
 

@@ -31,7 +31,7 @@ class Kind:
     """A kind of output, and where its record is kept."""
 
     name: str  # for messages
-    file: str | None = None  # YAML in the output's folder; None: a cache, which carries its record itself
+    file: str  # YAML in the output's folder
     key: str | None = None  # of that file, with the record below; None: at its top, beside the provenance
     beside: dict[str, Any] = field(default_factory=dict, hash=False)  # what else the file must hold
     later: tuple[str, ...] = ()  # known once the data is open: compared if both records have it
@@ -52,9 +52,6 @@ RUN = Kind("a run", "config.yaml", "trained_from", {"free": dict[str, Any]}, OF_
 MERGED = Kind("a merged network", "merge.yaml")
 SAMPLES = Kind("samples", "samples.yaml", "identity", {"num_images": int}, is_precious=True)
 SEARCH = Kind("a search", "search.yaml", "searched", is_precious=True)
-IMAGES = Kind("decoded images")
-LATENTS = Kind("encoded images")
-ANALYSIS = Kind("an analysis")
 
 
 @dataclass(frozen=True)
@@ -75,14 +72,9 @@ class Record:
         changed = changes(self.made_from, wanted.made_from, self.kind.later)
         if changed and self.kind.is_precious and not overwrite:
             raise UserError(f"holds {self.kind.name} of other settings: {', '.join(changed)}; {remedy}")
-        if changed and self.kind.file is not None:
+        if changed:
             print(f"{output} was made from something else: replacing it")
         return not changed
-
-    @property
-    def digest(self) -> str:
-        """16 hexadecimal digits of a hash of the values, for the name of a cache's folder."""
-        return hashlib.sha256(json.dumps(list(self.made_from.values())).encode()).hexdigest()[:16]
 
     def write(self, folder: Path) -> None:
         """Write the record into the output's folder."""
@@ -122,11 +114,16 @@ def changes(before: dict[str, Any], now: dict[str, Any], later: tuple[str, ...] 
     return differing
 
 
-# --- arrays that take long to compute, in an npz file with the record of what they were made from
+# --- caches
 
 
-def read_arrays(file: Path, wanted: Record) -> Arrays | None:
-    """The arrays in a file; None if it is missing, damaged (with a message) or made from something else."""
+def digest_of(made_from: dict[str, Any]) -> str:
+    """16 hexadecimal digits of a hash of the values, for the name of a cache's folder."""
+    return hashlib.sha256(json.dumps(list(made_from.values())).encode()).hexdigest()[:16]
+
+
+def read_arrays(file: Path, wanted: dict[str, Any]) -> Arrays | None:
+    """The arrays in an npz file; None if it is missing, damaged (with a message) or made from something else."""
     if not file.exists():
         return None
     try:
@@ -135,28 +132,28 @@ def read_arrays(file: Path, wanted: Record) -> Arrays | None:
         made_from = json.loads(str(arrays.pop(MADE_FROM)))
         if made_from.pop(CONTENT) != _content_hash(arrays):
             raise UserError("its arrays are not those that were written")
-        as_read = json.loads(json.dumps(wanted.made_from))  # tuples become lists
+        as_read = json.loads(json.dumps(wanted))  # tuples become lists
         return arrays if made_from == as_read else None
     except Exception as error:  # numpy, zipfile and json raise whatever a damaged file leads to
         print(f"{file}: unreadable, made anew ({one_line(error)})")
         return None
 
 
-def write_arrays(file: Path, arrays: Arrays, record: Record) -> None:
-    """Write arrays with their record, whole or not at all."""
+def write_arrays(file: Path, arrays: Arrays, made_from: dict[str, Any]) -> None:
+    """Write arrays with the record of what they were made from, whole or not at all."""
     make_folder(file.parent, "output_dir")
-    made_from = record.made_from | {CONTENT: _content_hash(arrays)}
+    record = np.array(json.dumps(made_from | {CONTENT: _content_hash(arrays)}))
     with atomic_file(file) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(stream, **arrays, **{MADE_FROM: np.array(json.dumps(made_from))})
+        np.savez_compressed(stream, **arrays, **{MADE_FROM: record})
 
 
 def _content_hash(arrays: Arrays) -> str:
     """SHA-256 of arrays with their names, types and shapes."""
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+        content.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        content.update(np.ascontiguousarray(array).tobytes())
+    return content.hexdigest()
 
 
 # --- what is written beside every record

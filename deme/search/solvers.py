@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deme.config.sections import GRADIENT_PASSES, Search
 from deme.job.processes import Processes, in_main_process
-from deme.job.records import SEARCH, Record, read_arrays, write_arrays
+from deme.job.records import read_arrays, write_arrays
 from deme.measure.noisy import Batch
 from deme.method.candidates import Candidates
 from deme.search.objectives import Squares
@@ -28,7 +28,7 @@ EQUATIONS = ("curvature", "slope")
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 COLUMNS = ("trace.passes", "trace.values", "trace.coefficients")  # of the candidates in a file
-RECORD = Record(SEARCH, {})  # of a file: the search's folder has the whole record
+RECORD: dict = {}  # of a file: the search's folder has the whole record
 
 Tensors = dict[str, torch.Tensor]
 

@@ -3,7 +3,7 @@ import pytest
 from accelerate import Accelerator
 
 from deme.job.processes import kept
-from deme.job.records import ANALYSIS, MADE_FROM, Record
+from deme.job.records import MADE_FROM
 
 
 def test_arrays_are_made_once_for_each_record(tmp_path, capsys):
@@ -15,7 +15,7 @@ def test_arrays_are_made_once_for_each_record(tmp_path, capsys):
         return {"a": np.array([1.5, float("nan")]), "names": np.array(["x", "yy"])}
 
     def get(**made_from):
-        return kept(Accelerator(cpu=True), tmp_path / "deeper" / "a.npz", Record(ANALYSIS, made_from), make)
+        return kept(Accelerator(cpu=True), tmp_path / "deeper" / "a.npz", made_from, make)
 
     first = get(edges=[(0, 1)], seed=0)
     again = get(edges=[(0, 1)], seed=0)
@@ -58,7 +58,7 @@ def test_arrays_that_were_not_written_so_are_made_anew(tmp_path, damage, capsys)
     calls = []
 
     def get():
-        return kept(Accelerator(cpu=True), file, Record(ANALYSIS, {"seed": 0}), lambda: calls.append(1) or dict(ARRAYS))
+        return kept(Accelerator(cpu=True), file, {"seed": 0}, lambda: calls.append(1) or dict(ARRAYS))
 
     get()
     with np.load(file) as content:
