@@ -23,7 +23,7 @@ from deme.config.sections import Evaluate
 from deme.errors import UserError, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, read_json
-from deme.job.records import SAMPLES, provenance
+from deme.job.records import SAMPLES, provenance, read_record
 from deme.models.variants import ORDER
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def score_samples(
 ) -> "Score | None":
     """The scores of all images together and of each block, in seed order; None in all but the main process."""
     from deme.data.decoding import available_threads
-    from deme.data.samples import drawn_from, read_images
+    from deme.data.samples import read_images
     from deme.measure.features import extract
     from deme.measure.scores import score
 
@@ -110,7 +110,8 @@ def score_samples(
             scores = extract(accelerator, clip, partial(clip.read, files, samples.prompts), *share)[:, 0]
     if not accelerator.is_main_process:
         return None
-    weights = drawn_from(samples.folder)
+    record = read_record(SAMPLES, samples.folder)
+    weights = None if record is None else record.made_from.get("weights")
     return score(samples.folder, weights, features, space.reference, settings.features, settings.blocks, scores)
 
 

@@ -54,15 +54,14 @@ def check_apart_from_other_jobs(folder: Path, seeds: range) -> None:
                 raise InUse(message) from None
 
 
-def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool, block: range | None = None) -> None:
+def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool, block: range) -> None:
     """Create a sample folder, or check that an existing one belongs to the same model, settings and seeds.
 
     Args:
         seeds: of all images that the folder is to hold.
         overwrite: delete what does not belong instead of refusing.
-        block: the seeds of this job, while other jobs may draw the rest; None: all.
+        block: the seeds of this job, while other jobs may draw the rest.
     """
-    block = seeds if block is None else block
     check_apart_from_other_jobs(folder, block)
     if folder.exists() and not folder.is_dir():
         raise UserError("is not a folder")
@@ -156,12 +155,6 @@ def list_images(folder: Path) -> list[Path]:
     return paths
 
 
-def drawn_from(folder: Path) -> list[str] | None:
-    """SHA-256 of the weights that a folder's images were drawn from; None if sample_ddp.py did not draw them."""
-    record = read_record(SAMPLES, folder)
-    return None if record is None else record.made_from.get("weights")
-
-
 def check_sizes(paths: Sequence[Path]) -> tuple[int, int]:
     """The size in pixels, (width, height), that all images must have; only their headers are read."""
 
@@ -236,7 +229,7 @@ def claim_prompts(folder: Path, prompts: Mapping[str, str], overwrite: bool) -> 
         prompts: image's file name → prompt.
     """
     try:
-        before = dict(_read_pairs(folder))
+        before = dict(_read_pairs(folder) or ())
     except UserError:
         if not overwrite:
             raise
@@ -254,9 +247,9 @@ def claim_prompts(folder: Path, prompts: Mapping[str, str], overwrite: bool) -> 
 
 def read_prompts(folder: Path, paths: Sequence[Path]) -> list[str] | None:
     """The prompts of a folder's images, in the order of `paths`; None where it has no prompts.jsonl."""
-    if not (folder / PROMPTS).exists():
-        return None
     pairs = _read_pairs(folder)
+    if pairs is None:
+        return None
     names = [name for name, _ in pairs]
     for number, (name, expected) in enumerate(zip_longest(names, [path.name for path in paths]), start=1):
         if name != expected:
@@ -264,10 +257,10 @@ def read_prompts(folder: Path, paths: Sequence[Path]) -> list[str] | None:
     return [prompt for _, prompt in pairs]
 
 
-def _read_pairs(folder: Path) -> list[tuple[str, str]]:
-    """The image's name and the prompt in each line of a folder's prompts.jsonl; empty where there is none."""
+def _read_pairs(folder: Path) -> list[tuple[str, str]] | None:
+    """The image's name and the prompt in each line of a folder's prompts.jsonl, if there is one."""
     if not (folder / PROMPTS).exists():
-        return []
+        return None
     with blaming(PROMPTS):
         lines = read_lines((folder / PROMPTS).read_bytes())
     pairs = []

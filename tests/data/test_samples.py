@@ -24,7 +24,7 @@ IDENTITY = {"weights": ["abc"], "num_inference_steps": 50, "sample.scheduler": "
 
 
 def claim(folder, identity=IDENTITY, seeds=range(4), overwrite=False):
-    claim_samples(folder, Record(SAMPLES, identity, {"num_images": len(seeds)}), seeds, overwrite)
+    claim_samples(folder, Record(SAMPLES, identity, {"num_images": len(seeds)}), seeds, overwrite, block=seeds)
 
 
 def fill(folder, seeds):
