@@ -189,7 +189,7 @@ class ImageFolder:
     columns: dict[str, list]  # one value per image
     image_columns: list[str]  # those of them that hold paths
     splits: list[str]  # of each image
-    left_out: list[str]  # descriptions of the files that are not read
+    left_out: str  # the files that are not read
 
 
 def read_folder(files: list[File], caption_column: str | None) -> ImageFolder:
@@ -226,12 +226,13 @@ def read_folder(files: list[File], caption_column: str | None) -> ImageFolder:
         if key != caption_column and any(file.suffix == ".csv" for file in metadata):
             columns[key] = _numbers(columns[key])
     hidden = [name for name, file in kinds["hidden"].items() if file.suffix in image_suffixes()]
-    left_out = [
-        *count_files("image", images.keys() - read, f" that {metadata[0].name if metadata else ''} does not list"),
-        *count_files("hidden image", hidden),
-        *count_files("other file", others.keys() - read),
-    ]
-    return ImageFolder(columns, image_columns, [splits[dirname(row["image"].name)] for row in rows], left_out)
+    left_out = (
+        describe("image", images.keys() - read, f" that {metadata[0].name if metadata else ''} does not list"),
+        describe("hidden image", hidden),
+        describe("other file", others.keys() - read),
+    )
+    splits_of_rows = [splits[dirname(row["image"].name)] for row in rows]
+    return ImageFolder(columns, image_columns, splits_of_rows, "; ".join(filter(None, left_out)))
 
 
 def layout_of(folders: set[str]) -> tuple[dict[str, str], dict[str, int] | None]:
@@ -266,13 +267,11 @@ def _splits_in(folder: str) -> list[str]:
     return [split for split, synonyms in SPLIT_WORDS.items() if words & synonyms]
 
 
-def count_files(kind: str, names: Iterable[str], rest: str = "") -> list[str]:
+def describe(kind: str, names: Iterable[str], rest: str = "") -> str:
     """A description such as "2 hidden images (a.png, b.png)"; empty where there are none."""
     names = sorted(names)
-    if not names:
-        return []
     examples = ", ".join(names[:NAMED_FILES]) + ", …" * (len(names) > NAMED_FILES)
-    return [f"{len(names):,} {kind}{'s' * (len(names) > 1)}{rest} ({examples})"]
+    return f"{len(names):,} {kind}{'s' * (len(names) > 1)}{rest} ({examples})" if names else ""
 
 
 def _read_metadata(metadata: list[File], images: dict[str, File]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from deme.config.sections import Data
 from deme.data.decoding import ahead, available_threads, decode_image, decoding_threads, read_bytes
-from deme.data.files import TABLES, File, count_files, image_suffixes, list_files, read_folder, stamp
+from deme.data.files import TABLES, File, describe, image_suffixes, list_files, read_folder, stamp
 from deme.errors import UserError, blaming, naming, one_line, shown
 from deme.job.files import atomic_folder
 from deme.job.locks import locked
@@ -141,7 +141,7 @@ def _open_images(data: Data, files: list[File]) -> datasets.Dataset:
     for key in folder.image_columns:
         opened = opened.cast_column(key, datasets.Image(decode=False))
     if folder.left_out:
-        say_once(f"data.name={data.name}: {len(chosen):,} images are read; left out: {'; '.join(folder.left_out)}")
+        say_once(f"data.name={data.name}: {len(chosen):,} images are read; left out: {folder.left_out}")
     return opened
 
 
@@ -163,9 +163,9 @@ def _open_tables(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
     candidates = [
         file for file in files if file.suffix in suffixes and file.kind != "hidden" and "://" not in file.path
     ]
-    left_out = count_files("file", [file.name for file in candidates if os.path.realpath(file.path) not in read])
+    left_out = describe("file", [file.name for file in candidates if os.path.realpath(file.path) not in read])
     if left_out:
-        say_once(f"data.name={data.name}: {len(rows):,} rows are read; left out: {left_out[0]}")
+        say_once(f"data.name={data.name}: {len(rows):,} rows are read; left out: {left_out}")
     return rows, version
 
 
