@@ -81,8 +81,7 @@ def open_samples(folder: Path, settings: Evaluate) -> Samples:
 
     with naming("evaluate.samples", folder):
         files = list_images(folder)
-    block, rest = divmod(len(files), settings.blocks)
-    if rest or block < 2:
+    if len(files) % settings.blocks or len(files) < 2 * settings.blocks:
         least = f"which is not {settings.blocks} equal block(s) of at least 2"
         raise UserError(f"evaluate.blocks={settings.blocks}: {folder} holds {len(files)} image(s), {least}")
     size = check_sizes(files)
@@ -116,10 +115,7 @@ def score_samples(
 
 
 def with_differences(rows: list["Score"], samples: list[Samples]) -> list["Score"]:
-    """The scores with their differences to pretrained, continued and ensemble of the same seeds.
-
-    The CLIP score has one to pretrained alone, if the prompts agree, too.
-    """
+    """The scores with their differences to baselines of the same seeds, and for the CLIP score of the same prompts."""
     from deme.measure.scores import compared
 
     differing = []
@@ -183,9 +179,9 @@ def main(config: Config) -> None:
             made_with = provenance(config)
             beside = {} if space.accuracy is None else {"held_out_accuracy": space.accuracy}
             save_scores(output, config.evaluate.features, rows, beside | made_with)
-            tables = [table(rows, config.evaluate.features) for table in (score_table, difference_table)]
-            printed = "\n\n".join(str(table) for table in tables if table is not None)
-            print(printed, f"on {made_with['processor']}", output, sep="\n")
+            tables = (table(rows, config.evaluate.features) for table in (score_table, difference_table))
+            print(*filter(None, tables), sep="\n\n")
+            print(f"on {made_with['processor']}", output, sep="\n")
 
         in_main_process(accelerator, finish)
 
