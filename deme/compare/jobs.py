@@ -114,9 +114,8 @@ class Ledger:
         The jobs before it are taken to be done.
         """
         entry = self.entry(job)
-        if not entry.startswith(job.key.encode()) or (job.output is not None and not job.output.exists()):
-            return False
-        return entry == as_lines([job.key, self.made_of(job), state_of(job.made)])
+        is_there = entry != b"" and (job.output is None or job.output.exists())
+        return is_there and entry == as_lines([job.key, self.made_of(job), state_of(job.made)])
 
     def done(self, jobs: Sequence[Job]) -> set[Job]:
         """The jobs that are done, and so are all jobs before them; each job must follow those that it needs."""
@@ -193,12 +192,13 @@ class Jobs:
         command += [str(REPOSITORY / job.script), *arguments, *filter(None, [job.own])]
         place, made_of = self.free.pop(0), self.ledger.made_of(job)
         (self.ledger.folder / job.name).unlink(missing_ok=True)  # its earlier output no longer counts
-        with self._log(job).open("ab") as log, noted_signals() as signals:  # no process may start unnoticed
+        log = self.logs / f"{job.name}.log"
+        with log.open("ab") as output, noted_signals() as signals:  # no process may start unnoticed
             process = subprocess.Popen(
                 command,
                 env=os.environ | place,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that Ctrl-C reaches it through `run` alone
                 preexec_fn=end_with_parent,
@@ -224,21 +224,14 @@ class Jobs:
                 print(f"{job.name}: done in {time.monotonic() - since:.0f} s", flush=True)
                 continue
             job.state = state_of_failed
-            log = self._log(job).read_text(encoding="utf-8", errors="replace").split("\n")
-            lines = [f"status {status}", *filter(None, map(str.strip, log))]  # read_text makes line breaks of \r
+            log = (self.logs / f"{job.name}.log").read_text(encoding="utf-8", errors="replace")
+            lines = [f"status {status}", *filter(None, map(str.strip, log.split("\n")))]  # \r is read as a line break
             job.error = lines[-1] if status else "its time is up; the same command goes on"  # finetune.max_minutes
             print(f"{job.name}: {'FAILED: ' * (job.state == 'failed')}{job.error}", file=sys.stderr, flush=True)
 
-    def _log(self, job: Job) -> Path:
-        return self.logs / f"{job.name}.log"
-
 
 def longest_chain_first(jobs: Sequence[Job]) -> list[Job]:
-    """Sort jobs by the length of the longest chain of jobs that wait for them, so that no place is idle at the end.
-
-    Args:
-        jobs: none before one that it needs; jobs of equal length keep this order.
-    """
+    """Sort jobs, none before one that it needs, by the longest chain of jobs that wait for them: no idle end."""
     length = dict.fromkeys(jobs, 1)
     for job in reversed(jobs):
         for before in job.waits_for:
