@@ -20,8 +20,8 @@ from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, write_yaml
 from deme.job.records import provenance
-from deme.models.kinds import check_pipeline, schedule_file
-from deme.models.pipelines import find_folder, latent_factor, num_train_timesteps, takes_text, write_pipeline_files
+from deme.models.kinds import check_pipeline
+from deme.models.pipelines import find_folder, latent_factor, takes_text, write_pipeline_files
 from deme.models.variants import ModelFiles
 from deme.training.session import Objective, Session
 
@@ -39,7 +39,7 @@ def find_encoders(config: Config) -> Path:
     check_pipeline(pipeline, is_whole=False)
     factor = latent_factor(pipeline)
     config.data.check("resolution", config.data.resolution % factor == 0, f"must be a multiple of {factor}, as latents")
-    config.check_fits({}, schedule_file(pipeline), num_train_timesteps(pipeline))
+    ModelFiles(pipeline, []).check_fits(config)
     config.pretrain.check("scheduler", not config.pretrain.scheduler, "pretrain.encoders brings its own")
     return pipeline
 

@@ -25,10 +25,9 @@ from deme.config.sections import Sample
 from deme.data.samples import claim_prompts, load_prompts
 from deme.errors import RunError, naming
 from deme.job.command import run_script
-from deme.job.files import check_apart, sha256
-from deme.job.records import ENCODER, SAMPLES, Record, provenance
-from deme.models.kinds import schedule_file
-from deme.models.pipelines import encoders_hash, takes_text
+from deme.job.files import check_apart
+from deme.job.records import ENCODER, SAMPLES, SCHEDULE, Record, provenance
+from deme.models.pipelines import takes_text
 from deme.models.variants import ModelFiles, find_model
 from deme.models.weights import weights_hash
 
@@ -144,11 +143,11 @@ def load(accelerator: "Accelerator", config: Config, model: ModelFiles) -> tuple
 
 def identity(config: Config, model: ModelFiles, sampler: str) -> dict[str, Any]:
     """Everything that determines the images, for their record."""
-    settings = config.sample
+    settings, hashes = config.sample, model.hashes()
     made_from = {
         "weights": list(map(weights_hash, model.denoisers)),
         "timesteps": [list(edges) for edges in ranges_of(config, model)],
-        "scheduler": sha256(schedule_file(model.pipeline)),
+        "scheduler": hashes[SCHEDULE],
         "num_inference_steps": settings.num_inference_steps,
         "sample.scheduler": sampler,
         "eta": settings.eta,
@@ -159,7 +158,7 @@ def identity(config: Config, model: ModelFiles, sampler: str) -> dict[str, Any]:
     }
     if takes_text(model.pipeline):
         made_from |= {
-            ENCODER: encoders_hash(model.pipeline),
+            ENCODER: hashes[ENCODER],
             "negative_prompt": settings.negative_prompt,
             "guidance_scale": settings.guidance_scale,
         }

@@ -1,10 +1,8 @@
 """Denoisers and noise schedules of a pipeline folder, loaded and tried out."""
 
 import functools
-import inspect
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch import nn
@@ -20,12 +18,11 @@ from deme.models.kinds import (
     PROJECTED,
     check_settings,
     denoiser_class,
-    index_class,
     read_index,
     read_part,
     schedule_file,
 )
-from deme.models.pipelines import is_projected, takes_text
+from deme.models.pipelines import default_settings, is_projected, takes_text
 from deme.models.weights import load_tensors, weights_files
 
 
@@ -89,11 +86,10 @@ def load_denoiser(folder: Path) -> nn.Module:
 def load_scheduler(pipeline: Path) -> DDPMScheduler:
     """The pretrained noise schedule as a DDPMScheduler, with the defaults of the class that its file names."""
     file = schedule_file(pipeline)
-    named = index_class(read_index(pipeline), "scheduler")
+    named = read_index(pipeline).get("scheduler")
     settings = read_part("scheduler", file, named)
-    kind = getattr(diffusers, settings.get("_class_name", named))
-    defaults = inspect.signature(kind.__init__).parameters
-    defaults = {key: defaults[key].default for key in SCHEDULE if key in defaults}
+    own = default_settings(settings.get("_class_name", named))
+    defaults = {key: own[key] for key in SCHEDULE if key in own}
     with blaming(file):
         return DDPMScheduler.from_config(defaults | settings | (LATENT_SCHEDULE if takes_text(pipeline) else {}))
 

@@ -30,7 +30,8 @@ SCHEDULERS = (  # their configurations say the same of the noise: betas, and wha
     *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler"),
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
 )
-CLASSES = {
+CLASSES = {  # that a model_index.json may name
+    "_class_name": PIPELINES,
     DENOISER: (*DENOISERS, *(f"{PROJECTED}{name}" for name in DENOISERS)),
     "scheduler": SCHEDULERS,
     "vae": ("AutoencoderKL",),
@@ -61,14 +62,13 @@ SETTINGS = {  # supported values; diffusers' default, where a file leaves a sett
 
 
 def read_index(pipeline: Path) -> dict[str, Any]:
-    """A pipeline's model_index.json; empty where there is none, as in old folders."""
-    return read_json(pipeline / INDEX) if (pipeline / INDEX).is_file() else {}
-
-
-def index_class(index: dict[str, Any], part: str) -> Any:
-    """The class of a part in a model_index.json, which names a library and a class; None if it names none."""
-    entry = index.get(part)
-    return entry[-1] if isinstance(entry, list) and entry else entry
+    """The classes in model_index.json: `_class_name`, the pipeline's, and its parts'; empty where there is no file."""
+    index = read_json(pipeline / INDEX) if (pipeline / INDEX).is_file() else {}
+    return {
+        part: entry[-1] if isinstance(entry, list) and entry else entry  # a library and a class
+        for part, entry in index.items()
+        if (part in CLASSES or isinstance(entry, list)) and entry != [None, None] and part not in NEVER_RUN
+    }
 
 
 def denoiser_class(settings: dict[str, Any]) -> str:
@@ -90,45 +90,33 @@ def schedule_file(pipeline: Path) -> Path:
 def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
     """Check that a folder is a pipeline of known classes and settings, and return it.
 
-    Args:
-        is_whole: False for the pipeline that encoders are taken from, which may lack the denoiser.
+    Without `is_whole` it may lack the denoiser: only its encoders are wanted.
     """
     file, index = pipeline / INDEX, read_index(pipeline)
-    if index:
-        _look_up(f"{file}: _class_name", index.get("_class_name"), PIPELINES)
-    parts = {
-        name: index_class(index, name)
-        for name, entry in index.items()
-        if (name in CLASSES or isinstance(entry, list)) and entry != [None, None] and name not in NEVER_RUN
-    }
-    for name, given in parts.items():
-        _look_up(f"{file}: the part", name, CLASSES)
-        _look_up(f"{file}: {name}", given, CLASSES[name])
+    for part, name in index.items():
+        _look_up(f"{file}: the part", part, CLASSES)
+        _look_up(f"{file}: {part}", name, CLASSES[part])
     files = {"vae": pipeline / "vae" / "config.json", "scheduler": schedule_file(pipeline)}
     files[DENOISER] = denoiser_folder(pipeline) / "config.json"
-    settings = {name: read_part(name, path, parts.get(name)) for name, path in files.items() if path.is_file()}
-    for name in (DENOISER, "scheduler") if is_whole else ():
-        if name not in settings:
-            raise UserError(f"not a pipeline folder: {files[name]} is missing")
+    settings = {part: read_part(part, path, index.get(part)) for part, path in files.items() if path.is_file()}
+    for part in (DENOISER, "scheduler") if is_whole else ():
+        if part not in settings:
+            raise UserError(f"not a pipeline folder: {files[part]} is missing")
     if DENOISER not in settings:
         return pipeline
     kind = denoiser_class(settings[DENOISER])
-    if index and PIPELINES[index["_class_name"]] != kind:
+    if PIPELINES.get(index.get("_class_name"), kind) != kind:
         raise UserError(f"{file}: _class_name={index['_class_name']}: its network is a {kind}")
     present = {path.parent.name for path in pipeline.glob("*/config.json")}
-    if parts:  # the index says which parts count; these would be passed over
-        present = (present & {"vae", "vqvae"}) | (parts.keys() & ENCODERS)
+    if index:  # says which folders count; but for these, which would be passed over
+        present = (present | index.keys()) & {"vqvae", *ENCODERS}
     for part in sorted(present - {DENOISER, "scheduler", *NEVER_RUN, *DENOISERS[kind]}):
         raise UserError(f"{pipeline / part}: a {kind} is supported without one")
     return pipeline
 
 
 def read_part(part: str, file: Path, named: str | None = None) -> dict[str, Any]:
-    """The settings in the file of a part of SETTINGS, its class and values looked up.
-
-    Args:
-        named: its class in model_index.json, for files that name none.
-    """
+    """The settings in the file of a part of SETTINGS, looked up; `named` is its class where the file names none."""
     settings = read_json(file)
     given = settings.get("_class_name", named or ("UNet2DModel" if part == DENOISER else None))
     _look_up(f"{file}: _class_name", given, CLASSES[part])

@@ -5,7 +5,6 @@ side (google/ddpm-*). Text-to-image pipelines also have `vae/`, `text_encoder/` 
 """
 
 import functools
-import hashlib
 import inspect
 import json
 import os
@@ -19,7 +18,7 @@ from typing import Any
 from deme.config.paths import DENOISER
 from deme.config.sections import HUB_ID
 from deme.errors import UserError, shown
-from deme.job.files import REPOSITORY, read_json, sha256
+from deme.job.files import REPOSITORY, read_json
 from deme.models.kinds import (
     DENOISERS,
     ENCODERS,
@@ -30,11 +29,10 @@ from deme.models.kinds import (
     check_pipeline,
     denoiser_class,
     denoiser_folder,
-    index_class,
     read_index,
     schedule_file,
 )
-from deme.models.weights import download, weights_files
+from deme.models.weights import download
 
 
 def find_pipeline(source: str) -> Path:
@@ -43,7 +41,7 @@ def find_pipeline(source: str) -> Path:
         return check_pipeline(folder)
     if (name := hub_name(source)) is None:
         raise UserError("no such folder")
-    return download(name, source.removeprefix(name).removeprefix("@") or None, check_pipeline)
+    return download(name, source.removeprefix(name).removeprefix("@") or None)
 
 
 def find_folder(source: str) -> Path | None:
@@ -61,28 +59,31 @@ def hub_name(source: str) -> str | None:
 def write_pipeline_files(folder: Path, pretrained: Path) -> None:
     """Make a denoiser's folder a pipeline: add the index, and a pretrained pipeline's noise schedule and encoders.
 
-    The index is written anew: it names only classes that are known, and no safety checker.
+    The index is written anew: it names only classes that are known, and no safety checker. Weights are hard links if
+    possible; settings are not, as other programs write them in place.
     """
     settings = read_json(folder / DENOISER / "config.json")
-    denoiser = denoiser_class(settings)
-    schedule = schedule_file(pretrained)
-    given = read_index(pretrained)
-    kinds = [kind for kind, network in PIPELINES.items() if network == denoiser]
+    kind, schedule, given = denoiser_class(settings), schedule_file(pretrained), read_index(pretrained)
+    pipelines = [name for name, denoiser in PIPELINES.items() if denoiser == kind]
     library = "deme.projection" if is_projected(folder / DENOISER) else "diffusers"
     index = {
-        "_class_name": given["_class_name"] if given.get("_class_name") in kinds else kinds[0],
-        "scheduler": ["diffusers", read_json(schedule).get("_class_name", index_class(given, "scheduler"))],
-        DENOISER: [library, settings.get("_class_name", denoiser)],
+        "_class_name": given["_class_name"] if given.get("_class_name") in pipelines else pipelines[0],
+        "scheduler": ["diffusers", read_json(schedule).get("_class_name", given.get("scheduler"))],
+        DENOISER: [library, settings.get("_class_name", kind)],
     }
-    if DENOISERS[denoiser]:
+    if DENOISERS[kind]:
         index |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"]}
         index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "requires_safety_checker": False}
         index |= {part: [None, None] for part in NEVER_RUN}
-    for part in DENOISERS[denoiser]:
-        _link_part(pretrained / part, folder / part)
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    (folder / "scheduler").mkdir()
-    shutil.copy(schedule, folder / "scheduler")
+    for name, source in {**encoder_files(pretrained), f"scheduler/{schedule.name}": schedule}.items():
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        if source.suffix == ".safetensors":
+            with suppress(OSError):  # another file system, or one without hard links
+                os.link(source.resolve(), target)
+                continue
+        shutil.copy(source, target)
 
 
 def has_full_precision(part: Path) -> bool:
@@ -91,28 +92,21 @@ def has_full_precision(part: Path) -> bool:
     return not names or any(".fp16" not in name for name in names)
 
 
-def part_files(part: Path) -> dict[str, Path]:
-    """What is read of a pipeline's part, by name: settings, and one form of the weights, never pickles.
+def encoder_files(pipeline: Path) -> dict[str, Path]:
+    """The files that are read of a pipeline's encoders, by name: settings, and one form of the weights, never pickles.
 
-    A name leaves out the variant fp16, except for shards, which an index names.
+    A name leaves out the variant fp16, except for shards, which an index names. None if the network works on pixels.
     """
-    full = has_full_precision(part)
-    return {
-        path.name if "-of-" in path.name else path.name.replace(".fp16", ""): path
-        for path in sorted(part.iterdir())
-        if path.suffix in (".json", ".txt", ".safetensors", ".model") and not (full and ".fp16" in path.name)
-    }
-
-
-def _link_part(source: Path, target: Path) -> None:
-    """Copy a part; weights are hard links if possible, settings are not, as other programs write them in place."""
-    target.mkdir()
-    for name, path in part_files(source).items():
-        if path.suffix == ".safetensors":
-            with suppress(OSError):  # another file system, or one without hard links
-                os.link(path.resolve(), target / name)
-                continue
-        shutil.copy(path, target / name)
+    files = {}
+    for part in ENCODERS if takes_text(pipeline) else ():
+        if not (pipeline / part).is_dir():
+            raise UserError(f"{pipeline / part}: missing")
+        is_full = has_full_precision(pipeline / part)
+        for path in sorted((pipeline / part).iterdir()):
+            if path.suffix in (".json", ".txt", ".safetensors", ".model") and not (is_full and ".fp16" in path.name):
+                name = path.name if "-of-" in path.name else path.name.replace(".fp16", "")
+                files[f"{part}/{name}"] = path
+    return files
 
 
 def common_architecture(folders: Sequence[Path]) -> Path:
@@ -121,25 +115,24 @@ def common_architecture(folders: Sequence[Path]) -> Path:
     If any after the first has projections it is one of these (`with_identity_projections` fills the others' weights).
     """
     first, *others = (folder / "config.json" for folder in folders)
-    settings = read_json(first)
-    kind = denoiser_class(settings)
+    expected = read_json(first)
+    kind = denoiser_class(expected)
     for file in others:
         given = read_json(file)
         if denoiser_class(given) != kind:
             raise UserError(f"{file}: _class_name={denoiser_class(given)}, but {kind} in {first}")
-        for key in sorted({*given, *settings} - {"dropout"}):  # of training alone
-            if key.startswith("_") or (key in given and key in settings and given[key] == settings[key]):
-                continue
-            defaults = {} if key in given and key in settings else _defaults(kind)
-            value, expected = given.get(key, defaults.get(key)), settings.get(key, defaults.get(key))
-            if value != expected and (key in defaults or not defaults):  # diffusers ignores unknown keys
-                raise UserError(f"{file}: {key}={shown(value)}, but {shown(expected)} in {first}")
+        differing = {key for key in {*given, *expected} if given.get(key, ...) != expected.get(key, ...)}
+        for key in sorted(differing - {"dropout"}):  # of training alone
+            default = default_settings(kind).get(key, ...)  # diffusers ignores other keys
+            values = given.get(key, default), expected.get(key, default)
+            if default is not ... and values[0] != values[1]:
+                raise UserError(f"{file}: {key}={shown(values[0])}, but {shown(values[1])} in {first}")
     by_preference = [*folders[1:], folders[0]]
     return next(filter(is_projected, by_preference), by_preference[0])
 
 
 @functools.cache
-def _defaults(name: str) -> dict[str, Any]:
+def default_settings(name: str) -> dict[str, Any]:
     """The default settings of a class of diffusers, as in a config.json."""
     import diffusers
 
@@ -156,15 +149,8 @@ def is_projected(folder: Path) -> bool:
 def takes_text(pipeline: Path) -> bool:
     """True if a pipeline is text-to-image: it has a text encoder, or a network that needs one."""
     config = denoiser_folder(pipeline) / "config.json"
-    needs_text = config.is_file() and "Condition" in str(read_json(config).get("_class_name"))
+    needs_text = config.is_file() and "Condition" in denoiser_class(read_json(config))
     return (pipeline / "text_encoder").is_dir() or needs_text
-
-
-def sample_size(folder: Path, pipeline: Path) -> int | None:
-    """The resolution in pixels of the denoiser in a folder, which works with the encoders of a pipeline."""
-    weights_files(folder)
-    size = read_json(folder / "config.json").get("sample_size")
-    return size * latent_factor(pipeline) if isinstance(size, int) else size
 
 
 def latent_factor(pipeline: Path) -> int:
@@ -176,23 +162,3 @@ def latent_factor(pipeline: Path) -> int:
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= 16:
         raise UserError(f"{file}: block_out_channels={blocks}")
     return 2 ** (len(blocks) - 1)
-
-
-def encoder_files(pipeline: Path) -> dict[str, Path]:
-    """The files that are read of a pipeline's encoders, by name; none if the network works on pixels."""
-    parts = ENCODERS if takes_text(pipeline) else ()
-    for part in parts:
-        if not (pipeline / part).is_dir():
-            raise UserError(f"{pipeline / part}: missing")
-    return {f"{part}/{name}": path for part in parts for name, path in part_files(pipeline / part).items()}
-
-
-def encoders_hash(pipeline: Path) -> str:
-    """SHA-256 of a pipeline's encoders: of the names and SHA-256 of their files."""
-    hashes = [f"{name} {sha256(path)}" for name, path in encoder_files(pipeline).items()]
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def num_train_timesteps(pipeline: Path) -> int:
-    """T of a pipeline's noise schedule."""
-    return read_json(schedule_file(pipeline)).get("num_train_timesteps", 1000)  # diffusers' default

@@ -1,5 +1,6 @@
 """The models of a run that can be sampled (sample.model), and the files that identify them."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +11,7 @@ from deme.errors import UserError, naming
 from deme.job.files import Watched, read_json, sha256
 from deme.job.records import ENCODER, SCHEDULE
 from deme.models.kinds import denoiser_folder, schedule_file
-from deme.models.pipelines import (
-    encoder_files,
-    encoders_hash,
-    find_pipeline,
-    num_train_timesteps,
-    sample_size,
-    takes_text,
-)
+from deme.models.pipelines import encoder_files, find_pipeline, latent_factor
 from deme.models.weights import WEIGHTS, has_weights, weights_files
 
 ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED)  # of a table's rows; others by name
@@ -37,8 +31,13 @@ class ModelFiles:
 
     def check_fits(self, config: Config) -> None:
         """Compare resolution and number of timesteps with the configuration."""
-        sizes = {folder: sample_size(folder, self.pipeline) for folder in self.denoisers}
-        config.check_fits(sizes, schedule_file(self.pipeline), num_train_timesteps(self.pipeline))
+        factor, sizes = latent_factor(self.pipeline), {}  # pixels per entry of a latent; the resolution in pixels
+        for folder in self.denoisers:
+            size = read_json(folder / "config.json").get("sample_size")
+            sizes[folder] = size * factor if isinstance(size, int) else size
+        schedule = schedule_file(self.pipeline)
+        timesteps = read_json(schedule).get("num_train_timesteps", 1000)  # diffusers' default
+        config.check_fits(sizes, schedule, timesteps)
 
     def watched(self, *more: Path) -> Watched:
         """The files whose hash and content are read, and `more`."""
@@ -47,8 +46,11 @@ class ModelFiles:
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the noise schedule and, for text-to-image, of the encoders, as records name them."""
-        encoders = {ENCODER: encoders_hash(self.pipeline)} if takes_text(self.pipeline) else {}
-        return {SCHEDULE: sha256(schedule_file(self.pipeline)), **encoders}
+        hashes = {SCHEDULE: sha256(schedule_file(self.pipeline))}
+        if files := encoder_files(self.pipeline):
+            lines = "\n".join(f"{name} {sha256(path)}" for name, path in files.items())
+            hashes[ENCODER] = hashlib.sha256(lines.encode()).hexdigest()
+        return hashes
 
     def spacing(self, settings: Sample) -> dict[str, str]:
         """The timestep spacing for the record of samples; nothing where it is the sampler's default."""

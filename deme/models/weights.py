@@ -1,28 +1,27 @@
 """The weights in a network's folder or on the Hub, in every form that the Hub has them, read without running code.
 
-Forms: safetensors, whole or in shards, in full or half precision, or a `.bin`. torch is imported only to read tensors.
+torch is imported only to read tensors.
 """
 
 import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from deme.config.paths import DENOISER
 from deme.errors import UserError, blaming, one_line
-from deme.job.files import read_json, sha256
+from deme.job.files import checked, read_json, sha256
+from deme.models.kinds import check_pipeline
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
 PICKLED_WEIGHTS = f"{STEM}.bin"
-FORMS = (  # in order of preference, after the stem: a file, or an index and patterns of its shards
+FORMS = (  # in order of preference, after the stem: a file, or an index of shards and their names
     (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors"),
     (".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16-*-of-*.safetensors", "-*-of-*.fp16.safetensors"),
-    (".bin", None),
+    (".bin", ".bin.index.json", "-*-of-*.bin"),
 )
 STEMS = {DENOISER: STEM, "vae": STEM, "text_encoder": "model"}  # of a pipeline's parts that have weights
 SETTINGS = (  # files of a pipeline on the Hub that are read beside the weights
@@ -37,31 +36,23 @@ OLD_ATTENTION_NAME = re.compile(rf"(?<=\.)({'|'.join(ATTENTION_NAMES)})(?=\.(wei
 def weights_files(folder: Path, stem: str = STEM) -> list[Path]:
     """The files of the weights in a network's folder: one, or the shards that an index names."""
     for name, index_name, *_ in FORMS:
-        file = folder / f"{stem}{name}"
-        index = None if index_name is None else folder / f"{stem}{index_name}"
-        if index is not None and index.is_file():
+        file, index = folder / f"{stem}{name}", folder / f"{stem}{index_name}"
+        if index.is_file():
             if file.is_file():
                 raise UserError(f"{index}: stands beside {file.name}; delete the one that does not count")
-            return _shards(index)
+            shards = checked(read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
+            files = [folder / Path(shard).name for shard in sorted(set(shards.values()))]
+            if missing := [file for file in files if not file.is_file()]:
+                raise UserError(f"{missing[0]}: missing; {index.name} names it")
+            return files
         if file.is_file():
             return [file]
     raise UserError(f"{folder / stem}.safetensors: missing")
 
 
-def _shards(index: Path) -> list[Path]:
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"{index}: names no files of weights")
-    files = [index.with_name(Path(name).name) for name in sorted(set(names.values()))]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: missing; {index.name} names it")
-    return files
-
-
-def has_weights(folder: Path) -> bool:
+def has_weights(folder: Path, stem: str = STEM) -> bool:
     """True if a network's folder has weights in any form, damaged or incomplete ones included."""
-    return any((folder / f"{STEM}{name}").is_file() for form in FORMS for name in form[:2] if name is not None)
+    return any((folder / f"{stem}{name}").is_file() for form in FORMS for name in form[:2])
 
 
 def weights_hash(folder: Path) -> str:
@@ -100,52 +91,40 @@ def write_denoiser(folder: Path, tensors: dict[str, Any], config: dict) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def download(name: str, revision: str | None, check: Callable[[Path], object]) -> Path:
+def download(name: str, revision: str | None) -> Path:
     """The folder of a pipeline in the Hub's cache; only files that are read are downloaded, none without a connection.
 
-    Args:
-        name: owner/name.
-        revision: a branch, tag or commit; None: the newest.
-        check: called with the folder before the weights are downloaded; raises UserError if it is no pipeline.
+    `name` is owner/name; `revision` is a branch, tag or commit, or None for the newest.
     """
     from huggingface_hub import snapshot_download
 
     reasons = []  # why the Hub could not be reached
 
     def fetch(revision: str | None, patterns: list[str]) -> Path:
-        wanted = {"repo_id": name, "revision": revision, "allow_patterns": patterns}
-        if not reasons:
-            try:
-                return Path(snapshot_download(**wanted))
-            except Exception as error:  # network, name and permission errors have no common class
-                reasons.append(one_line(error))
         try:
-            return Path(snapshot_download(**wanted, local_files_only=True))
-        except Exception as error:
+            offline = bool(reasons)
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
+        except Exception as error:  # network, name and permission errors have no common class
+            reasons.append(one_line(error))
+            if not offline:
+                return fetch(revision, patterns)  # from the cache
             if not hasattr(error, "snapshot_path"):  # the cache has nothing of it
                 raise UserError(f"neither a pipeline folder nor a reachable Hub id: {reasons[0]}") from None
             return Path(error.snapshot_path)
 
     folder = fetch(revision, list(SETTINGS))
     try:
-        check(folder)
+        check_pipeline(folder)
         parts = [part for part in STEMS if (folder / part).is_dir()]
         for part in parts if DENOISER in parts else [""]:
-            _fetch_weights(folder, part, fetch)
+            stem = STEMS.get(part, STEM)
+            for form in FORMS if part in (DENOISER, "") else FORMS[:-1]:
+                # config.json is asked for too: the Hub's client warns where no file fits
+                fetch(folder.name, [str(Path(part, file)) for file in ("config.json", *(stem + end for end in form))])
+                if has_weights(folder / part, stem):
+                    break
+            weights_files(folder / part, stem)
     except UserError as error:
         why = f"; the Hub's cache does not hold all of it, and the rest cannot be had: {reasons[0]}" if reasons else ""
         raise UserError(f"{error}{why}") from None
     return folder
-
-
-def _fetch_weights(folder: Path, part: str, fetch: Callable[[str, list[str]], Path]) -> None:
-    """Download a part's weights in the first form that the Hub has."""
-    stem = STEMS.get(part, STEM)
-    for form in FORMS if part in (DENOISER, "") else FORMS[:-1]:
-        ends = [end for end in form if end is not None]
-        # config.json is asked for too: the Hub's client warns where no file fits
-        fetch(folder.name, [str(Path(part, file)) for file in ("config.json", *(f"{stem}{end}" for end in ends))])
-        with suppress(UserError):
-            weights_files(folder / part, stem)
-            return
-    weights_files(folder / part, stem)  # says what is missing

@@ -132,7 +132,7 @@ def hub(tmp_path, monkeypatch):
     copied = set()
 
     def serve(source: Path) -> set[str]:
-        def snapshot_download(repo_id, revision, allow_patterns):
+        def snapshot_download(repo_id, revision, allow_patterns, local_files_only):
             assert copied <= set() or revision == COMMIT
             for name in filter_repo_objects(files(source), allow_patterns=allow_patterns):
                 (tmp_path / COMMIT / name).parent.mkdir(parents=True, exist_ok=True)

@@ -89,7 +89,8 @@ def pipeline(choose: random.Random, folder: Path) -> Readers:
     from deme.method.sampling import try_sampler
     from deme.models.denoisers import load_denoiser, load_scheduler, try_out
     from deme.models.encoders import load_encoder
-    from deme.models.pipelines import find_pipeline, num_train_timesteps, sample_size, write_pipeline_files
+    from deme.models.pipelines import find_pipeline, write_pipeline_files
+    from deme.models.variants import ModelFiles
 
     make_pipeline(folder)
     file = folder / choose.choice(["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"])
@@ -97,8 +98,7 @@ def pipeline(choose: random.Random, folder: Path) -> Readers:
 
     def read() -> None:
         found = find_pipeline(str(folder))
-        sizes = {folder: sample_size(found / "unet", found)}
-        load_config("configs/digits.yaml", []).check_fits(sizes, folder, num_train_timesteps(found))
+        ModelFiles(found, [found / "unet"]).check_fits(load_config("configs/digits.yaml", []))
         unet = load_denoiser(found / "unet")
         scheduler = load_scheduler(found)
         try_out(unet, scheduler, load_encoder(found, unet))
