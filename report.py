@@ -12,7 +12,6 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 import shlex
 import sys
 from argparse import ArgumentParser
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from deme.report.run import Run
-    from deme.report.tables import Part, Picture
+    from deme.report.tables import Part
 
 SEEDS = 8  # of each strip of samples
 LARGEST_PAGE = 10_000_000  # bytes
@@ -57,7 +56,7 @@ def main(config: Config) -> None:
             TRAINING: training(run),
             MERGING: merging(run),
             SEARCH: search(run),
-            "Analyses": [own_picture(run, file, name.replace("-", " ")) for name, file in run.analyses.items()],
+            "Analyses": [picture(run, f"analysis-{name}", name.replace("-", " ")) for name in run.analyses],
             "How it was made": made(run, command_line(sys.argv[1:])),
         }
         for title, reasons in run.unreadable.items():
@@ -87,21 +86,14 @@ def command_line(arguments: list[str]) -> str:
     return shlex.join([override("base", given.config).removeprefix("base="), *overrides])
 
 
-def new_picture(run: "Run", name: str, figure: "Figure", caption: str) -> "Picture":
-    """Write plots/report-NAME.png."""
-    from deme.report.figures import save_figure
+def picture(run: "Run", name: str, caption: str, figure: "Figure | None" = None) -> "Part":
+    """A picture in plots/, written if a figure is given; or why it is left out."""
+    from deme.report.figures import check_own, save_figure
     from deme.report.tables import Picture
 
-    file = run.config.paths.plots / f"report-{name}.png"
-    save_figure(figure, file)
-    return Picture(file, caption)
-
-
-def own_picture(run: "Run", file: Path, caption: str) -> "Part":
-    """A picture in plots/ by another script, or why it is left out."""
-    from deme.report.figures import check_own
-    from deme.report.tables import Picture
-
+    file = run.config.paths.plots / f"{name}.png"
+    if figure is not None:
+        save_figure(figure, file)
     try:
         check_own(file, run.config.paths.run_folder)
     except UserError as error:
@@ -119,7 +111,7 @@ def results(run: "Run") -> "list[Part]":
     caption = f"{tables.NAMES[run.features][0]} of each model, {run.scores[0].images:,} images of the same seeds each."
     parts = [verdict(run.scores, run.features), tables.score_table(run.scores, run.features)]
     parts += [tables.difference_table(run.scores, run.features)]
-    parts += [new_picture(run, "results", plots.score_bars(run.scores, run.features, "merged"), caption)]
+    parts += [picture(run, "report-results", caption, plots.score_bars(run.scores, run.features, "merged"))]
     return [part for part in parts if part]
 
 
@@ -131,15 +123,15 @@ def samples(run: "Run") -> "list[Part]":
     if not names:
         return []
     strips = plots.Strips(run.config.paths.run_folder)
-    figure = strips.draw(run.samples, names[:SEEDS])
-    parts = [new_picture(run, "samples", figure, "The first seeds: each row starts from the same noise.")]
+    caption = "The first seeds: each row starts from the same noise."
+    parts = [picture(run, "report-samples", caption, strips.draw(run.samples, names[:SEEDS]))]
     by_name = {folder.name: folder for folder in run.samples}
     if {"pretrained", "merged"} <= by_name.keys():
         compared = names[: plots.MOST_COMPARED]
         different = strips.most_different(by_name["pretrained"], by_name["merged"], compared, SEEDS)
         if different:
             caption = f"Of {len(compared):,} seeds those where the pretrained and the merged network differ most."
-            parts.append(new_picture(run, "differences", strips.draw(run.samples, different), caption))
+            parts.append(picture(run, "report-differences", caption, strips.draw(run.samples, different)))
     parts += [f"Left out: {reason}." for reason in list(strips.left_out)[:SEEDS]]
     more = len(strips.left_out) - SEEDS
     return parts + ([f"Left out: {more:,} more such images."] if more > 0 else [])
@@ -151,7 +143,7 @@ def training(run: "Run") -> "list[Part]":
 
     logs = [log for log in run.logs if log.steps]
     caption = "Training loss as logged; at low timesteps most of the noise can't be told from the image."
-    return [new_picture(run, "training", training_curves(logs), caption)] if logs else []
+    return [picture(run, "report-training", caption, training_curves(logs))] if logs else []
 
 
 def merging(run: "Run") -> "list[Part]":
@@ -162,10 +154,10 @@ def merging(run: "Run") -> "list[Part]":
     if run.coefficients is None:
         return []
     caption = "Coefficient of each expert's task vector by group of tensors."
-    picture = new_picture(run, "coefficients", coefficient_map(run.coefficients, run.config), caption)
+    drawn = picture(run, "report-coefficients", caption, coefficient_map(run.coefficients, run.config))
     rows = [[pattern, *(f"{w:.4g}" for w in values)] for pattern, values in run.coefficients.items()]
     table = Table(["tensors", *map(range_name, run.config.timesteps.ranges)], rows)
-    return [table, picture] if len(rows) <= MOST_GROUPS else [picture]
+    return [table, drawn] if len(rows) <= MOST_GROUPS else [drawn]
 
 
 def search(run: "Run") -> "list[Part]":
@@ -186,7 +178,7 @@ def search(run: "Run") -> "list[Part]":
         passes = "" if best.passes is None else f"; {best.passes:,} UNet passes"
         parts.append(f"Objective {best.objective}: {values}, where it was searched{passes}.")
     files = {run.config.paths.search_picture(name): caption for name, caption in captions.items()}
-    parts += [own_picture(run, file, caption) for file, caption in files.items() if file.is_file()]
+    parts += [picture(run, file.stem, caption) for file, caption in files.items() if file.is_file()]
     return parts + ([score_table(run.search_scores, run.search_features)] if run.search_scores else [])
 
 

@@ -69,7 +69,7 @@ class Run:
     search_scores: list[Score] = field(default_factory=list)
     search_seconds: float | None = None
     samples: list[Path] = field(default_factory=list)
-    analyses: dict[str, Path] = field(default_factory=dict)  # by what follows "analysis-" in their names
+    analyses: list[str] = field(default_factory=list)  # pictures analysis-NAME.png
     provenance: Provenance = Provenance()
     unreadable: dict[str, list[str]] = field(default_factory=dict)  # reasons by title of a section
 
@@ -97,7 +97,7 @@ def read_run(config: Config) -> Run:
     run.search_features, run.search_scores = run.read(SEARCH, paths.search / "report.json", load_scores) or (None, [])
     run.search_seconds = seconds_of(paths.search)
     run.samples = [paths.all_samples / name for name in ORDER if (paths.all_samples / name).is_dir()]
-    run.analyses = {file.stem.removeprefix("analysis-"): file for file in sorted(paths.plots.glob("analysis-*.png"))}
+    run.analyses = [file.stem.removeprefix("analysis-") for file in sorted(paths.plots.glob("analysis-*.png"))]
     if run.scores or run.coefficients is not None:
         made = (RESULTS, paths.results) if run.scores else (MERGING, merge)
         run.provenance = run.read(*made, read_provenance) or Provenance()

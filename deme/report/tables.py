@@ -44,11 +44,12 @@ def headed_table(heading: str, note: str, titles: list[str], rows: list[list[str
     return f"### {heading}\n\n{note[0].upper()}{note[1:]}.\n\n{markdown_table(titles, rows)}"
 
 
-def number(value: float | None, error: float | None = None, form: str = ".4f") -> str:
-    """A number with its error; "-" for None and NaN."""
+def number(value: float | None, error: float | None = None, form: str = ".4f", scale: float = 1) -> str:
+    """A number with its error, both times the scale; "-" for None and NaN."""
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:{form}}" + ("" if error is None or math.isnan(error) else f" ± {error:{form.lstrip('+')}}")
+    known = error is not None and not math.isnan(error)
+    return f"{scale * value:{form}}" + (f" ± {scale * error:{form.lstrip('+')}}" if known else "")
 
 
 def mean_of(values: np.ndarray) -> float:
@@ -63,45 +64,41 @@ def score_table(scores: Sequence[Score], features_name: str) -> Table:
     A note replaces the KID if it differs from 0 in no row. The CLIP score is left out if no row has one.
     """
     distance, kernel = NAMES[features_name]
+    columns = {
+        "model": lambda row: Path(row.samples).name,
+        "images": lambda row: f"{row.images:,}",
+        f"{distance}, all images": lambda row: number(row.pooled),
+        f"mean ± s.d. of {len(scores[0].blocks)} blocks": lambda row: number(row.mean, row.standard_deviation),
+        "paired difference to pretrained ± s.e.": lambda row: _difference(row.to_pretrained),
+    }
     with_kid = any(row.has_telling_kid for row in scores)
-    with_clip = any(row.clip is not None for row in scores)
-    titles = ["model", "images", f"{distance}, all images", f"mean ± s.d. of {len(scores[0].blocks)} blocks"]
-    titles += ["paired difference to pretrained ± s.e."]
-    titles += [f"{kernel} × 10³ ± s.e."] if with_kid else []
-    titles += SCALARS
-    titles += ["CLIP score ± s.d.", "its paired difference ± s.e."] if with_clip else []
-    rows = []
-    for row in scores:
-        cells = [Path(row.samples).name, f"{row.images:,}", number(row.pooled)]
-        cells += [number(row.mean, row.standard_deviation)]
-        cells += [_difference(row.to_pretrained)]
-        if with_kid:
-            kid, error = (None if value is None else 1e3 * value for value in (row.kid, row.kid_standard_error))
-            cells += [number(kid, error, ".3f")]
-        cells += [number(getattr(row, name), form=".3f") for name in SCALARS]
-        if with_clip:
-            cells += [number(row.clip, row.clip_standard_deviation, ".3f")]
-            cells += [number(row.clip_difference, row.clip_difference_standard_error, "+.3f")]
-        rows.append(cells)
+    if with_kid:
+        columns[f"{kernel} × 10³ ± s.e."] = lambda row: number(row.kid, row.kid_standard_error, ".3f", scale=1e3)
+    columns |= {name: lambda row, name=name: number(getattr(row, name), form=".3f") for name in SCALARS}
+    if any(row.clip is not None for row in scores):
+        columns["CLIP score ± s.d."] = lambda row: number(row.clip, row.clip_standard_deviation, ".3f")
+        columns["its paired difference ± s.e."] = lambda row: number(
+            row.clip_difference, row.clip_difference_standard_error, "+.3f"
+        )
     told = with_kid or all(row.kid is None for row in scores)
     left_out = f"{kernel} is left out: in every row it differs from 0 by less than two standard errors."
-    return Table(titles, rows, "" if told else left_out)
-
-
-def _difference(difference: Difference | None) -> str:
-    return "-" if difference is None else number(difference.mean, difference.standard_error, "+.4f")
+    rows = [[cell(row) for cell in columns.values()] for row in scores]
+    return Table(list(columns), rows, "" if told else left_out)
 
 
 def difference_table(scores: Sequence[Score], features_name: str) -> Table | None:
     """The rows' paired differences to each of BASELINES; None if fewer than two of these are there."""
-    baselines = [name for name in BASELINES if any(name in (row.differences or {}) for row in scores)]
+    differences = [row.differences or {} for row in scores]
+    baselines = [name for name in BASELINES if any(name in found for found in differences)]
     if len(baselines) < 2:
         return None
-    rows = []
-    for row in scores:
-        rows.append([Path(row.samples).name, *(_difference((row.differences or {}).get(name)) for name in baselines)])
     titles = [f"paired difference of the {NAMES[features_name][0]} ± s.e.", *(f"to {name}" for name in baselines)]
-    return Table(titles, rows)
+    cells = [[_difference(found.get(name)) for name in baselines] for found in differences]
+    return Table(titles, [[Path(row.samples).name, *others] for row, others in zip(scores, cells, strict=True)])
+
+
+def _difference(difference: Difference | None) -> str:
+    return "-" if difference is None else number(difference.mean, difference.standard_error, "+.4f")
 
 
 # --- a page
