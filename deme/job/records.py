@@ -89,14 +89,15 @@ def read_record(kind: Kind, folder: Path) -> Record | None:
         return None
     content = read_yaml(file)
     with naming(f"{file}: not the record of {kind.name}"):
-        for key, expected in kind.beside.items():
-            checked(content.get(key), expected, key)
         if kind.key is None:
             beside = {key: content.pop(key) for key in (*PROVENANCE, WEIGHTS_HASH) if key in content}
             made_from = content
         else:
             made_from, beside = content.pop(kind.key, None), content
-        return Record(kind, checked(made_from, dict[str, Any], kind.key or "it"), beside)
+        record = Record(kind, checked(made_from, dict[str, Any], kind.key or "it"), beside)
+        for key, expected in kind.beside.items():
+            checked(beside.get(key), expected, key)
+    return record
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], later: tuple[str, ...] = ()) -> list[str]:
