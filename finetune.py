@@ -28,7 +28,7 @@ from deme.training.session import Objective, Session, TrainingRun
 
 if TYPE_CHECKING:
     from deme.data.images import Examples
-    from deme.training.setup import Start
+    from deme.training.state import Networks
 
 PRETRAINED, MERGED = "pretrained", "merged"  # models to start from, as sample.model names them
 
@@ -162,14 +162,14 @@ def main(config: Config) -> None:
     import gc
 
     from deme.method.merging import merge_method
-    from deme.training.setup import load_start, open_training
+    from deme.training.setup import load_networks, open_training
 
     merge_method(config.merge.method, config.merge.settings)  # a typo would show only when the training is over
     key, source = source_of(tasks[0], config)
-    load = partial(load_start, inputs, key, source)
+    load = partial(load_networks, inputs, key, source)
     accelerator, start, (images, _) = open_training(session, load, watched, hashes)
     accelerator.print(
-        f"{source}: {start.denoiser.num_parameters():,} parameters; {len(images):,} images; "
+        f"{source}: {start.student.num_parameters():,} parameters; {len(images):,} images; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
 
@@ -180,19 +180,18 @@ def main(config: Config) -> None:
         gc.collect()  # autocast's wrappers tie this run's networks into cycles, which would keep their memory
 
 
-def finetune(session: Session, task: Task, run: TrainingRun, start: "Start", images: "Examples") -> bool:
+def finetune(session: Session, task: Task, run: TrainingRun, start: "Networks", images: "Examples") -> bool:
     """Train a copy of the network that a task starts from and write it; False if time was up first."""
     import copy
 
     from deme.models.denoisers import with_projections
     from deme.training.setup import train
-    from deme.training.trainer import Networks
 
-    student = with_projections(start.denoiser) if task.is_projected else copy.deepcopy(start.denoiser)
-    teacher = start.experts
+    student = with_projections(start.student) if task.is_projected else copy.deepcopy(start.student)
+    teacher = start.teacher
     if teacher is None and task.objective.consistency_weight > 0:
-        teacher = copy.deepcopy(start.denoiser)
-    networks = Networks(student, teacher, start.scheduler, start.encoder)
+        teacher = copy.deepcopy(start.student)
+    networks = replace(start, student=student, teacher=teacher)
     return train(session, run, networks, images, write=student.save_pretrained) is not None
 
 

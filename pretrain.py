@@ -26,7 +26,7 @@ from deme.models.variants import ModelFiles
 from deme.training.session import Objective, Session
 
 if TYPE_CHECKING:
-    from deme.training.setup import Start
+    from deme.training.state import Networks
 
 
 def find_encoders(config: Config) -> Path:
@@ -49,7 +49,7 @@ def plan(config: Config) -> str:
     return f"pretrain for {config.pretrain.max_steps} steps -> {config.paths.pretrained_here}"
 
 
-def make_start(config: Config, encoders: Path | None) -> "Start":
+def make_networks(config: Config, encoders: Path | None) -> "Networks":
     """A network with random weights and the noise schedule, as configured.
 
     Args:
@@ -60,7 +60,7 @@ def make_start(config: Config, encoders: Path | None) -> "Start":
 
     from deme.models.denoisers import load_scheduler, try_out
     from deme.models.encoders import Pixels, load_encoder
-    from deme.training.setup import Start
+    from deme.training.state import Networks
 
     settings = config.pretrain
     torch.manual_seed(config.seed)
@@ -81,17 +81,17 @@ def make_start(config: Config, encoders: Path | None) -> "Start":
             raise UserError(one_line(error)) from None
         encoder = Pixels(unet.config.in_channels) if encoders is None else load_encoder(encoders, unet)
         try_out(unet, scheduler, encoder)
-    return Start(unet, scheduler, encoder)
+    return Networks(unet, None, scheduler, encoder)
 
 
-def write_pipeline(config: Config, start: "Start", encoders: Path | None, folder: Path) -> None:
+def write_pipeline(config: Config, networks: "Networks", encoders: Path | None, folder: Path) -> None:
     """Fill a pipeline folder with the trained network, the noise schedule and the encoders, if there are any."""
     import diffusers
 
     if encoders is None:
-        diffusers.DDPMPipeline(start.denoiser, start.scheduler).save_pretrained(folder)
+        diffusers.DDPMPipeline(networks.student, networks.scheduler).save_pretrained(folder)
     else:
-        start.denoiser.save_pretrained(folder / DENOISER)
+        networks.student.save_pretrained(folder / DENOISER)
         write_pipeline_files(folder, encoders)
     write_yaml(folder / "pretrain.yaml", provenance(config))
 
@@ -115,21 +115,17 @@ def main(config: Config) -> None:
         return
 
     # --- network, noise schedule and images; torch is imported only now, as the lines above do not need it
-    from deme.training.held_out import HeldOut
     from deme.training.setup import open_training, train
-    from deme.training.trainer import Networks
 
-    accelerator, start, images = open_training(session, partial(make_start, config, encoders), watched, hashes)
+    accelerator, networks, images = open_training(session, partial(make_networks, config, encoders), watched, hashes)
     accelerator.print(
-        f"{start.denoiser.num_parameters():,} parameters, {len(images.training):,} images, "
+        f"{networks.student.num_parameters():,} parameters, {len(images.training):,} images, "
         f"{len(images.held_out):,} held out"
     )
 
     # --- train on all timesteps, without a teacher
-    networks = Networks(start.denoiser, None, start.scheduler, start.encoder)
-    held_out = HeldOut(images.held_out, settings.held_out_every, settings.patience) if images.held_out else None
-    write = partial(write_pipeline, config, start, encoders)
-    trainer = train(session, session.with_data(run), networks, images.training, write, held_out)
+    write = partial(write_pipeline, config, networks, encoders)
+    trainer = train(session, session.with_data(run), networks, images.training, write, images.held_out)
     if trainer is None:
         return
     has_converged = trainer.state.step < settings.max_steps

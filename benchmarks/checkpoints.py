@@ -22,7 +22,7 @@ from benchmarks.trainers import make_trainer
 from benchmarks.unets import CHURCH, SMALL
 from deme.config.sections import Finetune
 from deme.report.tables import markdown_table
-from deme.training.run_log import RunLog
+from deme.training.progress import RunLog
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(accelerator, unet, pixels, Finetune(batch_size=4), Path(folder))
         trainer.checkpoints.mkdir()
-        trainer.log = RunLog(Path(folder), 0, trackers=[], settings={})
+        trainer.log = RunLog(Path(folder), 0, Finetune(log_with=[]))
         trainer.step()  # AdamW's moments exist from now on
         for number in range(2 if arguments.quick else 9):
             row["step"].append(seconds(trainer.step, device))

@@ -30,7 +30,8 @@ from deme.config.sections import Finetune
 from deme.models.denoisers import with_projections
 from deme.models.encoders import Encoded, LatentsAndText
 from deme.report.tables import markdown_table
-from deme.training.trainer import Networks, Trainer
+from deme.training.state import Networks
+from deme.training.trainer import Trainer
 
 SMALL = {"block_out_channels": [32, 64, 64, 64], "cross_attention_dim": 32}
 FLOAT, HALF = 4, 2  # bytes

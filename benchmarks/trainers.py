@@ -10,12 +10,12 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
 from deme.config.sections import Training
-from deme.data.images import CroppedImages
+from deme.data.images import CroppedImages, Examples
 from deme.models.denoisers import with_projections
 from deme.models.encoders import Pixels
-from deme.training.held_out import HeldOut
 from deme.training.session import Objective
-from deme.training.trainer import Networks, Trainer
+from deme.training.state import Networks
+from deme.training.trainer import Trainer
 
 OBJECTIVE = Objective("benchmark", (0, 2, 0, 250), [(0, 250)], global_probability=0.3, consistency_weight=1.0)
 
@@ -35,7 +35,7 @@ def make_trainer(
     objective: Objective = OBJECTIVE,
     projected: bool = True,
     random_flip: bool = False,
-    held_out: HeldOut | None = None,
+    held_out: Examples | None = None,
 ) -> Trainer:
     """The trainer of a range. The pretrained network is the teacher if the objective needs one.
 

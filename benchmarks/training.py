@@ -39,7 +39,6 @@ from deme.config.sections import Finetune
 from deme.job.machine import peak_memory
 from deme.models.denoisers import with_projections
 from deme.report.tables import markdown_table
-from deme.training import trainer as training_loop
 from deme.training.trainer import Trainer
 
 NUM_IMAGES = 64
@@ -241,7 +240,7 @@ def breakdown(trainer: Trainer, steps: int = 3) -> dict[str, float]:
         timed("backward", trainer.accelerator, "backward"),
         timed("clipping", trainer.accelerator, "clip_grad_norm_"),
         timed("optimizer", trainer.optimizer, "step"),
-        timed("EMA", training_loop, "update_ema"),
+        timed("EMA", trainer.state, "finish_step"),
     ):
         total = sum(seconds(trainer.step, "cpu") for _ in range(steps))
     return {part: value / total for part, value in spent.items()} | {"rest": 1 - sum(spent.values()) / total}

@@ -32,9 +32,9 @@ def main(config: Config) -> None:
     inputs = ModelFiles(pipeline, [denoiser_folder(pipeline)])
     inputs.check_fits(config)
 
-    from deme.training.setup import load_start, open_training
+    from deme.training.setup import load_networks, open_training
 
-    load = partial(load_start, inputs, "model.pretrained", config.paths.pretrained)
+    load = partial(load_networks, inputs, "model.pretrained", config.paths.pretrained)
     accelerator, _, images = open_training(Session(config, config.finetune), load, inputs.watched(), inputs.hashes())
     accelerator.print(f"{config.data.name}: {len(images.training):,} images")
 

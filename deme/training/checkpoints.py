@@ -5,72 +5,26 @@ Student, EMA and optimizer are safetensors; `state.json` holds the scalars and t
 
 import json
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from deme.errors import RunError, UserError, one_line
-from deme.job.files import atomic_folder, checked, checkpoint_steps, make_folder, remove_leftovers, sha256
+from deme.job.files import (
+    atomic_folder,
+    checked,
+    checkpoint_steps,
+    make_folder,
+    remove_leftovers,
+    sha256,
+    sync_to_disk,
+)
+from deme.training.state import Scalars, TrainingState
 
-STUDENT = "student.safetensors"
-EMA = "ema.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-WEIGHTING = "loss_weighting.safetensors"  # only if it is learned
 STATE = "state.json"
-SCALARS = {  # of TrainingState
-    "step": int,
-    "skipped_steps": int,
-    "lowest_held_out_loss": float | None,
-    "held_out_losses_since": int,
-}
-SAVED = SCALARS | {"ema_step": int, "sha256": dict[str, str]}  # in state.json, beside the state of the loss scaler
-
-
-@dataclass
-class TrainingState:
-    """Everything that a resumed run needs; the random draws follow from the step."""
-
-    student: nn.Module
-    ema: EMAModel
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None  # fp16's loss scale
-    weighting: nn.Module | None = None  # of the loss, if it is learned
-    step: int = 0  # optimizer steps done
-    skipped_steps: int = 0  # fp16: steps skipped in a row
-    lowest_held_out_loss: float | None = None
-    held_out_losses_since: int = 0  # measured since the lowest one
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """All parameters that the optimizer trains, in its order."""
-        weights = {} if self.weighting is None else dict(self.weighting.named_parameters(prefix="loss_weighting"))
-        return dict(self.student.named_parameters()) | weights
-
-    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """File name → tensors."""
-        moments = {name: self.optimizer.state[parameter] for name, parameter in self.trained.items()}
-        learned = {} if self.weighting is None else {WEIGHTING: self.weighting.state_dict()}
-        names = (name for name, _ in self.student.named_parameters())
-        return {
-            STUDENT: self.student.state_dict(),
-            EMA: dict(zip(names, self.ema.shadow_params, strict=True)),
-            **learned,
-            OPTIMIZER: {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()},
-        }
-
-    def scalars(self) -> dict:
-        """The content of state.json, without the hashes."""
-        return {
-            **{name: getattr(self, name) for name in SCALARS},
-            "ema_step": self.ema.optimization_step,
-            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-        }
 
 
 class CheckpointWriter:
@@ -87,11 +41,11 @@ class CheckpointWriter:
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.unfinished: Future | None = None
 
-    def write(self, state: TrainingState, before: Callable[[], None], last: bool = False) -> None:
+    def write(self, state: TrainingState, log: Path, last: bool = False) -> None:
         """Copy the state and have the copy written. Raises RunError if the previous checkpoint could not be written.
 
         Args:
-            before: called in the thread before the checkpoint gets its name.
+            log: is synced before the checkpoint gets its name, so that a crash loses no line of a step before it.
             last: the run stops after this checkpoint, so it is tried even if the previous one failed.
         """
         try:
@@ -107,37 +61,35 @@ class CheckpointWriter:
                     name: torch.empty_like(tensor, device="cpu", pin_memory=pinned) for name, tensor in tensors.items()
                 }
             torch._foreach_copy_(list(self.copies[file].values()), list(tensors.values()))
-        self.unfinished = self.thread.submit(self._write, state.step, state.scalars(), before)
+        scalars = asdict(state) | {"scaler": state.scaler and state.scaler.state_dict()}
+        self.unfinished = self.thread.submit(self._write, scalars, log)
 
-    def wait(self) -> None:
-        """Wait for the checkpoint that is being written, if any. Raises RunError if it could not be written."""
-        if self.unfinished is not None:
+    def wait(self, block: bool = True) -> None:
+        """Wait for the checkpoint under way, or return at once. Raises RunError if it could not be written."""
+        if self.unfinished is not None and (block or self.unfinished.done()):
             unfinished, self.unfinished = self.unfinished, None
             unfinished.result()
 
-    def check(self) -> None:
-        """Like `wait`, but returns at once if the checkpoint is still being written."""
-        if self.unfinished is not None and self.unfinished.done():
-            self.wait()
-
-    def _write(self, step: int, scalars: dict, before: Callable[[], None]) -> None:
-        before()
-        path = self.folder / f"step-{step:08d}"
+    def _write(self, scalars: dict, log: Path) -> None:
+        path = self.folder / f"step-{scalars['step']:08d}"
         with atomic_folder(path) as temporary:
+            sync_to_disk(log)
             for file, tensors in self.copies.items():
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / file)
             hashes = {"sha256": {file: sha256(temporary / file) for file in self.copies}}
             (temporary / STATE).write_text(json.dumps(scalars | hashes, indent=2), encoding="utf-8")
-        for newer in list_checkpoints(self.folder):  # unreadable, or the run would have resumed from it
-            if newer > path:
-                shutil.rmtree(newer, ignore_errors=True)
-        self.delete_older(path)
+        self.delete_others(path)
 
-    def delete_older(self, path: Path) -> None:
-        """Delete all checkpoints before `path` but for the `keep` − 1 newest of them."""
-        older = [other for other in list_checkpoints(self.folder) if other < path]
-        for other in older[self.keep - 1 :]:
-            shutil.rmtree(other, ignore_errors=True)  # a later call deletes the rest
+    def delete_others(self, path: Path) -> None:
+        """Delete all checkpoints but `path` and the `keep` − 1 before it.
+
+        Newer ones can't be read, or the run would have resumed from them.
+        """
+        checkpoints = list_checkpoints(self.folder)
+        kept = [other for other in checkpoints if other <= path][: self.keep]
+        for other in checkpoints:
+            if other not in kept:
+                shutil.rmtree(other, ignore_errors=True)  # a later call deletes the rest
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -148,8 +100,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -> Path | None:
     """Fill `state` from the newest intact checkpoint. Damaged ones are reported and skipped.
 
-    A failing disk raises RunError: the failure may pass, and resuming from an older checkpoint would delete the newest.
+    What a killed run left half-written is deleted. A failing disk raises RunError: the failure may pass, and resuming
+    from an older checkpoint would delete the newest.
     """
+    make_folder(folder, "output_dir")
+    remove_leftovers(folder, "step-*")
     checkpoints = list_checkpoints(folder)
     for path in checkpoints:
         try:
@@ -170,36 +125,14 @@ def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -
 def load_checkpoint(path: Path, state: TrainingState, max_steps: int) -> None:
     """Fill `state` from a checkpoint; a damaged one raises an exception of any type."""
     content = json.loads((path / STATE).read_text(encoding="utf-8"))
-    scalars = {name: checked(content[name], kind, name) for name, kind in SAVED.items()}
-    step = scalars["step"]
-    if step != int(path.name.removeprefix("step-")) or step > max_steps:
-        raise ValueError(f"step={step}")
-    files = [STUDENT, EMA, OPTIMIZER] + ([WEIGHTING] if state.weighting is not None else [])
+    scalars = checked(content, Scalars)
+    if scalars.step != int(path.name.removeprefix("step-")) or scalars.step > max_steps:
+        raise ValueError(f"step={scalars.step}")
+    files = state.tensors().keys()
     for file in files:
-        if sha256(path / file) != scalars["sha256"].get(file):
+        if sha256(path / file) != content["sha256"].get(file):
             raise ValueError(f"the SHA-256 of {file} differs from the one in {STATE}")
-    tensors = {file: load_file(path / file) for file in files}
-
-    state.student.load_state_dict(tensors[STUDENT])
-    if state.weighting is not None:
-        state.weighting.load_state_dict(tensors[WEIGHTING])
-    for (name, _), shadow in zip(state.student.named_parameters(), state.ema.shadow_params, strict=True):
-        shadow.copy_(tensors[EMA][name])
-    trained = state.trained
-    for key, value in tensors[OPTIMIZER].items():
-        name, moment = key.rsplit("/", 1)
-        parameter = trained[name]
-        # a fused step needs everything on the parameter's device, and the moments in its memory format
-        like = parameter if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
-        state.optimizer.state[parameter][moment] = torch.empty_like(like).copy_(value)
-    for name in SCALARS:
-        setattr(state, name, scalars[name])
-    state.ema.optimization_step = scalars["ema_step"]
+    state.load({file: load_file(path / file) for file in files})
+    vars(state).update(asdict(scalars))
     if state.scaler is not None and content["scaler"] is not None:
         state.scaler.load_state_dict(content["scaler"])
-
-
-def prepare_checkpoints(folder: Path) -> None:
-    """Create `folder` and delete what a killed run left half-written in it."""
-    make_folder(folder, "output_dir")
-    remove_leftovers(folder, "step-*")

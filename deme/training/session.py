@@ -39,29 +39,22 @@ class TrainingRun:
     output: Path  # the folder that it writes at its end
     record: Record
 
-    @property
-    def has_trained(self) -> bool:
-        """True if the run has a checkpoint or final weights."""
-        return self.output.exists() or checkpoint_steps(self.folder / "checkpoints") != []
-
-    def check_same(self) -> None:
-        """Refuse the run if the one in its folder has other settings and has trained."""
+    def check_same(self) -> bool:
+        """True if the run in the folder has a checkpoint or final weights; one of other settings is refused."""
         before = read_record(RUN, self.folder)
-        if before is None or not self.has_trained:
-            return
-        free = before.beside["free"]
-        allowed = changes(free, {key: value for key, value in self.record.beside["free"].items() if key in free})
+        has_trained = self.output.exists() or checkpoint_steps(self.folder / "checkpoints") != []
+        if before is None or not has_trained:
+            return False
+        free, now = before.beside["free"], self.record.beside["free"]
+        allowed = changes(free, {key: now[key] for key in now if key in free})
         also = f"; {', '.join(allowed)} may change" if allowed else ""
         with naming(self.folder):
             before.fits(self.record, self.folder, f"set this back, or give the run another name{also}")
+        return True
 
     def claim(self) -> None:
-        """Create the run's folder with its record, or check that the run in it is the same.
-
-        A run without a checkpoint, for example after running out of memory, is replaced.
-        """
-        self.check_same()
-        if not self.has_trained or read_record(RUN, self.folder) is None:
+        """Write the record into the run's folder, also over that of a run without a checkpoint."""
+        if not self.check_same():
             make_folder(self.folder, "output_dir")
             self.record.write(self.folder)
 

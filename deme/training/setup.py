@@ -1,13 +1,9 @@
 """Shared setup and teardown for pretrain.py, finetune.py and scripts/cache.py."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
-from torch import nn
 
 from deme.config.experiment import check_shares
 from deme.data.examples import load_examples
@@ -17,33 +13,15 @@ from deme.job.files import Watched, atomic_folder
 from deme.job.processes import in_main_process, locked_by_all, make_accelerator
 from deme.method.losses import Experts
 from deme.models.denoisers import load_denoiser, load_scheduler, try_out
-from deme.models.encoders import Encoder, load_encoder
+from deme.models.encoders import load_encoder
 from deme.models.variants import ModelFiles
-from deme.training.held_out import HeldOut
 from deme.training.session import Session, TrainingRun
-from deme.training.trainer import Networks, Trainer
+from deme.training.state import Networks
+from deme.training.trainer import Trainer
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a training starts from."""
-
-    denoiser: nn.Module  # float32
-    scheduler: DDPMScheduler
-    encoder: Encoder
-    experts: Experts | None = None  # for distillation
-
-
-class Opened(NamedTuple):
-    """What all runs of a command share."""
-
-    accelerator: Accelerator
-    start: Start
-    images: TrainingImages
-
-
-def load_start(inputs: ModelFiles, key: str, source: str) -> Start:
-    """Load and try out a pipeline, and the experts if `inputs` has more than one denoiser.
+def load_networks(inputs: ModelFiles, key: str, source: str) -> Networks:
+    """Load and try out a pipeline, and the experts as its teacher if `inputs` has more than one denoiser.
 
     Args:
         key, source: the setting that names the pipeline, for errors.
@@ -56,18 +34,19 @@ def load_start(inputs: ModelFiles, key: str, source: str) -> Start:
         try_out(denoiser, scheduler, encoder)
     experts = []
     for path in expert_folders:
-        expert = load_denoiser(path)
+        experts.append(load_denoiser(path))
         with naming(path):
-            try_out(expert, scheduler, encoder)
-            channels = expert.config.in_channels
+            try_out(experts[-1], scheduler, encoder)
+            channels = experts[-1].config.in_channels
             if channels != denoiser.config.in_channels:
                 raise UserError(f"in_channels={channels}: {folder} has {denoiser.config.in_channels}")
-        experts.append(expert)
-    return Start(denoiser, scheduler, encoder, Experts(experts) if experts else None)
+    return Networks(denoiser, Experts(experts) if experts else None, scheduler, encoder)
 
 
-def open_training(session: Session, load: Callable[[], Start], watched: Watched, made_from: dict[str, str]) -> Opened:
-    """Open networks and data.
+def open_training(
+    session: Session, load: Callable[[], Networks], watched: Watched, made_from: dict[str, str]
+) -> tuple[Accelerator, Networks, TrainingImages]:
+    """The accelerator, networks and data that all runs of a command share.
 
     Args:
         watched: the files that `load` reads.
@@ -76,12 +55,12 @@ def open_training(session: Session, load: Callable[[], Start], watched: Watched,
     settings = session.settings
     accelerator = make_accelerator(settings.mixed_precision, f"{settings.section}.mixed_precision")
     check_shares(settings, accelerator.num_processes)
-    start = load()
+    networks = load()
     accelerator.wait_for_everyone()
     watched.check()  # every process has read the same files
     made_of = session.data_hashes | made_from
-    images = load_examples(session.config, settings, session.source, start.encoder, made_of, accelerator)
-    return Opened(accelerator, start, images)
+    images = load_examples(session.config, settings, session.source, networks.encoder, made_of, accelerator)
+    return accelerator, networks, images
 
 
 def train(
@@ -90,13 +69,9 @@ def train(
     networks: Networks,
     images: Examples,
     write: Callable[[Path], None],
-    held_out: HeldOut | None = None,
+    held_out: Examples | None = None,
 ) -> Trainer | None:
-    """Train to the end and write the output; None if time was up first.
-
-    Args:
-        write: fills the output's folder.
-    """
+    """Train to the end and have `write` fill the output's folder; None if time was up first."""
     settings = session.settings
     key = f"{settings.section}.mixed_precision"
     accelerator = make_accelerator(settings.mixed_precision, key)  # anew, as each run has its own loss scale

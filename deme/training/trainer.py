@@ -6,15 +6,13 @@ never waits for the device.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
-from torch import nn
 from tqdm import tqdm
 
 from deme.config.sections import Training
@@ -26,38 +24,24 @@ from deme.job.processes import Agreement, in_main_process
 from deme.method.losses import decoupled_loss
 from deme.method.timesteps import choose_ranges, spread_timesteps
 from deme.method.weighting import TimestepWeights, UncertaintyWeights, loss_weights
-from deme.models.encoders import Encoder
 from deme.models.inference import freeze, memory_format
-from deme.training.checkpoints import (
-    CheckpointWriter,
-    TrainingState,
-    list_checkpoints,
-    load_checkpoint,
-    load_newest_checkpoint,
-    prepare_checkpoints,
-)
-from deme.training.held_out import HeldOut, held_out_loss, save_preview
-from deme.training.optimizer import ema_weights, learning_rate_factor, make_ema, make_optimizer, update_ema
-from deme.training.run_log import Meter, RunLog
+from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_checkpoint, load_newest_checkpoint
+from deme.training.progress import Meter, RunLog, held_out_loss, save_preview
 from deme.training.session import Objective
+from deme.training.state import Networks, TrainingState
 
 # why a run stops early: one of these or a signal's number; if processes differ, the greatest counts for all
 GO_ON, TIME_IS_UP = 0, 1
 LEAST_FALL = 1e-3  # relative: a smaller decrease of the held-out loss does not count
 
 
-@dataclass(frozen=True)
-class Networks:
-    """The networks of one run."""
-
-    student: nn.Module  # trained in place; float32
-    teacher: nn.Module | None  # frozen: the pretrained network, or all experts as one
-    scheduler: DDPMScheduler  # the noise schedule
-    encoder: Encoder
-
-
 class Trainer:
-    """One training run in `folder`: checkpoints/, previews/, log.jsonl and the trackers' files."""
+    """One training run in `folder`: checkpoints/, previews/, log.jsonl and the trackers' files.
+
+    Args:
+        settings: config.pretrain or config.finetune, perhaps changed for this run.
+        held_out: the images whose loss pretraining measures; None or empty: it is not measured.
+    """
 
     def __init__(
         self,
@@ -67,13 +51,11 @@ class Trainer:
         objective: Objective,
         settings: Training,
         folder: Path,
-        held_out: HeldOut | None = None,
+        held_out: Examples | None = None,
     ):
         self.accelerator = accelerator
         self.device = accelerator.device
-        self.scheduler = networks.scheduler
-        self.encoder = networks.encoder
-        self.encoder.prepare(self.device, settings.mixed_precision)
+        self.networks = networks
         self.objective = objective
         self.settings = settings
         self.folder = folder
@@ -82,6 +64,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
 
+        networks.encoder.prepare(self.device, settings.mixed_precision)
         self.student = networks.student.to(self.device, memory_format=memory_format(self.device)).train()
         if settings.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
@@ -89,11 +72,9 @@ class Trainer:
         self.teacher = None if teacher is None else freeze(teacher, self.device, settings.mixed_precision)
         self.weighting = self._make_weighting()
         learned = self.weighting if isinstance(self.weighting, UncertaintyWeights) else None
-        optimizer = make_optimizer(self.student, settings, learned, objective.uncertainty_learning_rate)
-        self.learning_rate_factor = learning_rate_factor(optimizer, settings)
-        ema = make_ema(self.student, settings)
-        self.state = TrainingState(self.student, ema, optimizer, accelerator.scaler, learned)
-        self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
+        rate = objective.uncertainty_learning_rate
+        self.state = TrainingState(self.student, settings, accelerator.scaler, learned, rate)
+        self.model, self.optimizer = accelerator.prepare(self.student, self.state.optimizer)
 
         self.micro_batch_size = settings.micro_batch_size or settings.batch_size
         count = settings.batch_size // self.micro_batch_size
@@ -105,14 +86,13 @@ class Trainer:
 
     def _make_weighting(self) -> TimestepWeights | UncertaintyWeights | None:
         """The weighting of the denoising loss; None: not weighted."""
-        name = self.settings.loss_weighting
+        name, scheduler = self.settings.loss_weighting, self.networks.scheduler
         if self.objective.uncertainty_learning_rate is not None:
             return UncertaintyWeights(self.objective.ranges).to(self.device)
         if name is None:
             return None
-        predicts = self.scheduler.config.prediction_type
         with naming(f"{self.settings.section}.loss_weighting", name):
-            weights = loss_weights(name, self.scheduler.alphas_cumprod, predicts, self.settings)
+            weights = loss_weights(name, scheduler.alphas_cumprod, scheduler.config.prediction_type, self.settings)
         return TimestepWeights(weights).to(self.device)
 
     def run(self, deadline: float | None = None) -> bool:
@@ -127,11 +107,15 @@ class Trainer:
         Returns:
             True if training is over (`student` then has the EMA weights), False if stopped by the deadline.
         """
-        in_main_process(self.accelerator, lambda: prepare_checkpoints(self.checkpoints))
         self._resume()
         with noted_signals() as signals, self.writer.thread:  # an error, too, waits for the thread
+
+            def wish() -> int:
+                time_is_up = deadline is not None and time.monotonic() >= deadline
+                return max([TIME_IS_UP if time_is_up else GO_ON, *signals[:1]])
+
             try:
-                stop = self._train(deadline, signals)
+                stop = self._train(wish)
             finally:
                 self.batches.close()
             in_main_process(self.accelerator, self.writer.wait)
@@ -145,26 +129,36 @@ class Trainer:
         self.state.ema.copy_to(self.student.parameters())
         return True
 
-    def _train(self, deadline: float | None, signals: list[int]) -> int:
-        """The loop, to its end or until all processes stop with a checkpoint; why it stopped.
+    def _resume(self) -> None:
+        """Load the newest checkpoint and cut the logs back to it."""
+        steps = self.settings.max_steps
 
-        Args:
-            signals: numbers of the signals received so far; grows.
-        """
-        settings = self.settings
-        state = self.state
+        def resume() -> Path | None:
+            newest = load_newest_checkpoint(self.checkpoints, self.state, steps)
+            if newest is not None:
+                print(f"{self.objective.name}: resuming from {newest}")
+                self.writer.delete_others(newest)  # if the run was killed before it could
+            self.log = RunLog(self.folder, self.state.step, self.settings)
+            return newest
+
+        newest = in_main_process(self.accelerator, resume)
+        if newest is not None and not self.accelerator.is_main_process:
+            load_checkpoint(newest, self.state, steps)  # the same one in every process
+        self.meter.skipped_steps.fill_(self.state.skipped_steps)
+
+    def _train(self, wish: Callable[[], int]) -> int:
+        """The loop, to its end or until all processes stop with a checkpoint; why it stopped."""
+        settings, state = self.settings, self.state
         agree = Agreement()
         stop = GO_ON
         silent = not self.accelerator.is_main_process
         bar = {"total": settings.max_steps, "initial": state.step, "desc": self.objective.name, "mininterval": 1}
         with tqdm(**bar, disable=silent) as progress:
-            self.meter.restart_clock()
             while not (stop or self._is_over()):
                 self.step()
                 progress.update()
-                time_is_up = deadline is not None and time.monotonic() >= deadline
-                stop = agree(max([TIME_IS_UP if time_is_up else GO_ON, *signals[:1]]))
-                measuring = self.held_out is not None and state.step % self.held_out.every == 0
+                stop = agree(wish())
+                measuring = bool(self.held_out) and state.step % settings.held_out_every == 0
                 saving = stop or state.step % settings.checkpoint_every == 0
                 logging = state.step % settings.log_every == 0
                 if logging or saving or measuring or state.step == settings.max_steps:
@@ -172,21 +166,17 @@ class Trainer:
                 if saving or self._is_over():
                     self.save(last=stop != GO_ON)
                 elif logging:
-                    in_main_process(self.accelerator, self.writer.check)
+                    in_main_process(self.accelerator, lambda: self.writer.wait(block=False))
                 if settings.preview_every is not None and state.step % settings.preview_every == 0:
                     in_main_process(self.accelerator, self._preview)
-                if self.meter.steps == 0:  # what was done since the last step was no training
-                    self.meter.restart_clock()
-        return max(stop, agree(max([GO_ON, *signals[:1]])), agree.close())  # a signal may have come in the last step
+        return max(stop, agree(wish()), agree.close())  # a signal may have come in the last step
 
     def step(self) -> None:
         """One optimizer step, from the images to the EMA of the weights."""
-        accelerator = self.accelerator
-        objective = self.objective
+        accelerator, objective = self.accelerator, self.objective
+        self.meter.start_step()
+        self.state.set_learning_rate()
         share = len(self.batches.numbers)  # this process's micro-batches
-        factor = self.learning_rate_factor(self.state.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
         losses = torch.zeros(3, device=self.device)
         for batch in self.batches.of_step(self.state.step):
             is_last = batch.number == self.batches.numbers[-1]
@@ -201,20 +191,18 @@ class Trainer:
         gradient_norm = accelerator.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.state.step += 1
-        update_ema(self.state.ema, self.student)
+        self.state.finish_step()
         self.meter.add(self.state.step, losses, gradient_norm)
 
     def losses(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Denoising and consistency loss of one micro-batch, float32 scalars."""
-        objective = self.objective
-        total = self.scheduler.config.num_train_timesteps
+        objective, scheduler = self.objective, self.networks.scheduler
+        total = scheduler.config.num_train_timesteps
         ranges = choose_ranges(objective.ranges, total, objective.global_probability, batch.uniform)
         torch.manual_seed(batch.seed)  # for the draws on the device: dropout takes no generator
-        clean, condition = self.encoder.encode(batch.examples)
+        clean, condition = self.networks.encoder.encode(batch.examples)
         timesteps = spread_timesteps(len(clean), ranges, self.device, antithetic=self.settings.antithetic)
-        noise = torch.randn_like(clean)
-        inputs = (self.scheduler, clean, noise, timesteps, condition)
+        inputs = (scheduler, clean, torch.randn_like(clean), timesteps, condition)
         return decoupled_loss(self.model, self.teacher, *inputs, self.weighting)
 
     def save(self, last: bool = False) -> None:
@@ -226,62 +214,13 @@ class Trainer:
         weights = [*self.state.trained.values(), *self.state.ema.shadow_params]
         if not torch.isfinite(torch.stack(torch._foreach_norm(weights))).all():
             self._fail(f"the weights are not finite at step {self.state.step}")
-        in_main_process(self.accelerator, lambda: self.writer.write(self.state, self.log.sync, last))
-
-    def _is_over(self) -> bool:
-        patience = None if self.held_out is None else self.held_out.patience
-        has_converged = patience is not None and self.state.held_out_losses_since >= patience
-        return has_converged or self.state.step >= self.settings.max_steps
-
-    def _resume(self) -> None:
-        """Load the newest checkpoint and cut the logs back to it."""
-        steps = self.settings.max_steps
-        newest = in_main_process(self.accelerator, lambda: load_newest_checkpoint(self.checkpoints, self.state, steps))
-        if newest is not None and not self.accelerator.is_main_process:
-            load_checkpoint(newest, self.state, steps)  # the same one in every process
-        self.meter.skipped_steps.fill_(self.state.skipped_steps)
-
-        def open_log() -> None:
-            if newest is not None:
-                print(f"{self.objective.name}: resuming from {newest}")
-                self.writer.delete_older(newest)  # if the run was killed before it could
-            with naming(f"{self.settings.section}.log_with", self.settings.log_with):
-                self.log = RunLog(self.folder, self.state.step, self.settings.log_with, asdict(self.settings))
-
-        in_main_process(self.accelerator, open_log)
-
-    def _log(self, progress: tqdm, measuring: bool) -> None:
-        """Write a log line, with the held-out loss if `measuring`. Nothing else waits for the device."""
-        means = self.meter.read()
-        fault = self.meter.fault(self.state.step)
-        if fault is not None:
-            self._fail(fault)
-        self.state.skipped_steps = int(self.meter.skipped_steps)
-        speed = means.pop("steps_per_second") * self.settings.batch_size
-        line = {
-            "step": self.state.step,
-            **means,
-            "skipped_steps": self.state.skipped_steps,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "ema_decay": self.state.ema.cur_decay_value,
-            "images_per_second": speed,
-            "peak_memory_gib": peak_memory(self.device.type) / 2**30,
-        }
-        if self.state.weighting is not None:
-            learned = self.state.weighting.log_variances.tolist()
-            line |= {f"log_variance_{k}": value for k, value in enumerate(learned)}
-        if measuring:
-            line["held_out_loss"] = self.measure_held_out()
-        in_main_process(self.accelerator, lambda: self.log.write(line))
-        consistency, rate = line["consistency_loss"], line["learning_rate"]
-        progress.set_postfix(loss=line["loss"], consistency=consistency, lr=rate, images_s=speed)
+        in_main_process(self.accelerator, lambda: self.writer.write(self.state, self.log.file, last))
 
     def measure_held_out(self) -> float:
         """The held-out loss of the EMA weights. Updates the lowest one in the state."""
         state = self.state
-        with ema_weights(state.ema, self.student) as denoiser:
-            measured = (self.held_out.images, self.micro_batch_size, self.accelerator)
-            loss = held_out_loss(denoiser, self.scheduler, self.encoder, *measured)
+        with state.ema_weights():
+            loss = held_out_loss(self.networks, self.held_out, self.micro_batch_size, self.accelerator)
         if state.lowest_held_out_loss is None or loss < (1 - LEAST_FALL) * state.lowest_held_out_loss:
             state.lowest_held_out_loss = loss
             state.held_out_losses_since = 0
@@ -289,11 +228,40 @@ class Trainer:
             state.held_out_losses_since += 1
         return loss
 
+    def _log(self, progress: tqdm, measuring: bool) -> None:
+        """Write a log line, with the held-out loss if `measuring`. Nothing else waits for the device."""
+        state = self.state
+        means, steps_per_second = self.meter.read()
+        fault = self.meter.fault(state.step)
+        if fault is not None:
+            self._fail(fault)
+        state.skipped_steps = int(self.meter.skipped_steps)
+        line = {
+            "step": state.step,
+            **means,
+            "skipped_steps": state.skipped_steps,
+            "learning_rate": state.optimizer.param_groups[0]["lr"],
+            "ema_decay": state.ema.cur_decay_value,
+            "images_per_second": steps_per_second * self.settings.batch_size,
+            "peak_memory_gib": peak_memory(self.device.type) / 2**30,
+        }
+        if state.weighting is not None:
+            line |= {f"log_variance_{k}": value for k, value in enumerate(state.weighting.log_variances.tolist())}
+        if measuring:
+            line["held_out_loss"] = self.measure_held_out()
+        in_main_process(self.accelerator, lambda: self.log.write(line))
+        shown = ("loss", "consistency_loss", "learning_rate", "images_per_second")
+        progress.set_postfix({key: line[key] for key in shown})
+
     def _preview(self) -> None:
-        with ema_weights(self.state.ema, self.student) as denoiser:
-            path = self.folder / "previews" / f"step-{self.state.step:08d}.png"
-            prompts = self.settings.preview_prompts
-            save_preview(denoiser, self.scheduler, self.encoder, prompts, self.device, self.micro_batch_size, path)
+        path = self.folder / "previews" / f"step-{self.state.step:08d}.png"
+        with self.state.ema_weights():
+            save_preview(self.networks, self.settings.preview_prompts, self.micro_batch_size, path)
+
+    def _is_over(self) -> bool:
+        patience = self.settings.patience if self.held_out else None
+        has_converged = patience is not None and self.state.held_out_losses_since >= patience
+        return has_converged or self.state.step >= self.settings.max_steps
 
     def _fail(self, what: str) -> NoReturn:
         self.writer.wait()

@@ -147,19 +147,20 @@ def safetensors(choose: random.Random, folder: Path) -> Readers:
 
 def checkpoint(choose: random.Random, folder: Path) -> Readers:
     """A checkpoint's state and tensors."""
-    from diffusers.training_utils import EMAModel
-
-    from deme.training.checkpoints import CheckpointWriter, TrainingState, load_newest_checkpoint
+    from deme.config.sections import Finetune
+    from deme.training.checkpoints import CheckpointWriter, load_newest_checkpoint
+    from deme.training.state import TrainingState
 
     def state() -> TrainingState:
         student = torch.nn.Linear(2, 2)
-        optimizer = torch.optim.AdamW(student.parameters())
+        trained = TrainingState(student, Finetune())
         student(torch.ones(2)).sum().backward()
-        optimizer.step()
-        return TrainingState(student, EMAModel(student.parameters()), optimizer, None, step=1)
+        trained.optimizer.step()
+        trained.finish_step()
+        return trained
 
     writer = CheckpointWriter(folder, keep=1)
-    writer.write(state(), lambda: None)
+    writer.write(state(), log=folder)
     writer.wait()
     writer.thread.shutdown()
     file = choose.choice(sorted((folder / "step-00000001").iterdir()))

@@ -18,8 +18,7 @@ from deme.config.sections import Finetune, Pretrain
 from deme.data.images import CroppedImages
 from deme.errors import RunError, UserError
 from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_newest_checkpoint
-from deme.training.held_out import HeldOut
-from deme.training.run_log import MAX_SKIPPED_STEPS
+from deme.training.progress import MAX_SKIPPED_STEPS
 from deme.training.session import Objective
 from deme.training.trainer import Trainer
 
@@ -59,8 +58,8 @@ def pretrainer(folder, every=1000, patience=None, **settings) -> Trainer:
     objective = Objective("plain", stream=(0, 0), ranges=[(0, 1000)])
     pixels = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     images = CroppedImages(list(pixels.permute(0, 2, 3, 1).numpy()), 8, center_crop=True, random_flip=False)
-    held_out = HeldOut(images, every, patience)
-    return trainer(folder, objective, settings_class=Pretrain, held_out=held_out, **settings)
+    settings |= {"held_out_every": every, "patience": patience}
+    return trainer(folder, objective, settings_class=Pretrain, held_out=images, **settings)
 
 
 def log(folder) -> list[dict]:
@@ -101,8 +100,8 @@ def test_the_student_ends_with_the_ema_weights(tmp_path):
 
 @pytest.fixture
 def short_previews(monkeypatch):
-    monkeypatch.setattr("deme.training.held_out.PREVIEW_IMAGES", 8)
-    monkeypatch.setattr("deme.training.held_out.PREVIEW_STEPS", 3)
+    monkeypatch.setattr("deme.training.progress.PREVIEW_IMAGES", 8)
+    monkeypatch.setattr("deme.training.progress.PREVIEW_STEPS", 3)
 
 
 def test_the_teacher_never_changes(tmp_path, short_previews):
@@ -408,18 +407,19 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
         assert line["loss"] == pytest.approx(line["denoising_loss"] + 0.5 * line["consistency_loss"], rel=1e-5)
 
 
-def test_a_checkpoint_holds_the_state_it_was_taken_from(tmp_path):
+def test_a_checkpoint_holds_the_state_it_was_taken_from(tmp_path, monkeypatch):
     """Training goes on while it is written: the weights change right after the call returns."""
     run = trainer(tmp_path, max_steps=2)
     assert run.run()
     (tmp_path / "more").mkdir()
     writer = CheckpointWriter(tmp_path / "more", keep=1)
     weights = {name: tensor.clone() for name, tensor in run.student.state_dict().items()}
-    writer.write(run.state, before=lambda: time.sleep(0.2))
+    monkeypatch.setattr("deme.training.checkpoints.sync_to_disk", lambda log: time.sleep(0.2))
+    writer.write(run.state, run.log.file)
     with torch.no_grad():
         for parameter in run.student.parameters():
             parameter.zero_()
-    assert not list((tmp_path / "more").iterdir())
+    assert not list((tmp_path / "more").glob("step-*"))
     writer.wait()
     saved = load_file(tmp_path / "more" / "step-00000002" / "student.safetensors")
     assert all(torch.equal(saved[name], weight) for name, weight in weights.items())
@@ -440,11 +440,11 @@ def test_a_last_checkpoint_is_tried_where_the_one_before_could_not_be_written(tm
     assert run.run()
     for last in (False, True):
         writer = CheckpointWriter(tmp_path / "absent", keep=1)
-        writer.write(run.state, before=lambda: None)
+        writer.write(run.state, run.log.file)
         wait([writer.unfinished])
         writer.folder = tmp_path / "checkpoints"
         with nullcontext() if last else pytest.raises(RunError, match=r"absent/step-00000002: cannot be written"):
-            writer.write(run.state, lambda: None, last)
+            writer.write(run.state, run.log.file, last)
         writer.wait()
     assert "absent/step-00000002: cannot be written" in capsys.readouterr().out
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]

@@ -8,11 +8,11 @@ from deme.config.experiment import Config
 from deme.config.sections import Finetune
 from deme.errors import UserError
 from deme.training import session
-from deme.training.run_log import RunLog
+from deme.training.progress import RunLog
 
 
 def write(folder, last_step: int, steps: range, trackers: list[str]) -> RunLog:
-    log = RunLog(folder, last_step, trackers, {"batch_size": 8})
+    log = RunLog(folder, last_step, Finetune(log_with=trackers))
     for step in steps:
         log.write({"step": step, "loss": math.nan if step == 2 else 1 / step})
     return log

@@ -1,22 +1,33 @@
-"""A training run's curves: sums on the device, one JSON line per logged step, and accelerate's trackers."""
+"""What a run shows of itself: losses, a log and trackers, the loss on held-out images, preview images."""
 
 import json
 import math
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
+from deme.config.sections import Training
+from deme.data.images import Examples, torch_seed
+from deme.data.samples import save_grid
 from deme.errors import UserError, one_line
-from deme.job.files import atomic_file, sync_to_disk, writing
+from deme.job.files import atomic_file, make_folder, writing
+from deme.method.losses import decoupled_loss
+from deme.method.sampling import guided, sample_images
+from deme.training.state import Networks
 
 MAX_SKIPPED_STEPS = 50  # fp16: steps without finite gradients in a row that stop the run
 MEASURED = ("loss", "denoising_loss", "consistency_loss", "gradient_norm")
+NOISE = 2  # the purpose that the seeds of held_out_loss name
+PREVIEW_IMAGES = 64  # of a network that takes no text
+PREVIEW_STEPS = 50
+PREVIEW_GUIDANCE = 7.5
 
 
 class Meter:
@@ -26,15 +37,15 @@ class Meter:
         device = accelerator.device
         self.accelerator = accelerator
         self.steps = 0  # since the last log line
-        self.since = time.monotonic()
         self.sums = torch.zeros(len(MEASURED), device=device)
         self.first_bad_step = torch.full((), -1, device=device)
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)  # fp16: in a row, up to now
         self.most_skipped_steps = self.skipped_steps.clone()
 
-    def restart_clock(self) -> None:
-        """Leave the time since the last log line out of the speed."""
-        self.since = time.monotonic()
+    def start_step(self) -> None:
+        """Start the clock with the first step since the last log line: what lies between was no training."""
+        if self.steps == 0:
+            self.since = time.monotonic()
 
     def add(self, step: int, losses: torch.Tensor, gradient_norm: torch.Tensor) -> None:
         """Add an optimizer step.
@@ -53,37 +64,33 @@ class Meter:
         self.sums += torch.cat([losses, gradient_norm.detach().reshape(1)])
         self.steps += 1
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> tuple[dict[str, float], float]:
         """Means over steps and processes since the last log line, and steps per second."""
         means = (self.accelerator.reduce(self.sums, "mean") / self.steps).tolist()
         speed = self.steps / (time.monotonic() - self.since)
         self.sums.zero_()
         self.steps = 0
-        return dict(zip(MEASURED, means, strict=True)) | {"steps_per_second": speed}
+        return dict(zip(MEASURED, means, strict=True)), speed
 
     def fault(self, step: int) -> str | None:
         """Why the run can't go on after optimizer step `step`, if it can't."""
-        first_bad = int(self.first_bad_step)
-        most_skipped = int(self.most_skipped_steps)
-        if first_bad >= 0:
-            return f"the loss or its gradient is not finite at step {first_bad}"
-        if most_skipped >= MAX_SKIPPED_STEPS:
-            return f"{most_skipped} steps in a row without finite gradients up to step {step}"
+        if self.first_bad_step >= 0:
+            return f"the loss or its gradient is not finite at step {self.first_bad_step}"
+        if self.most_skipped_steps >= MAX_SKIPPED_STEPS:
+            return f"{self.most_skipped_steps} steps in a row without finite gradients up to step {step}"
         return None
 
 
 class RunLog:
-    """`folder`/log.jsonl and the trackers, cut back to the step that a run resumes from.
+    """`folder`/log.jsonl and the trackers: tensorboard in `folder`/logs/, wandb in `folder`/wandb/ or on its server.
 
     All methods raise RunError if the disk is full or fails.
 
     Args:
         last_step: later lines are dropped, as their steps are repeated; so are lines that a crash left incomplete.
-        trackers: tensorboard (`folder`/logs/) and wandb (`folder`/wandb/, or its server).
-        settings: shown by Weights & Biases beside the curves.
     """
 
-    def __init__(self, folder: Path, last_step: int, trackers: Sequence[str], settings: dict[str, Any]):
+    def __init__(self, folder: Path, last_step: int, settings: Training):
         self.file = folder / "log.jsonl"
         with writing(self.file):
             before = self.file.read_text(encoding="utf-8", errors="replace") if self.file.exists() else ""
@@ -92,10 +99,10 @@ class RunLog:
             temporary.write_text("".join(kept), encoding="utf-8")
         self.trackers: list[GeneralTracker] = []
         with writing(folder / "logs"):
-            if "tensorboard" in trackers:
+            if "tensorboard" in settings.log_with:
                 self.trackers.append(TensorBoardTracker("logs", folder, purge_step=last_step + 1))
                 self.trackers[-1].start()
-            if "wandb" in trackers:
+            if "wandb" in settings.log_with:
                 self.trackers.append(wandb_tracker(folder, settings))
 
     def write(self, line: dict[str, float]) -> None:
@@ -107,11 +114,6 @@ class RunLog:
             values = {name: value for name, value in line.items() if name != "step"}
             for tracker in self.trackers:  # they write at once, so a killed run loses and repeats no step
                 tracker.log(values, step=line["step"])
-
-    def sync(self) -> None:
-        """Force the log to disk, so that a crash loses no line of a step before a checkpoint."""
-        with writing(self.file):
-            sync_to_disk(self.file)
 
     def close(self) -> None:
         """Flush and close the trackers."""
@@ -128,7 +130,7 @@ def logged_step(line: str) -> int:
         return 0
 
 
-def wandb_tracker(folder: Path, settings: dict[str, Any]) -> WandBTracker:
+def wandb_tracker(folder: Path, settings: Training) -> WandBTracker:
     """The Weights & Biases run of a folder; the same one after a resume."""
     import wandb
 
@@ -137,9 +139,48 @@ def wandb_tracker(folder: Path, settings: dict[str, Any]) -> WandBTracker:
         with atomic_file(file) as temporary:
             temporary.write_text(secrets.token_hex(8), encoding="utf-8")
     run_id = file.read_text(encoding="utf-8").strip()
-    tracker = WandBTracker("deme", id=run_id, resume="allow", dir=folder, name=str(folder), config=settings)
+    tracker = WandBTracker("deme", id=run_id, resume="allow", dir=folder, name=str(folder), config=asdict(settings))
     try:
         tracker.start()
     except wandb.errors.Error as error:
-        raise UserError(f"wandb: {one_line(error)}") from error
+        raise UserError(f"{settings.section}.log_with={settings.log_with}: wandb: {one_line(error)}") from error
     return tracker
+
+
+@torch.no_grad()
+def held_out_loss(networks: Networks, images: Examples, batch_size: int, accelerator: Accelerator) -> float:
+    """The student's denoising loss on all images, over all processes, always with the same timesteps and noise."""
+    total_timesteps = networks.scheduler.config.num_train_timesteps
+    starts = range(0, len(images), batch_size)[accelerator.process_index :: accelerator.num_processes]
+    total = torch.zeros((), device=accelerator.device)
+    generator = torch.Generator()
+    with accelerator.autocast():
+        for start in starts:
+            batch = range(start, min(start + batch_size, len(images)))
+            random = np.random.default_rng((NOISE, start))
+            generator.manual_seed(torch_seed(random))
+            torch.manual_seed(torch_seed(random))  # for the encoder's draws
+            clean, condition = networks.encoder.encode(images.batch(batch))
+            # evenly spread over [0, T): few images then give a steady mean
+            timesteps = torch.arange(start, batch.stop) * total_timesteps // len(images)
+            noise = torch.randn(clean.shape, generator=generator)
+            inputs = (clean, noise.to(accelerator.device), timesteps.to(accelerator.device), condition)
+            total += decoupled_loss(networks.student, None, networks.scheduler, *inputs)[0] * len(batch)
+    return float(accelerator.reduce(total, "sum")) / len(images)
+
+
+def save_preview(networks: Networks, prompts: Sequence[str], batch_size: int, path: Path) -> None:
+    """Save a grid of the student's images, one per prompt if it takes text, drawn from the same seeds each time."""
+    student, scheduler, encoder = networks.student, networks.scheduler, networks.encoder
+    shape = (student.config.in_channels, student.config.sample_size, student.config.sample_size)
+    steps = min(PREVIEW_STEPS, scheduler.config.num_train_timesteps)
+    count = len(prompts) if encoder.takes_text else PREVIEW_IMAGES
+    parts = []
+    for start in range(0, count, batch_size):
+        seeds = range(start, min(start + batch_size, count))
+        conditions = encoder.condition(prompts[start : seeds.stop]), encoder.condition([""])
+        network_at = guided(lambda _: student, *conditions, PREVIEW_GUIDANCE)
+        parts.append(encoder.decode(sample_images(network_at, scheduler, seeds, shape, student.device, steps)))
+    encoder.rest()
+    make_folder(path.parent, "output_dir")
+    save_grid(torch.cat(parts), path)
