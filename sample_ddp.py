@@ -25,9 +25,10 @@ from deme.config.sections import Sample
 from deme.data.samples import claim_prompts, load_prompts
 from deme.errors import RunError, naming
 from deme.job.command import run_script
-from deme.job.files import check_apart
-from deme.job.records import ENCODER, SAMPLES, SCHEDULE, Record, provenance
-from deme.models.pipelines import takes_text
+from deme.job.files import check_apart, sha256
+from deme.job.records import ENCODER, SAMPLES, Record, provenance
+from deme.models.kinds import schedule_file
+from deme.models.pipelines import encoders_hash, takes_text
 from deme.models.variants import ModelFiles, find_model
 from deme.models.weights import weights_hash
 
@@ -143,26 +144,18 @@ def load(accelerator: "Accelerator", config: Config, model: ModelFiles) -> tuple
 
 def identity(config: Config, model: ModelFiles, sampler: str) -> dict[str, Any]:
     """Everything that determines the images, for their record."""
-    settings, hashes = config.sample, model.hashes()
-    made_from = {
+    of_text = takes_text(model.pipeline)
+    unused = {"scheduler", "timestep_spacing"} | ({} if of_text else config.sample.tagged("text")).keys()
+    return {
         "weights": list(map(weights_hash, model.denoisers)),
         "timesteps": [list(edges) for edges in ranges_of(config, model)],
-        "scheduler": hashes[SCHEDULE],
-        "num_inference_steps": settings.num_inference_steps,
+        "scheduler": sha256(schedule_file(model.pipeline)),
         "sample.scheduler": sampler,
-        "eta": settings.eta,
-        "mixed_precision": settings.mixed_precision,
         "resolution": config.data.resolution,
-        "size_on_disk": settings.size_on_disk,
-        **model.spacing(settings),
+        **{key: value for key, value in config.sample.tagged("samples").items() if key not in unused},
+        **model.spacing(config.sample),
+        **({ENCODER: encoders_hash(model.pipeline)} if of_text else {}),
     }
-    if takes_text(model.pipeline):
-        made_from |= {
-            ENCODER: hashes[ENCODER],
-            "negative_prompt": settings.negative_prompt,
-            "guidance_scale": settings.guidance_scale,
-        }
-    return made_from
 
 
 def claim(config: Config, wanted: Record, block: range, texts: dict[int, str]) -> None:

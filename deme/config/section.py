@@ -14,8 +14,8 @@ from deme.errors import UserError, shown
 
 TAGS = {  # what a setting influences: records, caches, comparisons and jobs read these; there is no other list
     "weights": "the weights that a training ends with, so it is fixed for a run",
-    "merged": "the merged weights",
-    "samples": "each sampled image",
+    "merged": "the merged weights; merge.yaml names the coefficients that were read and the settings of the method",
+    "samples": "each sampled image, besides the model and the prompts",
     "examples": "what a network is given of the data, beyond what the data's hash covers",
     "latents": "the cache of encoded images",
     "statistics": "the data's statistics, and the classifier",

@@ -246,7 +246,7 @@ class Search(Section):
 class Sample(Section):
     """Which images are drawn from what."""
 
-    model: str = setting("merged", "samples all_runs path")  # pretrained, ensemble, of NAMED_TRAININGS, or a folder
+    model: str = setting("merged", "all_runs path")  # pretrained, ensemble, of NAMED_TRAININGS, or a folder
     num_images: int = setting(1000, "all_runs", above=0)
     seed_offset: int = setting(0, "all_runs", least=0, below=2**63)  # first image's seed; files are named by seed
     batch_size: int = setting(256, "free", above=0)  # images per network call; on a CPU 16 to 32 for large networks
@@ -255,8 +255,8 @@ class Sample(Section):
     timestep_spacing: str | None = setting(None, "samples search omit_default", choices=SPACINGS)  # null: as trained
     eta: float = setting(0.0, "samples search", least=0, most=1)  # ddim: 0 is deterministic, 1 has DDPM's variance
     mixed_precision: str = setting("no", "samples search", choices=PRECISIONS)
-    prompts: Any = setting(None, "samples search text path")  # list, or .txt, .csv, .json, … file; seed i: i-th
-    prompt_column: str = setting("prompt", "samples search text")  # of a csv, jsonl or parquet file
+    prompts: Any = setting(None, "search text path")  # list, or .txt, .csv, .json, … file; seed i: i-th
+    prompt_column: str = setting("prompt", "search text")  # of a csv, jsonl or parquet file
     negative_prompt: str = setting("", "samples search text")  # guidance leads away from it
     guidance_scale: float = setting(7.5, "samples search text", least=0)  # 1: no guidance, half the time
     size_on_disk: int | None = setting(None, "samples search", above=0)  # pixels after shrinking; null: as drawn
