@@ -22,12 +22,12 @@ from benchmarks.trainers import make_accelerator, make_trainer
 from benchmarks.training import plain_step, smooth_noise
 from benchmarks.unets import CHURCH, CIFAR10, SMALL
 from deme.config.sections import Finetune, Sample
+from deme.data.drawing import draw
 from deme.method.losses import decoupled_loss
 from deme.method.sampling import sample_images
 from deme.models.denoisers import load_denoiser, load_scheduler
-from deme.models.encoders import Pixels, to_bytes
+from deme.models.encoders import Drawing, Pixels, to_bytes
 from deme.models.inference import AUTOCAST_TYPES, freeze
-from sample_ddp import draw
 
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits"
 PASSES = (
@@ -214,8 +214,8 @@ class Machine:
             sampling = Sample(batch_size=batch, num_inference_steps=steps, mixed_precision=precision)
             shape = (3, settings["sample_size"], settings["sample_size"])
             with tempfile.TemporaryDirectory() as folder:
-                drawn = (DDPMScheduler(), encoder, shape, seeds, {}, Path(folder))
-                draw(make_accelerator(self.device, precision), sampling, lambda _: network, *drawn)
+                drawing = Drawing(DDPMScheduler(), encoder, sampling, shape, torch.device(self.device))
+                draw(drawing, lambda _: network, seeds, {}, Path(folder), is_silent=True)
 
         ways = {
             "DDIMPipeline": lambda: save_loop(lambda part: pipeline_images(pipeline, part, steps), seeds, batch),

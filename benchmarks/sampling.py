@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from PIL import Image
 from torch import nn
@@ -27,11 +25,11 @@ from benchmarks.measure import alternate, parse, ratios, spread
 from benchmarks.report import save
 from benchmarks.unets import CHURCH, CIFAR10
 from deme.config.sections import Sample
+from deme.data.drawing import draw
 from deme.job.files import read_json
-from deme.models.encoders import Pixels
+from deme.models.encoders import Drawing, Pixels
 from deme.models.inference import freeze
 from deme.report.tables import markdown_table
-from sample_ddp import draw
 
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits" / "unet"
 
@@ -80,11 +78,9 @@ def measure(title: str, unet: nn.Module, batch: int, images: int, steps: int, re
 
         def work() -> None:
             settings = Sample(batch_size=batch, num_inference_steps=steps, mixed_precision=precision)
-            AcceleratorState._reset_state(reset_partial_state=True)
-            accelerator = Accelerator(cpu=True, mixed_precision=precision)
+            drawing = Drawing(DDPMScheduler(), encoder, settings, shape, torch.device("cpu"))
             with tempfile.TemporaryDirectory() as folder:
-                drawn = (DDPMScheduler(), encoder, shape, seeds, {}, Path(folder))
-                draw(accelerator, settings, lambda _: network, *drawn)
+                draw(drawing, lambda _: network, seeds, {}, Path(folder), is_silent=True)
 
         return work
 

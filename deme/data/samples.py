@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from deme.config.paths import image_path
+from deme.config.sections import Sample
 from deme.data.decoding import as_seen
 from deme.data.files import image_suffixes, read_lines, read_rows
 from deme.errors import UserError, blaming, shown
@@ -220,6 +221,18 @@ def load_prompts(source: str | list[str], column: str) -> list[str]:
     if not prompts:
         raise UserError("holds no prompts")
     return prompts
+
+
+def prompts_of(settings: Sample, takes_text: bool) -> dict[int, str]:
+    """Seed → prompt, the prompts in turn; empty where the model takes none."""
+    has_prompts = settings.prompts is not None
+    settings.check("prompts", takes_text or not has_prompts, f"sample.model={settings.model} takes none")
+    settings.check("prompts", has_prompts or not takes_text, f"sample.model={settings.model} needs prompts")
+    if not takes_text:
+        return {}
+    with naming("sample.prompts", settings.prompts):
+        prompts = load_prompts(settings.prompts, settings.prompt_column)
+    return {seed: prompts[seed % len(prompts)] for seed in settings.seeds}
 
 
 def claim_prompts(folder: Path, prompts: Mapping[str, str], overwrite: bool) -> None:

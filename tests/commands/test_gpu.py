@@ -63,6 +63,12 @@ def test_a_cpu_agrees_with_itself(precision):
         assert not any([*images.values(), *gradients.values()])
 
 
+def test_images_are_drawn_in_each_way():
+    speeds = Machine(quick=True).draw("CIFAR-10", images=2, batch=2, steps=2)
+    assert min(speeds.values()) > 0
+    assert {"DDIMPipeline", "two calls", "sample_ddp.py"} < speeds.keys()
+
+
 def test_what_differs_is_called_wrong(monkeypatch):
     calls = []
 

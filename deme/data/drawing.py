@@ -1,0 +1,156 @@
+"""Draw a sample folder from a model's files over all processes: exactly one PNG per seed."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from deme.config.experiment import Config
+from deme.config.paths import image_path
+from deme.data.samples import (
+    block_of,
+    claim_prompts,
+    claim_samples,
+    count_samples,
+    missing_seeds,
+    read_images,
+    save_grid,
+    write_image,
+)
+from deme.errors import RunError, naming
+from deme.job.files import Watched, sha256
+from deme.job.processes import Processes, in_main_process, locked_by_all
+from deme.job.records import ENCODER, SAMPLES, Record, provenance
+from deme.method.sampling import NetworkAt, ensemble, passed_over, sampler_name, try_sampler
+from deme.models.denoisers import load_denoiser, load_scheduler, try_out
+from deme.models.encoders import Drawing, load_encoder
+from deme.models.inference import freeze
+from deme.models.kinds import schedule_file
+from deme.models.pipelines import encoders_hash, takes_text
+from deme.models.variants import ModelFiles
+from deme.models.weights import weights_hash
+
+GRID_IMAGES = 100
+
+
+def draw_samples(
+    config: Config, model: ModelFiles, watched: Watched, texts: dict[int, str], processes: Processes
+) -> None:
+    """Draw the images of `config.sample` that are missing in its folder.
+
+    A job that draws a block of the seeds locks that, and the folder only while it claims and counts.
+
+    Args:
+        watched: the model's files, since before they were checked.
+        texts: seed → prompt; empty where the model takes none.
+    """
+    settings, output = config.sample, config.paths.samples
+    drawing, network_at = load_model(processes, config, model)
+    beside = {"num_images": len(settings.seeds), "seed_offset": settings.seeds.start, **provenance(config)}
+    wanted = Record(SAMPLES, identity(config, model), beside)
+    processes.wait_for_everyone()
+    watched.check()  # all processes have read the same
+    shares_folder = settings.block is not None  # with jobs that draw other blocks
+    block = settings.chosen_blocks[0] if shares_folder else settings.seeds
+    lock = partial(locked_by_all, processes, key="sample.output")
+    lock_folder = partial(lock, output, wait=True) if shares_folder else nullcontext
+    with lock(block_of(output, block) if shares_folder else output):
+        with lock_folder():
+            in_main_process(processes, partial(claim, config, wanted, block, texts))
+        missing = in_main_process(processes, partial(missing_seeds, output, block))
+        count = f"{len(missing):,} of {len(block):,} images to draw"
+        processes.print(f"{output}: {count}; {processes.num_processes} process(es) on {processes.device.type}")
+        mine = missing[processes.process_index :: processes.num_processes]
+        draw(drawing, network_at, mine, texts, output, not processes.is_main_process)
+        processes.wait_for_everyone()
+        with lock_folder():
+            in_main_process(processes, partial(finish, config, block))
+
+
+def load_model(processes: Processes, config: Config, model: ModelFiles) -> tuple[Drawing, NetworkAt]:
+    """Load the networks and the noise schedule, and try them out with the sampler."""
+    settings = config.sample
+    with naming("sample.model", settings.model):
+        scheduler = load_scheduler(model.pipeline)
+        denoisers = [load_denoiser(folder) for folder in model.denoisers]
+        encoder = load_encoder(model.pipeline, denoisers[0])
+        for folder, denoiser in zip(model.denoisers, denoisers, strict=True):
+            with naming(folder):
+                try_out(denoiser, scheduler, encoder)
+    size = denoisers[0].config.sample_size
+    shape = (denoisers[0].config.in_channels, size, size)
+    with naming("sample.scheduler", settings.scheduler):
+        sampler = (settings.scheduler, settings.num_inference_steps, shape, settings.timestep_spacing)
+        stepper = try_sampler(scheduler, *sampler)
+    if ignored := passed_over(scheduler, stepper):
+        processes.print(f"sample.scheduler={settings.scheduler} has no {', '.join(ignored)} of the noise schedule")
+    denoisers = [freeze(denoiser, processes.device, settings.mixed_precision) for denoiser in denoisers]
+    encoder.prepare(processes.device, settings.mixed_precision)
+    drawing = Drawing(scheduler, encoder, settings, shape, processes.device)
+    return drawing, ensemble(denoisers, ranges_of(config, model))
+
+
+def ranges_of(config: Config, model: ModelFiles) -> list[tuple[int, int]]:
+    """The timesteps of each denoiser: the configured ranges for an ensemble, all of them for a single network."""
+    return config.timesteps.ranges if len(model.denoisers) > 1 else [(0, config.timesteps.num_train_timesteps)]
+
+
+def identity(config: Config, model: ModelFiles) -> dict[str, Any]:
+    """Everything that determines the images, for their record."""
+    of_text = takes_text(model.pipeline)
+    unused = {"scheduler", "timestep_spacing"} | ({} if of_text else config.sample.tagged("text")).keys()
+    return {
+        "weights": list(map(weights_hash, model.denoisers)),
+        "timesteps": [list(edges) for edges in ranges_of(config, model)],
+        "scheduler": sha256(schedule_file(model.pipeline)),
+        "sample.scheduler": sampler_name(config.sample.scheduler),
+        "resolution": config.data.resolution,
+        **{key: value for key, value in config.sample.tagged("samples").items() if key not in unused},
+        **model.spacing(config.sample),
+        **({ENCODER: encoders_hash(model.pipeline)} if of_text else {}),
+    }
+
+
+def claim(config: Config, wanted: Record, block: range, texts: dict[int, str]) -> None:
+    """Create the folder, or make sure that it belongs to the same images."""
+    settings, output = config.sample, config.paths.samples
+    with naming("sample.output", output):
+        claim_samples(output, wanted, settings.seeds, settings.overwrite, block)
+        if texts:
+            by_name = {image_path(output, seed).name: text for seed, text in texts.items()}
+            claim_prompts(output, by_name, settings.overwrite)
+
+
+def draw(
+    drawing: Drawing, network_at: NetworkAt, seeds: list[int], texts: dict[int, str], output: Path, is_silent: bool
+) -> None:
+    """Draw the images of these seeds; threads write one batch while the next is drawn."""
+    settings = drawing.settings
+    batches = [seeds[start : start + settings.batch_size] for start in range(0, len(seeds), settings.batch_size)]
+    writes = []
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for batch in tqdm(batches, settings.model, unit="batch", disable=is_silent or not batches):
+            images = drawing.images(network_at, batch, [texts[seed] for seed in batch if texts])
+            for write in writes:
+                write.result()  # a full disk stops the run here
+            pairs = zip(batch, images, strict=True)
+            writes = [pool.submit(write_image, output, *pair, settings.size_on_disk) for pair in pairs]
+        for write in writes:
+            write.result()
+
+
+def finish(config: Config, block: range) -> None:
+    """Check that the block is complete; if the whole folder is, write the contact sheet."""
+    output, seeds = config.paths.samples, config.sample.seeds
+    left = [seed for seed in block if not image_path(output, seed).exists()]
+    if left:
+        raise RunError(f"{output}: {len(left):,} of {len(block):,} images are not there; the same command goes on")
+    count = count_samples(output, seeds)
+    if count < len(seeds):
+        print(f"{output}: {count:,} of {len(seeds):,} images, with those of other blocks")
+        return
+    save_grid(read_images([image_path(output, seed) for seed in seeds[:GRID_IMAGES]]), config.paths.grid)
+    print(f"{output}: {len(seeds):,} images; {config.paths.grid}")
