@@ -24,7 +24,7 @@ from deme.config.sections import ANALYSES, CONTINUED, DISTILLED, range_name
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
 from deme.models.kinds import denoiser_folder
-from deme.models.variants import MAKERS, ModelFiles, find_finetuned, find_pretrained, made_denoisers
+from deme.models.variants import MAKERS, ModelFiles, check_trained, find_pretrained, made_denoisers
 from deme.models.weights import has_weights
 
 
@@ -45,7 +45,7 @@ def main(config: Config) -> None:
     networks = {"pretrained": denoiser_folder(pretrained)}
     missing: list[str] = []
     if settings.analyses != ["gradient_conflict"]:
-        networks |= dict(zip(map(range_name, config.timesteps.ranges), find_finetuned(paths), strict=True))
+        networks |= dict(zip(map(range_name, config.timesteps.ranges), check_trained(paths.experts), strict=True))
         later, missing = made_later(config)
         networks |= later
     inputs = ModelFiles(pretrained, list(networks.values()))

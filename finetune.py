@@ -6,9 +6,12 @@
     accelerate launch finetune.py finetune.range=min_snr     # a baseline: the control with another weighting of the
                                                              # loss; or snr_plus_one, truncated_snr, p2, ant_uw
     accelerate launch finetune.py finetune.range=distilled   # after merge.py: the merged network, held to all experts
+    accelerate launch finetune.py finetune.range=self        # on samples that are drawn first: no image of the data is
+                                                             # needed; merge.experts=[self] subtracts what it learns
 
 Writes runs/<name>/finetuned/0000-0250/unet/ and so on (EMA weights); checkpoints, logs and previews lie beside it.
-The same command again resumes, or does nothing when all is done. The last one is ours, not the paper's.
+The same command again resumes, or does nothing when all is done. Distillation is ours, not the paper's; training on
+own samples, to be subtracted, is Neon (https://arxiv.org/abs/2510.03597).
 """
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
@@ -18,11 +21,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.config.sections import ANT_UW, BASELINES, CONTINUED, DISTILLED, Finetune, range_name
+from deme.config.sections import ANT_UW, BASELINES, CONTINUED, DISTILLED, SELF, Finetune, range_name
 from deme.job.command import run_script
 from deme.job.files import sha256
 from deme.job.records import ARCHITECTURE
-from deme.models.variants import ModelFiles, find_finetuned, find_model
+from deme.models.variants import ModelFiles, check_trained, find_model
 from deme.models.weights import weights_hash
 from deme.training.session import Objective, Session, TrainingRun
 
@@ -93,6 +96,18 @@ def distillation(config: Config) -> Task:
     )
 
 
+def self_training(config: Config) -> list[Task]:
+    """Plain training on samples of the pretrained network: one copy for all timesteps, or one for each range."""
+    settings = replace(config.finetune, consistency_weight=0.0)
+    if config.self_training.ranges:
+        return [
+            Task(Objective(name, (config.seed, 5, *edges), [edges], settings.global_probability), settings)
+            for name, edges in zip(config.self_trained_names, config.timesteps.ranges, strict=True)
+        ]
+    whole = [(0, config.timesteps.num_train_timesteps)]
+    return [Task(Objective(SELF, (config.seed, 5), whole, 1.0), replace(settings, global_probability=1.0))]
+
+
 def chosen_tasks(config: Config) -> list[Task]:
     """The networks that this command trains; all of them start from the same one."""
     chosen = config.finetune.range
@@ -101,6 +116,9 @@ def chosen_tasks(config: Config) -> list[Task]:
         return [control(config, chosen)]
     if chosen == DISTILLED:
         return [distillation(config)]
+    if chosen == SELF:
+        config.check_self_training()
+        return self_training(config)
     return [expert(config, timestep_range) for timestep_range in (ranges if chosen is None else [ranges[chosen]])]
 
 
@@ -125,6 +143,18 @@ def run_of(session: Session, task: Task, hashes: dict[str, str]) -> TrainingRun:
     return session.new_run(task.objective, task.settings, folder, output, made_from, task.renamed)
 
 
+def open_session(config: Config) -> Session:
+    """This command's session; the data of self-training are own samples, which are drawn first."""
+    if config.finetune.range != SELF:
+        return Session(config, config.finetune)
+    from deme.job.processes import make_accelerator
+    from deme.training.self_training import own_samples, training_config
+
+    session = Session(training_config(config), config.finetune)
+    session.source = own_samples(config, make_accelerator(config.finetune.mixed_precision, "finetune.mixed_precision"))
+    return session
+
+
 def plan(config: Config) -> str:
     """What this command would do."""
     lines = []
@@ -138,13 +168,13 @@ def plan(config: Config) -> str:
 def main(config: Config) -> None:
     """Finetune what is not finetuned yet."""
     # --- what is left to do
-    session = Session(config, config.finetune)
     tasks = chosen_tasks(config)
+    session = open_session(config)
     model = tasks[0].start
     variant = find_model(model, config.paths)
     unets = {model: variant.denoisers[0]}
     if model == MERGED:
-        unets |= zip(map(range_name, tasks[0].objective.ranges), find_finetuned(config.paths), strict=True)
+        unets |= zip(map(range_name, tasks[0].objective.ranges), check_trained(config.paths.experts), strict=True)
     inputs = ModelFiles(variant.pipeline, list(unets.values()))
     inputs.check_fits(config)
     watched = inputs.watched(*(unet / "config.json" for unet in inputs.denoisers))

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from deme.config.experiment import Config
 from deme.config.paths import DENOISER
-from deme.config.sections import range_name
 from deme.errors import UserError, blaming, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, sha256
@@ -29,7 +28,7 @@ from deme.job.records import MERGED, WEIGHTS_HASH, Record, provenance, read_reco
 from deme.models.kinds import denoiser_folder
 from deme.models.pipelines import common_architecture, write_pipeline_files
 from deme.models.searched import Searched, read_searched
-from deme.models.variants import ModelFiles, find_finetuned, find_pretrained
+from deme.models.variants import ModelFiles, check_trained, find_pretrained
 from deme.models.weights import WEIGHTS, load_tensors, weights_hash, write_denoiser
 
 Groups = dict[str, list[float]]  # name pattern → coefficients, one per range
@@ -55,7 +54,7 @@ def main(config: Config) -> None:
     # --- inputs
     output = config.paths.merged
     pretrained = find_pretrained(config.paths)
-    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *find_finetuned(config.paths)])
+    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *check_trained(config.paths.finetuned)])
     searched = find_searched(config)
     groups = config.coefficient_groups if searched is None else searched.groups(config)
     check_apart("merge.output", output, inputs.denoisers)
@@ -72,7 +71,7 @@ def main(config: Config) -> None:
     if searched is not None and not searched.is_of(hashes[0], hashes[1:]):
         remedy = "search again, or write its coefficients into the configuration"
         raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
-    names = map(range_name, config.timesteps.ranges)
+    names = config.merged_names
     made_from = {
         **method.describe(),
         "coefficients": groups,

@@ -27,7 +27,7 @@ from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance
 from deme.models.kinds import denoiser_folder
 from deme.models.pipelines import takes_text
 from deme.models.searched import SECONDS, timed
-from deme.models.variants import ModelFiles, find_finetuned, find_pretrained
+from deme.models.variants import ModelFiles, check_trained, find_pretrained
 from deme.models.weights import weights_hash
 
 
@@ -100,7 +100,7 @@ def check_inputs(config: Config) -> ModelFiles:
     """The files of pretrained network and experts, once all that can be checked without torch is in order."""
     config.check_search()
     pretrained = find_pretrained(config.paths)
-    model = ModelFiles(pretrained, [denoiser_folder(pretrained), *find_finetuned(config.paths)])
+    model = ModelFiles(pretrained, [denoiser_folder(pretrained), *check_trained(config.paths.finetuned)])
     model.check_fits(config)
     config.check_classified()
     if draws_images(config):

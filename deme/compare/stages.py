@@ -15,7 +15,7 @@ from deme.compare.jobs import Job, state_of
 from deme.config.experiment import Config
 from deme.config.paths import DENOISER, for_shell, image_path
 from deme.config.reading import load_config, override
-from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS
+from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS, SELF
 from deme.job.files import REPOSITORY, sha256
 
 LAST = ("card", "report")  # stages that take seconds, and no GPU
@@ -109,8 +109,9 @@ class Stages:
             return [self._trained(run, "train", model, self.first)]
         if model not in ("ensemble", "merged"):
             return self.pretrained
-        numbers = range(len(run.config.timesteps.ranges))
-        experts = [self._trained(run, "train", str(number), self.first) for number in numbers]
+        groups = ["ranges"] if model == "ensemble" else run.config.merge.experts
+        numbers = {"ranges": map(str, range(len(run.config.timesteps.ranges))), SELF: [SELF]}
+        experts = [self._trained(run, "train", chosen, self.first) for group in groups for chosen in numbers[group]]
         if model == "ensemble":
             return experts
         paths = run.config.paths
@@ -124,10 +125,14 @@ class Stages:
         return [self._add(run, "merge", "merge.py", output=parts[0], parts=parts, after=experts, single_process=True)]
 
     def _trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
-        """The training of a range, given its number, or of a model of NAMED_TRAININGS."""
+        """The training of a range, given its number, of a model of NAMED_TRAININGS, or on own samples."""
         paths = run.config.paths
-        output = paths.trained(chosen) if chosen in NAMED_TRAININGS else paths.finetuned[int(chosen)]
-        return self._add(run, stage, "finetune.py", own=f"finetune.range={chosen}", output=output, after=list(after))
+        if chosen == SELF:
+            parts = [paths.trained(name) for name in run.config.self_trained_names]
+        else:
+            parts = [paths.trained(chosen) if chosen in NAMED_TRAININGS else paths.experts[int(chosen)]]
+        made = {"output": parts[-1], "parts": parts if len(parts) > 1 else ()}
+        return self._add(run, stage, "finetune.py", own=f"finetune.range={chosen}", after=list(after), **made)
 
 
 def outside(config: Config, script: str) -> list[str]:

@@ -86,7 +86,8 @@ def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
     """UNet passes and seconds of the trainings and the search that make a model, from their logs."""
     config = run.config
     is_merged = model in ("merged", DISTILLED)
-    names = [range_name(bounds) for bounds in config.timesteps.ranges] if is_merged or model == "ensemble" else []
+    names = config.merged_names if is_merged else []
+    names += [range_name(bounds) for bounds in config.timesteps.ranges] if model == "ensemble" else []
     names += [model] if model in NAMED_TRAININGS else []
     logs = [read_log(name, config.paths.finetuning(name) / "log.jsonl", config.finetune.batch_size) for name in names]
     passes = sum(log.passes(config) for log in logs)

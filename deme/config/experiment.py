@@ -12,6 +12,7 @@ from deme.config.sections import (
     LEAST_CLASSIFIED,
     NAMED_TRAININGS,
     REPORT_BLOCKS,
+    SELF,
     Analyze,
     Data,
     Distill,
@@ -22,8 +23,10 @@ from deme.config.sections import (
     Pretrain,
     Sample,
     Search,
+    SelfTraining,
     Timesteps,
     Training,
+    range_name,
 )
 
 PRETRAIN, CACHE, FINETUNE, SAMPLE = "pretrain.py", "scripts/cache.py", "finetune.py", "sample_ddp.py"
@@ -51,6 +54,7 @@ class Config(Section):
     timesteps: Timesteps = part(Timesteps)
     pretrain: Pretrain = part(Pretrain, SAMPLE)
     finetune: Finetune = part(Finetune, PRETRAIN, SAMPLE)
+    self_training: SelfTraining = part(SelfTraining, PRETRAIN, CACHE, SAMPLE)
     search: Search = part(Search, PRETRAIN, CACHE, FINETUNE, SAMPLE)
     merge: Merge = part(Merge, PRETRAIN, CACHE, FINETUNE, SAMPLE)
     distill: Distill = part(Distill, PRETRAIN, CACHE, SAMPLE)
@@ -64,8 +68,8 @@ class Config(Section):
         count = len(self.timesteps.ranges)
         chosen = self.finetune.range
         is_range = isinstance(chosen, int) and 0 <= chosen < count
-        named = chosen is None or chosen in NAMED_TRAININGS
-        words = ("null", f"0 … {count - 1}", *NAMED_TRAININGS)
+        named = chosen is None or chosen in (*NAMED_TRAININGS, SELF)
+        words = ("null", f"0 … {count - 1}", *NAMED_TRAININGS, SELF)
         self.finetune.check("range", named or is_range, one_of(words, chosen))
         part = "batch_size" if self.finetune.micro_batch_size is None else "micro_batch_size"
         enough = chosen not in (DISTILLED, ANT_UW) or getattr(self.finetune, part) >= count
@@ -79,8 +83,8 @@ class Config(Section):
         for pattern, numbers in self.coefficient_groups.items():
             fits = isinstance(pattern, str) and isinstance(numbers, list) and all(map(is_finite, numbers))
             self.merge.check("coefficients", fits, rule)
-            lacks = f"{len(numbers)} coefficients for {count} timestep ranges"
-            self.merge.check("coefficients", len(numbers) == count, lacks)
+            lacks = f"{len(numbers)} coefficients for {len(self.merged_names)} networks"
+            self.merge.check("coefficients", len(numbers) == len(self.merged_names), lacks)
         self.merge.check("coefficients", self.merge.coefficients != {}, rule)
 
     @property
@@ -112,17 +116,32 @@ class Config(Section):
 
     @property
     def coefficient_groups(self) -> dict[str, list[float]]:
-        """Name pattern → merging coefficients, one per range; a plain list holds for all tensors.
+        """Name pattern → merging coefficients, one of each of `merged_names`; a plain list holds for all tensors.
 
         Empty where they are in a file: `merge.py` reads it.
         """
         coefficients = self.merge.coefficients
         if isinstance(coefficients, str):
             return {}
-        count = len(self.timesteps.ranges)
         if isinstance(coefficients, dict):
             return coefficients
-        return {"*": coefficients if coefficients is not None else [1 / count] * count}
+        uniform = {"ranges": [1 / len(self.timesteps.ranges)] * len(self.timesteps.ranges)}
+        uniform[SELF] = [-1 / len(self.self_trained_names)] * len(self.self_trained_names)
+        if coefficients is None:
+            coefficients = [number for group in self.merge.experts for number in uniform[group]]
+        return {"*": coefficients}
+
+    @property
+    def self_trained_names(self) -> list[str]:
+        """The names of the networks that finetune.range=self trains."""
+        by_range = [f"{SELF}-{range_name(edges)}" for edges in self.timesteps.ranges]
+        return by_range if self.self_training.ranges else [SELF]
+
+    @property
+    def merged_names(self) -> list[str]:
+        """The names of the networks that are merged, in the order of their coefficients."""
+        names = {"ranges": [range_name(edges) for edges in self.timesteps.ranges], SELF: self.self_trained_names}
+        return [name for group in self.merge.experts for name in names[group]]
 
     @property
     def report_blocks(self) -> int:
@@ -147,6 +166,14 @@ class Config(Section):
         few = 0 < self.search.report_images < 2 * self.report_blocks
         rule = f"must be 0, or at least 2 for each of {self.report_blocks} blocks"
         self.search.check("report_images", not few, rule)
+
+    def check_self_training(self) -> None:
+        """Make sure that the own samples fill a batch, and are no images that are scored."""
+        own, drawn = self.self_training, self.sample.seeds
+        rule = f"must be at least finetune.batch_size={self.finetune.batch_size}"
+        own.check("num_images", own.num_images >= self.finetune.batch_size, rule)
+        apart = own.seed_offset + own.num_images <= drawn.start or own.seed_offset >= drawn.stop
+        own.check("seed_offset", apart, f"sample_ddp.py draws the seeds {drawn.start} … {drawn.stop - 1}")
 
     def check_classified(self) -> None:
         """Make sure that the data's images are large enough for the features that are configured."""

@@ -31,8 +31,9 @@ class Paths:
         self.continued = self.trained(CONTINUED)  # the control's UNet folder
         self.distilled = self.trained(DISTILLED)  # of the network that is distilled from the experts
         experts = output(config.merge.finetuned, "finetuned")
-        # the UNet folders that are merged, lowest range first
-        self.finetuned = [experts / range_name(bounds) / DENOISER for bounds in config.timesteps.ranges]
+        self.finetuned = [experts / name / DENOISER for name in config.merged_names]  # the UNet folders that are merged
+        self.experts = [experts / range_name(bounds) / DENOISER for bounds in config.timesteps.ranges]  # of the ranges
+        self.own_samples = run / "own-samples"  # of the pretrained network, for self-training
         self.search = output(config.search.output, "search")  # the output of search.py
         self.best_coefficients = self.search / "best.yaml"  # the merging coefficients that search.py finds
         self.analysis = output(config.analyze.output, "analysis")  # the output of analyze.py

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from deme.config.section import Section, is_finite, setting
 
@@ -19,7 +19,8 @@ CONTINUED = "continued"  # the control: plain training on all timesteps at the r
 ANT_UW = "ant_uw"  # the control with learned weights of the timestep ranges
 BASELINES = (*WEIGHTINGS[1:], ANT_UW)  # the control with another weighting of the loss: the paper's table 1
 DISTILLED = "distilled"  # the merged network, trained to match each range's expert in its range
-NAMED_TRAININGS = (CONTINUED, *BASELINES, DISTILLED)  # what finetune.range takes besides the number of a range
+SELF = "self"  # trained on samples of the pretrained network, to be subtracted
+NAMED_TRAININGS = (CONTINUED, *BASELINES, DISTILLED)  # of one network each, beside the ranges
 REPORT_BLOCKS = 5  # of a search's report where evaluate.blocks=1 gives no standard error
 LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 PRECISIONS = ("no", "fp16", "bf16")
@@ -155,7 +156,7 @@ class Pretrain(Training):
 class Finetune(Training):
     """Training the copy of a range, the control or a baseline."""
 
-    range: int | str | None = setting(None, "weights all_runs")  # null: each; 0, 1, …: one; or of NAMED_TRAININGS
+    range: int | str | None = setting(None, "weights all_runs")  # null: each; 0, 1, …: one; of NAMED_TRAININGS; self
     global_probability: float = setting(0.3, "weights", least=0, most=1)  # p: of a micro-batch from all timesteps
     consistency_weight: float = setting(1.0, "weights", least=0)  # λ
     uncertainty_learning_rate: float = setting(0.025, "weights", only=("range", ANT_UW), above=0)  # of its weights
@@ -169,13 +170,26 @@ class Distill(Section):
 
 
 @dataclass(frozen=True)
+class SelfTraining(Section):
+    """Training on the pretrained network's own samples (finetune.range=self); all else is as in `finetune`."""
+
+    section: ClassVar[str] = "self_training"
+    ranges: bool = setting(False, "weights merged search")  # one for each timestep range, not one for all
+    num_images: int = setting(6000, "weights", above=0)  # drawn from the pretrained network
+    num_inference_steps: int | None = setting(None, "weights", above=0)  # null: as `sample`
+    seed_offset: int = setting(20_000_000, "weights", least=0, below=2**63)  # first seed; other images have others
+
+
+@dataclass(frozen=True)
 class Merge(Section):
     """What is merged, how, and into what."""
 
+    experts: list[str] = setting(["ranges"], "merged search", choices=("ranges", SELF))  # of ranges, and of own samples
     method: str = setting("task_arithmetic", "merged", choices=MERGE_METHODS)
     settings: dict[str, Any] = setting({}, "merged")  # of the method: the fields of its class
-    # w, one per range, lowest first; null: 1/N each; {"down_blocks.*": [...], "*": [...]}: for the first name pattern
-    # that matches a tensor; a file that search.py wrote; search: the file of this run
+    # w, one per network, the ranges' lowest first; null: 1/N of the ranges', −1/N of self-trained ones;
+    # {"down_blocks.*": [...], "*": [...]}: for the first name pattern that matches a tensor; a file that search.py
+    # wrote; search: the file of this run
     coefficients: Any = setting(None, "merged path")
     finetuned: str | None = setting(None, "merged one_run path")  # folder of 0000-0250/ …; null: this run's
     output: str | None = setting(None, "place one_run path")  # null: merged/ of this run
@@ -183,6 +197,7 @@ class Merge(Section):
     push_private: bool = setting(False, "free")  # make the Hub's repository private; a public one is refused
 
     def check_together(self) -> None:
+        self.check("experts", len(self.experts) == len(set(self.experts)) > 0, f"must be ranges, {SELF}, or both")
         named = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub) is not None
         self.check("push_to_hub", named, "must be a Hub id, owner/name")
 
@@ -195,6 +210,7 @@ class Search(Section):
     objective: str = setting("match", "search", choices=("match", "loss", "fd"))  # fd: only for optuna
     groups: Any = setting("range", "search")  # tensors with one coefficient: range, block, tensor, or name patterns
     bounds: list[float] | None = setting(None, "search")  # of coefficients; null: [0, 1.5], for groups=tensor [-1, 2]
+    self_bounds: list[float] = setting([-3.0, 0.5], "search")  # of the coefficients of self-trained networks
     images: int = setting(512, "search", above=0)  # match, loss: from the training images
     batch_size: int = setting(64, "search", above=0)  # match, loss: images per forward pass
     ridge: float = setting(1e-3, "search", least=0)  # closed_form: pull to 0, relative to the mean curvature
@@ -218,15 +234,15 @@ class Search(Section):
     def check_together(self) -> None:
         cheap = self.objective != "fd" or self.method == "optuna"
         self.check("objective", cheap, f"search.method={self.method} needs match or loss")
-        patterns = (
-            isinstance(self.groups, list) and self.groups and all(isinstance(group, str) for group in self.groups)
-        )
-        named = self.groups in ("range", "block", "tensor") or bool(patterns)
+        texts = isinstance(self.groups, list) and all(isinstance(group, str) for group in self.groups)
+        named = self.groups in ("range", "block", "tensor") or (texts and self.groups != [])
         self.check("groups", named, "must be range, block, tensor, or a list of name patterns")
-        pair = len(self.interval) == 2 and all(map(is_finite, self.interval)) and self.interval[0] < self.interval[1]
-        self.check("bounds", pair, "must be two finite numbers, the least and the greatest")
-        low, high = self.interval
-        self.check("bounds", low <= 0 <= high, "must hold 0, the pretrained network, where the search starts")
+        for key, bounds in (("bounds", self.interval), ("self_bounds", self.self_bounds)):
+            pair = len(bounds) == 2 and all(map(is_finite, bounds)) and bounds[0] < bounds[1]
+            self.check(key, pair, "must be two finite numbers, the least and the greatest")
+            holds = bounds[0] <= 0 <= bounds[1]
+            self.check(key, holds, "must hold 0, the pretrained network, where the search starts")
+        self.check("self_bounds", self.self_bounds[0] < 0, "self-trained networks are subtracted: must begin below 0")
         rule = f"must be at most search.control_images={self.control_images}"
         self.check("num_images", self.num_images <= self.control_images, rule)
         if self.method == "multi_fidelity":

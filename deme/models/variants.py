@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deme.config.experiment import Config
 from deme.config.paths import DENOISER, Paths
-from deme.config.sections import BASELINES, CONTINUED, DDIM, DISTILLED, NAMED_TRAININGS, Sample
+from deme.config.sections import BASELINES, CONTINUED, DDIM, DISTILLED, NAMED_TRAININGS, SELF, Sample
 from deme.errors import UserError, naming
 from deme.job.files import Watched, read_json, sha256
 from deme.job.records import ENCODER, SCHEDULE
@@ -84,16 +84,17 @@ def find_model(model: str, paths: Paths) -> ModelFiles:
 def made_denoisers(model: str, paths: Paths) -> list[Path]:
     """The denoiser folders of a model in MAKERS, whether they exist or not."""
     if model == "ensemble":
-        return paths.finetuned
+        return paths.experts
     return [paths.merged / DENOISER if model == "merged" else paths.trained(model)]
 
 
-def find_finetuned(paths: Paths) -> list[Path]:
-    """The folders of the finetuned denoisers, lowest range first."""
-    for k, folder in enumerate(paths.finetuned):
+def check_trained(folders: list[Path]) -> list[Path]:
+    """The folders of denoisers that finetune.py has trained, each with its weights."""
+    for k, folder in enumerate(folders):
         if not has_weights(folder):
-            raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={k}")
-    return paths.finetuned
+            chosen = SELF if folder.parent.name.startswith(SELF) else k
+            raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={chosen}")
+    return folders
 
 
 def find_pretrained(paths: Paths) -> Path:

@@ -145,7 +145,7 @@ def missing_stages(run: Run) -> Iterator[tuple[str, str]]:
     trained = {log.name for log in run.logs}
     paths = run.config.paths
     for k, name in enumerate(map(range_name, run.config.timesteps.ranges)):
-        if name not in trained and not paths.finetuned[k].is_dir():
+        if name not in trained and not paths.experts[k].is_dir():
             yield f"the expert of timesteps {name}", f"finetune.py finetune.range={k}"
     for name in (CONTINUED, DISTILLED):
         if not made_denoisers(name, paths)[0].is_dir():
