@@ -69,6 +69,7 @@ def problem_of(names: list[str], seed: int = 0) -> SimpleNamespace:
         names=names,
         shape=(1, len(names)),
         settings=Search(),
+        bounds=[(0.0, 1.5)] * len(names),
         stream=(seed,),
         processes=Accelerator(cpu=True),
         value=lambda objective, coefficients, images: (float(coefficients.sum()), 1),

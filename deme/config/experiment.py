@@ -125,11 +125,14 @@ class Config(Section):
             return {}
         if isinstance(coefficients, dict):
             return coefficients
-        uniform = {"ranges": [1 / len(self.timesteps.ranges)] * len(self.timesteps.ranges)}
-        uniform[SELF] = [-1 / len(self.self_trained_names)] * len(self.self_trained_names)
-        if coefficients is None:
-            coefficients = [number for group in self.merge.experts for number in uniform[group]]
-        return {"*": coefficients}
+        return {"*": self.usual_coefficients if coefficients is None else coefficients}
+
+    @property
+    def usual_coefficients(self) -> list[float]:
+        """1/N for the experts of N ranges, and −1 in sum for self-trained networks, one of each of `merged_names`."""
+        ranges, own = len(self.timesteps.ranges), len(self.self_trained_names)
+        usual = {"ranges": [1 / ranges] * ranges, SELF: [-1 / own] * own}
+        return [number for group in self.merge.experts for number in usual[group]]
 
     @property
     def self_trained_names(self) -> list[str]:
@@ -154,8 +157,17 @@ class Config(Section):
         given = self.search.num_inference_steps
         return self.sample.num_inference_steps if given is None else given
 
+    @property
+    def intervals(self) -> list[tuple[float, float]]:
+        """The bounds of the searched coefficients, one of each of `merged_names`."""
+        search = self.search
+        return [search.self_interval if name.startswith(SELF) else search.interval for name in self.merged_names]
+
     def check_search(self) -> None:
         """What has to hold between the sections where a search is made."""
+        by_images = self.search.method == "multi_fidelity" or self.search.objective == "fd"
+        rule = "match and loss need merge.experts=[ranges]; with self use multi_fidelity, or optuna with fd"
+        self.search.check("method", by_images or self.merge.experts == ["ranges"], rule)
         total = self.timesteps.num_train_timesteps
         few = self.search_steps <= total
         self.search.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")

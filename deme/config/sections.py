@@ -174,7 +174,7 @@ class SelfTraining(Section):
     """Training on the pretrained network's own samples (finetune.range=self); all else is as in `finetune`."""
 
     section: ClassVar[str] = "self_training"
-    ranges: bool = setting(False, "weights merged search")  # one for each timestep range, not one for all
+    ranges: bool = setting(False, "weights merged")  # one for each timestep range, not one for all
     num_images: int = setting(6000, "weights", above=0)  # drawn from the pretrained network
     num_inference_steps: int | None = setting(None, "weights", above=0)  # null: as `sample`
     seed_offset: int = setting(20_000_000, "weights", least=0, below=2**63)  # first seed; other images have others
@@ -184,7 +184,7 @@ class SelfTraining(Section):
 class Merge(Section):
     """What is merged, how, and into what."""
 
-    experts: list[str] = setting(["ranges"], "merged search", choices=("ranges", SELF))  # of ranges, and of own samples
+    experts: list[str] = setting(["ranges"], "merged", choices=("ranges", SELF))  # of ranges, and of own samples
     method: str = setting("task_arithmetic", "merged", choices=MERGE_METHODS)
     settings: dict[str, Any] = setting({}, "merged")  # of the method: the fields of its class
     # w, one per network, the ranges' lowest first; null: 1/N of the ranges', −1/N of self-trained ones;
@@ -210,7 +210,7 @@ class Search(Section):
     objective: str = setting("match", "search", choices=("match", "loss", "fd"))  # fd: only for optuna
     groups: Any = setting("range", "search")  # tensors with one coefficient: range, block, tensor, or name patterns
     bounds: list[float] | None = setting(None, "search")  # of coefficients; null: [0, 1.5], for groups=tensor [-1, 2]
-    self_bounds: list[float] = setting([-3.0, 0.5], "search")  # of the coefficients of self-trained networks
+    self_bounds: list[float] | None = setting(None, "search omit_default")  # of self-trained networks; null: [-3, 0.5]
     images: int = setting(512, "search", above=0)  # match, loss: from the training images
     batch_size: int = setting(64, "search", above=0)  # match, loss: images per forward pass
     ridge: float = setting(1e-3, "search", least=0)  # closed_form: pull to 0, relative to the mean curvature
@@ -237,12 +237,12 @@ class Search(Section):
         texts = isinstance(self.groups, list) and all(isinstance(group, str) for group in self.groups)
         named = self.groups in ("range", "block", "tensor") or (texts and self.groups != [])
         self.check("groups", named, "must be range, block, tensor, or a list of name patterns")
-        for key, bounds in (("bounds", self.interval), ("self_bounds", self.self_bounds)):
+        for key, bounds in (("bounds", self.interval), ("self_bounds", self.self_interval)):
             pair = len(bounds) == 2 and all(map(is_finite, bounds)) and bounds[0] < bounds[1]
             self.check(key, pair, "must be two finite numbers, the least and the greatest")
             holds = bounds[0] <= 0 <= bounds[1]
             self.check(key, holds, "must hold 0, the pretrained network, where the search starts")
-        self.check("self_bounds", self.self_bounds[0] < 0, "self-trained networks are subtracted: must begin below 0")
+        self.check("self_bounds", self.self_interval[0] < 0, "self-trained networks are subtracted: must begin below 0")
         rule = f"must be at most search.control_images={self.control_images}"
         self.check("num_images", self.num_images <= self.control_images, rule)
         if self.method == "multi_fidelity":
@@ -256,6 +256,11 @@ class Search(Section):
         """The least and the greatest coefficient."""
         default = (-1.0, 2.0) if self.groups == "tensor" else (0.0, 1.5)
         return default if self.bounds is None else tuple(self.bounds)
+
+    @property
+    def self_interval(self) -> tuple[float, float]:
+        """The least and the greatest coefficient of a self-trained network."""
+        return (-3.0, 0.5) if self.self_bounds is None else tuple(self.self_bounds)
 
 
 @dataclass(frozen=True)

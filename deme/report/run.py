@@ -86,7 +86,7 @@ def read_run(config: Config) -> Run:
     """Read the files of a run that are there."""
     paths = config.paths
     run = Run(config)
-    for name in [*map(range_name, config.timesteps.ranges), *NAMED_TRAININGS]:
+    for name in [*map(range_name, config.timesteps.ranges), *NAMED_TRAININGS, *config.self_trained_names]:
         read = partial(read_log, name, batch_size=config.finetune.batch_size)
         log = run.read(TRAINING, paths.finetuning(name) / "log.jsonl", read)
         run.logs += [log] if log is not None else []

@@ -9,7 +9,6 @@ import numpy as np
 from torch import nn
 
 from deme.config.experiment import Config
-from deme.config.sections import range_name
 from deme.data.examples import load_examples
 from deme.data.opening import Source
 from deme.data.samples import load_prompts
@@ -68,10 +67,11 @@ class Problem:
             self.patterns = patterns_of(config.search.groups, list(base))
         group_of = {name: self.patterns.index(pattern_of(name, self.patterns)) for name in base}
         self.candidates = Candidates(base, finetuned, group_of, processes.device)
-        self.shape = self.candidates.shape  # of the coefficients: (groups, ranges)
-        self.names = ranges = list(map(range_name, config.timesteps.ranges))  # of the coefficients in row-major order
+        self.shape = self.candidates.shape  # of the coefficients: (groups, networks)
+        self.names = merged = config.merged_names  # of the coefficients in row-major order
         if len(self.patterns) > 1:
-            self.names = [f"{pattern} {name}" for pattern in self.patterns for name in ranges]
+            self.names = [f"{pattern} {name}" for pattern in self.patterns for name in merged]
+        self.bounds = config.intervals * len(self.patterns)  # of the coefficients
 
         self.scheduler = load_scheduler(pretrained)
         network = load_denoiser(self.architecture)
@@ -159,7 +159,8 @@ class Problem:
     def experts(self) -> NetworkAt:
         """The ensemble before merging: at each timestep the expert of its range, formed when it comes to it."""
         network = self.sampled_network  # made here: sampling would make it of inference tensors
-        number_at = ensemble(range(self.shape[1]), self.config.timesteps.ranges)
+        ranges = self.config.timesteps.ranges
+        number_at = ensemble(range(len(ranges)), ranges)
         form = lru_cache(maxsize=1)(lambda number: self.candidates.form_expert(network, number))
 
         def network_at(timestep: float) -> nn.Module:

@@ -60,12 +60,15 @@ def score_fresh(
 
 def _contenders(problem: Problem, result: Result) -> dict[str, np.ndarray | Path | str]:
     """Name → coefficients, the folder of another network that was trained, or ENSEMBLE."""
-    ranges, paths = problem.shape[1], problem.config.paths
+    config, paths = problem.config, problem.config.paths
     trained = {CONTINUED: paths.continued, DISTILLED: paths.distilled}
-    contenders = {"pretrained": np.zeros(ranges)}
+    usual = config.usual_coefficients
+    contenders = {"pretrained": np.zeros(len(usual))}
     contenders |= {name: folder for name, folder in trained.items() if folder.is_dir()}
-    contenders |= {ENSEMBLE: ENSEMBLE, f"uniform {1 / ranges:g}": np.full(ranges, 1 / ranges)}
-    if len(PUBLISHED) == ranges:
+    of_ranges = config.merge.experts == ["ranges"]
+    contenders |= {ENSEMBLE: ENSEMBLE} if of_ranges else {}
+    contenders[f"uniform {usual[0]:g}" if of_ranges else "without a search"] = np.array(usual)
+    if of_ranges and len(PUBLISHED) == len(usual):
         contenders["published coefficients"] = np.array(PUBLISHED)
     return contenders | {"best": result.coefficients}
 

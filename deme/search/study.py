@@ -149,7 +149,8 @@ class Study:
             return math.nan  # for Optuna a failure
         problem = self.problem
         self.study.sampler = self._sampler(place)  # Optuna samples at the first suggestion
-        values = [trial.suggest_float(name, *problem.settings.interval) for name in problem.names]
+        pairs = zip(problem.names, problem.bounds, strict=True)
+        values = [trial.suggest_float(name, *bounds) for name, bounds in pairs]
         coefficients = np.reshape(values, problem.shape)
         try:
             in_main_process(problem.processes, lambda: coefficients)  # tells the other processes, which wait in `run`
@@ -178,7 +179,7 @@ class Study:
         """What draws the candidate of this place, counted from 0."""
         startup = len(self.first)
         if place < startup:
-            clipped = np.clip(self.first[place].ravel(), *self.problem.settings.interval).tolist()
+            clipped = np.clip(self.first[place].ravel(), *np.transpose(self.problem.bounds)).tolist()
             return PartialFixedSampler(dict(zip(self.problem.names, clipped, strict=True)), RandomSampler(0))
         seed = int(np.random.default_rng((*self.problem.stream, place)).integers(2**31))
         if self.sampler == "tpe":

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from deme.config.experiment import Config
+from deme.config.sections import SELF
 from deme.errors import UserError, naming
 from deme.job.processes import in_main_process, locked_by_all
 from deme.method.coefficients import PUBLISHED
@@ -20,6 +22,7 @@ from deme.search.study import Study, distinct, open_by_all
 
 UNIFORM = (0.5, 1.0)  # beside 1 / the number of ranges
 LONGER = 2.0  # the closed form, times this: it matches the experts, whose directions may be worth more
+LINE = 8  # candidates along the line of self-trained networks
 VALUE = attrgetter("value")
 MOST_COLUMNS = 64  # coefficients up to which their closed form is cheap; with more the gradient is
 
@@ -56,7 +59,9 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
     evaluated, first = [], []
     if settings.sampler == "grid":
         with naming("search.trials", settings.trials):
-            first = grid(settings.trials, shape, settings.interval)
+            first = grid(settings.trials, problem.bounds, shape)
+    elif settings.sampler != "random" and problem.config.merge.experts != ["ranges"]:
+        first = line(problem.config, shape)
     elif settings.sampler != "random":
         answer = _cheap_answer(problem, folder, by_gradient=np.prod(shape) > MOST_COLUMNS)
         evaluated = answer.evaluated
@@ -111,13 +116,27 @@ def _cheap_answer(problem: Problem, folder: Path, by_gradient: bool) -> Result:
 # --- where a study starts
 
 
-def grid(count: int, shape: tuple[int, int], interval: tuple[float, float]) -> list[np.ndarray]:
+def line(config: Config, shape: tuple[int, int]) -> list[np.ndarray]:
+    """The pretrained network, and LINE equal coefficients of all self-trained networks down to their lower bound.
+
+    The distance falls smoothly along this line and rises again. If the ranges' experts are merged, too, half of the
+    candidates add them uniformly.
+    """
+    is_self = np.array([name.startswith(SELF) for name in config.merged_names])
+    rows = []
+    for number, value in enumerate(np.linspace(0, config.search.self_interval[0], LINE + 1)):
+        others = 0 if number % 2 == 0 else 1 / len(config.timesteps.ranges)
+        rows.append(np.broadcast_to(np.where(is_self, value, others), shape))
+    return rows
+
+
+def grid(count: int, bounds: Sequence[tuple[float, float]], shape: tuple[int, int]) -> list[np.ndarray]:
     """A grid of at most `count` points over the bounds, their ends included."""
-    dimensions = int(np.prod(shape))
+    dimensions = len(bounds)
     values = int(count ** (1 / dimensions) + 1e-9)  # per coefficient
     if values < 2:
         raise UserError(f"a grid of {dimensions} coefficients has at least 2 ** {dimensions} candidates")
-    return [np.reshape(point, shape) for point in product(np.linspace(*interval, values), repeat=dimensions)]
+    return [np.reshape(point, shape) for point in product(*(np.linspace(*pair, values) for pair in bounds))]
 
 
 def first_candidates(cheap: np.ndarray, interval: tuple[float, float]) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ THIRD = {"tpe": (0.59211797, 0.90829558), "gp": (0.50487690, 0.50506273), "rando
 
 def make(folder, sampler: str = "random", count: int = 6, name: str = "s", seed: int = 0) -> Study:
     problem = problem_of(["a", "b"], seed)
-    first = {"random": [], "grid": grid(4, (1, 2), problem.settings.interval)}.get(sampler, FIRST)
+    first = {"random": [], "grid": grid(4, problem.bounds, (1, 2))}.get(sampler, FIRST)
     return Study(problem, open_storage(f"sqlite:///{folder / 'study.db'}"), name, "match", 0, 0, sampler, first, count)
 
 
