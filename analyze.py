@@ -20,7 +20,8 @@ from typing import Any
 
 from deme.analysis import UNET_PASSES
 from deme.config.experiment import Config
-from deme.config.sections import ANALYSES, CONTINUED, DISTILLED, range_name
+from deme.config.sections import ANALYSES, range_name
+from deme.config.trainings import CONTINUED, DISTILLED
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
 from deme.models.kinds import denoiser_folder

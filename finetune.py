@@ -21,7 +21,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.config.sections import ANT_UW, BASELINES, CONTINUED, DISTILLED, SELF, Finetune, range_name
+from deme.config.sections import range_name
+from deme.config.trainings import ANT_UW, BASELINES, CONTINUED, DISTILLED, SELF, Finetune
 from deme.job.command import run_script
 from deme.job.files import sha256
 from deme.job.records import ARCHITECTURE

@@ -20,7 +20,7 @@ from benchmarks.measure import parse, seconds, spread
 from benchmarks.report import save
 from benchmarks.trainers import make_trainer
 from benchmarks.unets import CHURCH, SMALL
-from deme.config.sections import Finetune
+from deme.config.trainings import Finetune
 from deme.report.tables import markdown_table
 from deme.training.progress import RunLog
 

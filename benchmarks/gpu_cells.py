@@ -21,7 +21,8 @@ from benchmarks.sampling import pipeline_images, save_loop, two_call_images
 from benchmarks.trainers import make_accelerator, make_trainer
 from benchmarks.training import plain_step, smooth_noise
 from benchmarks.unets import CHURCH, CIFAR10, SMALL
-from deme.config.sections import Finetune, Sample
+from deme.config.sections import Sample
+from deme.config.trainings import Finetune
 from deme.data.drawing import draw
 from deme.method.losses import decoupled_loss
 from deme.method.sampling import sample_images

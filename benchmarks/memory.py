@@ -76,7 +76,7 @@ def measure(mixed_precision: str, gradient_checkpointing: bool, batch_size: int,
     from benchmarks.measure import memory_taken
     from benchmarks.trainers import make_trainer
     from benchmarks.unets import CHURCH, SMALL
-    from deme.config.sections import Finetune
+    from deme.config.trainings import Finetune
 
     teacher = UNet2DModel(**(SMALL if quick else CHURCH))
     size = teacher.config.sample_size

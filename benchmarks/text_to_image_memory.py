@@ -26,7 +26,7 @@ from benchmarks.measure import memory_taken
 from benchmarks.report import save
 from benchmarks.trainers import OBJECTIVE
 from benchmarks.unets import STABLE_DIFFUSION
-from deme.config.sections import Finetune
+from deme.config.trainings import Finetune
 from deme.models.denoisers import with_projections
 from deme.models.encoders import Encoded, LatentsAndText
 from deme.report.tables import markdown_table

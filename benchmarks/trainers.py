@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
-from deme.config.sections import Training
+from deme.config.trainings import Training
 from deme.data.images import CroppedImages, Examples
 from deme.models.denoisers import with_projections
 from deme.models.encoders import Pixels

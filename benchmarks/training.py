@@ -35,7 +35,7 @@ from benchmarks.measure import ceiling, has_bf16, parse, ratios, seconds, spread
 from benchmarks.report import save
 from benchmarks.trainers import make_accelerator, make_trainer
 from benchmarks.unets import CHURCH, SMALL
-from deme.config.sections import Finetune
+from deme.config.trainings import Finetune
 from deme.job.machine import peak_memory
 from deme.models.denoisers import with_projections
 from deme.report.tables import markdown_table

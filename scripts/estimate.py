@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deme.config.experiment import Config, check_shares
-from deme.config.sections import CONTINUED, DISTILLED
+from deme.config.trainings import CONTINUED, DISTILLED
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json

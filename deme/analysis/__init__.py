@@ -5,7 +5,7 @@ Each module has the same two functions:
     measure(material) -> arrays by name, kept in the analysis folder
     report(arrays, material) -> tables as Markdown, and figures by name
 
-To add an analysis, write such a module, name it in ANALYSES of deme/config/sections.py and give it a line below.
+To add an analysis, write such a module, name it in ANALYSES of deme/config/section.py and give it a line below.
 """
 
 from deme.config.sections import GRADIENT_PASSES

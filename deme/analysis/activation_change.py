@@ -41,7 +41,7 @@ def measure(material: Material) -> Arrays:
         arrays = {"squares": np.stack(squares, axis=1), "shapes": change["shapes"]}
         return arrays | {"projections": np.array(distances).T, "blocks": np.array(blocks)}
 
-    return material.keep("activation_change", ["pretrained", *material.range_names], ("images",), make)
+    return material.keep("activation_change", ["pretrained", *material.range_names], make)
 
 
 def split_squares(activations: torch.Tensor) -> torch.Tensor:

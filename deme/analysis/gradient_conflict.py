@@ -31,7 +31,7 @@ def measure(material: Material) -> Arrays:
         arrays = gradient_products(network, images, material.timesteps, size, material.processes, keep)
         return arrays | {"images": np.array(images.count)}
 
-    return material.keep("gradient_conflict", ["pretrained"], ("timesteps", "images", "sketch"), make)
+    return material.keep("gradient_conflict", ["pretrained"], make)
 
 
 def gradient_products(

@@ -37,8 +37,7 @@ def measure(material: Material) -> Arrays:
         shape = (len(material.ranges), material.settings.landscape_points)
         return plane_losses(material.network, candidates, batches, *shape, material.processes, keep)
 
-    keys = ("landscape_points", "landscape_images", "landscape_ranges")
-    return material.keep("landscape", ["pretrained", *experts], keys, make)
+    return material.keep("landscape", ["pretrained", *experts], make)
 
 
 def _experts(material: Material) -> list[str]:

@@ -29,8 +29,7 @@ def measure(material: Material) -> Arrays:
 
     losses = {}
     for name in material.networks:
-        kept = (f"loss_by_timestep-{name}", [name], ("timesteps", "images"))
-        losses[name] = material.keep(*kept, lambda _, name=name: make(name))["losses"]
+        losses[name] = material.keep(f"loss_by_timestep-{name}", [name], lambda _, name=name: make(name))["losses"]
     experts = [losses[name] for name in material.range_names]
     losses["ensemble"] = ensemble_losses(experts, material.timesteps, material.ranges)
     return {name: losses[name] for name in (*ORDER, *material.range_names) if name in losses}

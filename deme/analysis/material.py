@@ -55,19 +55,19 @@ class Material:
         # which images losses are measured on
         self.measured_on = "held-out" if self.config.data.held_out_images > 0 else "training"
 
-    def keep(self, name: str, networks: list[str], keys: tuple[str, ...], make: Callable[[Keep], Arrays]) -> Arrays:
+    def keep(self, name: str, networks: list[str], make: Callable[[Keep], Arrays]) -> Arrays:
         """The arrays in NAME.npz if they are up to date, else those that `make` returns.
 
         Args:
+            name: an analysis, whose tag the settings have that it depends on, perhaps with -PART.
             networks: that the arrays are measured on.
-            keys: settings of the section analyze that determine the arrays.
             make: is given a function that keeps parts in a folder NAME until the whole is there.
         """
         config = self.config
         made_from = {
             "seed": config.seed,
             "ranges": self.ranges,
-            **{f"analyze.{key}": getattr(self.settings, key) for key in keys},
+            **{f"analyze.{key}": value for key, value in self.settings.tagged(name.partition("-")[0]).items()},
             **{f"data.{key}": value for key, value in config.data.tagged("examples").items()},
             "finetune.caption_dropout": config.finetune.caption_dropout,
             "weights": [self.hashes[network] for network in networks],

@@ -25,7 +25,7 @@ def measure(material: Material) -> Arrays:
         pretrained, *networks = (material.tensors(name) for name in ("pretrained", *names))
         return in_main_process(material.processes, lambda: statistics(pretrained, networks))
 
-    return material.keep("task_vectors", ["pretrained", *names], (), make) | {"names": np.array(names)}
+    return material.keep("task_vectors", ["pretrained", *names], make) | {"names": np.array(names)}
 
 
 @torch.no_grad()

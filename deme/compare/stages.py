@@ -15,7 +15,7 @@ from deme.compare.jobs import Job, state_of
 from deme.config.experiment import Config
 from deme.config.paths import DENOISER, for_shell, image_path
 from deme.config.reading import load_config, override
-from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS, SELF
+from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, SELF
 from deme.job.files import REPOSITORY, sha256
 
 LAST = ("card", "report")  # stages that take seconds, and no GPU

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from deme.compare.comparison import PRETRAINED, ComparedRun
-from deme.config.sections import CONTINUED, DISTILLED, NAMED_TRAININGS, range_name
+from deme.config.sections import range_name
+from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.measure.scores import Score, load_scores, mean_and_deviation
 from deme.models.searched import read_searched, seconds_of
 from deme.report.run import read_log

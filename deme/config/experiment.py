@@ -7,26 +7,28 @@ from typing import Any, ClassVar
 from deme.config.paths import Paths
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
 from deme.config.sections import (
-    ANT_UW,
-    DISTILLED,
     LEAST_CLASSIFIED,
-    NAMED_TRAININGS,
     REPORT_BLOCKS,
-    SELF,
     Analyze,
     Data,
-    Distill,
     Evaluate,
-    Finetune,
     Merge,
     Model,
-    Pretrain,
     Sample,
     Search,
-    SelfTraining,
     Timesteps,
-    Training,
     range_name,
+)
+from deme.config.trainings import (
+    ANT_UW,
+    DISTILLED,
+    NAMED_TRAININGS,
+    SELF,
+    Distill,
+    Finetune,
+    Pretrain,
+    SelfTraining,
+    Training,
 )
 
 PRETRAIN, CACHE, FINETUNE, SAMPLE = "pretrain.py", "scripts/cache.py", "finetune.py", "sample_ddp.py"
@@ -48,7 +50,7 @@ class Config(Section):
     section: ClassVar[str] = ""
     name: str = setting("digits", "place all_runs")
     output_dir: str = setting("runs", "place path")
-    seed: int = setting(0, "weights search analysis all_runs", least=0, below=2**63)
+    seed: int = setting(0, "weights search all_runs", least=0, below=2**63)
     model: Model = part(Model)
     data: Data = part(Data)
     timesteps: Timesteps = part(Timesteps)

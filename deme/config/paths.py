@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from deme.config.sections import CONTINUED, DISTILLED, range_name
+from deme.config.sections import range_name
+from deme.config.trainings import CONTINUED, DISTILLED
 
 DENOISER = "unet"  # the sub-folder of the network, as diffusers' pipelines call it
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from deme.errors import UserError, shown
 
+ANALYSES = ("gradient_conflict", "loss_by_timestep", "task_vectors", "landscape", "activation_change")  # modules
 TAGS = {  # what a setting influences: records, caches, comparisons and jobs read these; there is no other list
     "weights": "the weights that a training ends with, so it is fixed for a run",
     "merged": "the merged weights; merge.yaml names the coefficients that were read and the settings of the method",
@@ -20,7 +21,7 @@ TAGS = {  # what a setting influences: records, caches, comparisons and jobs rea
     "latents": "the cache of encoded images",
     "statistics": "the data's statistics, and the classifier",
     "search": "the coefficients that a search finds",
-    "analysis": "what analyze.py measures",
+    **dict.fromkeys(ANALYSES, "this analysis of analyze.py"),
     "free": "no result, so it may change while a training or a search is under way",
     "place": "where a result lies, not what it is",
     "all_runs": "the rows of a comparison, so all of its runs have the same",

@@ -7,30 +7,19 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from deme.config.section import Section, is_finite, setting
+from deme.config.section import ANALYSES, Section, is_finite, setting
+from deme.config.trainings import PRECISIONS, SELF
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
 CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # of the paper's text-to-image scores
 MERGE_METHODS = tuple(sorted(file.stem for file in Path(__file__).parents[1].glob("method/merging/[!_]*.py")))
-WEIGHTINGS = ("constant", "snr_plus_one", "truncated_snr", "min_snr", "p2")  # of the loss by timestep
-CONTINUED = "continued"  # the control: plain training on all timesteps at the ranges' total cost
-ANT_UW = "ant_uw"  # the control with learned weights of the timestep ranges
-BASELINES = (*WEIGHTINGS[1:], ANT_UW)  # the control with another weighting of the loss: the paper's table 1
-DISTILLED = "distilled"  # the merged network, trained to match each range's expert in its range
-SELF = "self"  # trained on samples of the pretrained network, to be subtracted
-NAMED_TRAININGS = (CONTINUED, *BASELINES, DISTILLED)  # of one network each, beside the ranges
 REPORT_BLOCKS = 5  # of a search's report where evaluate.blocks=1 gives no standard error
 LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
-PRECISIONS = ("no", "fp16", "bf16")
 DDIM = ("ddim", "DDIMScheduler")  # one sampler by two names
 SPACINGS = ("leading", "trailing", "linspace")
-PREVIEW_PROMPTS = ["a photograph of an astronaut riding a horse", "a red cube on top of a blue sphere"]
-PREVIEW_PROMPTS += ["an oil painting of a lighthouse in a storm", "four cups of coffee on a wooden table"]
 GRADIENT_PASSES = 3  # forward passes that an image's gradient costs: one forward, and backward twice as much
-ANALYSES = ("gradient_conflict", "loss_by_timestep", "task_vectors", "landscape", "activation_change")  # modules
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
 @dataclass(frozen=True)
@@ -93,91 +82,6 @@ class Timesteps(Section):
         """The half-open ranges [low, high), lowest first."""
         equal = [k * self.num_train_timesteps // self.num_ranges for k in range(self.num_ranges + 1)]
         return list(pairwise(equal if self.edges is None else self.edges))
-
-
-@dataclass(frozen=True)
-class Training(Section):
-    """What pretraining and finetuning share."""
-
-    max_steps: int = setting(1000, "weights", above=0)  # optimizer steps
-    max_minutes: float | None = setting(None, "free", above=0)  # then stop at a checkpoint; the same command resumes
-    batch_size: int = setting(64, "weights", above=0)  # images per optimizer step, over all processes
-    micro_batch_size: int | None = setting(None, "weights", above=0)  # images per forward pass; null: the whole batch
-    learning_rate: float = setting(5e-5, "weights", above=0)
-    lr_scheduler: str = setting("constant", "weights", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int = setting(0, "weights", least=0)  # optimizer steps
-    adam_beta1: float = setting(0.95, "weights", least=0, below=1)
-    adam_beta2: float = setting(0.999, "weights", least=0, below=1)
-    adam_weight_decay: float = setting(1e-6, "weights", least=0)
-    adam_epsilon: float = setting(1e-8, "weights", above=0)
-    max_grad_norm: float = setting(1.0, "weights", above=0)
-    ema_decay: float = setting(0.9999, "weights", least=0, most=1)  # upper bound of the decay
-    ema_inv_gamma: float = setting(1.0, "weights", above=0)
-    ema_power: float = setting(0.75, "weights", above=0)
-    mixed_precision: str = setting("no", "weights", choices=PRECISIONS)
-    loss_weighting: str | None = setting(None, "weights omit_default", choices=WEIGHTINGS)  # null: plain MSE
-    min_snr_gamma: float = setting(5.0, "weights", only=("loss_weighting", "min_snr"), above=0)
-    p2_k: float = setting(1.0, "weights", only=("loss_weighting", "p2"), above=0)
-    p2_gamma: float = setting(1.0, "weights", only=("loss_weighting", "p2"), above=0)
-    normalize_loss_weighting: bool = setting(True, "weights", only=("loss_weighting", *WEIGHTINGS))  # to a mean of 1
-    antithetic: bool = setting(True, "weights omit_default")  # draw timesteps in mirrored pairs
-    caption_dropout: float = setting(0.1, "weights examples text", least=0, most=1)  # chance of an empty caption
-    gradient_checkpointing: bool = setting(False, "free")  # same weights, less memory, up to a third more time
-    log_every: int = setting(50, "free", above=0)  # optimizer steps
-    log_with: list[str] = setting(["tensorboard"], "free", choices=("tensorboard", "wandb"))  # beside log.jsonl
-    checkpoint_every: int = setting(5000, "free", above=0)  # optimizer steps
-    checkpoints_kept: int = setting(2, "free", above=0)
-    preview_every: int | None = setting(None, "free", above=0)  # optimizer steps; null: no previews
-    preview_prompts: list[str] = setting(PREVIEW_PROMPTS, "free text")  # text-to-image: one image each
-
-    def check_together(self) -> None:
-        self.check("preview_prompts", len(self.preview_prompts) > 0, "must not be empty")
-        warms_up = self.lr_scheduler != "constant" or self.lr_warmup_steps == 0
-        self.check("lr_warmup_steps", warms_up, f"{self.section}.lr_scheduler=constant has no warm-up")
-        above_end = self.lr_scheduler != "polynomial" or self.learning_rate > 1e-7
-        self.check("learning_rate", above_end, "the polynomial schedule ends at 1e-07")
-        size = self.micro_batch_size or self.batch_size
-        rule = f"must be a multiple of {self.section}.micro_batch_size={size}"
-        self.check("batch_size", self.batch_size % size == 0, rule)
-
-
-@dataclass(frozen=True)
-class Pretrain(Training):
-    """Training a network from nothing."""
-
-    held_out_every: int = setting(1000, "weights", above=0)  # optimizer steps between measurements of the held-out loss
-    patience: int | None = setting(None, "weights", above=0)  # stop after so many without a fall by 0.1 % in a row
-    encoders: str | None = setting(None, "weights text path")  # pipeline with a text-to-image model's VAE, text encoder
-    unet: dict[str, Any] = setting({}, "weights")  # arguments of UNet2DModel, or with encoders of UNet2DConditionModel
-    scheduler: dict[str, Any] = setting({}, "weights")  # arguments of diffusers' DDPMScheduler
-
-
-@dataclass(frozen=True)
-class Finetune(Training):
-    """Training the copy of a range, the control or a baseline."""
-
-    range: int | str | None = setting(None, "weights all_runs")  # null: each; 0, 1, …: one; of NAMED_TRAININGS; self
-    global_probability: float = setting(0.3, "weights", least=0, most=1)  # p: of a micro-batch from all timesteps
-    consistency_weight: float = setting(1.0, "weights", least=0)  # λ
-    uncertainty_learning_rate: float = setting(0.025, "weights", only=("range", ANT_UW), above=0)  # of its weights
-
-
-@dataclass(frozen=True)
-class Distill(Section):
-    """Training the merged network to match the experts, which the paper does not do; all else is as in `finetune`."""
-
-    max_steps: int = setting(1000, "weights", above=0)  # optimizer steps
-
-
-@dataclass(frozen=True)
-class SelfTraining(Section):
-    """Training on the pretrained network's own samples (finetune.range=self); all else is as in `finetune`."""
-
-    section: ClassVar[str] = "self_training"
-    ranges: bool = setting(False, "weights merged")  # one for each timestep range, not one for all
-    num_images: int = setting(6000, "weights", above=0)  # drawn from the pretrained network
-    num_inference_steps: int | None = setting(None, "weights", above=0)  # null: as `sample`
-    seed_offset: int = setting(20_000_000, "weights", least=0, below=2**63)  # first seed; other images have others
 
 
 @dataclass(frozen=True)
@@ -329,14 +233,14 @@ class Evaluate(Section):
 class Analyze(Section):
     """What is measured beside the scores."""
 
-    analyses: list[str] | None = setting(None, "analysis", choices=ANALYSES)  # null: all
-    timesteps: int = setting(40, "analysis", least=2)  # gradient_conflict, loss_by_timestep: evenly spread over [0, T)
-    images: int = setting(256, "analysis", above=0)  # of each of these timesteps; activation_change: of each range
+    analyses: list[str] | None = setting(None, "free", choices=ANALYSES)  # null: all
+    timesteps: int = setting(40, "gradient_conflict loss_by_timestep", least=2)  # evenly spread over [0, T)
+    images: int = setting(256, "gradient_conflict loss_by_timestep activation_change", above=0)
     batch_size: int = setting(64, "free", above=0)  # images per forward pass
-    sketch: int = setting(16_384, "analysis", above=0)  # gradient_conflict: dimensions of each block's reduced gradient
-    landscape_points: int = setting(21, "analysis", least=2)  # along each side of the plane
-    landscape_images: int = setting(256, "analysis", above=0)  # at each point, spread evenly over the timesteps
-    landscape_ranges: list[int] | None = setting(None, "analysis")  # two experts; null: lowest and highest range
+    sketch: int = setting(16_384, "gradient_conflict", above=0)  # dimensions of a block's reduced gradient
+    landscape_points: int = setting(21, "landscape", least=2)  # along each side of the plane
+    landscape_images: int = setting(256, "landscape", above=0)  # at each point, spread evenly over the timesteps
+    landscape_ranges: list[int] | None = setting(None, "landscape")  # two experts; null: lowest and highest range
     output: str | None = setting(None, "place one_run path")  # null: analysis/ of this run
 
     def check_together(self) -> None:

@@ -21,15 +21,13 @@ from deme.data.samples import (
     write_image,
 )
 from deme.errors import RunError, naming
-from deme.job.files import Watched, sha256
+from deme.job.files import Watched
 from deme.job.processes import Processes, in_main_process, locked_by_all
-from deme.job.records import ENCODER, SAMPLES, Record, provenance
+from deme.job.records import ENCODER, SAMPLES, SCHEDULE, Record, provenance
 from deme.method.sampling import NetworkAt, ensemble, passed_over, sampler_name, try_sampler
 from deme.models.denoisers import load_denoiser, load_scheduler, try_out
 from deme.models.encoders import Drawing, load_encoder
 from deme.models.inference import freeze
-from deme.models.kinds import schedule_file
-from deme.models.pipelines import encoders_hash, takes_text
 from deme.models.variants import ModelFiles
 from deme.models.weights import weights_hash
 
@@ -100,17 +98,17 @@ def ranges_of(config: Config, model: ModelFiles) -> list[tuple[int, int]]:
 
 def identity(config: Config, model: ModelFiles) -> dict[str, Any]:
     """Everything that determines the images, for their record."""
-    of_text = takes_text(model.pipeline)
-    unused = {"scheduler", "timestep_spacing"} | ({} if of_text else config.sample.tagged("text")).keys()
+    hashes = model.hashes()
+    unused = {"scheduler", "timestep_spacing"} | ({} if ENCODER in hashes else config.sample.tagged("text")).keys()
     return {
         "weights": list(map(weights_hash, model.denoisers)),
         "timesteps": [list(edges) for edges in ranges_of(config, model)],
-        "scheduler": sha256(schedule_file(model.pipeline)),
+        "scheduler": hashes.pop(SCHEDULE),
         "sample.scheduler": sampler_name(config.sample.scheduler),
         "resolution": config.data.resolution,
         **{key: value for key, value in config.sample.tagged("samples").items() if key not in unused},
         **model.spacing(config.sample),
-        **({ENCODER: encoders_hash(model.pipeline)} if of_text else {}),
+        **hashes,
     }
 
 

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from deme.config.experiment import Config
-from deme.config.sections import Data, Training
+from deme.config.sections import Data
+from deme.config.trainings import Training
 from deme.data.decoding import ahead, decoding_threads
 from deme.data.images import HELD_OUT_CHOICE, CroppedImages, Images, TrainingImages, choose_caption, flat_images
 from deme.data.opening import Source, cached, contents_hash

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deme.config.sections import CONTINUED
+from deme.config.trainings import CONTINUED
 from deme.errors import UserError, naming
 from deme.job.files import atomic_file, checked, read_json
 

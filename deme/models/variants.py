@@ -6,7 +6,8 @@ from pathlib import Path
 
 from deme.config.experiment import Config
 from deme.config.paths import DENOISER, Paths
-from deme.config.sections import BASELINES, CONTINUED, DDIM, DISTILLED, NAMED_TRAININGS, SELF, Sample
+from deme.config.sections import DDIM, Sample
+from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, SELF
 from deme.errors import UserError, naming
 from deme.job.files import Watched, read_json, sha256
 from deme.job.records import ENCODER, SCHEDULE

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
 
-from deme.config.sections import CONTINUED, DISTILLED
+from deme.config.trainings import CONTINUED, DISTILLED
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file
 

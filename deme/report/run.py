@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.sections import BASELINES, CONTINUED, DISTILLED, GRADIENT_PASSES, NAMED_TRAININGS, range_name
+from deme.config.sections import GRADIENT_PASSES, range_name
+from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.errors import UserError, naming, one_line
 from deme.job.files import checked, read_json
 from deme.job.records import MERGED, read_record

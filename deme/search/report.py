@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deme.config.sections import CONTINUED, DISTILLED
+from deme.config.trainings import CONTINUED, DISTILLED
 from deme.errors import UserError
 from deme.job.files import read_json
 from deme.job.processes import in_main_process

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from deme.config.experiment import Config
-from deme.config.sections import SELF
+from deme.config.trainings import SELF
 from deme.errors import UserError, naming
 from deme.job.processes import in_main_process, locked_by_all
 from deme.method.coefficients import PUBLISHED

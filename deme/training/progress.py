@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
-from deme.config.sections import Training
+from deme.config.trainings import Training
 from deme.data.images import Examples, torch_seed
 from deme.data.samples import save_grid
 from deme.errors import UserError, one_line

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.sections import Training
+from deme.config.trainings import Training
 from deme.errors import naming
 from deme.job.files import checkpoint_steps, make_folder
 from deme.job.records import IMAGE_COLUMN, RUN, Record, changes, provenance, read_record

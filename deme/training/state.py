@@ -10,7 +10,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from deme.config.sections import Training
+from deme.config.trainings import Training
 from deme.models.encoders import Encoder
 
 STUDENT = "student.safetensors"

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from deme.config.sections import Training
+from deme.config.trainings import Training
 from deme.data.images import Examples, MicroBatch, MicroBatches
 from deme.errors import RunError, naming
 from deme.job.command import Interrupted, noted_signals

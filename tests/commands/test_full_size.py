@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from benchmarks.trainers import make_trainer
 from benchmarks.unets import CHURCH, CIFAR10
-from deme.config.sections import Finetune
+from deme.config.trainings import Finetune
 from deme.method.sampling import sample_images
 
 pytestmark = pytest.mark.long

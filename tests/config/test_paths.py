@@ -26,6 +26,10 @@ def test_everything_of_a_run_lies_below_its_folder():
         "finetuned": "\n".join(
             f"out/a/finetuned/{edges}/unet" for edges in ("0000-0250", "0250-0500", "0500-0750", "0750-1000")
         ),
+        "experts": "\n".join(
+            f"out/a/finetuned/{edges}/unet" for edges in ("0000-0250", "0250-0500", "0500-0750", "0750-1000")
+        ),
+        "own_samples": "out/a/own-samples",
         "search": "out/a/search",
         "best_coefficients": "out/a/search/best.yaml",
         "report": "out/a/report.html",

@@ -12,7 +12,8 @@ import report
 from deme.config.experiment import Config, check_shares
 from deme.config.reading import load_config, override, read_override
 from deme.config.section import setting, tags_of
-from deme.config.sections import Finetune, Sample, Search, range_name
+from deme.config.sections import Sample, Search, range_name
+from deme.config.trainings import Finetune
 from deme.errors import UserError
 
 SCRIPTS = ["pretrain.py", "finetune.py", "search.py", "merge.py", "sample_ddp.py", "evaluate.py", "analyze.py"]

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from deme.config.sections import WEIGHTINGS, Finetune
+from deme.config.trainings import WEIGHTINGS, Finetune
 from deme.errors import UserError
 from deme.method.losses import prediction_target
 from deme.method.weighting import TimestepWeights, UncertaintyWeights, loss_weights

@@ -147,7 +147,7 @@ def safetensors(choose: random.Random, folder: Path) -> Readers:
 
 def checkpoint(choose: random.Random, folder: Path) -> Readers:
     """A checkpoint's state and tensors."""
-    from deme.config.sections import Finetune
+    from deme.config.trainings import Finetune
     from deme.training.checkpoints import CheckpointWriter, load_newest_checkpoint
     from deme.training.state import TrainingState
 

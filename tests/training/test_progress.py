@@ -5,7 +5,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deme.config.experiment import Config
-from deme.config.sections import Finetune
+from deme.config.trainings import Finetune
 from deme.errors import UserError
 from deme.training import session
 from deme.training.progress import RunLog

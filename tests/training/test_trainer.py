@@ -14,7 +14,7 @@ from conftest import tiny_unet
 from safetensors.torch import load_file, save_file
 
 from benchmarks.trainers import make_trainer
-from deme.config.sections import Finetune, Pretrain
+from deme.config.trainings import Finetune, Pretrain
 from deme.data.images import CroppedImages
 from deme.errors import RunError, UserError
 from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_newest_checkpoint
