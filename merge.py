@@ -27,8 +27,7 @@ from deme.job.locks import locked
 from deme.job.records import MERGED, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models.kinds import denoiser_folder
 from deme.models.pipelines import common_architecture, write_pipeline_files
-from deme.models.searched import Searched, read_searched
-from deme.models.variants import ModelFiles, check_trained, find_pretrained
+from deme.models.variants import ModelFiles, Searched, check_trained, find_pretrained, read_searched
 from deme.models.weights import WEIGHTS, load_tensors, weights_hash, write_denoiser
 
 Groups = dict[str, list[float]]  # name pattern → coefficients, one per range
@@ -68,7 +67,7 @@ def main(config: Config) -> None:
         hashes = list(hashing)
 
     # --- the record: what the result is made from
-    if searched is not None and not searched.is_of(hashes[0], hashes[1:]):
+    if searched is not None and (searched.pretrained, searched.finetuned) != (hashes[0], hashes[1:]):
         remedy = "search again, or write its coefficients into the configuration"
         raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
     names = config.merged_names

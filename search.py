@@ -26,8 +26,7 @@ from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
 from deme.models.kinds import denoiser_folder
 from deme.models.pipelines import takes_text
-from deme.models.searched import SECONDS, timed
-from deme.models.variants import ModelFiles, check_trained, find_pretrained
+from deme.models.variants import ModelFiles, SECONDS, check_trained, find_pretrained, timed
 from deme.models.weights import weights_hash
 
 

@@ -15,7 +15,7 @@ from deme.job.records import Arrays, Keep
 from deme.measure.noisy import Batch
 from deme.method.candidates import Candidates
 from deme.method.coefficients import PUBLISHED
-from deme.models.searched import read_searched
+from deme.models.variants import read_searched
 from deme.report.figures import COLOURS, MARKERS, grid, legend_above
 from deme.report.tables import headed_table, number
 
@@ -148,7 +148,8 @@ def marks(material: Material) -> dict[str, tuple[float, float]]:
     if config.paths.best_coefficients.is_file():
         searched = read_searched(config.paths.best_coefficients)
         pretrained, *experts = (material.hashes[name] for name in ("pretrained", *material.range_names))
-        groups = searched.groups(config) if searched.is_of(pretrained, experts) else {}
+        is_of_these = (searched.pretrained, searched.finetuned) == (pretrained, experts)
+        groups = searched.groups(config) if is_of_these else {}
         if list(groups) == ["*"]:
             by_name["searched"] = groups["*"]
     first, second = map(material.range_names.index, _experts(material))

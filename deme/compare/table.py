@@ -10,7 +10,7 @@ from deme.compare.comparison import PRETRAINED, ComparedRun
 from deme.config.sections import range_name
 from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.measure.scores import Score, load_scores, mean_and_deviation
-from deme.models.searched import read_searched, seconds_of
+from deme.models.variants import read_searched, seconds_of
 from deme.report.run import read_log
 from deme.report.tables import NAMES, markdown_table, number
 

@@ -14,15 +14,8 @@ from deme.method.projection import PROJECTION_SUFFIX, add_projections
 from deme.method.sampling import SCHEDULE
 from deme.method.task_vectors import FLOATS
 from deme.models.encoders import Encoder
-from deme.models.kinds import (
-    PROJECTED,
-    check_settings,
-    denoiser_class,
-    read_index,
-    read_part,
-    schedule_file,
-)
-from deme.models.pipelines import default_settings, is_projected, takes_text
+from deme.models.kinds import PROJECTED, check_settings, denoiser_class, read_index, read_part, schedule_file
+from deme.models.pipelines import default_settings, takes_text
 from deme.models.weights import load_tensors, weights_files
 
 
@@ -40,13 +33,10 @@ def projected_class(unet_class: type[ModelMixin]) -> type[ModelMixin]:
     return type(f"{PROJECTED}{unet_class.__name__}", (unet_class,), members)
 
 
-ProjectedUNet2DModel = projected_class(UNet2DModel)
-ProjectedUNet2DConditionModel = projected_class(UNet2DConditionModel)
+ProjectedUNet2DModel, ProjectedUNet2DConditionModel = map(projected_class, (UNet2DModel, UNet2DConditionModel))
+DENOISERS = (UNet2DModel, UNet2DConditionModel, ProjectedUNet2DModel, ProjectedUNet2DConditionModel)
+DENOISER_CLASSES = {kind.__name__: kind for kind in DENOISERS}
 LATENT_SCHEDULE = {"clip_sample": False, "steps_offset": 1}  # as StableDiffusionPipeline enforces
-DENOISER_CLASSES = {
-    kind.__name__: kind
-    for kind in (UNet2DModel, UNet2DConditionModel, ProjectedUNet2DModel, ProjectedUNet2DConditionModel)
-}
 
 
 def with_projections(unet: nn.Module) -> nn.Module:
@@ -62,24 +52,20 @@ def load_denoiser(folder: Path) -> nn.Module:
     """The denoiser in a folder: float32, in eval mode, with projections if its config.json says so."""
     settings = read_part(DENOISER, folder / "config.json")
     name = settings.get("_class_name", denoiser_class(settings))
-    tensors = load_tensors(folder)
-    if not is_projected(folder) and any(key.endswith(PROJECTION_SUFFIX) for key in tensors):
+    file, tensors = weights_files(folder)[0], load_tensors(folder)
+    if not name.startswith(PROJECTED) and any(key.endswith(PROJECTION_SUFFIX) for key in tensors):
         raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED}{name}")
     with blaming(folder):
         denoiser = DENOISER_CLASSES[name].from_config(settings)
     parameters = denoiser.state_dict()
-    misfit = f"{folder}: weights and config.json do not fit each other"
-    if odd := sorted(parameters.keys() ^ tensors.keys()):
-        raise UserError(f"{misfit} ({', '.join(odd[:3])} …)")
+    given, expected = ({(key, tensor.shape) for key, tensor in all_.items()} for all_ in (tensors, parameters))
+    if odd := sorted({key for key, _ in given ^ expected}):
+        raise UserError(f"{folder}: weights and config.json do not fit each other ({', '.join(odd[:3])} …)")
     for key, tensor in tensors.items():
-        parameter = parameters[key]
-        if tensor.shape != parameter.shape:
-            raise UserError(f"{misfit} ({key} has the shape {tuple(tensor.shape)}, not {tuple(parameter.shape)})")
-        if tensor.dtype not in FLOATS and parameter.is_floating_point():  # such as float8, which can't be merged
-            raise UserError(f"{weights_files(folder)[0]}: tensor {key} is of type {tensor.dtype}")
-        parameter.copy_(tensor)
-        if not parameter.isfinite().all():
-            raise UserError(f"{weights_files(folder)[0]}: tensor {key} holds NaN or infinite values")
+        if tensor.dtype not in FLOATS and parameters[key].is_floating_point():  # such as float8, which can't be merged
+            raise UserError(f"{file}: tensor {key} is of type {tensor.dtype}")
+        if not parameters[key].copy_(tensor).isfinite().all():
+            raise UserError(f"{file}: tensor {key} holds NaN or infinite values")
     return denoiser.eval()
 
 
@@ -99,7 +85,8 @@ def try_out(denoiser: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> 
     channels, size = denoiser.config.in_channels, denoiser.config.sample_size
     check_settings(DENOISER, denoiser.config)  # it may have been made from settings, and not loaded
     check_settings("scheduler", scheduler.config)
-    encoder.check_fits(channels)
+    if channels != encoder.channels:
+        raise UserError(f"in_channels={channels}: the encoder gives {encoder.channels}")
     condition = encoder.condition([""])  # load_encoder has tried it
     try:
         images = torch.zeros(1, channels, size, size)

@@ -6,9 +6,8 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
@@ -20,42 +19,51 @@ from deme.method.sampling import NetworkAt, guided, sample_images
 from deme.models.inference import AUTOCAST_TYPES, memory_format
 from deme.models.pipelines import has_full_precision, latent_factor, takes_text
 
-MODES = {1: "L", 3: "RGB"}  # PIL's mode for a number of channels
+CHANNELS = (1, 3)  # of images: grayscale and RGB
 CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
 LEAST_VOCABULARY = 256  # tokens: one for each byte
 LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
 Condition = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Captioned:
+class Captioned(NamedTuple):
     """Images with a caption each."""
 
     pixels: torch.Tensor  # uint8, shape (B, C, H, W)
     captions: list[str]
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """Captioned images that were encoded before."""
 
     moments: torch.Tensor  # mean and log variance of the VAE's posterior, shape (B, 2 · latent channels, h, w)
     embeddings: torch.Tensor  # of the captions, shape (B, tokens, D)
 
 
+def to_unit_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 images (B, C, H, W) to [−1, 1] on the device, same shape, in its memory format, without waiting for it."""
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()
+    pixels = pixels.to(device, non_blocking=True, memory_format=memory_format(device))
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Images in [−1, 1] (B, C, H, W) to uint8 on the CPU, clipped."""
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
 class Pixels:
     """Images in [−1, 1], grayscale or RGB, without a condition."""
 
     takes_text = False
+    decode = staticmethod(to_bytes)
 
     def __init__(self, channels: int):
-        self.image_channels = channels
+        if channels not in CHANNELS:
+            raise UserError(f"in_channels={channels}: images have 1 or 3 channels")
+        self.channels = self.image_channels = channels
         self.device = torch.device("cpu")
-
-    def check_fits(self, channels: int) -> None:
-        """Check that a network's input channels are an image's."""
-        if channels not in MODES:
-            raise UserError(f"in_channels={channels}: images have {' or '.join(map(str, MODES))} channels")
 
     def prepare(self, device: torch.device, mixed_precision: str) -> None:
         """Set the device and the type."""
@@ -72,10 +80,6 @@ class Pixels:
         """No condition."""
         return {}
 
-    def decode(self, tensors: torch.Tensor) -> torch.Tensor:
-        """Images in [−1, 1] to uint8 on the CPU, clipped."""
-        return to_bytes(tensors)
-
 
 class LatentsAndText:
     """Latents of an AutoencoderKL, and a CLIPTextModel's embeddings of captions (Rombach et al. 2022)."""
@@ -86,19 +90,10 @@ class LatentsAndText:
         self.vae = vae.eval().requires_grad_(False)
         self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.image_channels = vae.config.in_channels
-        self.device = torch.device("cpu")
-        self.dtype = torch.float32
+        self.channels, self.image_channels = vae.config.latent_channels, vae.config.in_channels
+        self.device, self.dtype = torch.device("cpu"), torch.float32
         self.shift = vae.config.get("shift_factor") or 0.0  # subtracted from latents before they are scaled
         self.has_warned = os.environ.get("RANK", "0") != "0"  # one process does
-
-    def check_fits(self, channels: int) -> None:
-        """Check that a network's input channels are the latents', and that PIL can write the images."""
-        latents = self.vae.config.latent_channels
-        if channels != latents:
-            raise UserError(f"in_channels={channels}: the VAE's latents have {latents} channels")
-        if self.image_channels not in MODES:
-            raise UserError(f"vae: in_channels={self.image_channels}: images have 1 or 3 channels")
 
     def prepare(self, device: torch.device, mixed_precision: str) -> None:
         """Set the device and, on a GPU, the type. Parts move there when they are used."""
@@ -115,12 +110,19 @@ class LatentsAndText:
 
     @torch.no_grad()
     def encode(self, examples: Captioned | Encoded) -> tuple[torch.Tensor, Condition]:
-        """Scaled samples of the posterior, drawn from torch's generator of the device, and the embeddings."""
+        """Scaled samples of the posterior, float32 (B, latent channels, h, w), and the embeddings.
+
+        The samples are drawn from torch's generator of the device.
+        """
         if isinstance(examples, Captioned):
             examples = Encoded(self.moments(examples.pixels), self.embed(examples.captions))
         moments = examples.moments.to(self.device, non_blocking=True)
+        mean, log_variance = moments.float().contiguous().chunk(2, dim=1)
+        deviation = torch.exp(log_variance.clamp(-30, 20) / 2)
+        noise = torch.randn(mean.shape, device=mean.device)  # randn_like's order depends on the memory format
+        latents = (mean + deviation * noise - self.shift) * self.vae.config.scaling_factor
         embeddings = examples.embeddings.to(self.device, non_blocking=True)
-        return self.sample(moments), {"encoder_hidden_states": embeddings}
+        return latents.to(memory_format=memory_format(self.device)), {"encoder_hidden_states": embeddings}
 
     @torch.no_grad()
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -129,30 +131,16 @@ class LatentsAndText:
         parts = to_unit_range(pixels, self.device).to(self.dtype).split(CODED_AT_ONCE)
         return torch.cat([vae.encode(part).latent_dist.parameters for part in parts])
 
-    def sample(self, moments: torch.Tensor) -> torch.Tensor:
-        """A sample of the posterior, as the network sees latents: float32, (B, latent channels, h, w)."""
-        mean, log_variance = moments.float().contiguous().chunk(2, dim=1)
-        deviation = torch.exp(log_variance.clamp(-30, 20) / 2)
-        noise = torch.randn(mean.shape, device=mean.device)  # randn_like's order depends on the memory format
-        latents = (mean + deviation * noise - self.shift) * self.vae.config.scaling_factor
-        return latents.to(memory_format=memory_format(self.device))
-
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """The text encoder's last hidden states, (B, tokens, D); texts that are too long are cut, with one warning."""
         length = self.tokenizer.model_max_length
-        if not self.has_warned:
-            for text in texts:
-                if len(text) > length and len(self.tokenizer(text).input_ids) > length:
-                    print(f"cut to {length} tokens, as all such texts: {text[:200]}")
-                    self.has_warned = True
-                    break
-        return self._ready(self.text_encoder)(self.tokens(texts).to(self.device))[0]
-
-    def tokens(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts, cut or padded to the tokenizer's length: int64, (B, tokens)."""
-        filled = {"padding": "max_length", "max_length": self.tokenizer.model_max_length, "truncation": True}
-        return self.tokenizer(list(texts), **filled, return_tensors="pt").input_ids
+        too_long = (text for text in texts if len(text) > length and len(self.tokenizer(text).input_ids) > length)
+        if not self.has_warned and (text := next(too_long, None)) is not None:
+            print(f"cut to {length} tokens, as all such texts: {text[:200]}")
+            self.has_warned = True
+        tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return self._ready(self.text_encoder)(tokens.to(self.device))[0]
 
     def condition(self, texts: Sequence[str]) -> Condition:
         """The embeddings of these texts."""
@@ -179,20 +167,15 @@ class LatentsAndText:
 Encoder = Pixels | LatentsAndText
 
 
+@torch.no_grad()
 def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
     """The encoder of a pipeline, each of its parts tried once."""
-    asks_for_text = hasattr(denoiser.config, "cross_attention_dim")
-    if asks_for_text != takes_text(pipeline):
-        wants = "needs a text encoder, which the folder lacks" if asks_for_text else "takes no text"
+    width = denoiser.config.get("cross_attention_dim")  # None where the network takes no text
+    if (width is not None) != takes_text(pipeline):
+        wants = "takes no text" if width is None else "needs a text encoder, which the folder lacks"
         raise UserError(f"{pipeline}: its network, a {type(denoiser).__name__}, {wants}")
-    if not asks_for_text:
+    if width is None:
         return Pixels(denoiser.config.in_channels)
-    return _load_latents_and_text(pipeline, denoiser.config.cross_attention_dim)
-
-
-@torch.no_grad()
-def _load_latents_and_text(pipeline: Path, width: int | list[int]) -> LatentsAndText:
-    """VAE, text encoder and tokenizer; `width` is the network's cross_attention_dim."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
     from transformers.utils import logging
@@ -210,13 +193,15 @@ def _load_latents_and_text(pipeline: Path, width: int | list[int]) -> LatentsAnd
         if not isinstance(length, (int, float)) or not length >= LEAST_LENGTH:
             raise UserError(f"model_max_length={length}: must be a number of at least {LEAST_LENGTH}")
         tokenizer.model_max_length = int(min(length, text_encoder.config.max_position_embeddings))
-        encoder = LatentsAndText(vae, text_encoder, tokenizer)
-        tokens = encoder.tokens([""])
+        tokenizer("", padding="max_length")  # fails without a token for it
+    encoder = LatentsAndText(vae, text_encoder, tokenizer)
     with blaming(pipeline / "text_encoder"):
-        entries = text_encoder(tokens)[0].shape[2]
+        entries = encoder.embed([""]).shape[2]
         if isinstance(width, int) and entries != width:
             raise UserError(f"its embeddings have {entries} entries, the network's cross_attention_dim is {width}")
     with blaming(pipeline / "vae"):
+        if encoder.image_channels not in CHANNELS:
+            raise UserError(f"in_channels={encoder.image_channels}: images have 1 or 3 channels")
         side = 2 * latent_factor(pipeline)
         pixels = torch.zeros(1, encoder.image_channels, side, side, dtype=torch.uint8)
         decoded = encoder.decode(encoder.moments(pixels).chunk(2, dim=1)[0])
@@ -244,19 +229,6 @@ def check_filled(report: dict) -> None:
         raise UserError(f"weights and config.json do not fit each other ({', '.join(sorted(missing)[:3])} …)")
 
 
-def to_unit_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 images (B, C, H, W) to [−1, 1] on the device, same shape, in its memory format, without waiting for it."""
-    if device.type == "cuda":
-        pixels = pixels.pin_memory()
-    pixels = pixels.to(device, non_blocking=True, memory_format=memory_format(device))
-    return pixels.float().div_(127.5).sub_(1)
-
-
-def to_bytes(images: torch.Tensor) -> torch.Tensor:
-    """Images in [−1, 1] (B, C, H, W) to uint8 on the CPU, clipped."""
-    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-
-
 @dataclass(frozen=True)
 class Drawing:
     """How images are drawn: a batch of seeds, from noise to pixels."""
@@ -267,10 +239,6 @@ class Drawing:
     shape: tuple[int, int, int]  # (C, H, W) of what the network works on
     device: torch.device
 
-    @cached_property
-    def _negative(self) -> Condition:
-        return self.encoder.condition([self.settings.negative_prompt])
-
     @property
     def passes(self) -> int:
         """Passes through the network for each image."""
@@ -280,6 +248,7 @@ class Drawing:
     def images(self, network_at: NetworkAt, seeds: Sequence[int], prompts: Sequence[str]) -> torch.Tensor:
         """The images of these seeds, each with its prompt if there are prompts: uint8, (B, C', H', W'), on the CPU."""
         settings = self.settings
-        network = guided(network_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
+        conditions = self.encoder.condition(prompts), self.encoder.condition([settings.negative_prompt])
+        network = guided(network_at, *conditions, settings.guidance_scale)
         sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, settings.timestep_spacing)
         return self.encoder.decode(sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler))

@@ -21,33 +21,29 @@ def memory_format(device: torch.device | str) -> torch.memory_format:
 def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str, may_pack: bool = True) -> nn.Module:
     """Prepare a network for predicting float32 inputs on a device, in place; it needs no autocast around it.
 
-    Args:
-        mixed_precision: no, fp16 or bf16: on a GPU the type of the whole network, on a CPU that of its convolutions and
-            linear layers, under autocast.
-        may_pack: False if its weights will be written to later.
+    On a GPU all of it has the type `mixed_precision` (no, fp16 or bf16), on a CPU its convolutions and linear layers.
+    Weights that will be written to later must not be packed.
     """
     on_cpu = torch.device(device).type == "cpu"
     network = network.eval().requires_grad_(False).to(device, memory_format=memory_format(device))
     dtype = AUTOCAST_TYPES[mixed_precision]
     if dtype is not None:
         compute_in(dtype, network, whole=not on_cpu)
-    width = max((module.out_channels for module in network.modules() if isinstance(module, nn.Conv2d)), default=0)
+    convolutions = {name: module for name, module in network.named_modules() if type(module) is nn.Conv2d}
+    width = max((module.out_channels for module in convolutions.values()), default=0)
     if may_pack and on_cpu and can_pack(dtype is not None) and width >= LEAST_PACKED_WIDTH:
-        for module in list(network.modules()):
-            for name, child in module.named_children():
-                if type(child) is nn.Conv2d:
-                    setattr(module, name, PackedConv2d(child))
+        for name, module in convolutions.items():
+            network.set_submodule(name, PackedConv2d(module))
     return network
 
 
 def compute_in(dtype: torch.dtype, network: nn.Module, whole: bool) -> None:
-    """Make a network compute in fp16 or bf16, in place.
+    """Make a network compute in fp16 or bf16, in place, with all of its weights or those of the heavy layers.
 
-    Args:
-        whole: images and conditions are cast, too, but not timesteps: bf16 has no 999. Otherwise only convolutions and
-            linear layers have the type, and the network runs under autocast, with normalizations in float32.
+    The `whole` network takes images and conditions of the type, but not timesteps: bf16 has no 999. Else only
+    convolutions and linear layers have the type, and it runs under autocast, with normalizations in float32.
     """
-    for module in [network] if whole else network.modules():
+    for module in network.modules():
         if whole or isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.Module.to(module, dtype)  # diffusers' own warns
     network.forward = partial(_predict, network.forward, dtype, whole)
@@ -56,12 +52,11 @@ def compute_in(dtype: torch.dtype, network: nn.Module, whole: bool) -> None:
 def _predict(
     forward: Callable, dtype: torch.dtype, whole: bool, images: torch.Tensor, timesteps: torch.Tensor, **named: Any
 ) -> Any:
-    def cast(value: Any) -> Any:
-        is_cast = whole and isinstance(value, torch.Tensor) and value.is_floating_point()
-        return value.to(dtype) if is_cast else value
-
+    if whole:
+        images = images.to(dtype)
+        named = {name: value.to(dtype) if name == "encoder_hidden_states" else value for name, value in named.items()}
     with torch.autocast(images.device.type, dtype, enabled=not whole):
-        return forward(cast(images), timesteps, **{name: cast(value) for name, value in named.items()})
+        return forward(images, timesteps, **named)
 
 
 class PackedConv2d(nn.Module):

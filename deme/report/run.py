@@ -14,8 +14,7 @@ from deme.errors import UserError, naming, one_line
 from deme.job.files import checked, read_json
 from deme.job.records import MERGED, read_record
 from deme.measure.scores import CLEARLY, Score, load_scores
-from deme.models.searched import Searched, read_searched, seconds_of
-from deme.models.variants import MAKERS, ORDER, made_denoisers
+from deme.models.variants import MAKERS, ORDER, Searched, made_denoisers, read_searched, seconds_of
 from deme.report.tables import NAMES, Table, number
 
 RESULTS, TRAINING, MERGING, SEARCH = "Results", "Training", "Merging coefficients", "Search"  # titles of sections

@@ -21,8 +21,7 @@ from test_text_to_image import text_config, text_to_image  # noqa: F401  fixture
 from deme.config.reading import load_config
 from deme.data.opening import open_source
 from deme.models.denoisers import with_projections
-from deme.models.searched import SECONDS, seconds_of
-from deme.models.variants import find_pretrained
+from deme.models.variants import SECONDS, find_pretrained, seconds_of
 from deme.models.weights import WEIGHTS
 from deme.search.problem import Problem
 

@@ -407,7 +407,7 @@ MISTAKES = {
     ),
     "a missing tokenizer": ("sample_ddp.py", without("tokenizer"), "copy/tokenizer: missing"),
     "a missing VAE": ("sample_ddp.py", without("vae"), "copy/vae"),
-    "a VAE that does not fit": ("sample_ddp.py", other_channels, "in_channels=5: the VAE's latents have 4 channels"),
+    "a VAE that does not fit": ("sample_ddp.py", other_channels, "in_channels=5: the encoder gives 4"),
 }
 
 

@@ -11,8 +11,9 @@ from text_to_image import tiny_pipeline
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
 from deme.models.encoders import load_encoder
-from deme.models.kinds import DENOISERS, PIPELINES, SCHEDULERS, SETTINGS
+from deme.models.kinds import DENOISERS, PIPELINES, SCHEDULERS
 from deme.models.pipelines import common_architecture, find_pipeline, write_pipeline_files
+from deme.models.weights import SETTINGS
 
 NO_CLASSES = ("SchedulerMixin", "KarrasDiffusionSchedulers")
 

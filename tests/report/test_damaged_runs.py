@@ -10,7 +10,7 @@ from robustness.damaged_runs import make_run
 import report
 from deme.errors import UserError
 from deme.measure.scores import load_scores
-from deme.models.searched import read_searched
+from deme.models.variants import read_searched
 from deme.report.run import read_run
 
 PLACES = {  # file of a run → title of the section that tells of it
