@@ -24,7 +24,7 @@ from deme.config.sections import ANALYSES, range_name
 from deme.config.trainings import CONTINUED, DISTILLED
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
-from deme.models.kinds import denoiser_folder
+from deme.models.pipelines import denoiser_folder
 from deme.models.variants import MAKERS, ModelFiles, check_trained, find_pretrained, made_denoisers
 from deme.models.weights import has_weights
 

@@ -25,8 +25,7 @@ from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, sha256
 from deme.job.locks import locked
 from deme.job.records import MERGED, WEIGHTS_HASH, Record, provenance, read_record
-from deme.models.kinds import denoiser_folder
-from deme.models.pipelines import common_architecture, write_pipeline_files
+from deme.models.pipelines import common_architecture, denoiser_folder, write_pipeline_files
 from deme.models.variants import ModelFiles, Searched, check_trained, find_pretrained, read_searched
 from deme.models.weights import WEIGHTS, load_tensors, weights_hash, write_denoiser
 

@@ -20,9 +20,9 @@ from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, write_yaml
 from deme.job.records import provenance
-from deme.models.kinds import check_pipeline
-from deme.models.pipelines import find_folder, latent_factor, takes_text, write_pipeline_files
+from deme.models.pipelines import check_pipeline, latent_factor, takes_text, write_pipeline_files
 from deme.models.variants import ModelFiles
+from deme.models.weights import find_folder
 from deme.training.session import Objective, Session
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def make_networks(config: Config, encoders: Path | None) -> "Networks":
     import diffusers
     import torch
 
-    from deme.models.denoisers import load_scheduler, try_out
-    from deme.models.encoders import Pixels, load_encoder
+    from deme.models.denoisers import load_scheduler
+    from deme.models.encoders import Pixels, load_encoder, try_out
     from deme.training.state import Networks
 
     settings = config.pretrain

@@ -24,8 +24,7 @@ from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
-from deme.models.kinds import denoiser_folder
-from deme.models.pipelines import takes_text
+from deme.models.pipelines import denoiser_folder, takes_text
 from deme.models.variants import ModelFiles, SECONDS, check_trained, find_pretrained, timed
 from deme.models.weights import weights_hash
 

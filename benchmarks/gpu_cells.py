@@ -26,9 +26,8 @@ from deme.config.trainings import Finetune
 from deme.data.drawing import draw
 from deme.method.losses import decoupled_loss
 from deme.method.sampling import sample_images
-from deme.models.denoisers import load_denoiser, load_scheduler
+from deme.models.denoisers import AUTOCAST_TYPES, freeze, load_denoiser, load_scheduler
 from deme.models.encoders import Drawing, Pixels, to_bytes
-from deme.models.inference import AUTOCAST_TYPES, freeze
 
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits"
 PASSES = (

@@ -36,8 +36,7 @@ from deme.measure.scores import statistics as feature_statistics
 from deme.method.candidates import Candidates
 from deme.method.coefficients import PUBLISHED
 from deme.method.sampling import NetworkAt
-from deme.models.denoisers import load_denoiser
-from deme.models.inference import freeze
+from deme.models.denoisers import freeze, load_denoiser
 from deme.models.variants import find_pretrained
 from deme.models.weights import load_tensors, write_denoiser
 from deme.report.tables import markdown_table, number

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import deme.job.early  # noqa: F401  Ctrl-C may come while the rest is imported
 from deme.config.experiment import Config
 from deme.job.command import run_script
-from deme.models.kinds import denoiser_folder
+from deme.models.pipelines import denoiser_folder
 from deme.models.variants import ModelFiles, find_pretrained
 from deme.training.session import Session
 

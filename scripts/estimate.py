@@ -20,8 +20,7 @@ from deme.config.trainings import CONTINUED, DISTILLED
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
-from deme.models.kinds import denoiser_folder
-from deme.models.pipelines import takes_text
+from deme.models.pipelines import denoiser_folder, takes_text
 from deme.models.variants import find_pretrained
 
 GPU_TFLOPS = 50.0  # a guess for an A100 in half precision

@@ -19,11 +19,9 @@ from deme.job.records import Arrays, Keep
 from deme.measure.noisy import ENCODED_AT_ONCE, Batch, CleanImages, Noiser, draw_clean, draw_probes, regrouped
 from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import Tensors, check_compatible, check_finite
-from deme.models.denoisers import load_denoiser, load_scheduler, try_out
-from deme.models.encoders import load_encoder
-from deme.models.inference import freeze
-from deme.models.kinds import denoiser_folder
-from deme.models.pipelines import common_architecture
+from deme.models.denoisers import freeze, load_denoiser, load_scheduler
+from deme.models.encoders import load_encoder, try_out
+from deme.models.pipelines import common_architecture, denoiser_folder
 from deme.models.weights import load_tensors, weights_hash
 
 STREAM = 4  # of the analyses' random draws, apart from those of training and of the search

@@ -25,9 +25,8 @@ from deme.job.files import Watched
 from deme.job.processes import Processes, in_main_process, locked_by_all
 from deme.job.records import ENCODER, SAMPLES, SCHEDULE, Record, provenance
 from deme.method.sampling import NetworkAt, ensemble, passed_over, sampler_name, try_sampler
-from deme.models.denoisers import load_denoiser, load_scheduler, try_out
-from deme.models.encoders import Drawing, load_encoder
-from deme.models.inference import freeze
+from deme.models.denoisers import freeze, load_denoiser, load_scheduler
+from deme.models.encoders import Drawing, load_encoder, try_out
 from deme.models.variants import ModelFiles
 from deme.models.weights import weights_hash
 

@@ -13,11 +13,13 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
+from deme.config.paths import DENOISER
 from deme.config.sections import Sample
-from deme.errors import RunError, UserError, blaming
+from deme.errors import RunError, UserError, blaming, one_line
+from deme.method.losses import prediction_target
 from deme.method.sampling import NetworkAt, guided, sample_images
-from deme.models.inference import AUTOCAST_TYPES, memory_format
-from deme.models.pipelines import has_full_precision, latent_factor, takes_text
+from deme.models.denoisers import AUTOCAST_TYPES, memory_format
+from deme.models.pipelines import check_settings, has_full_precision, latent_factor, takes_text
 
 CHANNELS = (1, 3)  # of images: grayscale and RGB
 CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
@@ -227,6 +229,27 @@ def check_filled(report: dict) -> None:
     """Check in diffusers' or transformers' report on a network that its file held every tensor."""
     if missing := [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]:
         raise UserError(f"weights and config.json do not fit each other ({', '.join(sorted(missing)[:3])} …)")
+
+
+def try_out(denoiser: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None:
+    """Predict once and take one step, so that parts that do not fit are found before anything is written."""
+    channels, size = denoiser.config.in_channels, denoiser.config.sample_size
+    check_settings(DENOISER, denoiser.config)  # it may have been made from settings, and not loaded
+    check_settings("scheduler", scheduler.config)
+    if channels != encoder.channels:
+        raise UserError(f"in_channels={channels}: the encoder gives {encoder.channels}")
+    condition = encoder.condition([""])  # load_encoder has tried it
+    try:
+        images = torch.zeros(1, channels, size, size)
+        last = torch.tensor([scheduler.config.num_train_timesteps - 1])
+        with torch.no_grad():
+            prediction = denoiser(images, last, **condition).sample
+        target = prediction_target(scheduler, images, images, last)
+        if prediction.shape != target.shape:
+            raise UserError(f"the network maps {tuple(target.shape)} to {tuple(prediction.shape)}")
+        scheduler.step(prediction, int(last), images)
+    except Exception as error:  # torch and diffusers raise anything
+        raise UserError(one_line(error)) from None
 
 
 @dataclass(frozen=True)

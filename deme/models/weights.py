@@ -1,4 +1,4 @@
-"""The weights in a network's folder or on the Hub, in every form that the Hub has them, read without running code.
+"""Pipelines and weights, in folders or on the Hub, in every form that the Hub has them, read without running code.
 
 torch is imported only to read tensors.
 """
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.paths import DENOISER
+from deme.config.sections import HUB_ID
 from deme.errors import UserError, blaming, one_line
-from deme.job.files import checked, read_json, sha256
-from deme.models.kinds import check_pipeline
+from deme.job.files import REPOSITORY, checked, read_json, sha256
+from deme.models.pipelines import check_pipeline
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
@@ -24,7 +25,7 @@ FORMS = (  # in order of preference, after the stem: a file, or an index of shar
     (".bin", ".bin.index.json", "-*-of-*.bin"),
 )
 STEMS = {DENOISER: STEM, "vae": STEM, "text_encoder": "model"}  # of a pipeline's parts that have weights
-SETTINGS = (  # files of a pipeline on the Hub that are read beside the weights
+SETTINGS_FILES = (  # files of a pipeline on the Hub that are read beside the weights
     *("model_index.json", "config.json", "scheduler_config.json", "scheduler/scheduler_config.json"),
     *(f"{part}/config.json" for part in STEMS),
     *("tokenizer/*.json", "tokenizer/*.txt"),
@@ -91,6 +92,27 @@ def write_denoiser(folder: Path, tensors: dict[str, Any], config: dict) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
+def find_pipeline(source: str) -> Path:
+    """The folder of a pipeline: a local one, or owner/name[@revision] in the Hub's cache, downloaded if necessary."""
+    if (folder := find_folder(source)) is not None:
+        return check_pipeline(folder)
+    if (name := hub_name(source)) is None:
+        raise UserError("no such folder")
+    return download(name, source.removeprefix(name).removeprefix("@") or None)
+
+
+def find_folder(source: str) -> Path | None:
+    """A folder relative to the working directory, or else to the repository; None if there is none."""
+    return next((folder for folder in (Path(source), REPOSITORY / source) if folder.is_dir()), None)
+
+
+def hub_name(source: str) -> str | None:
+    """owner/name of a pipeline, model or data set on the Hub, without its @revision; None for a folder."""
+    name, at, revision = source.partition("@")
+    fits = re.fullmatch(HUB_ID, name) is not None and (revision != "" or at == "")
+    return name if fits and find_folder(source) is None else None
+
+
 def download(name: str, revision: str | None) -> Path:
     """The folder of a pipeline in the Hub's cache; only files that are read are downloaded, none without a connection.
 
@@ -112,7 +134,7 @@ def download(name: str, revision: str | None) -> Path:
                 raise UserError(f"neither a pipeline folder nor a reachable Hub id: {reasons[0]}") from None
             return Path(error.snapshot_path)
 
-    folder = fetch(revision, list(SETTINGS))
+    folder = fetch(revision, list(SETTINGS_FILES))
     try:
         check_pipeline(folder)
         parts = [part for part in STEMS if (folder / part).is_dir()]

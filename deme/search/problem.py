@@ -21,11 +21,9 @@ from deme.method.candidates import Candidates
 from deme.method.coefficients import pattern_of, patterns_of
 from deme.method.projection import with_identity_projections
 from deme.method.sampling import NetworkAt, ensemble, try_sampler
-from deme.models.denoisers import load_denoiser, load_scheduler, try_out
-from deme.models.encoders import Drawing, load_encoder
-from deme.models.inference import freeze
-from deme.models.kinds import denoiser_folder
-from deme.models.pipelines import common_architecture
+from deme.models.denoisers import freeze, load_denoiser, load_scheduler
+from deme.models.encoders import Drawing, load_encoder, try_out
+from deme.models.pipelines import common_architecture, denoiser_folder
 from deme.models.weights import load_tensors
 from deme.search.objectives import FrechetDistance, Squares
 from deme.search.solvers import RECORD

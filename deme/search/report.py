@@ -13,8 +13,7 @@ from deme.job.processes import in_main_process
 from deme.measure.scores import CLEARLY, Score, compared, load_scores, save_scores, score
 from deme.method.coefficients import PUBLISHED
 from deme.method.sampling import NetworkAt
-from deme.models.denoisers import load_denoiser
-from deme.models.inference import freeze
+from deme.models.denoisers import freeze, load_denoiser
 from deme.models.weights import weights_hash
 from deme.search.problem import Problem
 from deme.search.ways import Result

@@ -12,8 +12,8 @@ from deme.errors import UserError, naming
 from deme.job.files import Watched, atomic_folder
 from deme.job.processes import in_main_process, locked_by_all, make_accelerator
 from deme.method.losses import Experts
-from deme.models.denoisers import load_denoiser, load_scheduler, try_out
-from deme.models.encoders import load_encoder
+from deme.models.denoisers import load_denoiser, load_scheduler
+from deme.models.encoders import load_encoder, try_out
 from deme.models.variants import ModelFiles
 from deme.training.session import Session, TrainingRun
 from deme.training.state import Networks

@@ -24,7 +24,7 @@ from deme.job.processes import Agreement, in_main_process
 from deme.method.losses import decoupled_loss
 from deme.method.timesteps import choose_ranges, spread_timesteps
 from deme.method.weighting import TimestepWeights, UncertaintyWeights, loss_weights
-from deme.models.inference import freeze, memory_format
+from deme.models.denoisers import freeze, memory_format
 from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_checkpoint, load_newest_checkpoint
 from deme.training.progress import Meter, RunLog, held_out_loss, save_preview
 from deme.training.session import Objective

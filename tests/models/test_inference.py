@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 
-from deme.models.inference import LEAST_PACKED_WIDTH, PackedConv2d, compute_in, freeze
+from deme.models.denoisers import LEAST_PACKED_WIDTH, PackedConv2d, compute_in, freeze
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

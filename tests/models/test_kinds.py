@@ -11,9 +11,8 @@ from text_to_image import tiny_pipeline
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
 from deme.models.encoders import load_encoder
-from deme.models.kinds import DENOISERS, PIPELINES, SCHEDULERS
-from deme.models.pipelines import common_architecture, find_pipeline, write_pipeline_files
-from deme.models.weights import SETTINGS
+from deme.models.pipelines import DENOISERS, PIPELINES, SCHEDULERS, SETTINGS, common_architecture, write_pipeline_files
+from deme.models.weights import find_pipeline
 
 NO_CLASSES = ("SchedulerMixin", "KarrasDiffusionSchedulers")
 
