@@ -127,12 +127,14 @@ class Stages:
     def _trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
         """The training of a range, given its number, of a model of NAMED_TRAININGS, or on own samples."""
         paths = run.config.paths
+        made: dict[str, Any] = {"own": f"finetune.range={chosen}", "after": list(after)}
         if chosen == SELF:
-            parts = [paths.trained(name) for name in run.config.self_trained_names]
+            made["parts"] = [paths.trained(name) for name in run.config.self_trained_names]
+            made["output"] = made["parts"][-1]
+            made["inputs"] = run.config.sample.tagged("samples")  # of the own samples
         else:
-            parts = [paths.trained(chosen) if chosen in NAMED_TRAININGS else paths.experts[int(chosen)]]
-        made = {"output": parts[-1], "parts": parts if len(parts) > 1 else ()}
-        return self._add(run, stage, "finetune.py", own=f"finetune.range={chosen}", after=list(after), **made)
+            made["output"] = paths.trained(chosen) if chosen in NAMED_TRAININGS else paths.experts[int(chosen)]
+        return self._add(run, stage, "finetune.py", **made)
 
 
 def outside(config: Config, script: str) -> list[str]:

@@ -35,6 +35,20 @@ def test_a_model_waits_for_what_it_is_made_from_alone(tmp_path):
     assert names(jobs["evaluate"].after_all) == {name for name in jobs if name.startswith("sample-")}
 
 
+def test_a_merge_waits_for_the_networks_that_it_adds(tmp_path):
+    """Self-trained ones, made of own samples, beside the ranges' or alone."""
+    own = "train finetune.range=self"
+    jobs = stages(tmp_path, "merge.experts=[self]", "self_training.ranges=true")
+    assert names(jobs["merge"].after) == {own}
+    assert [path.parent.name for path in jobs[own].parts][-1] == "self-0750-1000"
+    assert names(jobs["sample-ensemble"].after) == {f"train finetune.range={number}" for number in range(4)}
+    both = stages(tmp_path, "merge.experts=[ranges, self]")
+    assert names(both["merge"].after) == {own} | names(both["sample-ensemble"].after)
+    steps = stages(tmp_path, "merge.experts=[ranges, self]", "sample.num_inference_steps=7")
+    assert steps[own].key != both[own].key
+    assert steps["train finetune.range=0"].key == both["train finetune.range=0"].key
+
+
 def test_no_job_comes_before_one_that_it_needs(tmp_path):
     options = ["merge.coefficients=search", "model.pretrained=null", "seeds=[0, 1]"]
     jobs = list(stages(tmp_path, *options, blocks=3, has_cache=True).values())
