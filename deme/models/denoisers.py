@@ -15,15 +15,7 @@ from deme.job.machine import can_pack
 from deme.method.projection import PROJECTION_SUFFIX, add_projections
 from deme.method.sampling import SCHEDULE
 from deme.method.task_vectors import FLOATS
-from deme.models.pipelines import (
-    PROJECTED,
-    default_settings,
-    denoiser_class,
-    read_index,
-    read_part,
-    schedule_file,
-    takes_text,
-)
+from deme.models.pipelines import PROJECTED, default_settings, read_index, read_part, schedule_file, takes_text
 from deme.models.weights import load_tensors, weights_files
 
 LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution; below, packing gains nothing
@@ -39,8 +31,7 @@ def projected_class(unet_class: type[ModelMixin]) -> type[ModelMixin]:
         unet_class.__init__(self, *args, **kwargs)
         add_projections(self)
 
-    # diffusers writes the module into a pipeline's model_index.json
-    members = {"__init__": __init__, "__module__": "deme.projection", "__doc__": f"{unet_class.__name__}, projected."}
+    members = {"__init__": __init__, "__module__": "deme.projection"}  # diffusers writes it into model_index.json
     return type(f"{PROJECTED}{unet_class.__name__}", (unet_class,), members)
 
 
@@ -54,15 +45,14 @@ def with_projections(unet: nn.Module) -> nn.Module:
     """A projected copy of a UNet, its projections identities."""
     name = f"{PROJECTED}{type(unet).__name__.removeprefix(PROJECTED)}"
     projected = DENOISER_CLASSES[name].from_config(dict(unet.config) | {"_class_name": name})
-    identities = {key: weight for key, weight in projected.state_dict().items() if key.endswith(PROJECTION_SUFFIX)}
-    projected.load_state_dict({**identities, **unet.state_dict()})
+    projected.load_state_dict(unet.state_dict(), strict=False)
     return projected.train(unet.training)
 
 
 def load_denoiser(folder: Path) -> nn.Module:
     """The denoiser in a folder: float32, in eval mode, with projections if its config.json says so."""
     settings = read_part(DENOISER, folder / "config.json")
-    name = settings.get("_class_name", denoiser_class(settings))
+    name = settings["_class_name"]
     file, tensors = weights_files(folder)[0], load_tensors(folder)
     if not name.startswith(PROJECTED) and any(key.endswith(PROJECTION_SUFFIX) for key in tensors):
         raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED}{name}")
@@ -83,10 +73,8 @@ def load_denoiser(folder: Path) -> nn.Module:
 def load_scheduler(pipeline: Path) -> DDPMScheduler:
     """The pretrained noise schedule as a DDPMScheduler, with the defaults of the class that its file names."""
     file = schedule_file(pipeline)
-    named = read_index(pipeline).get("scheduler")
-    settings = read_part("scheduler", file, named)
-    own = default_settings(settings.get("_class_name", named))
-    defaults = {key: own[key] for key in SCHEDULE if key in own}
+    settings = read_part("scheduler", file, read_index(pipeline).get("scheduler"))
+    defaults = {key: value for key, value in default_settings(settings["_class_name"]).items() if key in SCHEDULE}
     with blaming(file):
         return DDPMScheduler.from_config(defaults | settings | (LATENT_SCHEDULE if takes_text(pipeline) else {}))
 

@@ -112,10 +112,7 @@ class LatentsAndText:
 
     @torch.no_grad()
     def encode(self, examples: Captioned | Encoded) -> tuple[torch.Tensor, Condition]:
-        """Scaled samples of the posterior, float32 (B, latent channels, h, w), and the embeddings.
-
-        The samples are drawn from torch's generator of the device.
-        """
+        """Scaled samples of the posterior, float32 (B, C, h, w), drawn from torch's generator, and the embeddings."""
         if isinstance(examples, Captioned):
             examples = Encoded(self.moments(examples.pixels), self.embed(examples.captions))
         moments = examples.moments.to(self.device, non_blocking=True)
@@ -150,13 +147,9 @@ class LatentsAndText:
 
     @torch.no_grad()
     def decode(self, tensors: torch.Tensor) -> torch.Tensor:
-        """Latents to uint8 images on the CPU.
-
-        Raises:
-            RunError: the VAE gives NaN or infinite values, as some do in half precision.
-        """
+        """Latents to uint8 images on the CPU; RunError if they are NaN or infinite, as some are in half precision."""
         vae = self._ready(self.vae)
-        latents = (tensors / self.vae.config.scaling_factor + self.shift).to(self.dtype)
+        latents = (tensors / vae.config.scaling_factor + self.shift).to(self.dtype)
         images = []
         for part in latents.split(CODED_AT_ONCE):
             decoded = vae.decode(part).sample.float()

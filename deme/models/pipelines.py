@@ -98,14 +98,14 @@ def schedule_file(pipeline: Path) -> Path:
 def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
     """Check that a folder is a pipeline of known classes and settings, and return it.
 
-    Without `is_whole` it may lack the denoiser: only its encoders are wanted.
+    Without `is_whole` only its encoders are wanted: it may lack the denoiser.
     """
     file, index = pipeline / INDEX, read_index(pipeline)
     for part, name in index.items():
         _look_up(f"{file}: the part", part, CLASSES)
         _look_up(f"{file}: {part}", name, CLASSES[part])
-    files = {"vae": pipeline / "vae" / "config.json", "scheduler": schedule_file(pipeline)}
-    files[DENOISER] = denoiser_folder(pipeline) / "config.json"
+    files = {DENOISER: denoiser_folder(pipeline) / "config.json", "scheduler": schedule_file(pipeline)}
+    files["vae"] = pipeline / "vae" / "config.json"
     settings = {part: read_part(part, path, index.get(part)) for part, path in files.items() if path.is_file()}
     for part in (DENOISER, "scheduler") if is_whole else ():
         if part not in settings:
@@ -125,9 +125,9 @@ def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
 
 def read_part(part: str, file: Path, named: str | None = None) -> dict[str, Any]:
     """The settings in the file of a part of SETTINGS, looked up; `named` is its class where the file names none."""
-    settings = read_json(file)
-    given = settings.get("_class_name", named or ("UNet2DModel" if part == DENOISER else None))
-    _look_up(f"{file}: _class_name", given, CLASSES[part])
+    default = named or ("UNet2DModel" if part == DENOISER else None)
+    settings = {"_class_name": default} | read_json(file)
+    _look_up(f"{file}: _class_name", settings["_class_name"], CLASSES[part])
     with naming(file):
         check_settings(part, settings)
     return settings
@@ -242,7 +242,7 @@ def is_projected(folder: Path) -> bool:
 def takes_text(pipeline: Path) -> bool:
     """True if a pipeline is text-to-image: it has a text encoder, or a network that needs one."""
     config = denoiser_folder(pipeline) / "config.json"
-    needs_text = config.is_file() and "Condition" in denoiser_class(read_json(config))
+    needs_text = config.is_file() and bool(DENOISERS.get(denoiser_class(read_json(config))))
     return (pipeline / "text_encoder").is_dir() or needs_text
 
 

@@ -37,13 +37,10 @@ class ModelFiles:
 
     def check_fits(self, config: Config) -> None:
         """Compare resolution and number of timesteps with the configuration."""
-        factor, sizes = latent_factor(self.pipeline), {}  # pixels per entry of a latent; the resolution in pixels
-        for folder in self.denoisers:
-            size = read_json(folder / "config.json").get("sample_size")
-            sizes[folder] = size * factor if isinstance(size, int) else size
-        schedule = schedule_file(self.pipeline)
-        timesteps = read_json(schedule).get("num_train_timesteps", 1000)  # diffusers' default
-        config.check_fits(sizes, schedule, timesteps)
+        factor, schedule = latent_factor(self.pipeline), schedule_file(self.pipeline)
+        sizes = {folder: read_json(folder / "config.json").get("sample_size") for folder in self.denoisers}
+        pixels = {folder: size * factor if isinstance(size, int) else size for folder, size in sizes.items()}
+        config.check_fits(pixels, schedule, read_json(schedule).get("num_train_timesteps", 1000))  # diffusers' default
 
     def watched(self, *more: Path) -> Watched:
         """The files whose hash and content are read, and `more`."""
