@@ -107,10 +107,9 @@ def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str,
 
 
 def compute_in(dtype: torch.dtype, network: nn.Module, whole: bool) -> None:
-    """Make a network compute in fp16 or bf16, in place, with all of its weights or those of the heavy layers.
+    """Make a network compute in fp16 or bf16, in place: the whole of it, or its convolutions and linear layers.
 
-    The `whole` network takes images and conditions of the type, but not timesteps: bf16 has no 999. Else only
-    convolutions and linear layers have the type, and it runs under autocast, with normalizations in float32.
+    The latter runs under autocast, with normalizations in float32. Timesteps are not cast: bf16 has no 999.
     """
     for module in network.modules():
         if whole or isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -136,17 +135,15 @@ class PackedConv2d(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()
-        self.convolution: nn.Conv2d | None = convolution  # until the first input, whose size the layout depends on
-        self.dtype = convolution.weight.dtype
-        self.geometry = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
-        self.bias = convolution.bias
-        self.packed: torch.Tensor | None = None
+        self.convolution = convolution
+        self.packed: torch.Tensor | None = None  # until the first input, whose size the layout depends on
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) → (N, C', H', W') in the weight's type."""
+        own = self.convolution
+        geometry = (own.padding, own.stride, own.dilation, own.groups)
         if self.packed is None:
-            weight = self.convolution.weight
-            self.convolution = None
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, list(images.shape))
-        images = images.to(self.dtype)
-        return torch.ops.mkldnn._convolution_pointwise(images, self.packed, self.bias, *self.geometry, "none", [], "")
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(own.weight, *geometry, list(images.shape))
+            own.weight = None
+        images = images.to(self.packed.dtype)
+        return torch.ops.mkldnn._convolution_pointwise(images, self.packed, own.bias, *geometry, "none", [], "")

@@ -1,7 +1,4 @@
-"""Between images and what a network works on: pixels, or latents and text. Nothing else knows the difference.
-
-`Pixels` and `LatentsAndText` have the same methods. A condition is a network's further arguments, by name.
-"""
+"""Between images and what a network works on: pixels, or latents and text. Nothing else knows the difference."""
 
 import os
 from collections.abc import Sequence
@@ -25,7 +22,7 @@ CHANNELS = (1, 3)  # of images: grayscale and RGB
 CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
 LEAST_VOCABULARY = 256  # tokens: one for each byte
 LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
-Condition = dict[str, torch.Tensor]
+Condition = dict[str, torch.Tensor]  # a network's further arguments, by name
 
 
 class Captioned(NamedTuple):
@@ -159,7 +156,7 @@ class LatentsAndText:
         return torch.cat(images)
 
 
-Encoder = Pixels | LatentsAndText
+Encoder = Pixels | LatentsAndText  # the same methods
 
 
 @torch.no_grad()
@@ -208,9 +205,9 @@ def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
 def _load_network(folder: Path, kind: Any, **dtype: torch.dtype) -> Any:
     """A part of this class, all of its tensors in its file and finite."""
     with blaming(folder):
-        variant = {} if has_full_precision(folder) else {"variant": "fp16"}
-        options = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True, **variant, **dtype}
-        part, report = kind.from_pretrained(str(folder), **options)
+        variant = None if has_full_precision(folder) else "fp16"
+        options = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True, **dtype}
+        part, report = kind.from_pretrained(str(folder), variant=variant, **options)
         check_filled(report)
         for name, tensor in part.state_dict().items():
             if not tensor.isfinite().all():

@@ -1,9 +1,8 @@
 """diffusers pipelines as folders: the supported classes and settings, and where the parts lie.
 
 A pipeline has `unet/` and `scheduler/`, or is flat, with `config.json`, `scheduler_config.json` and the weights side by
-side (google/ddpm-*). Text-to-image pipelines also have `vae/`, `text_encoder/` and `tokenizer/`. The tables below list
-what is supported; all else is refused by name. To support another denoiser, add its class to PIPELINES and DENOISERS
-here and to DENOISER_CLASSES in denoisers.py. Nothing imports torch.
+side (google/ddpm-*). What the tables do not list is refused by name. To support another denoiser, add its class to
+PIPELINES and DENOISERS here and to DENOISER_CLASSES in denoisers.py. Nothing imports torch.
 """
 
 import functools
@@ -229,8 +228,7 @@ def default_settings(name: str) -> dict[str, Any]:
     """The default settings of a class of diffusers, as in a config.json."""
     import diffusers
 
-    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
-    values = {parameter.name: parameter.default for parameter in parameters}
+    values = {key: given.default for key, given in inspect.signature(getattr(diffusers, name)).parameters.items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 

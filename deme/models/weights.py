@@ -92,15 +92,6 @@ def write_denoiser(folder: Path, tensors: dict[str, Any], config: dict) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def find_pipeline(source: str) -> Path:
-    """The folder of a pipeline: a local one, or owner/name[@revision] in the Hub's cache, downloaded if necessary."""
-    if (folder := find_folder(source)) is not None:
-        return check_pipeline(folder)
-    if (name := hub_name(source)) is None:
-        raise UserError("no such folder")
-    return download(name, source.removeprefix(name).removeprefix("@") or None)
-
-
 def find_folder(source: str) -> Path | None:
     """A folder relative to the working directory, or else to the repository; None if there is none."""
     return next((folder for folder in (Path(source), REPOSITORY / source) if folder.is_dir()), None)
@@ -113,11 +104,15 @@ def hub_name(source: str) -> str | None:
     return name if fits and find_folder(source) is None else None
 
 
-def download(name: str, revision: str | None) -> Path:
-    """The folder of a pipeline in the Hub's cache; only files that are read are downloaded, none without a connection.
+def find_pipeline(source: str) -> Path:
+    """The folder of a pipeline: a local one, or owner/name[@revision] in the Hub's cache.
 
-    `name` is owner/name; `revision` is a branch, tag or commit, or None for the newest.
+    Only files that are read are downloaded, none without a connection.
     """
+    if (folder := find_folder(source)) is not None:
+        return check_pipeline(folder)
+    if (name := hub_name(source)) is None:
+        raise UserError("no such folder")
     from huggingface_hub import snapshot_download
 
     reasons = []  # why the Hub could not be reached
@@ -134,7 +129,7 @@ def download(name: str, revision: str | None) -> Path:
                 raise UserError(f"neither a pipeline folder nor a reachable Hub id: {reasons[0]}") from None
             return Path(error.snapshot_path)
 
-    folder = fetch(revision, list(SETTINGS_FILES))
+    folder = fetch(source.removeprefix(name).removeprefix("@") or None, list(SETTINGS_FILES))
     try:
         check_pipeline(folder)
         parts = [part for part in STEMS if (folder / part).is_dir()]
