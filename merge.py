@@ -142,17 +142,16 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
         inputs: the pretrained denoiser, then the finetuned ones in the order of the coefficients.
         watched: the files that the record names by their hashes.
     """
-    from deme.method.coefficients import coefficients_of
     from deme.method.merging import merge_method
     from deme.method.projection import with_identity_projections
-    from deme.method.task_vectors import merge_tensors
+    from deme.method.task_vectors import merge_tensors, pattern_of
 
     architecture = common_architecture(inputs.denoisers)
     like = load_tensors(architecture)
     base, *experts = (with_identity_projections(load_tensors(folder), like) for folder in inputs.denoisers)
     finetuned = dict(zip(map(str, inputs.denoisers[1:]), experts, strict=True))
     with naming("merge.coefficients", groups):
-        coefficients = {name: coefficients_of(name, groups) for name in base}
+        coefficients = {name: groups[pattern_of(name, groups)] for name in base}
 
     method = merge_method(config.merge.method, config.merge.settings)
     architecture_settings = read_json(architecture / "config.json")

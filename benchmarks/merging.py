@@ -172,7 +172,6 @@ def measure(folder: str, name: str, experts: int, cold: bool) -> dict:
     import safetensors.torch  # noqa: F401  outside of the time that is taken
 
     import merge
-    from deme.method import coefficients  # noqa: F401
     from deme.method.merging import task_arithmetic, ties  # noqa: F401
     from deme.report import model_card  # noqa: F401
 

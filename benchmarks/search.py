@@ -34,8 +34,8 @@ from deme.job.processes import make_accelerator
 from deme.measure.scores import DISTANCES, paired_difference
 from deme.measure.scores import statistics as feature_statistics
 from deme.method.candidates import Candidates
-from deme.method.coefficients import PUBLISHED
 from deme.method.sampling import NetworkAt
+from deme.method.task_vectors import PUBLISHED
 from deme.models.denoisers import freeze, load_denoiser
 from deme.models.variants import find_pretrained
 from deme.models.weights import load_tensors, write_denoiser

@@ -14,7 +14,7 @@ from deme.job.processes import Processes
 from deme.job.records import Arrays, Keep
 from deme.measure.noisy import Batch
 from deme.method.candidates import Candidates
-from deme.method.coefficients import PUBLISHED
+from deme.method.task_vectors import PUBLISHED
 from deme.models.variants import read_searched
 from deme.report.figures import COLOURS, MARKERS, grid, legend_above
 from deme.report.tables import headed_table, number

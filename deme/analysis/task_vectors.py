@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from deme.analysis.material import Material
 from deme.job.processes import in_main_process
 from deme.job.records import Arrays, Keep
-from deme.method.coefficients import pattern_of, patterns_of
-from deme.method.task_vectors import Tensors
+from deme.method.task_vectors import Tensors, pattern_of, patterns_of
 from deme.report.figures import COLOURS, SEPARATOR, cosine_maps, grid, legend_above, model_style, name_rows, noted
 from deme.report.tables import headed_table, number
 

@@ -17,8 +17,8 @@ class Candidates:
     Args:
         finetuned: model name → state dict, in the order of the ranges. Mapped tensors stay mapped on a CPU, so that the
             processes of a host share them.
-        group_of: tensor name → number g of its group, whose coefficients it has.
-        device: where networks are formed; a GPU gets a copy of all weights.
+        group_of: tensor name → number g of its group.
+        device: of the networks; a GPU gets a copy of all weights.
         method: None: the sum of task vectors. `task_vector` and `gradient` are of that sum.
     """
 
@@ -51,13 +51,9 @@ class Candidates:
 
     @torch.no_grad()
     def form(self, network: nn.Module, coefficients: Sequence[Sequence[float]] | np.ndarray | torch.Tensor) -> None:
-        """Make a network the candidate of these coefficients, in place.
+        """Make a network the candidate of coefficients of shape (groups, ranges), in place, in its floating-point type.
 
         In float32 on a CPU its weights are, bit for bit, those that merge.py writes.
-
-        Args:
-            network: of the finetuned models' architecture, on the device, of any floating-point type.
-            coefficients: shape (groups, ranges).
         """
         rows = np.asarray(coefficients, dtype=np.float64).reshape(self.shape).tolist()
         for name, target in network.state_dict().items():

@@ -1,6 +1,7 @@
-"""The training objective: the denoising loss plus the paper's consistency loss to a teacher."""
+"""The training objective: timesteps, the denoising loss and its weightings, the consistency loss to a teacher."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,47 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from deme.errors import UserError
-from deme.method.timesteps import even_sizes
+
+Range = tuple[int, int]  # [low, high) of timesteps
+SMALLEST = 1e-100  # stands for 0 in ᾱ and 1 − ᾱ, so that quotients have their limits
+
+
+# --- timesteps: the paper's probabilistic sampling strategy, with antithetic pairs
+
+
+def choose_ranges(
+    ranges: Sequence[Range], num_train_timesteps: int, global_probability: float, uniform: float
+) -> Sequence[Range]:
+    """The ranges of one micro-batch: all of [0, T) if one draw from [0, 1) is below p, else `ranges`."""
+    return [(0, num_train_timesteps)] if uniform < global_probability else ranges
+
+
+def even_sizes(total: int, parts: int) -> list[int]:
+    """The sizes of consecutive parts that differ by at most 1, larger ones first, as in torch.tensor_split."""
+    return [(total + parts - 1 - part) // parts for part in range(parts)]
+
+
+def spread_timesteps(
+    batch_size: int,
+    ranges: Sequence[Range],
+    device: torch.device | str,
+    generator: torch.Generator | None = None,
+    antithetic: bool = True,
+) -> torch.Tensor:
+    """Timesteps of a batch whose consecutive, even parts each have their own range: int64, shape (batch_size,).
+
+    The first ⌈n/2⌉ of a part are uniform; the others mirror them, t' = low + high − 1 − t, so that each pair's mean is
+    the range's. With antithetic=False all are uniform and independent.
+    """
+    parts = []
+    for size, (low, high) in zip(even_sizes(batch_size, len(ranges)), ranges, strict=True):
+        drawn = size - size // 2 if antithetic else size
+        uniform = torch.randint(low, high, (drawn,), device=device, generator=generator)
+        parts += [uniform, low + high - 1 - uniform[: size - drawn]]
+    return torch.cat(parts)
+
+
+# --- losses
 
 
 def prediction_target(
@@ -39,9 +80,7 @@ def decoupled_loss(
     """The denoising loss and the consistency loss to the teacher (0 without one), float32 scalars.
 
     Args:
-        clean: images in [−1, 1] or latents, shape (B, C, H, W).
-        noise: standard normal, same shape.
-        timesteps: int64, shape (B,).
+        clean: images in [−1, 1] or latents, shape (B, C, H, W); noise has the same shape.
         condition: further arguments of both networks, by name.
         weighting: each image's squared error, shape (B,), and timesteps → the denoising loss; None: their mean.
     """
@@ -62,8 +101,8 @@ def decoupled_loss(
 class Experts(nn.Module):
     """Experts, lowest range first, that predict as one network: the k-th even part of a batch is the k-th expert's.
 
-    The teacher of the distilled network, which is ours, not the paper's. Each expert is called once, on the part whose
-    timesteps `spread_timesteps` draws from its range.
+    The teacher of the distilled network, which is ours, not the paper's. `spread_timesteps` draws each part's timesteps
+    from its expert's range.
     """
 
     def __init__(self, experts: Sequence[nn.Module]):
@@ -75,9 +114,61 @@ class Experts(nn.Module):
     ) -> tuple[torch.Tensor]:
         """The predictions for images (B, C, H, W), B at least the number of experts, in a tuple as diffusers has it."""
         sizes = even_sizes(len(noisy), len(self.experts))
-        conditions = {name: tensor.split(sizes) for name, tensor in condition.items()}
+        parts = zip(*(tensor.split(sizes) for tensor in (noisy, timesteps, *condition.values())), strict=True)
         predictions = []
-        for k, (part, times) in enumerate(zip(noisy.split(sizes), timesteps.split(sizes), strict=True)):
-            mine = {name: parts[k] for name, parts in conditions.items()}
-            predictions.append(self.experts[k](part, times, **mine, return_dict=False)[0])
+        for expert, (part, times, *values) in zip(self.experts, parts, strict=True):
+            mine = dict(zip(condition, values, strict=True))
+            predictions.append(expert(part, times, **mine, return_dict=False)[0])
         return (torch.cat(predictions),)
+
+
+# --- weightings of the denoising loss by timestep: the baselines that the paper compares with (table 1)
+#
+# With the signal-to-noise ratio SNR(t) = ᾱ/(1 − ᾱ), the squared error of the noise is SNR times that of x₀, and that of
+# v is SNR + 1 times it. So a weighting is one function of the error of x₀, whatever the network predicts.
+# To add one, add a line to `of_v`, and its name and its parameters to deme/config/sections.py.
+
+
+def loss_weights(weighting: str, alphas_cumprod: torch.Tensor, prediction_type: str, settings: Any) -> torch.Tensor:
+    """The factor of the prediction's squared error at each timestep: float32, shape (T,).
+
+    Args:
+        weighting: of the error of x₀: constant (DDPM, SNR), snr_plus_one (SNR + 1) and truncated_snr (max(SNR, 1);
+            Salimans and Ho 2022), min_snr (min(SNR, γ); Hang et al. 2023), p2 (SNR/(k + SNR)^γ; Choi et al. 2022).
+        alphas_cumprod: ᾱ, shape (T,).
+        settings: a training's, with the weightings' parameters.
+    """
+    signal = alphas_cumprod.double().clamp(min=SMALLEST)
+    noise = (1 - alphas_cumprod.double()).clamp(min=SMALLEST)
+    of_v = {  # the weight of x₀'s error over SNR + 1, that is times 1 − ᾱ: always finite
+        "constant": signal,
+        "snr_plus_one": torch.ones_like(signal),
+        "truncated_snr": torch.maximum(signal, noise),
+        "min_snr": torch.minimum(signal, settings.min_snr_gamma * noise),
+        "p2": signal * (noise / (settings.p2_k * noise + signal)) ** settings.p2_gamma,
+    }[weighting]
+    per_error_of_v = {"epsilon": signal, "sample": noise, "v_prediction": torch.ones_like(signal)}
+    weights = of_v / per_error_of_v[prediction_type]
+    for timestep in (~weights.float().isfinite()).nonzero().flatten().tolist():
+        ratio = float(signal[timestep] / noise[timestep])
+        raise UserError(f"{weighting} of {prediction_type}: infinite at timestep {timestep}, whose SNR is {ratio:.3g}")
+    if settings.normalize_loss_weighting:
+        weights = weights / weights.mean()
+    return weights.float()
+
+
+class UncertaintyWeights(nn.Module):
+    """ANT-UW: the mean of exp(−s) · error + s, with a learned s for each of consecutive ranges of timesteps.
+
+    Uncertainty weighting (Kendall et al. 2018) of timestep ranges as tasks (Go et al. 2023).
+    """
+
+    def __init__(self, ranges: Sequence[Range]):
+        super().__init__()
+        self.log_variances = nn.Parameter(torch.zeros(len(ranges)))
+        self.register_buffer("starts", torch.tensor([low for low, _ in ranges[1:]], dtype=torch.int64), False)
+
+    def forward(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """A scalar, which may be negative."""
+        log_variances = self.log_variances[torch.bucketize(timesteps, self.starts, right=True)]
+        return (torch.exp(-log_variances) * errors + log_variances).mean()

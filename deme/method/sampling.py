@@ -33,10 +33,9 @@ def sampler_name(name: str) -> str:
 
 
 def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | None = None) -> SchedulerMixin:
-    """A sampler of diffusers with the pretrained betas, clipping and prediction type.
+    """A sampler of diffusers, by its class or short name, with the pretrained betas, clipping and prediction type.
 
     Args:
-        name: one of SHORT_NAMES, or a class of diffusers.
         timestep_spacing: leading, trailing or linspace; None: the pretrained one. If that names none, DDIM has
             "leading" (3 steps of 1000 visit t = 666, 333, 0), others their own.
     """
@@ -52,9 +51,8 @@ def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | 
         schedule["timestep_spacing"] = pretrained.config.timestep_spacing
     if timestep_spacing is not None:
         schedule["timestep_spacing"] = timestep_spacing
-    lacking = {key for key in schedule if key not in taken}
-    lacking |= {key for key in NEEDED if key not in taken and pretrained.config[key]}
-    if lacking:
+    needed = {*schedule, *(key for key in NEEDED if pretrained.config[key])}
+    if lacking := needed - taken:
         raise UserError(f"{kind.__name__} has no {', '.join(sorted(lacking))}")
     try:
         return kind.from_config(pretrained.config, **schedule)
@@ -64,22 +62,19 @@ def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | 
 
 def passed_over(pretrained: SchedulerMixin, sampler: SchedulerMixin) -> list[str]:
     """Settings of the pretrained schedule for sampling that the sampler does not have, as key=value."""
-    named = {key: value for key, value in pretrained.config.items() if key in ("clip_sample", "steps_offset") and value}
-    return [f"{key}={shown(value)}" for key, value in named.items() if key not in _parameters(type(sampler).__init__)]
+    taken = _parameters(type(sampler).__init__)
+    ignored = [key for key in ("clip_sample", "steps_offset") if pretrained.config.get(key) and key not in taken]
+    return [f"{key}={shown(pretrained.config[key])}" for key in ignored]
 
 
 def try_sampler(
-    pretrained: SchedulerMixin,
-    name: str,
-    num_inference_steps: int,
-    shape: tuple[int, int, int],
-    timestep_spacing: str | None = None,
+    pretrained: SchedulerMixin, name: str, steps: int, shape: tuple[int, int, int], timestep_spacing: str | None = None
 ) -> SchedulerMixin:
     """The sampler, after one step from an image of zeros: what does not work shows before anything is written."""
     stepper = make_sampler(pretrained, name, timestep_spacing)
     images = torch.zeros(1, *shape)
-    with blaming(f"{num_inference_steps} steps of {type(stepper).__name__}"):
-        stepper.set_timesteps(num_inference_steps)
+    with blaming(f"{steps} steps of {type(stepper).__name__}"):
+        stepper.set_timesteps(steps)
         timestep = stepper.timesteps.tolist()[0]
         stepper.step(stepper.scale_model_input(images, timestep), timestep, images)
     return stepper
@@ -99,15 +94,9 @@ def sample_images(
 ) -> torch.Tensor:
     """One image per seed, as the network sees images: float32 on the device, shape (len(seeds), *shape).
 
-    An image depends on its seed alone, not on the batch or the device. The sampler computes in float32.
-
-    Args:
-        scheduler: the pretrained noise schedule.
-        sampler, timestep_spacing: as in `make_sampler`.
-        eta: of DDIM; 0 is deterministic. Random samplers draw each image's noise from its own generator.
-
-    Raises:
-        RunError: an image is not finite: the weights or the noise schedule are broken, or the precision is too low.
+    An image depends on its seed alone, not on the batch or the device: random samplers, and DDIM with eta above 0, draw
+    its noise from its own generator. The sampler computes in float32. An image that is not finite raises RunError: the
+    weights or the noise schedule are broken, or the precision is too low.
     """
     stepper = make_sampler(scheduler, sampler, timestep_spacing)
     stepper.set_timesteps(num_inference_steps)
@@ -137,27 +126,19 @@ def guided(
 ) -> NetworkAt:
     """Classifier-free guidance (Ho and Salimans 2022): unconditional + scale · (conditional − unconditional).
 
-    Both come from one call on twice the batch. At scale 1, or without a condition, only the second is computed.
-
-    Args:
-        condition: further arguments of the network, shape (B, …) each.
-        unconditional: the same for an empty or negative text, shape (1, …) or (B, …).
+    Both come from one call on twice the batch. At scale 1, or without a condition, only the second is computed. A
+    condition has shape (B, …), that of an empty or negative text (1, …) or (B, …).
     """
     if guidance_scale == 1 or not condition:
         return lambda timestep: functools.partial(network_at(timestep), **condition)
     both = {name: torch.cat([unconditional[name].expand_as(value), value]) for name, value in condition.items()}
 
-    def guided_at(timestep: float) -> Callable:
-        network = network_at(timestep)
+    def predict(network: Callable, images: torch.Tensor, timesteps: torch.Tensor, **options: bool) -> tuple:
+        prediction = network(torch.cat([images, images]), timesteps, **both, **options)[0]
+        without, with_text = prediction.float().chunk(2)
+        return (without + guidance_scale * (with_text - without),)
 
-        def predict(images: torch.Tensor, timesteps: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
-            prediction = network(torch.cat([images, images]), timesteps, **both, return_dict=return_dict)[0]
-            without, with_text = prediction.float().chunk(2)
-            return (without + guidance_scale * (with_text - without),)
-
-        return predict
-
-    return guided_at
+    return lambda timestep: functools.partial(predict, network_at(timestep))
 
 
 def ensemble(experts: Sequence[nn.Module], ranges: Sequence[tuple[int, int]]) -> NetworkAt:

@@ -1,8 +1,10 @@
-"""Merging whole models tensor by tensor, and what every merge method has in common."""
+"""Merging whole models tensor by tensor: coefficients by name pattern, and the base class of merge methods."""
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,6 +13,40 @@ from deme.errors import UserError
 
 Tensors = Mapping[str, torch.Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PUBLISHED = (0.1, 0.1, 0.2, 0.5)  # the paper's coefficients for LSUN-Church, of four equal ranges, lowest first
+BLOCK = re.compile(r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")  # how the names of a block's tensors begin
+
+
+def pattern_of(name: str, patterns: Iterable[str]) -> str:
+    """The first name pattern that fits a tensor's name."""
+    for pattern in patterns:
+        if fnmatchcase(name, pattern):
+            return pattern
+    raise UserError(f"no pattern fits the tensor {name}; add one for '*'")
+
+
+def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
+    """The name patterns of groups of tensors, each of which has its own coefficients.
+
+    Args:
+        groups: range (one group of all), block (and one group of the tensors outside), tensor, or the patterns.
+        names: of all tensors.
+    """
+    match groups:
+        case "range":
+            patterns = ["*"]
+        case "block":
+            blocks = [match[0] for match in map(BLOCK.match, names) if match]
+            patterns = [*(f"{block}*" for block in dict.fromkeys(blocks)), "*"]
+        case "tensor":
+            patterns = list(names)
+        case _:
+            patterns = list(groups)
+    used = {pattern_of(name, patterns) for name in names}
+    for pattern in patterns:
+        if pattern not in used or patterns.count(pattern) > 1:
+            raise UserError(f"no tensor is left for the pattern {pattern}")
+    return patterns
 
 
 class MergeMethod(ABC):
@@ -25,9 +61,7 @@ class MergeMethod(ABC):
     ) -> torch.Tensor:
         """The merged tensor, in float32, contiguous; it is stored in the pretrained tensor's type.
 
-        Args:
-            pretrained, finetuned: of any floating-point type; all have the same shape.
-            coefficients: one per finetuned model.
+        The tensors are of any floating-point type and of one shape; each finetuned one has its coefficient.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -37,11 +71,7 @@ class MergeMethod(ABC):
 
 
 def check_compatible(pretrained: Tensors, finetuned: Tensors, name: str) -> None:
-    """Compare the tensors of two models by name, type and shape.
-
-    Args:
-        name: of the finetuned model, for the error.
-    """
+    """Check that two models' tensors can be merged, by name, type and shape; `name` is the finetuned model's."""
     for key in sorted({*pretrained, *finetuned}):
         for tensors, owner in ((pretrained, "the pretrained model"), (finetuned, name)):
             if key in tensors and tensors[key].dtype not in FLOATS:

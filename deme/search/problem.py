@@ -18,9 +18,9 @@ from deme.job.records import Arrays
 from deme.measure.noisy import Noiser, draw_probes
 from deme.measure.reference import load_feature_space
 from deme.method.candidates import Candidates
-from deme.method.coefficients import pattern_of, patterns_of
 from deme.method.projection import with_identity_projections
 from deme.method.sampling import NetworkAt, ensemble, try_sampler
+from deme.method.task_vectors import pattern_of, patterns_of
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoders import Drawing, load_encoder, try_out
 from deme.models.pipelines import common_architecture, denoiser_folder

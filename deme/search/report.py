@@ -11,8 +11,8 @@ from deme.errors import UserError
 from deme.job.files import read_json
 from deme.job.processes import in_main_process
 from deme.measure.scores import CLEARLY, Score, compared, load_scores, save_scores, score
-from deme.method.coefficients import PUBLISHED
 from deme.method.sampling import NetworkAt
+from deme.method.task_vectors import PUBLISHED
 from deme.models.denoisers import freeze, load_denoiser
 from deme.models.weights import weights_hash
 from deme.search.problem import Problem

@@ -14,7 +14,7 @@ from deme.config.experiment import Config
 from deme.config.trainings import SELF
 from deme.errors import UserError, naming
 from deme.job.processes import in_main_process, locked_by_all
-from deme.method.coefficients import PUBLISHED
+from deme.method.task_vectors import PUBLISHED
 from deme.models.variants import OF_PRETRAINED
 from deme.search.problem import Problem
 from deme.search.solvers import Evaluated, closed_form, gradient_descent

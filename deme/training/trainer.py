@@ -21,9 +21,7 @@ from deme.errors import RunError, naming
 from deme.job.command import Interrupted, noted_signals
 from deme.job.machine import keep_freed_memory, peak_memory
 from deme.job.processes import Agreement, in_main_process
-from deme.method.losses import decoupled_loss
-from deme.method.timesteps import choose_ranges, spread_timesteps
-from deme.method.weighting import TimestepWeights, UncertaintyWeights, loss_weights
+from deme.method.losses import UncertaintyWeights, choose_ranges, decoupled_loss, loss_weights, spread_timesteps
 from deme.models.denoisers import freeze, memory_format
 from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_checkpoint, load_newest_checkpoint
 from deme.training.progress import Meter, RunLog, held_out_loss, save_preview
@@ -84,8 +82,8 @@ class Trainer:
         self.writer = CheckpointWriter(self.checkpoints, settings.checkpoints_kept)
         self.log: RunLog | None = None  # in the main process, while the run lasts
 
-    def _make_weighting(self) -> TimestepWeights | UncertaintyWeights | None:
-        """The weighting of the denoising loss; None: not weighted."""
+    def _make_weighting(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+        """Each image's squared error and timesteps → the denoising loss; None: the mean error."""
         name, scheduler = self.settings.loss_weighting, self.networks.scheduler
         if self.objective.uncertainty_learning_rate is not None:
             return UncertaintyWeights(self.objective.ranges).to(self.device)
@@ -93,7 +91,8 @@ class Trainer:
             return None
         with naming(f"{self.settings.section}.loss_weighting", name):
             weights = loss_weights(name, scheduler.alphas_cumprod, scheduler.config.prediction_type, self.settings)
-        return TimestepWeights(weights).to(self.device)
+        weights = weights.to(self.device)
+        return lambda errors, timesteps: (weights[timesteps] * errors).mean()
 
     def run(self, deadline: float | None = None) -> bool:
         """Train to max_steps, or until the held-out loss has stopped falling, resuming from the newest checkpoint.

@@ -8,9 +8,8 @@ from torch.func import functional_call
 
 from deme.errors import UserError
 from deme.method.candidates import Candidates
-from deme.method.coefficients import pattern_of, patterns_of
 from deme.method.merging.ties import Ties
-from deme.method.task_vectors import merge_tensors
+from deme.method.task_vectors import merge_tensors, pattern_of, patterns_of
 
 BASE = tiny_unet().state_dict()
 EXPERTS = {f"range {k}": tiny_unet(k + 1).state_dict() for k in range(2)}

@@ -2,7 +2,7 @@ import pytest
 from conftest import tiny_unet
 
 from deme.errors import UserError
-from deme.method.coefficients import coefficients_of, pattern_of, patterns_of
+from deme.method.task_vectors import pattern_of, patterns_of
 
 NAMES = list(tiny_unet().state_dict())
 
@@ -10,9 +10,9 @@ NAMES = list(tiny_unet().state_dict())
 def test_the_first_pattern_that_fits_a_tensor_counts():
     groups = {"down_blocks.*": [0.5], "*": [0.25], "mid_block.*": [9]}
     names = ("down_blocks.0.w", "mid_block.w", "conv_in.w")
-    assert [coefficients_of(name, groups) for name in names] == [[0.5], [0.25], [0.25]]
+    assert [pattern_of(name, groups) for name in names] == ["down_blocks.*", "*", "*"]
     with pytest.raises(UserError, match=r"no pattern fits the tensor mid_block\.w"):
-        coefficients_of("mid_block.w", {"down_blocks.*": [0.5]})
+        pattern_of("mid_block.w", {"down_blocks.*": [0.5]})
 
 
 def test_groups_are_all_tensors_the_blocks_of_the_network_each_tensor_or_given_patterns():

@@ -7,8 +7,7 @@ from diffusers import DDPMScheduler
 from text_to_image import tiny_conditional_unet
 from torch import nn
 
-from deme.method.losses import Experts, decoupled_loss
-from deme.method.timesteps import spread_timesteps
+from deme.method.losses import Experts, decoupled_loss, spread_timesteps
 
 RANGES = [(0, 300), (300, 600), (600, 1000)]
 

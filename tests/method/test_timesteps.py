@@ -3,14 +3,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deme.method.timesteps import choose_ranges, even_sizes, sample_timesteps, spread_timesteps
+from deme.method.losses import choose_ranges, even_sizes, spread_timesteps
 
 
 @given(batch=st.integers(1, 50), low=st.integers(0, 900), width=st.integers(1, 300), seed=st.integers(0, 99))
 def test_second_half_mirrors_the_first(batch, low, width, seed):
     """⌈B/2⌉ draws, then ⌊B/2⌋ mirror images: t' = low + high − 1 − t; all in [low, high)."""
     high = low + width
-    timesteps = sample_timesteps(batch, low, high, "cpu", torch.Generator().manual_seed(seed))
+    timesteps = spread_timesteps(batch, [(low, high)], "cpu", torch.Generator().manual_seed(seed))
     assert timesteps.shape == (batch,)
     assert timesteps.dtype == torch.int64
     assert low <= timesteps.min()
@@ -20,7 +20,7 @@ def test_second_half_mirrors_the_first(batch, low, width, seed):
 
 
 def test_draws_are_uniform():
-    timesteps = sample_timesteps(100_000, 250, 500, "cpu", torch.Generator().manual_seed(0))
+    timesteps = spread_timesteps(100_000, [(250, 500)], "cpu", torch.Generator().manual_seed(0))
     counts = torch.bincount(timesteps - 250, minlength=250).float()
     assert counts.min() > 0.75 * 400
     assert counts.max() < 1.25 * 400
@@ -64,4 +64,5 @@ def test_each_part_of_a_batch_is_antithetic_in_its_own_range(batch, seed):
 def test_one_range_draws_what_it_always_drew():
     """So that the runs of a range are the same as before batches could be spread."""
     spread = spread_timesteps(7, [(250, 500)], "cpu", torch.Generator().manual_seed(5))
-    assert torch.equal(spread, sample_timesteps(7, 250, 500, "cpu", torch.Generator().manual_seed(5)))
+    uniform = torch.randint(250, 500, (4,), generator=torch.Generator().manual_seed(5))
+    assert torch.equal(spread, torch.cat([uniform, 749 - uniform[:3]]))

@@ -7,8 +7,7 @@ from diffusers.training_utils import compute_snr
 
 from deme.config.trainings import WEIGHTINGS, Finetune
 from deme.errors import UserError
-from deme.method.losses import prediction_target
-from deme.method.weighting import TimestepWeights, UncertaintyWeights, loss_weights
+from deme.method.losses import UncertaintyWeights, loss_weights, prediction_target
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 USUAL = Finetune()
@@ -41,8 +40,8 @@ def test_three_prediction_types_weigh_the_same_error_of_the_image_equally(weight
         noisy_as_double.alphas_cumprod = alphas
         target = prediction_target(noisy_as_double, clean, noise, timesteps)
         errors = (prediction[prediction_type] - target).square().flatten(1).mean(1)
-        weights = TimestepWeights(loss_weights(weighting, alphas, prediction_type, OTHER))
-        gradients[prediction_type] = torch.autograd.grad(weights(errors, timesteps), guess)[0]
+        weights = loss_weights(weighting, alphas, prediction_type, OTHER)
+        gradients[prediction_type] = torch.autograd.grad((weights[timesteps] * errors).mean(), guess)[0]
     snr = compute_snr(DDPMScheduler(), timesteps).double().view(-1, 1, 1, 1)
     expected = TABLE[weighting](snr) * 2 * 0.1 / clean.numel() * torch.ones_like(clean)
     for gradient in gradients.values():
