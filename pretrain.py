@@ -110,7 +110,7 @@ def main(config: Config) -> None:
         inputs = ModelFiles(encoders, [])
         watched, hashes = inputs.watched(), inputs.hashes()
     objective = Objective("pretraining", (config.seed, 0), [(0, config.timesteps.num_train_timesteps)])
-    run = session.new_run(objective, settings, config.paths.pretraining, config.paths.pretrained_here, hashes)
+    run = session.new_run(objective, settings, config.paths.pretraining, config.paths.pretrained_here, hashes, {})
     if session.is_complete(run):
         return
 

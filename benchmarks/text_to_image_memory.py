@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks.measure import memory_taken
 from benchmarks.report import save
-from benchmarks.trainers import OBJECTIVE
+from benchmarks.trainers import OBJECTIVE, bare_run
 from benchmarks.unets import STABLE_DIFFUSION
 from deme.config.trainings import Finetune
 from deme.models.denoisers import with_projections
@@ -100,7 +100,8 @@ def step_peak(settings: dict, images: int, device: str) -> int:
     encoder = LatentsAndText(AutoencoderKL(latent_channels=4), nn.Identity(), None)  # of which only settings are used
     networks = Networks(with_projections(teacher), teacher, DDPMScheduler(), encoder)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(accelerator, networks, EncodedNoise(settings), OBJECTIVE, finetune, Path(folder))
+        run = bare_run(OBJECTIVE, finetune, Path(folder))
+        trainer = Trainer(accelerator, networks, EncodedNoise(settings), run)
         for _ in range(2):
             trainer.step()
     return memory_taken(device)

@@ -11,9 +11,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from deme.config.trainings import Training
 from deme.data.images import CroppedImages, Examples
+from deme.job.records import RUN, Record
 from deme.models.denoisers import with_projections
 from deme.models.encoders import Pixels
-from deme.training.session import Objective
+from deme.training.session import Objective, TrainingRun
 from deme.training.state import Networks
 from deme.training.trainer import Trainer
 
@@ -24,6 +25,11 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     """A new one, though accelerate keeps the first one's precision."""
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+
+
+def bare_run(objective: Objective, settings: Training, folder: Path) -> TrainingRun:
+    """A run without a record."""
+    return TrainingRun(objective, settings, folder, folder / "unet", Record(RUN, {}))
 
 
 def make_trainer(
@@ -48,4 +54,4 @@ def make_trainer(
     student = with_projections(pretrained) if projected else copy.deepcopy(pretrained)
     teacher = copy.deepcopy(pretrained) if objective.consistency_weight > 0 else None
     networks = Networks(student, teacher, DDPMScheduler(), Pixels(pretrained.config.in_channels))
-    return Trainer(accelerator, networks, images, objective, settings, folder, held_out)
+    return Trainer(accelerator, networks, images, bare_run(objective, settings, folder), held_out)

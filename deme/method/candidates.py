@@ -14,12 +14,9 @@ from deme.method.task_vectors import MergeMethod, Tensors, check_compatible, che
 class Candidates:
     """The networks that merging gives with any coefficients w_gk: pretrained + Σ_k w_gk (finetuned_k − pretrained).
 
-    Args:
-        finetuned: model name → state dict, in the order of the ranges. Mapped tensors stay mapped on a CPU, so that the
-            processes of a host share them.
-        group_of: tensor name → number g of its group.
-        device: of the networks; a GPU gets a copy of all weights.
-        method: None: the sum of task vectors. `task_vector` and `gradient` are of that sum.
+    A GPU gets a copy of all weights. Mapped tensors stay mapped on a CPU, so that the processes of a host share them.
+    `group_of` has the number g of each tensor's group. Without a method they are sums of task vectors, as `task_vector`
+    and `gradient` always assume.
     """
 
     def __init__(

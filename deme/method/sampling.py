@@ -35,9 +35,8 @@ def sampler_name(name: str) -> str:
 def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | None = None) -> SchedulerMixin:
     """A sampler of diffusers, by its class or short name, with the pretrained betas, clipping and prediction type.
 
-    Args:
-        timestep_spacing: leading, trailing or linspace; None: the pretrained one. If that names none, DDIM has
-            "leading" (3 steps of 1000 visit t = 666, 333, 0), others their own.
+    Without a timestep_spacing (leading, trailing or linspace) it is the pretrained one. If that names none, DDIM has
+    "leading" (3 steps of 1000 visit t = 666, 333, 0), others their own.
     """
     fitting = {kind.__name__: kind for kind in pretrained.compatibles if "beta_schedule" in _parameters(kind.__init__)}
     class_name = SHORT_NAMES.get(name, name)

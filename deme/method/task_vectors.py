@@ -28,9 +28,7 @@ def pattern_of(name: str, patterns: Iterable[str]) -> str:
 def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
     """The name patterns of groups of tensors, each of which has its own coefficients.
 
-    Args:
-        groups: range (one group of all), block (and one group of the tensors outside), tensor, or the patterns.
-        names: of all tensors.
+    Groups are range (one of all tensors), block (and one of the tensors outside), tensor, or the patterns themselves.
     """
     match groups:
         case "range":
@@ -100,12 +98,7 @@ def merge_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Merge whole models: yields (tensor name, merged tensor), of the pretrained tensors' types.
 
-    Args:
-        finetuned: model name → state dict, in the order of the coefficients.
-        coefficients: tensor name → one coefficient per finetuned model.
-
-    Raises:
-        OverflowError: coefficients that are too large.
+    Each tensor's name gives one coefficient per finetuned model. Too large ones raise OverflowError.
     """
     for name, tensors in finetuned.items():
         check_compatible(pretrained, tensors, name)

@@ -13,15 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deme.errors import RunError, UserError, one_line
-from deme.job.files import (
-    atomic_folder,
-    checked,
-    checkpoint_steps,
-    make_folder,
-    remove_leftovers,
-    sha256,
-    sync_to_disk,
-)
+from deme.job import files
 from deme.training.state import Scalars, TrainingState
 
 STATE = "state.json"
@@ -44,9 +36,7 @@ class CheckpointWriter:
     def write(self, state: TrainingState, log: Path, last: bool = False) -> None:
         """Copy the state and have the copy written. Raises RunError if the previous checkpoint could not be written.
 
-        Args:
-            log: is synced before the checkpoint gets its name, so that a crash loses no line of a step before it.
-            last: the run stops after this checkpoint, so it is tried even if the previous one failed.
+        The run's `last` checkpoint is tried all the same. The log is synced first, so that a crash loses no line.
         """
         try:
             self.wait()
@@ -72,19 +62,16 @@ class CheckpointWriter:
 
     def _write(self, scalars: dict, log: Path) -> None:
         path = self.folder / f"step-{scalars['step']:08d}"
-        with atomic_folder(path) as temporary:
-            sync_to_disk(log)
+        with files.atomic_folder(path) as temporary:
+            files.sync_to_disk(log)
             for file, tensors in self.copies.items():
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / file)
-            hashes = {"sha256": {file: sha256(temporary / file) for file in self.copies}}
+            hashes = {"sha256": {file: files.sha256(temporary / file) for file in self.copies}}
             (temporary / STATE).write_text(json.dumps(scalars | hashes, indent=2), encoding="utf-8")
         self.delete_others(path)
 
     def delete_others(self, path: Path) -> None:
-        """Delete all checkpoints but `path` and the `keep` − 1 before it.
-
-        Newer ones can't be read, or the run would have resumed from them.
-        """
+        """Delete all checkpoints but `path` and the `keep` − 1 before it; newer ones could not be read."""
         checkpoints = list_checkpoints(self.folder)
         kept = [other for other in checkpoints if other <= path][: self.keep]
         for other in checkpoints:
@@ -94,7 +81,7 @@ class CheckpointWriter:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest first."""
-    return [folder / f"step-{step:08d}" for step in reversed(checkpoint_steps(folder))]
+    return [folder / f"step-{step:08d}" for step in reversed(files.checkpoint_steps(folder))]
 
 
 def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -> Path | None:
@@ -103,8 +90,8 @@ def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -
     What a killed run left half-written is deleted. A failing disk raises RunError: the failure may pass, and resuming
     from an older checkpoint would delete the newest.
     """
-    make_folder(folder, "output_dir")
-    remove_leftovers(folder, "step-*")
+    files.make_folder(folder, "output_dir")
+    files.remove_leftovers(folder, "step-*")
     checkpoints = list_checkpoints(folder)
     for path in checkpoints:
         try:
@@ -125,14 +112,14 @@ def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -
 def load_checkpoint(path: Path, state: TrainingState, max_steps: int) -> None:
     """Fill `state` from a checkpoint; a damaged one raises an exception of any type."""
     content = json.loads((path / STATE).read_text(encoding="utf-8"))
-    scalars = checked(content, Scalars)
+    scalars = files.checked(content, Scalars)
     if scalars.step != int(path.name.removeprefix("step-")) or scalars.step > max_steps:
         raise ValueError(f"step={scalars.step}")
-    files = state.tensors().keys()
-    for file in files:
-        if sha256(path / file) != content["sha256"].get(file):
+    names = state.tensors().keys()
+    for file in names:
+        if files.sha256(path / file) != content["sha256"].get(file):
             raise ValueError(f"the SHA-256 of {file} differs from the one in {STATE}")
-    state.load({file: load_file(path / file) for file in files})
+    state.load({file: load_file(path / file) for file in names})
     vars(state).update(asdict(scalars))
     if state.scaler is not None and content["scaler"] is not None:
         state.scaler.load_state_dict(content["scaler"])

@@ -48,11 +48,9 @@ class Meter:
             self.since = time.monotonic()
 
     def add(self, step: int, losses: torch.Tensor, gradient_norm: torch.Tensor) -> None:
-        """Add an optimizer step.
+        """Add this process's mean loss, denoising loss and consistency loss, shape (3,), in an optimizer step.
 
-        Args:
-            losses: loss, denoising loss and consistency loss, shape (3,): this process's means.
-            gradient_norm: before clipping; the same in every process, and not finite if a loss is not.
+        The gradient's norm, before clipping, is that of all processes, and not finite if a loss is not.
         """
         bad = ~torch.isfinite(gradient_norm)
         if self.accelerator.scaler is None:
@@ -84,10 +82,8 @@ class Meter:
 class RunLog:
     """`folder`/log.jsonl and the trackers: tensorboard in `folder`/logs/, wandb in `folder`/wandb/ or on its server.
 
-    All methods raise RunError if the disk is full or fails.
-
-    Args:
-        last_step: later lines are dropped, as their steps are repeated; so are lines that a crash left incomplete.
+    Lines after `last_step` are dropped, as their steps are repeated; so are lines that a crash left incomplete. All
+    methods raise RunError if the disk is full or fails.
     """
 
     def __init__(self, folder: Path, last_step: int, settings: Training):

@@ -1,11 +1,13 @@
 """Training runs and their records. Imports no torch, so that a finished run is reported at once."""
 
+import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,7 @@ class TrainingRun:
 class Session:
     """One training command, from its start to its deadline.
 
-    Args:
-        settings: config.pretrain or config.finetune.
+    Its settings are config.pretrain or config.finetune.
     """
 
     def __init__(self, config: Config, settings: Training):
@@ -71,7 +72,8 @@ class Session:
         self.settings = settings
         is_installed = "wandb" not in settings.log_with or find_spec("wandb") is not None
         settings.check("log_with", is_installed, "Weights & Biases is not installed: pip install wandb")
-        self.deadline = None if settings.max_minutes is None else time.monotonic() + 60 * settings.max_minutes
+        minutes = math.inf if settings.max_minutes is None else settings.max_minutes
+        self.deadline = time.monotonic() + 60 * minutes
 
     def new_run(
         self,
@@ -80,32 +82,23 @@ class Session:
         folder: Path,
         output: Path,
         made_from: dict[str, Any],
-        renamed: dict[str, str] | None = None,
+        renamed: dict[str, str],
     ) -> TrainingRun:
         """A run with its record, except for the hashes of the data.
 
-        Args:
-            made_from: what determines the weights beside seed, data and settings.
-            renamed: section.key of a setting → the key that its value comes from.
+        `made_from` is what determines the weights beside seed, data and settings. `renamed` has the key that the value
+        of a setting comes from, if that is another one.
         """
-
-        def tagged(tag: str) -> dict[str, Any]:
-            values = {}
-            for section in (self.config.data, settings):
-                unused = section.tagged("text") if self.config.data.caption_column is None else {}
-                tagged = section.tagged(tag)
-                values |= {f"{section.section}.{key}": tagged[key] for key in tagged if key not in unused}
-            return {(renamed or {}).get(key, key): value for key, value in values.items()}
-
-        weights, free = tagged("weights"), tagged("free")
-        del weights[IMAGE_COLUMN]  # `with_data` adds the one that is read
-        made_from = {
-            "seed": self.config.seed,
-            "timesteps.num_train_timesteps": self.config.timesteps.num_train_timesteps,
-            **weights,
-            **made_from,
-        }
-        record = Record(RUN, made_from, {"free": free, **provenance(self.config)})
+        tagged: dict[str, dict[str, Any]] = {"weights": {}, "free": {}}
+        for section, tag in product((self.config.data, settings), tagged):
+            unused = section.tagged("text") if self.config.data.caption_column is None else {}
+            for key, value in section.tagged(tag).items():
+                name = f"{section.section}.{key}"
+                if key not in unused and name != IMAGE_COLUMN:  # `with_data` adds the one that is read
+                    tagged[tag][renamed.get(name, name)] = value
+        timesteps = {"timesteps.num_train_timesteps": self.config.timesteps.num_train_timesteps}
+        made_from = {"seed": self.config.seed, **timesteps, **tagged["weights"], **made_from}
+        record = Record(RUN, made_from, {"free": tagged["free"], **provenance(self.config)})
         return TrainingRun(objective, settings, folder, output, record)
 
     @cached_property
@@ -124,9 +117,8 @@ class Session:
 
     def with_data(self, run: TrainingRun) -> TrainingRun:
         """The run with the hashes of the data in its record."""
-        column = {IMAGE_COLUMN: self.source.data.image_column}
-        made_from = run.record.made_from | self.data_hashes | column
-        return replace(run, record=replace(run.record, made_from=made_from))
+        data = self.data_hashes | {IMAGE_COLUMN: self.source.data.image_column}
+        return replace(run, record=replace(run.record, made_from=run.record.made_from | data))
 
     def is_complete(self, run: TrainingRun) -> bool:
         """True, and printed, if the run has written its output."""

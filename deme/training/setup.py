@@ -23,8 +23,7 @@ from deme.training.trainer import Trainer
 def load_networks(inputs: ModelFiles, key: str, source: str) -> Networks:
     """Load and try out a pipeline, and the experts as its teacher if `inputs` has more than one denoiser.
 
-    Args:
-        key, source: the setting that names the pipeline, for errors.
+    Errors name the setting `key` and its value, which the pipeline comes from.
     """
     folder, *expert_folders = inputs.denoisers
     with naming(key, source):
@@ -48,9 +47,7 @@ def open_training(
 ) -> tuple[Accelerator, Networks, TrainingImages]:
     """The accelerator, networks and data that all runs of a command share.
 
-    Args:
-        watched: the files that `load` reads.
-        made_from: hashes of what `load` reads.
+    `load` reads the files in `watched`; `made_from` has their hashes.
     """
     settings = session.settings
     accelerator = make_accelerator(settings.mixed_precision, f"{settings.section}.mixed_precision")
@@ -83,7 +80,7 @@ def train(
 
     with locked_by_all(accelerator, run.folder, "output_dir"):
         in_main_process(accelerator, run.claim)
-        trainer = Trainer(accelerator, networks, images, run.objective, run.settings, run.folder, held_out)
+        trainer = Trainer(accelerator, networks, images, run, held_out)
         if trainer.run(session.deadline):
             in_main_process(accelerator, finish)
             return trainer

@@ -42,9 +42,7 @@ class Scalars:
 class TrainingState(Scalars):
     """Everything that a resumed run needs; the random draws follow from the step.
 
-    Args:
-        scaler: fp16's loss scale.
-        weighting: learned weights of the loss, with a learning rate of their own and without decay.
+    Learned weights of the loss have a learning rate of their own and no decay; `scaler` is fp16's loss scale.
     """
 
     def __init__(
@@ -86,8 +84,7 @@ class TrainingState(Scalars):
     def finish_step(self) -> None:
         """Count an optimizer step and update the EMA: shadow ← shadow + (1 − decay)(weight − shadow).
 
-        Its decay is min(ema_decay, 1 − (1 + n / inv_gamma)^(−power)) after step n + 1. EMAModel.step would pass over
-        the memory twice.
+        This is EMAModel.step in one pass over the memory instead of two.
         """
         self.step += 1
         self.ema.cur_decay_value = self.ema.get_decay(self.step)

@@ -5,6 +5,7 @@ neither the number of processes nor an interruption changes what a run is traine
 never waits for the device.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from deme.config.trainings import Training
 from deme.data.images import Examples, MicroBatch, MicroBatches
 from deme.errors import RunError, naming
 from deme.job.command import Interrupted, noted_signals
@@ -25,7 +25,7 @@ from deme.method.losses import UncertaintyWeights, choose_ranges, decoupled_loss
 from deme.models.denoisers import freeze, memory_format
 from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_checkpoint, load_newest_checkpoint
 from deme.training.progress import Meter, RunLog, held_out_loss, save_preview
-from deme.training.session import Objective
+from deme.training.session import TrainingRun
 from deme.training.state import Networks, TrainingState
 
 # why a run stops early: one of these or a signal's number; if processes differ, the greatest counts for all
@@ -34,11 +34,9 @@ LEAST_FALL = 1e-3  # relative: a smaller decrease of the held-out loss does not 
 
 
 class Trainer:
-    """One training run in `folder`: checkpoints/, previews/, log.jsonl and the trackers' files.
+    """A training run; fills its folder with checkpoints/, previews/, log.jsonl and the trackers' files.
 
-    Args:
-        settings: config.pretrain or config.finetune, perhaps changed for this run.
-        held_out: the images whose loss pretraining measures; None or empty: it is not measured.
+    Pretraining measures the loss on `held_out` images, if there are any.
     """
 
     def __init__(
@@ -46,18 +44,17 @@ class Trainer:
         accelerator: Accelerator,
         networks: Networks,
         images: Examples,
-        objective: Objective,
-        settings: Training,
-        folder: Path,
+        run: TrainingRun,
         held_out: Examples | None = None,
     ):
+        objective, settings = run.objective, run.settings
         self.accelerator = accelerator
         self.device = accelerator.device
         self.networks = networks
         self.objective = objective
         self.settings = settings
-        self.folder = folder
-        self.checkpoints = folder / "checkpoints"
+        self.folder = run.folder
+        self.checkpoints = run.folder / "checkpoints"
         self.held_out = held_out
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -68,9 +65,9 @@ class Trainer:
             self.student.enable_gradient_checkpointing()
         teacher = networks.teacher
         self.teacher = None if teacher is None else freeze(teacher, self.device, settings.mixed_precision)
-        self.weighting = self._make_weighting()
-        learned = self.weighting if isinstance(self.weighting, UncertaintyWeights) else None
         rate = objective.uncertainty_learning_rate
+        learned = None if rate is None else UncertaintyWeights(objective.ranges).to(self.device)
+        self.weighting = self._make_weighting() if learned is None else learned
         self.state = TrainingState(self.student, settings, accelerator.scaler, learned, rate)
         self.model, self.optimizer = accelerator.prepare(self.student, self.state.optimizer)
 
@@ -85,33 +82,25 @@ class Trainer:
     def _make_weighting(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
         """Each image's squared error and timesteps → the denoising loss; None: the mean error."""
         name, scheduler = self.settings.loss_weighting, self.networks.scheduler
-        if self.objective.uncertainty_learning_rate is not None:
-            return UncertaintyWeights(self.objective.ranges).to(self.device)
         if name is None:
             return None
         with naming(f"{self.settings.section}.loss_weighting", name):
             weights = loss_weights(name, scheduler.alphas_cumprod, scheduler.config.prediction_type, self.settings)
-        weights = weights.to(self.device)
-        return lambda errors, timesteps: (weights[timesteps] * errors).mean()
+        on_device = weights.to(self.device)
+        return lambda errors, timesteps: (on_device[timesteps] * errors).mean()
 
-    def run(self, deadline: float | None = None) -> bool:
+    def run(self, deadline: float = math.inf) -> bool:
         """Train to max_steps, or until the held-out loss has stopped falling, resuming from the newest checkpoint.
 
-        A signal raises Interrupted after a checkpoint. A loss, gradient or weight that is not finite, or a full disk,
-        raises RunError.
-
-        Args:
-            deadline: time.monotonic() at which to stop with a checkpoint.
-
-        Returns:
-            True if training is over (`student` then has the EMA weights), False if stopped by the deadline.
+        True if training is over, and `student` has the EMA weights; False if it stopped with a checkpoint when
+        time.monotonic() reached `deadline`. A signal raises Interrupted after a checkpoint. A loss, gradient or weight
+        that is not finite, or a full disk, raises RunError.
         """
         self._resume()
         with noted_signals() as signals, self.writer.thread:  # an error, too, waits for the thread
 
             def wish() -> int:
-                time_is_up = deadline is not None and time.monotonic() >= deadline
-                return max([TIME_IS_UP if time_is_up else GO_ON, *signals[:1]])
+                return max([TIME_IS_UP if time.monotonic() >= deadline else GO_ON, *signals[:1]])
 
             try:
                 stop = self._train(wish)
@@ -119,8 +108,7 @@ class Trainer:
                 self.batches.close()
             in_main_process(self.accelerator, self.writer.wait)
             in_main_process(self.accelerator, lambda: self.log.close())
-            if stop <= TIME_IS_UP:  # a signal may have come during the wait
-                stop = max([stop, *signals[:1]])
+            stop = max([stop, *signals[:1]])  # one may have come during the wait
         if stop > TIME_IS_UP:
             raise Interrupted(stop, f"checkpoint of step {self.state.step} saved, the same command resumes")
         if not self._is_over():
@@ -150,9 +138,8 @@ class Trainer:
         settings, state = self.settings, self.state
         agree = Agreement()
         stop = GO_ON
-        silent = not self.accelerator.is_main_process
         bar = {"total": settings.max_steps, "initial": state.step, "desc": self.objective.name, "mininterval": 1}
-        with tqdm(**bar, disable=silent) as progress:
+        with tqdm(**bar, disable=not self.accelerator.is_main_process) as progress:
             while not (stop or self._is_over()):
                 self.step()
                 progress.update()
@@ -205,11 +192,7 @@ class Trainer:
         return decoupled_loss(self.model, self.teacher, *inputs, self.weighting)
 
     def save(self, last: bool = False) -> None:
-        """Have a checkpoint written in the background, if the weights are finite: the last step may have broken them.
-
-        Args:
-            last: the run stops here.
-        """
+        """Have a checkpoint written in the background; weights that are not finite are refused."""
         weights = [*self.state.trained.values(), *self.state.ema.shadow_params]
         if not torch.isfinite(torch.stack(torch._foreach_norm(weights))).all():
             self._fail(f"the weights are not finite at step {self.state.step}")
@@ -220,19 +203,16 @@ class Trainer:
         state = self.state
         with state.ema_weights():
             loss = held_out_loss(self.networks, self.held_out, self.micro_batch_size, self.accelerator)
+        state.held_out_losses_since += 1
         if state.lowest_held_out_loss is None or loss < (1 - LEAST_FALL) * state.lowest_held_out_loss:
-            state.lowest_held_out_loss = loss
-            state.held_out_losses_since = 0
-        else:
-            state.held_out_losses_since += 1
+            state.lowest_held_out_loss, state.held_out_losses_since = loss, 0
         return loss
 
     def _log(self, progress: tqdm, measuring: bool) -> None:
         """Write a log line, with the held-out loss if `measuring`. Nothing else waits for the device."""
         state = self.state
         means, steps_per_second = self.meter.read()
-        fault = self.meter.fault(state.step)
-        if fault is not None:
+        if fault := self.meter.fault(state.step):
             self._fail(fault)
         state.skipped_steps = int(self.meter.skipped_steps)
         line = {

@@ -59,4 +59,5 @@ def test_the_threshold_is_exact(values, cut, fraction):
     vector = torch.tensor(values)
     keep = int(np.ceil(fraction * len(values)))
     expected = float(vector.abs().sort(descending=True).values[keep - 1])
-    assert magnitude_threshold(lambda: iter([vector[:cut], vector[cut:]]), fraction) == expected
+    base, moved = ({"a": part[:cut], "b": part[cut:]} for part in (torch.zeros_like(vector), vector))
+    assert magnitude_threshold(base, moved, fraction) == expected

@@ -414,7 +414,7 @@ def test_a_checkpoint_holds_the_state_it_was_taken_from(tmp_path, monkeypatch):
     (tmp_path / "more").mkdir()
     writer = CheckpointWriter(tmp_path / "more", keep=1)
     weights = {name: tensor.clone() for name, tensor in run.student.state_dict().items()}
-    monkeypatch.setattr("deme.training.checkpoints.sync_to_disk", lambda log: time.sleep(0.2))
+    monkeypatch.setattr("deme.job.files.sync_to_disk", lambda log: time.sleep(0.2))
     writer.write(run.state, run.log.file)
     with torch.no_grad():
         for parameter in run.student.parameters():

@@ -1,7 +1,7 @@
 """TIES-Merging (Yadav et al. 2023): trimmed task vectors, combined where they have the elected sign."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,13 +24,7 @@ class Ties(MergeMethod):
 
     def prepare(self, pretrained: Tensors, finetuned: Sequence[Tensors]) -> None:
         """Find the smallest magnitude that is kept of each task vector."""
-        self.thresholds = [
-            magnitude_threshold(
-                lambda tensors=tensors: (tensors[key].float() - base.float() for key, base in pretrained.items()),
-                self.fraction,
-            )
-            for tensors in finetuned
-        ]
+        self.thresholds = [magnitude_threshold(pretrained, tensors, self.fraction) for tensors in finetuned]
 
     def merge_tensor(
         self, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
@@ -48,23 +42,23 @@ class Ties(MergeMethod):
         return base + combined
 
 
-def magnitude_threshold(vectors: Callable[[], Iterable[torch.Tensor]], fraction: float) -> float:
-    """The smallest magnitude among the largest `fraction` of all values, exactly, with one tensor in memory at a time.
+def magnitude_threshold(pretrained: Tensors, finetuned: Tensors, fraction: float) -> float:
+    """The smallest of the largest `fraction` of a task vector's magnitudes, exactly, one tensor in memory at a time.
 
     The first pass counts magnitudes by the upper 16 bits of their float32, whose order is that of the numbers; the
     second pass looks at the values of the one bin that holds the threshold.
-
-    Args:
-        vectors: starts a pass over the tensors, float32.
     """
 
-    def bins(vector: torch.Tensor) -> torch.Tensor:
-        return vector.abs().flatten().view(torch.int32) >> 15
+    def magnitudes() -> Iterator[torch.Tensor]:
+        return ((finetuned[key].float() - base.float()).abs().flatten() for key, base in pretrained.items())
 
-    counts = sum(torch.bincount(bins(vector), minlength=2**16) for vector in vectors())
+    def bins(values: torch.Tensor) -> torch.Tensor:
+        return values.view(torch.int32) >> 15
+
+    counts = sum(torch.bincount(bins(values), minlength=2**16) for values in magnitudes())
     keep = math.ceil(fraction * int(counts.sum()))
     at_least = counts.flip(0).cumsum(0).flip(0)  # how many values lie in a bin or above it
     threshold_bin = int((at_least >= keep).nonzero()[-1])
-    inside = torch.cat([vector.abs().flatten()[bins(vector) == threshold_bin] for vector in vectors()])
+    inside = torch.cat([values[bins(values) == threshold_bin] for values in magnitudes()])
     above = int(at_least[threshold_bin]) - len(inside)
     return float(inside.sort(descending=True).values[keep - above - 1])
