@@ -23,6 +23,7 @@ from deme.job.files import read_json
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 PROJECTED = "Projected"  # prefix of the classes with projections
+UNCOMPARED = {"_class_name", "_diffusers_version", "_name_or_path", "dropout"}  # the last one is of training alone
 ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
 PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written where a folder names none
     "DDPMPipeline": "UNet2DModel",
@@ -103,8 +104,8 @@ def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
     for part, name in index.items():
         _look_up(f"{file}: the part", part, CLASSES)
         _look_up(f"{file}: {part}", name, CLASSES[part])
-    files = {DENOISER: denoiser_folder(pipeline) / "config.json", "scheduler": schedule_file(pipeline)}
-    files["vae"] = pipeline / "vae" / "config.json"
+    denoiser, vae = denoiser_folder(pipeline) / "config.json", pipeline / "vae" / "config.json"
+    files = {DENOISER: denoiser, "scheduler": schedule_file(pipeline), "vae": vae}
     settings = {part: read_part(part, path, index.get(part)) for part, path in files.items() if path.is_file()}
     for part in (DENOISER, "scheduler") if is_whole else ():
         if part not in settings:
@@ -214,7 +215,7 @@ def common_architecture(folders: Sequence[Path]) -> Path:
         if denoiser_class(given) != kind:
             raise UserError(f"{file}: _class_name={denoiser_class(given)}, but {kind} in {first}")
         differing = {key for key in {*given, *expected} if given.get(key, ...) != expected.get(key, ...)}
-        for key in sorted(differing - {"dropout"}):  # of training alone
+        for key in sorted(differing - UNCOMPARED):
             default = default_settings(kind).get(key, ...)  # diffusers ignores other keys
             values = given.get(key, default), expected.get(key, default)
             if default is not ... and values[0] != values[1]:

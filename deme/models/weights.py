@@ -118,8 +118,8 @@ def find_pipeline(source: str) -> Path:
     reasons = []  # why the Hub could not be reached
 
     def fetch(revision: str | None, patterns: list[str]) -> Path:
+        offline = bool(reasons)
         try:
-            offline = bool(reasons)
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
         except Exception as error:  # network, name and permission errors have no common class
             reasons.append(one_line(error))

@@ -67,7 +67,7 @@ def test_what_is_read_is_enough_offline(cached, pretrained, listing):
     assert find_pipeline("tester/model") == folder
 
 
-@pytest.mark.parametrize("form", ["half", "sharded", "pickled"])
+@pytest.mark.parametrize("form", ["half", "sharded", "pickled", "sharded pickles"])
 def test_weights_of_any_form_are_enough_offline(cached, pretrained, tmp_path, form):
     """As from_pretrained(variant="fp16") leaves the cache, while the Hub has full precision, too."""
     import torch
@@ -81,12 +81,14 @@ def test_weights_of_any_form_are_enough_offline(cached, pretrained, tmp_path, fo
     elif form == "pickled":
         torch.save(tensors, made / PICKLED_WEIGHTS)
     else:
-        load_denoiser(pretrained / "unet").save_pretrained(made, max_shard_size="20KB")
+        safe = form == "sharded"
+        load_denoiser(pretrained / "unet").save_pretrained(made, max_shard_size="20KB", safe_serialization=safe)
         (made / "config.json").unlink()
     here |= {f"unet/{name}": path for name, path in files(made).items()}
     folder = cached([*here, UNET, *OTHERS], here)
     assert find_pipeline("tester/model") == folder
     assert weights_files(folder / "unet")
+    assert load_denoiser(folder / "unet")
 
 
 def test_a_text_to_image_pipeline_is_found_offline_part_by_part(cached, text_to_image):
