@@ -254,6 +254,10 @@ class CachedLatents:
     def __init__(self, folder: Path, dropout: float):
         self.files = sorted(folder.glob("part-*.safetensors"))
         self.parts = [_read(file, "moments", "embeddings", "first", "crc32") for file in self.files]
+        for file, part in zip(self.files, self.parts, strict=True):  # the checksums cover neither of these
+            counts = {len(part["moments"]), len(part["crc32"]), len(part["first"]) - 1}
+            if len(counts) > 1 or int(part["first"][-1]) != len(part["embeddings"]):
+                raise _damaged(file, "its images, captions and checksums do not fit each other")
         count = sum(len(part["moments"]) for part in self.parts)
         expected = read_json(folder / INDEX).get("images")
         if count != expected:

@@ -85,8 +85,9 @@ def _walk(folder: str, prefix: str, parents: tuple[str, ...]) -> Iterator[File]:
         elif entry.name.lower().endswith(".zip") and not entry.name.startswith("."):
             with blaming(f"{entry.path}: cannot be read"), zipfile.ZipFile(entry.path) as archive:
                 names = [member.filename for member in archive.infolist() if not member.is_dir()]
-                if "::" in "".join(names) + entry.path:
-                    raise UserError("the name of the archive or of a file in it holds ::")
+                for name in names:
+                    if "::" in f"{name}\n{entry.path}":
+                        raise UserError(f"{name} cannot be read from an archive, as :: stands in the names")
             yield from (File(prefix + name, f"zip://{name}::{entry.path}") for name in names)
         elif entry.is_file() or entry.is_symlink():  # a broken link is reported when it is opened
             yield File(prefix + entry.name, entry.path)
@@ -280,6 +281,8 @@ def _read_metadata(metadata: list[File], images: dict[str, File]) -> list[dict[s
     listed_in: dict[str, str] = {}  # image → metadata file
     for file in metadata:
         with blaming(file.name):
+            if any(dirname(other.name) == dirname(file.name) for other in metadata if other != file):
+                raise UserError("another metadata file stands beside it")
             for number, given in enumerate(read_rows(file.name, read_file(file.path))):
                 with naming(f"row {number}"):
                     row = _with_images(given, dirname(file.name), images)

@@ -78,7 +78,8 @@ def ended_in_one_line(script: str) -> Iterator[list[Path]]:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: the next file would take its number
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  as long as the process lives
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # for terminals of every alphabet
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # for terminals of every alphabet
     folder: list[Path] = []
     try:
         yield folder
@@ -124,10 +125,11 @@ def _explained(error: BaseException, folder: Path | None) -> tuple[int, str]:
         return RunError.status, f"standard output: {reason}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return RunError.status, f"out of memory, a smaller batch_size or micro_batch_size takes less: {reason}"
-    place = folder if folder is not None and os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
-    file = place / f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    with suppress(OSError):
-        file.write_text(traceback.format_exc(), encoding="utf-8")
+    for place in [folder] * (folder is not None) + [Path(tempfile.gettempdir())]:
+        file = place / f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+        with suppress(OSError):
+            file.write_text(traceback.format_exc(), encoding="utf-8")
+            break
     return RunError.status, f"this is a fault of ours: {reason}; the traceback is in {file}"
 
 

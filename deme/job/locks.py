@@ -88,7 +88,8 @@ def _attempts(lock: SoftFileLease, output: Path, key: str, wait: bool) -> Iterat
             if not is_told and (wait or now - since > LEASE / 30):
                 is_told = True
                 limit = f"{LEASE / 60:.0f} minutes without a sign of life"
-                print(f"{in_use}; waiting for it, or for {limit}", flush=True)
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"{in_use}; waiting for it, or for {limit}", flush=True)
             time.sleep(pause)
             pause = min(2 * pause, POLLED_EVERY)
             yield False

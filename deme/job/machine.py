@@ -20,7 +20,7 @@ def processor() -> str:
 
 def computes_in_bf16() -> bool:
     """True if oneDNN multiplies bfloat16 by the processor's own instructions; emulated it is slower than float32."""
-    return _onednn_takes_bf16() and processor().endswith("bf16)")
+    return _onednn_takes_bf16() and (processor().endswith("bf16)") or not _proc("cpuinfo"))
 
 
 def can_pack(in_bf16: bool) -> bool:

@@ -101,7 +101,7 @@ def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
     Without `is_whole` only its encoders are wanted: it may lack the denoiser.
     """
     file, index = pipeline / INDEX, read_index(pipeline)
-    for part, name in index.items():
+    for part, name in ({"_class_name": None} | index if index else {}).items():
         _look_up(f"{file}: the part", part, CLASSES)
         _look_up(f"{file}: {part}", name, CLASSES[part])
     denoiser, vae = denoiser_folder(pipeline) / "config.json", pipeline / "vae" / "config.json"

@@ -106,7 +106,7 @@ def read_run(config: Config) -> Run:
 
 def read_provenance(file: Path) -> Provenance:
     """How a results.json or merge.yaml was made."""
-    content = read_json(file) if file.suffix == ".json" else read_record(MERGED, file.parent).beside
+    content = read_record(MERGED, file.parent).beside if file.name == MERGED.file else read_json(file)
     with naming(file):
         return checked(content, Provenance)
 

@@ -68,15 +68,15 @@ class CheckpointWriter:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / file)
             hashes = {"sha256": {file: files.sha256(temporary / file) for file in self.copies}}
             (temporary / STATE).write_text(json.dumps(scalars | hashes, indent=2), encoding="utf-8")
-        self.delete_others(path)
+        for newer in list_checkpoints(self.folder):  # unreadable, or the run would have resumed from it
+            if newer > path:
+                shutil.rmtree(newer, ignore_errors=True)
+        self.delete_older(path)
 
-    def delete_others(self, path: Path) -> None:
-        """Delete all checkpoints but `path` and the `keep` − 1 before it; newer ones could not be read."""
-        checkpoints = list_checkpoints(self.folder)
-        kept = [other for other in checkpoints if other <= path][: self.keep]
-        for other in checkpoints:
-            if other not in kept:
-                shutil.rmtree(other, ignore_errors=True)  # a later call deletes the rest
+    def delete_older(self, path: Path) -> None:
+        """Delete all checkpoints before `path` but for the `keep` − 1 newest of them."""
+        for other in [other for other in list_checkpoints(self.folder) if other < path][self.keep - 1 :]:
+            shutil.rmtree(other, ignore_errors=True)  # a later call deletes the rest
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -124,7 +124,7 @@ class Trainer:
             newest = load_newest_checkpoint(self.checkpoints, self.state, steps)
             if newest is not None:
                 print(f"{self.objective.name}: resuming from {newest}")
-                self.writer.delete_others(newest)  # if the run was killed before it could
+                self.writer.delete_older(newest)  # if the run was killed before it could
             self.log = RunLog(self.folder, self.state.step, self.settings)
             return newest
 

@@ -507,7 +507,7 @@ MISTAKES = [
         "an expert to distil of other channels",
         "finetune.py",
         DISTILLED,
-        "{root}/tiny/finetuned/0500-1000/unet: in_channels=3: {root}/tiny/merged/unet has 1",
+        "{root}/tiny/finetuned/0500-1000/unet: in_channels=3: the encoder gives 1",
         merged_experts(lambda folder: tiny_unet(in_channels=3, out_channels=3).save_pretrained(folder)),
     ),
     Mistake(
@@ -718,7 +718,7 @@ MISTAKES = [
         "coefficients that were found for another number of ranges",
         "merge.py",
         ["merge.coefficients=bad.yaml"],
-        "bad.yaml: merge.coefficients={'*': [0.1, 0.2, 0.3]}: 3 coefficients for 2 timestep ranges",
+        "bad.yaml: merge.coefficients={'*': [0.1, 0.2, 0.3]}: 3 coefficients for 2 networks",
         both(experts, yaml_file("coefficients: {'*': [0.1, 0.2, 0.3]}")),
     ),
     Mistake(
@@ -1230,7 +1230,7 @@ def test_merged_weights_that_are_no_longer_those_are_merged_again(start, config_
 RACES = {  # what reads the file that another program writes meanwhile
     "merge.py": ("deme.models.weights.load_tensors", WEIGHTS),
     "finetune.py": ("deme.training.setup.load_denoiser", WEIGHTS),
-    "sample_ddp.py": ("deme.models.denoisers.load_denoiser", WEIGHTS),
+    "sample_ddp.py": ("deme.data.drawing.load_denoiser", WEIGHTS),
     "evaluate.py": ("deme.data.samples.read_images", "000001.png"),
 }
 

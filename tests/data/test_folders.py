@@ -151,6 +151,14 @@ def test_metadata_that_does_not_fit_is_refused_by_row(tmp_path, rows, reason):
         read(tmp_path, caption_column="text" if "text" in rows[0] else None)
 
 
+def test_two_metadata_files_of_one_folder_are_refused(tmp_path):
+    draw(tmp_path, "a.png", "b.png")
+    for name, image in (("metadata.csv", "a.png"), ("metadata.jsonl", "b.png")):
+        with_metadata(tmp_path, [{"file_name": image}], name)
+    with pytest.raises(UserError, match=r"metadata\.csv: another metadata file stands beside it"):
+        read(tmp_path)
+
+
 def test_lines_of_metadata_that_are_no_rows_are_passed_over_or_named(tmp_path):
     draw(tmp_path, "a.png")
     file = tmp_path / "metadata.jsonl"

@@ -56,6 +56,12 @@ def test_a_whole_run_has_nothing_unreadable(config):
     assert "Objective fd: 0.5000, the pretrained network&#39;s 1.0000" in sections["Search"]
 
 
+def test_results_may_have_any_name(config):
+    file = config.paths.run_folder / "scores.txt"
+    config.paths.results.rename(file)
+    assert "-0.7500 ± 0.2500" in page(replace(config, evaluate=replace(config.evaluate, output=str(file))))["Results"]
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("file", PLACES)
 def test_an_unreadable_file_is_told_in_its_place(config, file, damage, capsys):

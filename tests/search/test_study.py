@@ -85,15 +85,15 @@ def test_more_trials_go_on_where_fewer_ended(tmp_path):
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 def test_a_grid_covers_all_points(dimensions):
-    points = {tuple(point.ravel()) for point in grid(4**dimensions - 1, (1, dimensions), (0.0, 1.5))}
+    points = {tuple(point.ravel()) for point in grid(4**dimensions - 1, [(0.0, 1.5)] * dimensions, (1, dimensions))}
     axis = [0, 0.75, 1.5]
     assert points == set(map(tuple, np.stack(np.meshgrid(*[axis] * dimensions), -1).reshape(-1, dimensions)))
 
 
 def test_a_grid_of_one_value_is_refused():
     with pytest.raises(UserError, match=r"a grid of 4 coefficients has at least 2 \*\* 4 candidates"):
-        grid(15, (2, 2), (0.0, 1.5))
-    assert len(grid(16, (2, 2), (0.0, 1.5))) == 16
+        grid(15, [(0.0, 1.5)] * 4, (2, 2))
+    assert len(grid(16, [(0.0, 1.5)] * 4, (2, 2))) == 16
 
 
 def test_jobs_share_candidates_without_trying_one_twice(tmp_path):
