@@ -22,7 +22,7 @@ from deme.job.files import Watched, write_yaml
 from deme.job.records import provenance
 from deme.models.pipelines import check_pipeline, latent_factor, takes_text, write_pipeline_files
 from deme.models.variants import ModelFiles
-from deme.models.weights import find_folder
+from deme.models.pipelines import find_folder
 from deme.training.session import Objective, Session
 
 if TYPE_CHECKING:

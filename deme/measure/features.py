@@ -16,7 +16,7 @@ from deme.data.samples import read_images
 from deme.errors import UserError, one_line
 from deme.job.processes import Processes
 from deme.models.encoders import LEAST_VOCABULARY, check_filled
-from deme.models.weights import find_folder, hub_name
+from deme.models.pipelines import find_folder, hub_name
 
 
 class InceptionFeatures(nn.Module):

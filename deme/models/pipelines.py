@@ -1,4 +1,4 @@
-"""diffusers pipelines as folders: the supported classes and settings, and where the parts lie.
+"""diffusers pipelines, in folders or on the Hub: the supported classes and settings, and where the parts lie.
 
 A pipeline has `unet/` and `scheduler/`, or is flat, with `config.json`, `scheduler_config.json` and the weights side by
 side (google/ddpm-*). What the tables do not list is refused by name. To support another denoiser, add its class to
@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -17,8 +18,10 @@ from typing import Any
 
 from deme.config.paths import DENOISER
 from deme.config.section import is_finite
-from deme.errors import UserError, naming, shown
-from deme.job.files import read_json
+from deme.config.sections import HUB_ID
+from deme.errors import UserError, naming, one_line, shown
+from deme.job.files import REPOSITORY, read_json
+from deme.models.weights import FORMS, STEM, STEMS, has_weights, weights_files
 
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
@@ -67,6 +70,11 @@ SETTINGS = {  # supported values; diffusers' default, where a file leaves a sett
     },
     "vae": {"latents_mean": (None,), "latents_std": (None,)},
 }
+SETTINGS_FILES = (  # files of a pipeline on the Hub that are read beside the weights
+    *("model_index.json", "config.json", "scheduler_config.json", "scheduler/scheduler_config.json"),
+    *(f"{part}/config.json" for part in STEMS),
+    *("tokenizer/*.json", "tokenizer/*.txt"),
+)
 
 
 def read_index(pipeline: Path) -> dict[str, Any]:
@@ -254,3 +262,58 @@ def latent_factor(pipeline: Path) -> int:
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= 16:
         raise UserError(f"{file}: block_out_channels={blocks}")
     return 2 ** (len(blocks) - 1)
+
+
+def find_folder(source: str) -> Path | None:
+    """A folder relative to the working directory, or else to the repository; None if there is none."""
+    return next((folder for folder in (Path(source), REPOSITORY / source) if folder.is_dir()), None)
+
+
+def hub_name(source: str) -> str | None:
+    """owner/name of a pipeline, model or data set on the Hub, without its @revision; None for a folder."""
+    name, at, revision = source.partition("@")
+    fits = re.fullmatch(HUB_ID, name) is not None and (revision != "" or at == "")
+    return name if fits and find_folder(source) is None else None
+
+
+def find_pipeline(source: str) -> Path:
+    """The folder of a pipeline: a local one, or owner/name[@revision] in the Hub's cache.
+
+    Only files that are read are downloaded, none without a connection.
+    """
+    if (folder := find_folder(source)) is not None:
+        return check_pipeline(folder)
+    if (name := hub_name(source)) is None:
+        raise UserError("no such folder")
+    from huggingface_hub import snapshot_download
+
+    reasons = []  # why the Hub could not be reached
+
+    def fetch(revision: str | None, patterns: list[str]) -> Path:
+        offline = bool(reasons)
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
+        except Exception as error:  # network, name and permission errors have no common class
+            reasons.append(one_line(error))
+            if not offline:
+                return fetch(revision, patterns)  # from the cache
+            if not hasattr(error, "snapshot_path"):  # the cache has nothing of it
+                raise UserError(f"neither a pipeline folder nor a reachable Hub id: {reasons[0]}") from None
+            return Path(error.snapshot_path)
+
+    folder = fetch(source.removeprefix(name).removeprefix("@") or None, list(SETTINGS_FILES))
+    try:
+        check_pipeline(folder)
+        parts = [part for part in STEMS if (folder / part).is_dir()]
+        for part in parts if DENOISER in parts else [""]:
+            stem = STEMS.get(part, STEM)
+            for form in FORMS if part in (DENOISER, "") else FORMS[:-1]:
+                # config.json is asked for too: the Hub's client warns where no file fits
+                fetch(folder.name, [str(Path(part, file)) for file in ("config.json", *(stem + end for end in form))])
+                if has_weights(folder / part, stem):
+                    break
+            weights_files(folder / part, stem)
+    except UserError as error:
+        why = f"; the Hub's cache does not hold all of it, and the rest cannot be had: {reasons[0]}" if reasons else ""
+        raise UserError(f"{error}{why}") from None
+    return folder

@@ -15,8 +15,8 @@ from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININ
 from deme.errors import UserError, naming
 from deme.job.files import Watched, checked, read_json, read_yaml, sha256
 from deme.job.records import ENCODER, SCHEDULE
-from deme.models.pipelines import denoiser_folder, encoder_files, latent_factor, schedule_file
-from deme.models.weights import WEIGHTS, find_pipeline, has_weights, weights_files
+from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, latent_factor, schedule_file
+from deme.models.weights import WEIGHTS, has_weights, weights_files
 
 ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED)  # of a table's rows; others by name
 MAKERS = {  # the command that makes each model of a run

@@ -1,4 +1,4 @@
-"""Pipelines and weights, in folders or on the Hub, in every form that the Hub has them, read without running code.
+"""The weights in a network's folder, in every form that the Hub has them, read without running code.
 
 torch is imported only to read tensors.
 """
@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.paths import DENOISER
-from deme.config.sections import HUB_ID
-from deme.errors import UserError, blaming, one_line
-from deme.job.files import REPOSITORY, checked, read_json, sha256
-from deme.models.pipelines import check_pipeline
+from deme.errors import UserError, blaming
+from deme.job.files import checked, read_json, sha256
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
@@ -25,11 +23,6 @@ FORMS = (  # in order of preference, after the stem: a file, or an index of shar
     (".bin", ".bin.index.json", "-*-of-*.bin"),
 )
 STEMS = {DENOISER: STEM, "vae": STEM, "text_encoder": "model"}  # of a pipeline's parts that have weights
-SETTINGS_FILES = (  # files of a pipeline on the Hub that are read beside the weights
-    *("model_index.json", "config.json", "scheduler_config.json", "scheduler/scheduler_config.json"),
-    *(f"{part}/config.json" for part in STEMS),
-    *("tokenizer/*.json", "tokenizer/*.txt"),
-)
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # up to diffusers 0.15
 OLD_ATTENTION_NAME = re.compile(rf"(?<=\.)({'|'.join(ATTENTION_NAMES)})(?=\.(weight|bias)$)")
 
@@ -90,58 +83,3 @@ def write_denoiser(folder: Path, tensors: dict[str, Any], config: dict) -> None:
     folder.mkdir()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def find_folder(source: str) -> Path | None:
-    """A folder relative to the working directory, or else to the repository; None if there is none."""
-    return next((folder for folder in (Path(source), REPOSITORY / source) if folder.is_dir()), None)
-
-
-def hub_name(source: str) -> str | None:
-    """owner/name of a pipeline, model or data set on the Hub, without its @revision; None for a folder."""
-    name, at, revision = source.partition("@")
-    fits = re.fullmatch(HUB_ID, name) is not None and (revision != "" or at == "")
-    return name if fits and find_folder(source) is None else None
-
-
-def find_pipeline(source: str) -> Path:
-    """The folder of a pipeline: a local one, or owner/name[@revision] in the Hub's cache.
-
-    Only files that are read are downloaded, none without a connection.
-    """
-    if (folder := find_folder(source)) is not None:
-        return check_pipeline(folder)
-    if (name := hub_name(source)) is None:
-        raise UserError("no such folder")
-    from huggingface_hub import snapshot_download
-
-    reasons = []  # why the Hub could not be reached
-
-    def fetch(revision: str | None, patterns: list[str]) -> Path:
-        offline = bool(reasons)
-        try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
-        except Exception as error:  # network, name and permission errors have no common class
-            reasons.append(one_line(error))
-            if not offline:
-                return fetch(revision, patterns)  # from the cache
-            if not hasattr(error, "snapshot_path"):  # the cache has nothing of it
-                raise UserError(f"neither a pipeline folder nor a reachable Hub id: {reasons[0]}") from None
-            return Path(error.snapshot_path)
-
-    folder = fetch(source.removeprefix(name).removeprefix("@") or None, list(SETTINGS_FILES))
-    try:
-        check_pipeline(folder)
-        parts = [part for part in STEMS if (folder / part).is_dir()]
-        for part in parts if DENOISER in parts else [""]:
-            stem = STEMS.get(part, STEM)
-            for form in FORMS if part in (DENOISER, "") else FORMS[:-1]:
-                # config.json is asked for too: the Hub's client warns where no file fits
-                fetch(folder.name, [str(Path(part, file)) for file in ("config.json", *(stem + end for end in form))])
-                if has_weights(folder / part, stem):
-                    break
-            weights_files(folder / part, stem)
-    except UserError as error:
-        why = f"; the Hub's cache does not hold all of it, and the rest cannot be had: {reasons[0]}" if reasons else ""
-        raise UserError(f"{error}{why}") from None
-    return folder

@@ -7,8 +7,8 @@ from deme.config.paths import DENOISER
 from deme.config.sections import range_name
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_scores
-from deme.models.pipelines import is_projected, takes_text
-from deme.models.weights import WEIGHTS, hub_name
+from deme.models.pipelines import hub_name, is_projected, takes_text
+from deme.models.weights import WEIGHTS
 from deme.report.tables import NAMES, markdown_table, public
 
 PAPER = "[Decouple-then-Merge](https://arxiv.org/abs/2410.06664)"

@@ -89,9 +89,8 @@ def pipeline(choose: random.Random, folder: Path) -> Readers:
     from deme.method.sampling import try_sampler
     from deme.models.denoisers import load_denoiser, load_scheduler
     from deme.models.encoders import load_encoder, try_out
-    from deme.models.pipelines import write_pipeline_files
+    from deme.models.pipelines import find_pipeline, write_pipeline_files
     from deme.models.variants import ModelFiles
-    from deme.models.weights import find_pipeline
 
     make_pipeline(folder)
     file = folder / choose.choice(["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"])
