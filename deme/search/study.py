@@ -1,6 +1,7 @@
 """Candidates one after another: an Optuna study, in a storage that outlives the process and that jobs share."""
 
 import fcntl
+import logging
 import math
 import time
 import warnings
@@ -32,6 +33,7 @@ HEARTBEAT = 30  # seconds between two heartbeats of a running trial
 GRACE = 300  # seconds without a heartbeat after which a trial's candidate is tried again
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+logging.getLogger("sqlalchemy").setLevel(logging.CRITICAL)  # a signal within a query would print a traceback
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
