@@ -95,6 +95,7 @@ if [ -n "$quick" ]; then
     {finetune,distill}.max_steps=2 sample.batch_size=32 sample.num_inference_steps=2 search.trials=4
     search.{num_images=32,control_images=64,finalist_images=48,report_images=60} evaluate.classifier_precision=no
     evaluate.classifier_epochs=1)
+  [ -n "$data" ] || small+=(data.image_column=image) # of the digits
   overrides=("${small[@]}" ${overrides[@]+"${overrides[@]}"})
   data=${data:-digits}
   export QUICK=1 RUNS=${RUNS:-runs/gpu-quick} ACCELERATE_USE_CPU=true OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -47,7 +47,7 @@ def configuration(choose: random.Random, folder: Path) -> Readers:
 
     def read() -> None:
         config = load_config(file, overrides)
-        for name in config.paths.names():
+        for name in vars(config.paths):
             config.paths.lines(name)
 
     yield read
