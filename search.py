@@ -111,12 +111,7 @@ def check_inputs(config: Config) -> ModelFiles:
 
 def draws_images(config: Config) -> bool:
     """True if images are drawn, to tell candidates apart or for the report."""
-    return by_images(config) or config.search.report_images > 0
-
-
-def by_images(config: Config) -> bool:
-    """True if candidates are told apart by images that are drawn from them."""
-    return config.search.method == "multi_fidelity" or config.search.objective == "fd"
+    return config.searches_by_images or config.search.report_images > 0
 
 
 def searched(config: Config) -> dict[str, Any]:
@@ -125,7 +120,7 @@ def searched(config: Config) -> dict[str, Any]:
 
     parts = {part.section: part.tagged("search") for part in (config.search, config.sample, config.evaluate)}
     parts |= {part.section: part.tagged("examples") for part in (config.data, config.finetune)}
-    if by_images(config):
+    if config.searches_by_images:
         parts["search"]["num_inference_steps"] = config.search_steps
     else:
         del parts["search"]["num_inference_steps"]

@@ -163,13 +163,18 @@ class Config(Section):
     def intervals(self) -> list[tuple[float, float]]:
         """The bounds of the searched coefficients, one of each of `merged_names`."""
         search = self.search
-        return [search.self_interval if name.startswith(SELF) else search.interval for name in self.merged_names]
+        own = self.self_trained_names
+        return [search.self_interval if name in own else search.interval for name in self.merged_names]
+
+    @property
+    def searches_by_images(self) -> bool:
+        """True if a search tells candidates apart by images that are drawn from them."""
+        return self.search.method == "multi_fidelity" or self.search.objective == "fd"
 
     def check_search(self) -> None:
         """What has to hold between the sections where a search is made."""
-        by_images = self.search.method == "multi_fidelity" or self.search.objective == "fd"
         rule = "match and loss need merge.experts=[ranges]; with self use multi_fidelity, or optuna with fd"
-        self.search.check("method", by_images or self.merge.experts == ["ranges"], rule)
+        self.search.check("method", self.searches_by_images or self.merge.experts == ["ranges"], rule)
         total = self.timesteps.num_train_timesteps
         few = self.search_steps <= total
         self.search.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")

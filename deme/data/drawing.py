@@ -98,11 +98,12 @@ def ranges_of(config: Config, model: ModelFiles) -> list[tuple[int, int]]:
 def identity(config: Config, model: ModelFiles) -> dict[str, Any]:
     """Everything that determines the images, for their record."""
     hashes = model.hashes()
+    schedule = hashes.pop(SCHEDULE)
     unused = {"scheduler", "timestep_spacing"} | ({} if ENCODER in hashes else config.sample.tagged("text")).keys()
     return {
         "weights": list(map(weights_hash, model.denoisers)),
         "timesteps": [list(edges) for edges in ranges_of(config, model)],
-        "scheduler": hashes.pop(SCHEDULE),
+        "scheduler": schedule,
         "sample.scheduler": sampler_name(config.sample.scheduler),
         "resolution": config.data.resolution,
         **{key: value for key, value in config.sample.tagged("samples").items() if key not in unused},

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from deme.config.experiment import Config
-from deme.config.trainings import SELF
 from deme.errors import UserError, naming
 from deme.job.processes import in_main_process, locked_by_all
 from deme.method.task_vectors import PUBLISHED
@@ -122,7 +121,7 @@ def line(config: Config, shape: tuple[int, int]) -> list[np.ndarray]:
     The distance falls smoothly along this line and rises again. If the ranges' experts are merged, too, half of the
     candidates add them uniformly.
     """
-    is_self = np.array([name.startswith(SELF) for name in config.merged_names])
+    is_self = np.isin(config.merged_names, config.self_trained_names)
     rows = []
     for number, value in enumerate(np.linspace(0, config.search.self_interval[0], LINE + 1)):
         others = 0 if number % 2 == 0 else 1 / len(config.timesteps.ranges)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from deme.config.experiment import check_shares
 from deme.data.examples import load_examples
 from deme.data.images import Examples, TrainingImages
-from deme.errors import UserError, naming
+from deme.errors import naming
 from deme.job.files import Watched, atomic_folder
 from deme.job.processes import in_main_process, locked_by_all, make_accelerator
 from deme.method.losses import Experts
@@ -36,9 +36,6 @@ def load_networks(inputs: ModelFiles, key: str, source: str) -> Networks:
         experts.append(load_denoiser(path))
         with naming(path):
             try_out(experts[-1], scheduler, encoder)
-            channels = experts[-1].config.in_channels
-            if channels != denoiser.config.in_channels:
-                raise UserError(f"in_channels={channels}: {folder} has {denoiser.config.in_channels}")
     return Networks(denoiser, Experts(experts) if experts else None, scheduler, encoder)
 
 
