@@ -20,7 +20,7 @@ from typing import Any
 
 from deme.analysis import UNET_PASSES
 from deme.config.experiment import Config
-from deme.config.sections import ANALYSES, range_name
+from deme.config.sections import ANALYSES
 from deme.config.trainings import CONTINUED, DISTILLED
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
@@ -46,7 +46,7 @@ def main(config: Config) -> None:
     networks = {"pretrained": denoiser_folder(pretrained)}
     missing: list[str] = []
     if settings.analyses != ["gradient_conflict"]:
-        networks |= dict(zip(map(range_name, config.timesteps.ranges), check_trained(paths.experts), strict=True))
+        networks |= dict(zip(config.timesteps.names, check_trained(paths.experts), strict=True))
         later, missing = made_later(config)
         networks |= later
     inputs = ModelFiles(pretrained, list(networks.values()))

@@ -21,7 +21,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.config.sections import range_name
 from deme.config.trainings import ANT_UW, BASELINES, CONTINUED, DISTILLED, SELF, Finetune
 from deme.job.command import run_script
 from deme.job.files import sha256
@@ -53,11 +52,11 @@ class Task:
         return self.objective.name
 
 
-def expert(config: Config, timestep_range: tuple[int, int]) -> Task:
+def expert(config: Config, number: int) -> Task:
     """The copy of one timestep range, held to the pretrained network."""
-    settings = config.finetune
+    settings, timestep_range = config.finetune, config.timesteps.ranges[number]
     objective = Objective(
-        range_name(timestep_range),
+        config.timesteps.names[number],
         (config.seed, 2, *timestep_range),
         [timestep_range],
         settings.global_probability,
@@ -112,7 +111,6 @@ def self_training(config: Config) -> list[Task]:
 def chosen_tasks(config: Config) -> list[Task]:
     """The networks that this command trains; all of them start from the same one."""
     chosen = config.finetune.range
-    ranges = config.timesteps.ranges
     if chosen in (CONTINUED, *BASELINES):
         return [control(config, chosen)]
     if chosen == DISTILLED:
@@ -120,7 +118,8 @@ def chosen_tasks(config: Config) -> list[Task]:
     if chosen == SELF:
         config.check_self_training()
         return self_training(config)
-    return [expert(config, timestep_range) for timestep_range in (ranges if chosen is None else [ranges[chosen]])]
+    numbers = range(len(config.timesteps.ranges)) if chosen is None else [chosen]
+    return [expert(config, number) for number in numbers]
 
 
 def source_of(task: Task, config: Config) -> tuple[str, str]:
@@ -175,7 +174,7 @@ def main(config: Config) -> None:
     variant = find_model(model, config.paths)
     unets = {model: variant.denoisers[0]}
     if model == MERGED:
-        unets |= zip(map(range_name, tasks[0].objective.ranges), check_trained(config.paths.experts), strict=True)
+        unets |= zip(config.timesteps.names, check_trained(config.paths.experts), strict=True)
     inputs = ModelFiles(variant.pipeline, list(unets.values()))
     inputs.check_fits(config)
     watched = inputs.watched(*(unet / "config.json" for unet in inputs.denoisers))

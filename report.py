@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from deme.config.experiment import Config
 from deme.config.reading import override
 from deme.config.section import without_password
-from deme.config.sections import range_name
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
@@ -156,7 +155,7 @@ def merging(run: "Run") -> "list[Part]":
     caption = "Coefficient of each expert's task vector by group of tensors."
     drawn = picture(run, "report-coefficients", caption, coefficient_map(run.coefficients, run.config))
     rows = [[pattern, *(f"{w:.4g}" for w in values)] for pattern, values in run.coefficients.items()]
-    table = Table(["tensors", *map(range_name, run.config.timesteps.ranges)], rows)
+    table = Table(["tensors", *run.config.timesteps.names], rows)
     return [table, drawn] if len(rows) <= MOST_GROUPS else [drawn]
 
 
@@ -192,7 +191,7 @@ def made(run: "Run", options: str) -> "list[Part]":
     facts = {
         "pretrained model": config.paths.pretrained,
         "data": f"{config.data.name}, split {config.data.split}, {config.data.resolution} pixels",
-        "timestep ranges": ", ".join(map(range_name, config.timesteps.ranges)),
+        "timestep ranges": ", ".join(config.timesteps.names),
         "finetuning, per range": f"{config.finetune.max_steps:,} steps of {config.finetune.batch_size} images",
         "sampling": f"{config.sample.scheduler}, {config.sample.num_inference_steps} steps",
         "processor": run.provenance.processor or "not recorded",

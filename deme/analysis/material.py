@@ -10,7 +10,6 @@ import numpy as np
 from torch import nn
 
 from deme.config.experiment import Config
-from deme.config.sections import range_name
 from deme.data.examples import load_examples
 from deme.data.opening import Source
 from deme.errors import UserError, naming
@@ -47,7 +46,7 @@ class Material:
         self.settings = self.config.analyze
         self.hashes = {name: weights_hash(folder) for name, folder in self.networks.items()}
         self.ranges = self.config.timesteps.ranges
-        self.range_names = list(map(range_name, self.ranges))  # the experts' names, too
+        self.range_names = self.config.timesteps.names  # the experts' names, too
         self.timesteps = self.config.analyzed_timesteps
         self.architecture = common_architecture(list(self.networks.values()))  # a folder
         # which images losses are measured on

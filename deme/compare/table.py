@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from deme.compare.comparison import PRETRAINED, ComparedRun
-from deme.config.sections import range_name
 from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.measure.scores import Score, load_scores, mean_and_deviation
 from deme.models.variants import read_searched, seconds_of
@@ -88,7 +87,7 @@ def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
     config = run.config
     is_merged = model in ("merged", DISTILLED)
     names = config.merged_names if is_merged else []
-    names += [range_name(bounds) for bounds in config.timesteps.ranges] if model == "ensemble" else []
+    names += config.timesteps.names if model == "ensemble" else []
     names += [model] if model in NAMED_TRAININGS else []
     logs = [read_log(name, config.paths.finetuning(name) / "log.jsonl", config.finetune.batch_size) for name in names]
     passes = sum(log.passes(config) for log in logs)

@@ -17,7 +17,6 @@ from deme.config.sections import (
     Sample,
     Search,
     Timesteps,
-    range_name,
 )
 from deme.config.trainings import (
     ANT_UW,
@@ -139,13 +138,12 @@ class Config(Section):
     @property
     def self_trained_names(self) -> list[str]:
         """The names of the networks that finetune.range=self trains."""
-        by_range = [f"{SELF}-{range_name(edges)}" for edges in self.timesteps.ranges]
-        return by_range if self.self_training.ranges else [SELF]
+        return [f"{SELF}-{name}" for name in self.timesteps.names] if self.self_training.ranges else [SELF]
 
     @property
     def merged_names(self) -> list[str]:
         """The names of the networks that are merged, in the order of their coefficients."""
-        names = {"ranges": [range_name(edges) for edges in self.timesteps.ranges], SELF: self.self_trained_names}
+        names = {"ranges": self.timesteps.names, SELF: self.self_trained_names}
         return [name for group in self.merge.experts for name in names[group]]
 
     @property

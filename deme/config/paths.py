@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from deme.config.sections import range_name
 from deme.config.trainings import CONTINUED, DISTILLED
 
 DENOISER = "unet"  # the sub-folder of the network, as diffusers' pipelines call it
@@ -33,7 +32,7 @@ class Paths:
         self.distilled = self.trained(DISTILLED)  # of the network that is distilled from the experts
         experts = output(config.merge.finetuned, "finetuned")
         self.finetuned = [experts / name / DENOISER for name in config.merged_names]  # the UNet folders that are merged
-        self.experts = [experts / range_name(bounds) / DENOISER for bounds in config.timesteps.ranges]  # of the ranges
+        self.experts = [experts / name / DENOISER for name in config.timesteps.names]  # of the ranges
         self.own_samples = run / "own-samples"  # of the pretrained network, for self-training
         self.search = output(config.search.output, "search")  # the output of search.py
         self.best_coefficients = self.search / "best.yaml"  # the merging coefficients that search.py finds

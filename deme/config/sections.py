@@ -83,6 +83,11 @@ class Timesteps(Section):
         equal = [k * self.num_train_timesteps // self.num_ranges for k in range(self.num_ranges + 1)]
         return list(pairwise(equal if self.edges is None else self.edges))
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the ranges, and of their experts' folders: (0, 250) gives 0000-0250."""
+        return [f"{low:04d}-{high:04d}" for low, high in self.ranges]
+
 
 @dataclass(frozen=True)
 class Merge(Section):
@@ -248,8 +253,3 @@ class Analyze(Section):
         self.check("images", self.images % 2 == 0, "must be even: gradient_conflict compares two halves")
         different = self.landscape_ranges is None or len(self.landscape_ranges) == len(set(self.landscape_ranges)) == 2
         self.check("landscape_ranges", different, "must be two numbers of ranges")
-
-
-def range_name(timestep_range: tuple[int, int]) -> str:
-    """A range's folder name: (0, 250) gives 0000-0250."""
-    return "{:04d}-{:04d}".format(*timestep_range)

@@ -4,7 +4,6 @@ from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.paths import DENOISER
-from deme.config.sections import range_name
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_scores
 from deme.models.pipelines import hub_name, is_projected, takes_text
@@ -37,7 +36,7 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
         loading.insert(0, "import deme.projection  # of the project that made it: adds the projections to diffusers")
     if projected and from_hub:
         loading.insert(1, "from huggingface_hub import snapshot_download")
-    ranges = list(map(range_name, config.timesteps.ranges))
+    ranges = config.timesteps.names
     coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in made_from["coefficients"].items()]
     method = made_from["method"]
     settings = [f"{key} {value}" for key, value in made_from.items() if key.startswith(f"{method}_")]

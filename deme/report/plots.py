@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from deme.config.experiment import Config
-from deme.config.sections import range_name
 from deme.data.samples import read_images
 from deme.errors import UserError
 from deme.measure.scores import Score
@@ -84,7 +83,7 @@ def cost(evaluated: Sequence[Any]) -> Figure:
 
 def coefficient_map(coefficients: Mapping[str, Sequence[float]], config: Config) -> Figure:
     """The coefficients as a heat map, a row per group of tensors, a column per range."""
-    values, ranges = np.array(list(coefficients.values())), list(map(range_name, config.timesteps.ranges))
+    values, ranges = np.array(list(coefficients.values())), config.timesteps.names
     names = ["all tensors" if name == "*" and len(values) == 1 else name for name in coefficients]
     figure = Figure(figsize=(max(4.0, 1.3 * len(ranges)) + 2, min(12.0, 1.8 + 0.35 * len(values))))
     axes = figure.subplots()

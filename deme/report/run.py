@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.sections import GRADIENT_PASSES, range_name
+from deme.config.sections import GRADIENT_PASSES
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.errors import UserError, naming, one_line
 from deme.job.files import checked, read_json
@@ -32,7 +32,7 @@ class TrainingLog:
 
     def passes(self, config: Config) -> int:
         """UNet passes so far: those of a gradient for each image, and one of its teacher if it has one."""
-        is_expert = self.name in map(range_name, config.timesteps.ranges)
+        is_expert = self.name in config.timesteps.names
         has_teacher = self.name == DISTILLED or (is_expert and config.finetune.consistency_weight > 0)
         return self.images * (GRADIENT_PASSES + has_teacher)
 
@@ -86,7 +86,7 @@ def read_run(config: Config) -> Run:
     """Read the files of a run that are there."""
     paths = config.paths
     run = Run(config)
-    for name in [*map(range_name, config.timesteps.ranges), *NAMED_TRAININGS, *config.self_trained_names]:
+    for name in [*config.timesteps.names, *NAMED_TRAININGS, *config.self_trained_names]:
         read = partial(read_log, name, batch_size=config.finetune.batch_size)
         log = run.read(TRAINING, paths.finetuning(name) / "log.jsonl", read)
         run.logs += [log] if log is not None else []
@@ -144,7 +144,7 @@ def missing_stages(run: Run) -> Iterator[tuple[str, str]]:
     """Stages that have not run, and the commands that run them; not those whose files are unreadable."""
     trained = {log.name for log in run.logs}
     paths = run.config.paths
-    for k, name in enumerate(map(range_name, run.config.timesteps.ranges)):
+    for k, name in enumerate(run.config.timesteps.names):
         if name not in trained and not paths.experts[k].is_dir():
             yield f"the expert of timesteps {name}", f"finetune.py finetune.range={k}"
     for name in (CONTINUED, DISTILLED):

@@ -12,7 +12,7 @@ import report
 from deme.config.experiment import Config, check_shares
 from deme.config.reading import load_config, override, read_override
 from deme.config.section import setting, tags_of
-from deme.config.sections import Sample, Search, range_name
+from deme.config.sections import Sample, Search
 from deme.config.trainings import Finetune
 from deme.errors import UserError
 
@@ -130,7 +130,7 @@ def test_missing_file_is_named(tmp_path):
 
 def test_equal_ranges_cover_all_timesteps():
     assert Config().timesteps.ranges == [(0, 250), (250, 500), (500, 750), (750, 1000)]
-    assert range_name((0, 250)) == "0000-0250"
+    assert Config().timesteps.names == ["0000-0250", "0250-0500", "0500-0750", "0750-1000"]
 
 
 def test_processes_must_share_the_micro_batches():
