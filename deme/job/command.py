@@ -21,6 +21,7 @@ from deme.errors import RunError, UserError, one_line
 from deme.job.files import REPOSITORY, to_yaml
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # preemption and Ctrl-C
+LAUNCHER_NEEDS = 30.0  # seconds at most, until it has seen that the main process has ended
 stopped_by: list[int] = []  # signals that raised Interrupted, which libraries may swallow or translate
 
 
@@ -60,10 +61,15 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
             print(to_yaml(config.recorded), plan(config), sep="\n")
         else:
             main(config)
-            distributed = sys.modules.get("torch.distributed")
-            if distributed is not None and distributed.is_available() and distributed.is_initialized():
-                distributed.barrier()  # a process that just exits may abort in the threads of its connections
-                distributed.destroy_process_group()
+            disconnect_all()
+
+
+def disconnect_all() -> None:
+    """Close this process's connections once all processes have come here: one that just exits may abort in them."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 @contextmanager
@@ -86,7 +92,12 @@ def ended_in_one_line(script: str) -> Iterator[list[Path]]:
         sys.stdout.flush()
         if stopped_by:
             raise Interrupted(stopped_by[0])
-    except SystemExit:
+    except SystemExit as ended:
+        if ended.code and os.environ.get("RANK", "0") != "0":
+            # torch's launcher blames the process that ends first: the main one, which says why. It then ends this one
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            time.sleep(LAUNCHER_NEEDS)
         raise
     except BaseException as error:
         _ignore_signals()

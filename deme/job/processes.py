@@ -14,6 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch import distributed
 
 from deme.errors import RunError, UserError, one_line
+from deme.job.command import disconnect_all
 from deme.job.locks import locked
 from deme.job.machine import computes_in_bf16
 from deme.job.records import Arrays, read_arrays, write_arrays
@@ -70,6 +71,8 @@ def in_main_process(processes: Processes, work: Callable[[], Result]) -> Result:
         except (UserError, RunError) as caught:
             error = caught
     result, status = broadcast_object_list([result, error and error.status])
+    if status is not None:
+        disconnect_all()
     if error is not None:
         raise error
     if status is not None:
