@@ -25,7 +25,7 @@ from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
 from deme.models.pipelines import denoiser_folder, takes_text
-from deme.models.variants import ModelFiles, SECONDS, check_trained, find_pretrained, timed
+from deme.models.variants import OF_PRETRAINED, SECONDS, ModelFiles, check_trained, find_pretrained, timed
 from deme.models.weights import weights_hash
 
 
@@ -50,8 +50,7 @@ def main(config: Config) -> None:
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.report.tables import score_table
     from deme.search.problem import Problem
-    from deme.search.report import score_fresh, verdict
-    from deme.search.ways import find
+    from deme.search.ways import find, score_fresh, verdict
 
     # --- what is searched
     source = open_source(config.data)
@@ -72,7 +71,14 @@ def main(config: Config) -> None:
         _ = problem.plain_distance  # weights or labels that can't be had are told now
     with timed(output) if accelerator.is_main_process else nullcontext():
         result = find(problem, output, digest_of(wanted.made_from))
-    answer = result.as_yaml(problem.patterns) | weights
+    answer = {
+        "coefficients": dict(zip(problem.patterns, result.coefficients.tolist(), strict=True)),
+        "objective": result.objective,
+        "value": result.value,
+        OF_PRETRAINED: result.pretrained,
+        "passes": result.evaluated[-1].passes,
+        **weights,
+    }
     with locked_by_all(accelerator, output / "best", "search.output", wait=True):
         in_main_process(accelerator, lambda: write_yaml(config.paths.best_coefficients, answer))
         accelerator.print(f"wrote {config.paths.best_coefficients}")

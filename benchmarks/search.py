@@ -139,7 +139,9 @@ class Bench:
             space = self.problem.plain_distance.space
             distance = DISTANCES[space.name]
             steps = 2 if self.arguments.quick else self.config.sample.num_inference_steps
-            features = self.problem.plain_distance.with_steps(steps).features(network_at(), self.seeds)
+            drawing = self.problem.plain_distance.drawing
+            drawing = replace(drawing, settings=replace(drawing.settings, num_inference_steps=steps))
+            features = replace(self.problem.plain_distance, drawing=drawing).features(network_at(), self.seeds)
             parts = [feature_statistics(part) for part in np.split(features, FRESH_BLOCKS)]
             known[key] = [distance(*part, space.reference.mu, space.reference.sigma) for part in parts]
             with atomic_file(file) as temporary:

@@ -12,7 +12,7 @@ from deme.config.sections import Search
 from deme.measure.noisy import Batch, Noiser, draw_probes
 from deme.method.candidates import Candidates
 from deme.models.encoders import Pixels
-from deme.search.objectives import Squares
+from deme.search.least_squares import Squares
 
 RANGES = [(0, 500), (500, 1000)]
 

@@ -1,22 +1,27 @@
 """What is searched: the candidates of a run, and the objectives that tell them apart."""
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from deme.config.experiment import Config
+from deme.config.sections import LEAST_CLASSIFIED
 from deme.data.examples import load_examples
 from deme.data.opening import Source
-from deme.data.samples import load_prompts
+from deme.data.samples import as_read, load_prompts
 from deme.errors import RunError, naming
 from deme.job.processes import Processes, kept, locked_by_all
 from deme.job.records import Arrays
+from deme.measure.features import extract
 from deme.measure.noisy import Noiser, draw_probes
-from deme.measure.reference import load_feature_space
+from deme.measure.reference import FeatureSpace, load_feature_space
+from deme.measure.scores import frechet_distance, statistics
 from deme.method.candidates import Candidates
 from deme.method.projection import with_identity_projections
 from deme.method.sampling import NetworkAt, ensemble, try_sampler
@@ -25,11 +30,11 @@ from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoders import Drawing, load_encoder, try_out
 from deme.models.pipelines import common_architecture, denoiser_folder
 from deme.models.weights import load_tensors
-from deme.search.objectives import FrechetDistance, Squares
-from deme.search.solvers import RECORD
+from deme.search.least_squares import Squares
 
 HELD_OUT_SHARE = 0.25  # of search.images: as many more, on which the gradient descent is measured
 PROBES = 3  # what the stream is for, beside those of pretraining and finetuning
+JACKKNIFE = 8  # parts of the images (Quenouille 1956)
 
 
 class Problem:
@@ -78,6 +83,20 @@ class Problem:
         self.encoder.prepare(processes.device, config.sample.mixed_precision)
         self.network = freeze(network, processes.device, "no", may_pack=False)
 
+    def value(self, objective: str, coefficients: np.ndarray, images: int = 0) -> tuple[float, int]:
+        """The value of a candidate, the lower the better, and its UNet passes; fd draws so many images."""
+        if objective != "fd":
+            squares = self.squares(objective)
+            return squares.value(coefficients), squares.images
+        if not np.any(coefficients):  # the control itself
+            return self.distance.of_features(self.distance.control), 0
+        passes = images * self.distance.drawing.passes
+        try:
+            features = self.distance.features(self.merged(coefficients), self.seeds(images))
+        except RunError:  # an image is not finite
+            return math.inf, passes
+        return self.distance.of_features(features), passes
+
     # --- match and loss
 
     @cached_property
@@ -110,7 +129,7 @@ class Problem:
         return range(self.settings.seed_offset, self.settings.seed_offset + count)
 
     @cached_property
-    def distance(self) -> FrechetDistance:
+    def distance(self) -> "FrechetDistance":
         """The objective fd, with the candidates' schedule; its control is drawn once and kept in a file."""
 
         def draw() -> Arrays:
@@ -119,11 +138,11 @@ class Problem:
 
         file = self.folder / "control.npz"
         with locked_by_all(self.processes, file, "search.output", wait=True):
-            control = kept(self.processes, file, RECORD, draw)
+            control = kept(self.processes, file, {}, draw)  # the folder has the record
         return replace(self.plain_distance, control=control["features"])
 
     @cached_property
-    def plain_distance(self) -> FrechetDistance:
+    def plain_distance(self) -> "FrechetDistance":
         """The distance without a control."""
         config, sample = self.config, replace(self.config.sample, num_inference_steps=self.config.search_steps)
         size = self.network.config.sample_size
@@ -159,27 +178,83 @@ class Problem:
         network = self.sampled_network  # made here: sampling would make it of inference tensors
         ranges = self.config.timesteps.ranges
         number_at = ensemble(range(len(ranges)), ranges)
-        form = lru_cache(maxsize=1)(lambda number: self.candidates.form_expert(network, number))
 
-        def network_at(timestep: float) -> nn.Module:
-            form(number_at(timestep))
+        @lru_cache(maxsize=1)
+        def expert(number: int) -> nn.Module:
+            self.candidates.form_expert(network, number)
             return network
 
-        return network_at
+        return lambda timestep: expert(number_at(timestep))
 
-    # --- any of them
 
-    def value(self, objective: str, coefficients: np.ndarray, images: int = 0) -> tuple[float, int]:
-        """The value of a candidate, the lower the better, and its UNet passes; fd draws so many images."""
-        if objective != "fd":
-            squares = self.squares(objective)
-            return squares.value(coefficients), squares.images
-        if not np.any(coefficients):  # the control itself
-            return self.distance.of_features(self.distance.control), 0
-        passes = images * self.distance.drawing.passes
-        try:
-            return self.distance.of_features(
-                self.distance.features(self.merged(coefficients), self.seeds(images))
-            ), passes
-        except RunError:  # an image is not finite
-            return math.inf, passes
+@dataclass(frozen=True, eq=False)
+class FrechetDistance:
+    """The Fréchet distance of images drawn from given seeds, the same for every candidate; nothing is written.
+
+    With a control it estimates the distance of as many images as the control has from fewer of them. The luck of the
+    seeds, such as too many images of a class, does not cancel between candidates, as the distance is not linear in it.
+    So mean and covariance of a candidate's features are corrected by how those of the pretrained network differ
+    between the same seeds and all seeds (control variates). What candidate and control do not share would still add a
+    bias proportional to 1 / images, which the jackknife removes.
+    """
+
+    processes: Processes
+    drawing: Drawing
+    space: FeatureSpace
+    prompts: Sequence[str]  # seed i takes the i-th, in turn; empty if the model takes none
+    control: np.ndarray | None = None  # features of the pretrained network's images of the first seeds, shape (M, D)
+    lucks: dict[int, float] = field(default_factory=dict)  # by number of images, as it takes long to compute
+
+    def features(self, network_at: NetworkAt, seeds: range) -> np.ndarray:
+        """The features of the images of these seeds: float32, shape (N, D), the same in every process.
+
+        Raises:
+            RunError: in every process, if an image is not finite.
+        """
+        settings = self.drawing.settings
+        faults: list[RunError] = []
+
+        def draw(part: slice) -> torch.Tensor:
+            chosen = list(seeds[part])
+            prompts = [self.prompts[seed % len(self.prompts)] for seed in chosen if self.prompts]
+            try:
+                return as_read(self.drawing.images(network_at, chosen, prompts), settings.size_on_disk)
+            except RunError as error:  # the other processes don't know yet
+                faults.append(error)
+                return torch.zeros(len(chosen), 3, LEAST_CLASSIFIED, LEAST_CLASSIFIED, dtype=torch.uint8)
+
+        features = extract(self.processes, self.space.network, draw, len(seeds), settings.batch_size)
+        if self.processes.reduce(torch.tensor(len(faults), device=self.processes.device), "sum") > 0:
+            raise faults[0] if faults else RunError("NaN or infinite images in another process")
+        return features
+
+    def of_features(self, features: np.ndarray) -> float:
+        """The distance of images with these features, shape (N, D); with a control, of the first N of its seeds.
+
+        A covariance of few images can't be corrected. N ≤ 2 D give the control's distance plus the plain difference to
+        the pretrained network on the same seeds.
+        """
+        count, size = features.shape
+        if self.control is None or count == len(self.control):
+            return self._at(*statistics(features))
+        few = self.control[:count]
+        if count <= 2 * size:
+            if count not in self.lucks:
+                self.lucks[count] = self._at(*statistics(few)) - self._at(*self._of_control)
+            return self._at(*statistics(features)) - self.lucks[count]
+
+        def corrected(chosen: slice | np.ndarray) -> float:
+            parts = zip(statistics(features[chosen]), statistics(few[chosen]), self._of_control, strict=True)
+            return self._at(*(own - luck + whole for own, luck, whole in parts))
+
+        part = np.arange(count) % JACKKNIFE
+        left_out = [corrected(part != i) for i in range(JACKKNIFE)]
+        return JACKKNIFE * corrected(np.s_[:]) - (JACKKNIFE - 1) * float(np.mean(left_out))
+
+    @cached_property
+    def _of_control(self) -> tuple[np.ndarray, np.ndarray]:
+        return statistics(self.control)
+
+    def _at(self, mu: np.ndarray, sigma: np.ndarray) -> float:
+        """The distance of features of this mean and covariance, which may have negative eigenvalues."""
+        return frechet_distance(mu, sigma, self.space.reference.mu, self.space.reference.sigma)

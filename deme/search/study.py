@@ -25,8 +25,8 @@ from deme.config.section import without_password
 from deme.errors import RunError, UserError, naming, one_line
 from deme.job.locks import POLLED_EVERY
 from deme.job.processes import Processes, in_main_process, locked_by_all
+from deme.search.least_squares import Evaluated
 from deme.search.problem import Problem
-from deme.search.solvers import Evaluated
 
 PASSES = "passes"  # attribute of a trial: UNet passes that its value took
 HEARTBEAT = 30  # seconds between two heartbeats of a running trial

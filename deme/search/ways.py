@@ -1,8 +1,9 @@
-"""The ways to search, from the cheap answers to the best few candidates on many images."""
+"""The ways to search, from cheap answers to a few candidates on many images, and what the result is worth."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
@@ -11,12 +12,17 @@ from typing import Any
 import numpy as np
 
 from deme.config.experiment import Config
+from deme.config.trainings import CONTINUED, DISTILLED
 from deme.errors import UserError, naming
+from deme.job.files import read_json
 from deme.job.processes import in_main_process, locked_by_all
+from deme.measure.scores import CLEARLY, Score, compared, load_scores, save_scores, score
+from deme.method.sampling import NetworkAt
 from deme.method.task_vectors import PUBLISHED
-from deme.models.variants import OF_PRETRAINED
+from deme.models.denoisers import freeze, load_denoiser
+from deme.models.weights import weights_hash
+from deme.search.least_squares import Evaluated, closed_form, gradient_descent
 from deme.search.problem import Problem
-from deme.search.solvers import Evaluated, closed_form, gradient_descent
 from deme.search.study import Study, distinct, open_by_all
 
 UNIFORM = (0.5, 1.0)  # beside 1 / the number of ranges
@@ -24,6 +30,7 @@ LONGER = 2.0  # the closed form, times this: it matches the experts, whose direc
 LINE = 8  # candidates along the line of self-trained networks
 VALUE = attrgetter("value")
 MOST_COLUMNS = 64  # coefficients up to which their closed form is cheap; with more the gradient is
+ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True)
@@ -36,16 +43,6 @@ class Result:
     pretrained: float  # the pretrained network's value on the same images
     evaluated: list[Evaluated]  # the candidates, in order
     study: Study | None = None  # the one with the most candidates
-
-    def as_yaml(self, patterns: Sequence[str]) -> dict[str, Any]:
-        """The content of best.yaml, without the networks' hashes; `patterns` name the groups of tensors."""
-        return {
-            "coefficients": dict(zip(patterns, self.coefficients.tolist(), strict=True)),
-            "objective": self.objective,
-            "value": self.value,
-            OF_PRETRAINED: self.pretrained,
-            "passes": self.evaluated[-1].passes,
-        }
 
 
 def find(problem: Problem, folder: Path, digest: str) -> Result:
@@ -70,10 +67,8 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
         spent += settings.control_images * problem.distance.drawing.passes
     else:
         problem.squares(objective)  # loaded before there is a trial that errors would fail
-    name = f"{digest}-{objective}-{settings.num_images}"
-    study = Study(
-        problem, storage, name, objective, settings.num_images, spent, settings.sampler, first, settings.trials
-    )
+    name, images = f"{digest}-{objective}-{settings.num_images}", settings.num_images
+    study = Study(problem, storage, name, objective, images, spent, settings.sampler, first, settings.trials)
     tried = study.run()
     evaluated += tried
     if settings.method == "multi_fidelity":  # the best few on many images
@@ -147,3 +142,96 @@ def first_candidates(cheap: np.ndarray, interval: tuple[float, float]) -> list[n
         rows.append(np.broadcast_to(PUBLISHED, cheap.shape))
     low, high = interval
     return distinct(row for row in rows if low <= row.min() and row.max() <= high)
+
+
+# --- what the result is worth: it and what it has to beat, on seeds that no candidate was drawn from
+
+
+def score_fresh(
+    problem: Problem, result: Result, file: Path, made_from: str, beside: dict[str, Any]
+) -> tuple[list[Score], float | None]:
+    """Score the contenders on fresh seeds, with the schedule of sample_ddp.py; each score is written at once.
+
+    Args:
+        file: report.json; rows of the same `made_from` and the same trained network are not scored again.
+
+    Returns:
+        The scores, the pretrained network's first, the result's last; none without search.report_images. Match or loss
+        of the result on images that were not searched on; None: fd was searched.
+    """
+    fresh = None
+    if result.objective != "fd":
+        fresh = problem.squares(result.objective, "fresh").value(result.coefficients)
+    processes, settings, blocks = problem.processes, problem.settings, problem.config.report_blocks
+    first = settings.seed_offset + settings.control_images  # no candidate is drawn from these seeds
+    seeds = range(first, first + settings.report_images // blocks * blocks)
+    if not seeds:
+        return [], fresh
+    content = {"made_from": made_from, "seeds": [seeds.start, seeds.stop], **beside}
+    drawing = replace(problem.plain_distance.drawing, settings=problem.config.sample)
+    distance = replace(problem.plain_distance, drawing=drawing)
+    known = in_main_process(processes, lambda: _known(file, made_from))
+    scores: list[Score] = []
+    for name, contender in _contenders(problem, result).items():
+        weights = [weights_hash(contender)] if isinstance(contender, Path) else None
+        row = known.get(name)
+        if row is None or row.weights != weights:
+            features = distance.features(_network_at(problem, contender), seeds)
+            row = score(Path(name), weights, features, distance.space.reference, distance.space.name, blocks)
+        scores.append(compared(row, scores[:1]))
+        in_main_process(processes, lambda: save_scores(file, distance.space.name, scores, content))
+    return scores, fresh
+
+
+def _contenders(problem: Problem, result: Result) -> dict[str, np.ndarray | Path | str]:
+    """Name → coefficients, the folder of another network that was trained, or ENSEMBLE."""
+    config, paths = problem.config, problem.config.paths
+    trained = {CONTINUED: paths.continued, DISTILLED: paths.distilled}
+    usual, of_ranges = config.usual_coefficients, config.merge.experts == ["ranges"]
+    contenders = {"pretrained": np.zeros(len(usual))}
+    contenders |= {name: folder for name, folder in trained.items() if folder.is_dir()}
+    contenders |= {ENSEMBLE: ENSEMBLE} if of_ranges else {}
+    contenders[f"uniform {usual[0]:g}" if of_ranges else "without a search"] = np.array(usual)
+    if of_ranges and len(PUBLISHED) == len(usual):
+        contenders["published coefficients"] = np.array(PUBLISHED)
+    return contenders | {"best": result.coefficients}
+
+
+def _network_at(problem: Problem, contender: np.ndarray | Path | str) -> NetworkAt:
+    """The network of a contender; it is the only one that exists."""
+    if isinstance(contender, Path):
+        network = freeze(load_denoiser(contender), problem.processes.device, problem.config.sample.mixed_precision)
+        return lambda _: network
+    if isinstance(contender, str):
+        return problem.experts()
+    return problem.merged(np.broadcast_to(contender, problem.shape))
+
+
+def _known(file: Path, made_from: str) -> dict[str, Score]:
+    """The rows in the file; none if it is missing or damaged, or made from something else, which is said."""
+    if file.exists():
+        with suppress(UserError):
+            if read_json(file).get("made_from") == made_from:
+                return {row.samples: row for row in load_scores(file)[1]}
+            print(f"{file} was made from something else: all rows are scored anew")
+    return {}
+
+
+def verdict(result: Result, scores: list[Score], fresh: float | None) -> list[str]:
+    """What `score_fresh` says of the search, in words."""
+    lines = []
+    if fresh is not None:
+        searched = f"{result.objective}: {result.value:.4f} where it was searched (pretrained: 1)"
+        lines.append(f"{searched}, {fresh:.4f} on fresh images: optimism {fresh - result.value:+.4f}")
+    if not scores:
+        return [*lines, "search.report_images=0: the best is not compared with the pretrained model on fresh seeds"]
+    difference, error = scores[-1].to_pretrained.mean, scores[-1].to_pretrained.standard_error
+    if result.objective == "fd":
+        gain = result.value - result.pretrained
+        searched = f"difference to the pretrained model: {gain:+.4f} where it was searched"
+        fresh_seeds = f"{difference:+.4f} ± {error:.4f} on fresh seeds: optimism {difference - gain:+.4f}"
+        lines.append(f"{searched}, {fresh_seeds}")
+    if abs(difference) <= CLEARLY * error:
+        return [*lines, "the best is NOT better than the pretrained model by more than two standard errors"]
+    word = "better" if difference < 0 else "WORSE"
+    return [*lines, f"the best is {word} than the pretrained model by {abs(difference) / error:.1f} standard errors"]

@@ -11,7 +11,8 @@ from deme.errors import UserError
 from deme.measure.reference import FeatureSpace
 from deme.measure.scores import Reference, frechet_distance, statistics
 from deme.method.candidates import Candidates
-from deme.search.objectives import LOSS_BINS, FrechetDistance, Squares
+from deme.search.least_squares import LOSS_BINS, Squares
+from deme.search.problem import FrechetDistance
 
 BASE = tiny_unet().state_dict()
 ZEROS = np.zeros((1, 2))

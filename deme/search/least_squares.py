@@ -1,8 +1,10 @@
-"""Coefficients of least match or loss: in closed form, and by gradient descent. Both resume from a file."""
+"""Match and loss, which are sums of squares, and their least: in closed form, or by gradient descent."""
 
+import math
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +15,89 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deme.config.sections import GRADIENT_PASSES, Search
+from deme.errors import UserError
 from deme.job.processes import Processes, in_main_process
 from deme.job.records import read_arrays, write_arrays
 from deme.measure.noisy import Batch
 from deme.method.candidates import Candidates
-from deme.search.objectives import Squares
 
 # torch makes forward derivatives by it, and warns of that itself
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
 
+LOSS_BINS = 16  # of timesteps, within which the denoising loss is compared with the pretrained network's
+NO_DISTANCE = 1e-10  # of squares, relative to those of the predictions themselves: rounding
 JVP_PASSES = 2  # a Jacobian-vector product also computes what it is the derivative of
 MEASURED_EVERY = 10  # steps of the gradient descent
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 EQUATIONS = ("curvature", "slope")
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
 COLUMNS = ("trace.passes", "trace.values", "trace.coefficients")  # of the candidates in a file
-RECORD: dict = {}  # of a file: the search's folder has the whole record
 
-Tensors = dict[str, torch.Tensor]
+
+class Squares:
+    """An objective Σ_i c_i ‖ε_w(x_i) − y_i‖², which is 1 for the pretrained network, over all processes.
+
+    `match` compares with the expert y_i of the range that the timestep belongs to: the mean over the ranges of the
+    squared distance relative to the pretrained network's. `loss` compares with what a network is trained to predict:
+    the mean over LOSS_BINS bins of timesteps of the denoising loss relative to the pretrained network's.
+
+    Args:
+        name: match or loss.
+        probes: noisy images as `draw_probes` gives them.
+        network: in which candidates are formed.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        name: str,
+        probes: Sequence[Batch],
+        candidates: Candidates,
+        network: nn.Module,
+        num_train_timesteps: int,
+        processes: Processes,
+    ):
+        self.name, self.candidates, self.network, self.processes = name, candidates, network, processes
+        if name == "match":
+            count = candidates.shape[1]
+            batches = [replace(batch, target=torch.empty_like(batch.target)) for batch in probes]
+            for number in range(count):
+                candidates.form_expert(network, number)
+                for batch in batches:
+                    if (chosen := batch.ranges == number).any():
+                        batch.target[chosen] = batch.part(chosen).predict(network)
+        else:
+            count = LOSS_BINS
+            batches = [replace(batch, ranges=batch.timesteps * count // num_train_timesteps) for batch in probes]
+        candidates.form(network, torch.zeros(candidates.shape))
+        sums = torch.zeros(2, count, dtype=torch.float64, device=processes.device)
+        for batch in batches:
+            if len(batch.ranges) > 0:
+                for row, difference in zip(sums, (batch.predict(network) - batch.target, batch.target), strict=True):
+                    row.index_add_(0, batch.ranges, difference.square().flatten(1).sum(1).double())
+        distances, sizes = processes.reduce(sums, "sum")
+        for number in (distances <= NO_DISTANCE * sizes).nonzero().flatten().tolist():
+            if name == "match":
+                raise UserError(f"the expert of range {number} predicts what the pretrained network does")
+            raise UserError(f"no image falls into bin {number} of {count} bins of timesteps")
+        weights = (1 / (count * distances)).float()
+        self.batches = [replace(batch, weights=weights[batch.ranges]) for batch in batches]  # this process's shares
+        lengths = torch.tensor([len(batch.ranges) for batch in batches], device=processes.device)
+        self.sizes: list[int] = processes.reduce(lengths, "sum").tolist()  # of the batches, over all processes
+        self.images = sum(self.sizes)  # the UNet passes of one value
+        self.spent = self.images * (2 if name == "match" else 1)  # UNet passes up to here
+
+    def of_batch(self, batch: Batch) -> torch.Tensor:
+        """What a batch adds to the objective of the network as it is: a scalar."""
+        return (batch.weights * (batch.predict(self.network) - batch.target).square().flatten(1).sum(1)).sum()
+
+    @torch.no_grad()
+    def value(self, coefficients: np.ndarray) -> float:
+        """The objective of a candidate; infinite if a prediction is not finite."""
+        self.candidates.form(self.network, coefficients)
+        added = [self.of_batch(batch).double() for batch in self.batches if len(batch.weights) > 0]
+        start = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        value = float(self.processes.reduce(sum(added, start), "sum"))
+        return value if math.isfinite(value) else math.inf  # numpy would take NaN for the lowest
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +118,10 @@ class Progress:
         state: at the start; `spent` counts UNet passes.
     """
 
-    def __init__(self, processes: Processes, file: Path, way: str, objective: str, state: Tensors):
+    def __init__(self, processes: Processes, file: Path, way: str, objective: str, state: dict[str, torch.Tensor]):
         self.processes, self.file, self.way, self.objective, self.state = processes, file, way, objective, state
         self.rows: list[Evaluated] = []
-        arrays = in_main_process(processes, lambda: read_arrays(file, RECORD))
+        arrays = in_main_process(processes, lambda: read_arrays(file, {}))  # the search's folder has the record
         if arrays is not None:
             columns = [arrays.pop(name) for name in COLUMNS]
             self.state = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -63,8 +130,7 @@ class Progress:
     @property
     def stale(self) -> int:
         """How many candidates were scored since the best one, the first of the lowest value."""
-        values = [row.value for row in self.rows]
-        return len(values) - 1 - values.index(min(values))
+        return len(self.rows) - 1 - int(np.argmin([row.value for row in self.rows]))
 
     def add(self, value: float, coefficients: np.ndarray) -> None:
         """Add a candidate that was scored after the passes in the state."""
@@ -76,7 +142,7 @@ class Progress:
         columns = zip(*((row.passes, row.value, row.coefficients) for row in self.rows), strict=True)
         arrays = {name: tensor.numpy() for name, tensor in self.state.items()}
         arrays |= dict(zip(COLUMNS, map(np.array, columns), strict=True))
-        in_main_process(self.processes, lambda: write_arrays(self.file, arrays, RECORD))
+        in_main_process(self.processes, lambda: write_arrays(self.file, arrays, {}))
 
 
 # --- closed form
@@ -92,18 +158,14 @@ def closed_form(squares: Squares, settings: Search, file: Path, way: str = "clos
     """
     candidates, processes = squares.candidates, squares.processes
     size = int(np.prod(candidates.shape))
-    state = {
-        "done": torch.zeros(2, dtype=torch.int64),  # steps, and batches of the next one
-        "curvature": torch.zeros(size, size, dtype=torch.float64),
-        "slope": torch.zeros(size, dtype=torch.float64),
-        "pull": torch.zeros((), dtype=torch.float64),
-        "spent": torch.tensor(squares.spent),
-    }
-    progress = Progress(processes, file, way, squares.name, state)
+    shapes = {"curvature": (size, size), "slope": (size,), "pull": ()}
+    state = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    state["done"] = torch.zeros(2, dtype=torch.int64)  # steps, and batches of the next one
+    progress = Progress(processes, file, way, squares.name, state | {"spent": torch.tensor(squares.spent)})
     state = progress.state
     if not progress.rows:
         progress.add(1.0, np.zeros(candidates.shape))
-    while int(state["done"][0]) <= settings.gauss_newton and progress.stale == 0:
+    while state["done"][0] <= settings.gauss_newton and progress.stale == 0:
         start = progress.rows[-1].coefficients
         candidates.form(squares.network, start)
         for number in range(int(state["done"][1]), len(squares.batches)):
@@ -118,9 +180,8 @@ def closed_form(squares: Squares, settings: Search, file: Path, way: str = "clos
             progress.save()
         if state["done"][0] == 0:
             state["pull"] = settings.ridge * state["curvature"].diagonal().mean()
-        curvature, slope = (state[name].numpy() for name in EQUATIONS)
-        solution = ridge_step(curvature, slope, start.ravel(), float(state["pull"]), settings.interval)
-        coefficients = solution.reshape(candidates.shape)
+        curvature, slope, pull = (state[name].numpy() for name in (*EQUATIONS, "pull"))
+        coefficients = ridge_step(curvature, slope, start.ravel(), float(pull), settings.interval).reshape(start.shape)
         state["spent"] += squares.images
         progress.add(squares.value(coefficients), coefficients)
         state |= {name: torch.zeros_like(state[name]) for name in EQUATIONS}
@@ -137,24 +198,23 @@ def linearized(batch: Batch, candidates: Candidates, network: nn.Module) -> tupl
     and Σ c_i J_iᵀ r_i: float64, shapes (P, P) and (P,), P = groups · ranges in row-major order.
     """
     parameters = dict(network.named_parameters())
+    keywords = {**batch.condition, "return_dict": False}
 
-    def predict(some: Tensors) -> torch.Tensor:
-        inputs, keywords = (batch.noisy, batch.timesteps), {**batch.condition, "return_dict": False}
-        return functional_call(network, parameters | some, inputs, keywords)[0].float()
+    def predict(some: dict[str, torch.Tensor]) -> torch.Tensor:
+        return functional_call(network, parameters | some, (batch.noisy, batch.timesteps), keywords)[0].float()
 
     columns = []
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # faster kernels have no forward derivatives
         for module in network.modules():
             if isinstance(module, nn.GroupNorm):  # torch 2.11 has forward derivatives for contiguous inputs alone
-                hook = module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-                stack.callback(hook.remove)
+                stack.enter_context(module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)))
         for group, number in np.ndindex(candidates.shape):
             tangent = candidates.task_vector(group, number)  # of these alone: what lies before them is constant
             moved = {name: parameters[name] for name in tangent}
             prediction, column = jvp(predict, (moved,), (tangent,))
             columns.append(column.flatten())
-    scale = batch.weights.sqrt()[:, None].expand(-1, prediction[0].numel()).flatten()
+    scale = batch.weights.sqrt().repeat_interleave(prediction[0].numel())
     jacobian = (torch.stack(columns) * scale).double()
     residual = ((batch.target - prediction).flatten() * scale).double()
     return jacobian @ jacobian.T, jacobian @ residual
@@ -225,13 +285,12 @@ def gradient_descent(
     return progress.rows
 
 
-def _adam_step(state: Tensors, gradient: torch.Tensor, settings: Search) -> None:
+def _adam_step(state: dict[str, torch.Tensor], gradient: torch.Tensor, settings: Search) -> None:
     """Adam's update of the coefficients, then back into the bounds."""
     first, second = BETAS
     state["step"] += 1
-    step = int(state["step"])
     state["mean"] = first * state["mean"] + (1 - first) * gradient
     state["square"] = second * state["square"] + (1 - second) * gradient**2
-    rate = settings.gradient_learning_rate / (1 - first**step)
-    scale = (state["square"] / (1 - second**step)).sqrt() + EPSILON
+    rate = settings.gradient_learning_rate / (1 - first ** int(state["step"]))
+    scale = (state["square"] / (1 - second ** int(state["step"]))).sqrt() + EPSILON
     state["coefficients"] = (state["coefficients"] - rate * state["mean"] / scale).clamp(*settings.interval)

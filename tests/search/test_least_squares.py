@@ -9,8 +9,15 @@ from scipy.optimize import minimize
 
 from deme.config.sections import Search
 from deme.method.candidates import Candidates
-from deme.search import solvers
-from deme.search.solvers import GRADIENT_PASSES, Progress, closed_form, gradient_descent, linearized, ridge_step
+from deme.search import least_squares
+from deme.search.least_squares import (
+    GRADIENT_PASSES,
+    Progress,
+    closed_form,
+    gradient_descent,
+    linearized,
+    ridge_step,
+)
 
 EXACT = Search(ridge=0.0, gauss_newton=1, bounds=[-100, 100])
 
@@ -43,8 +50,8 @@ def equal(one, other) -> bool:
 # --- closed form
 
 
-def least_squares(objective, candidates) -> np.ndarray:
-    """By numpy, from the network's definition."""
+def by_numpy(objective, candidates) -> np.ndarray:
+    """Least squares by numpy, from the network's definition."""
     networks = [Linear(seed) for seed in (0, 1, 2)]
     rows, values = [], []
     with torch.no_grad():
@@ -70,7 +77,7 @@ def test_a_linear_network_is_solved_exactly_in_one_step(name, tmp_path):
     made, network = linear_candidates(), Linear(7)
     objective = squares(name, made, network, range(120))
     first, *rows = closed_form(objective, EXACT, tmp_path / "state")
-    expected = least_squares(objective, made)
+    expected = by_numpy(objective, made)
     for row in rows:
         np.testing.assert_allclose(row.coefficients, expected, rtol=2e-3, atol=2e-4)
     assert first.value == 1
@@ -150,7 +157,7 @@ def test_an_interruption_changes_no_number(tmp_path, monkeypatch, stop):
         closed_form(objective, settings, tmp_path / "parts")
     monkeypatch.undo()
     counted = []
-    monkeypatch.setattr(solvers, "linearized", lambda *a: counted.append(1) or linearized(*a))
+    monkeypatch.setattr(least_squares, "linearized", lambda *a: counted.append(1) or linearized(*a))
     assert equal(closed_form(objective, settings, tmp_path / "parts"), whole)
     steps = len(whole) - 1
     done = (stop - 1) // 5 * 4 + min((stop - 1) % 5, 4)  # batches, each step's 4 and its end
