@@ -101,7 +101,7 @@ def _compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Com
                 with naming(f"runs.{name}"):
                     given = [*overrides, *variation.overrides, *_own_overrides(comparison, base, overrides, name, seed)]
                     config = load_config(comparison.base, given)
-            for section in config.sections:
+            for section in config.all_sections:
                 for key, value in section.tagged("one_run").items():
                     section.check(key, value is None, "each run of a comparison has its own")
             if config.name in names:
@@ -118,7 +118,7 @@ def _own_overrides(comparison: Comparison, base: Config, overrides: list[str], n
     """
     varied = comparison.runs[name].overrides
     config = load_config(comparison.base, [*overrides, *varied])
-    for section, usual in zip(config.sections, base.sections, strict=True):
+    for section, usual in zip(config.all_sections, base.all_sections, strict=True):
         for key, value in usual.tagged("all_runs").items():
             section.check(key, getattr(section, key) == value, f"all runs have the base's, {shown(value)}")
     full_name = base.name

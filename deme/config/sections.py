@@ -15,7 +15,6 @@ from deme.config.trainings import PRECISIONS, SELF
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
 CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # of the paper's text-to-image scores
 MERGE_METHODS = tuple(sorted(file.stem for file in Path(__file__).parents[1].glob("method/merging/[!_]*.py")))
-REPORT_BLOCKS = 5  # of a search's report where evaluate.blocks=1 gives no standard error
 LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 DDIM = ("ddim", "DDIMScheduler")  # one sampler by two names
 SPACINGS = ("leading", "trailing", "linspace")
@@ -52,10 +51,11 @@ class Data(Section):
     cached_views: int = setting(1, "weights examples latents text", above=0)  # crops and flips encoded of each image
 
     def check_together(self) -> None:
-        one_view = not self.cache_latents or self.cached_views > 1 or (self.center_crop and not self.random_flip)
+        is_fixed = self.center_crop and not self.random_flip
+        one_view = not self.cache_latents or self.cached_views > 1 or is_fixed
         rule = "one view needs data.center_crop=true and data.random_flip=false; data.cached_views sets another number"
         self.check("cache_latents", one_view, rule)
-        differ = self.cached_views == 1 or not self.center_crop or self.random_flip
+        differ = self.cached_views == 1 or not is_fixed
         self.check("cached_views", differ, "data.center_crop=true and data.random_flip=false make them all the same")
         whole = self.held_out_images == 0 or not self.cache_latents or self.cached_views == 1
         self.check("held_out_images", whole, "are centre crops, which data.cached_views above 1 does not keep")
@@ -70,12 +70,10 @@ class Timesteps(Section):
     edges: list[int] | None = setting(None, "weights")  # rising from 0 to T: range k is [edges[k], edges[k + 1])
 
     def check_together(self) -> None:
-        total = self.num_train_timesteps
+        total, edges = self.num_train_timesteps, self.edges
         self.check("num_ranges", self.num_ranges <= total, f"must be at most T = {total}")
-        if self.edges is not None:
-            rises = all(low < high for low, high in pairwise(self.edges))
-            covers = self.edges[:1] + self.edges[-1:] == [0, total]
-            self.check("edges", rises and covers, f"must rise from 0 to T = {total}")
+        rise = edges is None or (edges == sorted(set(edges)) and edges[:1] + edges[-1:] == [0, total])
+        self.check("edges", rise, f"must rise from 0 to T = {total}")
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -143,14 +141,13 @@ class Search(Section):
     def check_together(self) -> None:
         cheap = self.objective != "fd" or self.method == "optuna"
         self.check("objective", cheap, f"search.method={self.method} needs match or loss")
-        texts = isinstance(self.groups, list) and all(isinstance(group, str) for group in self.groups)
-        named = self.groups in ("range", "block", "tensor") or (texts and self.groups != [])
+        are_patterns = isinstance(self.groups, list) and set(map(type, self.groups)) == {str}
+        named = are_patterns or self.groups in ("range", "block", "tensor")
         self.check("groups", named, "must be range, block, tensor, or a list of name patterns")
         for key, bounds in (("bounds", self.interval), ("self_bounds", self.self_interval)):
             pair = len(bounds) == 2 and all(map(is_finite, bounds)) and bounds[0] < bounds[1]
             self.check(key, pair, "must be two finite numbers, the least and the greatest")
-            holds = bounds[0] <= 0 <= bounds[1]
-            self.check(key, holds, "must hold 0, the pretrained network, where the search starts")
+            self.check(key, bounds[0] <= 0 <= bounds[1], "must hold 0, the pretrained network, where the search starts")
         self.check("self_bounds", self.self_interval[0] < 0, "self-trained networks are subtracted: must begin below 0")
         rule = f"must be at most search.control_images={self.control_images}"
         self.check("num_images", self.num_images <= self.control_images, rule)

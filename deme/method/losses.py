@@ -126,7 +126,7 @@ class Experts(nn.Module):
 #
 # With the signal-to-noise ratio SNR(t) = ᾱ/(1 − ᾱ), the squared error of the noise is SNR times that of x₀, and that of
 # v is SNR + 1 times it. So a weighting is one function of the error of x₀, whatever the network predicts.
-# To add one, add a line to `of_v`, and its name and its parameters to deme/config/sections.py.
+# To add one, add a line to `of_v`, and its name and its parameters to deme/config/trainings.py.
 
 
 def loss_weights(weighting: str, alphas_cumprod: torch.Tensor, prediction_type: str, settings: Any) -> torch.Tensor:

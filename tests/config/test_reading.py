@@ -206,7 +206,7 @@ def test_an_override_holds_no_comments(empty):
 
 def all_settings():
     """section.key → the dataclass field, of every setting."""
-    for section in Config().sections:
+    for section in Config().all_sections:
         for part in fields(section):
             if not is_dataclass(part.type):
                 yield f"{section.section}.{part.name}".removeprefix("."), part
