@@ -10,16 +10,7 @@ from tqdm import tqdm
 
 from deme.config.experiment import Config
 from deme.config.paths import image_path
-from deme.data.samples import (
-    block_of,
-    claim_prompts,
-    claim_samples,
-    count_samples,
-    missing_seeds,
-    read_images,
-    save_grid,
-    write_image,
-)
+from deme.data import samples
 from deme.errors import RunError, naming
 from deme.job.files import Watched
 from deme.job.processes import Processes, in_main_process, locked_by_all
@@ -54,10 +45,10 @@ def draw_samples(
     block = settings.chosen_blocks[0] if shares_folder else settings.seeds
     lock = partial(locked_by_all, processes, key="sample.output")
     lock_folder = partial(lock, output, wait=True) if shares_folder else nullcontext
-    with lock(block_of(output, block) if shares_folder else output):
-        with lock_folder():
-            in_main_process(processes, partial(claim, config, wanted, block, texts))
-        missing = in_main_process(processes, partial(missing_seeds, output, block))
+    with lock(samples.block_of(output, block) if shares_folder else output):
+        with lock_folder(), naming("sample.output", output):
+            in_main_process(processes, partial(samples.claim_samples, output, wanted, settings, block, texts))
+        missing = in_main_process(processes, partial(samples.missing_seeds, output, block))
         count = f"{len(missing):,} of {len(block):,} images to draw"
         processes.print(f"{output}: {count}; {processes.num_processes} process(es) on {processes.device.type}")
         mine = missing[processes.process_index :: processes.num_processes]
@@ -112,16 +103,6 @@ def identity(config: Config, model: ModelFiles) -> dict[str, Any]:
     }
 
 
-def claim(config: Config, wanted: Record, block: range, texts: dict[int, str]) -> None:
-    """Create the folder, or make sure that it belongs to the same images."""
-    settings, output = config.sample, config.paths.samples
-    with naming("sample.output", output):
-        claim_samples(output, wanted, settings.seeds, settings.overwrite, block)
-        if texts:
-            by_name = {image_path(output, seed).name: text for seed, text in texts.items()}
-            claim_prompts(output, by_name, settings.overwrite)
-
-
 def draw(
     drawing: Drawing, network_at: NetworkAt, seeds: list[int], texts: dict[int, str], output: Path, is_silent: bool
 ) -> None:
@@ -135,7 +116,7 @@ def draw(
             for write in writes:
                 write.result()  # a full disk stops the run here
             pairs = zip(batch, images, strict=True)
-            writes = [pool.submit(write_image, output, *pair, settings.size_on_disk) for pair in pairs]
+            writes = [pool.submit(samples.write_image, output, *pair, settings.size_on_disk) for pair in pairs]
         for write in writes:
             write.result()
 
@@ -146,9 +127,10 @@ def finish(config: Config, block: range) -> None:
     left = [seed for seed in block if not image_path(output, seed).exists()]
     if left:
         raise RunError(f"{output}: {len(left):,} of {len(block):,} images are not there; the same command goes on")
-    count = count_samples(output, seeds)
+    count = samples.count_samples(output, seeds)
     if count < len(seeds):
         print(f"{output}: {count:,} of {len(seeds):,} images, with those of other blocks")
         return
-    save_grid(read_images([image_path(output, seed) for seed in seeds[:GRID_IMAGES]]), config.paths.grid)
+    first = [image_path(output, seed) for seed in seeds[:GRID_IMAGES]]
+    samples.save_grid(samples.read_images(first), config.paths.grid)
     print(f"{output}: {len(seeds):,} images; {config.paths.grid}")

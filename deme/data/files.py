@@ -18,7 +18,8 @@ from typing import Any
 
 from deme.errors import UserError, blaming, naming
 
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # that `read_rows` reads
+TEXTS = ("", ".txt")  # suffixes of files with a text a line
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # that `read_rows` reads, too
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 NO_IMAGES = (".h5", ".hdf", ".mpg", ".mpeg")  # suffixes of formats that PIL registers but cannot decode
 SIDECAR = "sidecar"  # the column of the captions in NAME.txt beside NAME.png, one a line
@@ -139,16 +140,16 @@ def stamp(paths: Iterable[str]) -> str:
 def read_rows(name: str, content: bytes, text_column: str = "") -> list[dict[str, Any]]:
     """The rows of a table, each a dictionary by column; the suffix of `name`, in any case, tells the format.
 
-    All values of a csv or tsv file are texts, NA and null too; an empty one is None. A text in a json list is a row
-    with `text_column` alone.
+    All values of a csv or tsv file are texts, NA and null too; an empty one is None. A line of a text file and a text
+    in a json list are rows with `text_column` alone.
 
     Raises:
         Exception: csv, json and pyarrow raise many types for a damaged file.
     """
     suffix = PurePath(name).suffix.lower()
-    if suffix not in TABLES:
-        raise UserError(f"the suffix {suffix or '(none)'} is of no table; {', '.join(TABLES)} are read")
-    if suffix == ".parquet":
+    if suffix in TEXTS:
+        rows = read_lines(content)
+    elif suffix == ".parquet":
         import pyarrow.parquet
 
         rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
@@ -160,6 +161,8 @@ def read_rows(name: str, content: bytes, text_column: str = "") -> list[dict[str
     elif suffix == ".json":
         rows = json.loads(content.decode("utf-8-sig"))
         rows = rows if isinstance(rows, list) else [rows]
+    elif suffix not in TABLES:
+        raise UserError(f"the suffix {suffix} is of no table; {', '.join(TABLES)} are read")
     else:
         rows = []
         for number, line in enumerate(read_lines(content), start=1):

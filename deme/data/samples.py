@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import zip_longest
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height
 PROMPTS = "prompts.jsonl"  # in a sample folder: which image was drawn from which prompt
-TEXT_SUFFIXES = ("", ".txt")  # of files with a prompt a line
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can hold these, UTF-8 can't
 REMEDY = "choose another folder or set sample.overwrite=true"
 
@@ -55,35 +54,39 @@ def check_apart_from_other_jobs(folder: Path, seeds: range) -> None:
                 raise InUse(message) from None
 
 
-def claim_samples(folder: Path, wanted: Record, seeds: range, overwrite: bool, block: range) -> None:
-    """Create a sample folder, or check that an existing one belongs to the same model, settings and seeds.
+def claim_samples(folder: Path, wanted: Record, settings: Sample, block: range, texts: dict[int, str]) -> None:
+    """Create a sample folder, or check that an existing one belongs to the same model, settings, seeds and prompts.
+
+    `settings.overwrite` deletes what does not belong instead of refusing it.
 
     Args:
-        seeds: of all images that the folder is to hold.
-        overwrite: delete what does not belong instead of refusing.
         block: the seeds of this job, while other jobs may draw the rest.
+        texts: seed → prompt; empty where the model takes none.
     """
+    seeds = settings.seeds
     check_apart_from_other_jobs(folder, block)
     if folder.exists() and not folder.is_dir():
         raise UserError("is not a folder")
-    if folder.exists() and any(not path.name.startswith(f"{TEMPORARY}{SAMPLES.file}-") for path in folder.iterdir()):
+    make_folder(folder, "sample.output")
+    if any(not path.name.startswith(f"{TEMPORARY}{SAMPLES.file}-") for path in folder.iterdir()):
         record = read_record(SAMPLES, folder)
         if record is None:
             raise UserError(f"holds files but no {SAMPLES.file}; choose another folder")
-        if not record.fits(wanted, folder, REMEDY, overwrite):
+        if not record.fits(wanted, folder, REMEDY, settings.overwrite):
             for path in (*folder.glob("*.png"), folder / SAMPLES.file, folder / PROMPTS):
                 path.unlink(missing_ok=True)
-    make_folder(folder, "sample.output")
     for leftover in unfinished(folder, "*.png"):  # now that these seeds are ours
         if block == seeds or _seed(leftover.name.removeprefix(TEMPORARY)) in block:
             leftover.unlink()
     images = {image_path(folder, seed) for seed in seeds}
     surplus = [path for path in folder.glob("*.png") if path not in images]
-    if surplus and not overwrite:
+    if surplus and not settings.overwrite:
         raise UserError(f"holds {len(surplus)} images of other seeds than {seeds.start} … {seeds.stop - 1}; {REMEDY}")
     for path in surplus:
         path.unlink()
     wanted.write(folder)
+    if texts:
+        claim_prompts(folder, texts, settings.overwrite)
 
 
 def _seed(name: str) -> int | None:
@@ -112,9 +115,7 @@ def missing_seeds(folder: Path, seeds: range) -> list[int]:
 
 def to_picture(image: "torch.Tensor", size: int | None) -> Image.Image:
     """One uint8 image (C, H, W), grayscale or RGB, as PIL's, resized to `size` pixels by PIL's best filter."""
-    from torchvision.transforms.functional import to_pil_image
-
-    picture = to_pil_image(image)
+    picture = Image.fromarray(image.movedim(0, 2).squeeze(2).numpy())
     return picture if size is None else picture.resize((size, size), Image.Resampling.LANCZOS)
 
 
@@ -187,34 +188,29 @@ def read_images(paths: Sequence[Path]) -> "torch.Tensor":
 
 def save_grid(images: "torch.Tensor", path: Path) -> None:
     """Write a nearly square contact sheet of uint8 images (N, C, H, W), magnified to at least 32 pixels."""
-    from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
     scale = max(1, 32 // images.shape[-1])
     magnified = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
     sheet = make_grid(magnified, nrow=math.ceil(math.sqrt(len(images))), padding=2)
     with atomic_file(path) as temporary:
-        to_pil_image(sheet).save(temporary, format="PNG")
+        to_picture(sheet, None).save(temporary, format="PNG")
 
 
 # --- prompts
 
 
 def load_prompts(source: str | list[str], column: str) -> list[str]:
-    """The prompts in a list, in a text file (one a line), or in a column of a table as `read_rows` takes it."""
+    """The prompts in a list, in a text file (one a line), or in a column of a table."""
     prompts = source
     if not isinstance(source, list):
         if not os.path.isfile(source):  # Path's own raises where a prompt is too long for a name
             raise UserError("no such file")
         with blaming("cannot be read"):
-            file = Path(source)
-            if file.suffix.lower() in TEXT_SUFFIXES:
-                prompts = read_lines(file.read_bytes())
-            else:
-                rows = read_rows(file.name, file.read_bytes(), column)
-                if any(column not in row for row in rows):
-                    raise UserError(f"has no column {column}")
-                prompts = [row[column] for row in rows]
+            rows = read_rows(source, Path(source).read_bytes(), column)
+            if any(column not in row for row in rows):
+                raise UserError(f"has no column {column}")
+        prompts = [row[column] for row in rows]
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip() or HALF_CHARACTER.search(prompt):
             raise UserError(f"row {row} holds the prompt {shown(prompt)}")
@@ -235,12 +231,9 @@ def prompts_of(settings: Sample, takes_text: bool) -> dict[int, str]:
     return {seed: prompts[seed % len(prompts)] for seed in settings.seeds}
 
 
-def claim_prompts(folder: Path, prompts: Mapping[str, str], overwrite: bool) -> None:
-    """Write the prompts of a sample folder; images of other or unknown prompts are refused, or deleted.
-
-    Args:
-        prompts: image's file name → prompt.
-    """
+def claim_prompts(folder: Path, texts: dict[int, str], overwrite: bool) -> None:
+    """Write the prompts, by seed, of a sample folder; images of other or unknown prompts are refused, or deleted."""
+    prompts = {image_path(folder, seed).name: text for seed, text in texts.items()}
     try:
         before = dict(_read_pairs(folder) or ())
     except UserError:

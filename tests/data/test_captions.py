@@ -114,7 +114,7 @@ def test_images_whose_prompts_are_not_recorded_are_refused_or_drawn_again(tmp_pa
     images = [tmp_path / f"{i:06d}.png" for i in range(3)]
 
     def claim(prompts: str, overwrite: bool = False) -> None:
-        claim_prompts(tmp_path, dict(zip((image.name for image in images), prompts, strict=True)), overwrite)
+        claim_prompts(tmp_path, dict(enumerate(prompts)), overwrite)
 
     claim("abc")
     for image in images[:2]:
@@ -144,7 +144,7 @@ def test_prompts_are_read_as_they_were_written(tmp_path):
     """Quotes, line separators that are none to files, other alphabets."""
     prompts = ['a "quoted" one', "one\u2028two", "模型"]
     images = [tmp_path / f"{i:06d}.png" for i in range(3)]
-    claim_prompts(tmp_path, dict(zip((image.name for image in images), prompts, strict=True)), overwrite=False)
+    claim_prompts(tmp_path, dict(enumerate(prompts)), overwrite=False)
     assert read_prompts(tmp_path, images) == prompts
     (tmp_path / "prompts.txt").write_text("\r\n".join(prompts) + "\n", encoding="utf-8-sig")
     assert load_prompts(str(tmp_path / "prompts.txt"), "") == prompts

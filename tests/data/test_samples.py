@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from deme.config.paths import image_path
-from deme.config.sections import Data
+from deme.config.sections import Data, Sample
 from deme.data.examples import load_evaluation_images
 from deme.data.opening import open_source
 from deme.data.samples import (
@@ -24,7 +24,8 @@ IDENTITY = {"weights": ["abc"], "num_inference_steps": 50, "sample.scheduler": "
 
 
 def claim(folder, identity=IDENTITY, seeds=range(4), overwrite=False):
-    claim_samples(folder, Record(SAMPLES, identity, {"num_images": len(seeds)}), seeds, overwrite, block=seeds)
+    record = Record(SAMPLES, identity, {"num_images": len(seeds)})
+    claim_samples(folder, record, Sample(num_images=len(seeds), overwrite=overwrite), seeds, {})
 
 
 def fill(folder, seeds):
@@ -80,7 +81,7 @@ def test_what_other_jobs_are_writing_is_left_alone(folder):
     for seed in (0, 3):
         (folder / f"{TEMPORARY}{seed:06d}.png-0123abcd").touch()
     record = Record(SAMPLES, IDENTITY, {"num_images": 4})
-    claim_samples(folder, record, range(4), overwrite=False, block=range(2, 4))
+    claim_samples(folder, record, Sample(num_images=4, blocks=2, block=1), range(2, 4), {})
     assert [path.name for path in folder.glob(f"{TEMPORARY}*")] == [f"{TEMPORARY}000000.png-0123abcd"]
 
 
