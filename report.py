@@ -43,12 +43,12 @@ def main(config: Config) -> None:
     if not config.paths.run_folder.is_dir():
         raise UserError(f"output_dir: {config.paths.run_folder} is missing; finetune.py makes it")
 
-    from deme.report.run import MERGING, RESULTS, SEARCH, TRAINING, missing_stages, read_run
+    from deme.report.run import MERGING, RESULTS, SEARCH, TRAINING, Run, missing_stages
     from deme.report.tables import Page, public
 
     with locked(output, "output_dir"):
         make_folder(config.paths.plots, "output_dir")
-        run = read_run(config)
+        run = Run(config)
         sections = {
             RESULTS: results(run),
             "Samples at equal seeds": samples(run),
@@ -102,7 +102,7 @@ def picture(run: "Run", name: str, caption: str, figure: "Figure | None" = None)
 
 def results(run: "Run") -> "list[Part]":
     """The scores, what they say, and their picture."""
-    from deme.report import plots, tables
+    from deme.report import figures, tables
     from deme.report.run import verdict
 
     if not run.scores:
@@ -110,23 +110,23 @@ def results(run: "Run") -> "list[Part]":
     caption = f"{tables.NAMES[run.features][0]} of each model, {run.scores[0].images:,} images of the same seeds each."
     parts = [verdict(run.scores, run.features), tables.score_table(run.scores, run.features)]
     parts += [tables.difference_table(run.scores, run.features)]
-    parts += [picture(run, "report-results", caption, plots.score_bars(run.scores, run.features, "merged"))]
+    parts += [picture(run, "report-results", caption, figures.score_bars(run.scores, run.features, "merged"))]
     return [part for part in parts if part]
 
 
 def samples(run: "Run") -> "list[Part]":
     """Images of the same seeds side by side."""
-    from deme.report import plots
+    from deme.report import figures
 
-    names = plots.common_images(run.samples)
+    names = figures.common_images(run.samples)
     if not names:
         return []
-    strips = plots.Strips(run.config.paths.run_folder)
+    strips = figures.Strips(run.config.paths.run_folder)
     caption = "The first seeds: each row starts from the same noise."
     parts = [picture(run, "report-samples", caption, strips.draw(run.samples, names[:SEEDS]))]
     by_name = {folder.name: folder for folder in run.samples}
     if {"pretrained", "merged"} <= by_name.keys():
-        compared = names[: plots.MOST_COMPARED]
+        compared = names[: figures.MOST_COMPARED]
         different = strips.most_different(by_name["pretrained"], by_name["merged"], compared, SEEDS)
         if different:
             caption = f"Of {len(compared):,} seeds those where the pretrained and the merged network differ most."
@@ -138,7 +138,7 @@ def samples(run: "Run") -> "list[Part]":
 
 def training(run: "Run") -> "list[Part]":
     """The losses of all ranges on one axis."""
-    from deme.report.plots import training_curves
+    from deme.report.figures import training_curves
 
     logs = [log for log in run.logs if log.steps]
     caption = "Training loss as logged; at low timesteps most of the noise can't be told from the image."
@@ -147,7 +147,7 @@ def training(run: "Run") -> "list[Part]":
 
 def merging(run: "Run") -> "list[Part]":
     """The coefficients."""
-    from deme.report.plots import MOST_GROUPS, coefficient_map
+    from deme.report.figures import MOST_GROUPS, coefficient_map
     from deme.report.tables import Table
 
     if run.coefficients is None:
@@ -155,7 +155,7 @@ def merging(run: "Run") -> "list[Part]":
     caption = "Coefficient of each expert's task vector by group of tensors."
     drawn = picture(run, "report-coefficients", caption, coefficient_map(run.coefficients, run.config))
     rows = [[pattern, *(f"{w:.4g}" for w in values)] for pattern, values in run.coefficients.items()]
-    table = Table(["tensors", *run.config.timesteps.names], rows)
+    table = Table(["tensors", *run.config.merged_names], rows)
     return [table, drawn] if len(rows) <= MOST_GROUPS else [drawn]
 
 

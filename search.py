@@ -93,7 +93,7 @@ def main(config: Config) -> None:
             if scores:
                 print(score_table(scores, config.evaluate.features))
             print(*verdict(result, scores, fresh), sep="\n")
-            from deme.report.plots import save_search_plots  # imports matplotlib and TensorBoard
+            from deme.report.figures import save_search_plots  # imports matplotlib and TensorBoard
 
             make_folder(config.paths.plots, "output_dir")
             tried = (answer["coefficients"], result.evaluated, result.study)

@@ -9,11 +9,11 @@ from scipy.stats import gaussian_kde
 from torch import nn
 
 from deme.analysis.material import Material, within_ranges
-from deme.analysis.task_vectors import cosines, names_by_block
+from deme.analysis.task_vectors import cosine_maps, cosines, names_by_block
 from deme.job.processes import Processes
 from deme.job.records import Arrays, Keep
 from deme.measure.noisy import CleanImages
-from deme.report.figures import BLACK, COLOURS, DASHES, SEPARATOR, UNKNOWN, cosine_maps, noted
+from deme.report.figures import BLACK, COLOURS, DASHES, SEPARATOR, UNKNOWN, noted
 from deme.report.tables import headed_table, markdown_table, mean_of, number
 
 SKETCH = 7  # purpose of a generator; deme/data/images.py and deme/measure/noisy.py have the others

@@ -10,7 +10,7 @@ from deme.analysis.material import Material
 from deme.job.processes import in_main_process
 from deme.job.records import Arrays, Keep
 from deme.method.task_vectors import Tensors, pattern_of, patterns_of
-from deme.report.figures import COLOURS, SEPARATOR, cosine_maps, grid, legend_above, model_style, name_rows, noted
+from deme.report.figures import COLOURS, SEPARATOR, grid, heat_map, legend_above, model_style, name_rows, noted
 from deme.report.tables import headed_table, number
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -95,6 +95,23 @@ def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
         "task-cosines": cosine_maps(*maps),
         "task-values": _values(arrays["quantiles"], names[:experts], blocks, note),
     }
+
+
+def cosine_maps(
+    whole: np.ndarray, names: Sequence[str], by_block: np.ndarray, blocks: Sequence[str], label: str, note: str
+) -> Figure:
+    """Cosines of whole networks, shape (N, N), beside those of all pairs of the first E in each block, (G, E, E)."""
+    experts = names[: by_block.shape[1]]
+    first, second = np.triu_indices(len(experts), k=1)
+    pairs = [f"{experts[i]}\nand {experts[j]}" for i, j in zip(first, second, strict=True)]
+    figure = noted(max(9.6, 5 + 0.75 * len(pairs)), max(5.2, 3.2 + 0.3 * len(blocks)), note)
+    left, right = figure.subplots(1, 2)
+    heat_map(left, whole, names, names)
+    left.set_title("all layers")
+    image = heat_map(right, by_block[:, first, second], blocks, pairs)
+    right.set_title("pairs of ranges, by block of layers")
+    figure.colorbar(image, ax=[left, right], label=label, shrink=0.85)
+    return figure
 
 
 def _norms_and_signs(relative: np.ndarray, opposed: np.ndarray, names: list, blocks: list, note: str) -> Figure:

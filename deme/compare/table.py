@@ -89,8 +89,8 @@ def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
     names = config.merged_names if is_merged else []
     names += config.timesteps.names if model == "ensemble" else []
     names += [model] if model in NAMED_TRAININGS else []
-    logs = [read_log(name, config.paths.finetuning(name) / "log.jsonl", config.finetune.batch_size) for name in names]
-    passes = sum(log.passes(config) for log in logs)
+    logs = [read_log(config.paths.finetuning(name) / "log.jsonl", config) for name in names]
+    passes = sum(log.passes for log in logs)
     seconds = sum(log.seconds for log in logs)
     if is_merged and config.needs_search:
         passes += read_searched(config.paths.best_coefficients).passes or 0

@@ -8,9 +8,7 @@ from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_scores
 from deme.models.pipelines import hub_name, is_projected, takes_text
 from deme.models.weights import WEIGHTS
-from deme.report.tables import NAMES, markdown_table, public
-
-PAPER = "[Decouple-then-Merge](https://arxiv.org/abs/2410.06664)"
+from deme.report.tables import NAMES, TEMPLATES, markdown_table, public
 
 
 def model_card(config: Config, made_from: dict[str, Any]) -> str:
@@ -18,49 +16,27 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
 
     Scores in results.json are those of this network if their images were drawn from its weights.
     """
-    from_hub = config.merge.push_to_hub is not None
-    name = config.merge.push_to_hub if from_hub else str(config.paths.merged)
-    projected = is_projected(config.paths.merged / DENOISER)
-    folder = f'"{name}"'
-    if projected and from_hub:  # diffusers would look for the class in the Hub's repository
-        folder = f'snapshot_download("{name}")'
-    of_text = takes_text(config.paths.merged)
-    pipeline = "StableDiffusionPipeline" if of_text else "DDIMPipeline"
-    asked_for = '"a prompt"' if of_text else "batch_size=16"
-    loading = [
-        f"from diffusers import {pipeline}",
-        f"pipeline = {pipeline}.from_pretrained({folder})",
-        f"images = pipeline({asked_for}, num_inference_steps={config.sample.num_inference_steps}).images",
-    ]
-    if projected:
-        loading.insert(0, "import deme.projection  # of the project that made it: adds the projections to diffusers")
-    if projected and from_hub:
-        loading.insert(1, "from huggingface_hub import snapshot_download")
-    ranges = config.timesteps.names
-    coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in made_from["coefficients"].items()]
-    method = made_from["method"]
+    merged, repository = config.paths.merged, config.merge.push_to_hub
+    is_of_text, projected = takes_text(merged), is_projected(merged / DENOISER)
+    method, names = made_from["method"], config.merged_names
     settings = [f"{key} {value}" for key, value in made_from.items() if key.startswith(f"{method}_")]
-    pretrained = made_from["pretrained"]
-    size = config.data.resolution
-    sections = [
-        f"---\n{to_yaml(header(config))}---",
-        f"# {config.name}",
-        f"A {'text-to-image model' if of_text else 'DDPM'} made by {PAPER}: copies of one pretrained network, each "
-        "finetuned on one range of timesteps, merged into one that costs as much to sample from as the pretrained one.",
-        f"- pretrained: `{pretrained['path']}` (SHA-256 of its weights `{pretrained['sha256']}`)\n"
-        f"- data: `{config.data.name}`, split `{config.data.split}`, {size}×{size}\n"
-        f"- merged by {', '.join([method, *settings])}\n"
-        f"- channel-wise projections: {'yes' if projected else 'no'}",
-        "## Merging coefficients",
-        markdown_table(["tensors", f"timesteps {ranges[0]}", *ranges[1:]], coefficients),
-    ]
+    coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in made_from["coefficients"].items()]
     features_name, rows = load_scores(config.paths.results) if config.paths.results.exists() else ("", [])
-    weights = [sha256(config.paths.merged / DENOISER / WEIGHTS)] if rows else []
-    scores = [f"- {score_line(features_name, row)}" for row in rows if row.weights == weights]
-    if scores:
-        sections += ["## Scores", "\n".join(scores)]
-    sections += ["## How to load it", "\n".join(["```python", *loading, "```"])]
-    return public("\n\n".join(sections) + "\n")
+    weights = [sha256(merged / DENOISER / WEIGHTS)] if rows else []
+    card = TEMPLATES.get_template("model_card.md").render(
+        header=to_yaml(header(config)),
+        config=config,
+        made_from=made_from,
+        method=", ".join([method, *settings]),
+        coefficients=markdown_table(["tensors", f"timesteps {names[0]}", *names[1:]], coefficients),
+        scores=[f"- {score_line(features_name, row)}" for row in rows if row.weights == weights],
+        takes_text=is_of_text,
+        projected=projected,
+        pipeline="StableDiffusionPipeline" if is_of_text else "DDIMPipeline",
+        name=merged if repository is None else repository,
+        downloads=projected and repository is not None,  # else diffusers would look for the class in the repository
+    )
+    return public(f"{card}\n")
 
 
 def header(config: Config) -> dict[str, Any]:

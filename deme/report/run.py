@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ from deme.config.experiment import Config
 from deme.config.sections import GRADIENT_PASSES
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS
 from deme.errors import UserError, naming, one_line
-from deme.job.files import checked, read_json
-from deme.job.records import MERGED, read_record
+from deme.job.files import checked, read_json, read_yaml
+from deme.job.records import MERGED
 from deme.measure.scores import CLEARLY, Score, load_scores
-from deme.models.variants import MAKERS, ORDER, Searched, made_denoisers, read_searched, seconds_of
-from deme.report.tables import NAMES, Table, number
+from deme.models.variants import MAKERS, ORDER, made_denoisers, read_searched, seconds_of
+from deme.report.tables import NAMES, Table, number, signed
 
 RESULTS, TRAINING, MERGING, SEARCH = "Results", "Training", "Merging coefficients", "Search"  # titles of sections
 
@@ -28,13 +27,7 @@ class TrainingLog:
     steps: Sequence[int]
     losses: Sequence[float]
     seconds: float  # wall time of all steps, without previews and checkpoints
-    images: int  # seen in training
-
-    def passes(self, config: Config) -> int:
-        """UNet passes so far: those of a gradient for each image, and one of its teacher if it has one."""
-        is_expert = self.name in config.timesteps.names
-        has_teacher = self.name == DISTILLED or (is_expert and config.finetune.consistency_weight > 0)
-        return self.images * (GRADIENT_PASSES + has_teacher)
+    passes: int  # through the UNet: those of a gradient for each image, and one of its teacher if it has one
 
 
 @dataclass(frozen=True)
@@ -55,74 +48,61 @@ class Provenance:
     versions: dict[str, str] | None = None  # of packages
 
 
-@dataclass
 class Run:
     """What the files of a run hold; None or empty for a file that is missing or unreadable."""
 
-    config: Config
-    logs: list[TrainingLog] = field(default_factory=list)
-    features: str | None = None  # inception or classifier
-    scores: list[Score] = field(default_factory=list)
-    coefficients: dict[str, list[float]] | None = None  # of the merge
-    search: Searched | None = None
-    search_features: str | None = None
-    search_scores: list[Score] = field(default_factory=list)
-    search_seconds: float | None = None
-    samples: list[Path] = field(default_factory=list)
-    analyses: list[str] = field(default_factory=list)  # pictures analysis-NAME.png
-    provenance: Provenance = Provenance()
-    unreadable: dict[str, list[str]] = field(default_factory=dict)  # reasons by title of a section
+    def __init__(self, config: Config):
+        self.config, paths = config, config.paths
+        self.unreadable: dict[str, list[str]] = {}  # reasons by title of a section
+        trainings = [*config.timesteps.names, *NAMED_TRAININGS, *config.self_trained_names]
+        logs = [self._read(TRAINING, read_log, paths.finetuning(name) / "log.jsonl", config) for name in trainings]
+        self.logs = [log for log in logs if log is not None]
+        self.features, self.scores = self._read(RESULTS, load_scores, paths.results) or (None, [])
+        merge, report = paths.merged / MERGED.file, paths.search / "report.json"
+        self.coefficients = self._read(MERGING, read_merge, merge, config)
+        self.search = self._read(SEARCH, read_searched, paths.best_coefficients)
+        self.search_features, self.search_scores = self._read(SEARCH, load_scores, report) or (None, [])
+        self.search_seconds = seconds_of(paths.search)
+        self.samples = [paths.all_samples / name for name in ORDER if (paths.all_samples / name).is_dir()]
+        pictures = sorted(paths.plots.glob("analysis-*.png"))
+        self.analyses = [file.stem.removeprefix("analysis-") for file in pictures]
+        provenance = None
+        if self.scores:
+            provenance = self._read(RESULTS, read_provenance, paths.results, read_json)
+        elif self.coefficients is not None:
+            provenance = self._read(MERGING, read_provenance, merge, read_yaml)
+        self.provenance = provenance or Provenance()
 
-    def read(self, section: str, file: Path, reader: Callable[[Path], Any]) -> Any:
+    def _read(self, section: str, reader: Callable[..., Any], file: Path, *more: Any) -> Any:
         """What `reader` returns for a file, or None if it is missing or unreadable; the reason is noted."""
         try:
-            return reader(file) if file.is_file() else None
+            return reader(file, *more) if file.is_file() else None
         except UserError as error:
             self.unreadable.setdefault(section, []).append(str(error))
             return None
 
 
-def read_run(config: Config) -> Run:
-    """Read the files of a run that are there."""
-    paths = config.paths
-    run = Run(config)
-    for name in [*config.timesteps.names, *NAMED_TRAININGS, *config.self_trained_names]:
-        read = partial(read_log, name, batch_size=config.finetune.batch_size)
-        log = run.read(TRAINING, paths.finetuning(name) / "log.jsonl", read)
-        run.logs += [log] if log is not None else []
-    run.features, run.scores = run.read(RESULTS, paths.results, load_scores) or (None, [])
-    merge = paths.merged / MERGED.file
-    run.coefficients = run.read(MERGING, merge, partial(read_merge, count=len(config.timesteps.ranges)))
-    run.search = run.read(SEARCH, paths.best_coefficients, read_searched)
-    run.search_features, run.search_scores = run.read(SEARCH, paths.search / "report.json", load_scores) or (None, [])
-    run.search_seconds = seconds_of(paths.search)
-    run.samples = [paths.all_samples / name for name in ORDER if (paths.all_samples / name).is_dir()]
-    run.analyses = [file.stem.removeprefix("analysis-") for file in sorted(paths.plots.glob("analysis-*.png"))]
-    if run.scores or run.coefficients is not None:
-        made = (RESULTS, paths.results) if run.scores else (MERGING, merge)
-        run.provenance = run.read(*made, read_provenance) or Provenance()
-    return run
-
-
-def read_provenance(file: Path) -> Provenance:
+def read_provenance(file: Path, read: Callable[[Path], dict]) -> Provenance:
     """How a results.json or merge.yaml was made."""
-    content = read_record(MERGED, file.parent).beside if file.name == MERGED.file else read_json(file)
     with naming(file):
-        return checked(content, Provenance)
+        return checked(read(file), Provenance)
 
 
-def read_merge(file: Path, count: int) -> dict[str, list[float]]:
-    """The coefficients in a merge.yaml, by name pattern; `count` for each."""
-    record = read_record(MERGED, file.parent)
+def read_merge(file: Path, config: Config) -> dict[str, list[float]]:
+    """The coefficients in a merge.yaml, by name pattern, one for each network that is merged."""
+    content, count = read_yaml(file), len(config.merged_names)
     with naming(file):
-        coefficients = checked(record.made_from.get("coefficients"), dict[str, list[float]], "coefficients")
+        coefficients = checked(content.get("coefficients"), dict[str, list[float]], "coefficients")
         if not coefficients or any(len(values) != count for values in coefficients.values()):
-            raise UserError(f"its coefficients are not those of timesteps.num_ranges={count}")
+            experts = ", ".join(config.merge.experts)
+            given = f"timesteps.num_ranges={len(config.timesteps.ranges)} and merge.experts=[{experts}]"
+            raise UserError(f"its coefficients are not those of {given}")
     return coefficients
 
 
-def read_log(name: str, file: Path, batch_size: int) -> TrainingLog:
-    """A run's log.jsonl."""
+def read_log(file: Path, config: Config) -> TrainingLog:
+    """A training's log.jsonl."""
+    name, batch_size = file.parent.name, config.finetune.batch_size
     steps, losses, seconds, before = [], [], 0.0, 0
     with naming(file), naming("not the log of a training run"):
         try:
@@ -137,7 +117,9 @@ def read_log(name: str, file: Path, batch_size: int) -> TrainingLog:
             losses.append(float("nan") if line.loss is None else line.loss)
             seconds += (line.step - before) * batch_size / line.images_per_second
             before = line.step
-    return TrainingLog(name, steps, losses, seconds, before * batch_size)
+    is_expert = name in config.timesteps.names
+    has_teacher = name == DISTILLED or (is_expert and config.finetune.consistency_weight > 0)
+    return TrainingLog(name, steps, losses, seconds, before * batch_size * (GRADIENT_PASSES + has_teacher))
 
 
 def missing_stages(run: Run) -> Iterator[tuple[str, str]]:
@@ -165,32 +147,27 @@ def missing_stages(run: Run) -> Iterator[tuple[str, str]]:
 
 def verdict(scores: Sequence[Score], features: str) -> str:
     """What the scores say about merging, in a sentence or two; empty if there is nothing to compare."""
-    by_name = {Path(row.samples).name: row.to_pretrained for row in scores if row.to_pretrained is not None}
+    by_name = {Path(row.samples).name: row.to_pretrained for row in scores}
     merged, control = by_name.get("merged"), by_name.get(CONTINUED)
     if merged is None:
         return ""
-    error = merged.standard_error
-    difference = number(merged.mean, error, "+.4f")
-    distance = NAMES[features][0]
-    text = f"The merged network differs from the pretrained one by {difference} in {distance} (lower is better)"
+    distance, error = NAMES[features][0], merged.standard_error
+    text = f"The merged network differs from the pretrained one by {signed(merged)} in {distance} (lower is better)"
     if error is None:
         text += ", without a standard error."
     elif abs(merged.mean) <= CLEARLY * error:
         text += ": less than two standard errors."
     else:
         text += f": {'better' if merged.mean < 0 else 'worse'} by {abs(merged.mean) / error:.1f} of them."
-    if control is not None:
-        other = number(control.mean, control.standard_error, "+.4f")
-        text += f" Plain training at the experts' cost: {other}."
-    return text
+    return text if control is None else f"{text} Plain training at the experts' cost: {signed(control)}."
 
 
 def cost_table(run: Run) -> Table:
     """The cost of each stage, in images through the UNet and in minutes of training as logged."""
-    rows = [[f"training {log.name}", f"{log.passes(run.config):,}", f"{log.seconds / 60:.1f}"] for log in run.logs]
+    rows = [[f"training {log.name}", f"{log.passes:,}", f"{log.seconds / 60:.1f}"] for log in run.logs]
     if run.search is not None and run.search.passes is not None:
-        minutes = None if run.search_seconds is None else run.search_seconds / 60
-        rows.append(["search, without its report", f"{run.search.passes:,}", number(minutes, form=".1f")])
+        minutes = number(run.search_seconds, form=".1f", scale=1 / 60)
+        rows.append(["search, without its report", f"{run.search.passes:,}", minutes])
     for row in run.scores:
         drawn = row.images * run.config.sample.num_inference_steps
         rows.append([f"drawing {Path(row.samples).name}", f"{drawn:,}", "-"])

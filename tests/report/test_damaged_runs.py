@@ -11,7 +11,7 @@ import report
 from deme.errors import UserError
 from deme.measure.scores import load_scores
 from deme.models.variants import read_searched
-from deme.report.run import read_run
+from deme.report.run import Run
 
 PLACES = {  # file of a run → title of the section that tells of it
     "results.json": "Results",
@@ -189,7 +189,7 @@ def test_samples_of_other_names_and_sizes(config):
 
 def test_a_run_that_is_read_tells_its_numbers(config):
     """What `make_run` wrote, each from its file."""
-    run = read_run(config)
+    run = Run(config)
     [log] = run.logs
     assert (log.name, log.steps, log.losses) == ("0000-0250", [1, 2, 4], [1, 0.5, 0.25])
     assert log.seconds == pytest.approx(4 * config.finetune.batch_size / 5)

@@ -28,7 +28,7 @@ LIBRARIES = [
     "deme.data.examples",
     "deme.models.denoisers",
     "deme.search.ways",
-    "deme.report.plots",
+    "deme.report.figures",
     "alembic.command",  # these are imported when they are first used
     "optuna.storages._rdb.models",
     "sklearn.datasets",
