@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from deme.job.machine import computes_in_bf16, peak_memory
+from deme.job.processes import computes_in_bf16, peak_memory
 
 INSTRUCTION_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # both to avx2: as on an older processor
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices of the matrix product

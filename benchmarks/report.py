@@ -8,7 +8,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from deme.job.machine import processor
+from deme.job.records import processor
 
 FOLDER = Path(__file__).resolve().parent
 

@@ -53,7 +53,7 @@ class Job:
     @property
     def made(self) -> list[str]:
         """The files and folders that the job makes."""
-        return [for_shell(path) for path in self.parts or ([] if self.output is None else [self.output])]
+        return [for_shell(path) for path in self.parts or filter(None, [self.output])]
 
     @property
     def waits_for(self) -> list["Job"]:
@@ -96,16 +96,13 @@ class Ledger:
 
     def note(self, job: Job, made_of: str) -> None:
         """Note that a job is done; `made_of` is that of the moment when it began."""
-        self._write(self.folder.name, job, [job.key, made_of, state_of(job.made)])
+        self.write(self.folder.name, job, [job.key, made_of, state_of(job.made)])
 
-    def plan(self, job: Job) -> None:
-        """Write what scripts/slurm/job.sh needs for the entry: the jobs before this one, and what it makes."""
-        self._write("before", job, [before.name for before in job.before])
-        self._write("made", job, job.made)
-
-    def _write(self, folder: str, job: Job, lines: Iterable[str]) -> None:
-        make_folder(self.folder.with_name(folder), "output_dir")
-        with atomic_file(self.folder.with_name(folder) / job.name, is_durable=False) as temporary:
+    def write(self, kind: str, job: Job, lines: Iterable[str]) -> None:
+        """Write an entry, or what scripts/slurm/job.sh needs for it: the names `before` a job, and what is `made`."""
+        file = self.folder.with_name(kind) / job.name
+        make_folder(file.parent, "output_dir")
+        with atomic_file(file, is_durable=False) as temporary:
             temporary.write_bytes(as_lines(lines))
 
     def is_done(self, job: Job) -> bool:
@@ -151,11 +148,8 @@ class Jobs:
     def __init__(
         self, jobs: Sequence[Job], ledger: Ledger, logs: Path, places: Sequence[dict[str, str]], processes: int = 1
     ):
-        self.jobs = longest_chain_first(jobs)
-        self.ledger = ledger
-        self.logs = logs
+        self.jobs, self.ledger, self.logs, self.processes = longest_chain_first(jobs), ledger, logs, processes
         self.free = list(places)
-        self.processes = processes
         self.running: dict[Job, tuple[subprocess.Popen, dict[str, str], str, float]] = {}
         make_folder(logs, "output_dir")
 

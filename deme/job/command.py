@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from deme.config.experiment import Config
 from deme.config.reading import load_config
@@ -79,8 +79,7 @@ def ended_in_one_line(script: str) -> Iterator[list[Path]]:
     Yields:
         a list for the folder that takes a traceback, once it is known.
     """
-    for number in SIGNALS:
-        signal.signal(number, _raise_interrupted)
+    _on_signals(_raise_interrupted)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: the next file would take its number
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  as long as the process lives
@@ -95,12 +94,11 @@ def ended_in_one_line(script: str) -> Iterator[list[Path]]:
     except SystemExit as ended:
         if ended.code and os.environ.get("RANK", "0") != "0":
             # torch's launcher blames the process that ends first: the main one, which says why. It then ends this one
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
+            _on_signals(signal.SIG_DFL)
             time.sleep(LAUNCHER_NEEDS)
         raise
     except BaseException as error:
-        _ignore_signals()
+        _on_signals(signal.SIG_IGN)
         if stopped_by and not isinstance(error, Interrupted):
             error = Interrupted(stopped_by[0])
         _end(script, error, folder[0] if folder else None)
@@ -155,14 +153,14 @@ def _is_stuck(stream: TextIO) -> bool:
 
 def _raise_interrupted(number: int, frame: FrameType | None) -> None:
     """The handler of SIGNALS. No second signal interrupts the cleaning up."""
-    _ignore_signals()
+    _on_signals(signal.SIG_IGN)
     stopped_by.append(number)
     raise Interrupted(number)
 
 
-def _ignore_signals() -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def _on_signals(handler: Any) -> dict[int, Any]:
+    """Set the handler of SIGNALS; those before."""
+    return {number: signal.signal(number, handler) for number in SIGNALS}
 
 
 def end_with_parent() -> None:
@@ -178,7 +176,7 @@ def end_with_parent() -> None:
 def noted_signals() -> Iterator[list[int]]:
     """Within the block, only append signals to the list that is yielded."""
     received = list(stopped_by)
-    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SIGNALS}
+    before = _on_signals(lambda number, frame: received.append(number))
     try:
         yield received
     finally:

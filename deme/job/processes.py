@@ -1,12 +1,14 @@
-"""The accelerator of every launched script; how its processes share work and agree."""
+"""The accelerator of every launched script; how its processes share work and agree; their arithmetic and memory."""
 
+import ctypes
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,27 +18,11 @@ from torch import distributed
 from deme.errors import RunError, UserError, one_line
 from deme.job.command import disconnect_all
 from deme.job.locks import locked
-from deme.job.machine import computes_in_bf16
-from deme.job.records import Arrays, read_arrays, write_arrays
+from deme.job.records import Arrays, processor, read_arrays, told_by_linux, write_arrays
 
 Result = TypeVar("Result")
+Processes = Accelerator  # what all packages know of accelerate: who am I, and how do all agree
 print_once = cache(print)
-
-
-class Processes(Protocol):
-    """What code outside of training needs of accelerate's `Accelerator`: who am I, and how do all agree."""
-
-    device: torch.device
-    is_main_process: bool
-    process_index: int
-    num_processes: int
-
-    def print(self, *values: Any) -> None: ...
-    def wait_for_everyone(self) -> None: ...
-    def main_process_first(self) -> AbstractContextManager[None]: ...
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor: ...
-    def pad_across_processes(self, tensor: torch.Tensor) -> torch.Tensor: ...
-    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor: ...
 
 
 def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
@@ -124,3 +110,39 @@ class Agreement:
             self.work.wait()
         self.work = None
         return int(self.value)
+
+
+# --- arithmetic and memory
+
+
+def can_pack(in_bf16: bool) -> bool:
+    """True if oneDNN takes convolutions in bfloat16, or in float32."""
+    return torch.backends.mkldnn.is_available() and (not in_bf16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def computes_in_bf16() -> bool:
+    """True if oneDNN multiplies bfloat16 by the processor's own instructions; emulated it is slower than float32."""
+    return can_pack(in_bf16=True) and (processor().endswith("bf16)") or not told_by_linux("cpuinfo"))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next allocation, instead of giving it back to the system.
+
+    A training step on a CPU allocates gradients and activations anew; clearing new pages took a tenth of it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_mmap_max, 0)
+
+
+def peak_memory(device_type: str) -> int:
+    """Bytes: the most that torch has allocated on a GPU; on a CPU, the most that this process has had resident.
+
+    0 if the system does not tell.
+    """
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    match = re.search(r"VmHWM:\s*(\d+) kB", told_by_linux("self/status"))
+    return 1024 * int(match[1]) if match else 0

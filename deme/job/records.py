@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,13 +17,13 @@ import numpy as np
 from deme.config.experiment import Config
 from deme.errors import UserError, naming, one_line, shown
 from deme.job.files import REPOSITORY, atomic_file, checked, make_folder, read_yaml, write_yaml
-from deme.job.machine import processor
 
 Arrays = dict[str, np.ndarray]
 Keep = Callable[[str, Callable[[], Arrays]], Arrays]  # name, what makes the arrays → the same, perhaps from a file
 MADE_FROM = "made_from"  # in an npz file the array that holds the record, as JSON
 CONTENT = "arrays (SHA-256)"  # in that record
 ABSENT = "not recorded"
+INSTRUCTION_SETS = ("amx_bf16", "avx512_bf16", "bf16", "avx512f", "avx2")  # as Linux names them, the strongest first
 LONGEST_VALUE = 60  # characters of a setting in a message; longer values, as hashes, are left out
 
 
@@ -165,6 +166,21 @@ def provenance(config: Config) -> dict[str, Any]:
     packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy")
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
     return dict(zip(PROVENANCE, (_git_commit(), versions, processor(), config.recorded), strict=True))
+
+
+def processor() -> str:
+    """The processor's name and its strongest instruction set, which rounding and speed depend on."""
+    told = told_by_linux("cpuinfo")
+    name = re.search(r"model name\s*:\s*(.+)", told)
+    flags = re.search(r"(?:flags|Features)\s*:\s*(.+)", told)
+    strongest = next((f" ({one})" for one in INSTRUCTION_SETS if flags and one in flags[1].split()), "")
+    return (name[1] if name else platform.processor() or platform.machine()) + strongest
+
+
+def told_by_linux(name: str) -> str:
+    """A file of Linux's /proc; empty if there is none."""
+    file = Path("/proc") / name
+    return file.read_text() if file.exists() else ""
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import nn
 
 from deme.config.paths import DENOISER
 from deme.errors import UserError, blaming
-from deme.job.machine import can_pack
+from deme.job.processes import can_pack
 from deme.method.projection import PROJECTION_SUFFIX, add_projections
 from deme.method.sampling import SCHEDULE
 from deme.method.task_vectors import FLOATS

@@ -19,8 +19,7 @@ from tqdm import tqdm
 from deme.data.images import Examples, MicroBatch, MicroBatches
 from deme.errors import RunError, naming
 from deme.job.command import Interrupted, noted_signals
-from deme.job.machine import keep_freed_memory, peak_memory
-from deme.job.processes import Agreement, in_main_process
+from deme.job.processes import Agreement, in_main_process, keep_freed_memory, peak_memory
 from deme.method.losses import UncertaintyWeights, choose_ranges, decoupled_loss, loss_weights, spread_timesteps
 from deme.models.denoisers import freeze, memory_format
 from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_checkpoint, load_newest_checkpoint
