@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from deme.measure.features import ClipScores
-    from deme.measure.reference import FeatureSpace
-    from deme.measure.scores import Score
+    from deme.measure.scores import FeatureSpace, Score
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def reference_files(config: Config) -> list[Path]:
 def open_samples(folder: Path, settings: Evaluate) -> Samples:
     """Check that a folder can be scored."""
     from deme.data.samples import check_sizes, list_images, read_prompts
-    from deme.measure.classifier import check_classified
+    from deme.measure.features import check_classified
 
     with naming("evaluate.samples", folder):
         files = list_images(folder)
@@ -101,7 +100,7 @@ def score_samples(
     from deme.measure.scores import score
 
     settings, files = config.evaluate, samples.files
-    share, scores = (len(files), settings.batch_size, available_threads()), None
+    share, scores = (range(len(files)), settings.batch_size, available_threads()), None
     with naming("evaluate.samples", samples.folder):
         features = extract(accelerator, space.network, lambda part: read_images(files[part]), *share)
     if samples.prompts is not None:
@@ -111,7 +110,7 @@ def score_samples(
         return None
     record = read_record(SAMPLES, samples.folder)
     weights = None if record is None else record.made_from.get("weights")
-    return score(samples.folder, weights, features, space.reference, settings.features, settings.blocks, scores)
+    return score(samples.folder, weights, features, space, settings.blocks, scores)
 
 
 def with_differences(rows: list["Score"], samples: list[Samples]) -> list["Score"]:
@@ -150,7 +149,7 @@ def main(config: Config) -> None:
     watched = Watched([*given, *beside_images, *(file for one in samples for file in one.files)])
 
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
-    from deme.measure.features import load_clip
+    from deme.measure.features import ClipScores
     from deme.measure.reference import load_feature_space
     from deme.measure.scores import save_scores
     from deme.report.tables import difference_table, score_table
@@ -162,7 +161,7 @@ def main(config: Config) -> None:
         clip = None
         if any(one.prompts is not None for one in samples):
             with accelerator.main_process_first(), naming("evaluate.clip_model", config.evaluate.clip_model):
-                clip = load_clip(config.evaluate.clip_model).to(accelerator.device)  # one process downloads the weights
+                clip = ClipScores(config.evaluate.clip_model).to(accelerator.device)  # one process downloads it
         space = load_feature_space(config, accelerator)
         for one in samples:
             with naming("evaluate.samples", one.folder):

@@ -31,8 +31,7 @@ from deme.config.reading import load_config
 from deme.data.opening import open_source
 from deme.job.files import atomic_file, read_json
 from deme.job.processes import make_accelerator
-from deme.measure.scores import DISTANCES, paired_difference
-from deme.measure.scores import statistics as feature_statistics
+from deme.measure.scores import paired_difference
 from deme.method.candidates import Candidates
 from deme.method.sampling import NetworkAt
 from deme.method.task_vectors import PUBLISHED
@@ -137,13 +136,11 @@ class Bench:
         key = f"{name}, {len(self.seeds)} images"
         if key not in known:
             space = self.problem.plain_distance.space
-            distance = DISTANCES[space.name]
             steps = 2 if self.arguments.quick else self.config.sample.num_inference_steps
             drawing = self.problem.plain_distance.drawing
             drawing = replace(drawing, settings=replace(drawing.settings, num_inference_steps=steps))
             features = replace(self.problem.plain_distance, drawing=drawing).features(network_at(), self.seeds)
-            parts = [feature_statistics(part) for part in np.split(features, FRESH_BLOCKS)]
-            known[key] = [distance(*part, space.reference.mu, space.reference.sigma) for part in parts]
+            known[key] = [space.distance(part) for part in np.split(features, FRESH_BLOCKS)]
             with atomic_file(file) as temporary:
                 temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
         return known[key]

@@ -1,6 +1,11 @@
-"""Networks that give features of images: pytorch_fid's Inception, and CLIP's score; features over all processes."""
+"""Networks that give features of images: pytorch_fid's Inception, a classifier of the data, and CLIP's score.
+
+Inception features mean nothing on 8×8 digits and their weights are a download; the penultimate features of a small
+network that was trained on the data's labels are the same idea, made here.
+"""
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -8,59 +13,118 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation
+from tqdm import tqdm, trange
 
+from deme.config.experiment import Config
+from deme.config.sections import LEAST_CLASSIFIED
 from deme.data.decoding import ahead
+from deme.data.examples import load_evaluation_images
+from deme.data.opening import Source, data_hashes
 from deme.data.samples import read_images
 from deme.errors import UserError, one_line
-from deme.job.processes import Processes
-from deme.models.encoders import LEAST_VOCABULARY, check_filled
+from deme.job.files import atomic_file
+from deme.job.processes import Processes, in_main_process
+from deme.models.encoders import check_filled, check_tokenizer
 from deme.models.pipelines import find_folder, hub_name
 
+HELD_OUT_SHARE = 0.2  # of the data, on which the classifier's accuracy is measured
+LARGEST = 32  # pixels: the sides of larger images are halved before the classifier's first stage
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 1e-2
+LABEL_SMOOTHING = 0.05
 
-class InceptionFeatures(nn.Module):
-    """pytorch_fid's Inception features, fed as pytorch_fid does: images scaled to [0, 1]."""
 
-    def __init__(self, network: nn.Module):
+class Inception(nn.Module):
+    """pytorch_fid's feature network, fed as pytorch_fid does; its weights are downloaded into torch hub's folder."""
+
+    def __init__(self):
+        from pytorch_fid import inception
+
         super().__init__()
-        self.network = network
+        # pytorch_fid would unpickle the downloaded file; it holds plain tensors, so weights_only loads it
+        inception.load_state_dict_from_url = functools.partial(torch.hub.load_state_dict_from_url, weights_only=True)
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(inception.FID_WEIGHTS_URL).name
+        try:
+            self.network = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval()
+        except OSError as error:
+            remedy = f"put {inception.FID_WEIGHTS_URL} into {file.parent}"
+            raise UserError(f"the Inception weights can't be downloaded ({one_line(error)}); {remedy}") from None
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            remedy = "delete it to download them again"
+            raise UserError(f"{file}: not the Inception weights ({one_line(error)}); {remedy}") from None
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 RGB (B, 3, H, W) → float32 (B, 2048)."""
         return self.network(pixels.float() / 255)[0].flatten(1)
 
 
-def load_inception() -> InceptionFeatures:
-    """pytorch_fid's feature network in eval mode, its weights downloaded once into torch hub's folder."""
-    from pytorch_fid import inception
+class Classifier(nn.Module):
+    """Residual network of three stages after a convolution to `width` channels; `features` is its pooled last stage.
 
-    # pytorch_fid would unpickle the downloaded file; it holds plain tensors, so weights_only loads it
-    inception.load_state_dict_from_url = functools.partial(torch.hub.load_state_dict_from_url, weights_only=True)
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(inception.FID_WEIGHTS_URL).name
-    try:
-        network = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
-    except OSError as error:
-        raise UserError(
-            f"the Inception weights can't be downloaded ({one_line(error)}); "
-            f"put {inception.FID_WEIGHTS_URL} into {file.parent}"
-        ) from None
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        reason = one_line(error)
-        raise UserError(f"{file}: not the Inception weights ({reason}); delete it to download them again") from None
-    return InceptionFeatures(network).eval()
+    A stage is a convolution that doubles the channels, max pooling that halves the resolution, and torchvision's
+    basic residual block.
+    """
+
+    def __init__(self, width: int, num_classes: int):
+        super().__init__()
+        layers = [*Conv2dNormActivation(3, width)]
+        for channels in (2 * width, 4 * width, 8 * width):
+            layers += [*Conv2dNormActivation(channels // 2, channels), nn.MaxPool2d(2), BasicBlock(channels, channels)]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(8 * width, num_classes)
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 RGB (B, 3, H, W), H and W ≥ 8 → float32 (B, 8 · width)."""
+        images = pixels.float() / 127.5 - 1
+        while images.shape[-1] > LARGEST:
+            images = F.avg_pool2d(images, 2)
+        return self.layers(images).mean((2, 3))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 RGB (B, 3, H, W) → logits (B, classes)."""
+        return self.head(self.features(pixels))
 
 
 class ClipScores(nn.Module):
-    """The CLIP score of single images, as a network that `features.extract` takes.
+    """The CLIP score of single images, as a network that `extract` takes.
 
     It is 100 × the cosine between the embeddings of an image and of its prompt: the score of Hessel et al. 2021
-    (https://arxiv.org/abs/2104.08718) without its clipping at 0 and with 100 in place of its factor of 2.5.
+    (https://arxiv.org/abs/2104.08718) without its clipping at 0 and with 100 in place of its factor of 2.5. The model
+    is in float32; only safetensors are read.
+
+    Args:
+        source: a folder relative to the working directory or else to the repository, or owner/name on the Hub.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any):
+    def __init__(self, source: str):
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+        from transformers.utils import logging
+
         super().__init__()
-        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        folder = find_folder(source)
+        if folder is None and hub_name(source) is None:
+            raise UserError("no such folder")
+        if folder is not None and not (folder / "config.json").is_file():  # transformers would take OpenAI's settings
+            raise UserError("not the folder of a CLIP model: config.json is missing")
+        logging.set_verbosity_error()  # what does not fit is told below, in one line
+        place = folder or source
+        try:
+            options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+            # sizes that differ are listed in the report, as what is missing
+            model, report = CLIPModel.from_pretrained(place, ignore_mismatched_sizes=True, **options)
+            self.tokenizer = CLIPTokenizer.from_pretrained(place)
+            self.image_processor = CLIPImageProcessor.from_pretrained(place)
+        except Exception as error:  # network, name, permission and format errors have no common class
+            raise UserError(f"no CLIP model can be loaded from it: {one_line(error)}") from None
+        check_filled(report)
+        check_tokenizer(self.tokenizer, model.config.text_config.vocab_size)
+        self.model = model.eval()
 
     def read(self, paths: Sequence[Path], prompts: Sequence[str], part: slice) -> Any:
         """A part of a folder's images as the model takes them, float32 (B, 3, S, S), and their prompts; thread-safe."""
@@ -81,66 +145,141 @@ class ClipScores(nn.Module):
         return 100 * (embedded.image_embeds * own).sum(1, keepdim=True)
 
 
-def load_clip(source: str) -> ClipScores:
-    """A CLIP model with its tokenizer and image processor: float32, in eval mode. Only safetensors are read.
-
-    Args:
-        source: a folder relative to the working directory or else to the repository, or owner/name on the Hub.
-    """
-    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-    from transformers.utils import logging
-
-    place: str | Path = source
-    if hub_name(source) is None:
-        place = find_folder(source)
-        if place is None:
-            raise UserError("no such folder")
-        if not (place / "config.json").is_file():  # transformers would take the settings of OpenAI's model
-            raise UserError("not the folder of a CLIP model: config.json is missing")
-    logging.set_verbosity_error()  # what does not fit is told below, in one line
-    try:
-        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-        # sizes that differ are listed in the report, as what is missing
-        model, report = CLIPModel.from_pretrained(place, ignore_mismatched_sizes=True, **options)
-        tokenizer = CLIPTokenizer.from_pretrained(place)
-        image_processor = CLIPImageProcessor.from_pretrained(place)
-    except Exception as error:  # network, name, permission and format errors have no common class
-        raise UserError(f"no CLIP model can be loaded from it: {one_line(error)}") from None
-    check_filled(report)
-    vocabulary = model.config.text_config.vocab_size
-    if not LEAST_VOCABULARY <= len(tokenizer) <= vocabulary:  # transformers makes an empty one where it is missing
-        raise UserError(f"its tokenizer is missing or another model's: {len(tokenizer)} tokens, not {vocabulary}")
-    return ClipScores(model.eval(), tokenizer, image_processor)
-
-
 @torch.inference_mode()
 def extract(
     processes: Processes,
     network: nn.Module,
     read: Callable[[slice], Any],
-    count: int,
+    images: range,
     batch_size: int,
     threads: int = 0,
-    start: int = 0,
 ) -> np.ndarray:
-    """The features of `count` images over all processes: float32, shape (count, D), the same in every process.
+    """The features of images over all processes: float32, shape (len(images), D), the same in every process.
 
     Args:
         network: has `features`, uint8 RGB (B, 3, H, W) → float32 (B, D).
         read: slice → uint8 RGB images (B, 3, H, W), or what else the network's `features` takes and `to` moves.
         threads: that read ahead.
-        start: the first of the images.
     """
-    edges = [start + count * rank // processes.num_processes for rank in range(processes.num_processes + 1)]
+    count = processes.num_processes
+    edges = [images.start + len(images) * rank // count for rank in range(count + 1)]
     first = edges[processes.process_index]
     last = max(first + 1, edges[processes.process_index + 1])  # one without a share takes part, and is dropped below
     batches = [slice(place, min(place + batch_size, last)) for place in range(first, last, batch_size)]
     is_quiet = not processes.is_main_process
-    images = tqdm(ahead(read, batches, threads), "features", len(batches), disable=is_quiet, leave=False, delay=5)
-    parts = [network.features(part.to(processes.device)) for part in images]
-    shares = processes.gather(processes.pad_across_processes(torch.cat(parts)))
-    shares = shares.cpu().chunk(processes.num_processes)
+    parts = tqdm(ahead(read, batches, threads), "features", len(batches), disable=is_quiet, leave=False, delay=5)
+    share = torch.cat([network.features(part.to(processes.device)) for part in parts])
+    shares = processes.gather(processes.pad_across_processes(share)).cpu().chunk(count)
     features = torch.cat([share[: edges[i + 1] - edges[i]] for i, share in enumerate(shares)]).numpy()
     if not np.isfinite(features).all():
         raise UserError("the feature network gives NaN or infinite values")
     return features
+
+
+# --- the classifier of the data
+
+
+def check_classified(features: str, width: int, height: int) -> None:
+    """Refuse images that are too small for the classifier, if `features` are its."""
+    if features == "classifier" and min(width, height) < LEAST_CLASSIFIED:
+        rule = f"evaluate.features=classifier needs at least {LEAST_CLASSIFIED} pixels"
+        raise UserError(f"images of {width} x {height} pixels, {rule}")
+
+
+def evaluated_data(config: Config, source: Source, with_labels: bool = False) -> dict[str, Any]:
+    """The record of the images that are evaluated: the settings that choose them, and their SHA-256."""
+    return {"data": source.data.tagged("statistics"), **data_hashes(source, config.paths.image_cache, with_labels)}
+
+
+def trained_classifier(config: Config, processes: Processes, source: Source) -> tuple[Classifier, float]:
+    """The classifier of the data, trained once and kept, on the device; its held-out accuracy."""
+    file, settings = config.paths.classifier, config.evaluate
+    record = evaluated_data(config, source, with_labels=True)
+    record |= {key: getattr(settings, f"classifier_{key}") for key in ("width", "epochs", "batch_size")}
+    record |= {"random_flip": config.data.random_flip, "precision": settings.classifier_precision, "seed": config.seed}
+
+    def train() -> None:
+        if load_classifier(file, record) is None:
+            images, labels = load_evaluation_images(source, config.paths.image_cache)
+            if labels is None:
+                raise UserError("data.label_column=null: evaluate.features=classifier needs labels")
+            trained = train_classifier(images.batch(range(len(images))), labels, config, processes.device)
+            save_classifier(file, *trained, record)
+
+    in_main_process(processes, train)
+    classifier, accuracy = load_classifier(file, record)
+    return classifier.to(processes.device), accuracy
+
+
+def train_classifier(
+    pixels: torch.Tensor, labels: torch.Tensor, config: Config, device: torch.device
+) -> tuple[Classifier, float]:
+    """Train a classifier on four fifths of uint8 RGB images (N, 3, H, W) of int64 classes (N,), chosen by the seed.
+
+    It is returned in eval mode, with its accuracy on the other fifth.
+    """
+    settings = config.evaluate
+    torch.manual_seed(config.seed)
+    order = torch.randperm(len(pixels))  # data sets come sorted: by class, or by writer as the digits
+    held_out, kept = order.tensor_split([int(HELD_OUT_SHARE * len(order))])
+    pixels, labels = pixels.to(device), labels.to(device)
+    classifier = Classifier(settings.classifier_width, int(labels.max()) + 1)
+    classifier.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY)
+    steps = settings.classifier_epochs * -(-len(kept) // settings.classifier_batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    in_bf16 = settings.classifier_precision == "bf16"
+    for _ in trange(settings.classifier_epochs, desc="classifier", unit="epoch", mininterval=1):
+        for batch in kept[torch.randperm(len(kept))].split(settings.classifier_batch_size):
+            if len(batch) == 1:  # too few for batch normalization
+                continue
+            with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):  # features are always float32
+                logits = classifier(_augment(pixels[batch], config.data.random_flip))
+                loss = F.cross_entropy(logits, labels[batch], label_smoothing=LABEL_SMOOTHING)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    classifier.eval().to(memory_format=torch.contiguous_format)
+    with torch.inference_mode():
+        predictions = torch.cat([classifier(pixels[batch]).argmax(1) for batch in held_out.split(500)])
+    return classifier, (predictions == labels[held_out]).float().mean().item()
+
+
+def _augment(pixels: torch.Tensor, random_flip: bool) -> torch.Tensor:
+    """Images (B, C, S, S), each moved by up to S / 8 pixels, the edge repeated, and mirrored at random if asked for."""
+    count, _, _, size = pixels.shape
+    margin = max(1, size // 8)
+    places = torch.arange(size, device=pixels.device)
+    shifts = torch.randint(-margin, margin + 1, (2, count, 1), device=pixels.device)
+    rows, columns = (places + shifts).clamp(0, size - 1)
+    if random_flip:
+        columns = torch.where(torch.rand(count, 1, device=pixels.device) < 0.5, columns.flip(1), columns)
+    # the two index arrays stand at the front of the result: (B, S, S, C)
+    images = torch.arange(count, device=pixels.device)[:, None, None]
+    return pixels.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def save_classifier(path: Path, classifier: Classifier, accuracy: float, made_from: dict[str, Any]) -> None:
+    """Write a classifier as safetensors, its record and accuracy in the metadata."""
+    metadata = {"made_from": json.dumps(made_from), "held_out_accuracy": repr(accuracy)}
+    with atomic_file(path) as temporary:
+        save_file(classifier.state_dict(), temporary, metadata)
+
+
+def load_classifier(path: Path, made_from: dict[str, Any]) -> tuple[Classifier, float] | None:
+    """The kept classifier and its held-out accuracy; None if it was made from something else or is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if json.loads(metadata["made_from"]) != made_from:
+            return None
+        weights = load_file(path)
+        classifier = Classifier(len(weights["layers.1.bias"]), len(weights["head.bias"]))
+        classifier.load_state_dict(weights)
+        return classifier.eval(), float(metadata["held_out_accuracy"])
+    except Exception as error:  # a damaged header or tensor leads to errors of safetensors, json and torch
+        print(f"{path}: unreadable, training it again ({one_line(error)})")
+        return None

@@ -121,15 +121,15 @@ def draw_clean(noiser: Noiser, stream: Stream, count: int, batch_size: int) -> C
     """Encode the first `count` of the shuffled images, `batch_size` per process at a time later on."""
     random = np.random.default_rng((*stream, ENCODING))
     indices = batch_indices(stream, len(noiser.images), 0, count)
-    share = torch.arange(noiser.processes.process_index, count, noiser.processes.num_processes)
+    first, step = noiser.processes.process_index, noiser.processes.num_processes
     parts = []
     for start in range(0, count, ENCODED_AT_ONCE):
-        chosen = indices[start : start + ENCODED_AT_ONCE]
-        mine = share[(share >= start) & (share < start + len(chosen))] - start
-        parts.append(rows_of(noiser.encode(chosen, random), mine))
+        encoded = noiser.encode(indices[start : start + ENCODED_AT_ONCE], random)
+        parts.append(rows_of(encoded, slice((first - start) % step, None, step)))  # every step-th of all images
     noiser.encoder.rest()
     whole = on_tensors(lambda *tensors: torch.cat(tensors), *parts)
-    return CleanImages(noiser, whole, share.to(whole["clean"].device), count, stream, batch_size)
+    places = torch.arange(first, count, step, device=whole["clean"].device)
+    return CleanImages(noiser, whole, places, count, stream, batch_size)
 
 
 def draw_probes(

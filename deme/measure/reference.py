@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,9 +22,8 @@ from deme.data.samples import check_sizes, list_images, read_images
 from deme.errors import UserError, naming, one_line, shown
 from deme.job.files import LARGEST, atomic_file, checked, make_folder, sha256
 from deme.job.processes import Processes, locked_by_all
-from deme.measure.classifier import check_classified, evaluated_data, trained_classifier
-from deme.measure.features import extract, load_inception
-from deme.measure.scores import Reference
+from deme.measure.features import Inception, check_classified, evaluated_data, extract, trained_classifier
+from deme.measure.scores import FeatureSpace, Reference
 
 PART = 50_000  # images whose features are in memory at once
 IMAGES = "images (SHA-256)"  # of a folder
@@ -31,16 +31,6 @@ HOW = "`python -m pytorch_fid --save-stats IMAGES FILE.npz` makes such a file"
 OpenData = Callable[[], Source]  # opens the configured data the first time
 # the number of images, what reads a slice of them as uint8 RGB (B, 3, H, W), and the threads that read ahead
 Images = tuple[int, Callable[[slice], torch.Tensor], int]
-
-
-@dataclass(frozen=True)
-class FeatureSpace:
-    """What images are compared in and with."""
-
-    name: str  # inception or classifier
-    network: nn.Module  # as `extract` takes it, on the device
-    reference: Reference
-    accuracy: float | None  # of the classifier, on images that it was not trained on
 
 
 def load_feature_space(config: Config, processes: Processes) -> FeatureSpace:
@@ -52,7 +42,7 @@ def load_feature_space(config: Config, processes: Processes) -> FeatureSpace:
         make_folder(config.paths.stats, "output_dir")
         if name == "inception":
             with processes.main_process_first(), naming("evaluate.features", name):
-                network = load_inception().to(processes.device)  # one process downloads the weights
+                network = Inception().to(processes.device)  # one process downloads the weights
         else:
             network, accuracy = trained_classifier(config, processes, open_data())
             features["classifier"] = sha256(config.paths.classifier)
@@ -66,10 +56,8 @@ def reference_statistics(
 ) -> Reference:
     """The statistics in the file evaluate.reference, or those of its images or of the data.
 
-    The latter are kept in a file, and made again if they are of other images or features, or damaged.
-
-    Args:
-        features: the network's name, and the SHA-256 of a classifier.
+    The latter are kept in a file, and made again if they are of other images or features, or damaged. `features` has
+    the network's name, and the SHA-256 of a classifier.
     """
     if config.evaluate.reference is not None and not config.paths.reference.is_dir():
         with naming("evaluate.reference", config.evaluate.reference):
@@ -84,16 +72,13 @@ def reference_statistics(
         except UserError as error:
             processes.print(f"{file}: unreadable, made anew ({error})")
     count, read, threads = open_images()
-    parts = (
-        extract(processes, network, read, min(PART, count - start), config.evaluate.batch_size, threads, start)
-        for start in range(0, count, PART)
-    )
+    images = (range(count)[start : start + PART] for start in range(0, count, PART))
+    parts = (extract(processes, network, read, part, config.evaluate.batch_size, threads) for part in images)
     if processes.is_main_process:
         save_reference(file, Reference.of(parts, count), made_from)
         print(f"wrote {file}: statistics of {count:,} images")
     else:
-        for _ in parts:  # this process's share of the work
-            pass
+        deque(parts, maxlen=0)  # this process's share of the work
     processes.wait_for_everyone()
     return load_reference(file)[0]
 
@@ -192,23 +177,21 @@ def load_reference(path: Path) -> tuple[Reference, dict[str, Any]]:
     try:
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
-            raise UserError(f"a single array; an npz file of mu and sigma is needed: {HOW}")
+            raise UserError("a single array")
         with content as file:
             made_from = json.loads(str(file["made_from"])) if "made_from" in file else {}
             mu, sigma, features = file["mu"], file["sigma"], file.get("features")
-        made = checked(made_from, MadeFrom, "made_from")
-        size = made.size if made.data is None else 2 * [made.data.resolution]
-        if size is not None and len(size) != 2:
-            raise UserError(f"made_from.size is {size}, not a width and a height")
-        given = [array for array in (mu, sigma, features) if array is not None]
-        are_numbers = all(np.issubdtype(a.dtype, np.floating) and (np.abs(a) < LARGEST).all() for a in given)
-        features_fit = features is None or (features.ndim == 2 and features.shape[1:] == mu.shape)
-        if not (mu.ndim == 1 and mu.size > 0 and sigma.shape == 2 * mu.shape and are_numbers and features_fit):
-            raise UserError(f"mu of shape {mu.shape} and sigma of shape {sigma.shape} are no statistics: {HOW}")
-        if (np.diagonal(sigma) < 0).any() or np.abs(sigma - sigma.T).max() > 1e-3 * np.abs(sigma).max():
-            raise UserError(f"sigma is no covariance: {HOW}")
-    except UserError:
-        raise
     except Exception as error:  # numpy, zipfile and their decompressors raise whatever a damaged file leads to
         raise UserError(f"not an npz file of mu and sigma ({one_line(error)}): {HOW}") from None
+    made = checked(made_from, MadeFrom, "made_from")
+    size = made.size if made.data is None else 2 * [made.data.resolution]
+    if size is not None and len(size) != 2:
+        raise UserError(f"made_from.size is {size}, not a width and a height")
+    given = [array for array in (mu, sigma, features) if array is not None]
+    are_numbers = all(np.issubdtype(a.dtype, np.floating) and (np.abs(a) < LARGEST).all() for a in given)
+    features_fit = features is None or (features.ndim == 2 and features.shape[1:] == mu.shape)
+    if not (mu.ndim == 1 and mu.size > 0 and sigma.shape == 2 * mu.shape and are_numbers and features_fit):
+        raise UserError(f"mu of shape {mu.shape} and sigma of shape {sigma.shape} are no statistics: {HOW}")
+    if (np.diagonal(sigma) < 0).any() or np.abs(sigma - sigma.T).max() > 1e-3 * np.abs(sigma).max():
+        raise UserError(f"sigma is no covariance: {HOW}")
     return Reference(mu, sigma, features, size), made_from

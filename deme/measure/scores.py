@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from deme.config.trainings import CONTINUED
 from deme.errors import UserError, naming
@@ -80,14 +81,21 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return float(np.square(mu1 - mu2).sum() + trace)
 
 
-def inception_frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """The same by pytorch_fid's own function, so that FIDs agree with `python -m pytorch_fid`."""
-    from pytorch_fid.fid_score import calculate_frechet_distance
+@dataclass(frozen=True)
+class FeatureSpace:
+    """What images are compared in and with."""
 
-    return float(calculate_frechet_distance(mu1, sigma1, mu2, sigma2))
+    name: str  # inception or classifier
+    network: nn.Module  # as `features.extract` takes it, on the device
+    reference: Reference
+    accuracy: float | None  # of the classifier, on images that it was not trained on
 
-
-DISTANCES = {"inception": inception_frechet_distance, "classifier": frechet_distance}
+    def distance(self, features: np.ndarray) -> float:
+        """The Fréchet distance of features (N, D); FID by pytorch_fid's code, to agree with `python -m pytorch_fid`."""
+        distance = frechet_distance
+        if self.name == "inception":
+            from pytorch_fid.fid_score import calculate_frechet_distance as distance
+        return float(distance(*statistics(features), self.reference.mu, self.reference.sigma))
 
 
 def kernel_distances(features: np.ndarray, reference: np.ndarray, size: int, first_reference: int = 0) -> np.ndarray:
@@ -168,28 +176,20 @@ def score(
     samples: Path,
     weights: list[str] | None,
     features: np.ndarray,
-    reference: Reference,
-    features_name: str,
+    space: FeatureSpace,
     num_blocks: int,
     clip: np.ndarray | None = None,
 ) -> Score:
-    """Score a folder.
-
-    Args:
-        features: of its images, shape (N, D), in seed order; N a multiple of num_blocks.
-        features_name: inception or classifier.
-        clip: the CLIP score of each image, shape (N,), in seed order.
-    """
-    distance, parts = DISTANCES[features_name], np.split(features, num_blocks)
-    pooled = distance(*statistics(features), reference.mu, reference.sigma)
-    rest = parts if num_blocks > 1 else []
-    blocks = [distance(*statistics(part), reference.mu, reference.sigma) for part in rest] or [pooled]
+    """Score a folder by its images' features (N, D) and CLIP scores (N,), in seed order; N a multiple of num_blocks."""
+    parts = np.split(features, num_blocks)
+    pooled = space.distance(features)
+    blocks = [space.distance(part) for part in parts] if num_blocks > 1 else [pooled]
     row = Score(str(samples), weights, len(features), pooled, blocks, *mean_and_deviation(blocks))
     if clip is not None:
         clip_blocks = [float(part.mean()) for part in np.split(clip.astype(np.float64), num_blocks)]
         mean, deviation = mean_and_deviation(clip_blocks)
         row = replace(row, clip=mean, clip_blocks=clip_blocks, clip_standard_deviation=deviation)
-    real = reference.features
+    real = space.reference.features
     if real is None or min(len(real), len(features)) <= NEIGHBORHOOD:
         return row
     # the KID has no bias that depends on the size of the subsets, and its standard error falls with the size itself,
@@ -237,31 +237,24 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 # --- results.json
 
 
-def save_scores(path: Path, features_name: str, scores: Sequence[Score], beside: dict[str, Any]) -> None:
+def save_scores(path: Path, features: str, scores: Sequence[Score], beside: dict[str, Any]) -> None:
     """Write results.json; `beside` are further keys: the classifier's accuracy, the provenance."""
-    content = {"features": features_name, "rows": [asdict(row) for row in scores], **beside}
+    content = {"features": features, "rows": [asdict(row) for row in scores], **beside}
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Results:
-    """The content of results.json, without the provenance."""
-
-    features: str
-    rows: list[Score]
 
 
 def load_scores(path: Path) -> tuple[str, list[Score]]:
     """The features' name and the scores in a results.json."""
     content = read_json(path)
     with naming(path), naming("not the results of evaluate.py"):
-        results = checked(content, Results)
-        if results.features not in DISTANCES or not results.rows:
-            raise UserError(f"{len(results.rows)} rows of {results.features} features")
-        for place, row in enumerate(results.rows):
-            _check_row(row, max(1, len(results.rows[0].blocks)), f"rows[{place}]")
-    return results.features, results.rows
+        features = checked(content.get("features"), str, "features")
+        rows = checked(content.get("rows"), list[Score], "rows")
+        if features not in ("inception", "classifier") or not rows:
+            raise UserError(f"{len(rows)} rows of {features} features")
+        for place, row in enumerate(rows):
+            _check_row(row, max(1, len(rows[0].blocks)), f"rows[{place}]")
+    return features, rows
 
 
 def _check_row(row: Score, blocks: int, name: str) -> None:

@@ -179,9 +179,7 @@ def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
     text_encoder = _load_network(pipeline / "text_encoder", CLIPTextModel, dtype=torch.float32)
     with blaming(pipeline / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(str(pipeline / "tokenizer"), local_files_only=True)
-        vocabulary = text_encoder.config.vocab_size
-        if not LEAST_VOCABULARY <= len(tokenizer) <= vocabulary:  # transformers makes an empty one where it is missing
-            raise UserError(f"{len(tokenizer)} tokens, the text encoder has {vocabulary}")
+        check_tokenizer(tokenizer, text_encoder.config.vocab_size)
         length = tokenizer.model_max_length  # 1e30 where the folder names none
         if not isinstance(length, (int, float)) or not length >= LEAST_LENGTH:
             raise UserError(f"model_max_length={length}: must be a number of at least {LEAST_LENGTH}")
@@ -220,6 +218,12 @@ def check_filled(report: dict) -> None:
     """Check in diffusers' or transformers' report on a network that its file held every tensor."""
     if missing := [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]:
         raise UserError(f"weights and config.json do not fit each other ({', '.join(sorted(missing)[:3])} …)")
+
+
+def check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
+    """Check that a tokenizer has the tokens of the text encoder's vocabulary; transformers may make an empty one."""
+    if not LEAST_VOCABULARY <= len(tokenizer) <= vocabulary:
+        raise UserError(f"its tokenizer is missing or another model's: {len(tokenizer)} tokens, not {vocabulary}")
 
 
 def try_out(denoiser: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None:

@@ -20,8 +20,8 @@ from deme.job.processes import Processes, kept, locked_by_all
 from deme.job.records import Arrays
 from deme.measure.features import extract
 from deme.measure.noisy import Noiser, draw_probes
-from deme.measure.reference import FeatureSpace, load_feature_space
-from deme.measure.scores import frechet_distance, statistics
+from deme.measure.reference import load_feature_space
+from deme.measure.scores import FeatureSpace, frechet_distance, statistics
 from deme.method.candidates import Candidates
 from deme.method.projection import with_identity_projections
 from deme.method.sampling import NetworkAt, ensemble, try_sampler
@@ -223,7 +223,7 @@ class FrechetDistance:
                 faults.append(error)
                 return torch.zeros(len(chosen), 3, LEAST_CLASSIFIED, LEAST_CLASSIFIED, dtype=torch.uint8)
 
-        features = extract(self.processes, self.space.network, draw, len(seeds), settings.batch_size)
+        features = extract(self.processes, self.space.network, draw, range(len(seeds)), settings.batch_size)
         if self.processes.reduce(torch.tensor(len(faults), device=self.processes.device), "sum") > 0:
             raise faults[0] if faults else RunError("NaN or infinite images in another process")
         return features

@@ -177,7 +177,7 @@ def score_fresh(
         row = known.get(name)
         if row is None or row.weights != weights:
             features = distance.features(_network_at(problem, contender), seeds)
-            row = score(Path(name), weights, features, distance.space.reference, distance.space.name, blocks)
+            row = score(Path(name), weights, features, distance.space, blocks)
         scores.append(compared(row, scores[:1]))
         in_main_process(processes, lambda: save_scores(file, distance.space.name, scores, content))
     return scores, fresh

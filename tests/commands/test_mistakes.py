@@ -971,9 +971,8 @@ MISTAKES = [
         "a reference that is a single array",
         "evaluate.py",
         [REFERENCE, "evaluate.samples=[]"],
-        "evaluate.reference=reference.npz: a single array; an npz file of mu and sigma is needed: `python -m "
-        "pytorch_fid --save-stats "
-        "IMAGES FILE.npz` makes such a file",
+        "evaluate.reference=reference.npz: not an npz file of mu and sigma (a single array): `python -m "
+        "pytorch_fid --save-stats IMAGES FILE.npz` makes such a file",
         single_array,
     ),
     Mistake(

@@ -4,7 +4,7 @@ from deme.config.experiment import Config
 from deme.config.sections import Data, Evaluate
 from deme.data.examples import load_evaluation_images
 from deme.data.opening import open_source
-from deme.measure.classifier import load_classifier, save_classifier, train_classifier
+from deme.measure.features import load_classifier, save_classifier, train_classifier
 
 
 def test_the_classifier_knows_the_digits(tmp_path):

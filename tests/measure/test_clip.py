@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from deme.data.samples import PROMPTS, read_prompts
 from deme.errors import UserError
-from deme.measure.features import extract, load_clip
+from deme.measure.features import ClipScores, extract
 
 TEXTS = ["a red cube", "", "Ein grüner Würfel", "long " * CONTEXT, "a red cube"]  # two are equal
 
@@ -54,9 +54,9 @@ def direct_score(folder: Path, path: Path, prompt: str) -> float:
 def test_the_score_is_that_of_transformers_alone(clip_folder, tmp_path, batch_size):
     """Whatever stands together in a batch: equal prompts, prompts of other lengths, one that is cut."""
     paths = make_samples(tmp_path / "merged", TEXTS)
-    clip = load_clip(str(clip_folder))
+    clip = ClipScores(str(clip_folder))
     prompts = read_prompts(tmp_path / "merged", paths)
-    found = extract(Accelerator(cpu=True), clip, lambda part: clip.read(paths, prompts, part), 5, batch_size, 2)
+    found = extract(Accelerator(cpu=True), clip, lambda part: clip.read(paths, prompts, part), range(5), batch_size, 2)
     expected = [direct_score(clip_folder, path, text) for path, text in zip(paths, TEXTS, strict=True)]
     assert found.dtype == np.float32
     assert found[:, 0] == pytest.approx(expected, abs=1e-3)
@@ -65,7 +65,7 @@ def test_the_score_is_that_of_transformers_alone(clip_folder, tmp_path, batch_si
 
 def test_equal_prompts_are_embedded_once(clip_folder, tmp_path):
     paths = make_samples(tmp_path / "merged", TEXTS)
-    clip = load_clip(str(clip_folder))
+    clip = ClipScores(str(clip_folder))
     embedded = []
     clip.model.text_model.register_forward_hook(lambda module, given, result: embedded.append(len(result[0])))
     clip.features(clip.read(paths, TEXTS, slice(0, 5)))
@@ -77,7 +77,7 @@ def test_a_half_precision_model_is_read_as_float32(clip_folder, tmp_path):
     for file in clip_folder.glob("*.json"):
         if file.name != "config.json":
             shutil.copy(file, tmp_path)
-    clip = load_clip(str(tmp_path))
+    clip = ClipScores(str(tmp_path))
     assert {tensor.dtype for tensor in clip.parameters()} == {torch.float32}
     assert not clip.model.training
 
@@ -186,7 +186,7 @@ def test_damaged_models_are_refused(clip_folder, tmp_path, damage, capfd):
     change, reason = DAMAGES[damage]
     change(folder)
     with pytest.raises(UserError, match=reason) as caught:
-        load_clip(str(folder))
+        ClipScores(str(folder))
     assert "\n" not in str(caught.value)
     assert "REPORT" not in capfd.readouterr().err
 

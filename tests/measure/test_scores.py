@@ -6,6 +6,7 @@ import pytest
 
 from deme.errors import UserError
 from deme.measure.scores import (
+    FeatureSpace,
     Reference,
     compared,
     frechet_distance,
@@ -26,7 +27,8 @@ def reference() -> Reference:
 
 def scored(reference, shift=0.0, blocks=4, count=400, name="merged", clip=None):
     features = np.random.default_rng(1).normal(shift, 1, size=(count, 4)).astype(np.float32)
-    return score(name, ["abc"], features, reference, "classifier", blocks, clip), features
+    space = FeatureSpace("classifier", None, reference, None)
+    return score(name, ["abc"], features, space, blocks, clip), features
 
 
 def test_blocks_are_scored_in_order_and_together(reference):

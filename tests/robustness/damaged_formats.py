@@ -111,7 +111,7 @@ def pipeline(choose: random.Random, folder: Path) -> Readers:
 
 def safetensors(choose: random.Random, folder: Path) -> Readers:
     """The weights of a pretrained network, a finetuned one, a checkpoint or a classifier."""
-    from deme.measure.classifier import Classifier, load_classifier, save_classifier
+    from deme.measure.features import Classifier, load_classifier, save_classifier
     from deme.method.merging.task_arithmetic import TaskArithmetic
     from deme.method.task_vectors import merge_tensors
     from deme.models.denoisers import load_denoiser

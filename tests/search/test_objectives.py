@@ -8,8 +8,7 @@ from conftest import tiny_unet
 from noisy_images import RANGES, probes, squares
 
 from deme.errors import UserError
-from deme.measure.reference import FeatureSpace
-from deme.measure.scores import Reference, frechet_distance, statistics
+from deme.measure.scores import FeatureSpace, Reference, frechet_distance, statistics
 from deme.method.candidates import Candidates
 from deme.search.least_squares import LOSS_BINS, Squares
 from deme.search.problem import FrechetDistance
