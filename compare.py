@@ -65,10 +65,9 @@ def main(file: str, runs: list[ComparedRun], jobs: list[Job], processes: int, ta
                 if job.stage not in LAST:
                     job.state = "unchanged" if job in done else "dropped"
 
-        # --- run; images come last, as no other job waits for them
-        in_turn = sorted(jobs, key=lambda job: job.stage.startswith("sample-"))
+        # --- run
         print(f"{len(jobs)} jobs, {len(where)} at a time; logs in {logs}", flush=True)
-        Jobs(in_turn, ledger, logs, where, processes).run()
+        Jobs(jobs, ledger, logs, where, processes).run()
 
         # --- the table
         evaluations = {job.run: job for job in jobs if job.stage == "evaluate"}

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from deme.config.paths import for_shell
@@ -226,11 +227,12 @@ class Jobs:
 
 def longest_chain_first(jobs: Sequence[Job]) -> list[Job]:
     """Sort jobs, none before one that it needs, by the longest chain of jobs that wait for them: no idle end."""
-    length = dict.fromkeys(jobs, 1)
-    for job in reversed(jobs):
-        for before in job.waits_for:
-            length[before] = max(length[before], length[job] + 1)
-    return sorted(jobs, key=length.__getitem__, reverse=True)
+
+    @cache
+    def length(job: Job) -> int:
+        return 1 + max((length(other) for other in jobs if job in other.waits_for), default=0)
+
+    return sorted(jobs, key=length, reverse=True)
 
 
 def places(processes: int, jobs_per_gpu: int = 1) -> list[dict[str, str]]:

@@ -58,6 +58,7 @@ def test_jobs_that_the_longest_chain_waits_for_start_first(tmp_path):
     beside = writes(tmp_path / "beside", before=[start])
     end = writes(tmp_path / "end", before=[middle, short])
     assert longest_chain_first([short, start, beside, middle, end]) == [start, short, middle, beside, end]
+    assert longest_chain_first([end, beside, middle, start, short]) == [start, middle, short, end, beside]
 
 
 def test_a_job_without_its_output_is_not_done(tmp_path):
