@@ -78,7 +78,8 @@ def submit(jobs: Sequence[Job], ledger: Ledger, queue: Queue, logs: Path, is_dry
             queue.note(group, f"{run}-{stage}".upper())
             continue
         for job in group:
-            ledger.plan(job)
+            ledger.write("before", job, [before.name for before in job.before])
+            ledger.write("made", job, job.made)
         with noted_signals() as signals:  # a job that Slurm has taken is noted
             queue.note(group, answer_of(line).strip().partition(";")[0])  # a cluster's name may follow
             with queue.file.open("a", encoding="utf-8") as file:
