@@ -8,15 +8,14 @@ import torch
 from torch import nn
 
 from deme.method.merging.task_arithmetic import TaskArithmetic
-from deme.method.task_vectors import MergeMethod, Tensors, check_compatible, check_finite
+from deme.method.task_vectors import Tensors, check_compatible, check_finite
 
 
 class Candidates:
     """The networks that merging gives with any coefficients w_gk: pretrained + Σ_k w_gk (finetuned_k − pretrained).
 
     A GPU gets a copy of all weights. Mapped tensors stay mapped on a CPU, so that the processes of a host share them.
-    `group_of` has the number g of each tensor's group. Without a method they are sums of task vectors, as `task_vector`
-    and `gradient` always assume.
+    `group_of` has the number g of each tensor's group.
     """
 
     def __init__(
@@ -25,7 +24,6 @@ class Candidates:
         finetuned: Mapping[str, Tensors],
         group_of: Mapping[str, int],
         device: torch.device | str,
-        method: MergeMethod | None = None,
     ):
         for name, tensors in finetuned.items():
             check_compatible(pretrained, tensors, name)
@@ -36,8 +34,6 @@ class Candidates:
         self.finetuned = [{name: tensors[name].to(device) for name in pretrained} for tensors in finetuned.values()]
         self.group_of = group_of
         self.shape = (max(group_of.values()) + 1, len(self.finetuned))
-        self.method = TaskArithmetic() if method is None else method
-        self.method.prepare(self.pretrained, self.finetuned)
 
     def ungrouped(self) -> "Candidates":
         """The same weights with one coefficient per range for all tensors."""
@@ -55,7 +51,7 @@ class Candidates:
         rows = np.asarray(coefficients, dtype=np.float64).reshape(self.shape).tolist()
         for name, target in network.state_dict().items():
             experts = [tensors[name] for tensors in self.finetuned]
-            target.copy_(self.method.merge_tensor(self.pretrained[name], experts, rows[self.group_of[name]]))
+            target.copy_(TaskArithmetic().merge_tensor(self.pretrained[name], experts, rows[self.group_of[name]]))
 
     def form_expert(self, network: nn.Module, number: int) -> None:
         """Make a network the copy that was finetuned on a range, up to rounding."""

@@ -24,11 +24,6 @@ def choose_ranges(
     return [(0, num_train_timesteps)] if uniform < global_probability else ranges
 
 
-def even_sizes(total: int, parts: int) -> list[int]:
-    """The sizes of consecutive parts that differ by at most 1, larger ones first, as in torch.tensor_split."""
-    return [(total + parts - 1 - part) // parts for part in range(parts)]
-
-
 def spread_timesteps(
     batch_size: int,
     ranges: Sequence[Range],
@@ -36,17 +31,17 @@ def spread_timesteps(
     generator: torch.Generator | None = None,
     antithetic: bool = True,
 ) -> torch.Tensor:
-    """Timesteps of a batch whose consecutive, even parts each have their own range: int64, shape (batch_size,).
+    """Timesteps of a batch whose parts, those of tensor_split, each have their own range: int64, shape (batch_size,).
 
     The first ⌈n/2⌉ of a part are uniform; the others mirror them, t' = low + high − 1 − t, so that each pair's mean is
     the range's. With antithetic=False all are uniform and independent.
     """
-    parts = []
-    for size, (low, high) in zip(even_sizes(batch_size, len(ranges)), ranges, strict=True):
-        drawn = size - size // 2 if antithetic else size
-        uniform = torch.randint(low, high, (drawn,), device=device, generator=generator)
-        parts += [uniform, low + high - 1 - uniform[: size - drawn]]
-    return torch.cat(parts)
+    timesteps = torch.empty(batch_size, dtype=torch.int64, device=device)
+    for part, (low, high) in zip(timesteps.tensor_split(len(ranges)), ranges, strict=True):
+        mirrored = len(part) // 2 if antithetic else 0
+        uniform = torch.randint(low, high, (len(part) - mirrored,), device=device, generator=generator)
+        torch.cat([uniform, low + high - 1 - uniform[:mirrored]], out=part)
+    return timesteps
 
 
 # --- losses
@@ -56,15 +51,9 @@ def prediction_target(
     scheduler: DDPMScheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """What the network should predict, by the scheduler's `prediction_type`: the noise, x₀ or v, shape (B, C, H, W)."""
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return noise
-        case "sample":
-            return clean
-        case "v_prediction":
-            return scheduler.get_velocity(clean, noise, timesteps)
-        case other:
-            raise UserError(f"unknown prediction_type {other!r}")
+    if scheduler.config.prediction_type == "v_prediction":
+        return scheduler.get_velocity(clean, noise, timesteps)
+    return {"epsilon": noise, "sample": clean}[scheduler.config.prediction_type]
 
 
 def decoupled_loss(
@@ -79,10 +68,9 @@ def decoupled_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The denoising loss and the consistency loss to the teacher (0 without one), float32 scalars.
 
-    Args:
-        clean: images in [−1, 1] or latents, shape (B, C, H, W); noise has the same shape.
-        condition: further arguments of both networks, by name.
-        weighting: each image's squared error, shape (B,), and timesteps → the denoising loss; None: their mean.
+    Clean images in [−1, 1], or latents, and noise have the shape (B, C, H, W); `condition` has further arguments of
+    both networks. `weighting` makes the denoising loss of each image's squared error, shape (B,), and timesteps;
+    without it the loss is their mean.
     """
     noisy = scheduler.add_noise(clean, noise, timesteps)
     prediction = student(noisy, timesteps, **condition, return_dict=False)[0].float()
@@ -99,7 +87,7 @@ def decoupled_loss(
 
 
 class Experts(nn.Module):
-    """Experts, lowest range first, that predict as one network: the k-th even part of a batch is the k-th expert's.
+    """Experts, lowest range first, that predict as one network: the k-th part of a batch is the k-th expert's.
 
     The teacher of the distilled network, which is ours, not the paper's. `spread_timesteps` draws each part's timesteps
     from its expert's range.
@@ -113,10 +101,9 @@ class Experts(nn.Module):
         self, noisy: torch.Tensor, timesteps: torch.Tensor, return_dict: bool = False, **condition: torch.Tensor
     ) -> tuple[torch.Tensor]:
         """The predictions for images (B, C, H, W), B at least the number of experts, in a tuple as diffusers has it."""
-        sizes = even_sizes(len(noisy), len(self.experts))
-        parts = zip(*(tensor.split(sizes) for tensor in (noisy, timesteps, *condition.values())), strict=True)
+        parts = [tensor.tensor_split(len(self.experts)) for tensor in (noisy, timesteps, *condition.values())]
         predictions = []
-        for expert, (part, times, *values) in zip(self.experts, parts, strict=True):
+        for expert, part, times, *values in zip(self.experts, *parts, strict=True):
             mine = dict(zip(condition, values, strict=True))
             predictions.append(expert(part, times, **mine, return_dict=False)[0])
         return (torch.cat(predictions),)
@@ -130,13 +117,11 @@ class Experts(nn.Module):
 
 
 def loss_weights(weighting: str, alphas_cumprod: torch.Tensor, prediction_type: str, settings: Any) -> torch.Tensor:
-    """The factor of the prediction's squared error at each timestep: float32, shape (T,).
+    """The factor of the prediction's squared error at each timestep, from ᾱ of shape (T,): float32, shape (T,).
 
-    Args:
-        weighting: of the error of x₀: constant (DDPM, SNR), snr_plus_one (SNR + 1) and truncated_snr (max(SNR, 1);
-            Salimans and Ho 2022), min_snr (min(SNR, γ); Hang et al. 2023), p2 (SNR/(k + SNR)^γ; Choi et al. 2022).
-        alphas_cumprod: ᾱ, shape (T,).
-        settings: a training's, with the weightings' parameters.
+    The weightings of x₀'s error: constant (DDPM, SNR), snr_plus_one (SNR + 1) and truncated_snr (max(SNR, 1); Salimans
+    and Ho 2022), min_snr (min(SNR, γ); Hang et al. 2023), p2 (SNR/(k + SNR)^γ; Choi et al. 2022). A training's settings
+    have their parameters.
     """
     signal = alphas_cumprod.double().clamp(min=SMALLEST)
     noise = (1 - alphas_cumprod.double()).clamp(min=SMALLEST)

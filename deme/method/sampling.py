@@ -22,11 +22,6 @@ SHORT_NAMES = {
 }
 
 
-def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal noise, shape (len(generators), *shape), each image from its own CPU generator."""
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-
-
 def sampler_name(name: str) -> str:
     """A sampler's short name, if it has one."""
     return {kind: short for short, kind in SHORT_NAMES.items()}.get(name, name)
@@ -102,7 +97,8 @@ def sample_images(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     taken = _parameters(stepper.step)
     randomness = {key: value for key, value in (("eta", eta), ("generator", generators)) if key in taken}
-    images = (initial_noise(generators, shape) * stepper.init_noise_sigma).to(device)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    images = (noise * stepper.init_noise_sigma).to(device)
     first_bad = torch.full((len(seeds),), -1, device=device)  # step after which an image is not finite; read once
     timesteps_on_device = stepper.timesteps.to(device)  # a Python number would be copied there, and waited for
     for step, (timestep, on_device) in enumerate(zip(stepper.timesteps.tolist(), timesteps_on_device, strict=True)):
@@ -142,12 +138,8 @@ def guided(
 
 def ensemble(experts: Sequence[nn.Module], ranges: Sequence[tuple[int, int]]) -> NetworkAt:
     """The experts before merging: at each timestep the one that was finetuned on its range [low, high)."""
-
-    def network_at(timestep: float) -> nn.Module:
-        [expert] = [expert for expert, (low, high) in zip(experts, ranges, strict=True) if low <= timestep < high]
-        return expert
-
-    return network_at
+    pairs = list(zip(experts, ranges, strict=True))
+    return lambda timestep: next(expert for expert, (low, high) in pairs if low <= timestep < high)
 
 
 def _parameters(function: Callable) -> set[str]:

@@ -30,16 +30,9 @@ def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
 
     Groups are range (one of all tensors), block (and one of the tensors outside), tensor, or the patterns themselves.
     """
-    match groups:
-        case "range":
-            patterns = ["*"]
-        case "block":
-            blocks = [match[0] for match in map(BLOCK.match, names) if match]
-            patterns = [*(f"{block}*" for block in dict.fromkeys(blocks)), "*"]
-        case "tensor":
-            patterns = list(names)
-        case _:
-            patterns = list(groups)
+    blocks = dict.fromkeys(f"{match[0]}*" for match in map(BLOCK.match, names) if match)
+    named = {"range": ["*"], "block": [*blocks, "*"], "tensor": list(names)}
+    patterns = named[groups] if isinstance(groups, str) else list(groups)
     used = {pattern_of(name, patterns) for name in names}
     for pattern in patterns:
         if pattern not in used or patterns.count(pattern) > 1:

@@ -34,16 +34,12 @@ COLUMNS = ("trace.passes", "trace.values", "trace.coefficients")  # of the candi
 
 
 class Squares:
-    """An objective Σ_i c_i ‖ε_w(x_i) − y_i‖², which is 1 for the pretrained network, over all processes.
+    """An objective Σ_i c_i ‖ε_w(x_i) − y_i‖² over all processes, which is 1 for the pretrained network.
 
     `match` compares with the expert y_i of the range that the timestep belongs to: the mean over the ranges of the
     squared distance relative to the pretrained network's. `loss` compares with what a network is trained to predict:
     the mean over LOSS_BINS bins of timesteps of the denoising loss relative to the pretrained network's.
-
-    Args:
-        name: match or loss.
-        probes: noisy images as `draw_probes` gives them.
-        network: in which candidates are formed.
+    Candidates are formed in `network`.
     """
 
     @torch.no_grad()
@@ -112,11 +108,7 @@ class Evaluated:
 
 
 class Progress:
-    """A solver's state and the candidates that it has scored; both are read from the file if it is there.
-
-    Args:
-        state: at the start; `spent` counts UNet passes.
-    """
+    """A solver's state, with the UNet passes `spent`, and the candidates that it has scored; kept in a file."""
 
     def __init__(self, processes: Processes, file: Path, way: str, objective: str, state: dict[str, torch.Tensor]):
         self.processes, self.file, self.way, self.objective, self.state = processes, file, way, objective, state
@@ -263,25 +255,22 @@ def gradient_descent(
     if not progress.rows:
         measure()
     network.requires_grad_(True)
-    try:
-        while (step := int(state["step"])) < settings.gradient_steps and progress.stale < settings.gradient_patience:
-            number = step % len(squares.batches)
-            batch, images = squares.batches[number], squares.sizes[number]
-            candidates.form(network, state["coefficients"])
-            gradient = torch.zeros(candidates.shape, dtype=torch.float64, device=processes.device)
-            if len(batch.weights) > 0:
-                network.zero_grad()
-                squares.of_batch(batch).backward()
-                gradient = candidates.gradient(network)
-            gradient = processes.reduce(gradient, "sum").cpu() * squares.images / images
-            gradient += 2 * settings.pull * (state["coefficients"] - origin) / origin.numel()
-            _adam_step(state, gradient, settings)
-            state["spent"] += GRADIENT_PASSES * images
-            if (step + 1) % MEASURED_EVERY == 0 or step + 1 == settings.gradient_steps:
-                measure()
-    finally:
-        network.requires_grad_(False)
-        network.zero_grad()
+    while (step := int(state["step"])) < settings.gradient_steps and progress.stale < settings.gradient_patience:
+        number = step % len(squares.batches)
+        batch, images = squares.batches[number], squares.sizes[number]
+        candidates.form(network, state["coefficients"])
+        gradient = torch.zeros(candidates.shape, dtype=torch.float64, device=processes.device)
+        if len(batch.weights) > 0:
+            network.zero_grad()
+            squares.of_batch(batch).backward()
+            gradient = candidates.gradient(network)
+        gradient = processes.reduce(gradient, "sum").cpu() * squares.images / images
+        gradient += 2 * settings.pull * (state["coefficients"] - origin) / origin.numel()
+        _adam_step(state, gradient, settings)
+        state["spent"] += GRADIENT_PASSES * images
+        if (step + 1) % MEASURED_EVERY == 0 or step + 1 == settings.gradient_steps:
+            measure()
+    network.requires_grad_(False).zero_grad()
     return progress.rows
 
 

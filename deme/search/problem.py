@@ -17,7 +17,6 @@ from deme.data.opening import Source
 from deme.data.samples import as_read, load_prompts
 from deme.errors import RunError, naming
 from deme.job.processes import Processes, kept, locked_by_all
-from deme.job.records import Arrays
 from deme.measure.features import extract
 from deme.measure.noisy import Noiser, draw_probes
 from deme.measure.reference import load_feature_space
@@ -40,10 +39,8 @@ JACKKNIFE = 8  # parts of the images (Quenouille 1956)
 class Problem:
     """A run's candidates and objectives; what an objective needs is loaded when it is first asked for.
 
-    Args:
-        pretrained: pipeline folder.
-        made_of: hashes of data and encoders, for the cache of latents.
-        folder: the search's, which keeps what was drawn once.
+    `pretrained` is a pipeline's folder, `folder` keeps what was drawn once, `made_of` has the hashes of data and
+    encoders for the cache of latents.
     """
 
     def __init__(
@@ -108,10 +105,7 @@ class Problem:
         return Noiser(images, self.encoder, self.scheduler, self.processes)
 
     def _draw_squares(self, name: str, role: str = "fit") -> Squares:
-        """The objective match or loss; the images of the roles fit, held-out and fresh differ if the data has enough.
-
-        As `squares` it is made once for each role.
-        """
+        """Match or loss; the images of the roles fit, held-out and fresh differ if the data has enough."""
         timesteps, count = self.config.timesteps, self.settings.images
         held_out = max(len(timesteps.ranges), int(HELD_OUT_SHARE * count))
         start, size = {"fit": (0, count), "held-out": (count, held_out), "fresh": (count + held_out, count)}[role]
@@ -131,15 +125,11 @@ class Problem:
     @cached_property
     def distance(self) -> "FrechetDistance":
         """The objective fd, with the candidates' schedule; its control is drawn once and kept in a file."""
-
-        def draw() -> Arrays:
-            seeds = self.seeds(self.settings.control_images)
-            return {"features": self.plain_distance.features(self.merged(np.zeros(self.shape)), seeds)}
-
-        file = self.folder / "control.npz"
-        with locked_by_all(self.processes, file, "search.output", wait=True):
-            control = kept(self.processes, file, {}, draw)  # the folder has the record
-        return replace(self.plain_distance, control=control["features"])
+        plain, file = self.plain_distance, self.folder / "control.npz"
+        seeds, zeros = self.seeds(self.settings.control_images), np.zeros(self.shape)
+        with locked_by_all(self.processes, file, "search.output", wait=True):  # the folder has the record
+            control = kept(self.processes, file, {}, lambda: {"features": plain.features(self.merged(zeros), seeds)})
+        return replace(plain, control=control["features"])
 
     @cached_property
     def plain_distance(self) -> "FrechetDistance":
@@ -208,11 +198,9 @@ class FrechetDistance:
     def features(self, network_at: NetworkAt, seeds: range) -> np.ndarray:
         """The features of the images of these seeds: float32, shape (N, D), the same in every process.
 
-        Raises:
-            RunError: in every process, if an image is not finite.
+        An image that is not finite raises RunError in every process.
         """
-        settings = self.drawing.settings
-        faults: list[RunError] = []
+        settings, faults = self.drawing.settings, []
 
         def draw(part: slice) -> torch.Tensor:
             chosen = list(seeds[part])

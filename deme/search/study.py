@@ -210,8 +210,6 @@ def open_storage(url: str) -> RDBStorage:
                 raise UserError("a database of another program")
         retry = RetryHeartbeatStaleTrialCallback()
         return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=retry)
-    except UserError:
-        raise
     except Exception as error:  # SQLAlchemy and the database drivers raise their own
         reason = one_line(error).replace(url, without_password(url))
         raise UserError(f"no Optuna storage can be opened there: {reason}") from None

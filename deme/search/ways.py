@@ -117,11 +117,9 @@ def line(config: Config, shape: tuple[int, int]) -> list[np.ndarray]:
     candidates add them uniformly.
     """
     is_self = np.isin(config.merged_names, config.self_trained_names)
-    rows = []
-    for number, value in enumerate(np.linspace(0, config.search.self_interval[0], LINE + 1)):
-        others = 0 if number % 2 == 0 else 1 / len(config.timesteps.ranges)
-        rows.append(np.broadcast_to(np.where(is_self, value, others), shape))
-    return rows
+    values, uniform = np.linspace(0, config.search.self_interval[0], LINE + 1), 1 / len(config.timesteps.ranges)
+    rows = [np.where(is_self, value, number % 2 * uniform) for number, value in enumerate(values)]
+    return [np.broadcast_to(row, shape) for row in rows]
 
 
 def grid(count: int, bounds: Sequence[tuple[float, float]], shape: tuple[int, int]) -> list[np.ndarray]:
@@ -137,7 +135,7 @@ def first_candidates(cheap: np.ndarray, interval: tuple[float, float]) -> list[n
     """The pretrained network, the cheap answer, uniform and published coefficients, if they are within the bounds."""
     ranges = cheap.shape[1]
     rows = [np.zeros_like(cheap), cheap, np.clip(LONGER * cheap, *interval)]
-    rows += [np.full(cheap.shape, value) for value in dict.fromkeys((1 / ranges, *UNIFORM))]
+    rows += [np.full(cheap.shape, value) for value in (1 / ranges, *UNIFORM)]
     if len(PUBLISHED) == ranges:
         rows.append(np.broadcast_to(PUBLISHED, cheap.shape))
     low, high = interval
@@ -150,14 +148,11 @@ def first_candidates(cheap: np.ndarray, interval: tuple[float, float]) -> list[n
 def score_fresh(
     problem: Problem, result: Result, file: Path, made_from: str, beside: dict[str, Any]
 ) -> tuple[list[Score], float | None]:
-    """Score the contenders on fresh seeds, with the schedule of sample_ddp.py; each score is written at once.
+    """Score the contenders on fresh seeds, with the schedule of sample_ddp.py; each score is written to report.json.
 
-    Args:
-        file: report.json; rows of the same `made_from` and the same trained network are not scored again.
-
-    Returns:
-        The scores, the pretrained network's first, the result's last; none without search.report_images. Match or loss
-        of the result on images that were not searched on; None: fd was searched.
+    Rows there of the same `made_from` and the same trained network are not scored again. Returns the scores, first the
+    pretrained network's, last the result's (none without search.report_images), and match or loss of the result on
+    images that were not searched on (None if fd was searched).
     """
     fresh = None
     if result.objective != "fd":

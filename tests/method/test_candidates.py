@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from deme.errors import UserError
 from deme.method.candidates import Candidates
-from deme.method.merging.ties import Ties
+from deme.method.merging.task_arithmetic import TaskArithmetic
 from deme.method.task_vectors import merge_tensors, pattern_of, patterns_of
 
 BASE = tiny_unet().state_dict()
@@ -17,16 +17,16 @@ GROUPS = ["range", "block", ["conv_*", "*.bias", "*"]]
 numbers = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(-3, 3))
 
 
-def candidates(groups="block", method=None) -> Candidates:
+def candidates(groups="block") -> Candidates:
     patterns = patterns_of(groups, list(BASE))
     group_of = {name: patterns.index(pattern_of(name, patterns)) for name in BASE}
-    return Candidates(BASE, EXPERTS, group_of, "cpu", method)
+    return Candidates(BASE, EXPERTS, group_of, "cpu")
 
 
 def merged(made: Candidates, coefficients: np.ndarray) -> dict[str, torch.Tensor]:
     """What merge.py writes."""
     rows = {name: coefficients[made.group_of[name]].tolist() for name in BASE}
-    return dict(merge_tensors(BASE, EXPERTS, rows, made.method))
+    return dict(merge_tensors(BASE, EXPERTS, rows, TaskArithmetic()))
 
 
 def some(made: Candidates, seed: int = 0) -> np.ndarray:
@@ -34,10 +34,10 @@ def some(made: Candidates, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@given(data=st.data(), groups=st.sampled_from(GROUPS), method=st.sampled_from([None, Ties(0.5)]))
-def test_a_candidate_is_bit_for_bit_what_merge_py_writes(dtype, data, groups, method):
+@given(data=st.data(), groups=st.sampled_from(GROUPS))
+def test_a_candidate_is_bit_for_bit_what_merge_py_writes(dtype, data, groups):
     """In half precision that, rounded once; nothing stays of what the network held."""
-    made = candidates(groups, method)
+    made = candidates(groups)
     row = st.lists(numbers, min_size=2, max_size=2)
     coefficients = np.array(data.draw(st.lists(row, min_size=made.shape[0], max_size=made.shape[0])))
     network = tiny_unet(7).to(dtype)

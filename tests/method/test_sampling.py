@@ -11,7 +11,6 @@ from deme.method.sampling import (
     SHORT_NAMES,
     ensemble,
     guided,
-    initial_noise,
     make_sampler,
     sample_images,
     try_sampler,
@@ -45,7 +44,7 @@ class Recorder(torch.nn.Module):
 def test_equals_diffusers_pipeline_from_the_same_noise(monkeypatch):
     """Same betas, same clipping, same images as DDIMPipeline, up to rounding to grey levels."""
     unet = tiny_unet()
-    noise = initial_noise([torch.Generator().manual_seed(seed) for seed in range(4)], SHAPE)
+    noise = torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in range(4)])
     monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *args, **kwargs: noise)
     pipeline = DDIMPipeline(unet, SCHEDULER)
     pipeline.set_progress_bar_config(disable=True)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deme.method.losses import choose_ranges, even_sizes, spread_timesteps
+from deme.method.losses import choose_ranges, spread_timesteps
 
 
 @given(batch=st.integers(1, 50), low=st.integers(0, 900), width=st.integers(1, 300), seed=st.integers(0, 99))
@@ -35,15 +35,6 @@ def test_probability_0_never_leaves_the_range_and_1_always_does(uniform):
 def test_probability_is_the_share_of_global_micro_batches():
     assert choose_ranges([(250, 500)], 1000, 0.3, 0.2999) == [(0, 1000)]
     assert choose_ranges([(250, 500)], 1000, 0.3, 0.3) == [(250, 500)]
-
-
-@given(total=st.integers(0, 60), parts=st.integers(1, 12))
-def test_even_sizes_are_those_of_tensor_split(total, parts):
-    assert even_sizes(total, parts) == [len(part) for part in torch.arange(total).tensor_split(parts)]
-
-
-def test_the_larger_parts_come_first():
-    assert even_sizes(10, 4) == [3, 3, 2, 2]
 
 
 @given(batch=st.integers(3, 40), seed=st.integers(0, 99))

@@ -11,7 +11,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, EulerDiscreteS
 
 from deme.config.sections import Sample
 from deme.errors import UserError
-from deme.method.sampling import ensemble, initial_noise, make_sampler, passed_over, sample_images
+from deme.method.sampling import ensemble, make_sampler, passed_over, sample_images
 from deme.models.denoisers import load_scheduler
 from deme.models.encoders import to_bytes
 from deme.models.variants import ModelFiles
@@ -38,7 +38,7 @@ def drawn(scheduler, **settings) -> np.ndarray:
 def expected_of(scheduler: DDIMScheduler, monkeypatch) -> np.ndarray:
     import torch
 
-    noise = initial_noise([torch.Generator().manual_seed(seed) for seed in range(4)], SHAPE)
+    noise = torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in range(4)])
     monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *args, **kwargs: noise)
     pipeline = DDIMPipeline(tiny_unet(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
