@@ -44,7 +44,7 @@ def main(config: Config) -> None:
         raise UserError(f"output_dir: {config.paths.run_folder} is missing; finetune.py makes it")
 
     from deme.report.run import MERGING, RESULTS, SEARCH, TRAINING, Run, missing_stages
-    from deme.report.tables import Page, public
+    from deme.report.tables import render
 
     with locked(output, "output_dir"):
         make_folder(config.paths.plots, "output_dir")
@@ -61,12 +61,12 @@ def main(config: Config) -> None:
         for title, reasons in run.unreadable.items():
             sections[title][:0] = [f"Unreadable: {reason}." for reason in reasons]
         sections = {title: parts for title, parts in sections.items() if parts}
-        page = Page(config.name, sections, list(missing_stages(run)))
-        html = page.html()
-        for file, text in ((output, html), (output.with_suffix(".md"), page.markdown(output.parent))):
+        page = {"title": config.name, "sections": sections, "missing": list(missing_stages(run))}
+        html, markdown = render("page.html", **page), render("page.md", **page, folder=output.parent)
+        for file, text in ((output, html), (output.with_suffix(".md"), markdown)):
             with atomic_file(file) as temporary:
-                temporary.write_text(public(text), encoding="utf-8", errors="backslashreplace")
-    print(f"wrote {output}: {len(html) / 1e6:.1f} MB; {len(page.missing)} stage(s) not there yet")
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    print(f"wrote {output}: {len(html) / 1e6:.1f} MB; {len(page['missing'])} stage(s) not there yet")
     for reason in (reason for reasons in run.unreadable.values() for reason in reasons):
         print(f"unreadable: {reason}")
     if len(html) > LARGEST_PAGE:

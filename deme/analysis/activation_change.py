@@ -13,11 +13,11 @@ from deme.job.processes import Processes
 from deme.job.records import Arrays, Keep
 from deme.measure.noisy import Batch
 from deme.method.projection import PROJECTION_SUFFIX
-from deme.method.task_vectors import Tensors
+from deme.method.task_vectors import BLOCK, Tensors
 from deme.report.figures import BLUE, GREY, PINK, grid, legend_above, model_style, name_rows
 from deme.report.tables import headed_table, mean_of, number
 
-PARTS = ("mean", "channels", "positions", "both")
+PARTS = {"one number": GREY, "channels": BLUE, "positions": PINK, "neither alone": "#dddddd"}  # and their colours
 
 
 def measure(material: Material) -> Arrays:
@@ -29,19 +29,24 @@ def measure(material: Material) -> Arrays:
         after = copy.deepcopy(before)
         blocks = list(blocks_of(before))
         batches = material.spread(len(material.ranges) * material.settings.images, 4)
-        squares, distances = [], []
+        squares, projections = [], []
         for k, name in enumerate(material.range_names):
             tensors = material.tensors(name)
             after.load_state_dict(tensors)
             inside = [batch.part(batch.ranges == k) for batch in batches]
-            change = squared_change(before, after, inside, material.processes)
-            squares.append(change["squares"])
-            by_block = projection_distances(tensors)
-            distances.append([by_block.get(block, np.nan) for block in blocks])
-        arrays = {"squares": np.stack(squares, axis=1), "shapes": change["shapes"]}
-        return arrays | {"projections": np.array(distances).T, "blocks": np.array(blocks)}
+            of_range, shapes = squared_change(before, after, inside, material.processes)
+            squares.append(of_range)
+            projections.append([projection_distance(tensors, block) for block in blocks])
+        arrays = {"squares": np.stack(squares, axis=1), "shapes": shapes}
+        return arrays | {"projections": np.array(projections).T, "blocks": np.array(blocks)}
 
     return material.keep("activation_change", ["pretrained", *material.range_names], make)
+
+
+def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a UNet by name, in the order of the forward pass: down, mid, up."""
+    modules = dict(network.named_modules())
+    return {name: modules[name] for name in sorted(modules) if BLOCK.fullmatch(f"{name}.")}
 
 
 def split_squares(activations: torch.Tensor) -> torch.Tensor:
@@ -59,30 +64,23 @@ def split_squares(activations: torch.Tensor) -> torch.Tensor:
     return torch.stack([part.expand_as(a).square().sum() for part in (mean, channels, positions, rest)])
 
 
-def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a UNet by name, in the order of the forward pass."""
-    down = {f"down_blocks.{i}": block for i, block in enumerate(network.down_blocks)}
-    mid = {} if network.mid_block is None else {"mid_block": network.mid_block}
-    return down | mid | {f"up_blocks.{i}": block for i, block in enumerate(network.up_blocks)}
-
-
 @torch.no_grad()
 def squared_change(
     pretrained: nn.Module, finetuned: nn.Module, batches: Iterable[Batch], processes: Processes
-) -> Arrays:
+) -> tuple[np.ndarray, np.ndarray]:
     """Squares of the activations after each block, and of what finetuning changed in them, on the same noisy images.
 
     Returns:
-        squares: of the pretrained network's activations, and of the change, split as PARTS: float64, (blocks, 2, 4).
-        shapes: numbers of channels and of positions after each block, shape (blocks, 2).
+        Of the pretrained network's activations, and of the change, split as PARTS: float64, shape (blocks, 2, 4).
+        Numbers of channels and of positions after each block, shape (blocks, 2).
     """
     outputs: list[torch.Tensor] = []  # after each block and its projection, float32, shape (B, C, H, W)
 
     def append(_block: nn.Module, _inputs: tuple, output: torch.Tensor | tuple) -> None:
         outputs.append((output[0] if isinstance(output, tuple) else output).float())
 
-    count = len(blocks_of(pretrained))
-    blocks = [*blocks_of(pretrained).values(), *blocks_of(finetuned).values()]
+    blocks = [block for network in (pretrained, finetuned) for block in blocks_of(network).values()]
+    count = len(blocks) // 2
     hooks = [block.register_forward_hook(append) for block in blocks]
     squares = torch.zeros(count, 2, len(PARTS), dtype=torch.float64, device=processes.device)
     shapes = torch.zeros(count, 2, dtype=torch.int64, device=processes.device)
@@ -97,18 +95,16 @@ def squared_change(
     for hook in hooks:
         hook.remove()
     shapes = processes.gather(shapes[None]).amax(0)  # a process may have no image
-    return {"squares": processes.reduce(squares, "sum").cpu().numpy(), "shapes": shapes.cpu().numpy()}
+    return processes.reduce(squares, "sum").cpu().numpy(), shapes.cpu().numpy()
 
 
-def projection_distances(network: Tensors) -> dict[str, float]:
-    """Frobenius distance ‖P − I‖ / ‖I‖ of each block's projection P from the identity, by block."""
-    distances = {}
-    for name, weight in network.items():
-        if name.endswith(PROJECTION_SUFFIX):
-            identity = torch.eye(len(weight), device=weight.device)
-            distance = (weight[:, :, 0, 0].float() - identity).norm() / identity.norm()
-            distances[name.removesuffix(PROJECTION_SUFFIX)] = float(distance)
-    return distances
+def projection_distance(network: Tensors, block: str) -> float:
+    """Frobenius distance ‖P − I‖ / ‖I‖ of a block's projection P from the identity; NaN if it has none."""
+    if f"{block}{PROJECTION_SUFFIX}" not in network:
+        return np.nan
+    projection = network[f"{block}{PROJECTION_SUFFIX}"][:, :, 0, 0].float()
+    identity = torch.eye(len(projection), device=projection.device)
+    return float((projection - identity).norm() / identity.norm())
 
 
 def changes(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +119,7 @@ def changes(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
     """The change across channels and positions in each range: means over the blocks, and pictures by block."""
-    names, projections = material.range_names, arrays["projections"]
+    names, projections, blocks = material.range_names, arrays["projections"], arrays["blocks"].tolist()
     images = f"{material.settings.images} {material.measured_on} images in each range"
     note = f"{images}, seen by pretrained network and expert"
     relative, shares = changes(arrays["squares"])  # (blocks, ranges, 4)
@@ -133,24 +129,20 @@ def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
     titles += ["share of the change: mean", "channels", "positions", "neither alone", "projection from identity"]
     table = headed_table("Channel against spatial change", note, titles, rows)
 
-    blocks = arrays["blocks"].tolist()
     places, height = range(len(blocks)), 0.3 * len(blocks)
     left, profiles = grid(len(names), (2.9, 1.6 + height), note, "change, % of the profile", "activations after")
     right, parts = grid(len(names), (2.9, 1.6 + height), note, "% of the squared change", "activations after")
-    labels = {"one number": GREY, "channels": BLUE, "positions": PINK, "neither alone": "#dddddd"}
+    tick = {"color": "black", "markersize": 16, "markeredgewidth": 2}
     for k, name in enumerate(names):
         profiles[k].plot(100 * relative[:, k, 1], places, "o", color=BLUE, label="channel profile", markersize=7)
         profiles[k].plot(100 * relative[:, k, 2], places, "s", color=PINK, label="position profile", markersize=7)
         widths = 100 * np.nan_to_num(shares[:, k]).T
-        starts = np.cumsum(widths, axis=0) - widths
-        for width, start, (label, colour) in zip(widths, starts, labels.items(), strict=True):
-            parts[k].barh(places, width, left=start, color=colour, label=label)
-        style = {"color": "black", "markersize": 16, "markeredgewidth": 2}
-        parts[k].plot(
-            100 / arrays["shapes"][:, 1], places, "|", label="one number and channels in white noise", **style
-        )
-        for axes in (profiles[k], parts[k]):
-            axes.set_title(f"expert of {name}")
+        for width, end, (label, colour) in zip(widths, widths.cumsum(axis=0), PARTS.items(), strict=True):
+            parts[k].barh(places, width, left=end - width, color=colour, label=label)
+        in_noise = 100 / arrays["shapes"][:, 1]
+        parts[k].plot(in_noise, places, "|", label="one number and channels in white noise", **tick)
+        profiles[k].set_title(f"expert of {name}")
+        parts[k].set_title(f"expert of {name}")
     parts[0].set_xlim(right=100)
     pictures = {"activation-change": (left, profiles[0]), "activation-shares": (right, parts[0])}
     if np.isfinite(projections).any():

@@ -6,10 +6,10 @@ from functools import cache
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.stats import sem
 from torch import nn
 
 from deme.analysis.material import Material, within_ranges
-from deme.job.processes import Processes
 from deme.job.records import Arrays
 from deme.measure.noisy import CleanImages
 from deme.models.variants import ORDER
@@ -25,21 +25,20 @@ def measure(material: Material) -> Arrays:
 
     def make(name: str) -> Arrays:
         material.network.load_state_dict(material.tensors(name))
-        return {"losses": losses_by_timestep(material.network, images(), material.timesteps, material.processes)}
+        return {"losses": losses_by_timestep(material.network, images(), material.timesteps)}
 
     losses = {}
     for name in material.networks:
         losses[name] = material.keep(f"loss_by_timestep-{name}", [name], lambda _, name=name: make(name))["losses"]
-    experts = [losses[name] for name in material.range_names]
-    losses["ensemble"] = ensemble_losses(experts, material.timesteps, material.ranges)
+    experts = np.stack([losses[name] for name in material.range_names])
+    losses["ensemble"] = ensemble_losses(experts, within_ranges(material.timesteps, material.ranges))
     return {name: losses[name] for name in (*ORDER, *material.range_names) if name in losses}
 
 
 @torch.no_grad()
-def losses_by_timestep(
-    network: nn.Module, images: CleanImages, timesteps: Sequence[int], processes: Processes
-) -> np.ndarray:
+def losses_by_timestep(network: nn.Module, images: CleanImages, timesteps: Sequence[int]) -> np.ndarray:
     """The loss of each image at each of n timesteps: float64, shape (n, images), the same in every process."""
+    processes = images.noiser.processes
     losses = torch.zeros(len(timesteps), images.count, dtype=torch.float64, device=processes.device)
     for row, timestep in zip(losses, timesteps, strict=True):
         for places, batch in images.at(timestep, range(images.count)):
@@ -47,12 +46,9 @@ def losses_by_timestep(
     return processes.reduce(losses, "sum").cpu().numpy()
 
 
-def ensemble_losses(
-    experts: Sequence[np.ndarray], timesteps: Sequence[int], ranges: Sequence[tuple[int, int]]
-) -> np.ndarray:
-    """The ensemble's losses, at each timestep those of its range's expert: shape (n, images)."""
-    numbers = within_ranges(timesteps, ranges).argmax(axis=0)
-    return np.stack([experts[number][row] for row, number in enumerate(numbers)])
+def ensemble_losses(experts: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """At each timestep the losses of its range's expert, (n, images), of (ranges, n, images); masks (ranges, n)."""
+    return experts[inside.argmax(axis=0), np.arange(inside.shape[1])]
 
 
 def relative_loss(losses: np.ndarray, pretrained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,47 +61,39 @@ def relative_loss(losses: np.ndarray, pretrained: np.ndarray) -> tuple[np.ndarra
     return losses.mean(axis=1) / pretrained.mean(axis=1), np.stack(ratios, axis=1)
 
 
-def relative_means(
-    losses: np.ndarray, pretrained: np.ndarray, timesteps: Sequence[int], ranges: Sequence[tuple[int, int]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Means of the relative loss over each range, and over all timesteps, with standard errors: shapes (ranges + 1,).
+def relative_means(losses: np.ndarray, pretrained: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means of the relative loss over each range, of masks (ranges, n), and over all timesteps: (ranges + 1,).
 
     These are means of ratios. The ratio of the means would be that of the lowest timesteps, whose loss is largest.
     """
-    chosen = within_ranges(timesteps, [*ranges, (0, ranges[-1][1])])
     by_timestep, by_block = relative_loss(losses, pretrained)
-    errors = [error(by_block[part].mean(axis=0)) for part in chosen]
+    chosen = [*inside, slice(None)]
+    errors = [sem(by_block[part].mean(axis=0)) for part in chosen]
     return np.array([by_timestep[part].mean() for part in chosen]), np.array(errors)
-
-
-def error(ratios: np.ndarray) -> np.ndarray:
-    """The standard error of the mean over the last axis; NaN for a single value."""
-    count = ratios.shape[-1]
-    return ratios.std(axis=-1, ddof=1) / count**0.5 if count > 1 else np.full(ratios.shape[:-1], np.nan)
 
 
 def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
     """The relative loss of whole models, and of each expert in and out of its range; means over the ranges."""
-    images = f"{arrays['pretrained'].shape[1]} {material.measured_on} images"
-    note = f"{len(material.timesteps)} timesteps × {images}, the same noise for all networks"
+    pretrained, names, timesteps = arrays["pretrained"], material.range_names, np.array(material.timesteps)
+    inside = within_ranges(timesteps, material.ranges)
+    images = f"{pretrained.shape[1]} {material.measured_on} images"
+    note = f"{len(timesteps)} timesteps × {images}, the same noise for all networks"
     rows = []
     for name, losses in arrays.items():
-        means = relative_means(losses, arrays["pretrained"], material.timesteps, material.ranges)
-        rows.append([name, *(number(*pair) for pair in zip(*means, strict=True))])
-    titles = ["loss relative to pretrained", *material.range_names, "all timesteps"]
+        means = zip(*relative_means(losses, pretrained, inside), strict=True)
+        rows.append([name, *(number(*pair) for pair in means)])
+    titles = ["loss relative to pretrained", *names, "all timesteps"]
     table = headed_table("Loss by timestep", note, titles, rows)
 
-    timesteps = np.array(material.timesteps)
     figure = noted(9.2, 7.6, f"{note}; bands: ± 2 standard errors over blocks of images")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    for row, name in enumerate(name for name in arrays if name not in material.range_names):
-        mean, by_block = relative_loss(arrays[name], arrays["pretrained"])
+    for row, name in enumerate(name for name in arrays if name not in names):
+        mean, by_block = relative_loss(arrays[name], pretrained)
         [line] = upper.plot(timesteps, mean, label=name, markersize=3.5, **model_style(name, row))
-        band = 2 * np.nan_to_num(error(by_block))
+        band = 2 * sem(by_block, axis=1)
         upper.fill_between(timesteps, mean - band, mean + band, color=line.get_color(), alpha=0.2, linewidth=0)
-    inside = within_ranges(timesteps, material.ranges)
-    for row, name in enumerate(material.range_names):
-        mean, _ = relative_loss(arrays[name], arrays["pretrained"])
+    for row, name in enumerate(names):
+        mean, _ = relative_loss(arrays[name], pretrained)
         style = {"markersize": 3.5, "linewidth": 2} | model_style(name, row)
         lower.plot(timesteps, mean, color=style["color"], linewidth=1, linestyle="--")
         lower.plot(timesteps[inside[row]], mean[inside[row]], label=f"expert of {name}", **style)

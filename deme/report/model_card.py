@@ -8,7 +8,7 @@ from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_scores
 from deme.models.pipelines import hub_name, is_projected, takes_text
 from deme.models.weights import WEIGHTS
-from deme.report.tables import NAMES, TEMPLATES, markdown_table, public
+from deme.report.tables import NAMES, markdown_table, render
 
 
 def model_card(config: Config, made_from: dict[str, Any]) -> str:
@@ -23,7 +23,8 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
     coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in made_from["coefficients"].items()]
     features_name, rows = load_scores(config.paths.results) if config.paths.results.exists() else ("", [])
     weights = [sha256(merged / DENOISER / WEIGHTS)] if rows else []
-    card = TEMPLATES.get_template("model_card.md").render(
+    return render(
+        "model_card.md",
         header=to_yaml(header(config)),
         config=config,
         made_from=made_from,
@@ -36,7 +37,6 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
         name=merged if repository is None else repository,
         downloads=projected and repository is not None,  # else diffusers would look for the class in the repository
     )
-    return public(f"{card}\n")
 
 
 def header(config: Config) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""Tables as Markdown, and pages in HTML and Markdown."""
+"""Tables as Markdown, and documents from the templates beside this file."""
 
 import base64
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
@@ -13,8 +14,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from deme.measure.scores import BASELINES, SCALARS, Difference, Score
 
 NAMES = {"inception": ("FID", "KID"), "classifier": ("classifier FD", "classifier KID")}  # of the two distances
-FOLDER = FileSystemLoader(Path(__file__).parent)
-TEMPLATES = Environment(loader=FOLDER, autoescape=select_autoescape(), undefined=StrictUndefined, trim_blocks=True)
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=select_autoescape(["html"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
 TEMPLATES.filters["inlined"] = lambda file: base64.b64encode(file.read_bytes()).decode()
 
 
@@ -41,11 +47,6 @@ def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def headed_table(heading: str, note: str, titles: list[str], rows: list[list[str]]) -> str:
     """A table under a heading and a sentence about what was measured."""
     return f"### {heading}\n\n{note[0].upper()}{note[1:]}.\n\n{markdown_table(titles, rows)}"
-
-
-def public(text: str) -> str:
-    """A text for others to read, without the names and passwords in URLs."""
-    return re.sub(r"://[^\s/@<>\"']+@", "://***@", text)
 
 
 def number(value: float | None, error: float | None = None, form: str = ".4f", scale: float = 1) -> str:
@@ -107,7 +108,7 @@ def difference_table(scores: Sequence[Score], features_name: str) -> Table | Non
     return Table(titles, rows)
 
 
-# --- a page
+# --- documents
 
 
 @dataclass(frozen=True)
@@ -120,39 +121,18 @@ class Picture:
 
 @dataclass(frozen=True)
 class Commands:
-    """Lines for a shell; `str` gives them as Markdown."""
+    """Lines for a shell."""
 
     lines: Sequence[str]
 
-    def __str__(self) -> str:
-        return "\n".join(["```bash", *self.lines, "```"])
+
+Part = str | Table | Picture | Commands  # of a page; a string is a paragraph
 
 
-Part = str | Table | Picture | Commands  # a string is a paragraph
+def render(template: str, **content: Any) -> str:
+    """A document for others to read, without the names and passwords in URLs.
 
-
-@dataclass(frozen=True)
-class Page:
-    """What a page tells."""
-
-    title: str
-    sections: Mapping[str, Sequence[Part]]  # by title
-    missing: Sequence[tuple[str, str]]  # stages that have not run, and the commands that run them
-
-    def html(self) -> str:
-        """A self-contained page: with pictures inside, without scripts or anything from a network."""
-        return TEMPLATES.get_template("page.html").render(page=self)
-
-    def markdown(self, folder: Path) -> str:
-        """The same for GitHub; pictures are links relative to the page's folder."""
-        blocks = [f"# {self.title}"]
-        for title, parts in self.sections.items():
-            blocks.append(f"## {title}")
-            for part in parts:
-                if isinstance(part, Picture):
-                    part = f"![{part.caption}]({part.file.relative_to(folder).as_posix()})\n\n*{part.caption}*"
-                blocks.append(str(part))
-        if self.missing:
-            rows = [[stage, f"`{command}`"] for stage, command in self.missing]
-            blocks += ["## Not there yet", markdown_table(["stage", "made by"], rows)]
-        return "\n\n".join(blocks) + "\n"
+    page.html has its pictures inside and takes nothing from a network, page.md links to them, model_card.md has none.
+    """
+    text = TEMPLATES.get_template(template).render(content)
+    return re.sub(r"://[^\s/@<>\"']+@", "://***@", text)

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from conftest import tiny_unet
 from noisy_images import probes
 
-from deme.analysis.activation_change import blocks_of, changes, projection_distances, split_squares, squared_change
+from deme.analysis.activation_change import blocks_of, changes, projection_distance, split_squares, squared_change
 from deme.models.denoisers import with_projections
 
 BLOCKS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
@@ -29,12 +29,12 @@ def test_a_projection_scales_what_is_behind_it():
     with torch.no_grad():
         after.up_blocks[1].projection.weight.mul_(1.5)
     batches = probes(Accelerator(cpu=True))
-    found = squared_change(before, after, batches, Accelerator(cpu=True))
+    squares, shapes = squared_change(before, after, batches, Accelerator(cpu=True))
     assert list(blocks_of(before)) == BLOCKS
-    assert found["shapes"].tolist() == [[8, 16], [16, 16], [16, 16], [16, 64], [8, 64]]
-    assert (found["squares"][:4, 1] == 0).all()
-    assert (found["squares"][:, 0] > 0).all()
-    relative, shares = changes(found["squares"])
+    assert shapes.tolist() == [[8, 16], [16, 16], [16, 16], [16, 64], [8, 64]]
+    assert (squares[:4, 1] == 0).all()
+    assert (squares[:, 0] > 0).all()
+    relative, shares = changes(squares)
     for part in relative.T:
         assert part == pytest.approx(np.array([0, 0, 0, 0, 0.5]), abs=1e-5)
     assert np.isnan(shares[:4]).all()
@@ -50,8 +50,8 @@ def test_a_shift_of_channels_is_a_change_across_channels_alone():
 
 def test_the_distance_of_a_projection_from_the_identity_is_relative():
     network = with_projections(tiny_unet())
-    assert projection_distances(network.state_dict()) == dict.fromkeys(BLOCKS, 0)
+    assert [projection_distance(network.state_dict(), block) for block in BLOCKS] == [0] * len(BLOCKS)
     with torch.no_grad():
         network.mid_block.projection.weight.mul_(1.25)
-    assert projection_distances(network.state_dict())["mid_block"] == pytest.approx(0.25)
-    assert projection_distances(tiny_unet().state_dict()) == {}
+    assert projection_distance(network.state_dict(), "mid_block") == pytest.approx(0.25)
+    assert np.isnan(projection_distance(tiny_unet().state_dict(), "mid_block"))

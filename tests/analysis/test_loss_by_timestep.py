@@ -8,17 +8,13 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler
 from noisy_images import noiser
 
-from deme.analysis.loss_by_timestep import (
-    ensemble_losses,
-    losses_by_timestep,
-    relative_loss,
-    relative_means,
-)
+from deme.analysis.loss_by_timestep import ensemble_losses, losses_by_timestep, relative_loss, relative_means
+from deme.analysis.material import within_ranges
 from deme.measure.noisy import draw_clean
 from deme.method.losses import decoupled_loss
 
 TIMESTEPS = [100, 400, 600, 900]
-RANGES = [(0, 500), (500, 1000)]
+INSIDE = within_ranges(TIMESTEPS, [(0, 500), (500, 1000)])
 
 
 def alone(rank: int = 0, processes: int = 1) -> SimpleNamespace:
@@ -30,7 +26,7 @@ def alone(rank: int = 0, processes: int = 1) -> SimpleNamespace:
 def losses(seed: int, accelerator=None, batch_size: int = 8) -> np.ndarray:
     accelerator = accelerator or Accelerator(cpu=True)
     images = draw_clean(noiser(accelerator), (0, 4), 20, batch_size)
-    return losses_by_timestep(tiny_unet(seed), images, TIMESTEPS, accelerator)
+    return losses_by_timestep(tiny_unet(seed), images, TIMESTEPS)
 
 
 def test_the_losses_are_those_that_training_sees():
@@ -59,13 +55,13 @@ def test_the_pretrained_network_is_1_everywhere():
     ratios, by_block = relative_loss(pretrained, pretrained)
     assert (ratios == 1).all()
     assert (by_block == 1).all()
-    means, _ = relative_means(pretrained, pretrained, TIMESTEPS, RANGES)
+    means, _ = relative_means(pretrained, pretrained, INSIDE)
     assert (means == 1).all()
 
 
 def test_the_ensemble_is_each_expert_in_its_range():
-    experts = [losses(1), losses(2)]
-    found = ensemble_losses(experts, TIMESTEPS, RANGES)
+    experts = np.stack([losses(1), losses(2)])
+    found = ensemble_losses(experts, INSIDE)
     assert np.array_equal(found[:2], experts[0][:2])
     assert np.array_equal(found[2:], experts[1][2:])
 
@@ -76,7 +72,7 @@ def test_means_of_ranges_are_means_of_ratios_with_errors_over_blocks():
     pretrained = np.array([[1.0], [100.0], [2.0], [2.0]]).repeat(16, 1)
     blocks = np.repeat(np.tile([-0.1, 0.1], 4), 2)
     factors = np.stack([np.full(16, 1.1), np.full(16, 1.3), 0.9 + blocks, 0.9 + blocks])
-    means, errors = relative_means(factors * pretrained, pretrained, TIMESTEPS, RANGES)
+    means, errors = relative_means(factors * pretrained, pretrained, INSIDE)
     assert means == pytest.approx([1.2, 0.9, 1.05])
     error = np.std([-0.1, 0.1] * 4, ddof=1) / 8**0.5
     assert errors == pytest.approx([0, error, error / 2], abs=1e-12)

@@ -1,16 +1,17 @@
 import html
 import re
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
 from conftest import run
 from pages import browse, check_html
 
-from deme.report.tables import Commands, Page, Picture, Table
+from deme.report.tables import Commands, Picture, Table, render
 
 
 @pytest.fixture
-def page(tmp_path) -> Page:
+def page(tmp_path) -> dict[str, Any]:
     """All kinds of parts, with what HTML and Markdown have to escape, and a table wider than a phone."""
     figure = plt.figure(figsize=(2, 1))
     figure.savefig(tmp_path / "curve.png")
@@ -22,12 +23,13 @@ def page(tmp_path) -> Page:
         Picture(tmp_path / "curve.png", 'a "caption"'),
         Commands(["python x.py 'a b'"]),
     ]
-    return Page("a & b", {"First": parts, "Second": ["more"]}, [("scores", "evaluate.py")])
+    sections = {"First": parts, "Second": ["more"]}
+    return {"title": "a & b", "sections": sections, "missing": [("scores", "evaluate.py")], "folder": tmp_path}
 
 
 def test_a_page_is_valid_and_a_browser_takes_it(tmp_path, page):
     file = tmp_path / "report.html"
-    file.write_text(page.html(), encoding="utf-8")
+    file.write_text(render("page.html", **page), encoding="utf-8")
     text = check_html(file)
     assert re.findall("<h2>(.*)</h2>", text) == ["First", "Second", "Not there yet"]
     assert "<script>" not in text
@@ -36,8 +38,8 @@ def test_a_page_is_valid_and_a_browser_takes_it(tmp_path, page):
     browse(file)
 
 
-def test_markdown_tells_the_same(tmp_path, page):
-    text = page.markdown(tmp_path)
+def test_markdown_tells_the_same(page):
+    text = render("page.md", **page)
     assert re.findall("^#+ (.*)", text, re.MULTILINE) == ["a & b", "First", "Second", "Not there yet"]
     assert '![a "caption"](curve.png)' in text
     assert "```bash\npython x.py 'a b'\n```" in text
