@@ -30,7 +30,7 @@ from deme.models.weights import weights_hash
 from deme.training.session import Objective, Session, TrainingRun
 
 if TYPE_CHECKING:
-    from deme.data.images import Examples
+    from deme.data.examples import Examples
     from deme.training.state import Networks
 
 PRETRAINED, MERGED = "pretrained", "merged"  # models to start from, as sample.model names them

@@ -23,8 +23,7 @@ from benchmarks.report import save
 from benchmarks.unets import CHURCH
 from deme.config.sections import Data
 from deme.data.decoding import ahead, available_threads
-from deme.data.examples import load_training_images
-from deme.data.images import CroppedImages
+from deme.data.examples import CroppedImages, load_training_images
 from deme.data.opening import open_source
 from deme.report.tables import markdown_table
 from scripts.estimate import GPU_TFLOPS, unet_cost
@@ -107,7 +106,7 @@ def compare(title: str, data: Data, folder: Path, repeats: int) -> list[dict]:
 
 
 def cached_epoch(images: CroppedImages, threads: int = 0) -> None:
-    """An epoch of batches, as in deme/data/images.py."""
+    """An epoch of batches, as in deme/data/examples.py."""
     order = np.random.default_rng(0).permutation(len(images))
 
     def batch(start: int) -> torch.Tensor:

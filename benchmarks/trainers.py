@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
 from deme.config.trainings import Training
-from deme.data.images import CroppedImages, Examples
+from deme.data.examples import CroppedImages, Examples
 from deme.job.records import RUN, Record
 from deme.models.denoisers import with_projections
 from deme.models.encoders import Pixels

@@ -16,7 +16,7 @@ from deme.measure.noisy import CleanImages
 from deme.report.figures import BLACK, COLOURS, DASHES, SEPARATOR, UNKNOWN, noted
 from deme.report.tables import headed_table, markdown_table, mean_of, number
 
-SKETCH = 7  # purpose of a generator; deme/data/images.py and deme/measure/noisy.py have the others
+SKETCH = 7  # purpose of a generator; deme/data/opening.py and deme/measure/noisy.py have the others
 LARGEST_COSINE = 1.5  # that is drawn: noise-corrected ones may pass 1
 MIN_PAIRS = 8  # of timesteps for a density
 

@@ -1,28 +1,34 @@
-"""Image files decoded as a viewer shows them and resized, and threads that do so ahead of their use."""
+"""An opened data set's images, decoded as a viewer shows them: all at once, from a cache, or ahead of their use."""
 
+import io
+import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
-from io import BytesIO
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
-from deme.data.files import read_file
-from deme.errors import UserError
+from deme.config.sections import Data
+from deme.data.files import read_file, stamp
+from deme.errors import UserError, one_line
+from deme.job.files import atomic_folder
+from deme.job.locks import locked
+from deme.job.records import digest_of
 
 LARGEST_16_BITS = 65535
 SAME_LEVEL = 2  # of 255: a profile that changes no colour by more is taken for sRGB
 TRANSPARENT_LEVEL = {"L;2": 85, "L;4": 17}  # PIL scales such pixels to 8 bits, but not the transparent one among them
 LEAST_THREADED_RESOLUTION = 64  # pixels; below it, Python's own work on an image takes longer than the decoding
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+def ahead(work: Callable[[Any], Any], items: Iterable, threads: int) -> Iterator[Any]:
     """`map(work, items)` by threads that store at most two results each; without threads for 0."""
     if threads == 0:
         yield from map(work, items)
@@ -51,6 +57,149 @@ def available_threads() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+# --- the images of a data set
+
+
+@dataclass(frozen=True)
+class Source(Sequence):
+    """An opened data set: a sequence of undecoded images, with their labels and captions."""
+
+    data: Data  # the settings, with the column of images that is read
+    images: Any  # a datasets.Dataset of that column alone
+    labels: Sequence | None
+    captions: list[list[str]] | None  # of each image, one or more
+    version: str  # of the files that `images` were read from
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.images[row][self.data.image_column]  # datasets' Column would look through all batches for each row
+
+    def __iter__(self) -> Iterator[Any]:
+        return (row[self.data.image_column] for row in self.images)  # reads in batches
+
+    def fingerprint(self) -> str:
+        """Changes when what is read may have changed: by `datasets`, and the state of the images' own files."""
+        import pyarrow.compute as pc
+
+        paths = []
+        column = self.images.data.column(self.data.image_column)  # of all rows, also those that were left out since
+        if pc.pa.types.is_struct(column.type):  # of bytes and a path
+            in_files = pc.is_null(pc.struct_field(column, "bytes"))
+            paths = [path for path in pc.struct_field(column, "path").filter(in_files).to_pylist() if path]
+        return self.images._fingerprint + self.version + (f"-{stamp(paths)}" if paths else "")
+
+    def decode(self, row: int, channels: int, image: Any = None) -> np.ndarray:
+        """The image of a row, its shorter side resized: uint8, shape (H, W, C); `image`, if it was read before."""
+        image = self[row] if image is None else image
+        path = f" ({image['path']})" if isinstance(image, dict) and image.get("path") else ""
+        try:
+            return decode_image(image, self.data.resolution, channels)
+        except Exception as error:  # PIL raises many types for a damaged image
+            place = f"data.name={self.data.name}: row {row}{path}: not a readable image"
+            hint = "data.skip_unreadable=true leaves such images out"
+            raise UserError(f"{place}: {one_line(error)}; {hint}") from None
+
+
+@dataclass(frozen=True)
+class Images(Sequence):
+    """Images of a data set, which are copied from a cache or decoded each time they are read."""
+
+    read: Callable[[int], np.ndarray]  # index → uint8 (H, W, C)
+    rows: np.ndarray  # the data set's row of each, shape (N,); unreadable rows may be missing
+    threads: int = 0  # that load batches ahead
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.read(index)
+
+
+def flat_images(pixels: np.ndarray, sizes: np.ndarray, rows: np.ndarray, channels: int) -> Images:
+    """Images of sizes (N, 2), height and width, that lie one after another in a flat uint8 array."""
+    shapes = np.insert(sizes, 2, channels, axis=1)
+    ends = np.cumsum(shapes.prod(axis=1, dtype=np.int64))
+
+    def read(index: int) -> np.ndarray:
+        shape = shapes[index].tolist()
+        return pixels[ends[index] - math.prod(shape) : ends[index]].reshape(shape)
+
+    return Images(read, rows)
+
+
+def load_images(source: Source, channels: int, cache: Path) -> Images:
+    """The images, resized, the same in each case: in memory up to `data.cache_gb`, in a mapped file up to
+    `data.cache_disk_gb`, and decoded on the fly above that."""
+    data = source.data
+    size = len(source) * data.resolution**2 * channels  # bytes, if all were square
+    if size <= data.cache_gb * 2**30:
+        buffer = io.BytesIO()
+        sizes, rows = _decode_all(source, channels, buffer)
+        return flat_images(np.frombuffer(buffer.getbuffer(), np.uint8), sizes, rows, channels)
+
+    streams = size > data.cache_disk_gb * 2**30
+    settings = {"resolution": data.resolution, "channels": channels, "skip_unreadable": data.skip_unreadable}
+    made_from = {"fingerprint": source.fingerprint(), "image_column": data.image_column}
+    made_from |= {"content": "rows of readable images"} if streams else settings
+
+    def write(folder: Path) -> None:
+        with open(os.devnull if streams else folder / "pixels.bin", "wb") as file:
+            sizes, rows = _decode_all(source, channels, file)
+        np.savez(folder / "index.npz", sizes=sizes, rows=rows)
+
+    rows = np.arange(len(source))
+    if data.skip_unreadable or not streams:
+        folder = cached(cache, made_from, write)
+        with np.load(folder / "index.npz", allow_pickle=False) as index:
+            sizes, rows = index["sizes"], index["rows"]
+    if streams:
+        return Images(lambda i: source.decode(int(rows[i]), channels), rows, decoding_threads(data.resolution))
+    return flat_images(np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r"), sizes, rows, channels)
+
+
+def _decode_all(source: Source, channels: int, file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    """Write all images that can be read to a file, one after another; their sizes, shape (N, 2), and rows (N,)."""
+    data, count = source.data, len(source)
+
+    def decode(item: tuple[int, Any]) -> np.ndarray | None:
+        row, content = item
+        try:
+            return source.decode(row, channels, content)
+        except UserError:
+            if data.skip_unreadable:
+                return None
+            raise
+
+    rows, sizes = [], []
+    decoded = ahead(decode, enumerate(source), decoding_threads(data.resolution))  # iterating reads in batches
+    for row, image in enumerate(tqdm(decoded, "decoding images", count, mininterval=1, delay=2)):
+        if image is not None:
+            file.write(image.tobytes())
+            rows.append(row)
+            sizes.append(image.shape[:2])
+    if len(rows) < count:
+        print(f"data.skip_unreadable: skipped {count - len(rows)} of {count} images")
+    if not rows:
+        raise UserError(f"data.name={data.name}: none of its {count} images can be read")
+    return np.array(sizes), np.array(rows)
+
+
+def cached(cache: Path, made_from: dict[str, Any], build: Callable[[Path], None]) -> Path:
+    """The folder in `cache` for `made_from`; the first process that needs it builds it, others wait."""
+    folder = cache / digest_of(made_from)
+    if not folder.exists():
+        with locked(folder, "output_dir", wait=True):
+            if not folder.exists():
+                with atomic_folder(folder) as temporary:
+                    build(temporary)
+    return folder
+
+
+# --- one image
+
+
 def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
     """An image as a viewer shows it, its shorter side resized to `resolution`: uint8, shape (H, W, C).
 
@@ -64,7 +213,7 @@ def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
     if content is None:
         raise ValueError("no image in this row")
     if isinstance(content, bytes):
-        image = Image.open(BytesIO(content))
+        image = Image.open(io.BytesIO(content))
     else:
         pixels = np.array(content, dtype=np.uint8)
         if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4)):
@@ -151,7 +300,7 @@ def _to_srgb(profile: bytes, mode: str) -> Any:
     from PIL import ImageCms
 
     try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None

@@ -1,20 +1,22 @@
-"""A data set as training and scoring take it: decoded images, or the latents and embeddings of a network's encoder.
+"""Training and held-out data in the form that a network's encoder takes, and the micro-batches of a run.
 
-Both are cached in folders. One of latents holds part-000000.safetensors and so on, of PART images each: `moments` of
-the VAE's posterior (n, views, C, h, w), `embeddings` of all their captions (m, tokens, D), `first` (n + 1,), where each
-image's captions begin, and m, and `crc32` (n,) of each image's moments and embeddings. empty.safetensors holds the
-embedding of the empty caption. index.json comes last, and says how many images there are.
+A run is a function of its seed: each generator is seeded with the stream of its run, its purpose, and where in the run
+it is used. So neither the number of processes nor an interruption changes what is trained on.
+
+A folder of latents holds part-000000.safetensors and so on, of PART images each: `moments` of the VAE's posterior
+(n, views, C, h, w), `embeddings` of all their captions (m, tokens, D), `first` (n + 1,), where each image's captions
+begin, and m, and `crc32` (n,) of each image's moments and embeddings. empty.safetensors holds the embedding of the
+empty caption. index.json comes last, and says how many images there are.
 """
 
 import copy
-import io
+import itertools
 import json
-import os
 import zlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +24,14 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from deme.config.experiment import Config
-from deme.config.sections import Data
 from deme.config.trainings import Training
-from deme.data.decoding import ahead, decoding_threads
-from deme.data.images import HELD_OUT_CHOICE, CroppedImages, Images, TrainingImages, choose_caption, flat_images
-from deme.data.opening import Source, cached, contents_hash
+from deme.data.decoding import Source, ahead, load_images
+from deme.data.opening import MICRO_BATCH, Stream, batch_indices, contents_hash, split_held_out, torch_seed
 from deme.errors import RunError, UserError, one_line, shown
 from deme.job.files import atomic_file, make_folder, read_json
 from deme.job.processes import Processes, in_main_process, locked_by_all
 from deme.job.records import CONTENTS, DATA, ENCODER, digest_of
-from deme.models.encoders import Encoded, Encoder, LatentsAndText
+from deme.models.encoders import Captioned, Encoded, Encoder, LatentsAndText
 
 PART = 512  # images
 ENCODED_AT_ONCE = 8  # images, or captions
@@ -39,19 +39,150 @@ INDEX = "index.json"
 EMPTY = "empty.safetensors"
 
 
-# --- images
+def choose_caption(captions: Sequence, empty: Any, dropout: float, random: np.random.Generator | None) -> Any:
+    """One of an image's captions; `empty` with probability `dropout` (Ho and Salimans 2022, algorithm 1).
+
+    Without a generator it is the first.
+    """
+    if random is None:
+        return captions[0]
+    number = int(random.integers(len(captions))) if len(captions) > 1 else 0
+    return empty if dropout > 0 and random.random() < dropout else captions[number]
+
+
+@dataclass
+class CroppedImages:
+    """Square crops of images whose shorter side is `resolution`, each with a caption if the data has captions."""
+
+    images: Sequence[np.ndarray]  # uint8 (H, W, C)
+    resolution: int
+    center_crop: bool
+    random_flip: bool
+    chosen: np.ndarray | None = None  # indices of the images to use; None: all
+    captions: Sequence[list[str]] | None = None  # of each row of the data set, one or more
+    caption_dropout: float = 0.0  # the probability of an empty caption
+
+    def __post_init__(self):
+        self.chosen = np.arange(len(self.images)) if self.chosen is None else self.chosen
+        self.threads = getattr(self.images, "threads", 0)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> torch.Tensor | Captioned:
+        """The crops at `indices`, with their captions if there are any.
+
+        `random` draws crops and flips, then captions. Without it, the first caption is taken.
+        """
+        pixels = self.crops(indices, random)
+        if self.captions is None:
+            return pixels
+        captions = map(self.captions_of, indices)
+        return Captioned(pixels, [choose_caption(own, "", self.caption_dropout, random) for own in captions])
+
+    def captions_of(self, index: int) -> list[str]:
+        """All captions of an image."""
+        return self.captions[int(self.images.rows[self.chosen[index]])]
+
+    def crops(self, indices: Sequence[int], random: np.random.Generator | None = None) -> torch.Tensor:
+        """uint8, shape (B, C, R, R), channels-last; centre crops without flips need no generator."""
+        size = self.resolution
+        crops = []
+        for number in self.chosen[np.asarray(indices)].tolist():
+            image = self.images[number]
+            sides = image.shape[:2]
+            if self.center_crop:
+                top, left = ((side - size) // 2 for side in sides)
+            else:
+                top, left = (random.integers(side - size + 1) if side > size else 0 for side in sides)
+            crop = image[top : top + size, left : left + size]
+            crops.append(crop[:, ::-1] if self.random_flip and random.random() < 0.5 else crop)
+        return torch.from_numpy(np.ascontiguousarray(np.stack(crops))).permute(0, 3, 1, 2)
+
+
+class CachedLatents:
+    """Encoded images, each with one of its captions, memory-mapped from a folder; checked when first read."""
+
+    threads = 0  # that load batches ahead: a batch only has to be copied
+
+    def __init__(self, folder: Path, dropout: float):
+        self.files = sorted(folder.glob("part-*.safetensors"))
+        self.parts = [_read(file, "moments", "embeddings", "first", "crc32") for file in self.files]
+        for file, part in zip(self.files, self.parts, strict=True):  # the checksums cover neither of these
+            counts = {len(part["moments"]), len(part["crc32"]), len(part["first"]) - 1}
+            if len(counts) > 1 or int(part["first"][-1]) != len(part["embeddings"]):
+                raise _damaged(file, "its images, captions and checksums do not fit each other")
+        count = sum(len(part["moments"]) for part in self.parts)
+        expected = read_json(folder / INDEX).get("images")
+        if count != expected:
+            raise _damaged(folder / INDEX, f"images={expected}, and the parts hold {count}")
+        empty = _read(folder / EMPTY, "embedding", "crc32")
+        if empty["crc32"].tolist() != [_crc32(empty["embedding"])]:
+            raise _damaged(folder / EMPTY, "is not what was written")
+        self.empty = empty["embedding"][0]
+        self.checked = np.zeros(count, dtype=bool)
+        self.chosen = np.arange(count)
+        self.dropout = dropout  # the probability of the empty caption
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def of(self, chosen: np.ndarray) -> "CachedLatents":
+        """The images of these numbers."""
+        some = copy.copy(self)
+        some.chosen = chosen
+        return some
+
+    def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> Encoded:
+        """The images at `indices`; `random` draws views, then captions."""
+        images = [self._read_image(int(self.chosen[index])) for index in indices]
+        draws_view = random is not None and len(images[0][0]) > 1
+        moments = [views[random.integers(len(views)) if draws_view else 0] for views, _ in images]
+        embeddings = [choose_caption(captions, self.empty, self.dropout, random) for _, captions in images]
+        return Encoded(torch.stack(moments), torch.stack(embeddings))
+
+    def _read_image(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The moments (views, C, h, w) and embeddings (captions, tokens, D) of an image, checked once."""
+        part, i = divmod(number, PART)
+        tensors = self.parts[part]
+        first, end = tensors["first"][i : i + 2].tolist()
+        image = tensors["moments"][i], tensors["embeddings"][first:end]
+        if not self.checked[number] and _crc32(*image) != int(tensors["crc32"][i]):
+            raise _damaged(self.files[part], f"image {number} is not what was written")
+        self.checked[number] = True
+        return image
+
+
+def _read(file: Path, *names: str) -> dict[str, torch.Tensor]:
+    """The tensors in a file, memory-mapped."""
+    try:
+        tensors = load_file(file)
+        return {name: tensors[name] for name in names}
+    except Exception as error:
+        raise _damaged(file, one_line(error)) from None
+
+
+def _damaged(file: Path, reason: str) -> UserError:
+    return UserError(f"{file}: {reason}; delete the folder, it is made again")
+
+
+Examples = CroppedImages | CachedLatents
+
+
+class TrainingImages(NamedTuple):
+    """The data in two parts."""
+
+    training: Examples
+    held_out: Examples
 
 
 def load_training_images(source: Source, channels: int, cache: Path, caption_dropout: float = 0.0) -> TrainingImages:
     """The images to train on, and the `data.held_out_images` others (centre-cropped, not flipped).
 
-    Args:
-        channels: 1 (grayscale) or 3 (RGB).
-        cache: folder for images that don't fit into `data.cache_gb` of memory.
-        caption_dropout: the probability of an empty caption, where the data has any.
+    `cache` is a folder for images that don't fit into `data.cache_gb` of memory.
     """
     data = source.data
-    images = _load(source, channels, cache)
+    images = load_images(source, channels, cache)
     trained, held_out = split_held_out(data, len(images))
     captions = (source.captions, caption_dropout)
     return TrainingImages(
@@ -60,22 +191,10 @@ def load_training_images(source: Source, channels: int, cache: Path, caption_dro
     )
 
 
-def split_held_out(data: Data, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `count` images are trained on, in rising order, and which `data.held_out_images` are not.
-
-    The choice depends on the data alone: it is the same for every seed and script.
-    """
-    held_out = data.held_out_images
-    if held_out >= count:
-        raise UserError(f"data.held_out_images={held_out}: {data.name} has {count} images")
-    order = np.random.default_rng(HELD_OUT_CHOICE).permutation(count)
-    return np.sort(order[held_out:]), order[:held_out]
-
-
 def load_evaluation_images(source: Source, cache: Path) -> tuple[CroppedImages, torch.Tensor | None]:
     """All images as RGB, centre-cropped and not flipped, and int64 class indices (N,), if the data has labels."""
     data = source.data
-    images = _load(source, 3, cache)
+    images = load_images(source, 3, cache)
     classes = None
     if source.labels is not None:
         for row, label in enumerate(source.labels):
@@ -86,89 +205,23 @@ def load_evaluation_images(source: Source, cache: Path) -> tuple[CroppedImages, 
     return CroppedImages(images, data.resolution, center_crop=True, random_flip=False), classes
 
 
-def _load(source: Source, channels: int, cache: Path) -> Images:
-    """The images, resized, the same in each case: in memory up to `data.cache_gb`, in a mapped file up to
-    `data.cache_disk_gb`, and decoded on the fly above that."""
-    data = source.data
-    size = len(source) * data.resolution**2 * channels  # bytes, if all were square
-    if size <= data.cache_gb * 2**30:
-        buffer = io.BytesIO()
-        sizes, rows = _decode_all(source, channels, buffer)
-        return flat_images(np.frombuffer(buffer.getbuffer(), np.uint8), sizes, rows, channels)
-
-    streams = size > data.cache_disk_gb * 2**30
-    settings = {"resolution": data.resolution, "channels": channels, "skip_unreadable": data.skip_unreadable}
-    made_from = {"fingerprint": source.fingerprint(), "image_column": data.image_column}
-    made_from |= {"content": "rows of readable images"} if streams else settings
-
-    def write(folder: Path) -> None:
-        with open(os.devnull if streams else folder / "pixels.bin", "wb") as file:
-            sizes, rows = _decode_all(source, channels, file)
-        np.savez(folder / "index.npz", sizes=sizes, rows=rows)
-
-    rows = np.arange(len(source))
-    if data.skip_unreadable or not streams:
-        folder = cached(cache, made_from, write)
-        with np.load(folder / "index.npz", allow_pickle=False) as index:
-            sizes, rows = index["sizes"], index["rows"]
-    if streams:
-        return Images(lambda i: source.decode(int(rows[i]), channels), rows, decoding_threads(data.resolution))
-    return flat_images(np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r"), sizes, rows, channels)
-
-
-def _decode_all(source: Source, channels: int, file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
-    """Write all images that can be read to a file, one after another; their sizes, shape (N, 2), and rows (N,)."""
-    data, count = source.data, len(source)
-
-    def decode(item: tuple[int, Any]) -> np.ndarray | None:
-        row, content = item
-        try:
-            return source.decode(row, channels, content)
-        except UserError:
-            if data.skip_unreadable:
-                return None
-            raise
-
-    rows, sizes = [], []
-    decoded = ahead(decode, enumerate(source), decoding_threads(data.resolution))  # iterating reads in batches
-    for row, image in enumerate(tqdm(decoded, "decoding images", count, mininterval=1, delay=2)):
-        if image is not None:
-            file.write(image.tobytes())
-            rows.append(row)
-            sizes.append(image.shape[:2])
-    if len(rows) < count:
-        print(f"data.skip_unreadable: skipped {count - len(rows)} of {count} images")
-    if not rows:
-        raise UserError(f"data.name={data.name}: none of its {count} images can be read")
-    return np.array(sizes), np.array(rows)
-
-
-# --- latents
-
-
 def load_examples(
     config: Config, settings: Training, source: Source, encoder: Encoder, made_of: dict[str, str], processes: Processes
 ) -> TrainingImages:
     """The data as the encoder takes it; latents are made once by all processes, while other jobs wait.
 
-    Args:
-        made_of: the hashes of the data, and of the encoders if there are any.
+    `made_of` has the hashes of the data, and of the encoders if there are any.
     """
     data, cache = source.data, config.paths.image_cache
-    has_captions = data.caption_column is not None
-    data.check("caption_column", has_captions or not encoder.takes_text, "a text-to-image model needs captions")
-    data.check("caption_column", encoder.takes_text or not has_captions, "the model takes no captions")
+    rule = "a text-to-image model needs captions" if encoder.takes_text else "the model takes no captions"
+    data.check("caption_column", encoder.takes_text == (data.caption_column is not None), rule)
     data.check("cache_latents", encoder.takes_text or not data.cache_latents, "the model works on pixels")
     if not data.cache_latents:
         return load_training_images(source, encoder.image_channels, cache, settings.caption_dropout)
 
     encoder.prepare(processes.device, settings.mixed_precision)
-    made_from = {
-        **{key: made_of[key] for key in (DATA, ENCODER)},
-        CONTENTS: contents_hash(source, cache),
-        "type": str(encoder.dtype),
-        **data.tagged("latents"),
-    }
+    made_from = {key: made_of[key] for key in (DATA, ENCODER)} | {CONTENTS: contents_hash(source, cache)}
+    made_from |= {"type": str(encoder.dtype), **data.tagged("latents")}
     folder = config.paths.latent_cache / digest_of(made_from)
 
     def is_complete() -> bool:
@@ -242,71 +295,33 @@ def _crc32(*tensors: torch.Tensor) -> int:
     return zlib.crc32(b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors))
 
 
-class CachedLatents:
-    """Encoded images, each with one of its captions, memory-mapped from a folder; checked when first read.
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of training sees, and the random draws that are not made on the device."""
 
-    Args:
-        dropout: the probability of the empty caption.
+    step: int
+    number: int  # within the step, over all processes
+    examples: Any  # as the encoder takes them
+    uniform: float  # in [0, 1): decides between the run's range and all timesteps
+    seed: int  # of torch's generator: timesteps, noise, dropout
+
+
+def micro_batches(
+    images: Examples, stream: Stream, settings: Training, numbers: range, first_step: Callable[[], int]
+) -> Iterator[MicroBatch]:
+    """A process's micro-batches, which have these `numbers` in each step, loaded ahead where images are to be decoded.
+
+    `first_step` is called when the first one is asked for.
     """
+    size = settings.micro_batch_size or settings.batch_size
 
-    threads = 0  # that load batches ahead: a batch only has to be copied
+    def load(place: tuple[int, int]) -> MicroBatch:
+        step, number = place
+        random = np.random.default_rng((*stream, MICRO_BATCH, step, number))
+        indices = batch_indices(stream, len(images), step * settings.batch_size + number * size, size)
+        uniform = random.random()
+        examples = images.batch(indices, random)
+        return MicroBatch(step, number, examples, uniform, torch_seed(random))
 
-    def __init__(self, folder: Path, dropout: float):
-        self.files = sorted(folder.glob("part-*.safetensors"))
-        self.parts = [_read(file, "moments", "embeddings", "first", "crc32") for file in self.files]
-        for file, part in zip(self.files, self.parts, strict=True):  # the checksums cover neither of these
-            counts = {len(part["moments"]), len(part["crc32"]), len(part["first"]) - 1}
-            if len(counts) > 1 or int(part["first"][-1]) != len(part["embeddings"]):
-                raise _damaged(file, "its images, captions and checksums do not fit each other")
-        count = sum(len(part["moments"]) for part in self.parts)
-        expected = read_json(folder / INDEX).get("images")
-        if count != expected:
-            raise _damaged(folder / INDEX, f"images={expected}, and the parts hold {count}")
-        empty = _read(folder / EMPTY, "embedding", "crc32")
-        if empty["crc32"].tolist() != [_crc32(empty["embedding"])]:
-            raise _damaged(folder / EMPTY, "is not what was written")
-        self.empty = empty["embedding"][0]
-        self.checked = np.zeros(count, dtype=bool)
-        self.chosen = np.arange(count)
-        self.dropout = dropout
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def of(self, chosen: np.ndarray) -> "CachedLatents":
-        """The images of these numbers."""
-        some = copy.copy(self)
-        some.chosen = chosen
-        return some
-
-    def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> Encoded:
-        """The images at `indices`; `random` draws views, then captions."""
-        images = [self._read_image(int(self.chosen[index])) for index in indices]
-        draws_view = random is not None and len(images[0][0]) > 1
-        moments = [views[random.integers(len(views)) if draws_view else 0] for views, _ in images]
-        embeddings = [choose_caption(captions, self.empty, self.dropout, random) for _, captions in images]
-        return Encoded(torch.stack(moments), torch.stack(embeddings))
-
-    def _read_image(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The moments (views, C, h, w) and embeddings (captions, tokens, D) of an image, checked once."""
-        part, i = divmod(number, PART)
-        tensors = self.parts[part]
-        first, end = tensors["first"][i : i + 2].tolist()
-        image = tensors["moments"][i], tensors["embeddings"][first:end]
-        if not self.checked[number] and _crc32(*image) != int(tensors["crc32"][i]):
-            raise _damaged(self.files[part], f"image {number} is not what was written")
-        self.checked[number] = True
-        return image
-
-
-def _read(file: Path, *names: str) -> dict[str, torch.Tensor]:
-    """The tensors in a file, memory-mapped."""
-    try:
-        tensors = load_file(file)
-        return {name: tensors[name] for name in names}
-    except Exception as error:
-        raise _damaged(file, one_line(error)) from None
-
-
-def _damaged(file: Path, reason: str) -> UserError:
-    return UserError(f"{file}: {reason}; delete the folder, it is made again")
+    places = ((step, number) for step in itertools.count(first_step()) for number in numbers)
+    yield from ahead(load, places, images.threads)

@@ -1,73 +1,31 @@
-"""A data set opened: its undecoded images with labels and captions, and hashes of what it holds."""
+"""Opens a data set: its undecoded images with labels and captions, hashes of them, and which of them a step sees."""
 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
+from functools import cache, lru_cache
 from pathlib import Path
 from posixpath import splitext
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from deme.config.sections import Data
-from deme.data.decoding import ahead, available_threads, decode_image, decoding_threads, read_bytes
+from deme.data.decoding import Source, ahead, available_threads, cached, decoding_threads, read_bytes
 from deme.data.files import TABLES, File, describe, image_suffixes, list_files, read_folder, stamp
 from deme.errors import UserError, blaming, naming, one_line, shown
-from deme.job.files import atomic_folder
-from deme.job.locks import locked
-from deme.job.records import CONTENTS, DATA, digest_of
+from deme.job.records import CONTENTS, DATA
 
+Stream = tuple[int, ...]  # the experiment's seed, then numbers that tell its runs apart
+PERMUTATION, MICRO_BATCH, HELD_OUT_CHOICE = 0, 1, 2  # purposes of a generator
 CSV_TEXTS = {"keep_default_na": False, "na_values": [""]}  # NA, null and None are texts; what is empty is missing
 DATA_SETS = (".arrow", ".parquet", ".tar")  # files that hold whole data sets
 FINGERPRINTED = 1_000  # images
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_CAPTIONS = tuple(f"a handwritten {name}" for name in DIGITS)
-
-
-@dataclass(frozen=True)
-class Source(Sequence):
-    """An opened data set: a sequence of undecoded images, with their labels and captions."""
-
-    data: Data  # the settings, with the column of images that is read
-    images: datasets.Dataset  # of that column alone
-    labels: Sequence | None
-    captions: list[list[str]] | None  # of each image, one or more
-    version: str  # of the files that `images` were read from
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> Any:
-        return self.images[row][self.data.image_column]  # datasets' Column would look through all batches for each row
-
-    def __iter__(self) -> Iterator[Any]:
-        return (row[self.data.image_column] for row in self.images)  # reads in batches
-
-    def fingerprint(self) -> str:
-        """Changes when what is read may have changed: by `datasets`, and the state of the images' own files."""
-        paths = []
-        column = self.images.data.column(self.data.image_column)  # of all rows, also those that were left out since
-        if isinstance(self.images.features[self.data.image_column], datasets.Image):
-            in_files = pc.is_null(pc.struct_field(column, "bytes"))
-            paths = [path for path in pc.struct_field(column, "path").filter(in_files).to_pylist() if path]
-        return self.images._fingerprint + self.version + (f"-{stamp(paths)}" if paths else "")
-
-    def decode(self, row: int, channels: int, image: Any = None) -> np.ndarray:
-        """The image of a row, its shorter side resized: uint8, shape (H, W, C); `image`, if it was read before."""
-        image = self[row] if image is None else image
-        path = f" ({image['path']})" if isinstance(image, dict) and image.get("path") else ""
-        try:
-            return decode_image(image, self.data.resolution, channels)
-        except Exception as error:  # PIL raises many types for a damaged image
-            place = f"data.name={self.data.name}: row {row}{path}: not a readable image"
-            hint = "data.skip_unreadable=true leaves such images out"
-            raise UserError(f"{place}: {one_line(error)}; {hint}") from None
 
 
 def open_source(data: Data) -> Source:
@@ -281,12 +239,35 @@ def _stored_bytes(image: Any) -> bytes:
         return b""
 
 
-def cached(cache: Path, made_from: dict[str, Any], build: Callable[[Path], None]) -> Path:
-    """The folder in `cache` for `made_from`; the first process that needs it builds it, others wait."""
-    folder = cache / digest_of(made_from)
-    if not folder.exists():
-        with locked(folder, "output_dir", wait=True):
-            if not folder.exists():
-                with atomic_folder(folder) as temporary:
-                    build(temporary)
-    return folder
+# --- which images
+
+
+def split_held_out(data: Data, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` images are trained on, in rising order, and which `data.held_out_images` are not.
+
+    The choice depends on the data alone: it is the same for every seed and script.
+    """
+    held_out = data.held_out_images
+    if held_out >= count:
+        raise UserError(f"data.held_out_images={held_out}: {data.name} has {count} images")
+    order = np.random.default_rng(HELD_OUT_CHOICE).permutation(count)
+    return np.sort(order[held_out:]), order[:held_out]
+
+
+def batch_indices(stream: Stream, num_images: int, start: int, size: int) -> np.ndarray:
+    """Images start … start + size − 1 of an endless shuffled stream: int64, shape (size,).
+
+    Each pass over the data is a permutation seeded with its number.
+    """
+    places = (divmod(place, num_images) for place in range(start, start + size))
+    return np.array([_permutation(stream, number, num_images)[i] for number, i in places], dtype=np.int64)
+
+
+@lru_cache(maxsize=4)
+def _permutation(stream: Stream, number: int, num_images: int) -> np.ndarray:
+    return np.random.default_rng((*stream, PERMUTATION, number)).permutation(num_images)
+
+
+def torch_seed(generator: np.random.Generator) -> int:
+    """A seed for torch's generator."""
+    return int(generator.integers(2**63))

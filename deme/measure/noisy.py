@@ -9,7 +9,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from deme.data.images import Examples, Stream, batch_indices, torch_seed
+from deme.data.examples import Examples
+from deme.data.opening import Stream, batch_indices, torch_seed
 from deme.job.processes import Processes
 from deme.method.losses import prediction_target
 from deme.models.encoders import Condition, Encoder
@@ -17,7 +18,7 @@ from deme.models.encoders import Condition, Encoder
 # "clean", on the device: images as the network sees them, shape (B, C, H, W); "condition": its further arguments
 Encoded = dict[str, Any]
 ENCODED_AT_ONCE = 32  # images; not a setting, because the encoder's random draws depend on it
-NOISE, ENCODING = 5, 6  # purposes of generators; deme/data/images.py has the others
+NOISE, ENCODING = 5, 6  # purposes of generators; deme/data/opening.py has the others
 
 
 def on_tensors(work: Callable[..., torch.Tensor], *parts: Any) -> Any:

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from deme.config.trainings import Training
-from deme.data.images import Examples, torch_seed
+from deme.data.examples import Examples
+from deme.data.opening import torch_seed
 from deme.data.samples import save_grid
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file, make_folder, writing

@@ -6,8 +6,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from deme.config.experiment import check_shares
-from deme.data.examples import load_examples
-from deme.data.images import Examples, TrainingImages
+from deme.data.examples import Examples, TrainingImages, load_examples
 from deme.errors import naming
 from deme.job.files import Watched, atomic_folder
 from deme.job.processes import in_main_process, locked_by_all, make_accelerator

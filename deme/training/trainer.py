@@ -5,6 +5,7 @@ neither the number of processes nor an interruption changes what a run is traine
 never waits for the device.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from deme.data.images import Examples, MicroBatch, MicroBatches
+from deme.data.examples import Examples, MicroBatch, micro_batches
 from deme.errors import RunError, naming
 from deme.job.command import Interrupted, noted_signals
 from deme.job.processes import Agreement, in_main_process, keep_freed_memory, peak_memory
@@ -72,8 +73,8 @@ class Trainer:
 
         self.micro_batch_size = settings.micro_batch_size or settings.batch_size
         count = settings.batch_size // self.micro_batch_size
-        mine = range(accelerator.process_index, count, accelerator.num_processes)
-        self.batches = MicroBatches(images, objective.stream, settings.batch_size, self.micro_batch_size, mine)
+        self.mine = range(accelerator.process_index, count, accelerator.num_processes)  # micro-batches of each step
+        self.batches = micro_batches(images, objective.stream, settings, self.mine, lambda: self.state.step)
         self.meter = Meter(accelerator)
         self.writer = CheckpointWriter(self.checkpoints, settings.checkpoints_kept)
         self.log: RunLog | None = None  # in the main process, while the run lasts
@@ -161,10 +162,10 @@ class Trainer:
         accelerator, objective = self.accelerator, self.objective
         self.meter.start_step()
         self.state.set_learning_rate()
-        share = len(self.batches.numbers)  # this process's micro-batches
+        share = len(self.mine)
         losses = torch.zeros(3, device=self.device)
-        for batch in self.batches.of_step(self.state.step):
-            is_last = batch.number == self.batches.numbers[-1]
+        for batch in itertools.islice(self.batches, share):
+            is_last = batch.number == self.mine[-1]
             with nullcontext() if is_last else accelerator.no_sync(self.model):  # gradients are exchanged once per step
                 denoising, consistency = self.losses(batch)
                 loss = objective.denoising_weight * denoising + objective.consistency_weight * consistency

@@ -13,8 +13,7 @@ from sklearn.datasets import load_digits
 from deme.config.sections import Data
 from deme.data import opening
 from deme.data.decoding import as_seen
-from deme.data.examples import load_evaluation_images, load_training_images
-from deme.data.images import CroppedImages
+from deme.data.examples import CroppedImages, load_evaluation_images, load_training_images
 from deme.data.opening import data_hashes, open_source
 from deme.errors import UserError
 from deme.job.records import CONTENTS, DATA
@@ -306,7 +305,7 @@ def test_the_file_cache_holds_the_same_images_and_is_built_once(folder, tmp_path
     mapped, _ = load_training_images(open_source(Data(name=folder, cache_gb=0)), 3, tmp_path / "cache")
     for one, other in zip(in_memory.images, mapped.images, strict=True):
         assert np.array_equal(one, other)
-    monkeypatch.setattr("deme.data.opening.decode_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("deme.data.decoding.decode_image", lambda *_: pytest.fail("decoded again"))
     again, _ = load_training_images(open_source(Data(name=folder, cache_gb=0)), 3, tmp_path / "cache")
     assert torch.equal(again.batch([0, 1], random_state()), in_memory.batch([0, 1], random_state()))
     monkeypatch.undo()

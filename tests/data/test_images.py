@@ -1,5 +1,6 @@
 import threading
 import time
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -7,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deme.data.decoding import ahead
-from deme.data.images import CroppedImages, Images, MicroBatches, batch_indices, flat_images
+from deme.config.trainings import Finetune
+from deme.data.decoding import Images, ahead, flat_images
+from deme.data.examples import CroppedImages, MicroBatch, micro_batches
+from deme.data.opening import batch_indices
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 9, 12, 3), dtype=np.uint8)
 
@@ -39,27 +42,36 @@ def decoded() -> CroppedImages:
     return CroppedImages(images, 9, center_crop=False, random_flip=True)
 
 
+def batches_of(images: CroppedImages, numbers: range, first: int, count: int) -> list[MicroBatch]:
+    """The micro-batches of `count` steps of four; these `numbers` of each are one process's."""
+    training = Finetune(batch_size=8, micro_batch_size=2)
+    batches = micro_batches(images, (0, 2), training, numbers, lambda: first)
+    loaded = list(islice(batches, count * len(numbers)))
+    batches.close()
+    return loaded
+
+
 @settings(max_examples=20)
 @given(threads=st.integers(0, 4), start=st.integers(0, 5), shares=st.sampled_from([1, 2, 4]))
 def test_images_decoded_ahead_are_those_of_the_cache(threads, start, shares):
     """The same pixels, crops, flips and draws in the same order, from any step on and in any share of the work."""
+    whole = {(one.step, one.number): one for one in batches_of(decoded(), range(4), 0, start + 3)}
     for rank in range(shares):
         numbers = range(rank, 4, shares)
-        cached, ahead_of_it = (MicroBatches(i, (0, 2), 8, 2, numbers) for i in (decoded(), streamed(threads)))
-        for step in (start, start + 1, start + 2, 0):
-            pairs = list(zip(cached.of_step(step), ahead_of_it.of_step(step), strict=True))
-            assert [(one.step, one.number) for one, _ in pairs] == [(step, number) for number in numbers]
-            for one, other in pairs:
-                assert torch.equal(one.examples, other.examples)
-                assert (one.uniform, one.seed) == (other.uniform, other.seed)
-        ahead_of_it.close()
+        batches = batches_of(streamed(threads), numbers, start, 3)
+        places = [(one.step, one.number) for one in batches]
+        assert places == [(step, number) for step in range(start, start + 3) for number in numbers]
+        for one, other in zip(batches, map(whole.get, places), strict=True):
+            assert torch.equal(one.examples, other.examples)
+            assert (one.uniform, one.seed) == (other.uniform, other.seed)
 
 
 def test_images_are_decoded_while_a_step_is_computed():
     """The batch after next is decoded before it is asked for, and no more than are kept in store."""
     seen = []
-    batches = MicroBatches(streamed(2, lambda row: seen.append(row) or PIXELS[row]), (0, 2), 2, 2, range(1))
-    list(batches.of_step(0))
+    images = streamed(2, lambda row: seen.append(row) or PIXELS[row])
+    batches = micro_batches(images, (0, 2), Finetune(batch_size=2), range(1), lambda: 0)
+    next(batches)
     end = time.monotonic() + 30
     while len(seen) < 4:
         assert time.monotonic() < end

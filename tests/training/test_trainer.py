@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.trainers import make_trainer
 from deme.config.trainings import Finetune, Pretrain
-from deme.data.images import CroppedImages
+from deme.data.examples import CroppedImages
 from deme.errors import RunError, UserError
 from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_newest_checkpoint
 from deme.training.progress import MAX_SKIPPED_STEPS
