@@ -24,9 +24,8 @@ from deme.config.sections import ANALYSES
 from deme.config.trainings import CONTINUED, DISTILLED
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
-from deme.models.pipelines import denoiser_folder
+from deme.models.pipelines import denoiser_folder, has_weights
 from deme.models.variants import MAKERS, ModelFiles, check_trained, find_pretrained, made_denoisers
-from deme.models.weights import has_weights
 
 
 def plan(config: Config) -> str:

@@ -25,8 +25,8 @@ from deme.config.trainings import ANT_UW, BASELINES, CONTINUED, DISTILLED, SELF,
 from deme.job.command import run_script
 from deme.job.files import sha256
 from deme.job.records import ARCHITECTURE
+from deme.models.pipelines import weights_hash
 from deme.models.variants import ModelFiles, check_trained, find_model
-from deme.models.weights import weights_hash
 from deme.training.session import Objective, Session, TrainingRun
 
 if TYPE_CHECKING:

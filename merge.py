@@ -25,9 +25,9 @@ from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, sha256
 from deme.job.locks import locked
 from deme.job.records import MERGED, WEIGHTS_HASH, Record, provenance, read_record
-from deme.models.pipelines import common_architecture, denoiser_folder, write_pipeline_files
-from deme.models.variants import ModelFiles, Searched, check_trained, find_pretrained, read_searched
-from deme.models.weights import WEIGHTS, load_tensors, weights_hash, write_denoiser
+from deme.models import variants
+from deme.models.pipelines import WEIGHTS, denoiser_folder, load_tensors, weights_hash
+from deme.models.variants import ModelFiles, Searched
 
 Groups = dict[str, list[float]]  # name pattern → coefficients, one per range
 
@@ -51,12 +51,13 @@ def main(config: Config) -> None:
     """Merge, unless it is done; write the card; upload."""
     # --- inputs
     output = config.paths.merged
-    pretrained = find_pretrained(config.paths)
-    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *check_trained(config.paths.finetuned)])
+    pretrained = variants.find_pretrained(config.paths)
+    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *variants.check_trained(config.paths.finetuned)])
     searched = find_searched(config)
     groups = config.coefficient_groups if searched is None else searched.groups(config)
     check_apart("merge.output", output, inputs.denoisers)
-    common_architecture(inputs.denoisers)  # also where the output is complete: another version may have merged it
+    # also where the output is complete: another version may have merged it
+    variants.common_architecture(inputs.denoisers)
     watched = inputs.watched(*(folder / "config.json" for folder in inputs.denoisers))
     with ThreadPoolExecutor() as pool:
         hashing = pool.map(weights_hash, inputs.denoisers)
@@ -112,7 +113,7 @@ def find_searched(config: Config) -> Searched | None:
     if config.merge.method != "task_arithmetic":
         print(f"{file}: found for the sum of task vectors, used with merge.method={config.merge.method}")
     with naming("merge.coefficients", config.merge.coefficients):
-        return read_searched(file)
+        return variants.read_searched(file)
 
 
 def is_complete(output: Path, wanted: Record) -> bool:
@@ -146,7 +147,7 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
     from deme.method.projection import with_identity_projections
     from deme.method.task_vectors import merge_tensors, pattern_of
 
-    architecture = common_architecture(inputs.denoisers)
+    architecture = variants.common_architecture(inputs.denoisers)
     like = load_tensors(architecture)
     base, *experts = (with_identity_projections(load_tensors(folder), like) for folder in inputs.denoisers)
     finetuned = dict(zip(map(str, inputs.denoisers[1:]), experts, strict=True))
@@ -162,8 +163,8 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
             merged = dict(merge_tensors(base, finetuned, coefficients, method))
         except OverflowError as error:
             raise UserError(f"merge.coefficients={error}") from None
-        write_denoiser(temporary / DENOISER, merged, architecture_settings)
-        write_pipeline_files(temporary, inputs.pipeline)
+        variants.write_denoiser(temporary / DENOISER, merged, architecture_settings)
+        variants.write_pipeline_files(temporary, inputs.pipeline)
         watched.check()
         weights = {WEIGHTS_HASH: sha256(temporary / DENOISER / WEIGHTS)}
         replace(record, beside=record.beside | weights).write(temporary)

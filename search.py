@@ -24,9 +24,8 @@ from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
-from deme.models.pipelines import denoiser_folder, takes_text
+from deme.models.pipelines import denoiser_folder, takes_text, weights_hash
 from deme.models.variants import OF_PRETRAINED, SECONDS, ModelFiles, check_trained, find_pretrained, timed
-from deme.models.weights import weights_hash
 
 
 def plan(config: Config) -> str:

@@ -20,8 +20,8 @@ from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import Tensors, check_compatible, check_finite
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoders import load_encoder, try_out
-from deme.models.pipelines import common_architecture, denoiser_folder
-from deme.models.weights import load_tensors, weights_hash
+from deme.models.pipelines import denoiser_folder, load_tensors, weights_hash
+from deme.models.variants import common_architecture
 
 STREAM = 4  # of the analyses' random draws, apart from those of training and of the search
 

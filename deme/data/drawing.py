@@ -18,8 +18,8 @@ from deme.job.records import ENCODER, SAMPLES, SCHEDULE, Record, provenance
 from deme.method.sampling import NetworkAt, ensemble, passed_over, sampler_name, try_sampler
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoders import Drawing, load_encoder, try_out
+from deme.models.pipelines import weights_hash
 from deme.models.variants import ModelFiles
-from deme.models.weights import weights_hash
 
 GRID_IMAGES = 100
 

@@ -15,8 +15,8 @@ from deme.job.processes import can_pack
 from deme.method.projection import PROJECTION_SUFFIX, add_projections
 from deme.method.sampling import SCHEDULE
 from deme.method.task_vectors import FLOATS
-from deme.models.pipelines import PROJECTED, default_settings, read_index, read_part, schedule_file, takes_text
-from deme.models.weights import load_tensors, weights_files
+from deme.models import pipelines
+from deme.models.pipelines import PROJECTED
 
 LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution; below, packing gains nothing
 AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,9 +51,9 @@ def with_projections(unet: nn.Module) -> nn.Module:
 
 def load_denoiser(folder: Path) -> nn.Module:
     """The denoiser in a folder: float32, in eval mode, with projections if its config.json says so."""
-    settings = read_part(DENOISER, folder / "config.json")
+    settings = pipelines.read_part(DENOISER, folder / "config.json")
     name = settings["_class_name"]
-    file, tensors = weights_files(folder)[0], load_tensors(folder)
+    file, tensors = pipelines.weights_files(folder)[0], pipelines.load_tensors(folder)
     if not name.startswith(PROJECTED) and any(key.endswith(PROJECTION_SUFFIX) for key in tensors):
         raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED}{name}")
     with blaming(folder):
@@ -72,11 +72,12 @@ def load_denoiser(folder: Path) -> nn.Module:
 
 def load_scheduler(pipeline: Path) -> DDPMScheduler:
     """The pretrained noise schedule as a DDPMScheduler, with the defaults of the class that its file names."""
-    file = schedule_file(pipeline)
-    settings = read_part("scheduler", file, read_index(pipeline).get("scheduler"))
-    defaults = {key: value for key, value in default_settings(settings["_class_name"]).items() if key in SCHEDULE}
+    file = pipelines.schedule_file(pipeline)
+    settings = pipelines.read_part("scheduler", file, pipelines.read_index(pipeline).get("scheduler"))
+    defaults = pipelines.default_settings(settings["_class_name"])
+    settings = {key: defaults[key] for key in SCHEDULE if key in defaults} | settings
     with blaming(file):
-        return DDPMScheduler.from_config(defaults | settings | (LATENT_SCHEDULE if takes_text(pipeline) else {}))
+        return DDPMScheduler.from_config(settings | (LATENT_SCHEDULE if pipelines.takes_text(pipeline) else {}))
 
 
 # --- inference

@@ -6,27 +6,34 @@ PIPELINES and DENOISERS here and to DENOISER_CLASSES in denoisers.py. Nothing im
 """
 
 import functools
+import hashlib
 import inspect
-import json
-import os
 import re
-import shutil
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from deme.config.paths import DENOISER
 from deme.config.section import is_finite
 from deme.config.sections import HUB_ID
-from deme.errors import UserError, naming, one_line, shown
-from deme.job.files import REPOSITORY, read_json
-from deme.models.weights import FORMS, STEM, STEMS, has_weights, weights_files
+from deme.errors import UserError, blaming, naming, one_line, shown
+from deme.job.files import REPOSITORY, checked, read_json, sha256
 
+STEM = "diffusion_pytorch_model"  # the files' names begin with it
+WEIGHTS = f"{STEM}.safetensors"
+PICKLED_WEIGHTS = f"{STEM}.bin"
+FORMS = (  # in order of preference, after the stem: a file, or an index of shards and their names
+    (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors"),
+    (".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16-*-of-*.safetensors", "-*-of-*.fp16.safetensors"),
+    (".bin", ".bin.index.json", "-*-of-*.bin"),
+)
+STEMS = {DENOISER: STEM, "vae": STEM, "text_encoder": "model"}  # of a pipeline's parts that have weights
+ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # up to diffusers 0.15
+OLD_ATTENTION_NAME = re.compile(rf"(?<=\.)({'|'.join(ATTENTION_NAMES)})(?=\.(weight|bias)$)")
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 PROJECTED = "Projected"  # prefix of the classes with projections
-UNCOMPARED = {"_class_name", "_diffusers_version", "_name_or_path", "dropout"}  # the last one is of training alone
 ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
 PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written where a folder names none
     "DDPMPipeline": "UNet2DModel",
@@ -157,36 +164,6 @@ def _look_up(what: str, given: Any, supported: Collection[Any]) -> None:
         raise UserError(f"{what}={shown(given)}: not {'one of ' * (len(names) > 1)}{', '.join(names)}")
 
 
-def write_pipeline_files(folder: Path, pretrained: Path) -> None:
-    """Make a denoiser's folder a pipeline: add the index, and a pretrained pipeline's noise schedule and encoders.
-
-    The index is written anew: it names only classes that are known, and no safety checker. Weights are hard links if
-    possible; settings are not, as other programs write them in place.
-    """
-    settings = read_json(folder / DENOISER / "config.json")
-    kind, schedule, given = denoiser_class(settings), schedule_file(pretrained), read_index(pretrained)
-    pipelines = [name for name, denoiser in PIPELINES.items() if denoiser == kind]
-    library = "deme.projection" if is_projected(folder / DENOISER) else "diffusers"
-    index = {
-        "_class_name": given["_class_name"] if given.get("_class_name") in pipelines else pipelines[0],
-        "scheduler": ["diffusers", read_json(schedule).get("_class_name", given.get("scheduler"))],
-        DENOISER: [library, settings.get("_class_name", kind)],
-    }
-    if DENOISERS[kind]:
-        index |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"]}
-        index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "requires_safety_checker": False}
-        index |= {part: [None, None] for part in NEVER_RUN}
-    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    for name, source in {**encoder_files(pretrained), f"scheduler/{schedule.name}": schedule}.items():
-        target = folder / name
-        target.parent.mkdir(exist_ok=True)
-        if source.suffix == ".safetensors":
-            with suppress(OSError):  # another file system, or one without hard links
-                os.link(source.resolve(), target)
-                continue
-        shutil.copy(source, target)
-
-
 def has_full_precision(part: Path) -> bool:
     """True unless a pipeline's part has weights of the variant fp16 alone."""
     names = [path.name for path in part.glob("*.safetensors")]
@@ -208,28 +185,6 @@ def encoder_files(pipeline: Path) -> dict[str, Path]:
                 name = path.name if "-of-" in path.name else path.name.replace(".fp16", "")
                 files[f"{part}/{name}"] = path
     return files
-
-
-def common_architecture(folders: Sequence[Path]) -> Path:
-    """The denoiser folder with the architecture of all of them, which must agree but for projections.
-
-    If any after the first has projections it is one of these (`with_identity_projections` fills the others' weights).
-    """
-    first, *others = (folder / "config.json" for folder in folders)
-    expected = read_json(first)
-    kind = denoiser_class(expected)
-    for file in others:
-        given = read_json(file)
-        if denoiser_class(given) != kind:
-            raise UserError(f"{file}: _class_name={denoiser_class(given)}, but {kind} in {first}")
-        differing = {key for key in {*given, *expected} if given.get(key, ...) != expected.get(key, ...)}
-        for key in sorted(differing - UNCOMPARED):
-            default = default_settings(kind).get(key, ...)  # diffusers ignores other keys
-            values = given.get(key, default), expected.get(key, default)
-            if default is not ... and values[0] != values[1]:
-                raise UserError(f"{file}: {key}={shown(values[0])}, but {shown(values[1])} in {first}")
-    by_preference = [*folders[1:], folders[0]]
-    return next(filter(is_projected, by_preference), by_preference[0])
 
 
 @functools.cache
@@ -317,3 +272,55 @@ def find_pipeline(source: str) -> Path:
         why = f"; the Hub's cache does not hold all of it, and the rest cannot be had: {reasons[0]}" if reasons else ""
         raise UserError(f"{error}{why}") from None
     return folder
+
+
+# --- weights, in every form that the Hub has them, read without running code
+
+
+def weights_files(folder: Path, stem: str = STEM) -> list[Path]:
+    """The files of the weights in a network's folder: one, or the shards that an index names."""
+    for name, index_name, *_ in FORMS:
+        file, index = folder / f"{stem}{name}", folder / f"{stem}{index_name}"
+        if index.is_file():
+            if file.is_file():
+                raise UserError(f"{index}: stands beside {file.name}; delete the one that does not count")
+            shards = checked(read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
+            files = [folder / Path(shard).name for shard in sorted(set(shards.values()))]
+            if missing := [file for file in files if not file.is_file()]:
+                raise UserError(f"{missing[0]}: missing; {index.name} names it")
+            return files
+        if file.is_file():
+            return [file]
+    raise UserError(f"{folder / stem}.safetensors: missing")
+
+
+def has_weights(folder: Path, stem: str = STEM) -> bool:
+    """True if a network's folder has weights in any form, damaged or incomplete ones included."""
+    return any((folder / f"{stem}{name}").is_file() for form in FORMS for name in form[:2])
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of the weights in a network's folder: of the file, or of its shards' SHA-256."""
+    hashes = [sha256(file) for file in weights_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def load_tensors(folder: Path) -> dict[str, Any]:
+    """The tensors of a network's folder under today's names, memory-mapped."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = {}
+    for file in weights_files(folder):
+        with blaming(f"{file}: cannot be read"):
+            if file.suffix == ".safetensors":
+                content = load_file(file)
+            else:
+                content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+            tensors |= {todays_name(name): tensor for name, tensor in content.items()}
+    return tensors
+
+
+def todays_name(name: str) -> str:
+    """A tensor's name in today's diffusers; up to 0.15 attention layers had other names."""
+    return OLD_ATTENTION_NAME.sub(lambda match: ATTENTION_NAMES[match[1]], name)

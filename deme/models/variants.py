@@ -1,22 +1,26 @@
-"""The models of a run that can be sampled (sample.model), the files that identify them, and searched coefficients."""
+"""The models of a run that can be sampled (sample.model), what identifies and makes them, and searched coefficients."""
 
 import hashlib
+import json
 import math
+import os
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.paths import DENOISER, Paths
 from deme.config.sections import DDIM, Sample
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, SELF
-from deme.errors import UserError, naming
+from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, checked, read_json, read_yaml, sha256
 from deme.job.records import ENCODER, SCHEDULE
-from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, latent_factor, schedule_file
-from deme.models.weights import WEIGHTS, has_weights, weights_files
+from deme.models import pipelines
+from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
 
 ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED)  # of a table's rows; others by name
 MAKERS = {  # the command that makes each model of a run
@@ -24,6 +28,7 @@ MAKERS = {  # the command that makes each model of a run
     "ensemble": "finetune.py",
     "merged": "merge.py",
 }
+UNCOMPARED = {"_class_name", "_diffusers_version", "_name_or_path", "dropout"}  # the last one is of training alone
 SECONDS = "seconds.txt"  # in the search's folder: a line for each command
 OF_PRETRAINED = "value of the pretrained network"
 
@@ -37,14 +42,14 @@ class ModelFiles:
 
     def check_fits(self, config: Config) -> None:
         """Compare resolution and number of timesteps with the configuration."""
-        factor, schedule = latent_factor(self.pipeline), schedule_file(self.pipeline)
+        factor, schedule = pipelines.latent_factor(self.pipeline), schedule_file(self.pipeline)
         sizes = {folder: read_json(folder / "config.json").get("sample_size") for folder in self.denoisers}
         pixels = {folder: size * factor if isinstance(size, int) else size for folder, size in sizes.items()}
         config.check_fits(pixels, schedule, read_json(schedule).get("num_train_timesteps", 1000))  # diffusers' default
 
     def watched(self, *more: Path) -> Watched:
         """The files whose hash and content are read, and `more`."""
-        weights = [file for folder in self.denoisers for file in weights_files(folder)]
+        weights = [file for folder in self.denoisers for file in pipelines.weights_files(folder)]
         return Watched([*weights, schedule_file(self.pipeline), *encoder_files(self.pipeline).values(), *more])
 
     def hashes(self) -> dict[str, str]:
@@ -94,9 +99,9 @@ def made_denoisers(model: str, paths: Paths) -> list[Path]:
 def check_trained(folders: list[Path]) -> list[Path]:
     """The folders of denoisers that finetune.py has trained, each with its weights."""
     for k, folder in enumerate(folders):
-        if not has_weights(folder):
+        if not pipelines.has_weights(folder):
             chosen = SELF if folder.parent.name.startswith(SELF) else k
-            raise UserError(f"{folder / WEIGHTS}: missing; train it with finetune.py finetune.range={chosen}")
+            raise UserError(f"{folder / pipelines.WEIGHTS}: missing; train it with finetune.py finetune.range={chosen}")
     return folders
 
 
@@ -106,6 +111,70 @@ def find_pretrained(paths: Paths) -> Path:
         raise UserError(f"model.pretrained=null: {paths.pretrained} is missing; pretrain.py makes it")
     with naming("model.pretrained", paths.pretrained):
         return find_pipeline(paths.pretrained)
+
+
+# --- the architecture and the files of a merged network
+
+
+def common_architecture(folders: Sequence[Path]) -> Path:
+    """The denoiser folder with the architecture of all of them, which must agree but for projections.
+
+    If any after the first has projections it is one of these (`with_identity_projections` fills the others' weights).
+    """
+    first, *others = (folder / "config.json" for folder in folders)
+    expected = read_json(first)
+    kind = pipelines.denoiser_class(expected)
+    for file in others:
+        given = read_json(file)
+        if pipelines.denoiser_class(given) != kind:
+            raise UserError(f"{file}: _class_name={pipelines.denoiser_class(given)}, but {kind} in {first}")
+        differing = {key for key in {*given, *expected} if given.get(key, ...) != expected.get(key, ...)}
+        for key in sorted(differing - UNCOMPARED):
+            default = pipelines.default_settings(kind).get(key, ...)  # diffusers ignores other keys
+            values = given.get(key, default), expected.get(key, default)
+            if default is not ... and values[0] != values[1]:
+                raise UserError(f"{file}: {key}={shown(values[0])}, but {shown(values[1])} in {first}")
+    by_preference = [*folders[1:], folders[0]]
+    return next(filter(pipelines.is_projected, by_preference), by_preference[0])
+
+
+def write_denoiser(folder: Path, tensors: dict[str, Any], config: dict) -> None:
+    """Write a denoiser's folder: weights and config.json."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    save_file(tensors, folder / pipelines.WEIGHTS, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def write_pipeline_files(folder: Path, pretrained: Path) -> None:
+    """Make a denoiser's folder a pipeline: add the index, and a pretrained pipeline's noise schedule and encoders.
+
+    The index is written anew: it names only classes that are known, and no safety checker. Weights are hard links if
+    possible; settings are not, as other programs write them in place.
+    """
+    settings, given = read_json(folder / DENOISER / "config.json"), pipelines.read_index(pretrained)
+    kind, schedule = pipelines.denoiser_class(settings), schedule_file(pretrained)
+    fitting = [name for name, denoiser in pipelines.PIPELINES.items() if denoiser == kind]
+    library = "deme.projection" if pipelines.is_projected(folder / DENOISER) else "diffusers"
+    index = {
+        "_class_name": given["_class_name"] if given.get("_class_name") in fitting else fitting[0],
+        "scheduler": ["diffusers", read_json(schedule).get("_class_name", given.get("scheduler"))],
+        DENOISER: [library, settings.get("_class_name", kind)],
+    }
+    if pipelines.DENOISERS[kind]:
+        index |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"]}
+        index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "requires_safety_checker": False}
+        index |= {part: [None, None] for part in pipelines.NEVER_RUN}
+    (folder / pipelines.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    for name, source in {**encoder_files(pretrained), f"scheduler/{schedule.name}": schedule}.items():
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        if source.suffix == ".safetensors":
+            with suppress(OSError):  # another file system, or one without hard links
+                os.link(source.resolve(), target)
+                continue
+        shutil.copy(source, target)
 
 
 # --- the coefficients of search.py

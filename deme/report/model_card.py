@@ -6,8 +6,7 @@ from deme.config.experiment import Config
 from deme.config.paths import DENOISER
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_scores
-from deme.models.pipelines import hub_name, is_projected, takes_text
-from deme.models.weights import WEIGHTS
+from deme.models.pipelines import WEIGHTS, hub_name, is_projected, takes_text
 from deme.report.tables import NAMES, markdown_table, render
 
 

@@ -27,8 +27,8 @@ from deme.method.sampling import NetworkAt, ensemble, try_sampler
 from deme.method.task_vectors import pattern_of, patterns_of
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoders import Drawing, load_encoder, try_out
-from deme.models.pipelines import common_architecture, denoiser_folder
-from deme.models.weights import load_tensors
+from deme.models.pipelines import denoiser_folder, load_tensors
+from deme.models.variants import common_architecture
 from deme.search.least_squares import Squares
 
 HELD_OUT_SHARE = 0.25  # of search.images: as many more, on which the gradient descent is measured

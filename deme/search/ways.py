@@ -20,7 +20,7 @@ from deme.measure.scores import CLEARLY, Score, compared, load_scores, save_scor
 from deme.method.sampling import NetworkAt
 from deme.method.task_vectors import PUBLISHED
 from deme.models.denoisers import freeze, load_denoiser
-from deme.models.weights import weights_hash
+from deme.models.pipelines import weights_hash
 from deme.search.least_squares import Evaluated, closed_form, gradient_descent
 from deme.search.problem import Problem
 from deme.search.study import Study, distinct, open_by_all

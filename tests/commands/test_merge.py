@@ -20,7 +20,7 @@ from deme.job.files import sha256
 from deme.measure.scores import Score, save_scores
 from deme.method.projection import PROJECTION_SUFFIX
 from deme.models.denoisers import load_denoiser, with_projections
-from deme.models.weights import PICKLED_WEIGHTS, WEIGHTS
+from deme.models.pipelines import PICKLED_WEIGHTS, WEIGHTS
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from deme.job.command import SIGNALS
 from deme.models.denoisers import with_projections
-from deme.models.weights import WEIGHTS
+from deme.models.pipelines import WEIGHTS
 
 
 @pytest.fixture
@@ -1227,7 +1227,7 @@ def test_merged_weights_that_are_no_longer_those_are_merged_again(start, config_
 
 
 RACES = {  # what reads the file that another program writes meanwhile
-    "merge.py": ("deme.models.weights.load_tensors", WEIGHTS),
+    "merge.py": ("deme.models.pipelines.load_tensors", WEIGHTS),
     "finetune.py": ("deme.training.setup.load_denoiser", WEIGHTS),
     "sample_ddp.py": ("deme.data.drawing.load_denoiser", WEIGHTS),
     "evaluate.py": ("deme.data.samples.read_images", "000001.png"),

@@ -21,8 +21,8 @@ from test_text_to_image import text_config, text_to_image  # noqa: F401  fixture
 from deme.config.reading import load_config
 from deme.data.opening import open_source
 from deme.models.denoisers import with_projections
+from deme.models.pipelines import WEIGHTS
 from deme.models.variants import SECONDS, find_pretrained, seconds_of
-from deme.models.weights import WEIGHTS
 from deme.search.problem import Problem
 
 SMALL = ["search.images=32", "search.batch_size=16", "search.num_images=8", "search.num_inference_steps=2"]

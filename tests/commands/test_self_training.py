@@ -11,7 +11,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 from test_text_to_image import text_config, text_to_image  # noqa: F401  fixtures
 
-from deme.models.weights import WEIGHTS
+from deme.models.pipelines import WEIGHTS
 
 OWN = ["finetune.range=self", "self_training.num_images=12"]
 

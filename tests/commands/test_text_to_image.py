@@ -18,7 +18,7 @@ from text_to_image import tiny_clip, tiny_conditional_unet, tiny_pipeline
 
 import deme.projection  # noqa: F401  for loading what has projections
 from deme.models.denoisers import ProjectedUNet2DConditionModel
-from deme.models.weights import WEIGHTS
+from deme.models.pipelines import WEIGHTS
 
 PROMPTS = ["a handwritten three", "zero", "a red cube", "nine", "a cat", "the end"]
 LONG = " ".join(["word"] * 100)

@@ -12,8 +12,7 @@ from text_to_image import tiny_pipeline
 
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser
-from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline
-from deme.models.weights import PICKLED_WEIGHTS, WEIGHTS, weights_files
+from deme.models.pipelines import PICKLED_WEIGHTS, WEIGHTS, denoiser_folder, encoder_files, find_pipeline, weights_files
 
 COMMIT = "a" * 40
 UNET, HALF = f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.fp16.safetensors"

@@ -11,15 +11,8 @@ from text_to_image import tiny_pipeline
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
 from deme.models.encoders import load_encoder
-from deme.models.pipelines import (
-    DENOISERS,
-    PIPELINES,
-    SCHEDULERS,
-    SETTINGS,
-    common_architecture,
-    find_pipeline,
-    write_pipeline_files,
-)
+from deme.models.pipelines import DENOISERS, PIPELINES, SCHEDULERS, SETTINGS, find_pipeline
+from deme.models.variants import common_architecture, write_pipeline_files
 
 NO_CLASSES = ("SchedulerMixin", "KarrasDiffusionSchedulers")
 

@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
-from deme.models.pipelines import denoiser_folder, find_pipeline
-from deme.models.weights import PICKLED_WEIGHTS, WEIGHTS, load_tensors
+from deme.models.pipelines import PICKLED_WEIGHTS, WEIGHTS, denoiser_folder, find_pipeline, load_tensors
 from deme.projection import ProjectedUNet2DModel
 
 

@@ -89,8 +89,8 @@ def pipeline(choose: random.Random, folder: Path) -> Readers:
     from deme.method.sampling import try_sampler
     from deme.models.denoisers import load_denoiser, load_scheduler
     from deme.models.encoders import load_encoder, try_out
-    from deme.models.pipelines import find_pipeline, write_pipeline_files
-    from deme.models.variants import ModelFiles
+    from deme.models.pipelines import find_pipeline
+    from deme.models.variants import ModelFiles, write_pipeline_files
 
     make_pipeline(folder)
     file = folder / choose.choice(["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"])
@@ -115,7 +115,7 @@ def safetensors(choose: random.Random, folder: Path) -> Readers:
     from deme.method.merging.task_arithmetic import TaskArithmetic
     from deme.method.task_vectors import merge_tensors
     from deme.models.denoisers import load_denoiser
-    from deme.models.weights import WEIGHTS, load_tensors
+    from deme.models.pipelines import WEIGHTS, load_tensors
 
     make_pipeline(folder)
     classifier = folder / "classifier.safetensors"
@@ -302,7 +302,7 @@ def png(choose: random.Random, folder: Path) -> Readers:
 
 def pickles(choose: random.Random, folder: Path) -> Readers:
     """A published file, and pretrained weights that torch.save wrote."""
-    from deme.models.weights import PICKLED_WEIGHTS, load_tensors
+    from deme.models.pipelines import PICKLED_WEIGHTS, load_tensors
     from scripts.published import read_published, rename_projections
 
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
