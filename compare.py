@@ -21,9 +21,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from deme.compare.comparison import ComparedRun, load_comparison
+from deme.compare.comparison import LAST, ComparedRun, Stages, load_comparison
 from deme.compare.jobs import MADE, Job, Jobs, Ledger, places
-from deme.compare.stages import LAST, Stages
 from deme.config.paths import Paths
 from deme.errors import RunError, UserError
 from deme.job.command import ended_in_one_line

@@ -1,21 +1,29 @@
-"""Which runs are compared: variations of one experiment, each with its models (configs/comparison/)."""
+"""A comparison: which runs it has (configs/comparison/), and the graph of jobs that make and score their models."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from glob import glob
+from itertools import chain
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from omegaconf import MISSING, OmegaConf
-
+from deme.compare.jobs import Job, state_of
 from deme.config.experiment import Config
-from deme.config.paths import for_shell
-from deme.config.reading import READING_ERRORS, load_config, override, read_mapping, read_override
+from deme.config.paths import DENOISER, for_shell, image_path
+from deme.config.reading import load_config, override
 from deme.config.section import Section, is_folder_name, one_of, setting
-from deme.errors import UserError, naming, one_line, shown
+from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, SELF
+from deme.errors import UserError, naming, shown
+from deme.job.files import REPOSITORY, sha256
 from deme.models.variants import ORDER
 
 OWN_KEYS = ("base", "seeds", "reference")  # overrides of the comparison; all others are the experiment's
 PRETRAINED = "pretrained"
+LAST = ("card", "report")  # stages that take seconds, and no GPU
+LINKED = ("vae", "text_encoder")  # parts of a pipeline whose weights merge.py gives another name
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Comparison(Section):
     """A file of configs/comparison/."""
 
     section: ClassVar[str] = ""
-    base: str = setting(MISSING, "path")  # the experiment's YAML file
+    base: str = setting("", "path")  # the experiment's YAML file
     seeds: list[int] = field(default_factory=lambda: [0])  # of the trainings
     reference: str | None = setting(None, "path")  # YAML file of another experiment, whose images FID compares with
     runs: dict[str, Variation] = field(default_factory=dict)  # by name
@@ -58,7 +66,6 @@ class ComparedRun:
     """A variation with one seed."""
 
     name: str  # the variation's
-    seed: int
     models: list[str]
     arguments: list[str]  # of its scripts: --config FILE section.key=value …
     config: Config
@@ -69,63 +76,195 @@ def load_comparison(file: str | Path, overrides: list[str]) -> tuple[Comparison,
 
     Overrides of OWN_KEYS change the comparison, all others go to every run.
     """
+    if not is_folder_name(Path(file).stem):
+        raise UserError(f"--config {file}: no folder, such as its table's, can have this name")
     own = [text for text in overrides if text.partition("=")[0] in OWN_KEYS]
-    given = read_mapping(file, Comparison)
-    with naming(f"--config {file}"):
-        if not is_folder_name(Path(file).stem):
-            raise UserError("no folder, such as its table's, can have this name")
-        try:
-            mine = {text.partition("=")[0]: read_override(text, Comparison) for text in own}
-            comparison = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Comparison), given, mine)).at_home()
-        except READING_ERRORS as error:
-            raise UserError(one_line(error)) from None
+    comparison = load_config(file, own, Comparison)
     return comparison, list(_compared_runs(comparison, [text for text in overrides if text not in own]))
 
 
 def _compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[ComparedRun]:
-    """The runs, the base first; `overrides` go to all of them."""
+    """The runs, the base first; `overrides` go to all of them.
+
+    If a variation has another number of ranges, all ranges together take as many steps as the base's, unless it sets
+    finetune.max_steps.
+    """
     if comparison.reference is not None:
         statistics = load_config(comparison.reference, []).paths.reference
         overrides = [*overrides, override("evaluate.reference", str(statistics))]
     base = load_config(comparison.base, overrides)
     names = set()
     for name, variation in sorted(comparison.runs.items(), key=lambda item: len(item[1].overrides) > 0):
-        is_plain = not variation.overrides
+        varied, is_plain = [*overrides, *variation.overrides], not variation.overrides
+        with naming(f"runs.{name}"):
+            config = load_config(comparison.base, varied)
+            _check_shared(config, base)
+        own: dict[str, Any] = {"model.pretrained": base.paths.pretrained}
+        count, usual = len(config.timesteps.ranges), len(base.timesteps.ranges)
+        if count != usual and not any(text.startswith("finetune.max_steps=") for text in variation.overrides):
+            own["finetune.max_steps"] = max(1, base.finetune.max_steps * usual // count)
+        full_name = base.name if is_plain else f"{base.name}-{name.replace(', ', '-').replace(' ', '_')}"
         for seed in dict.fromkeys([base.seed] * is_plain + comparison.seeds):
             is_base = is_plain and seed == base.seed
             models = [m for m in variation.models if (is_base if m == PRETRAINED else seed in comparison.seeds)]
             if not models:
                 continue
-            given, config = overrides, base
-            if not is_base:
-                with naming(f"runs.{name}"):
-                    given = [*overrides, *variation.overrides, *_own_overrides(comparison, base, overrides, name, seed)]
-                    config = load_config(comparison.base, given)
-            for section in config.all_sections:
-                for key, value in section.tagged("one_run").items():
-                    section.check(key, value is None, "each run of a comparison has its own")
-            if config.name in names:
-                raise UserError(f"runs.{name}: its run is called {config.name}, as another one; choose another name")
+            own |= {"name": full_name if seed == base.seed else f"{full_name}-seed{seed}", "seed": seed}
+            given = overrides if is_base else [*varied, *(override(key, value) for key, value in own.items())]
+            with naming(f"runs.{name}"):
+                config = load_config(comparison.base, given)
+                if config.name in names:
+                    raise UserError(f"its run is called {config.name}, as another one; choose another name")
             names.add(config.name)
-            yield ComparedRun(name, seed, models, ["--config", for_shell(comparison.base), *given], config)
+            yield ComparedRun(name, models, ["--config", for_shell(comparison.base), *given], config)
 
 
-def _own_overrides(comparison: Comparison, base: Config, overrides: list[str], name: str, seed: int) -> list[str]:
-    """What a variation's run has for itself.
-
-    If it has another number of ranges, all ranges together take as many steps as the base's, unless the variation sets
-    finetune.max_steps.
-    """
-    varied = comparison.runs[name].overrides
-    config = load_config(comparison.base, [*overrides, *varied])
+def _check_shared(config: Config, base: Config) -> None:
+    """Check that a run has what all runs share, and no place of its own."""
     for section, usual in zip(config.all_sections, base.all_sections, strict=True):
+        for key, value in section.tagged("one_run").items():
+            section.check(key, value is None, "each run of a comparison has its own")
         for key, value in usual.tagged("all_runs").items():
             section.check(key, getattr(section, key) == value, f"all runs have the base's, {shown(value)}")
-    full_name = base.name
-    full_name += f"-{name}".replace(", ", "-").replace(" ", "_") if varied else ""
-    full_name += f"-seed{seed}" if seed != base.seed else ""
-    own = {"name": full_name, "seed": seed, "model.pretrained": base.paths.pretrained}
-    count, usual = len(config.timesteps.ranges), len(base.timesteps.ranges)
-    if count != usual and not any(text.startswith("finetune.max_steps=") for text in varied):
-        own["finetune.max_steps"] = max(1, base.finetune.max_steps * usual // count)
-    return [override(key, value) for key, value in own.items()]
+
+
+class Stages:
+    """All jobs of a comparison, each behind those that it needs. What several rows need is one job.
+
+    Args:
+        runs: the base first.
+        blocks: number of jobs that draw from each model.
+        has_cache: whether a job decodes and encodes the data before others read it.
+    """
+
+    def __init__(self, comparison: Comparison, runs: Sequence[ComparedRun], blocks: int = 1, has_cache: bool = False):
+        self.base = base = runs[0]
+        self.blocks = blocks
+        self.by_name: dict[str, Job] = {}
+        self.state_outside = cache(state_outside)
+        self.pretrained: list[Job] = []  # make the pretrained network
+        paths = base.config.paths
+        if paths.pretrained == str(paths.pretrained_here):
+            parts = [paths.pretrained_here / part for part in (DENOISER, "scheduler", "pretrain.yaml")]
+            # not the encoders, which merge.py may hard-link
+            self.pretrained = [self._add(base, "pretrain", "pretrain.py", output=paths.pretrained_here, parts=parts)]
+        caches = [self._add(base, "cache", "scripts/cache.py", output=None, after=self.pretrained)] if has_cache else []
+        self.first = [*self.pretrained, *caches]  # before trainings
+        if (file := comparison.reference) is not None:
+            base = replace(base, config=load_config(file, []), arguments=["--config", for_shell(file)])
+            caches = []
+        output = base.config.paths.reference
+        made = {"output": output, "parts": [output, base.config.paths.classifier]}
+        # before scores: what images are compared with
+        self.reference = [self._add(base, "statistics", "evaluate.py", "evaluate.samples=[]", after=caches, **made)]
+        for run in runs:
+            self._add_rows(run)
+        self.jobs = list(self.by_name.values())
+
+    def _add(self, run: ComparedRun, stage: str, script: str, *overrides: str, inputs: Any = (), **others: Any) -> Job:
+        """A job of a run, which is made once; `others` are its other fields, and `inputs` more that it depends on."""
+        own = others.get("own", "")
+        name = f"{run.config.name} {stage} {own}".rstrip()
+        if name not in self.by_name:
+            if overrides or own:  # a mistake is reported before any job starts
+                load_config(run.arguments[1], [*run.arguments[2:], *overrides, *filter(None, [own])])
+            made = None if self.base.config.model.pretrained else str(self.base.config.paths.pretrained_here)
+            states = [self.state_outside(path) for path in outside(run.config, script) if path != made]
+            read = [run.config.read_by(script), [overrides, own, inputs], states]
+            given = {"arguments": [*run.arguments, *overrides], "settings": json.dumps(read, sort_keys=True)} | others
+            self.by_name[name] = Job(run.config.name, stage, script, **given)
+        return self.by_name[name]
+
+    def _add_rows(self, run: ComparedRun) -> None:
+        """The jobs that draw and score a run's models, and describe them."""
+        paths = run.config.paths
+        drawn = {model: self._drawn(run, model) for model in run.models}
+
+        def arguments(there: Sequence[Job]) -> list[str] | None:
+            """Score the complete folders, in the base's features."""
+            folders = [str(paths.all_samples / model) for model, jobs in drawn.items() if set(jobs) <= set(there)]
+            scored = [override("evaluate.samples", folders), override("evaluate.output", str(paths.results))]
+            return [*self.base.arguments, *scored] if folders else None
+
+        waits = {"after": self.reference, "after_all": list(chain(*drawn.values()))}
+        inputs = [asdict(self.base.config.evaluate), run.models]
+        scored = {"output": paths.results, "arguments": arguments, "inputs": inputs}
+        told = {"after": [self._add(run, "evaluate", "evaluate.py", **scored, **waits)], "single_process": True}
+        if "merged" in run.models:  # the model card shows the scores
+            self._add(run, "card", "merge.py", output=paths.merged / "README.md", **told)
+        if run is self.base:
+            pictures = state_of(map(for_shell, paths.plots.glob("analysis-*.png")))
+            self._add(run, "report", "report.py", output=paths.report, inputs=pictures, **told)
+
+    def _drawn(self, run: ComparedRun, model: str) -> list[Job]:
+        """The jobs that draw a model's images, one for each block of seeds."""
+        folder, before = run.config.paths.all_samples / model, self._made(run, model)
+        overrides = [f"sample.model={model}"] + [f"sample.blocks={self.blocks}"] * (self.blocks > 1)
+        jobs = []
+        for number, seeds in enumerate(replace(run.config.sample, blocks=self.blocks).chosen_blocks):
+            images = [image_path(folder, seed) for seed in seeds]
+            job = {"own": f"sample.block={number}" * (self.blocks > 1), "output": images[-1], "parts": images}
+            jobs.append(self._add(run, f"sample-{model}", "sample_ddp.py", *overrides, **job, after=before))
+        return jobs
+
+    def _made(self, run: ComparedRun, model: str) -> list[Job]:
+        """The jobs that make a model."""
+        if model == DISTILLED:
+            return [self._trained(run, "distill", DISTILLED, self._made(run, "merged"))]
+        if model in NAMED_TRAININGS:
+            return [self._trained(run, "train", model, self.first)]
+        if model not in ("ensemble", "merged"):
+            return self.pretrained
+        groups = ["ranges"] if model == "ensemble" else run.config.merge.experts
+        numbers = {"ranges": map(str, range(len(run.config.timesteps.ranges))), SELF: [SELF]}
+        experts = [self._trained(run, "train", chosen, self.first) for group in groups for chosen in numbers[group]]
+        if model == "ensemble":
+            return experts
+        paths = run.config.paths
+        if run.config.needs_search:
+            # the search's report has a row of the control if it is trained
+            has_control = CONTINUED in run.models and run.config.search.report_images > 0
+            controls = [self._trained(run, "train", CONTINUED, self.first)] if has_control else []
+            before = {"after": [*experts, *self.reference], "after_all": controls}
+            experts = [self._add(run, "search", "search.py", output=paths.best_coefficients, **before)]
+        parts = [paths.merged / part for part in ("merge.yaml", DENOISER, "scheduler", "model_index.json")]
+        return [self._add(run, "merge", "merge.py", output=parts[0], parts=parts, after=experts, single_process=True)]
+
+    def _trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
+        """The training of a range, given its number, of a model of NAMED_TRAININGS, or on own samples."""
+        paths = run.config.paths
+        made: dict[str, Any] = {"own": f"finetune.range={chosen}", "after": list(after)}
+        if chosen == SELF:
+            made["parts"] = [paths.trained(name) for name in run.config.self_trained_names]
+            made["output"] = made["parts"][-1]
+            made["inputs"] = run.config.sample.tagged("samples")  # of the own samples
+        else:
+            made["output"] = paths.trained(chosen) if chosen in NAMED_TRAININGS else paths.experts[int(chosen)]
+        return self._add(run, stage, "finetune.py", **made)
+
+
+def outside(config: Config, script: str) -> list[str]:
+    """Files and folders that a script reads and no job makes; the script runs again when they change."""
+    given: list[Any] = [] if script in ("merge.py", "sample_ddp.py") else [config.data.name]
+    pipelines = [config.model.pretrained, config.pretrain.encoders if script == "pretrain.py" else None]
+    for source in pipelines:  # as find_pipeline looks for them
+        given += [folder for folder in (source, REPOSITORY / source) if os.path.isdir(folder)][:1] if source else []
+    if script in ("merge.py", "search.py") and config.merge.coefficients != "search":
+        given.append(config.merge.coefficients)
+    if script in ("sample_ddp.py", "search.py"):
+        given.append(config.sample.prompts)
+    if script in ("evaluate.py", "search.py"):
+        given.append(config.evaluate.clip_model)
+    return [str(path) for path in given if isinstance(path, str | Path) and os.path.exists(path)]
+
+
+def state_outside(path: str) -> str:
+    """The state of a file or folder that no job makes.
+
+    merge.py may hard-link a pipeline's encoders, which sets their ctime: their weights are hashed instead.
+    """
+    linked = [file for part in LINKED for file in sorted(Path(path, part).glob("*.safetensors"))]
+    if not linked:
+        return state_of([for_shell(path)])
+    others = {Path(path, name) for name in glob("**", root_dir=path, recursive=True, include_hidden=True)} - set(linked)
+    return " ".join([state_of(for_shell(file) for file in others if file.is_file()), *map(sha256, linked)])

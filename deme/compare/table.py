@@ -52,21 +52,21 @@ def compared_rows(runs: Sequence[ComparedRun]) -> list[Row]:
         scored = {Path(score.samples).name: score for score in (load_scores(file)[1] if file.is_file() else [])}
         for model in run.models:
             if model in scored:
-                scores[run.name, run.seed, model] = scored[model]
+                scores[run.name, run.config.seed, model] = scored[model]
                 trainings.setdefault((run.name, model), []).append(run)
     pretrained = scores.get((base.name, base.seed, PRETRAINED))
     if pretrained is None:  # its images could not be drawn
         return []
     rows = []
     for (name, model), trained in trainings.items():
-        own = [scores[name, run.seed, model] for run in trained]
-        controls = [scores.get((base.name, run.seed, CONTINUED)) for run in trained]
+        own = [scores[name, run.config.seed, model] for run in trained]
+        controls = [scores.get((base.name, run.config.seed, CONTINUED)) for run in trained]
         has_control = all(controls) and model not in (PRETRAINED, CONTINUED)
         passes, seconds = zip(*[cost(run, model) for run in trained], strict=True)
         rows.append(
             Row(
                 name=model if name == base.name else f"{name}, {model}",
-                seeds=[run.seed for run in trained],
+                seeds=[run.config.seed for run in trained],
                 pooled=float(np.mean([score.pooled for score in own])),
                 to_pretrained=differences(own, [pretrained] * len(own)),
                 to_continued=differences(own, controls) if has_control else None,

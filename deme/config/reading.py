@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -24,15 +24,16 @@ from deme.errors import UserError, naming, one_line, shown
 for resolver in ("oc.env", "oc.decode", "oc.deprecated"):  # a secret in the environment must not get into a record
     OmegaConf.clear_resolver(resolver)
 
+Kind = TypeVar("Kind", bound=Section)
 DEEPEST = 40  # mappings and lists inside of each other
 MOST_VALUES = 1_000_000
 READING_ERRORS = (yaml.YAMLError, ValueError, TypeError, OverflowError, AssertionError, OmegaConfBaseException)
 
 
-def load_config(file: str | Path, overrides: list[str]) -> Config:
-    """Read `file` and apply `overrides` (`section.key=value`, the value in YAML)."""
-    values = {override: read_override(override) for override in overrides}
-    given = read_mapping(file)
+def load_config(file: str | Path, overrides: list[str], kind: type[Kind] = Config) -> Kind:
+    """Read a configuration of this kind from `file` and apply `overrides` (`section.key=value`, the value in YAML)."""
+    values = {override: read_override(override, kind) for override in overrides}
+    given = read_mapping(file, kind)
     try:
         for override, value in values.items():  # a list or mapping replaces the file's, it is not merged into it
             key = override.partition("=")[0]
@@ -43,15 +44,16 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
                 raise UserError(f"{override}: can't be set in {parent}={_raw(given, parent)}") from None
         for key in OmegaConf.missing_keys(given):
             raise UserError(f"{key}=???: has no value")
-        for field in fields(Config):
-            if is_dataclass(field.default_factory) and field.name in given and not OmegaConf.is_dict(given[field.name]):
+        for field in fields(kind):
+            is_mapping = is_dataclass(field.default_factory) or field.default_factory is dict
+            if is_mapping and field.name in given and not OmegaConf.is_dict(given[field.name]):
                 raise UserError(f"{field.name}={shown(given[field.name])}: not a mapping")
-        return OmegaConf.to_object(OmegaConf.merge(_defaults(), given)).at_home()
+        return OmegaConf.to_object(OmegaConf.merge(_defaults(kind), given)).at_home()
     except OmegaConfBaseException as error:
         message, key = str(error).splitlines()[0], error.full_key
         raise UserError(f"{key}={shown(_raw(given, key))}: {message}" if key else message) from None
     except TypeError as error:  # a mapping for a list, or the reverse: OmegaConf does not say where
-        raise UserError(f"{_first_misfit(given)}: {error}") from None
+        raise UserError(f"{_first_misfit(given, kind)}: {error}") from None
     except (ValueError, OverflowError, RecursionError, AssertionError) as error:
         raise UserError(f"--config {file}: {one_line(error)}") from None
 
@@ -166,12 +168,12 @@ def _raw(given: Any, key: str | None) -> Any:
     return value
 
 
-def _first_misfit(given: Any) -> str:
+def _first_misfit(given: Any, kind: type[Section]) -> str:
     """`section.key=value` of the first setting whose container is of another kind than the dataclass's."""
     for section, settings in given.items():
         for key, value in settings.items() if OmegaConf.is_dict(settings) else ():
             try:
-                OmegaConf.merge(_defaults(), {section: {key: value}})
+                OmegaConf.merge(_defaults(kind), {section: {key: value}})
             except TypeError:
                 return f"{section}.{key}={value}"
             except OmegaConfBaseException:  # another mistake, which is named once this one is mended
@@ -180,9 +182,9 @@ def _first_misfit(given: Any) -> str:
 
 
 @cache
-def _defaults() -> Any:
+def _defaults(kind: type[Section]) -> Any:
     """All of them, to merge with: OmegaConf makes nodes of frozen dataclasses read-only, and merging needs others."""
-    node = OmegaConf.structured(Config())
+    node = OmegaConf.structured(kind)
     for part in (node, *(node[key] for key in node if OmegaConf.is_config(node[key]))):
         OmegaConf.set_readonly(part, False)
     return node

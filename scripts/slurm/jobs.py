@@ -16,7 +16,7 @@ import os
 import shlex
 from contextlib import nullcontext
 
-from deme.compare.comparison import ComparedRun, load_comparison
+from deme.compare.comparison import LAST, ComparedRun, Stages, load_comparison
 from deme.config.experiment import check_shares
 from deme.config.reading import override, read_mapping
 from deme.errors import RunError
@@ -25,7 +25,6 @@ from deme.job.files import checkpoint_steps, make_folder
 from deme.compare.jobs import Job, Ledger
 from deme.job.locks import locked
 from deme.compare.slurm import Queue, missing_jobs, submit
-from deme.compare.stages import LAST, Stages
 
 MODELS = "configs/comparison/models.yaml"
 

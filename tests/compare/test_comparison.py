@@ -19,7 +19,7 @@ def test_each_variation_and_seed_is_a_run_that_starts_from_the_base(tmp_path):
         "models": {"models": ["pretrained", "merged"]},
     }
     found = runs_of(tmp_path, runs, "seeds=[2, 0]", "name=mine", "model.pretrained=null")
-    assert [(run.config.name, run.seed, run.models) for run in found] == [
+    assert [(run.config.name, run.config.seed, run.models) for run in found] == [
         ("mine", 0, ["pretrained", "merged"]),
         ("mine-seed2", 2, ["merged"]),
         ("mine-eight-whole-seed2", 2, ["merged"]),

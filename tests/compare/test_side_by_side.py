@@ -202,8 +202,8 @@ def test_a_signal_while_a_command_starts_ends_it_too(tmp_path, monkeypatch, sigt
 
 def test_a_signal_ends_the_commands_which_may_clean_up(tmp_path, sigterm_interrupts):
     """It is handed on; the error of the signal ends the rest."""
-    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit('saved')); "
-    long = job(tmp_path / "long", f"{code} open({str(tmp_path / 'started')!r}, 'w'); time.sleep(60)")
+    code = "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit('saved')); "
+    long = job(tmp_path / "long", f"{code} os.mkdir({str(tmp_path / 'started')!r}); time.sleep(60)")
 
     def stop() -> None:
         while not (tmp_path / "started").exists():

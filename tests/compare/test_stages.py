@@ -3,8 +3,7 @@ from pathlib import Path
 
 import yaml
 
-from deme.compare.comparison import load_comparison
-from deme.compare.stages import Stages, state_outside
+from deme.compare.comparison import Stages, load_comparison, state_outside
 from deme.config.paths import image_path
 from deme.config.reading import load_config, override
 
