@@ -18,9 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from deme.analysis import UNET_PASSES
 from deme.config.experiment import Config
-from deme.config.sections import ANALYSES
+from deme.config.sections import ANALYSES, GRADIENT_PASSES
 from deme.config.trainings import CONTINUED, DISTILLED
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
@@ -83,9 +82,15 @@ def main(config: Config) -> None:
 
 def unet_passes(config: Config, networks: int) -> dict[str, int]:
     """The chosen analyses, and what they cost for so many networks in images through the UNet."""
-    ranges = len(config.timesteps.ranges)
-    chosen = ANALYSES if config.analyze.analyses is None else config.analyze.analyses
-    return {name: UNET_PASSES[name](config.analyze, ranges, networks) for name in ANALYSES if name in chosen}
+    settings, ranges = config.analyze, len(config.timesteps.ranges)
+    passes = {
+        "gradient_conflict": GRADIENT_PASSES * settings.timesteps * settings.images,
+        "loss_by_timestep": networks * settings.timesteps * settings.images,
+        "task_vectors": 0,
+        "landscape": (settings.landscape_points**2 + 3) * settings.landscape_images,
+        "activation_change": 2 * ranges * settings.images,
+    }
+    return {name: passes[name] for name in ANALYSES if settings.analyses is None or name in settings.analyses}
 
 
 def made_later(config: Config) -> tuple[dict[str, Path], list[str]]:

@@ -1,18 +1,16 @@
 """Gradient conflict, the paper's figure 1a: do the losses at two timesteps pull the weights the same way?"""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
-from torch import nn
 
-from deme.analysis.material import Material, within_ranges
+from deme.analysis.material import Material
 from deme.analysis.task_vectors import cosine_maps, cosines, names_by_block
-from deme.job.processes import Processes
 from deme.job.records import Arrays, Keep
-from deme.measure.noisy import CleanImages
 from deme.report.figures import BLACK, COLOURS, DASHES, SEPARATOR, UNKNOWN, noted
 from deme.report.tables import headed_table, markdown_table, mean_of, number
 
@@ -22,32 +20,25 @@ MIN_PAIRS = 8  # of timesteps for a density
 
 
 def measure(material: Material) -> Arrays:
-    """Inner products of the pretrained network's gradients at all timesteps."""
+    """Inner products of the pretrained network's gradients at n timesteps, for two independent halves of the images.
 
-    def make(keep: Keep) -> Arrays:
-        network = material.load(material.networks["pretrained"]).requires_grad_(True)
-        images = material.clean("training", 0)
-        size = material.settings.sketch
-        arrays = gradient_products(network, images, material.timesteps, size, material.processes, keep)
-        return arrays | {"images": np.array(images.count)}
-
-    return material.keep("gradient_conflict", ["pretrained"], make)
-
-
-def gradient_products(
-    network: nn.Module, images: CleanImages, timesteps: Sequence[int], size: int, processes: Processes, keep: Keep
-) -> Arrays:
-    """Inner products of the denoising loss's gradients at n timesteps, for two independent halves of the images.
-
-    One gradient is in memory at a time, of which a sketch of at most `size` numbers per block is kept.
+    One gradient is in memory at a time, of which a sketch of at most `analyze.sketch` numbers per block is kept.
 
     Returns:
         products: float64, shape (G, 2, n, 2, n): block, half and timestep of one gradient, of the other.
         groups: names of the G blocks, the layers outside of all blocks being one more.
         exact: bool, shape (G,): the block has no more parameters than the sketch, which then is the gradient itself.
+        images: their number.
     """
-    parameters = dict(network.named_parameters())
-    blocks = names_by_block(parameters)
+    return material.keep("gradient_conflict", ["pretrained"], partial(gradient_products, material))
+
+
+def gradient_products(material: Material, keep: Keep) -> Arrays:
+    """What `measure` returns; the sketches of each timestep are kept."""
+    network = material.load(material.networks["pretrained"]).requires_grad_(True)
+    images, size = material.clean("training", 0), material.settings.sketch
+    named = dict(network.named_parameters())
+    blocks = {block: [named[name] for name in names] for block, names in names_by_block(named).items()}
     half = images.count // 2
 
     def sketch_timestep(timestep: int) -> Arrays:
@@ -57,21 +48,19 @@ def gradient_products(
             for _, batch in images.at(timestep, positions):
                 (batch.losses(network).sum() / half).backward()
             parts = []
-            for k, names in enumerate(blocks.values()):
-                gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in map(parameters.get, names)]
+            for k, parameters in enumerate(blocks.values()):
+                gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
                 parts.append(count_sketch(gradients, size, np.random.default_rng((*images.stream, SKETCH, k))))
             halves.append(torch.cat(parts).float())
-        return {"sketches": processes.reduce(torch.stack(halves), "sum").cpu().numpy()}
+        return {"sketches": material.processes.reduce(torch.stack(halves), "sum").cpu().numpy()}
 
-    sketches = [keep(f"{t:04d}", lambda t=t: sketch_timestep(t))["sketches"] for t in timesteps]
+    sketches = [keep(f"{t:04d}", partial(sketch_timestep, t))["sketches"] for t in material.timesteps]
     vectors = np.stack(sketches, axis=1).astype(np.float64)  # (2, n, sum of the sketches' lengths)
-    sizes = [sum(parameters[name].numel() for name in names) for names in blocks.values()]
-    parts = np.split(vectors, np.cumsum([min(size, count) for count in sizes])[:-1], axis=2)
-    return {
-        "products": np.stack([np.einsum("htd,kud->htku", part, part, optimize=True) for part in parts]),
-        "groups": np.array(list(blocks)),
-        "exact": np.array([count <= size for count in sizes]),
-    }
+    sizes = np.array([sum(p.numel() for p in parameters) for parameters in blocks.values()])
+    parts = np.split(vectors, np.minimum(sizes, size).cumsum()[:-1], axis=2)
+    products = np.stack([np.einsum("htd,kud->htku", part, part, optimize=True) for part in parts])
+    names, count = np.array(list(blocks)), np.array(images.count)
+    return {"products": products, "groups": names, "exact": sizes <= size, "images": count}
 
 
 def count_sketch(tensors: Sequence[torch.Tensor], size: int, random: np.random.Generator) -> torch.Tensor:
@@ -107,13 +96,18 @@ def both_cosines(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return cosines(products.sum(axis=(-4, -2))), cosines(crossed)
 
 
-def products_of_ranges(products: np.ndarray, timesteps: Sequence[int], ranges: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Inner products of the N ranges' gradients, (…, 2, N, 2, N), from those of n timesteps, (…, 2, n, 2, n).
+def products_of_ranges(products: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Inner products of the N ranges' gradients, (…, 2, N, 2, N), from (…, 2, n, 2, n) and masks (N, n).
 
     Finetuning on a range starts with the sum of its timesteps' gradients, which is easier to tell from noise than one.
     """
-    inside = within_ranges(timesteps, ranges).astype(np.float64)
-    return np.einsum("rt,...htku,su->...hrks", inside, products, inside, optimize=True)
+    weights = inside.astype(np.float64)
+    return np.einsum("rt,...htku,su->...hrks", weights, products, weights, optimize=True)
+
+
+def pairs_within(inside: np.ndarray) -> np.ndarray:
+    """Mask (n, n) of the pairs s < t of timesteps that a mask (n,) selects."""
+    return np.triu(np.outer(inside, inside), k=1)
 
 
 def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
@@ -122,9 +116,13 @@ def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
     sketched = f"sketches of {material.settings.sketch:,} dimensions per block"
     exact = "exact gradients" if arrays["exact"].all() else sketched
     note = f"{len(timesteps)} timesteps × {arrays['images']} training images in two halves, {exact}"
-    measured, corrected = both_cosines(arrays["products"].sum(axis=0))
-    by_timestep = {"as measured": measured, "noise-corrected": corrected}
-    by_range = products_of_ranges(arrays["products"], timesteps, ranges)
+    by_timestep = dict(
+        zip(("as measured", "noise-corrected"), both_cosines(arrays["products"].sum(axis=0)), strict=True)
+    )
+    within = dict(zip(names, map(pairs_within, material.inside), strict=True))
+    pairs = _table_of_pairs(by_timestep, within, np.outer(material.inside[0], material.inside[-1]), note)
+
+    by_range = products_of_ranges(arrays["products"], material.inside)
     measured, corrected = both_cosines(by_range.sum(axis=0))
     rows = []
     for name, *cells in zip(names, measured, corrected, strict=True):
@@ -135,30 +133,25 @@ def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
     by_block[np.abs(by_block) > LARGEST_COSINE] = np.nan
     maps = (corrected, names, by_block, arrays["groups"].tolist(), "noise-corrected cosine of the ranges' gradients")
     unknown = f"{note}; grey: not told from noise"
-    return f"{_table_of_pairs(by_timestep, material, note)}\n\n{table}", {
+    return f"{pairs}\n\n{table}", {
         "gradient-conflict": _map(by_timestep, ranges, unknown),
-        "gradient-densities": _densities(by_timestep, material, note),
+        "gradient-densities": _densities(by_timestep, within, note),
         "gradient-blocks": cosine_maps(*maps, unknown),
     }
 
 
-def pairs_within(inside: np.ndarray) -> np.ndarray:
-    """Mask (n, n) of the pairs s < t of timesteps that a mask (n,) selects."""
-    return np.triu(np.outer(inside, inside), k=1)
-
-
-def _table_of_pairs(by_timestep: dict[str, np.ndarray], material: Material, note: str) -> str:
-    """Mean cosines over pairs of timesteps.
+def _table_of_pairs(
+    by_timestep: dict[str, np.ndarray], within: dict[str, np.ndarray], apart: np.ndarray, note: str
+) -> str:
+    """Mean cosines over pairs of timesteps: within each range, and `apart` in the lowest and the highest one.
 
     The mean of the noise-corrected cosines is left out if less than half of the pairs can be told from noise, as these
     are no fair sample of all.
     """
-    inside = within_ranges(material.timesteps, material.ranges)
-    groups = {f"within {name}": pairs_within(mask) for name, mask in zip(material.range_names, inside, strict=True)}
-    groups["same range"] = np.any(list(groups.values()), axis=0)
-    if len(inside) > 1:
-        groups["different ranges"] = np.triu(~groups["same range"], k=1)
-        groups["lowest and highest range"] = np.outer(inside[0], inside[-1])
+    same = np.any(list(within.values()), axis=0)
+    groups = {f"within {name}": pairs for name, pairs in within.items()} | {"same range": same}
+    if len(within) > 1:
+        groups |= {"different ranges": np.triu(~same, k=1), "lowest and highest range": apart}
     rows = []
     for name, chosen in groups.items():
         measured, corrected = (values[chosen] for values in by_timestep.values())
@@ -173,11 +166,11 @@ def _table_of_pairs(by_timestep: dict[str, np.ndarray], material: Material, note
 def _map(by_timestep: dict[str, np.ndarray], ranges: Sequence[tuple[int, int]], note: str) -> Figure:
     """Cosines at all pairs of timesteps; lines separate the ranges."""
     figure = noted(9.2, 4.6, note)
-    total = ranges[-1][1]
     pictures = figure.subplots(1, 2, sharey=True)
     for axes, (name, values) in zip(pictures, by_timestep.items(), strict=True):
         axes.set_facecolor(UNKNOWN)
-        image = axes.imshow(values, cmap="PuOr_r", vmin=-1, vmax=1, origin="lower", extent=(0, total, 0, total))
+        sides = (0, ranges[-1][1]) * 2
+        image = axes.imshow(values, cmap="PuOr_r", vmin=-1, vmax=1, origin="lower", extent=sides)
         axes.grid(False)
         for low, _ in ranges[1:]:
             axes.axhline(low, **SEPARATOR)
@@ -188,17 +181,16 @@ def _map(by_timestep: dict[str, np.ndarray], ranges: Sequence[tuple[int, int]], 
     return figure
 
 
-def _densities(by_timestep: dict[str, np.ndarray], material: Material, note: str) -> Figure:
+def _densities(by_timestep: dict[str, np.ndarray], within: dict[str, np.ndarray], note: str) -> Figure:
     """The distribution of the cosines over all pairs of different timesteps, and within each range."""
     figure = noted(9.2, 4.2, note)
-    names, ranges = ["all pairs", *material.range_names], [(0, material.ranges[-1][1]), *material.ranges]
-    masks = [pairs_within(inside) for inside in within_ranges(material.timesteps, ranges)]
     pictures = figure.subplots(1, 2, sharey=True)
     for axes, (title, values), largest in zip(pictures, by_timestep.items(), (1, LARGEST_COSINE), strict=True):
         places = np.linspace(-largest, largest, 300)
         axes.set(title=title, xlabel="cosine of the loss's gradients", xlim=(-largest, largest))
         axes.axvline(0, color="black", linewidth=0.8)
-        for k, (name, pairs) in enumerate(zip(names, masks, strict=True)):
+        masks = {"all pairs": np.triu(np.full(values.shape, True), k=1)} | within
+        for k, (name, pairs) in enumerate(masks.items()):
             known = values[pairs & np.isfinite(values)]
             if len(known) >= MIN_PAIRS and known.std() >= 1e-6:
                 colour = BLACK if k == 0 else COLOURS[(k - 1) % len(COLOURS)]

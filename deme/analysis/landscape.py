@@ -1,18 +1,15 @@
 """Loss landscape: the denoising loss on the plane through the pretrained network and two experts (figures 4, 6a)."""
 
-from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from torch import nn
 
 from deme.analysis.material import Material
-from deme.job.processes import Processes
 from deme.job.records import Arrays, Keep
-from deme.measure.noisy import Batch
 from deme.method.candidates import Candidates
 from deme.method.task_vectors import PUBLISHED
 from deme.models.variants import read_searched
@@ -24,20 +21,16 @@ CORNERS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))  # pretrained, and the two expert
 
 
 def measure(material: Material) -> Arrays:
-    """Losses on the plane; nothing if there is a single expert."""
+    """Losses at pretrained + w₁ τ₁ + w₂ τ₂, on the same noisy images at every point; nothing for a single expert.
+
+    Returns:
+        losses: mean over the images of each range, float64, shape (points, points, ranges): by w₁, then w₂.
+        corners: those of the pretrained network and the two experts, not formed but loaded, shape (3, ranges).
+        errors: standard errors over the images of the experts' losses relative to the pretrained one's, (2, ranges).
+    """
     if len(material.ranges) < 2:
         return {}
-    experts = _experts(material)
-
-    def make(keep: Keep) -> Arrays:
-        base = material.tensors("pretrained")
-        finetuned = {name: material.tensors(name) for name in experts}
-        candidates = Candidates(base, finetuned, dict.fromkeys(base, 0), material.processes.device)
-        batches = material.spread(material.settings.landscape_images, 3)
-        shape = (len(material.ranges), material.settings.landscape_points)
-        return plane_losses(material.network, candidates, batches, *shape, material.processes, keep)
-
-    return material.keep("landscape", ["pretrained", *experts], make)
+    return material.keep("landscape", ["pretrained", *_experts(material)], partial(plane_losses, material))
 
 
 def _experts(material: Material) -> list[str]:
@@ -50,38 +43,27 @@ def axis(points: int) -> np.ndarray:
     return np.linspace(*AXIS, points).round(9)  # so that 0 and 1 are exact where they are on the grid
 
 
-def plane_losses(
-    network: nn.Module,
-    candidates: Candidates,
-    batches: Sequence[Batch],
-    num_ranges: int,
-    points: int,
-    processes: Processes,
-    keep: Keep,
-) -> Arrays:
-    """Losses at pretrained + w₁ τ₁ + w₂ τ₂, on the same noisy images at every point, kept row by row.
-
-    Args:
-        network: gets each point's weights.
-        candidates: of one group and two experts.
-
-    Returns:
-        losses: mean over the images of each range, float64, shape (points, points, ranges): by w₁, then w₂.
-        corners: those of the pretrained network and the two experts, not formed but loaded, shape (3, ranges).
-        errors: standard errors over the images of the experts' losses relative to the pretrained one's, (2, ranges).
-    """
+@torch.no_grad()
+def plane_losses(material: Material, keep: Keep) -> Arrays:
+    """What `measure` returns; the corners and each row of points are kept."""
+    processes = material.processes
+    base = material.tensors("pretrained")
+    finetuned = {name: material.tensors(name) for name in _experts(material)}
+    candidates = Candidates(base, finetuned, dict.fromkeys(base, 0), processes.device)
+    batches = material.spread(material.settings.landscape_images, 3)
 
     def total(values: torch.Tensor) -> np.ndarray:
-        sums = torch.zeros(num_ranges, dtype=torch.float64, device=processes.device)
+        sums = torch.zeros(len(material.ranges), dtype=torch.float64, device=processes.device)
         return processes.reduce(sums.index_add_(0, ranges, values.double()), "sum").cpu().numpy()
 
-    @torch.no_grad()
     def at(*coefficients: float) -> torch.Tensor:
         if coefficients in CORNERS:  # that network's own weights, bit for bit
-            network.load_state_dict([candidates.pretrained, *candidates.finetuned][CORNERS.index(coefficients)])
+            corner = [candidates.pretrained, *candidates.finetuned][CORNERS.index(coefficients)]
+            material.network.load_state_dict(corner)
         else:
-            candidates.form(network, [coefficients])
-        return torch.cat([batch.losses(network) if len(batch.ranges) > 0 else batch.weights for batch in batches])
+            candidates.form(material.network, [coefficients])
+        losses = [batch.losses(material.network) if len(batch.ranges) > 0 else batch.weights for batch in batches]
+        return torch.cat(losses)
 
     def at_corners() -> Arrays:
         pretrained, *experts = values = [at(*corner) for corner in CORNERS]
@@ -90,13 +72,13 @@ def plane_losses(
         errors = np.sqrt(variances.clip(0) / np.maximum(1, counts - 1)) / (total(pretrained) / counts)
         return {"corners": np.stack(list(map(total, values))) / counts, "errors": errors}
 
+    def row(first: float) -> Arrays:
+        return {"losses": np.stack([total(at(first, second)) for second in side]) / counts}
+
     ranges = torch.cat([batch.ranges for batch in batches])
-    counts, side = total(torch.ones_like(ranges)), axis(points).tolist()
+    counts, side = total(torch.ones_like(ranges)), axis(material.settings.landscape_points).tolist()
     corners = keep("corners", at_corners)
-    rows = []
-    for k, first in enumerate(side):
-        row = keep(f"row-{k:03d}", lambda w=first: {"losses": np.stack([total(at(w, v)) for v in side]) / counts})
-        rows.append(row["losses"])
+    rows = [keep(f"row-{k:03d}", partial(row, first))["losses"] for k, first in enumerate(side)]
     return {"losses": np.stack(rows)} | corners
 
 

@@ -1,16 +1,15 @@
 """Loss by timestep: the denoising loss of all networks at the same timesteps, on the same noisy images."""
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import sem
-from torch import nn
 
-from deme.analysis.material import Material, within_ranges
-from deme.job.records import Arrays
+from deme.analysis.material import Material
+from deme.job.records import Arrays, Keep
 from deme.measure.noisy import CleanImages
 from deme.models.variants import ORDER
 from deme.report.figures import SEPARATOR, model_style, noted
@@ -22,33 +21,25 @@ MOST_BLOCKS = 8  # of images, whose spread gives the standard errors
 def measure(material: Material) -> Arrays:
     """Losses of shape (n, images) by model: whole models first, then the experts."""
     images = cache(lambda: material.clean(material.measured_on, 1))  # not drawn if all losses are kept
-
-    def make(name: str) -> Arrays:
-        material.network.load_state_dict(material.tensors(name))
-        return {"losses": losses_by_timestep(material.network, images(), material.timesteps)}
-
     losses = {}
     for name in material.networks:
-        losses[name] = material.keep(f"loss_by_timestep-{name}", [name], lambda _, name=name: make(name))["losses"]
+        make = partial(losses_by_timestep, material, name, images)
+        losses[name] = material.keep(f"loss_by_timestep-{name}", [name], make)["losses"]
     experts = np.stack([losses[name] for name in material.range_names])
-    losses["ensemble"] = ensemble_losses(experts, within_ranges(material.timesteps, material.ranges))
+    losses["ensemble"] = experts[material.inside.argmax(axis=0), np.arange(len(material.timesteps))]
     return {name: losses[name] for name in (*ORDER, *material.range_names) if name in losses}
 
 
 @torch.no_grad()
-def losses_by_timestep(network: nn.Module, images: CleanImages, timesteps: Sequence[int]) -> np.ndarray:
-    """The loss of each image at each of n timesteps: float64, shape (n, images), the same in every process."""
-    processes = images.noiser.processes
-    losses = torch.zeros(len(timesteps), images.count, dtype=torch.float64, device=processes.device)
-    for row, timestep in zip(losses, timesteps, strict=True):
-        for places, batch in images.at(timestep, range(images.count)):
+def losses_by_timestep(material: Material, name: str, images: Callable[[], CleanImages], _keep: Keep) -> Arrays:
+    """A network's loss of each image at each of n timesteps: float64, shape (n, images)."""
+    network, count = material.network, images().count
+    network.load_state_dict(material.tensors(name))
+    losses = torch.zeros(len(material.timesteps), count, dtype=torch.float64, device=material.processes.device)
+    for row, timestep in zip(losses, material.timesteps, strict=True):
+        for places, batch in images().at(timestep, range(count)):
             row[places] = batch.losses(network).double()
-    return processes.reduce(losses, "sum").cpu().numpy()
-
-
-def ensemble_losses(experts: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """At each timestep the losses of its range's expert, (n, images), of (ranges, n, images); masks (ranges, n)."""
-    return experts[inside.argmax(axis=0), np.arange(inside.shape[1])]
+    return {"losses": material.processes.reduce(losses, "sum").cpu().numpy()}
 
 
 def relative_loss(losses: np.ndarray, pretrained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -74,8 +65,8 @@ def relative_means(losses: np.ndarray, pretrained: np.ndarray, inside: np.ndarra
 
 def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
     """The relative loss of whole models, and of each expert in and out of its range; means over the ranges."""
-    pretrained, names, timesteps = arrays["pretrained"], material.range_names, np.array(material.timesteps)
-    inside = within_ranges(timesteps, material.ranges)
+    pretrained, names = arrays["pretrained"], material.range_names
+    timesteps, inside = np.array(material.timesteps), material.inside
     images = f"{pretrained.shape[1]} {material.measured_on} images"
     note = f"{len(timesteps)} timesteps × {images}, the same noise for all networks"
     rows = []

@@ -1,7 +1,7 @@
 """What the analyses work on: a run's networks, its images, and arrays that were measured before."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +26,6 @@ from deme.models.variants import common_architecture
 STREAM = 4  # of the analyses' random draws, apart from those of training and of the search
 
 
-def within_ranges(timesteps: Sequence[int], ranges: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Masks (ranges, timesteps) of the timesteps in each range [low, high)."""
-    return np.array([[low <= t < high for t in timesteps] for low, high in ranges])
-
-
 @dataclass
 class Material:
     """A run's networks and images, loaded on demand: arrays that are kept need neither."""
@@ -48,6 +43,8 @@ class Material:
         self.ranges = self.config.timesteps.ranges
         self.range_names = self.config.timesteps.names  # the experts' names, too
         self.timesteps = self.config.analyzed_timesteps
+        inside = [[low <= timestep < high for timestep in self.timesteps] for low, high in self.ranges]
+        self.inside = np.array(inside)  # masks (ranges, timesteps)
         self.architecture = common_architecture(list(self.networks.values()))  # a folder
         # which images losses are measured on
         self.measured_on = "held-out" if self.config.data.held_out_images > 0 else "training"

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ from deme.analysis.gradient_conflict import (
     pairs_within,
     products_of_ranges,
 )
-from deme.analysis.material import within_ranges
 from deme.measure.noisy import draw_clean
 
 TIMESTEPS = [50, 400, 950]
@@ -41,7 +42,10 @@ def made(name, make):
 
 
 def conflict(network, images, size=10**6, keep=made) -> np.ndarray:
-    return gradient_products(network, images, TIMESTEPS, size, Accelerator(cpu=True), keep)
+    material = SimpleNamespace(processes=Accelerator(cpu=True), timesteps=TIMESTEPS, networks={"pretrained": None})
+    material.settings = SimpleNamespace(sketch=size)
+    material.load, material.clean = lambda _: network, lambda *_: images
+    return gradient_products(material, keep)
 
 
 def test_cosines_of_a_linear_network_are_those_of_its_gradients_in_closed_form():
@@ -128,13 +132,12 @@ def test_gradients_of_ranges_are_sums_over_their_timesteps():
     vectors = np.random.default_rng(0).normal(size=(2, 4, 5))
     products = np.einsum("htd,kud->htku", vectors, vectors)
     sums = np.stack([vectors[:, :1].sum(1), vectors[:, 1:].sum(1)], axis=1)
-    found = products_of_ranges(products[None], [10, 20, 30, 40], [(0, 15), (15, 50)])
+    found = products_of_ranges(products[None], np.array([[True, False, False, False], [False, True, True, True]]))
     assert found[0] == pytest.approx(np.einsum("hrd,ksd->hrks", sums, sums))
 
 
 def test_pairs_within_a_range_are_those_of_different_timesteps_in_it():
-    [inside] = within_ranges([1, 2, 3, 4], [(2, 4)])
-    assert np.argwhere(pairs_within(inside)).tolist() == [[1, 2]]
+    assert np.argwhere(pairs_within(np.array([False, True, True, False]))).tolist() == [[1, 2]]
 
 
 def test_what_is_kept_of_a_timestep_is_not_computed_again():

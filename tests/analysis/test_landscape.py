@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -5,16 +7,17 @@ from accelerate import Accelerator
 from noisy_images import RANGES, Linear, probes
 
 from deme.analysis.landscape import axis, plane_losses
-from deme.method.candidates import Candidates
 
 
 def measured(points: int, keep=lambda name, make: make()):
     accelerator = Accelerator(cpu=True)
     networks = [Linear(seed) for seed in range(3)]
-    base, first, second = (network.state_dict() for network in networks)
-    candidates = Candidates(base, {"a": first, "b": second}, dict.fromkeys(base, 0), "cpu")
     batches = probes(accelerator)
-    found = plane_losses(Linear(7), candidates, batches, len(RANGES), points, accelerator, keep)
+    material = SimpleNamespace(processes=accelerator, network=Linear(7), ranges=RANGES, range_names=["a", "b"])
+    tensors = {name: network.state_dict() for name, network in zip(("pretrained", "a", "b"), networks, strict=True)}
+    material.tensors, material.spread = tensors.get, lambda *_: batches
+    material.settings = SimpleNamespace(landscape_ranges=None, landscape_points=points, landscape_images=30)
+    found = plane_losses(material, keep)
     with torch.no_grad():
         losses = [torch.cat([batch.losses(network) for batch in batches]).double() for network in networks]
     return found, losses, torch.cat([batch.ranges for batch in batches])

@@ -8,13 +8,12 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler
 from noisy_images import noiser
 
-from deme.analysis.loss_by_timestep import ensemble_losses, losses_by_timestep, relative_loss, relative_means
-from deme.analysis.material import within_ranges
+from deme.analysis.loss_by_timestep import losses_by_timestep, measure, relative_loss, relative_means
 from deme.measure.noisy import draw_clean
 from deme.method.losses import decoupled_loss
 
 TIMESTEPS = [100, 400, 600, 900]
-INSIDE = within_ranges(TIMESTEPS, [(0, 500), (500, 1000)])
+INSIDE = np.array([[True, True, False, False], [False, False, True, True]])  # two ranges
 
 
 def alone(rank: int = 0, processes: int = 1) -> SimpleNamespace:
@@ -26,7 +25,10 @@ def alone(rank: int = 0, processes: int = 1) -> SimpleNamespace:
 def losses(seed: int, accelerator=None, batch_size: int = 8) -> np.ndarray:
     accelerator = accelerator or Accelerator(cpu=True)
     images = draw_clean(noiser(accelerator), (0, 4), 20, batch_size)
-    return losses_by_timestep(tiny_unet(seed), images, TIMESTEPS)
+    network = tiny_unet(seed)
+    material = SimpleNamespace(processes=accelerator, network=network, timesteps=TIMESTEPS)
+    material.tensors = lambda _: network.state_dict()
+    return losses_by_timestep(material, "a", lambda: images, None)["losses"]
 
 
 def test_the_losses_are_those_that_training_sees():
@@ -60,10 +62,12 @@ def test_the_pretrained_network_is_1_everywhere():
 
 
 def test_the_ensemble_is_each_expert_in_its_range():
-    experts = np.stack([losses(1), losses(2)])
-    found = ensemble_losses(experts, INSIDE)
-    assert np.array_equal(found[:2], experts[0][:2])
-    assert np.array_equal(found[2:], experts[1][2:])
+    kept = {"pretrained": losses(0), "a": losses(1), "b": losses(2)}
+    material = SimpleNamespace(networks=kept, range_names=["a", "b"], inside=INSIDE, timesteps=TIMESTEPS)
+    material.keep = lambda name, networks, make: {"losses": kept[networks[0]]}
+    found = measure(material)
+    assert list(found) == ["pretrained", "ensemble", "a", "b"]
+    assert np.array_equal(found["ensemble"], np.concatenate([kept["a"][:2], kept["b"][2:]]))
 
 
 def test_means_of_ranges_are_means_of_ratios_with_errors_over_blocks():
