@@ -192,7 +192,8 @@ def main(config: Config) -> None:
     import gc
 
     from deme.method.merging import merge_method
-    from deme.training.setup import load_networks, open_training
+    from deme.training.state import load_networks
+    from deme.training.trainer import open_training
 
     merge_method(config.merge.method, config.merge.settings)  # a typo would show only when the training is over
     key, source = source_of(tasks[0], config)
@@ -205,7 +206,7 @@ def main(config: Config) -> None:
 
     # --- one run per task
     for task, run in runs:
-        if not finetune(session, task, session.with_data(run), start, images):
+        if not finetune(session, task, run, start, images):
             return
         gc.collect()  # autocast's wrappers tie this run's networks into cycles, which would keep their memory
 
@@ -215,7 +216,7 @@ def finetune(session: Session, task: Task, run: TrainingRun, start: "Networks", 
     import copy
 
     from deme.models.denoisers import with_projections
-    from deme.training.setup import train
+    from deme.training.trainer import train
 
     student = with_projections(start.student) if task.is_projected else copy.deepcopy(start.student)
     teacher = start.teacher

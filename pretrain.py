@@ -114,7 +114,7 @@ def main(config: Config) -> None:
         return
 
     # --- network, noise schedule and images; torch is imported only now, as the lines above do not need it
-    from deme.training.setup import open_training, train
+    from deme.training.trainer import open_training, train
 
     accelerator, networks, images = open_training(session, partial(make_networks, config, encoders), watched, hashes)
     accelerator.print(
@@ -124,7 +124,7 @@ def main(config: Config) -> None:
 
     # --- train on all timesteps, without a teacher
     write = partial(write_pipeline, config, networks, encoders)
-    trainer = train(session, session.with_data(run), networks, images.training, write, images.held_out)
+    trainer = train(session, run, networks, images.training, write, images.held_out)
     if trainer is None:
         return
     has_converged = trainer.state.step < settings.max_steps

@@ -32,7 +32,8 @@ def main(config: Config) -> None:
     inputs = ModelFiles(pipeline, [denoiser_folder(pipeline)])
     inputs.check_fits(config)
 
-    from deme.training.setup import load_networks, open_training
+    from deme.training.state import load_networks
+    from deme.training.trainer import open_training
 
     load = partial(load_networks, inputs, "model.pretrained", config.paths.pretrained)
     accelerator, _, images = open_training(Session(config, config.finetune), load, inputs.watched(), inputs.hashes())

@@ -68,26 +68,18 @@ class Session:
     """
 
     def __init__(self, config: Config, settings: Training):
-        self.config = config
-        self.settings = settings
+        self.config, self.settings = config, settings
         is_installed = "wandb" not in settings.log_with or find_spec("wandb") is not None
         settings.check("log_with", is_installed, "Weights & Biases is not installed: pip install wandb")
-        minutes = math.inf if settings.max_minutes is None else settings.max_minutes
-        self.deadline = time.monotonic() + 60 * minutes
+        self.deadline = time.monotonic() + 60 * (settings.max_minutes or math.inf)
 
     def new_run(
-        self,
-        objective: Objective,
-        settings: Training,
-        folder: Path,
-        output: Path,
-        made_from: dict[str, Any],
-        renamed: dict[str, str],
+        self, objective: Objective, settings: Training, folder: Path, output: Path, made_from: dict, renamed: dict
     ) -> TrainingRun:
         """A run with its record, except for the hashes of the data.
 
-        `made_from` is what determines the weights beside seed, data and settings. `renamed` has the key that the value
-        of a setting comes from, if that is another one.
+        `made_from`, key → value, determines the weights beside seed, data and settings. `renamed` has the key that the
+        value of a setting comes from, if that is another one.
         """
         tagged: dict[str, dict[str, Any]] = {"weights": {}, "free": {}}
         for section, tag in product((self.config.data, settings), tagged):
@@ -96,9 +88,9 @@ class Session:
                 name = f"{section.section}.{key}"
                 if key not in unused and name != IMAGE_COLUMN:  # `with_data` adds the one that is read
                     tagged[tag][renamed.get(name, name)] = value
-        timesteps = {"timesteps.num_train_timesteps": self.config.timesteps.num_train_timesteps}
-        made_from = {"seed": self.config.seed, **timesteps, **tagged["weights"], **made_from}
-        record = Record(RUN, made_from, {"free": tagged["free"], **provenance(self.config)})
+        fixed = {"seed": self.config.seed, "timesteps.num_train_timesteps": self.config.timesteps.num_train_timesteps}
+        beside = {"free": tagged["free"], **provenance(self.config)}
+        record = Record(RUN, {**fixed, **tagged["weights"], **made_from}, beside)
         return TrainingRun(objective, settings, folder, output, record)
 
     @cached_property

@@ -1,22 +1,34 @@
-"""What a training run changes: weights, their EMA, AdamW's moments, and scalars such as the step."""
+"""What a training run changes, and its checkpoints: `checkpoints/step-00005000/`, each whole or absent.
 
+Student, EMA and optimizer are safetensors; `state.json` holds the scalars and the SHA-256 of the other files.
+"""
+
+import json
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deme.config.trainings import Training
-from deme.models.encoders import Encoder
+from deme.errors import RunError, UserError, naming, one_line
+from deme.job import files
+from deme.method.losses import Experts
+from deme.models.denoisers import load_denoiser, load_scheduler
+from deme.models.encoders import Encoder, load_encoder, try_out
+from deme.models.variants import ModelFiles
 
-STUDENT = "student.safetensors"
-EMA = "ema.safetensors"
-OPTIMIZER = "optimizer.safetensors"
+STUDENT, EMA, OPTIMIZER = "student.safetensors", "ema.safetensors", "optimizer.safetensors"
 WEIGHTING = "loss_weighting.safetensors"  # only if it is learned
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,25 @@ class Networks:
     teacher: nn.Module | None  # the pretrained network, or all experts as one; the trainer freezes it
     scheduler: DDPMScheduler  # the noise schedule
     encoder: Encoder
+
+
+def load_networks(inputs: ModelFiles, key: str, source: str) -> Networks:
+    """Load and try out a pipeline, and the experts as its teacher if `inputs` has more than one denoiser.
+
+    Errors name the setting `key` and its value, which the pipeline comes from.
+    """
+    folder, *expert_folders = inputs.denoisers
+    with naming(key, source):
+        denoiser = load_denoiser(folder)
+        scheduler = load_scheduler(inputs.pipeline)
+        encoder = load_encoder(inputs.pipeline, denoiser)
+        try_out(denoiser, scheduler, encoder)
+    experts = []
+    for path in expert_folders:
+        experts.append(load_denoiser(path))
+        with naming(path):
+            try_out(experts[-1], scheduler, encoder)
+    return Networks(denoiser, Experts(experts) if experts else None, scheduler, encoder)
 
 
 @dataclass
@@ -54,22 +85,15 @@ class TrainingState(Scalars):
         weighting_learning_rate: float | None = None,
     ):
         super().__init__()
-        self.student = student
-        self.scaler = scaler
-        self.weighting = weighting
+        self.student, self.scaler, self.weighting = student, scaler, weighting
         self.trained = dict(student.named_parameters())  # all parameters that the optimizer trains
         groups: list[dict] = [{"params": list(student.parameters())}]
         if weighting is not None:
             self.trained |= weighting.named_parameters(prefix="loss_weighting")
             groups.append({"params": list(weighting.parameters()), "lr": weighting_learning_rate, "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            weight_decay=settings.adam_weight_decay,
-            eps=settings.adam_epsilon,
-            fused=True,
-        )
+        options = {"lr": settings.learning_rate, "betas": (settings.adam_beta1, settings.adam_beta2)}
+        options |= {"weight_decay": settings.adam_weight_decay, "eps": settings.adam_epsilon}
+        self.optimizer = torch.optim.AdamW(groups, **options, fused=True)
         # a scheduler that is stepped through accelerate would count the steps of all processes
         steps = {"num_warmup_steps": settings.lr_warmup_steps, "num_training_steps": settings.max_steps}
         self.learning_rate_factor = get_scheduler(settings.lr_scheduler, self.optimizer, **steps).lr_lambdas[0]
@@ -106,22 +130,120 @@ class TrainingState(Scalars):
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """File name → tensors; AdamW has its moments only after the first step."""
         moments = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.trained.items()}
-        files = {
+        saved = {
             STUDENT: self.student.state_dict(),
             EMA: dict(zip(self.trained, self.ema.shadow_params, strict=False)),  # the student's come first
             OPTIMIZER: {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()},
         }
-        return files if self.weighting is None else files | {WEIGHTING: self.weighting.state_dict()}
+        return saved if self.weighting is None else saved | {WEIGHTING: self.weighting.state_dict()}
 
-    def load(self, saved: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Copy saved tensors into those of this state."""
-        for file, tensors in self.tensors().items():
-            for name, tensor in tensors.items():
-                if file != OPTIMIZER:
-                    tensor.copy_(saved[file][name])
+    def load(self, checkpoint: Path, max_steps: int) -> None:
+        """Read a checkpoint; a damaged one raises an exception of any type."""
+        content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        scalars = files.checked(content, Scalars)
+        if scalars.step != int(checkpoint.name.removeprefix("step-")) or scalars.step > max_steps:
+            raise ValueError(f"step={scalars.step}")
+        mine = self.tensors()
+        for file in mine:
+            if files.sha256(checkpoint / file) != content["sha256"].get(file):
+                raise ValueError(f"the SHA-256 of {file} differs from the one in {STATE}")
+        saved = {file: load_file(checkpoint / file) for file in mine}
+        for file in mine.keys() - {OPTIMIZER}:
+            for name, tensor in mine[file].items():
+                tensor.copy_(saved[file][name])
         for key, value in saved[OPTIMIZER].items():
             name, moment = key.rsplit("/", 1)
             parameter = self.trained[name]
             # a fused step needs everything on the parameter's device, and the moments in its memory format
             like = parameter if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
             self.optimizer.state[parameter][moment] = torch.empty_like(like).copy_(value)
+        vars(self).update(asdict(scalars))
+        if self.scaler is not None and content["scaler"] is not None:
+            self.scaler.load_state_dict(content["scaler"])
+
+
+class CheckpointWriter:
+    """Writes `folder`/step-… in the background: the state is copied, and a thread writes the copy to disk.
+
+    One checkpoint is written at a time; then all but the last `keep` are deleted. The copy stays allocated, as a
+    process fills new memory slowly.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self.copies: dict[str, dict[str, torch.Tensor]] = {}
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.unfinished: Future | None = None
+
+    def write(self, state: TrainingState, log: Path, last: bool = False) -> None:
+        """Copy the state and have the copy written. Raises RunError if the previous checkpoint could not be written.
+
+        The run's `last` checkpoint is tried all the same. The log is synced first, so that a crash loses no line.
+        """
+        try:
+            self.wait()
+        except RunError as error:
+            if not last:
+                raise
+            print(error)
+        for file, tensors in state.tensors().items():
+            if self.copies.get(file, {}).keys() != tensors.keys():
+                copies = (torch.empty_like(value, device="cpu", pin_memory=value.is_cuda) for value in tensors.values())
+                self.copies[file] = dict(zip(tensors, copies, strict=True))
+            torch._foreach_copy_(list(self.copies[file].values()), list(tensors.values()))
+        scalars = asdict(state) | {"scaler": state.scaler and state.scaler.state_dict()}
+        self.unfinished = self.thread.submit(self._write, scalars, log)
+
+    def wait(self, block: bool = True) -> None:
+        """Wait for the checkpoint under way, or return at once. Raises RunError if it could not be written."""
+        if self.unfinished is not None and (block or self.unfinished.done()):
+            unfinished, self.unfinished = self.unfinished, None
+            unfinished.result()
+
+    def _write(self, scalars: dict, log: Path) -> None:
+        path = self.folder / f"step-{scalars['step']:08d}"
+        with files.atomic_folder(path) as temporary:
+            files.sync_to_disk(log)
+            for file, tensors in self.copies.items():
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / file)
+            hashes = {"sha256": {file: files.sha256(temporary / file) for file in self.copies}}
+            (temporary / STATE).write_text(json.dumps(scalars | hashes, indent=2), encoding="utf-8")
+        for newer in list_checkpoints(self.folder):  # unreadable, or the run would have resumed from it
+            if newer > path:
+                shutil.rmtree(newer, ignore_errors=True)
+        self.delete_older(path)
+
+    def delete_older(self, path: Path) -> None:
+        """Delete all checkpoints before `path` but for the `keep` − 1 newest of them."""
+        for other in [other for other in list_checkpoints(self.folder) if other < path][self.keep - 1 :]:
+            shutil.rmtree(other, ignore_errors=True)  # a later call deletes the rest
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first."""
+    return [folder / f"step-{step:08d}" for step in reversed(files.checkpoint_steps(folder))]
+
+
+def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -> Path | None:
+    """Fill `state` from the newest intact checkpoint. Damaged ones are reported and skipped.
+
+    What a killed run left half-written is deleted. A failing disk raises RunError: the failure may pass, and resuming
+    from an older checkpoint would delete the newest.
+    """
+    files.make_folder(folder, "output_dir")
+    files.remove_leftovers(folder, "step-*")
+    checkpoints = list_checkpoints(folder)
+    for path in checkpoints:
+        try:
+            state.load(path, max_steps)
+            return path
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a damaged file leads to errors of json, safetensors and torch
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise RunError(f"{path}: cannot be read: {one_line(error)}") from error
+            print(f"{path}: unreadable, trying the one before it ({one_line(error)})")
+    if checkpoints:
+        message = f"none of the {len(checkpoints)} checkpoints can be read; delete the folder to restart"
+        raise UserError(f"{folder}: {message}")
+    return None

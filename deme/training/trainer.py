@@ -1,4 +1,4 @@
-"""The training loop of pretrain.py and finetune.py.
+"""The training loop of pretrain.py and finetune.py, and how they open networks and data and write what is trained.
 
 Every random draw of micro-batch m of optimizer step s comes from a generator seeded with (seed, stream, s, m). So
 neither the number of processes nor an interruption changes what a run is trained on. Between two log lines the loop
@@ -17,20 +17,39 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from deme.data.examples import Examples, MicroBatch, micro_batches
+from deme.config.experiment import check_shares
+from deme.data.examples import Examples, MicroBatch, TrainingImages, load_examples, micro_batches
 from deme.errors import RunError, naming
 from deme.job.command import Interrupted, noted_signals
-from deme.job.processes import Agreement, in_main_process, keep_freed_memory, peak_memory
+from deme.job.files import Watched, atomic_folder
+from deme.job.processes import Agreement, in_main_process, keep_freed_memory, locked_by_all, make_accelerator, peak_memory
 from deme.method.losses import UncertaintyWeights, choose_ranges, decoupled_loss, loss_weights, spread_timesteps
 from deme.models.denoisers import freeze, memory_format
-from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_checkpoint, load_newest_checkpoint
 from deme.training.progress import Meter, RunLog, held_out_loss, save_preview
-from deme.training.session import TrainingRun
-from deme.training.state import Networks, TrainingState
+from deme.training.session import Session, TrainingRun
+from deme.training.state import CheckpointWriter, Networks, TrainingState, list_checkpoints, load_newest_checkpoint
 
 # why a run stops early: one of these or a signal's number; if processes differ, the greatest counts for all
 GO_ON, TIME_IS_UP = 0, 1
 LEAST_FALL = 1e-3  # relative: a smaller decrease of the held-out loss does not count
+
+
+def open_training(
+    session: Session, load: Callable[[], Networks], watched: Watched, made_from: dict[str, str]
+) -> tuple[Accelerator, Networks, TrainingImages]:
+    """The accelerator, networks and data that all runs of a command share.
+
+    `load` reads the files in `watched`; `made_from` has their hashes.
+    """
+    settings = session.settings
+    accelerator = make_accelerator(settings.mixed_precision, f"{settings.section}.mixed_precision")
+    check_shares(settings, accelerator.num_processes)
+    networks = load()
+    accelerator.wait_for_everyone()
+    watched.check()  # every process has read the same files
+    made_of = session.data_hashes | made_from
+    images = load_examples(session.config, settings, session.source, networks.encoder, made_of, accelerator)
+    return accelerator, networks, images
 
 
 class Trainer:
@@ -48,23 +67,19 @@ class Trainer:
         held_out: Examples | None = None,
     ):
         objective, settings = run.objective, run.settings
-        self.accelerator = accelerator
-        self.device = accelerator.device
-        self.networks = networks
-        self.objective = objective
-        self.settings = settings
-        self.folder = run.folder
-        self.checkpoints = run.folder / "checkpoints"
-        self.held_out = held_out
+        self.accelerator, self.device = accelerator, accelerator.device
+        self.networks, self.held_out = networks, held_out
+        self.objective, self.settings = objective, settings
+        self.folder, self.checkpoints = run.folder, run.folder / "checkpoints"
         if self.device.type == "cpu":
             keep_freed_memory()
 
-        networks.encoder.prepare(self.device, settings.mixed_precision)
+        precision, teacher = settings.mixed_precision, networks.teacher
+        networks.encoder.prepare(self.device, precision)
         self.student = networks.student.to(self.device, memory_format=memory_format(self.device)).train()
         if settings.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
-        teacher = networks.teacher
-        self.teacher = None if teacher is None else freeze(teacher, self.device, settings.mixed_precision)
+        self.teacher = None if teacher is None else freeze(teacher, self.device, precision)
         rate = objective.uncertainty_learning_rate
         learned = None if rate is None else UncertaintyWeights(objective.ranges).to(self.device)
         self.weighting = self._make_weighting() if learned is None else learned
@@ -130,7 +145,7 @@ class Trainer:
 
         newest = in_main_process(self.accelerator, resume)
         if newest is not None and not self.accelerator.is_main_process:
-            load_checkpoint(newest, self.state, steps)  # the same one in every process
+            self.state.load(newest, steps)  # the same one in every process
         self.meter.skipped_steps.fill_(self.state.skipped_steps)
 
     def _train(self, wish: Callable[[], int]) -> int:
@@ -215,15 +230,10 @@ class Trainer:
         if fault := self.meter.fault(state.step):
             self._fail(fault)
         state.skipped_steps = int(self.meter.skipped_steps)
-        line = {
-            "step": state.step,
-            **means,
-            "skipped_steps": state.skipped_steps,
-            "learning_rate": state.optimizer.param_groups[0]["lr"],
-            "ema_decay": state.ema.cur_decay_value,
-            "images_per_second": steps_per_second * self.settings.batch_size,
-            "peak_memory_gib": peak_memory(self.device.type) / 2**30,
-        }
+        line = {"step": state.step, **means, "skipped_steps": state.skipped_steps}
+        line |= {"learning_rate": state.optimizer.param_groups[0]["lr"], "ema_decay": state.ema.cur_decay_value}
+        line["images_per_second"] = steps_per_second * self.settings.batch_size
+        line["peak_memory_gib"] = peak_memory(self.device.type) / 2**30
         if state.weighting is not None:
             line |= {f"log_variance_{k}": value for k, value in enumerate(state.weighting.log_variances.tolist())}
         if measuring:
@@ -246,3 +256,31 @@ class Trainer:
         self.writer.wait()
         saved = list_checkpoints(self.checkpoints)
         raise RunError(f"{self.objective.name}: {what}; last good checkpoint: {saved[0] if saved else 'none'}")
+
+
+def train(
+    session: Session,
+    run: TrainingRun,
+    networks: Networks,
+    images: Examples,
+    write: Callable[[Path], None],
+    held_out: Examples | None = None,
+) -> Trainer | None:
+    """Train to the end and have `write` fill the output's folder; None if time was up first."""
+    settings, run = session.settings, session.with_data(run)
+    key = f"{settings.section}.mixed_precision"
+    accelerator = make_accelerator(settings.mixed_precision, key)  # anew, as each run has its own loss scale
+
+    def finish() -> None:
+        with atomic_folder(run.output) as temporary:
+            write(temporary)
+        print(f"wrote {run.output}")
+
+    with locked_by_all(accelerator, run.folder, "output_dir"):
+        in_main_process(accelerator, run.claim)
+        trainer = Trainer(accelerator, networks, images, run, held_out)
+        if trainer.run(session.deadline):
+            in_main_process(accelerator, finish)
+            return trainer
+    accelerator.print(f"stopped after {settings.section}.max_minutes={settings.max_minutes}; the same command resumes")
+    return None

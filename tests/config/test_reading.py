@@ -97,6 +97,8 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("merge.method=average", "merge.method=average: must be one of task_arithmetic, ties"),
         ("finetune.lr_warmup_steps=5", "finetune.lr_warmup_steps=5: finetune.lr_scheduler=constant has no warm-up"),
         ("sample.num_inference_steps=2000", "sample.num_inference_steps=2000: must be at most timesteps.num_train"),
+        ("search.num_inference_steps=1001", "search.num_inference_steps=1001: must be at most timesteps.num_train"),
+        ("self_training.num_inference_steps=1001", "self_training.num_inference_steps=1001: must be at most timesteps"),
         ("sample.eta=-1", "sample.eta=-1.0: must be at least 0 and at most 1"),
         ("finetune.max_grad_norm=.inf", "finetune.max_grad_norm=inf: must be above 0 and finite"),
         ("finetune.lr_warmup_steps=-1", "finetune.lr_warmup_steps=-1: must be at least 0 and at most"),

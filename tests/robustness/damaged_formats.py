@@ -148,8 +148,7 @@ def safetensors(choose: random.Random, folder: Path) -> Readers:
 def checkpoint(choose: random.Random, folder: Path) -> Readers:
     """A checkpoint's state and tensors."""
     from deme.config.trainings import Finetune
-    from deme.training.checkpoints import CheckpointWriter, load_newest_checkpoint
-    from deme.training.state import TrainingState
+    from deme.training.state import CheckpointWriter, TrainingState, load_newest_checkpoint
 
     def state() -> TrainingState:
         student = torch.nn.Linear(2, 2)

@@ -17,9 +17,9 @@ from benchmarks.trainers import make_trainer
 from deme.config.trainings import Finetune, Pretrain
 from deme.data.examples import CroppedImages
 from deme.errors import RunError, UserError
-from deme.training.checkpoints import CheckpointWriter, list_checkpoints, load_newest_checkpoint
 from deme.training.progress import MAX_SKIPPED_STEPS
 from deme.training.session import Objective
+from deme.training.state import CheckpointWriter, list_checkpoints, load_newest_checkpoint
 from deme.training.trainer import Trainer
 
 OBJECTIVE = Objective(
@@ -482,7 +482,7 @@ def test_a_checkpoint_that_may_be_readable_later_is_not_passed_over(tmp_path, mo
     def load_file(path):
         raise error
 
-    monkeypatch.setattr("deme.training.checkpoints.load_file", load_file)
+    monkeypatch.setattr("deme.training.state.load_file", load_file)
     with pytest.raises((RunError, torch.OutOfMemoryError), match=r"step-00000006: cannot be read|no memory"):
         trainer(tmp_path, checkpoint_every=2).run()
 
