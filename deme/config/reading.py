@@ -6,7 +6,7 @@ OmegaConf checks keys and types; every mistake is a `UserError` of one line that
 import json
 import re
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from itertools import chain, islice
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deme.config.experiment import Config
 from deme.config.section import Section
-from deme.errors import UserError, naming, one_line, shown
+from deme.errors import UserError, blaming, naming, one_line, shown
 
 for resolver in ("oc.env", "oc.decode", "oc.deprecated"):  # a secret in the environment must not get into a record
     OmegaConf.clear_resolver(resolver)
@@ -27,7 +27,9 @@ for resolver in ("oc.env", "oc.decode", "oc.deprecated"):  # a secret in the env
 Kind = TypeVar("Kind", bound=Section)
 DEEPEST = 40  # mappings and lists inside of each other
 MOST_VALUES = 1_000_000
-READING_ERRORS = (yaml.YAMLError, ValueError, TypeError, OverflowError, AssertionError, OmegaConfBaseException)
+TEXTS = (str, str | None, list[str], list[str] | None)
+READING_ERRORS = (yaml.YAMLError, ValueError, TypeError, OverflowError, AssertionError, AttributeError)
+READING_ERRORS += (OmegaConfBaseException,)
 
 
 def load_config(file: str | Path, overrides: list[str], kind: type[Kind] = Config) -> Kind:
@@ -60,11 +62,9 @@ def load_config(file: str | Path, overrides: list[str], kind: type[Kind] = Confi
 
 def read_mapping(file: str | Path, kind: type[Section] = Config) -> Any:
     """The mapping in a YAML file that holds a configuration of this kind, as an OmegaConf node."""
+    with blaming(f"--config {file}"):  # not there, not UTF-8, no such user
+        text = Path(file).expanduser().read_text(encoding="utf-8")
     with naming(f"--config {file}"):
-        try:
-            text = Path(file).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError, RuntimeError) as error:  # not there, not UTF-8, no such user
-            raise UserError(one_line(error)) from None
         return OmegaConf.create(_values(text, kind))
 
 
@@ -72,42 +72,24 @@ def read_mapping(file: str | Path, kind: type[Section] = Config) -> Any:
 def _values(text: str, kind: type[Section]) -> dict:
     """The plain values of a configuration's text, as OmegaConf reads it: ${…} as it stands."""
     node = checked_yaml(text)
-    try:
+    with _naming_the_place():
         content = OmegaConf.to_container(OmegaConf.create(text))
-    except READING_ERRORS as error:
-        raise UserError(f"not YAML: {reason(error)}") from None
     if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode | None):
         raise UserError("not a YAML mapping")
-    for key, written in _settings(node):
-        section, _, name = key.rpartition(".")
-        if key in _texts(kind):
-            part = content[section] if section else content
-            part[name] = _as_written(part[name], written)
-    return content
+    return _as_written(content, node, kind)
 
 
-def _settings(node: yaml.Node | None, section: str = "") -> Iterator[tuple[str, yaml.Node]]:
-    """The settings in a configuration's nodes: section.key → how it is written."""
-    for key, value in [] if node is None else node.value:
-        if isinstance(value, yaml.MappingNode) and not section:
-            yield from _settings(value, f"{key.value}.")
-        else:
-            yield f"{section}{key.value}", value
-
-
-def _as_written(value: Any, node: yaml.Node | None) -> Any:
-    """What stands there for a text, or a list of texts, that YAML takes for numbers or truth values."""
+def _as_written(value: Any, node: yaml.Node | None, kind: Any) -> Any:
+    """A value of this type; what YAML takes for numbers or truth values in its texts stands there as it is written."""
+    if is_dataclass(kind) and isinstance(node, yaml.MappingNode):
+        types = {part.name: part.type for part in fields(kind)}
+        written = {key.value: part for key, part in node.value if key.value in types}
+        return value | {name: _as_written(value[name], part, types[name]) for name, part in written.items()}
+    if kind not in TEXTS:
+        return value
     if isinstance(value, list) and isinstance(node, yaml.SequenceNode):
-        return [_as_written(part, written) for part, written in zip(value, node.value, strict=True)]
+        return [_as_written(part, written, str) for part, written in zip(value, node.value, strict=True)]
     return node.value if isinstance(value, bool | int | float) and isinstance(node, yaml.ScalarNode) else value
-
-
-@cache
-def _texts(kind: type[Section]) -> set[str]:
-    """The settings of a configuration that are texts, or lists of texts."""
-    parts = [("", kind), *((f"{part.name}.", part.type) for part in fields(kind) if is_dataclass(part.type))]
-    kinds = (str, str | None, list[str], list[str] | None)
-    return {f"{name}{setting.name}" for name, part in parts for setting in fields(part) if setting.type in kinds}
 
 
 def override(key: str, value: Any) -> str:
@@ -144,23 +126,28 @@ def read_override(override: str, kind: type[Section] = Config) -> Any:
     key, _, text = override.partition("=")
     if not key or "=" not in override:
         raise UserError(f"{override}: overrides are written section.key=value")
-    if len(re.findall(r"[^.\[\]]+", key)) > DEEPEST:
+    if len(_names(key)) > DEEPEST:
         raise UserError(f"{key[:60]}…: nested more than {DEEPEST} deep")
     with naming(override if key != "search.storage" else key):  # which may hold a password
         node = checked_yaml(text)
-        try:
+        with _naming_the_place():
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-        except READING_ERRORS as error:
-            raise UserError(f"not YAML: {reason(error)}") from None
-        if isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None:
-            return text.strip()  # also what follows a #, as no comments are written there
-        return _as_written(value, node) if key in _texts(kind) else value
+    if isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None:
+        return text.strip()  # also what follows a #, as no comments are written there
+    for name in _names(key):
+        kind = {part.name: part.type for part in fields(kind)}.get(name) if is_dataclass(kind) else None
+    return _as_written(value, node, kind)
+
+
+def _names(key: str) -> list[str]:
+    """The parts of a key, which OmegaConf takes as a.b or a[b]."""
+    return re.findall(r"[^.\[\]]+", key)
 
 
 def _raw(given: Any, key: str | None) -> Any:
     """The value of a key as it was written, interpolations left as they are; None where there is none."""
     value = OmegaConf.to_container(given)
-    for part in re.findall(r"[^.\[\]]+", key or ""):
+    for part in _names(key or ""):
         if isinstance(value, list) and part.isdigit() and int(part) < len(value):
             value = value[int(part)]
         else:
@@ -197,11 +184,10 @@ def checked_yaml(text: str) -> yaml.Node | None:
     holds.
     """
     try:
-        node = yaml.compose(text, yaml.SafeLoader)
-        if node is not None and next(islice(_nodes(node), MOST_VALUES, None), None) is not None:
-            raise UserError(f"more than {MOST_VALUES:,} values, with its aliases written out")
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"not YAML: {reason(error)}") from None
+        with _naming_the_place():
+            node = yaml.compose(text, yaml.SafeLoader)
+            if node is not None and next(islice(_nodes(node), MOST_VALUES, None), None) is not None:
+                raise UserError(f"more than {MOST_VALUES:,} values, with its aliases written out")
     except RecursionError:
         raise UserError(f"nested more than {DEEPEST} deep") from None
     return node
@@ -220,14 +206,16 @@ def _nodes(node: yaml.Node, depth: int = 1) -> Iterator[yaml.Node]:
 def read_yaml_text(text: str) -> Any:
     """The plain values of a YAML text."""
     checked_yaml(text)
-    try:
+    with _naming_the_place():  # of a wrong date, number or key
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError) as error:  # dates, numbers, keys
-        raise UserError(f"not YAML: {reason(error)}") from None
 
 
-def reason(error: Exception) -> str:
-    """What is wrong with a YAML text, and where, if not in its first line."""
-    place = getattr(error, "problem_mark", None)
-    where = "" if place is None or place.line == 0 else f" (line {place.line + 1}, column {place.column + 1})"
-    return f"{getattr(error, 'problem', None) or one_line(error)}{where}"
+@contextmanager
+def _naming_the_place() -> Iterator[None]:
+    """Say what is wrong with the YAML text that is read in the block, and where, if not in its first line."""
+    try:
+        yield
+    except READING_ERRORS as error:
+        place = getattr(error, "problem_mark", None)
+        where = "" if place is None or place.line == 0 else f" (line {place.line + 1}, column {place.column + 1})"
+        raise UserError(f"not YAML: {getattr(error, 'problem', None) or one_line(error)}{where}") from None

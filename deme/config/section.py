@@ -65,25 +65,29 @@ class Section:
 
     def __post_init__(self):
         for part in fields(self):
-            value = getattr(self, part.name)
+            key, value = part.name, getattr(self, part.name)
             if value is None:
                 continue
             if bounds := part.metadata.get("bounds"):
-                self._check_bounds(part.name, value, bounds)
-            if choices := part.metadata.get("choices"):
-                self._check_choices(part.name, value, choices)
+                self._check_bounds(key, value, bounds)
+            choices = part.metadata.get("choices")
+            if choices and isinstance(value, list):
+                self.check(key, set(value) <= set(choices), f"must be a list of {', '.join(choices)}")
+            elif choices:
+                self.check(key, value in choices, one_of(choices, value))
             is_named = value != "" or not ("path" in tags_of(part) or part.default is None)
-            self.check(part.name, is_named, "must not be empty")
+            self.check(key, is_named, "must not be empty")
         self.check_together()
 
     def check_together(self) -> None:
         """Check what must hold between settings, and what bounds and choices do not express."""
 
     def check(self, key: str, holds: bool, rule: str) -> None:
-        """Raise an error that names section, key and value unless the rule holds."""
+        """Raise an error that names section, key and value in one line unless the rule holds."""
         if not holds:
-            name = f"{self.section}.{key}".removeprefix(".")
-            raise UserError(f"{name}={shown(getattr(self, key))}: {rule}")
+            name, value = f"{self.section}.{key}".removeprefix("."), getattr(self, key)
+            written = shown(value) if is_one_line(shown(value)) else ascii(value)
+            raise UserError(f"{name}={written}: {rule}")
 
     def _check_bounds(self, key: str, value: float, bounds: dict[str, float]) -> None:
         if not {"below", "most"} & bounds.keys():
@@ -93,12 +97,6 @@ class Section:
         holds = all(BOUNDS[name](value, bound) for name, bound in bounds.items())
         self.check(key, holds, f"must be {' and '.join(words)}")
 
-    def _check_choices(self, key: str, value: str | list[str], choices: tuple[str, ...]) -> None:
-        if isinstance(value, list):
-            self.check(key, set(value) <= set(choices), f"must be a list of {', '.join(choices)}")
-        else:
-            self.check(key, value in choices, one_of(choices, value))
-
     def at_home(self) -> Self:
         """The same with ~ and ~user in paths replaced by the home folder, also in the sections that it holds."""
         changed = {}
@@ -107,9 +105,7 @@ class Section:
             if is_dataclass(value):
                 changed[key] = value.at_home()
             elif "path" in tags_of(part) and isinstance(value, str):
-                if not is_one_line(value):
-                    name = f"{self.section}.{key}".removeprefix(".")
-                    raise UserError(f"{name}={value!a}: holds a line break, a tab or another control character")
+                self.check(key, is_one_line(value), "holds a line break, a tab or another control character")
                 changed[key] = os.path.expanduser(value)
                 rule = f"no such user; a folder of that name is written ./{value}"
                 self.check(key, not changed[key].startswith("~"), rule)

@@ -194,11 +194,12 @@ def test_a_text_is_read_as_the_one_that_was_written(value):
 
 @pytest.mark.parametrize("text", ["on", "0x10", "1_000", "007", "1e3", "no", ".5"])
 def test_a_text_stands_for_itself_though_it_looks_like_a_number(tmp_path, text):
-    """In the file and on the command line, alone and in a list."""
+    """In the file and on the command line, alone, in a list and in a section."""
     file = tmp_path / "a.yaml"
     file.write_text(f"name: {text}\nevaluate: {{samples: [{text}, b]}}\n")
     config = load_config(file, [f"data.split={text}"])
     assert (config.name, config.data.split, config.evaluate.samples) == (text, text, [text, "b"])
+    assert load_config(file, [f"data={{split: {text}}}"]).data.split == text
 
 
 def test_an_override_holds_no_comments(empty):
@@ -254,8 +255,9 @@ def test_every_key_that_is_a_path_takes_the_home_folder(empty, monkeypatch):
     ],
 )
 def test_names_that_would_fail_later_are_refused(empty, key, value, reason):
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=reason) as error:
         load_config(empty, [override(key, value)])
+    assert "\n" not in str(error.value)
 
 
 BOMB = "a: &a [1, 1]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{f'*{chr(97 + i)}, ' * 3}]\n" for i in range(14))
