@@ -22,7 +22,14 @@ from deme.data.examples import Examples, MicroBatch, TrainingImages, load_exampl
 from deme.errors import RunError, naming
 from deme.job.command import Interrupted, noted_signals
 from deme.job.files import Watched, atomic_folder
-from deme.job.processes import Agreement, in_main_process, keep_freed_memory, locked_by_all, make_accelerator, peak_memory
+from deme.job.processes import (
+    Agreement,
+    in_main_process,
+    keep_freed_memory,
+    locked_by_all,
+    make_accelerator,
+    peak_memory,
+)
 from deme.method.losses import UncertaintyWeights, choose_ranges, decoupled_loss, loss_weights, spread_timesteps
 from deme.models.denoisers import freeze, memory_format
 from deme.training.progress import Meter, RunLog, held_out_loss, save_preview
