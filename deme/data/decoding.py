@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,6 @@ from deme.job.files import atomic_folder
 from deme.job.locks import locked
 from deme.job.records import digest_of
 
-LARGEST_16_BITS = 65535
 SAME_LEVEL = 2  # of 255: a profile that changes no colour by more is taken for sRGB
 TRANSPARENT_LEVEL = {"L;2": 85, "L;4": 17}  # PIL scales such pixels to 8 bits, but not the transparent one among them
 LEAST_THREADED_RESOLUTION = 64  # pixels; below it, Python's own work on an image takes longer than the decoding
@@ -55,9 +55,6 @@ def available_threads() -> int:
     """The cores that this process may use, divided by the number of processes on this host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-# --- the images of a data set
 
 
 @dataclass(frozen=True)
@@ -165,12 +162,8 @@ def _decode_all(source: Source, channels: int, file: BinaryIO) -> tuple[np.ndarr
 
     def decode(item: tuple[int, Any]) -> np.ndarray | None:
         row, content = item
-        try:
+        with suppress(UserError) if data.skip_unreadable else nullcontext():
             return source.decode(row, channels, content)
-        except UserError:
-            if data.skip_unreadable:
-                return None
-            raise
 
     rows, sizes = [], []
     decoded = ahead(decode, enumerate(source), decoding_threads(data.resolution))  # iterating reads in batches
@@ -197,17 +190,11 @@ def cached(cache: Path, made_from: dict[str, Any], build: Callable[[Path], None]
     return folder
 
 
-# --- one image
-
-
 def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
     """An image as a viewer shows it, its shorter side resized to `resolution`: uint8, shape (H, W, C).
 
-    Args:
-        content: values (H, W) or (H, W, 1, 3 or 4) as lists, or a dictionary of `bytes` and `path`.
-
-    Raises:
-        Exception: PIL raises many types for a damaged image.
+    `content` is bytes, a dictionary of `bytes` and `path`, or values (H, W) or (H, W, 1, 3 or 4) as lists. PIL raises
+    many types of exceptions for a damaged image.
     """
     content = read_bytes(content) if isinstance(content, dict) else content
     if content is None:
@@ -274,7 +261,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
         return image
     transparent = image.info.get("transparency")
     pixels = np.asarray(image).astype(np.int64)  # PIL's own conversion would clip them
-    grey = Image.fromarray((pixels // (LARGEST_16_BITS // 255)).clip(0, 255).astype(np.uint8))
+    grey = Image.fromarray((pixels // 257).clip(0, 255).astype(np.uint8))  # 65,535 is 257 · 255
     if transparent is not None:
         grey.putalpha(Image.fromarray(np.where(pixels == transparent, 0, 255).astype(np.uint8)))
     return grey

@@ -29,11 +29,8 @@ def draw_samples(
 ) -> None:
     """Draw the images of `config.sample` that are missing in its folder.
 
-    A job that draws a block of the seeds locks that, and the folder only while it claims and counts.
-
-    Args:
-        watched: the model's files, since before they were checked.
-        texts: seed → prompt; empty where the model takes none.
+    `watched` has the model's files, since before they were checked; `texts` the prompt of each seed, if the model takes
+    text. A job that draws a block of the seeds locks that, and the folder only while it claims and counts.
     """
     settings, output = config.sample, config.paths.samples
     drawing, network_at = load_model(processes, config, model)

@@ -18,8 +18,7 @@ from typing import Any
 
 from deme.errors import UserError, blaming, naming
 
-TEXTS = ("", ".txt")  # suffixes of files with a text a line
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # that `read_rows` reads, too
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # that `read_rows` reads
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 NO_IMAGES = (".h5", ".hdf", ".mpg", ".mpeg")  # suffixes of formats that PIL registers but cannot decode
 SIDECAR = "sidecar"  # the column of the captions in NAME.txt beside NAME.png, one a line
@@ -147,7 +146,7 @@ def read_rows(name: str, content: bytes, text_column: str = "") -> list[dict[str
         Exception: csv, json and pyarrow raise many types for a damaged file.
     """
     suffix = PurePath(name).suffix.lower()
-    if suffix in TEXTS:
+    if suffix in ("", ".txt"):
         rows = read_lines(content)
     elif suffix == ".parquet":
         import pyarrow.parquet
@@ -186,20 +185,11 @@ def read_lines(content: bytes) -> list[str]:
 # --- folders of images; none is opened
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """The images of a folder, with what is known of them."""
-
-    columns: dict[str, list]  # one value per image
-    image_columns: list[str]  # those of them that hold paths
-    splits: list[str]  # of each image
-    left_out: str  # the files that are not read
-
-
-def read_folder(files: list[File], caption_column: str | None) -> ImageFolder:
+def read_folder(files: list[File], caption_column: str | None) -> tuple[dict[str, list], list[str], str]:
     """The images among these files, by name or in the order of the metadata that lists them.
 
-    Values of `caption_column` stay texts.
+    Returns columns, with a value for each image (values of `caption_column` stay texts, images are files); the split
+    of each image; and a description of the files that are left out.
     """
     kinds: dict[str, dict[str, File]] = defaultdict(dict)  # kind → name → file
     for file in files:
@@ -224,19 +214,15 @@ def read_folder(files: list[File], caption_column: str | None) -> ImageFolder:
                 row[SIDECAR] = [line.strip() for line in lines if line.strip()] or None
 
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
-    image_columns = [key for key, values in columns.items() if all(isinstance(value, File) for value in values)]
-    for key, values in columns.items():
-        columns[key] = [value.path if isinstance(value, File) else value for value in values]
-        if key != caption_column and any(file.suffix == ".csv" for file in metadata):
-            columns[key] = _numbers(columns[key])
+    if any(file.suffix == ".csv" for file in metadata):
+        columns |= {key: _numbers(values) for key, values in columns.items() if key != caption_column}
     hidden = [name for name, file in kinds["hidden"].items() if file.suffix in image_suffixes()]
     left_out = (
         describe("image", images.keys() - read, f" that {metadata[0].name if metadata else ''} does not list"),
         describe("hidden image", hidden),
         describe("other file", others.keys() - read),
     )
-    splits_of_rows = [splits[dirname(row["image"].name)] for row in rows]
-    return ImageFolder(columns, image_columns, splits_of_rows, "; ".join(filter(None, left_out)))
+    return columns, [splits[dirname(row["image"].name)] for row in rows], "; ".join(filter(None, left_out))
 
 
 def layout_of(folders: set[str]) -> tuple[dict[str, str], dict[str, int] | None]:

@@ -88,18 +88,17 @@ def _holds_images(files: list[File]) -> bool:
 
 def _open_images(data: Data, files: list[File]) -> datasets.Dataset:
     """The rows of a folder of images."""
-    folder = read_folder(files, data.caption_column)
-    rows = {split: [] for split in dict.fromkeys(folder.splits)}
-    for row, split in enumerate(folder.splits):
-        rows[split].append(row)
-    counts = {split: len(numbers) for split, numbers in rows.items()}
-    parts = datasets.ReadInstruction.from_spec(data.split).to_absolute(counts)
+    columns, splits, left_out = read_folder(files, data.caption_column)
+    parts = datasets.ReadInstruction.from_spec(data.split).to_absolute(Counter(splits))
+    rows = {split: [row for row, own in enumerate(splits) if own == split] for split in {*splits}}
     chosen = [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
-    opened = datasets.Dataset.from_dict({key: [values[i] for i in chosen] for key, values in folder.columns.items()})
-    for key in folder.image_columns:
-        opened = opened.cast_column(key, datasets.Image(decode=False))
-    if folder.left_out:
-        say_once(f"data.name={data.name}: {len(chosen):,} images are read; left out: {folder.left_out}")
+    given = {key: [getattr(values[row], "path", values[row]) for row in chosen] for key, values in columns.items()}
+    opened = datasets.Dataset.from_dict(given)
+    for key, values in columns.items():
+        if all(isinstance(value, File) for value in values):
+            opened = opened.cast_column(key, datasets.Image(decode=False))
+    if left_out:
+        say_once(f"data.name={data.name}: {len(chosen):,} images are read; left out: {left_out}")
     return opened
 
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height
 PROMPTS = "prompts.jsonl"  # in a sample folder: which image was drawn from which prompt
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can hold these, UTF-8 can't
 REMEDY = "choose another folder or set sample.overwrite=true"
 
 
@@ -57,11 +56,8 @@ def check_apart_from_other_jobs(folder: Path, seeds: range) -> None:
 def claim_samples(folder: Path, wanted: Record, settings: Sample, block: range, texts: dict[int, str]) -> None:
     """Create a sample folder, or check that an existing one belongs to the same model, settings, seeds and prompts.
 
-    `settings.overwrite` deletes what does not belong instead of refusing it.
-
-    Args:
-        block: the seeds of this job, while other jobs may draw the rest.
-        texts: seed → prompt; empty where the model takes none.
+    `settings.overwrite` deletes what does not belong instead of refusing it. `block` has the seeds of this job, while
+    other jobs may draw the rest; `texts` the prompt of each seed, if the model takes text.
     """
     seeds = settings.seeds
     check_apart_from_other_jobs(folder, block)
@@ -78,8 +74,7 @@ def claim_samples(folder: Path, wanted: Record, settings: Sample, block: range, 
     for leftover in unfinished(folder, "*.png"):  # now that these seeds are ours
         if block == seeds or _seed(leftover.name.removeprefix(TEMPORARY)) in block:
             leftover.unlink()
-    images = {image_path(folder, seed) for seed in seeds}
-    surplus = [path for path in folder.glob("*.png") if path not in images]
+    surplus = {*folder.glob("*.png")} - {image_path(folder, seed) for seed in seeds}
     if surplus and not settings.overwrite:
         raise UserError(f"holds {len(surplus)} images of other seeds than {seeds.start} … {seeds.stop - 1}; {REMEDY}")
     for path in surplus:
@@ -129,14 +124,8 @@ def as_read(images: "torch.Tensor", size: int | None = None) -> "torch.Tensor":
     """uint8 images (N, C, H, W) as `read_images` would read them after `write_image`: RGB (N, 3, size, size)."""
     if size is None or size == images.shape[-1]:
         return images.expand(-1, 3, -1, -1)
-    return _stack([to_picture(image, size).convert("RGB") for image in images])
-
-
-def _stack(pictures: Sequence[Image.Image]) -> "torch.Tensor":
-    """RGB images of one size as uint8, shape (N, 3, H, W)."""
-    import torch
-
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    pictures = [to_picture(image, size).convert("RGB") for image in images]
+    return images.new_tensor(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -179,11 +168,13 @@ def read_images(paths: Sequence[Path]) -> "torch.Tensor":
 
     pytorch_fid reads the PNGs of sample_ddp.py the same.
     """
+    import torch
+
     images = []
     for path in paths:
         with blaming(f"{path}: not a readable image"), Image.open(path) as image:
             images.append(as_seen(image, 3))
-    return _stack(images)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def save_grid(images: "torch.Tensor", path: Path) -> None:
@@ -197,9 +188,6 @@ def save_grid(images: "torch.Tensor", path: Path) -> None:
         to_picture(sheet, None).save(temporary, format="PNG")
 
 
-# --- prompts
-
-
 def load_prompts(source: str | list[str], column: str) -> list[str]:
     """The prompts in a list, in a text file (one a line), or in a column of a table."""
     prompts = source
@@ -211,8 +199,8 @@ def load_prompts(source: str | list[str], column: str) -> list[str]:
             if any(column not in row for row in rows):
                 raise UserError(f"has no column {column}")
         prompts = [row[column] for row in rows]
-    for row, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip() or HALF_CHARACTER.search(prompt):
+    for row, prompt in enumerate(prompts):  # JSON can hold half a character, UTF-8 can't
+        if not isinstance(prompt, str) or not prompt.strip() or prompt != prompt.encode(errors="ignore").decode():
             raise UserError(f"row {row} holds the prompt {shown(prompt)}")
     if not prompts:
         raise UserError("holds no prompts")
@@ -221,9 +209,8 @@ def load_prompts(source: str | list[str], column: str) -> list[str]:
 
 def prompts_of(settings: Sample, takes_text: bool) -> dict[int, str]:
     """Seed → prompt, the prompts in turn; empty where the model takes none."""
-    has_prompts = settings.prompts is not None
-    settings.check("prompts", takes_text or not has_prompts, f"sample.model={settings.model} takes none")
-    settings.check("prompts", has_prompts or not takes_text, f"sample.model={settings.model} needs prompts")
+    rule = f"sample.model={settings.model} {'needs prompts' if takes_text else 'takes none'}"
+    settings.check("prompts", takes_text == (settings.prompts is not None), rule)
     if not takes_text:
         return {}
     with naming("sample.prompts", settings.prompts):
@@ -234,12 +221,9 @@ def prompts_of(settings: Sample, takes_text: bool) -> dict[int, str]:
 def claim_prompts(folder: Path, texts: dict[int, str], overwrite: bool) -> None:
     """Write the prompts, by seed, of a sample folder; images of other or unknown prompts are refused, or deleted."""
     prompts = {image_path(folder, seed).name: text for seed, text in texts.items()}
-    try:
-        before = dict(_read_pairs(folder) or ())
-    except UserError:
-        if not overwrite:
-            raise
-        before = {}
+    before = {}
+    with suppress(UserError) if overwrite else nullcontext():
+        before |= _read_pairs(folder) or ()
     changed = [name for name in prompts if before.get(name) != prompts[name] and (folder / name).exists()]
     if changed and not overwrite:
         others = "other prompts" if changed[0] in before else f"prompts that {PROMPTS} does not tell"

@@ -246,13 +246,13 @@ def test_what_load_dataset_reads_right_is_read_the_same(tmp_path, names):
     draw(tmp_path, *names)
     for split in {name.split("/")[0] for name in names} & {"train", "test"} or {"train"}:
         expected = datasets.load_dataset(str(tmp_path), split=split).cast_column("image", datasets.Image(decode=False))
-        found = read_folder(list_files(tmp_path), None)
-        rows = [row for row, own in enumerate(found.splits) if own == split]
-        assert [found.columns["image"][row] for row in rows] == [row["path"] for row in expected["image"]]
+        columns, splits, _ = read_folder(list_files(tmp_path), None)
+        rows = [row for row, own in enumerate(splits) if own == split]
+        assert [columns["image"][row].path for row in rows] == [row["path"] for row in expected["image"]]
         if "label" in expected.column_names:
-            assert [found.columns["label"][row] for row in rows] == list(expected["label"])
+            assert [columns["label"][row] for row in rows] == list(expected["label"])
         else:
-            assert "label" not in found.columns
+            assert "label" not in columns
 
 
 def test_names_that_can_be_no_folder_are_refused():
