@@ -15,7 +15,7 @@ from deme.data.opening import Source
 from deme.errors import UserError, naming
 from deme.job.processes import Processes, kept
 from deme.job.records import Arrays, Keep
-from deme.measure.noisy import ENCODED_AT_ONCE, Batch, CleanImages, Noiser, draw_clean, draw_probes, regrouped
+from deme.measure.noisy import ENCODED_AT_ONCE, Batch, CleanImages, Noiser, draw_probes, regrouped
 from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import Tensors, check_compatible, check_finite
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
@@ -116,7 +116,7 @@ class Material:
         if count == 0:
             given = f"data.name={self.config.data.name}: {len(noiser.images)} image"
             raise UserError(f"{given}, an analysis needs at least 2")
-        return draw_clean(noiser, (self.config.seed, STREAM, number), count, self.settings.batch_size)
+        return CleanImages(noiser, (self.config.seed, STREAM, number), count, self.settings.batch_size)
 
     def spread(self, count: int, number: int) -> list[Batch]:
         """This process's share of `count` noisy images, spread evenly over the timesteps, in batches."""

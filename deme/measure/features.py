@@ -96,10 +96,8 @@ class ClipScores(nn.Module):
 
     It is 100 × the cosine between the embeddings of an image and of its prompt: the score of Hessel et al. 2021
     (https://arxiv.org/abs/2104.08718) without its clipping at 0 and with 100 in place of its factor of 2.5. The model
-    is in float32; only safetensors are read.
-
-    Args:
-        source: a folder relative to the working directory or else to the repository, or owner/name on the Hub.
+    is in float32; only safetensors are read. It is in a folder, relative to the working directory or else to the
+    repository, or on the Hub.
     """
 
     def __init__(self, source: str):
@@ -156,10 +154,8 @@ def extract(
 ) -> np.ndarray:
     """The features of images over all processes: float32, shape (len(images), D), the same in every process.
 
-    Args:
-        network: has `features`, uint8 RGB (B, 3, H, W) → float32 (B, D).
-        read: slice → uint8 RGB images (B, 3, H, W), or what else the network's `features` takes and `to` moves.
-        threads: that read ahead.
+    `read` gives a slice of them, as uint8 RGB (B, 3, H, W) or what else the network's `features` takes and `to` moves;
+    `threads` of them read ahead.
     """
     count = processes.num_processes
     edges = [images.start + len(images) * rank // count for rank in range(count + 1)]
@@ -176,9 +172,6 @@ def extract(
     return features
 
 
-# --- the classifier of the data
-
-
 def check_classified(features: str, width: int, height: int) -> None:
     """Refuse images that are too small for the classifier, if `features` are its."""
     if features == "classifier" and min(width, height) < LEAST_CLASSIFIED:
@@ -186,21 +179,16 @@ def check_classified(features: str, width: int, height: int) -> None:
         raise UserError(f"images of {width} x {height} pixels, {rule}")
 
 
-def evaluated_data(config: Config, source: Source, with_labels: bool = False) -> dict[str, Any]:
-    """The record of the images that are evaluated: the settings that choose them, and their SHA-256."""
-    return {"data": source.data.tagged("statistics"), **data_hashes(source, config.paths.image_cache, with_labels)}
-
-
 def trained_classifier(config: Config, processes: Processes, source: Source) -> tuple[Classifier, float]:
     """The classifier of the data, trained once and kept, on the device; its held-out accuracy."""
-    file, settings = config.paths.classifier, config.evaluate
-    record = evaluated_data(config, source, with_labels=True)
+    file, cache, settings = config.paths.classifier, config.paths.image_cache, config.evaluate
+    record = {"data": source.data.tagged("statistics"), **data_hashes(source, cache, with_labels=True)}
     record |= {key: getattr(settings, f"classifier_{key}") for key in ("width", "epochs", "batch_size")}
     record |= {"random_flip": config.data.random_flip, "precision": settings.classifier_precision, "seed": config.seed}
 
     def train() -> None:
         if load_classifier(file, record) is None:
-            images, labels = load_evaluation_images(source, config.paths.image_cache)
+            images, labels = load_evaluation_images(source, cache)
             if labels is None:
                 raise UserError("data.label_column=null: evaluate.features=classifier needs labels")
             trained = train_classifier(images.batch(range(len(images))), labels, config, processes.device)

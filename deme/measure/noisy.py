@@ -90,19 +90,26 @@ def _noise(shape: Sequence[int], random: np.random.Generator) -> torch.Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(torch_seed(random)))
 
 
-@dataclass(frozen=True)
 class CleanImages:
     """One process's share of images that are encoded once and can be noised at any timestep.
 
-    An image always gets the same noise at a timestep, independent of its noise at other timesteps.
+    An image always gets the same noise at a timestep, independent of its noise at other timesteps. The stream
+    determines all random draws. `batch_size` is that of a process.
     """
 
-    noiser: Noiser
-    encoded: Encoded  # S images
-    places: torch.Tensor  # int64, shape (S,): positions among the images of all processes
-    count: int  # images of all processes
-    stream: Stream  # determines all random draws
-    batch_size: int  # of a process
+    def __init__(self, noiser: Noiser, stream: Stream, count: int, batch_size: int):
+        self.noiser, self.stream, self.count, self.batch_size = noiser, stream, count, batch_size
+        random = np.random.default_rng((*stream, ENCODING))
+        indices = batch_indices(stream, len(noiser.images), 0, count)
+        first, step = noiser.processes.process_index, noiser.processes.num_processes
+        parts = []
+        for start in range(0, count, ENCODED_AT_ONCE):
+            encoded = noiser.encode(indices[start : start + ENCODED_AT_ONCE], random)
+            parts.append(rows_of(encoded, slice((first - start) % step, None, step)))  # every step-th of all images
+        noiser.encoder.rest()
+        self.encoded = on_tensors(lambda *tensors: torch.cat(tensors), *parts)
+        # int64, shape (S,): positions of this process's images among those of all processes
+        self.places = torch.arange(first, count, step, device=self.encoded["clean"].device)
 
     def at(self, timestep: int, among: range) -> Iterator[tuple[torch.Tensor, Batch]]:
         """Positions, int64 (B,), and noisy images of one timestep, in batches, of those `among` all images."""
@@ -118,30 +125,13 @@ class CleanImages:
                 yield self.places[chosen], batch
 
 
-def draw_clean(noiser: Noiser, stream: Stream, count: int, batch_size: int) -> CleanImages:
-    """Encode the first `count` of the shuffled images, `batch_size` per process at a time later on."""
-    random = np.random.default_rng((*stream, ENCODING))
-    indices = batch_indices(stream, len(noiser.images), 0, count)
-    first, step = noiser.processes.process_index, noiser.processes.num_processes
-    parts = []
-    for start in range(0, count, ENCODED_AT_ONCE):
-        encoded = noiser.encode(indices[start : start + ENCODED_AT_ONCE], random)
-        parts.append(rows_of(encoded, slice((first - start) % step, None, step)))  # every step-th of all images
-    noiser.encoder.rest()
-    whole = on_tensors(lambda *tensors: torch.cat(tensors), *parts)
-    places = torch.arange(first, count, step, device=whole["clean"].device)
-    return CleanImages(noiser, whole, places, count, stream, batch_size)
-
-
 def draw_probes(
     noiser: Noiser, ranges: Sequence[tuple[int, int]], stream: Stream, places: range, batch_size: int
 ) -> list[Batch]:
     """Noisy images whose timesteps are spread evenly over every range, so that few give a steady mean.
 
-    Args:
-        stream: determines all random draws, together with `places`.
-        places: positions in the shuffled images, which are assigned to the ranges in turn.
-        batch_size: over all processes, each of which gets its share.
+    `places` are positions in the shuffled images, which are assigned to the ranges in turn; with the stream they
+    determine all random draws. A batch of `batch_size` is shared by all processes.
     """
     count = len(places)
     random = np.random.default_rng((*stream, places.start, count))

@@ -17,12 +17,12 @@ from deme.config.experiment import Config
 from deme.config.sections import LEAST_CLASSIFIED
 from deme.data.decoding import available_threads
 from deme.data.examples import load_evaluation_images
-from deme.data.opening import Source, open_source
+from deme.data.opening import Source, data_hashes, open_source
 from deme.data.samples import check_sizes, list_images, read_images
-from deme.errors import UserError, naming, one_line, shown
+from deme.errors import UserError, naming, one_line
 from deme.job.files import LARGEST, atomic_file, checked, make_folder, sha256
 from deme.job.processes import Processes, locked_by_all
-from deme.measure.features import Inception, check_classified, evaluated_data, extract, trained_classifier
+from deme.measure.features import Inception, check_classified, extract, trained_classifier
 from deme.measure.scores import FeatureSpace, Reference
 
 PART = 50_000  # images whose features are in memory at once
@@ -86,15 +86,16 @@ def reference_statistics(
 def _images(config: Config, open_data: OpenData) -> tuple[Path, dict[str, Any], Callable[[], Images]]:
     """What statistics are made of, the data or the folder evaluate.reference: the file to keep them, record, images."""
     if config.evaluate.reference is None:
-        source = open_data()
+        source, cache_folder = open_data(), config.paths.image_cache
+        record = {"data": source.data.tagged("statistics"), **data_hashes(source, cache_folder)}
 
         def decoded() -> Images:
-            images, _ = load_evaluation_images(source, config.paths.image_cache)
+            images, _ = load_evaluation_images(source, cache_folder)
             if len(images) < 2:
                 raise UserError(f"data.name={config.data.name}: {len(images)} image, statistics need at least 2")
             return len(images), lambda part: images.batch(range(part.start, part.stop)), images.threads
 
-        return config.paths.reference, evaluated_data(config, source), decoded
+        return config.paths.reference, record, decoded
     name, folder = config.evaluate.features, config.paths.reference
     with naming("evaluate.reference", config.evaluate.reference):
         paths = list_images(folder)
@@ -128,8 +129,8 @@ def _given(
     if not made_from and name == "inception":
         text = "has no record: taken for statistics that pytorch_fid made; of which images, at which size, is not known"
     elif made.features != name:
-        network_name = shown(made.features) if made.features is not None else "a network that it does not name"
-        raise UserError(f"holds statistics in the features of {network_name}, not of evaluate.features={name}")
+        theirs = made.features or "a network that it does not name"
+        raise UserError(f"holds statistics in the features of {theirs}, not of evaluate.features={name}")
     elif made.classifier != features.get("classifier"):
         raise UserError("holds statistics in the features of another classifier than this run's, so they don't compare")
     elif made.data is None:
@@ -137,9 +138,9 @@ def _given(
     else:
         text = f"statistics of {made.data.name}, split {made.data.split}, {made.data.resolution} pixels"
         data = open_data().data
-        for key in ("split", "image_column"):
+        for key in ("split", "image_column") if made.data.name == data.name else ():
             theirs, ours = getattr(made.data, key), getattr(data, key)
-            if made.data.name == data.name and theirs != ours:
+            if theirs != ours:
                 raise UserError(f"holds statistics of data.{key}={theirs}, not of data.{key}={ours}")
     processes.print(f"{file}: {text}")
     return reference

@@ -59,9 +59,6 @@ class Reference:
         return cls(total / count, scatter / (count - 1), np.stack([kept[i] for i in chosen]))
 
 
-# --- distances
-
-
 def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and covariance (D, D) of features (N, D), in float64."""
     features = features.astype(np.float64)
@@ -125,9 +122,6 @@ def precision_and_recall(features: np.ndarray, reference: np.ndarray) -> tuple[f
     return calculate_precision_recall_part(*pair, NEIGHBORHOOD, batch_size=1_000)
 
 
-# --- scores
-
-
 @dataclass(frozen=True)
 class Difference:
     """How far the Fréchet distance of a folder exceeds that of another one with the same seeds."""
@@ -184,32 +178,29 @@ def score(
     parts = np.split(features, num_blocks)
     pooled = space.distance(features)
     blocks = [space.distance(part) for part in parts] if num_blocks > 1 else [pooled]
-    row = Score(str(samples), weights, len(features), pooled, blocks, *mean_and_deviation(blocks))
+    known: dict[str, Any] = {}
     if clip is not None:
         clip_blocks = [float(part.mean()) for part in np.split(clip.astype(np.float64), num_blocks)]
         mean, deviation = mean_and_deviation(clip_blocks)
-        row = replace(row, clip=mean, clip_blocks=clip_blocks, clip_standard_deviation=deviation)
+        known = {"clip": mean, "clip_blocks": clip_blocks, "clip_standard_deviation": deviation}
     real = space.reference.features
-    if real is None or min(len(real), len(features)) <= NEIGHBORHOOD:
-        return row
-    # the KID has no bias that depends on the size of the subsets, and its standard error falls with the size itself,
-    # but only with the square root of their number
-    images = len(parts[0]) if num_blocks > 1 else len(features) // 2
-    size = max(2, min(KERNEL_SUBSET, images, len(real) // 2))
-    subsets = [kernel_distances(part, real, size, i * (len(part) // size)) for i, part in enumerate(parts)]
-    kid = paired_difference(np.concatenate(subsets), 0)  # as it is, with its standard error
-    kid_blocks = [float(part.mean()) for part in subsets]
-    row = replace(row, kid=kid.mean, kid_standard_error=kid.standard_error, kid_blocks=kid_blocks)
-    precision, recall = precision_and_recall(features, real)
-    return replace(row, precision=precision, recall=recall)
+    if real is not None and min(len(real), len(features)) > NEIGHBORHOOD:
+        # the KID has no bias that depends on the size of the subsets, and its standard error falls with the size
+        # itself, but only with the square root of their number
+        images = len(parts[0]) if num_blocks > 1 else len(features) // 2
+        size = max(2, min(KERNEL_SUBSET, images, len(real) // 2))
+        subsets = [kernel_distances(part, real, size, i * (len(part) // size)) for i, part in enumerate(parts)]
+        kid = paired_difference(np.concatenate(subsets), 0)  # as it is, with its standard error
+        known |= {"kid": kid.mean, "kid_standard_error": kid.standard_error}
+        known |= {"kid_blocks": [float(part.mean()) for part in subsets]}
+        known["precision"], known["recall"] = precision_and_recall(features, real)
+    return Score(str(samples), weights, len(features), pooled, blocks, *mean_and_deviation(blocks), **known)
 
 
 def compared(row: Score, others: Sequence[Score], prompted: Sequence[Score] = ()) -> Score:
     """A score with its differences to BASELINES, and of its CLIP score to the pretrained model's, block by block.
 
-    Args:
-        others: scores of the same seeds; those of other models, and the row itself, are ignored.
-        prompted: those of them that have a CLIP score with the same prompts.
+    `others` have the same seeds; `prompted` are those of them that have a CLIP score with the same prompts.
     """
     named, clips = (
         {Path(s.samples).name: s for s in scores if s.samples != row.samples} for scores in (others, prompted)
@@ -234,9 +225,6 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-# --- results.json
-
-
 def save_scores(path: Path, features: str, scores: Sequence[Score], beside: dict[str, Any]) -> None:
     """Write results.json; `beside` are further keys: the classifier's accuracy, the provenance."""
     content = {"features": features, "rows": [asdict(row) for row in scores], **beside}
@@ -253,19 +241,16 @@ def load_scores(path: Path) -> tuple[str, list[Score]]:
         if features not in ("inception", "classifier") or not rows:
             raise UserError(f"{len(rows)} rows of {features} features")
         for place, row in enumerate(rows):
-            _check_row(row, max(1, len(rows[0].blocks)), f"rows[{place}]")
+            if faults := _faults(row, max(1, len(rows[0].blocks))):
+                raise UserError(f"rows[{place}].{faults[0]}")
     return features, rows
 
 
-def _check_row(row: Score, blocks: int, name: str) -> None:
+def _faults(row: Score, num_blocks: int) -> list[str]:
     errors = {key: value for key, value in vars(row).items() if key.endswith(("deviation", "_error"))}
     errors |= {f"differences.{key}": one.standard_error for key, one in (row.differences or {}).items()}
-    for key, value in errors.items():
-        if value is not None and value < 0:
-            raise UserError(f"{name}.{key} is negative")
-    if row.images < 1:
-        raise UserError(f"{name}.images is {row.images}")
-    for key in ("blocks", "kid_blocks", "clip_blocks"):
-        values = getattr(row, key)
-        if values is not None and len(values) != blocks:
-            raise UserError(f"{name}.{key} holds {len(values)} numbers, not {blocks}")
+    faults = [f"{key} is negative" for key, value in errors.items() if (value or 0) < 0]
+    faults += [f"images is {row.images}"] if row.images < 1 else []
+    blocks = {key: getattr(row, key) for key in ("blocks", "kid_blocks", "clip_blocks")}
+    counts = {key: len(values) for key, values in blocks.items() if values is not None}
+    return faults + [f"{key} holds {n} numbers, not {num_blocks}" for key, n in counts.items() if n != num_blocks]

@@ -80,9 +80,6 @@ def load_scheduler(pipeline: Path) -> DDPMScheduler:
         return DDPMScheduler.from_config(settings | (LATENT_SCHEDULE if pipelines.takes_text(pipeline) else {}))
 
 
-# --- inference
-
-
 def memory_format(device: torch.device | str) -> torch.memory_format:
     """The memory format of networks and images: channels last on a GPU; on a CPU it would slow group normalization."""
     return torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last

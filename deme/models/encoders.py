@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from deme.config.paths import DENOISER
@@ -113,11 +114,8 @@ class LatentsAndText:
         """Scaled samples of the posterior, float32 (B, C, h, w), drawn from torch's generator, and the embeddings."""
         if isinstance(examples, Captioned):
             examples = Encoded(self.moments(examples.pixels), self.embed(examples.captions))
-        moments = examples.moments.to(self.device, non_blocking=True)
-        mean, log_variance = moments.float().contiguous().chunk(2, dim=1)
-        deviation = torch.exp(log_variance.clamp(-30, 20) / 2)
-        noise = torch.randn(mean.shape, device=mean.device)  # randn_like's order depends on the memory format
-        latents = (mean + deviation * noise - self.shift) * self.vae.config.scaling_factor
+        moments = examples.moments.to(self.device, non_blocking=True).float().contiguous()
+        latents = (DiagonalGaussianDistribution(moments).sample() - self.shift) * self.vae.config.scaling_factor
         embeddings = examples.embeddings.to(self.device, non_blocking=True)
         return latents.to(memory_format=memory_format(self.device)), {"encoder_hidden_states": embeddings}
 
@@ -148,13 +146,10 @@ class LatentsAndText:
         """Latents to uint8 images on the CPU; RunError if they are NaN or infinite, as some are in half precision."""
         vae = self._ready(self.vae)
         latents = (tensors / vae.config.scaling_factor + self.shift).to(self.dtype)
-        images = []
-        for part in latents.split(CODED_AT_ONCE):
-            decoded = vae.decode(part).sample.float()
-            if not decoded.isfinite().all():
-                raise RunError(f"the VAE, in {self.dtype}, decodes to NaN or infinite values")
-            images.append(to_bytes(decoded))
-        return torch.cat(images)
+        images = torch.cat([vae.decode(part).sample.float() for part in latents.split(CODED_AT_ONCE)])
+        if not images.isfinite().all():
+            raise RunError(f"the VAE, in {self.dtype}, decodes to NaN or infinite values")
+        return to_bytes(images)
 
 
 Encoder = Pixels | LatentsAndText  # the same methods

@@ -59,12 +59,10 @@ CLASSES = {  # that a model_index.json may name
 NEVER_RUN = ("safety_checker", "feature_extractor", "image_encoder")  # no image depends on them
 SETTINGS = {  # supported values; diffusers' default, where a file leaves a setting out, is one of them
     DENOISER: {
-        "class_embed_type": (None,),  # labels
-        "num_class_embeds": (None,),
+        **dict.fromkeys(("class_embed_type", "num_class_embeds"), (None,)),  # labels
         "time_cond_proj_dim": (None,),  # guidance, as in latent consistency models
         "addition_embed_type": (None,),  # sizes and a second text, as in Stable Diffusion XL
-        "encoder_hid_dim": (None,),
-        "encoder_hid_dim_type": (None,),
+        **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type"), (None,)),
         "attention_type": ("default",),  # boxes
         "time_embedding_type": ("positional", "learned"),  # else a noise level in place of the timestep
         "center_input_sample": (False,),

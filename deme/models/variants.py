@@ -23,11 +23,8 @@ from deme.models import pipelines
 from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
 
 ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED)  # of a table's rows; others by name
-MAKERS = {  # the command that makes each model of a run
-    **{name: f"finetune.py finetune.range={name}" for name in NAMED_TRAININGS},
-    "ensemble": "finetune.py",
-    "merged": "merge.py",
-}
+MAKERS = {name: f"finetune.py finetune.range={name}" for name in NAMED_TRAININGS}  # model of a run → its command
+MAKERS |= {"ensemble": "finetune.py", "merged": "merge.py"}
 UNCOMPARED = {"_class_name", "_diffusers_version", "_name_or_path", "dropout"}  # the last one is of training alone
 SECONDS = "seconds.txt"  # in the search's folder: a line for each command
 OF_PRETRAINED = "value of the pretrained network"
@@ -113,9 +110,6 @@ def find_pretrained(paths: Paths) -> Path:
         return find_pipeline(paths.pretrained)
 
 
-# --- the architecture and the files of a merged network
-
-
 def common_architecture(folders: Sequence[Path]) -> Path:
     """The denoiser folder with the architecture of all of them, which must agree but for projections.
 
@@ -175,9 +169,6 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
                 os.link(source.resolve(), target)
                 continue
         shutil.copy(source, target)
-
-
-# --- the coefficients of search.py
 
 
 @dataclass(frozen=True)

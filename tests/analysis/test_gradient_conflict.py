@@ -15,7 +15,7 @@ from deme.analysis.gradient_conflict import (
     pairs_within,
     products_of_ranges,
 )
-from deme.measure.noisy import draw_clean
+from deme.measure.noisy import CleanImages
 
 TIMESTEPS = [50, 400, 950]
 
@@ -33,7 +33,7 @@ class Line(nn.Module):
 
 
 def clean(count: int = 20, batch_size: int = 8, accelerator=None):
-    return draw_clean(noiser(accelerator or Accelerator(cpu=True)), (0, 4), count, batch_size)
+    return CleanImages(noiser(accelerator or Accelerator(cpu=True)), (0, 4), count, batch_size)
 
 
 def made(name, make):

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from noisy_images import noiser
 
 from deme.analysis.loss_by_timestep import losses_by_timestep, measure, relative_loss, relative_means
-from deme.measure.noisy import draw_clean
+from deme.measure.noisy import CleanImages
 from deme.method.losses import decoupled_loss
 
 TIMESTEPS = [100, 400, 600, 900]
@@ -24,7 +24,7 @@ def alone(rank: int = 0, processes: int = 1) -> SimpleNamespace:
 
 def losses(seed: int, accelerator=None, batch_size: int = 8) -> np.ndarray:
     accelerator = accelerator or Accelerator(cpu=True)
-    images = draw_clean(noiser(accelerator), (0, 4), 20, batch_size)
+    images = CleanImages(noiser(accelerator), (0, 4), 20, batch_size)
     network = tiny_unet(seed)
     material = SimpleNamespace(processes=accelerator, network=network, timesteps=TIMESTEPS)
     material.tensors = lambda _: network.state_dict()
@@ -32,7 +32,7 @@ def losses(seed: int, accelerator=None, batch_size: int = 8) -> np.ndarray:
 
 
 def test_the_losses_are_those_that_training_sees():
-    images = draw_clean(noiser(Accelerator(cpu=True)), (0, 4), 20, 20)
+    images = CleanImages(noiser(Accelerator(cpu=True)), (0, 4), 20, 20)
     found = losses(1)
     assert found.shape == (4, 20)
     for row, timestep in zip(found, TIMESTEPS, strict=True):
