@@ -1,5 +1,6 @@
 """A comparison: which runs it has (configs/comparison/), and the graph of jobs that make and score their models."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -170,8 +171,9 @@ class Stages:
                 load_config(run.arguments[1], [*run.arguments[2:], *overrides, *filter(None, [own])])
             made = None if self.base.config.model.pretrained else str(self.base.config.paths.pretrained_here)
             states = [self.state_outside(path) for path in outside(run.config, script) if path != made]
-            read = [run.config.read_by(script), [overrides, own, inputs], states]
-            given = {"arguments": [*run.arguments, *overrides], "settings": json.dumps(read, sort_keys=True)} | others
+            read = json.dumps([run.config.read_by(script), [overrides, own, inputs], states], sort_keys=True)
+            key = hashlib.sha256(read.encode()).hexdigest()[:16]
+            given = {"arguments": [*run.arguments, *overrides], "key": key} | others
             self.by_name[name] = Job(run.config.name, stage, script, **given)
         return self.by_name[name]
 

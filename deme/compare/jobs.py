@@ -32,7 +32,7 @@ class Job:
     # a function gets the jobs of `after_all` that are done; it returns None if there is nothing to do
     arguments: list[str] | Callable[[Sequence["Job"]], list[str] | None]
     output: Path | None  # None: a cache, which may not be needed
-    settings: str  # everything else that the output depends on, including files that no job makes
+    key: str  # a hash of everything else that the output depends on, including files that no job makes
     after: list["Job"] = field(default_factory=list)  # must be done before
     after_all: list["Job"] = field(default_factory=list)  # must have ended before, done or not
     own: str = ""  # one more override
@@ -45,11 +45,6 @@ class Job:
     def name(self) -> str:
         """For messages and log files."""
         return f"{self.run} {self.stage} {self.own}".rstrip()
-
-    @property
-    def key(self) -> str:
-        """A hash of the settings, 16 hexadecimal digits."""
-        return hashlib.sha256(self.settings.encode()).hexdigest()[:16]
 
     @property
     def made(self) -> list[str]:
@@ -111,9 +106,9 @@ class Ledger:
 
         The jobs before it are taken to be done.
         """
-        entry = self.entry(job)
-        is_there = entry != b"" and (job.output is None or job.output.exists())
-        return is_there and entry == as_lines([job.key, self.made_of(job), state_of(job.made)])
+        if not self.entry(job) or (job.output is not None and not job.output.exists()):
+            return False
+        return self.entry(job) == as_lines([job.key, self.made_of(job), state_of(job.made)])
 
     def done(self, jobs: Sequence[Job]) -> set[Job]:
         """The jobs that are done, and so are all jobs before them; each job must follow those that it needs."""
@@ -141,14 +136,11 @@ class Jobs:
 
     Args:
         jobs: none before one that it needs. Those that the longest chain of others waits for start first.
-        logs: the folder of the jobs' logs.
         places: the environment variables of each place where a job can run, from `places`.
         processes: of each job.
     """
 
-    def __init__(
-        self, jobs: Sequence[Job], ledger: Ledger, logs: Path, places: Sequence[dict[str, str]], processes: int = 1
-    ):
+    def __init__(self, jobs: list[Job], ledger: Ledger, logs: Path, places: list[dict[str, str]], processes: int = 1):
         self.jobs, self.ledger, self.logs, self.processes = longest_chain_first(jobs), ledger, logs, processes
         self.free = list(places)
         self.running: dict[Job, tuple[subprocess.Popen, dict[str, str], str, float]] = {}
@@ -158,9 +150,8 @@ class Jobs:
         """Run all that can run. An exception, such as a signal's, ends the processes, which save what they have."""
         try:
             while any(job.state in ("waiting", "running") for job in self.jobs):
-                for job in self.jobs:
-                    if job.state == "waiting":
-                        self._try_to_start(job)
+                for job in [job for job in self.jobs if job.state == "waiting"]:
+                    self._try_to_start(job)
                 if self.running:
                     self._collect("failed")
         except BaseException:

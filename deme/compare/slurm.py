@@ -16,11 +16,7 @@ OPTIONS = {"PARTITION": "partition", "ACCOUNT": "account", "TIME": "time", "CPUS
 
 
 class Queue:
-    """The jobs that were submitted, by name, and what Slurm says of them.
-
-    Args:
-        file: holds a line for each submitted job: its name, its key and Slurm's number.
-    """
+    """The jobs that were submitted, by name, and what Slurm says of them; a line of the file has name, key, number."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -28,7 +24,7 @@ class Queue:
         self.keys: dict[str, str] = {}
         self.states: dict[str, str] = {}  # Slurm's word for a job that is queued or runs
         content = file.read_bytes().decode(errors="replace") if file.exists() else ""
-        for line in content.removesuffix("\n").split("\n") if content else []:
+        for line in filter(None, content.split("\n")):  # other line breaks may stand in names
             name, *parts = line.rsplit("\t", 2)
             if len(parts) != 2:
                 raise UserError(f"{file}: not a line of a job: {line!a}; delete it")
@@ -104,8 +100,7 @@ def sbatch_line(group: Sequence[Job], logs: Path, ledger: Ledger, queue: Queue) 
     line += [f"--{option}={given[setting]}" for setting, option in OPTIONS.items() if given[setting]]
     line += [f"--gpus-per-node={given['GPUS']}"] if given["GPUS"] != "0" else []
     line += [*own_options, "--export=ALL", "--requeue", "--open-mode=append", f"--signal=B:USR1@{given['NOTICE']}"]
-    log = "%x-%A_%a.log" if first.own else "%x-%j.log"
-    line.append(f"--output={str(logs).replace('%', '%%')}/{log}")
+    line.append(f"--output={str(logs).replace('%', '%%')}/{'%x-%A_%a.log' if first.own else '%x-%j.log'}")
     line += [f"--array=0-{len(group) - 1}"] if first.own else []
     others = [before for before in first.after_all if before not in first.needed]
     waits = []

@@ -44,42 +44,36 @@ def difference(blocks: Sequence[Sequence[float]]) -> tuple[float, float | None]:
 
 def compared_rows(runs: Sequence[ComparedRun]) -> list[Row]:
     """A row for each model of each variation that has scores; `runs` begins with the base."""
-    base = runs[0]
-    scores: dict[tuple[str, int, str], Score] = {}  # by variation, seed and model
-    trainings: dict[tuple[str, str], list[ComparedRun]] = {}
+    trained: dict[tuple[str, str], list[tuple[ComparedRun, Score]]] = {}  # by variation and model
     for run in runs:
         file = run.config.paths.results
-        scored = {Path(score.samples).name: score for score in (load_scores(file)[1] if file.is_file() else [])}
-        for model in run.models:
-            if model in scored:
-                scores[run.name, run.config.seed, model] = scored[model]
-                trainings.setdefault((run.name, model), []).append(run)
-    pretrained = scores.get((base.name, base.seed, PRETRAINED))
-    if pretrained is None:  # its images could not be drawn
+        scores = {Path(score.samples).name: score for score in (load_scores(file)[1] if file.is_file() else [])}
+        for model in filter(scores.get, run.models):
+            trained.setdefault((run.name, model), []).append((run, scores[model]))
+    base = runs[0].name
+    if (base, PRETRAINED) not in trained:  # its images could not be drawn
         return []
+    [(_, pretrained)] = trained[base, PRETRAINED]
+    controls = {run.config.seed: score for run, score in trained.get((base, CONTINUED), [])}
     rows = []
-    for (name, model), trained in trainings.items():
-        own = [scores[name, run.config.seed, model] for run in trained]
-        controls = [scores.get((base.name, run.config.seed, CONTINUED)) for run in trained]
-        has_control = all(controls) and model not in (PRETRAINED, CONTINUED)
-        passes, seconds = zip(*[cost(run, model) for run in trained], strict=True)
+    for (name, model), pairs in trained.items():
+        blocks = [score.blocks for _, score in pairs]
+        seeds = [run.config.seed for run, _ in pairs]
+        has_control = set(seeds) <= controls.keys() and model not in (PRETRAINED, CONTINUED)
+        others = [controls[seed].blocks for seed in seeds] if has_control else None
+        passes, seconds = zip(*[cost(run, model) for run, _ in pairs], strict=True)
         rows.append(
             Row(
-                name=model if name == base.name else f"{name}, {model}",
-                seeds=[run.config.seed for run in trained],
-                pooled=float(np.mean([score.pooled for score in own])),
-                to_pretrained=differences(own, [pretrained] * len(own)),
-                to_continued=differences(own, controls) if has_control else None,
+                name=model if name == base else f"{name}, {model}",
+                seeds=seeds,
+                pooled=float(np.mean([score.pooled for _, score in pairs])),
+                to_pretrained=np.subtract(blocks, pretrained.blocks).tolist(),
+                to_continued=np.subtract(blocks, others).tolist() if has_control else None,
                 passes=round(np.mean(passes)),
                 hours=None if None in seconds else float(np.mean(seconds)) / 3600,
             )
         )
     return rows
-
-
-def differences(scores: Sequence[Score], others: Sequence[Score]) -> list[list[float]]:
-    """Each score's blocks minus those of its counterpart."""
-    return [np.subtract(score.blocks, other.blocks).tolist() for score, other in zip(scores, others, strict=True)]
 
 
 def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
@@ -90,8 +84,7 @@ def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
     names += config.timesteps.names if model == "ensemble" else []
     names += [model] if model in NAMED_TRAININGS else []
     logs = [read_log(config.paths.finetuning(name) / "log.jsonl", config) for name in names]
-    passes = sum(log.passes for log in logs)
-    seconds = sum(log.seconds for log in logs)
+    passes, seconds = sum(log.passes for log in logs), sum(log.seconds for log in logs)
     if is_merged and config.needs_search:
         passes += read_searched(config.paths.best_coefficients).passes or 0
         searched = seconds_of(config.paths.search)

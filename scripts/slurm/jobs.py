@@ -24,6 +24,7 @@ from deme.job.command import ended_in_one_line
 from deme.job.files import checkpoint_steps, make_folder
 from deme.compare.jobs import Job, Ledger
 from deme.job.locks import locked
+from deme.job.records import digest_of
 from deme.compare.slurm import Queue, missing_jobs, submit
 
 MODELS = "configs/comparison/models.yaml"
@@ -40,8 +41,8 @@ def plan_jobs(file: str, overrides: list[str]) -> tuple[Path, list[Job]]:
     scores = [job for job in jobs if job.stage == "evaluate"]
     base = runs[0].config
     name, output = f"table-{Path(file).stem}", base.paths.comparison(file) / "table.md"
-    arguments, settings = ["--config", file, *overrides, "--table"], "\n".join(job.settings for job in scores)
-    table = Job(base.name, name, "compare.py", arguments, output, settings, after_all=scores, single_process=True)
+    arguments, key = ["--config", file, *overrides, "--table"], digest_of({job.name: job.key for job in scores})
+    table = Job(base.name, name, "compare.py", arguments, output, key, after_all=scores, single_process=True)
     return base.paths.jobs, [*jobs, table]
 
 

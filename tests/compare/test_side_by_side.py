@@ -71,7 +71,7 @@ def test_a_job_without_its_output_is_not_done(tmp_path):
 def test_what_is_done_is_not_done_again_until_something_before_it_changes(tmp_path):
     def again(settings="settings"):
         first = writes(tmp_path / "first")
-        first.settings = settings
+        first.key = settings
         return go(tmp_path, [first, writes(tmp_path / "second", before=[first])])
 
     assert again() == ["done", "done"]
@@ -157,7 +157,7 @@ def test_what_fails_at_last_is_no_longer_scored_though_it_was_made_before(tmp_pa
     scores.after_all = [first, other]
     assert go(tmp_path, [first, other, scores]) == ["done"] * 3
     again = fails(tmp_path / "first")
-    again.settings = "others"
+    again.key = "others"
     scores.after_all, scores.state, other.state = [again, other], "waiting", "waiting"
     assert go(tmp_path, [again, other, scores]) == ["failed", "unchanged", "done"]
     assert (tmp_path / "scores").read_text().endswith("scores.py other")

@@ -53,7 +53,7 @@ def test_jobs_under_way_are_left_alone_unless_they_would_make_something_else(tmp
     with pytest.raises(UserError, match=r"^run sample: under way with other settings or inputs: .* scancel 10$"):
         missing(jobs, ledger, queue)
     make(ledger, train)
-    sample.settings = "others"
+    sample.key = "others"
     with pytest.raises(UserError, match=r"scancel 10$"):
         missing(jobs, ledger, queue)
 
@@ -69,7 +69,7 @@ def test_done_is_what_was_made_of_what_is_done(tmp_path):
     jobs, ledger = chain(tmp_path), Ledger(tmp_path / "done")
     make(ledger, *jobs)
     assert ledger.done(jobs) == set(jobs)
-    jobs[0].settings = "others"
+    jobs[0].key = "others"
     assert ledger.done(jobs) == set()
 
 
