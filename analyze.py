@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     watched = inputs.watched()
 
     # --- torch is imported after what can be answered without it
-    from deme.analysis.material import Material
+    from deme.analysis import Material
     from deme.data.opening import data_hashes, open_source
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
 

@@ -95,8 +95,7 @@ def main(config: Config) -> None:
             from deme.report.figures import save_search_plots  # imports matplotlib and TensorBoard
 
             make_folder(config.paths.plots, "output_dir")
-            tried = (answer["coefficients"], result.evaluated, result.study)
-            print("pictures:", *save_search_plots(config, *tried, scores), sep="\n")
+            print("pictures:", *save_search_plots(config, answer["coefficients"], result, scores), sep="\n")
 
 
 def check_inputs(config: Config) -> ModelFiles:

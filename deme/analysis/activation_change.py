@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from deme.analysis.material import Material
+from deme.analysis import Material
 from deme.job.processes import Processes
 from deme.job.records import Arrays, Keep
 from deme.measure.noisy import Batch

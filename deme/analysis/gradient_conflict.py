@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
 
-from deme.analysis.material import Material
+from deme.analysis import Material
 from deme.analysis.task_vectors import cosine_maps, cosines, names_by_block
 from deme.job.records import Arrays, Keep
 from deme.report.figures import BLACK, COLOURS, DASHES, SEPARATOR, UNKNOWN, noted

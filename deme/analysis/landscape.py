@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from deme.analysis.material import Material
+from deme.analysis import Material
 from deme.job.records import Arrays, Keep
 from deme.method.candidates import Candidates
 from deme.method.task_vectors import PUBLISHED
@@ -50,6 +50,7 @@ def plane_losses(material: Material, keep: Keep) -> Arrays:
     base = material.tensors("pretrained")
     finetuned = {name: material.tensors(name) for name in _experts(material)}
     candidates = Candidates(base, finetuned, dict.fromkeys(base, 0), processes.device)
+    corners = dict(zip(CORNERS, [candidates.pretrained, *candidates.finetuned], strict=True))
     batches = material.spread(material.settings.landscape_images, 3)
 
     def total(values: torch.Tensor) -> np.ndarray:
@@ -57,9 +58,8 @@ def plane_losses(material: Material, keep: Keep) -> Arrays:
         return processes.reduce(sums.index_add_(0, ranges, values.double()), "sum").cpu().numpy()
 
     def at(*coefficients: float) -> torch.Tensor:
-        if coefficients in CORNERS:  # that network's own weights, bit for bit
-            corner = [candidates.pretrained, *candidates.finetuned][CORNERS.index(coefficients)]
-            material.network.load_state_dict(corner)
+        if coefficients in corners:  # that network's own weights, bit for bit
+            material.network.load_state_dict(corners[coefficients])
         else:
             candidates.form(material.network, [coefficients])
         losses = [batch.losses(material.network) if len(batch.ranges) > 0 else batch.weights for batch in batches]
@@ -77,9 +77,9 @@ def plane_losses(material: Material, keep: Keep) -> Arrays:
 
     ranges = torch.cat([batch.ranges for batch in batches])
     counts, side = total(torch.ones_like(ranges)), axis(material.settings.landscape_points).tolist()
-    corners = keep("corners", at_corners)
+    at_networks = keep("corners", at_corners)
     rows = [keep(f"row-{k:03d}", partial(row, first))["losses"] for k, first in enumerate(side)]
-    return {"losses": np.stack(rows)} | corners
+    return {"losses": np.stack(rows)} | at_networks
 
 
 def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import sem
 
-from deme.analysis.material import Material
+from deme.analysis import Material
 from deme.job.records import Arrays, Keep
 from deme.measure.noisy import CleanImages
 from deme.models.variants import ORDER

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from deme.analysis.material import Material
+from deme.analysis import Material
 from deme.job.processes import in_main_process
 from deme.job.records import Arrays, Keep
 from deme.method.task_vectors import Tensors, pattern_of, patterns_of

@@ -127,35 +127,30 @@ def heat_map(
 
 
 def save_search_plots(
-    config: Config,
-    coefficients: Mapping[str, Sequence[float]],
-    evaluated: Sequence[Any],
-    study: Any,
-    scores: Sequence[Score],
+    config: Config, coefficients: Mapping[str, Sequence[float]], result: Any, scores: Sequence[Score]
 ) -> list[Path]:
     """Write pictures of a search, and the same for TensorBoard.
 
-    Args:
-        coefficients: the best, by name pattern.
-        evaluated: the candidates in order, each with its way, objective, passes and value.
-        study: gives the rows of its candidates, and the importance of each coefficient; None: there is none.
-        scores: on fresh seeds, the pretrained network first.
+    The coefficients are the best, by name pattern; the result is that of deme/search/ways.py; the scores, on fresh
+    seeds, begin with the pretrained network's.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    figures = {"cost": cost(evaluated), "coefficients": coefficient_map(coefficients, config)}
+    figures = {"cost": cost(result.evaluated), "coefficients": coefficient_map(coefficients, config)}
+    study = result.study
     importance = {} if study is None else study.importance()
     if importance:
         names, shares = list(importance), list(importance.values())
         label = "importance of each coefficient (share of the objective's variance)"
         figures["importance"] = bars(names[:MOST_BARS], shares[:MOST_BARS], None, label)
+    if len(importance) > 1:
         figures["pairs"] = pairs(study.problem.names, study.rows(), names[:MOST_PAIRED])
     if len(scores) > 1:
         figures["fresh"] = score_bars(scores, config.evaluate.features, "best")
     logs = config.paths.search / "logs"
     shutil.rmtree(logs, ignore_errors=True)
     with SummaryWriter(logs) as writer:
-        for row in evaluated:
+        for row in result.evaluated:
             writer.add_scalar(f"{row.objective}/{row.way}", row.value, row.passes)
         for name, figure in figures.items():
             save_figure(figure, config.paths.search_picture(name))
@@ -198,22 +193,19 @@ def pairs(names: Sequence[str], rows: Sequence[Any], chosen: Sequence[str]) -> F
     values = [row.value for row in rows]
     columns = [[row.coefficients.flat[names.index(name)] for row in rows] for name in chosen]
     upper = np.quantile(values, 0.9)  # a few bad ones would take all the colours
-    size = max(1, len(chosen) - 1)
+    size = len(chosen) - 1
     figure = Figure(figsize=(2.4 * size + 1.4, 2.2 * size + 0.6))
     pictures = figure.subplots(size, size, squeeze=False, sharex="col", sharey="row")
     for (row, column), axes in np.ndenumerate(pictures):
-        if column > row or row + 1 >= len(chosen):
+        if column > row:
             axes.set_visible(False)
             continue
         x, y = columns[column], columns[row + 1]
         dots = axes.scatter(x, y, c=values, cmap="viridis", vmax=upper, s=18)
         axes.plot(x[-1], y[-1], "o", color=VERMILION, markersize=11, fillstyle="none", markeredgewidth=2)
-        if row == size - 1:
-            axes.set_xlabel(chosen[column])
-        if column == 0:
-            axes.set_ylabel(chosen[row + 1])
-    if len(chosen) > 1:
-        figure.colorbar(dots, ax=pictures, label="objective (the lower the better)", shrink=0.8)
+        axes.set(xlabel=chosen[column], ylabel=chosen[row + 1])
+        axes.label_outer()
+    figure.colorbar(dots, ax=pictures, label="objective (the lower the better)", shrink=0.8)
     return figure
 
 
@@ -221,23 +213,16 @@ def pairs(names: Sequence[str], rows: Sequence[Any], chosen: Sequence[str]) -> F
 
 
 def score_bars(scores: Sequence[Score], features: str, chosen: str) -> Figure:
-    """Paired differences to the pretrained network with two standard errors; without them, the distances.
-
-    Args:
-        chosen: the model whose bar has another colour.
-    """
-    distance = NAMES[features][0]
+    """Paired differences to the pretrained network with two standard errors; without them, the distances."""
     rows = [row for row in scores if row.to_pretrained is not None]
     if rows:
-        values = [row.to_pretrained.mean for row in rows]
-        errors = [2 * (row.to_pretrained.standard_error or 0) for row in rows]
-        label = f"{distance} − the pretrained network's (± 2 standard errors; lower is better)"
+        values = [(row.to_pretrained.mean, 2 * (row.to_pretrained.standard_error or 0)) for row in rows]
+        label = "− the pretrained network's (± 2 standard errors; lower is better)"
     else:
-        rows = scores
-        values = [row.pooled for row in rows]
-        errors = [row.standard_deviation or 0 for row in rows]
-        label = f"{distance} (± standard deviation of blocks; lower is better)"
-    return bars([Path(row.samples).name for row in rows], values, errors, label, chosen)
+        rows, label = scores, "(± standard deviation of blocks; lower is better)"
+        values = [(row.pooled, row.standard_deviation or 0) for row in rows]
+    names = [Path(row.samples).name for row in rows]
+    return bars(names, *zip(*values, strict=True), f"{NAMES[features][0]} {label}", chosen)
 
 
 def bars(
@@ -313,8 +298,8 @@ class Strips:
             one, other = (self.pixels(folder / name) for folder in (first, second))
             if one is None or other is None:
                 continue
-            if one.shape != other.shape:
+            if one.shape == other.shape:
+                distances[name] = float(np.square(one.astype(np.float64) - other).mean())
+            else:
                 self.left_out[f"differences of images of other sizes in {first} and {second}"] = None
-                continue
-            distances[name] = float(np.square(one.astype(np.float64) - other).mean())
         return sorted(distances, key=distances.get, reverse=True)[:count]
