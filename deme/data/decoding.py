@@ -127,8 +127,7 @@ def flat_images(pixels: np.ndarray, sizes: np.ndarray, rows: np.ndarray, channel
 
 
 def load_images(source: Source, channels: int, cache: Path) -> Images:
-    """The images, resized, the same in each case: in memory up to `data.cache_gb`, in a mapped file up to
-    `data.cache_disk_gb`, and decoded on the fly above that."""
+    """The images, resized: in memory up to `data.cache_gb`, mapped up to `data.cache_disk_gb`, else decoded anew."""
     data = source.data
     size = len(source) * data.resolution**2 * channels  # bytes, if all were square
     if size <= data.cache_gb * 2**30:
@@ -193,8 +192,7 @@ def cached(cache: Path, made_from: dict[str, Any], build: Callable[[Path], None]
 def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
     """An image as a viewer shows it, its shorter side resized to `resolution`: uint8, shape (H, W, C).
 
-    `content` is bytes, a dictionary of `bytes` and `path`, or values (H, W) or (H, W, 1, 3 or 4) as lists. PIL raises
-    many types of exceptions for a damaged image.
+    `content` is bytes, a dictionary of `bytes` and `path`, or values (H, W) or (H, W, 1, 3 or 4) as lists.
     """
     content = read_bytes(content) if isinstance(content, dict) else content
     if content is None:
@@ -224,10 +222,7 @@ def read_bytes(content: dict) -> bytes | None:
 
 
 def as_seen(image: Image.Image, channels: int) -> Image.Image:
-    """An image as a viewer shows it, grayscale or RGB, 8 bits.
-
-    It is upright by EXIF, its transparent pixels over white, its colours as sRGB by its profile.
-    """
+    """An image of 8 bits, grayscale or RGB, as a viewer shows it: upright by EXIF, over white, sRGB by its profile."""
     _check_range(image)
     if image.format == "PNG" and "transparency" in image.info and image.tile:  # as long as it is not loaded
         kind = image.tile[0].args

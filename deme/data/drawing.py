@@ -106,16 +106,13 @@ def draw(
     """Draw the images of these seeds; threads write one batch while the next is drawn."""
     settings = drawing.settings
     batches = [seeds[start : start + settings.batch_size] for start in range(0, len(seeds), settings.batch_size)]
-    writes = []
+    writes = ()
     with ThreadPoolExecutor(max_workers=4) as pool:
         for batch in tqdm(batches, settings.model, unit="batch", disable=is_silent or not batches):
             images = drawing.images(network_at, batch, [texts[seed] for seed in batch if texts])
-            for write in writes:
-                write.result()  # a full disk stops the run here
-            pairs = zip(batch, images, strict=True)
-            writes = [pool.submit(samples.write_image, output, *pair, settings.size_on_disk) for pair in pairs]
-        for write in writes:
-            write.result()
+            list(writes)  # a full disk stops the run here
+            writes = pool.map(partial(samples.write_image, output, size=settings.size_on_disk), batch, images)
+        list(writes)
 
 
 def finish(config: Config, block: range) -> None:

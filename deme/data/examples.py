@@ -1,8 +1,5 @@
 """Training and held-out data in the form that a network's encoder takes, and the micro-batches of a run.
 
-A run is a function of its seed: each generator is seeded with the stream of its run, its purpose, and where in the run
-it is used. So neither the number of processes nor an interruption changes what is trained on.
-
 A folder of latents holds part-000000.safetensors and so on, of PART images each: `moments` of the VAE's posterior
 (n, views, C, h, w), `embeddings` of all their captions (m, tokens, D), `first` (n + 1,), where each image's captions
 begin, and m, and `crc32` (n,) of each image's moments and embeddings. empty.safetensors holds the embedding of the
@@ -40,10 +37,7 @@ EMPTY = "empty.safetensors"
 
 
 def choose_caption(captions: Sequence, empty: Any, dropout: float, random: np.random.Generator | None) -> Any:
-    """One of an image's captions; `empty` with probability `dropout` (Ho and Salimans 2022, algorithm 1).
-
-    Without a generator it is the first.
-    """
+    """One of an image's captions, or `empty` with probability `dropout` (Ho and Salimans 2022, algorithm 1)."""
     if random is None:
         return captions[0]
     number = int(random.integers(len(captions))) if len(captions) > 1 else 0
@@ -70,10 +64,7 @@ class CroppedImages:
         return len(self.chosen)
 
     def batch(self, indices: Sequence[int], random: np.random.Generator | None = None) -> torch.Tensor | Captioned:
-        """The crops at `indices`, with their captions if there are any.
-
-        `random` draws crops and flips, then captions. Without it, the first caption is taken.
-        """
+        """The crops at `indices`, captioned if the data is; `random` draws crops and flips, then captions."""
         pixels = self.crops(indices, random)
         if self.captions is None:
             return pixels
@@ -177,10 +168,7 @@ class TrainingImages(NamedTuple):
 
 
 def load_training_images(source: Source, channels: int, cache: Path, caption_dropout: float = 0.0) -> TrainingImages:
-    """The images to train on, and the `data.held_out_images` others (centre-cropped, not flipped).
-
-    `cache` is a folder for images that don't fit into `data.cache_gb` of memory.
-    """
+    """The images to train on, and the `data.held_out_images` others, cropped at the centre and not flipped."""
     data = source.data
     images = load_images(source, channels, cache)
     trained, held_out = split_held_out(data, len(images))
@@ -208,10 +196,7 @@ def load_evaluation_images(source: Source, cache: Path) -> tuple[CroppedImages, 
 def load_examples(
     config: Config, settings: Training, source: Source, encoder: Encoder, made_of: dict[str, str], processes: Processes
 ) -> TrainingImages:
-    """The data as the encoder takes it; latents are made once by all processes, while other jobs wait.
-
-    `made_of` has the hashes of the data, and of the encoders if there are any.
-    """
+    """The data as the encoder takes it; latents, by the hashes in `made_of`, are made once, while other jobs wait."""
     data, cache = source.data, config.paths.image_cache
     rule = "a text-to-image model needs captions" if encoder.takes_text else "the model takes no captions"
     data.check("caption_column", encoder.takes_text == (data.caption_column is not None), rule)
@@ -299,7 +284,6 @@ def _crc32(*tensors: torch.Tensor) -> int:
 class MicroBatch:
     """What one forward pass of training sees, and the random draws that are not made on the device."""
 
-    step: int
     number: int  # within the step, over all processes
     examples: Any  # as the encoder takes them
     uniform: float  # in [0, 1): decides between the run's range and all timesteps
@@ -309,10 +293,7 @@ class MicroBatch:
 def micro_batches(
     images: Examples, stream: Stream, settings: Training, numbers: range, first_step: Callable[[], int]
 ) -> Iterator[MicroBatch]:
-    """A process's micro-batches, which have these `numbers` in each step, loaded ahead where images are to be decoded.
-
-    `first_step` is called when the first one is asked for.
-    """
+    """A process's micro-batches, these `numbers` of each step from the first on, loaded ahead if images are decoded."""
     size = settings.micro_batch_size or settings.batch_size
 
     def load(place: tuple[int, int]) -> MicroBatch:
@@ -321,7 +302,7 @@ def micro_batches(
         indices = batch_indices(stream, len(images), step * settings.batch_size + number * size, size)
         uniform = random.random()
         examples = images.batch(indices, random)
-        return MicroBatch(step, number, examples, uniform, torch_seed(random))
+        return MicroBatch(number, examples, uniform, torch_seed(random))
 
-    places = ((step, number) for step in itertools.count(first_step()) for number in numbers)
+    places = ((step, number) for step in itertools.count(first_step()) for number in numbers)  # after a resumption
     yield from ahead(load, places, images.threads)

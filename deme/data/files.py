@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
@@ -22,10 +23,10 @@ TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # that `rea
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 NO_IMAGES = (".h5", ".hdf", ".mpg", ".mpeg")  # suffixes of formats that PIL registers but cannot decode
 SIDECAR = "sidecar"  # the column of the captions in NAME.txt beside NAME.png, one a line
-SPLIT_WORDS = {  # in a folder's name that make it a split, as in `datasets`
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "dev", "val"},
-    "test": {"test", "testing", "eval", "evaluation"},
+SPLITS = {  # word in a folder's name → the split that it makes the folder, as in `datasets`
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 NAMED_FILES = 3  # of those that are left out
 
@@ -58,7 +59,6 @@ def image_suffixes() -> frozenset[str]:
     """Suffixes of the formats that PIL reads, in lower case."""
     from PIL import Image
 
-    Image.init()
     known = Image.registered_extensions().items()
     return frozenset(suffix for suffix, name in known if name in Image.OPEN) - {*NO_IMAGES}
 
@@ -120,11 +120,10 @@ def stamp(paths: Iterable[str]) -> str:
 
     @cache  # an archive holds many images
     def state(file: str) -> str:
-        try:
+        with suppress(OSError, ValueError):
             status = os.stat(file)
-        except (OSError, ValueError):
-            return "-"
-        return f"{status.st_size} {status.st_ino} {status.st_ctime_ns}"
+            return f"{status.st_size} {status.st_ino} {status.st_ctime_ns}"
+        return "-"
 
     digest = hashlib.sha256()
     for path in paths:
@@ -133,17 +132,11 @@ def stamp(paths: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-# --- tables
-
-
 def read_rows(name: str, content: bytes, text_column: str = "") -> list[dict[str, Any]]:
     """The rows of a table, each a dictionary by column; the suffix of `name`, in any case, tells the format.
 
     All values of a csv or tsv file are texts, NA and null too; an empty one is None. A line of a text file and a text
-    in a json list are rows with `text_column` alone.
-
-    Raises:
-        Exception: csv, json and pyarrow raise many types for a damaged file.
+    in a json list are rows with `text_column` alone. A damaged file raises exceptions of many types.
     """
     suffix = PurePath(name).suffix.lower()
     if suffix in ("", ".txt"):
@@ -180,9 +173,6 @@ def read_lines(content: bytes) -> list[str]:
     """The lines of a text file; str.splitlines would also split at what a prompt may hold, such as U+2028."""
     text = content.decode("utf-8-sig").removesuffix("\n")
     return [line.removesuffix("\r") for line in text.split("\n")] if text else []
-
-
-# --- folders of images; none is opened
 
 
 def read_folder(files: list[File], caption_column: str | None) -> tuple[dict[str, list], list[str], str]:
@@ -234,27 +224,22 @@ def layout_of(folders: set[str]) -> tuple[dict[str, str], dict[str, int] | None]
     splits, depth_of_classes = dict.fromkeys(folders, "train"), 1
     for depth in range(max(map(len, parts.values()))):
         names = {folder: path[depth] if len(path) > depth else "" for folder, path in parts.items()}
-        found = {name: _splits_in(name) for name in names.values()}
-        if all(len(words) == 1 for words in found.values()):
-            splits, depth_of_classes = {folder: found[name][0] for folder, name in names.items()}, depth + 2
+        words = {name: re.split(r"[-._ 0-9]+", name.lower()) for name in names.values()}  # as in train2017, val-set
+        told = {name: {SPLITS[word] for word in own if word in SPLITS} for name, own in words.items()}
+        if all(len(own) == 1 for own in told.values()):
+            splits, depth_of_classes = {folder: min(told[name]) for folder, name in names.items()}, depth + 2
             break
-        if len({word for words in found.values() for word in words}) > 1:
-            told = sorted(name for name, words in found.items() if words)
-            others = sorted(name or "images" for name, words in found.items() if not words)
+        if len(set().union(*told.values())) > 1:
+            others = sorted(name or "images" for name, own in told.items() if not own)
             beside = f" beside {', '.join(others[:NAMED_FILES])}" if others else ""
             remedy = "move what is no split elsewhere, or all into one folder train if they are classes"
-            raise UserError(f"which images are of which split? It holds {', '.join(told)}{beside}; {remedy}")
+            held = ", ".join(sorted(filter(told.get, told)))
+            raise UserError(f"which images are of which split? It holds {held}{beside}; {remedy}")
     depths = {len(path) for path in parts.values()}
     classes = sorted({path[-1] for path in parts.values() if path})
     if len(depths) > 1 or max(depths) < depth_of_classes or len(classes) < 2:
         return splits, None
     return splits, {folder: classes.index(path[-1]) for folder, path in parts.items()}
-
-
-def _splits_in(folder: str) -> list[str]:
-    """The splits that a folder's name tells, as train2017 and val-set do."""
-    words = {*re.split(r"[-._ 0-9]+", folder.lower())}
-    return [split for split, synonyms in SPLIT_WORDS.items() if words & synonyms]
 
 
 def describe(kind: str, names: Iterable[str], rest: str = "") -> str:
@@ -269,16 +254,16 @@ def _read_metadata(metadata: list[File], images: dict[str, File]) -> list[dict[s
     rows = []
     listed_in: dict[str, str] = {}  # image → metadata file
     for file in metadata:
+        folder = dirname(file.name)
         with blaming(file.name):
-            if any(dirname(other.name) == dirname(file.name) for other in metadata if other != file):
+            if any(dirname(other.name) == folder for other in metadata if other != file):
                 raise UserError("another metadata file stands beside it")
-            for number, given in enumerate(read_rows(file.name, read_file(file.path))):
+            for number, row in enumerate(read_rows(file.name, read_file(file.path))):
                 with naming(f"row {number}"):
-                    row = _with_images(given, dirname(file.name), images)
-                    image = row["image"].name
+                    rows.append(_with_images(row, folder, images))
+                    image = rows[-1]["image"].name
                     if listed_in.setdefault(image, file.name) != file.name:
                         raise UserError(f"lists {image}, as {listed_in[image]} does")
-                rows.append(row)
     if not rows:
         raise UserError(f"{metadata[0].name}: lists no images")
     return rows

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -21,7 +22,6 @@ from deme.job.records import CONTENTS, DATA
 
 Stream = tuple[int, ...]  # the experiment's seed, then numbers that tell its runs apart
 PERMUTATION, MICRO_BATCH, HELD_OUT_CHOICE = 0, 1, 2  # purposes of a generator
-CSV_TEXTS = {"keep_default_na": False, "na_values": [""]}  # NA, null and None are texts; what is empty is missing
 DATA_SETS = (".arrow", ".parquet", ".tar")  # files that hold whole data sets
 FINGERPRINTED = 1_000  # images
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -53,28 +53,20 @@ def open_source(data: Data) -> Source:
 def _open(data: Data) -> tuple[datasets.Dataset, str]:
     """All columns of a data set, and the version of the files that they were read from, where `datasets` has none."""
     if data.name == "digits":
-        return _digits(), ""
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()  # 1,797, in scikit-learn's package
+        pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # from values 0 … 16
+        captions = [DIGIT_CAPTIONS[i] for i in digits.target]
+        return datasets.Dataset.from_dict({"image": pixels, "label": digits.target, "caption": captions}), ""
     if not os.path.isdir(data.name):
         return datasets.load_dataset(data.name, split=data.split), ""
     files = list_files(Path(data.name))
     return (_open_images(data, files), "") if _holds_images(files) else _open_tables(data, files)
 
 
-def _digits() -> datasets.Dataset:
-    """scikit-learn's 1,797 handwritten digits, which are part of the package."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # from values 0 … 16
-    captions = [DIGIT_CAPTIONS[i] for i in digits.target]
-    return datasets.Dataset.from_dict({"image": pixels, "label": digits.target, "caption": captions})
-
-
 def _holds_images(files: list[File]) -> bool:
-    """True for a folder of images, False for one of tables with a few pictures beside them.
-
-    Tables named after images, such as 0.json beside 0.png, do not count.
-    """
+    """True for a folder of images, False for tables with a few pictures; 0.json beside 0.png does not count."""
     images = [file for file in files if file.kind == "image"]
     stems = {splitext(file.name)[0] for file in images}
     others = [file for file in files if file.kind == "other" and splitext(file.name)[0] not in stems]
@@ -109,18 +101,16 @@ def _open_tables(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
         if pattern in str(folder):
             raise UserError(f"datasets would take the {pattern} in {folder} for a pattern; rename or link the folder")
     version = stamp(file.path for file in files)
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{version[:16]}"
-    builder = datasets.load_dataset_builder(str(folder), cache_dir=str(cache))
-    if hasattr(builder.config, "keep_default_na"):  # tables of csv files
-        builder = datasets.load_dataset_builder(str(folder), cache_dir=str(cache), **CSV_TEXTS)
+    cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{version[:16]}")
+    builder = datasets.load_dataset_builder(str(folder), cache_dir=cache)
+    if hasattr(builder.config, "keep_default_na"):  # csv: NA, null and None are texts, what is empty is missing
+        builder = datasets.load_dataset_builder(str(folder), cache_dir=cache, keep_default_na=False, na_values=[""])
     builder.download_and_prepare()
     rows = builder.as_dataset(data.split)
     read = {os.path.realpath(str(file)) for split in builder.config.data_files.values() for file in split}
     suffixes = image_suffixes() | {*TABLES, ".arrow", ".tar", ".txt"}
-    candidates = [
-        file for file in files if file.suffix in suffixes and file.kind != "hidden" and "://" not in file.path
-    ]
-    left_out = describe("file", [file.name for file in candidates if os.path.realpath(file.path) not in read])
+    others = [file for file in files if file.suffix in suffixes and file.kind != "hidden" and "://" not in file.path]
+    left_out = describe("file", [file.name for file in others if os.path.realpath(file.path) not in read])
     if left_out:
         say_once(f"data.name={data.name}: {len(rows):,} rows are read; left out: {left_out}")
     return rows, version
@@ -145,9 +135,8 @@ def _with_columns(data: Data, rows: datasets.Dataset) -> Data:
 
 def _captioned(data: Data, rows: datasets.Dataset) -> tuple[datasets.Dataset, list[list[str]]]:
     """The rows without those that `data.skip_uncaptioned` leaves out, and the captions of each: one text or more."""
-    captions = rows[data.caption_column]
     if data.skip_uncaptioned:
-        captioned = [row for row, caption in enumerate(captions) if not _is_missing(caption)]
+        captioned = [row for row, caption in enumerate(rows[data.caption_column]) if not _is_missing(caption)]
         if len(captioned) < len(rows):
             say_once(f"data.skip_uncaptioned: skipped {len(rows) - len(captioned):,} of {len(rows):,} images")
             rows = rows.select(captioned)
@@ -199,11 +188,10 @@ def data_hashes(source: Source, cache: Path, with_labels: bool = False, with_cap
         digest.update(repr(source.captions).encode())
 
     def read(row: int) -> bytes:
-        try:
+        with suppress(UserError):  # loading the images reports it
             image = source.decode(row, channels=3)
-        except UserError:  # loading the images reports it
-            return b""
-        return str(image.shape).encode() + image.tobytes()
+            return str(image.shape).encode() + image.tobytes()
+        return b""
 
     sampled = min(count, FINGERPRINTED)
     places = [count * i // sampled for i in range(sampled)]
@@ -238,14 +226,8 @@ def _stored_bytes(image: Any) -> bytes:
         return b""
 
 
-# --- which images
-
-
 def split_held_out(data: Data, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `count` images are trained on, in rising order, and which `data.held_out_images` are not.
-
-    The choice depends on the data alone: it is the same for every seed and script.
-    """
+    """Which of `count` images are trained on, rising, and which are held out; every seed and script has the same."""
     held_out = data.held_out_images
     if held_out >= count:
         raise UserError(f"data.held_out_images={held_out}: {data.name} has {count} images")
@@ -254,10 +236,7 @@ def split_held_out(data: Data, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batch_indices(stream: Stream, num_images: int, start: int, size: int) -> np.ndarray:
-    """Images start … start + size − 1 of an endless shuffled stream: int64, shape (size,).
-
-    Each pass over the data is a permutation seeded with its number.
-    """
+    """Images start … start + size − 1 of endless passes over the data, each a seeded permutation: int64 (size,)."""
     places = (divmod(place, num_images) for place in range(start, start + size))
     return np.array([_permutation(stream, number, num_images)[i] for number, i in places], dtype=np.int64)
 

@@ -164,10 +164,7 @@ def check_sizes(paths: Sequence[Path]) -> tuple[int, int]:
 
 
 def read_images(paths: Sequence[Path]) -> "torch.Tensor":
-    """Image files of one size as uint8 RGB, shape (N, 3, H, W), decoded as data is.
-
-    pytorch_fid reads the PNGs of sample_ddp.py the same.
-    """
+    """Image files of one size as uint8 RGB (N, 3, H, W), decoded as data is; pytorch_fid reads our PNGs the same."""
     import torch
 
     images = []
