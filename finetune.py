@@ -30,7 +30,7 @@ from deme.models.variants import ModelFiles, check_trained, find_model
 from deme.training.session import Objective, Session, TrainingRun
 
 if TYPE_CHECKING:
-    from deme.data.examples import Examples
+    from deme.data.examples import TrainingImages
     from deme.training.state import Networks
 
 PRETRAINED, MERGED = "pretrained", "merged"  # models to start from, as sample.model names them
@@ -198,9 +198,9 @@ def main(config: Config) -> None:
     merge_method(config.merge.method, config.merge.settings)  # a typo would show only when the training is over
     key, source = source_of(tasks[0], config)
     load = partial(load_networks, inputs, key, source)
-    accelerator, start, (images, _) = open_training(session, load, watched, hashes)
+    accelerator, start, images = open_training(session, load, watched, hashes)
     accelerator.print(
-        f"{source}: {start.student.num_parameters():,} parameters; {len(images):,} images; "
+        f"{source}: {start.student.num_parameters():,} parameters; {len(images.training):,} images; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
 
@@ -211,7 +211,7 @@ def main(config: Config) -> None:
         gc.collect()  # autocast's wrappers tie this run's networks into cycles, which would keep their memory
 
 
-def finetune(session: Session, task: Task, run: TrainingRun, start: "Networks", images: "Examples") -> bool:
+def finetune(session: Session, task: Task, run: TrainingRun, start: "Networks", images: "TrainingImages") -> bool:
     """Train a copy of the network that a task starts from and write it; False if time was up first."""
     import copy
 

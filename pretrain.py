@@ -124,7 +124,7 @@ def main(config: Config) -> None:
 
     # --- train on all timesteps, without a teacher
     write = partial(write_pipeline, config, networks, encoders)
-    trainer = train(session, run, networks, images.training, write, images.held_out)
+    trainer = train(session, run, networks, images, write)
     if trainer is None:
         return
     has_converged = trainer.state.step < settings.max_steps

@@ -27,6 +27,7 @@ from benchmarks.report import save
 from benchmarks.trainers import OBJECTIVE, bare_run
 from benchmarks.unets import STABLE_DIFFUSION
 from deme.config.trainings import Finetune
+from deme.data.examples import TrainingImages
 from deme.models.denoisers import with_projections
 from deme.models.encoders import Encoded, LatentsAndText
 from deme.report.tables import markdown_table
@@ -101,7 +102,7 @@ def step_peak(settings: dict, images: int, device: str) -> int:
     networks = Networks(with_projections(teacher), teacher, DDPMScheduler(), encoder)
     with tempfile.TemporaryDirectory() as folder:
         run = bare_run(OBJECTIVE, finetune, Path(folder))
-        trainer = Trainer(accelerator, networks, EncodedNoise(settings), run)
+        trainer = Trainer(accelerator, networks, TrainingImages(EncodedNoise(settings), []), run)
         for _ in range(2):
             trainer.step()
     return memory_taken(device)

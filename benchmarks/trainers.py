@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
 from deme.config.trainings import Training
-from deme.data.examples import CroppedImages, Examples
+from deme.data.examples import CroppedImages, Examples, TrainingImages
 from deme.job.records import RUN, Record
 from deme.models.denoisers import with_projections
 from deme.models.encoders import Pixels
@@ -54,4 +54,5 @@ def make_trainer(
     student = with_projections(pretrained) if projected else copy.deepcopy(pretrained)
     teacher = copy.deepcopy(pretrained) if objective.consistency_weight > 0 else None
     networks = Networks(student, teacher, DDPMScheduler(), Pixels(pretrained.config.in_channels))
-    return Trainer(accelerator, networks, images, bare_run(objective, settings, folder), held_out)
+    data = TrainingImages(images, held_out or [])
+    return Trainer(accelerator, networks, data, bare_run(objective, settings, folder))

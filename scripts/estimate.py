@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deme.config.experiment import Config, check_shares
+from deme.config.experiment import Config
 from deme.config.trainings import CONTINUED, DISTILLED
 from deme.errors import UserError
 from deme.job.command import run_script
@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     from deme.data.opening import open_source
 
     rate = 1e12 * from_environment("GPU_TFLOPS", GPU_TFLOPS)
-    check_shares(config.finetune, int(from_environment("NUM_PROCESSES", 1)))
+    config.finetune.check_shares(int(from_environment("NUM_PROCESSES", 1)))
     pretrained = find_pretrained(config.paths)
     size = Size(
         *unet_cost(read_json(denoiser_folder(pretrained) / "config.json")),

@@ -1,7 +1,6 @@
 """The whole configuration of an experiment, and what has to hold between its sections."""
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from deme.config import sections, trainings
@@ -181,22 +180,3 @@ class Config(Section):
         """The middles of `analyze.timesteps` equal parts of [0, T)."""
         count = self.analyze.timesteps
         return [(2 * i + 1) * self.timesteps.num_train_timesteps // (2 * count) for i in range(count)]
-
-    def check_fits(self, sample_sizes: dict[Path, int | None], schedule: Path, num_train_timesteps: int) -> None:
-        """Compare the pixels that UNet folders are made for, and T of a noise schedule's file, with the settings."""
-        for folder, size in sample_sizes.items():
-            fits = size == self.data.resolution
-            self.data.check("resolution", fits, f"the UNet in {folder} has sample_size={size}")
-        fits = num_train_timesteps == self.timesteps.num_train_timesteps
-        self.timesteps.check("num_train_timesteps", fits, f"the scheduler in {schedule} has {num_train_timesteps}")
-
-
-def check_shares(settings: trainings.Training, processes: int) -> None:
-    """Check that this many processes can share the micro-batches of a training step equally."""
-    size = settings.micro_batch_size or settings.batch_size
-    micro_batches = settings.batch_size // size
-    share, rest = divmod(settings.batch_size, processes)
-    remedy = f"a batch_size that is a multiple of {processes}" if rest else f"micro_batch_size={share} or a divisor"
-    rule = f"{settings.section}.batch_size={settings.batch_size} makes {micro_batches} micro-batches of {size}, which "
-    rule += f"{processes} processes can't share equally: set {remedy}"
-    settings.check("micro_batch_size", micro_batches % processes == 0, rule)

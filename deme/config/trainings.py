@@ -63,6 +63,15 @@ class Training(Section):
         rule = f"must be a multiple of {self.section}.micro_batch_size={size}"
         self.check("batch_size", self.batch_size % size == 0, rule)
 
+    def check_shares(self, processes: int) -> None:
+        """Check that this many processes can share the micro-batches of a training step equally."""
+        size = self.micro_batch_size or self.batch_size
+        share, rest = divmod(self.batch_size, processes)
+        remedy = f"a batch_size that is a multiple of {processes}" if rest else f"micro_batch_size={share} or a divisor"
+        rule = f"{self.section}.batch_size={self.batch_size} makes {self.batch_size // size} micro-batches of {size}, "
+        rule += f"which {processes} processes can't share equally: set {remedy}"
+        self.check("micro_batch_size", self.batch_size // size % processes == 0, rule)
+
 
 @dataclass(frozen=True)
 class Pretrain(Training):

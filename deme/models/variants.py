@@ -40,9 +40,14 @@ class ModelFiles:
     def check_fits(self, config: Config) -> None:
         """Compare resolution and number of timesteps with the configuration."""
         factor, schedule = pipelines.latent_factor(self.pipeline), schedule_file(self.pipeline)
-        sizes = {folder: read_json(folder / "config.json").get("sample_size") for folder in self.denoisers}
-        pixels = {folder: size * factor if isinstance(size, int) else size for folder, size in sizes.items()}
-        config.check_fits(pixels, schedule, read_json(schedule).get("num_train_timesteps", 1000))  # diffusers' default
+        data, timesteps = config.data, config.timesteps
+        for folder in self.denoisers:
+            size = read_json(folder / "config.json").get("sample_size")
+            pixels = size * factor if isinstance(size, int) else size
+            data.check("resolution", pixels == data.resolution, f"the UNet in {folder} has sample_size={pixels}")
+        total = read_json(schedule).get("num_train_timesteps", 1000)  # diffusers' default
+        fits = total == timesteps.num_train_timesteps
+        timesteps.check("num_train_timesteps", fits, f"the scheduler in {schedule} has {total}")
 
     def watched(self, *more: Path) -> Watched:
         """The files whose hash and content are read, and `more`."""

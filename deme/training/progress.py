@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
+from deme.config.sections import Sample
 from deme.config.trainings import Training
 from deme.data.examples import Examples
 from deme.data.opening import torch_seed
@@ -20,7 +21,7 @@ from deme.data.samples import save_grid
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file, make_folder, writing
 from deme.method.losses import decoupled_loss
-from deme.method.sampling import guided, sample_images
+from deme.models.encoders import Drawing
 from deme.training.state import Networks
 
 MAX_SKIPPED_STEPS = 50  # fp16: steps without finite gradients in a row that stop the run
@@ -28,7 +29,6 @@ MEASURED = ("loss", "denoising_loss", "consistency_loss", "gradient_norm")
 NOISE = 2  # the purpose that the seeds of held_out_loss name
 PREVIEW_IMAGES = 64  # of a network that takes no text
 PREVIEW_STEPS = 50
-PREVIEW_GUIDANCE = 7.5
 
 
 class Meter:
@@ -170,14 +170,11 @@ def save_preview(networks: Networks, prompts: Sequence[str], batch_size: int, pa
     """Save a grid of the student's images, one per prompt if it takes text, drawn from the same seeds each time."""
     student, scheduler, encoder = networks.student, networks.scheduler, networks.encoder
     shape = (student.config.in_channels, student.config.sample_size, student.config.sample_size)
-    steps = min(PREVIEW_STEPS, scheduler.config.num_train_timesteps)
-    count = len(prompts) if encoder.takes_text else PREVIEW_IMAGES
-    parts = []
-    for start in range(0, count, batch_size):
-        seeds = range(start, min(start + batch_size, count))
-        conditions = encoder.condition(prompts[start : seeds.stop]), encoder.condition([""])
-        network_at = guided(lambda _: student, *conditions, PREVIEW_GUIDANCE)
-        parts.append(encoder.decode(sample_images(network_at, scheduler, seeds, shape, student.device, steps)))
+    settings = Sample(num_inference_steps=min(PREVIEW_STEPS, scheduler.config.num_train_timesteps))
+    drawing = Drawing(scheduler, encoder, settings, shape, student.device)
+    seeds = range(len(prompts) if encoder.takes_text else PREVIEW_IMAGES)
+    parts = [slice(start, start + batch_size) for start in seeds[::batch_size]]
+    images = torch.cat([drawing.images(lambda _: student, seeds[part], prompts[part]) for part in parts])
     encoder.rest()
     make_folder(path.parent, "output_dir")
-    save_grid(torch.cat(parts), path)
+    save_grid(images, path)

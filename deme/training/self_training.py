@@ -21,38 +21,33 @@ from deme.models.variants import find_model
 CAPTION = "caption"  # the column of the prompts that the samples were drawn from
 
 
-def drawing_config(config: Config, of_text: bool) -> Config:
-    """The configuration that draws the own samples, in the schedule of `sample`."""
-    settings, folder = config.self_training, config.paths.own_samples
-    steps = settings.num_inference_steps or config.sample.num_inference_steps
-    drawn = {"model": "pretrained", "output": str(folder), "num_inference_steps": steps}
-    drawn |= {"num_images": settings.num_images, "seed_offset": settings.seed_offset}
-    drawn |= {"prompts": str(folder.with_suffix(".jsonl")) if of_text else None, "prompt_column": CAPTION}
-    drawn |= {"size_on_disk": None, "overwrite": False, "blocks": 1, "block": None}
-    return replace(config, sample=replace(config.sample, **drawn))
-
-
 def training_config(config: Config) -> Config:
-    """The configuration whose data are the own samples; no image of the configured data is read."""
+    """The configuration whose data are the own samples: no image of the configured data is read, or held out."""
     data = {"name": str(config.paths.own_samples), "split": "train", "image_column": "image", "label_column": None}
     data |= {"caption_column": None if config.data.caption_column is None else CAPTION}
     data |= {"held_out_images": 0, "skip_uncaptioned": False, "skip_unreadable": False}
-    return replace(config, data=replace(config.data, **data))
+    pretrain = replace(config.pretrain, patience=None)  # which needs held-out images
+    return replace(config, data=replace(config.data, **data), pretrain=pretrain)
 
 
 def own_samples(config: Config, processes: Processes) -> Source:
-    """Draw what is missing of the own samples, and open them as data.
+    """Draw what is missing of the own samples in the schedule of `sample`, and open them as data.
 
     A text-to-image model draws from the captions of the configured data, in an order that follows from the seed.
     """
+    settings, folder = config.self_training, config.paths.own_samples
     model = find_model("pretrained", config.paths)
     watched = model.watched()
     of_text = takes_text(model.pipeline)
     if of_text:
         in_main_process(processes, partial(write_prompts, config))
-    drawing = drawing_config(config, of_text)
+    drawn = {"model": "pretrained", "output": str(folder), "size_on_disk": None, "overwrite": False}
+    drawn |= {"num_images": settings.num_images, "seed_offset": settings.seed_offset, "blocks": 1, "block": None}
+    drawn |= {"num_inference_steps": settings.num_inference_steps or config.sample.num_inference_steps}
+    drawn |= {"prompts": str(folder.with_suffix(".jsonl")) if of_text else None, "prompt_column": CAPTION}
+    drawing = replace(config, sample=replace(config.sample, **drawn))
     draw_samples(drawing, model, watched, prompts_of(drawing.sample, of_text), processes)
-    data, folder = training_config(config).data, config.paths.own_samples
+    data = training_config(config).data
     source = replace(open_source(replace(data, caption_column=None)), data=data)
     prompts = read_prompts(folder, list_images(folder)) if data.caption_column is not None else None
     return source if prompts is None else replace(source, captions=[[prompt] for prompt in prompts])

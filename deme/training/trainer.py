@@ -17,19 +17,12 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from deme.config.experiment import check_shares
-from deme.data.examples import Examples, MicroBatch, TrainingImages, load_examples, micro_batches
+from deme.config.trainings import Pretrain
+from deme.data.examples import MicroBatch, TrainingImages, load_examples, micro_batches
 from deme.errors import RunError, naming
+from deme.job import processes
 from deme.job.command import Interrupted, noted_signals
 from deme.job.files import Watched, atomic_folder
-from deme.job.processes import (
-    Agreement,
-    in_main_process,
-    keep_freed_memory,
-    locked_by_all,
-    make_accelerator,
-    peak_memory,
-)
 from deme.method.losses import UncertaintyWeights, choose_ranges, decoupled_loss, loss_weights, spread_timesteps
 from deme.models.denoisers import freeze, memory_format
 from deme.training.progress import Meter, RunLog, held_out_loss, save_preview
@@ -49,8 +42,8 @@ def open_training(
     `load` reads the files in `watched`; `made_from` has their hashes.
     """
     settings = session.settings
-    accelerator = make_accelerator(settings.mixed_precision, f"{settings.section}.mixed_precision")
-    check_shares(settings, accelerator.num_processes)
+    accelerator = processes.make_accelerator(settings.mixed_precision, f"{settings.section}.mixed_precision")
+    settings.check_shares(accelerator.num_processes)
     networks = load()
     accelerator.wait_for_everyone()
     watched.check()  # every process has read the same files
@@ -62,24 +55,18 @@ def open_training(
 class Trainer:
     """A training run; fills its folder with checkpoints/, previews/, log.jsonl and the trackers' files.
 
-    Pretraining measures the loss on `held_out` images, if there are any.
+    Pretraining measures the loss on the held-out images, if there are any.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        networks: Networks,
-        images: Examples,
-        run: TrainingRun,
-        held_out: Examples | None = None,
-    ):
+    def __init__(self, accelerator: Accelerator, networks: Networks, images: TrainingImages, run: TrainingRun):
         objective, settings = run.objective, run.settings
         self.accelerator, self.device = accelerator, accelerator.device
-        self.networks, self.held_out = networks, held_out
+        self.networks = networks
+        self.held_out = images.held_out if isinstance(settings, Pretrain) else None
         self.objective, self.settings = objective, settings
         self.folder, self.checkpoints = run.folder, run.folder / "checkpoints"
         if self.device.type == "cpu":
-            keep_freed_memory()
+            processes.keep_freed_memory()
 
         precision, teacher = settings.mixed_precision, networks.teacher
         networks.encoder.prepare(self.device, precision)
@@ -89,27 +76,22 @@ class Trainer:
         self.teacher = None if teacher is None else freeze(teacher, self.device, precision)
         rate = objective.uncertainty_learning_rate
         learned = None if rate is None else UncertaintyWeights(objective.ranges).to(self.device)
-        self.weighting = self._make_weighting() if learned is None else learned
+        self.weighting = learned  # each image's squared error and timesteps → the denoising loss; None: the mean error
+        if learned is None and settings.loss_weighting is not None:
+            noise = networks.scheduler.alphas_cumprod, networks.scheduler.config.prediction_type
+            with naming(f"{settings.section}.loss_weighting", settings.loss_weighting):
+                weights = loss_weights(settings.loss_weighting, *noise, settings).to(self.device)
+            self.weighting = lambda errors, timesteps: (weights[timesteps] * errors).mean()
         self.state = TrainingState(self.student, settings, accelerator.scaler, learned, rate)
         self.model, self.optimizer = accelerator.prepare(self.student, self.state.optimizer)
 
         self.micro_batch_size = settings.micro_batch_size or settings.batch_size
         count = settings.batch_size // self.micro_batch_size
         self.mine = range(accelerator.process_index, count, accelerator.num_processes)  # micro-batches of each step
-        self.batches = micro_batches(images, objective.stream, settings, self.mine, lambda: self.state.step)
+        self.batches = micro_batches(images.training, objective.stream, settings, self.mine, lambda: self.state.step)
         self.meter = Meter(accelerator)
         self.writer = CheckpointWriter(self.checkpoints, settings.checkpoints_kept)
         self.log: RunLog | None = None  # in the main process, while the run lasts
-
-    def _make_weighting(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
-        """Each image's squared error and timesteps → the denoising loss; None: the mean error."""
-        name, scheduler = self.settings.loss_weighting, self.networks.scheduler
-        if name is None:
-            return None
-        with naming(f"{self.settings.section}.loss_weighting", name):
-            weights = loss_weights(name, scheduler.alphas_cumprod, scheduler.config.prediction_type, self.settings)
-        on_device = weights.to(self.device)
-        return lambda errors, timesteps: (on_device[timesteps] * errors).mean()
 
     def run(self, deadline: float = math.inf) -> bool:
         """Train to max_steps, or until the held-out loss has stopped falling, resuming from the newest checkpoint.
@@ -128,8 +110,8 @@ class Trainer:
                 stop = self._train(wish)
             finally:
                 self.batches.close()
-            in_main_process(self.accelerator, self.writer.wait)
-            in_main_process(self.accelerator, lambda: self.log.close())
+            processes.in_main_process(self.accelerator, self.writer.wait)
+            processes.in_main_process(self.accelerator, lambda: self.log.close())
             stop = max([stop, *signals[:1]])  # one may have come during the wait
         if stop > TIME_IS_UP:
             raise Interrupted(stop, f"checkpoint of step {self.state.step} saved, the same command resumes")
@@ -150,7 +132,7 @@ class Trainer:
             self.log = RunLog(self.folder, self.state.step, self.settings)
             return newest
 
-        newest = in_main_process(self.accelerator, resume)
+        newest = processes.in_main_process(self.accelerator, resume)
         if newest is not None and not self.accelerator.is_main_process:
             self.state.load(newest, steps)  # the same one in every process
         self.meter.skipped_steps.fill_(self.state.skipped_steps)
@@ -158,7 +140,7 @@ class Trainer:
     def _train(self, wish: Callable[[], int]) -> int:
         """The loop, to its end or until all processes stop with a checkpoint; why it stopped."""
         settings, state = self.settings, self.state
-        agree = Agreement()
+        agree = processes.Agreement()
         stop = GO_ON
         bar = {"total": settings.max_steps, "initial": state.step, "desc": self.objective.name, "mininterval": 1}
         with tqdm(**bar, disable=not self.accelerator.is_main_process) as progress:
@@ -174,9 +156,9 @@ class Trainer:
                 if saving or self._is_over():
                     self.save(last=stop != GO_ON)
                 elif logging:
-                    in_main_process(self.accelerator, lambda: self.writer.wait(block=False))
+                    processes.in_main_process(self.accelerator, lambda: self.writer.wait(block=False))
                 if settings.preview_every is not None and state.step % settings.preview_every == 0:
-                    in_main_process(self.accelerator, self._preview)
+                    processes.in_main_process(self.accelerator, self._preview)
         return max(stop, agree(wish()), agree.close())  # a signal may have come in the last step
 
     def step(self) -> None:
@@ -218,7 +200,7 @@ class Trainer:
         weights = [*self.state.trained.values(), *self.state.ema.shadow_params]
         if not torch.isfinite(torch.stack(torch._foreach_norm(weights))).all():
             self._fail(f"the weights are not finite at step {self.state.step}")
-        in_main_process(self.accelerator, lambda: self.writer.write(self.state, self.log.file, last))
+        processes.in_main_process(self.accelerator, lambda: self.writer.write(self.state, self.log.file, last))
 
     def measure_held_out(self) -> float:
         """The held-out loss of the EMA weights. Updates the lowest one in the state."""
@@ -240,12 +222,12 @@ class Trainer:
         line = {"step": state.step, **means, "skipped_steps": state.skipped_steps}
         line |= {"learning_rate": state.optimizer.param_groups[0]["lr"], "ema_decay": state.ema.cur_decay_value}
         line["images_per_second"] = steps_per_second * self.settings.batch_size
-        line["peak_memory_gib"] = peak_memory(self.device.type) / 2**30
+        line["peak_memory_gib"] = processes.peak_memory(self.device.type) / 2**30
         if state.weighting is not None:
             line |= {f"log_variance_{k}": value for k, value in enumerate(state.weighting.log_variances.tolist())}
         if measuring:
             line["held_out_loss"] = self.measure_held_out()
-        in_main_process(self.accelerator, lambda: self.log.write(line))
+        processes.in_main_process(self.accelerator, lambda: self.log.write(line))
         shown = ("loss", "consistency_loss", "learning_rate", "images_per_second")
         progress.set_postfix({key: line[key] for key in shown})
 
@@ -266,28 +248,23 @@ class Trainer:
 
 
 def train(
-    session: Session,
-    run: TrainingRun,
-    networks: Networks,
-    images: Examples,
-    write: Callable[[Path], None],
-    held_out: Examples | None = None,
+    session: Session, run: TrainingRun, networks: Networks, images: TrainingImages, write: Callable[[Path], None]
 ) -> Trainer | None:
     """Train to the end and have `write` fill the output's folder; None if time was up first."""
     settings, run = session.settings, session.with_data(run)
     key = f"{settings.section}.mixed_precision"
-    accelerator = make_accelerator(settings.mixed_precision, key)  # anew, as each run has its own loss scale
+    accelerator = processes.make_accelerator(settings.mixed_precision, key)  # anew, as each run has its own loss scale
 
     def finish() -> None:
         with atomic_folder(run.output) as temporary:
             write(temporary)
         print(f"wrote {run.output}")
 
-    with locked_by_all(accelerator, run.folder, "output_dir"):
-        in_main_process(accelerator, run.claim)
-        trainer = Trainer(accelerator, networks, images, run, held_out)
+    with processes.locked_by_all(accelerator, run.folder, "output_dir"):
+        processes.in_main_process(accelerator, run.claim)
+        trainer = Trainer(accelerator, networks, images, run)
         if trainer.run(session.deadline):
-            in_main_process(accelerator, finish)
+            processes.in_main_process(accelerator, finish)
             return trainer
     accelerator.print(f"stopped after {settings.section}.max_minutes={settings.max_minutes}; the same command resumes")
     return None

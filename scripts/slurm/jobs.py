@@ -17,7 +17,6 @@ import shlex
 from contextlib import nullcontext
 
 from deme.compare.comparison import LAST, ComparedRun, Stages, load_comparison
-from deme.config.experiment import check_shares
 from deme.config.reading import override, read_mapping
 from deme.errors import RunError
 from deme.job.command import ended_in_one_line
@@ -53,7 +52,7 @@ def check_runs(runs: list[ComparedRun]) -> None:
     for config in (run.config for run in runs):
         for settings in [config.finetune, *([config.pretrain] if config.model.pretrained is None else [])]:
             settings.check("max_minutes", settings.max_minutes is None, rule)
-            check_shares(settings, int(os.environ["NODES"]) * int(of_each_node))
+            settings.check_shares(int(os.environ["NODES"]) * int(of_each_node))
 
 
 def submit_missing(folder: Path, jobs: list[Job], again: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
 import report
-from deme.config.experiment import Config, check_shares
+from deme.config.experiment import Config
 from deme.config.reading import load_config, override, read_override
 from deme.config.section import setting, tags_of
 from deme.config.sections import Sample, Search
@@ -137,9 +137,9 @@ def test_equal_ranges_cover_all_timesteps():
 
 def test_processes_must_share_the_micro_batches():
     with pytest.raises(UserError, match=r"finetune\.micro_batch_size=4: finetune\.batch_size=8 makes 2 micro-batches"):
-        check_shares(Finetune(batch_size=8, micro_batch_size=4), 3)
+        Finetune(batch_size=8, micro_batch_size=4).check_shares(3)
     with pytest.raises(UserError, match=r"3 processes can't share equally: set micro_batch_size=4 or a divisor"):
-        check_shares(Finetune(batch_size=12), 3)
+        Finetune(batch_size=12).check_shares(3)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -5,10 +5,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deme.config.experiment import Config
-from deme.config.trainings import Finetune
+from deme.config.sections import Data
+from deme.config.trainings import Finetune, Pretrain
 from deme.errors import UserError
 from deme.training import session
 from deme.training.progress import RunLog
+from deme.training.self_training import training_config
 
 
 def write(folder, last_step: int, steps: range, trackers: list[str]) -> RunLog:
@@ -48,6 +50,12 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
     settings = Finetune(log_with=["tensorboard", "wandb"])
     with pytest.raises(UserError, match=r"^finetune.log_with=.*pip install wandb"):
         session.Session(Config(finetune=settings), settings)
+
+
+def test_own_samples_need_no_held_out_images():
+    """Which pretraining with a patience holds out of the configured data."""
+    config = Config(data=Data(held_out_images=10), pretrain=Pretrain(patience=3))
+    assert training_config(config).data.held_out_images == 0
 
 
 def test_an_unknown_tracker_is_named():
