@@ -15,7 +15,9 @@ share the candidates.
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
 import os
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
 from deme.models.pipelines import denoiser_folder, takes_text, weights_hash
-from deme.models.variants import OF_PRETRAINED, SECONDS, ModelFiles, check_trained, find_pretrained, timed
+from deme.models.variants import OF_PRETRAINED, SECONDS, ModelFiles, check_trained, find_pretrained
 
 
 def plan(config: Config) -> str:
@@ -148,6 +150,18 @@ def claim(output: Path, wanted: Record) -> None:
         return
     with naming("search.output", output):
         found.fits(wanted, output, "set them back, name another folder, or delete this one")
+
+
+@contextmanager
+def timed(folder: Path) -> Iterator[None]:
+    """Add the block's seconds to a search's SECONDS, if there is one, however the block ends."""
+    begin = time.monotonic()
+    try:
+        yield
+    finally:
+        if (folder / SECONDS).exists():
+            with (folder / SECONDS).open("a", encoding="utf-8") as file:
+                file.write(f"{time.monotonic() - begin:.1f}\n")
 
 
 if __name__ == "__main__":

@@ -145,12 +145,7 @@ class ClipScores(nn.Module):
 
 @torch.inference_mode()
 def extract(
-    processes: Processes,
-    network: nn.Module,
-    read: Callable[[slice], Any],
-    images: range,
-    batch_size: int,
-    threads: int = 0,
+    processes: Processes, network: nn.Module, read: Callable, images: range, batch_size: int, threads: int = 0
 ) -> np.ndarray:
     """The features of images over all processes: float32, shape (len(images), D), the same in every process.
 

@@ -93,7 +93,6 @@ class LatentsAndText:
         self.tokenizer = tokenizer
         self.channels, self.image_channels = vae.config.latent_channels, vae.config.in_channels
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.shift = vae.config.get("shift_factor") or 0.0  # subtracted from latents before they are scaled
         self.has_warned = os.environ.get("RANK", "0") != "0"  # one process does
 
     def prepare(self, device: torch.device, mixed_precision: str) -> None:
@@ -115,7 +114,7 @@ class LatentsAndText:
         if isinstance(examples, Captioned):
             examples = Encoded(self.moments(examples.pixels), self.embed(examples.captions))
         moments = examples.moments.to(self.device, non_blocking=True).float().contiguous()
-        latents = (DiagonalGaussianDistribution(moments).sample() - self.shift) * self.vae.config.scaling_factor
+        latents = DiagonalGaussianDistribution(moments).sample() * self.vae.config.scaling_factor
         embeddings = examples.embeddings.to(self.device, non_blocking=True)
         return latents.to(memory_format=memory_format(self.device)), {"encoder_hidden_states": embeddings}
 
@@ -145,7 +144,7 @@ class LatentsAndText:
     def decode(self, tensors: torch.Tensor) -> torch.Tensor:
         """Latents to uint8 images on the CPU; RunError if they are NaN or infinite, as some are in half precision."""
         vae = self._ready(self.vae)
-        latents = (tensors / vae.config.scaling_factor + self.shift).to(self.dtype)
+        latents = (tensors / vae.config.scaling_factor).to(self.dtype)
         images = torch.cat([vae.decode(part).sample.float() for part in latents.split(CODED_AT_ONCE)])
         if not images.isfinite().all():
             raise RunError(f"the VAE, in {self.dtype}, decodes to NaN or infinite values")

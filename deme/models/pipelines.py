@@ -73,7 +73,7 @@ SETTINGS = {  # supported values; diffusers' default, where a file leaves a sett
         "timestep_type": ("discrete",),
         "timestep_spacing": ("leading", "trailing", "linspace"),
     },
-    "vae": {"latents_mean": (None,), "latents_std": (None,)},
+    "vae": dict.fromkeys(("latents_mean", "latents_std", "shift_factor"), (None,)),  # StableDiffusionPipeline has none
 }
 SETTINGS_FILES = (  # files of a pipeline on the Hub that are read beside the weights
     *("model_index.json", "config.json", "scheduler_config.json", "scheduler/scheduler_config.json"),

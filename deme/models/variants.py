@@ -5,9 +5,8 @@ import json
 import math
 import os
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,18 +202,6 @@ def read_searched(file: Path) -> Searched:
     content = read_yaml(file)
     with naming(file), naming("not the coefficients of search.py"):
         return checked(content | {"file": str(file), "value_of_pretrained": content.get(OF_PRETRAINED)}, Searched)
-
-
-@contextmanager
-def timed(folder: Path) -> Iterator[None]:
-    """Add the block's seconds to a search's SECONDS, if there is one, however the block ends."""
-    begin = time.monotonic()
-    try:
-        yield
-    finally:
-        if (folder / SECONDS).exists():
-            with (folder / SECONDS).open("a", encoding="utf-8") as file:
-                file.write(f"{time.monotonic() - begin:.1f}\n")
 
 
 def seconds_of(folder: Path) -> float | None:
