@@ -50,8 +50,7 @@ class Material:
         inside = [[low <= timestep < high for timestep in self.timesteps] for low, high in self.ranges]
         self.inside = np.array(inside)  # masks (ranges, timesteps)
         self.architecture = common_architecture(list(self.networks.values()))  # a folder
-        # which images losses are measured on
-        self.measured_on = "held-out" if self.config.data.held_out_images > 0 else "training"
+        self.measured_on = "held-out" if self.config.data.held_out_images > 0 else "training"  # images, for losses
 
     def keep(self, name: str, networks: list[str], make: Callable[[Keep], Arrays]) -> Arrays:
         """The arrays in NAME.npz if they are up to date, else those that `make` returns, measured on these networks.

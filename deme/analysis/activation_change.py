@@ -14,7 +14,7 @@ from deme.job.records import Arrays, Keep
 from deme.measure.noisy import Batch
 from deme.method.projection import PROJECTION_SUFFIX
 from deme.method.task_vectors import BLOCK, Tensors
-from deme.report.figures import BLUE, GREY, PINK, grid, legend_above, model_style, name_rows
+from deme.report.figures import BLUE, GREY, PINK, grid, model_style, name_rows
 from deme.report.tables import headed_table, mean_of, number
 
 PARTS = {"one number": GREY, "channels": BLUE, "positions": PINK, "neither alone": "#dddddd"}  # and their colours
@@ -154,6 +154,5 @@ def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
         pictures["projections"] = (figure, axes)
     for figure, axes in pictures.values():
         axes.set_xlim(left=0)
-        name_rows(axes, blocks)
-        legend_above(figure, axes, min(5, len(axes.get_legend_handles_labels()[0])))
+        name_rows(figure, axes, blocks, min(5, len(axes.get_legend_handles_labels()[0])))
     return table, {name: figure for name, (figure, _) in pictures.items()}

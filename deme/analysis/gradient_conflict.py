@@ -85,7 +85,7 @@ def count_sketch(tensors: Sequence[torch.Tensor], size: int, random: np.random.G
     return sketch
 
 
-def both_cosines(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def both_cosines(products: np.ndarray) -> dict[str, np.ndarray]:
     """Cosines (…, n, n) of the gradients over all images, from (…, 2, n, 2, n): as measured, and noise-corrected.
 
     As measured, the noise of few images pulls them to 0. The noise in the halves' gradients g_A and g_B is independent,
@@ -93,7 +93,7 @@ def both_cosines(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ½ (⟨g_A(s), g_B(t)⟩ + ⟨g_B(s), g_A(t)⟩) / √(⟨g_A(s), g_B(s)⟩ ⟨g_A(t), g_B(t)⟩), or NaN if not told from noise.
     """
     crossed = (products[..., 0, :, 1, :] + products[..., 1, :, 0, :]) / 2
-    return cosines(products.sum(axis=(-4, -2))), cosines(crossed)
+    return {"as measured": cosines(products.sum(axis=(-4, -2))), "noise-corrected": cosines(crossed)}
 
 
 def products_of_ranges(products: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -112,29 +112,27 @@ def pairs_within(inside: np.ndarray) -> np.ndarray:
 
 def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
     """Cosines over pairs of timesteps, their distribution, and cosines of the ranges' gradients, also by block."""
-    timesteps, ranges, names = material.timesteps, material.ranges, material.range_names
-    sketched = f"sketches of {material.settings.sketch:,} dimensions per block"
-    exact = "exact gradients" if arrays["exact"].all() else sketched
-    note = f"{len(timesteps)} timesteps × {arrays['images']} training images in two halves, {exact}"
-    by_timestep = dict(
-        zip(("as measured", "noise-corrected"), both_cosines(arrays["products"].sum(axis=0)), strict=True)
-    )
-    within = dict(zip(names, map(pairs_within, material.inside), strict=True))
-    pairs = _table_of_pairs(by_timestep, within, np.outer(material.inside[0], material.inside[-1]), note)
+    names, inside = material.range_names, material.inside
+    note = f"{len(material.timesteps)} timesteps × {arrays['images']} training images in two halves, "
+    sketches = f"sketches of {material.settings.sketch:,} dimensions per block"
+    note += "exact gradients" if arrays["exact"].all() else sketches
+    by_timestep = both_cosines(arrays["products"].sum(axis=0))
+    within = dict(zip(names, map(pairs_within, inside), strict=True))
+    pairs = _table_of_pairs(by_timestep, within, np.outer(inside[0], inside[-1]), note)
 
-    by_range = products_of_ranges(arrays["products"], material.inside)
-    measured, corrected = both_cosines(by_range.sum(axis=0))
+    by_range = products_of_ranges(arrays["products"], inside)
+    measured, corrected = both_cosines(by_range.sum(axis=0)).values()
     rows = []
     for name, *cells in zip(names, measured, corrected, strict=True):
         both = zip(*cells, strict=True)
         rows.append([name, *(f"{number(raw, form='.2f')} ({number(free, form='.2f')})" for raw, free in both)])
     table = markdown_table(["cosine of the ranges' gradients (noise-corrected)", *names], rows)
-    _, by_block = both_cosines(by_range)
+    by_block = both_cosines(by_range)["noise-corrected"]
     by_block[np.abs(by_block) > LARGEST_COSINE] = np.nan
     maps = (corrected, names, by_block, arrays["groups"].tolist(), "noise-corrected cosine of the ranges' gradients")
     unknown = f"{note}; grey: not told from noise"
     return f"{pairs}\n\n{table}", {
-        "gradient-conflict": _map(by_timestep, ranges, unknown),
+        "gradient-conflict": _map(by_timestep, material.ranges, unknown),
         "gradient-densities": _densities(by_timestep, within, note),
         "gradient-blocks": cosine_maps(*maps, unknown),
     }
@@ -166,11 +164,10 @@ def _table_of_pairs(
 def _map(by_timestep: dict[str, np.ndarray], ranges: Sequence[tuple[int, int]], note: str) -> Figure:
     """Cosines at all pairs of timesteps; lines separate the ranges."""
     figure = noted(9.2, 4.6, note)
-    pictures = figure.subplots(1, 2, sharey=True)
+    total, pictures = ranges[-1][1], figure.subplots(1, 2, sharey=True)
     for axes, (name, values) in zip(pictures, by_timestep.items(), strict=True):
         axes.set_facecolor(UNKNOWN)
-        sides = (0, ranges[-1][1]) * 2
-        image = axes.imshow(values, cmap="PuOr_r", vmin=-1, vmax=1, origin="lower", extent=sides)
+        image = axes.imshow(values, cmap="PuOr_r", vmin=-1, vmax=1, origin="lower", extent=(0, total, 0, total))
         axes.grid(False)
         for low, _ in ranges[1:]:
             axes.axhline(low, **SEPARATOR)

@@ -13,7 +13,7 @@ from deme.job.records import Arrays, Keep
 from deme.method.candidates import Candidates
 from deme.method.task_vectors import PUBLISHED
 from deme.models.variants import read_searched
-from deme.report.figures import COLOURS, MARKERS, grid, legend_above
+from deme.report.figures import COLOURS, MARKERS, grid
 from deme.report.tables import headed_table, number
 
 AXIS = (-0.2, 1.2)  # of both coefficients
@@ -46,7 +46,7 @@ def axis(points: int) -> np.ndarray:
 @torch.no_grad()
 def plane_losses(material: Material, keep: Keep) -> Arrays:
     """What `measure` returns; the corners and each row of points are kept."""
-    processes = material.processes
+    network, processes = material.network, material.processes
     base = material.tensors("pretrained")
     finetuned = {name: material.tensors(name) for name in _experts(material)}
     candidates = Candidates(base, finetuned, dict.fromkeys(base, 0), processes.device)
@@ -59,11 +59,10 @@ def plane_losses(material: Material, keep: Keep) -> Arrays:
 
     def at(*coefficients: float) -> torch.Tensor:
         if coefficients in corners:  # that network's own weights, bit for bit
-            material.network.load_state_dict(corners[coefficients])
+            network.load_state_dict(corners[coefficients])
         else:
-            candidates.form(material.network, [coefficients])
-        losses = [batch.losses(material.network) if len(batch.ranges) > 0 else batch.weights for batch in batches]
-        return torch.cat(losses)
+            candidates.form(network, [coefficients])
+        return torch.cat([batch.losses(network) if len(batch.ranges) > 0 else batch.weights for batch in batches])
 
     def at_corners() -> Arrays:
         pretrained, *experts = values = [at(*corner) for corner in CORNERS]
@@ -109,14 +108,14 @@ def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
     table = headed_table("Loss landscape", note, titles, rows)
 
     note = f"loss in % above the pretrained network's; other experts' coefficients are 0 on this plane\n{note}"
-    labels = (f"coefficient of {first}", f"coefficient of {second}")
+    labels = (f"coefficient of {name}" for name in (first, second))
     figure, pictures = grid(len(names), (3.7, 3.5), note, *labels, across=3)
     points = dict(zip(("pretrained", f"expert {first}", f"expert {second}"), CORNERS, strict=True)) | marks(material)
     for k, (axes, title) in enumerate(zip(pictures, names, strict=True)):
         _draw_contours(axes, side, plane[..., k].T, points)  # w₁ to the right
         axes.set(title=title, aspect="equal")
         axes.grid(False)
-    legend_above(figure, pictures[0], 3)
+    figure.legend(*pictures[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return table, {"landscape": figure}
 
 

@@ -10,7 +10,7 @@ from deme.analysis import Material
 from deme.job.processes import in_main_process
 from deme.job.records import Arrays, Keep
 from deme.method.task_vectors import Tensors, pattern_of, patterns_of
-from deme.report.figures import COLOURS, SEPARATOR, grid, heat_map, legend_above, model_style, name_rows, noted
+from deme.report.figures import COLOURS, SEPARATOR, grid, heat_map, model_style, name_rows, noted
 from deme.report.tables import headed_table, number
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -129,8 +129,7 @@ def _norms_and_signs(relative: np.ndarray, opposed: np.ndarray, names: list, blo
     right.set(title="opposed signs", xlabel=f"% of parameters, {len(first)} pairs of experts; dotted: chance")
     left.set(title="norm of the task vector", xlabel="% of the pretrained weights' norm", ylabel="block of layers")
     left.set_xlim(left=0)
-    name_rows(left, blocks)
-    legend_above(figure, left, 4)
+    name_rows(figure, left, blocks, 4)
     return figure
 
 
@@ -147,6 +146,5 @@ def _values(quantiles: np.ndarray, experts: list[str], blocks: list[str], note: 
         colour = {"facecolor": COLOURS[row % len(COLOURS)]}
         axes.bxp(boxes, places, widths=0.8 * height, label=name, boxprops=colour, **style)
     axes.axvline(0, color="black", linewidth=0.8)
-    name_rows(axes, blocks)
-    legend_above(figure, axes, 4)
+    name_rows(figure, axes, blocks, 4)
     return figure

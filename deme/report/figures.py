@@ -95,14 +95,10 @@ def grid(
     return figure, pictures[:count]
 
 
-def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Names at the y axis, the first on top."""
+def name_rows(figure: Figure, axes: Axes, names: Sequence[str], columns: int) -> None:
+    """Names at the y axis, the first on top, and this picture's legend above the figure, in so many columns."""
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-
-
-def legend_above(figure: Figure, axes: Axes, columns: int) -> None:
-    """The legend of one of a figure's pictures above all of them."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
 
 
@@ -137,14 +133,13 @@ def save_search_plots(
     from torch.utils.tensorboard import SummaryWriter
 
     figures = {"cost": cost(result.evaluated), "coefficients": coefficient_map(coefficients, config)}
-    study = result.study
-    importance = {} if study is None else study.importance()
+    importance = {} if result.study is None else result.study.importance()
     if importance:
         names, shares = list(importance), list(importance.values())
         label = "importance of each coefficient (share of the objective's variance)"
         figures["importance"] = bars(names[:MOST_BARS], shares[:MOST_BARS], None, label)
     if len(importance) > 1:
-        figures["pairs"] = pairs(study.problem.names, study.rows(), names[:MOST_PAIRED])
+        figures["pairs"] = pairs(result.study.problem.names, result.study.rows(), names[:MOST_PAIRED])
     if len(scores) > 1:
         figures["fresh"] = score_bars(scores, config.evaluate.features, "best")
     logs = config.paths.search / "logs"

@@ -40,16 +40,15 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
 
 def header(config: Config) -> dict[str, Any]:
     """The card's metadata: what the Hub finds it by; of the model and data only what the Hub has."""
-    known = {
+    values = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image" if takes_text(config.paths.merged) else "unconditional-image-generation",
+        "tags": ["decouple-then-merge", "model-merging"],
         "license": config.model.license,
         "base_model": hub_name(config.paths.pretrained),
         "datasets": [config.data.name] if hub_name(config.data.name) else None,
     }
-    return {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image" if takes_text(config.paths.merged) else "unconditional-image-generation",
-        "tags": ["decouple-then-merge", "model-merging"],
-    } | {key: value for key, value in known.items() if value is not None}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def score_line(features_name: str, row: Score) -> str:

@@ -64,8 +64,7 @@ class Run:
         self.search_features, self.search_scores = self._read(SEARCH, load_scores, report) or (None, [])
         self.search_seconds = seconds_of(paths.search)
         self.samples = [paths.all_samples / name for name in ORDER if (paths.all_samples / name).is_dir()]
-        pictures = sorted(paths.plots.glob("analysis-*.png"))
-        self.analyses = [file.stem.removeprefix("analysis-") for file in pictures]
+        self.analyses = [file.stem.removeprefix("analysis-") for file in sorted(paths.plots.glob("analysis-*.png"))]
         provenance = None
         if self.scores:
             provenance = self._read(RESULTS, read_provenance, paths.results, read_json)

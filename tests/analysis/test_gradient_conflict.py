@@ -65,10 +65,10 @@ def test_cosines_of_a_linear_network_are_those_of_its_gradients_in_closed_form()
     whole = (first + second) / 2
     directions = whole / np.linalg.norm(whole, axis=1, keepdims=True)
     [products] = found["products"]
-    assert both_cosines(products)[0] == pytest.approx(directions @ directions.T, abs=1e-5)
+    assert both_cosines(products)["as measured"] == pytest.approx(directions @ directions.T, abs=1e-5)
     crossed = (first @ second.T + second @ first.T) / 2
     lengths = np.sqrt(np.diag(crossed))
-    assert both_cosines(products)[1] == pytest.approx(crossed / np.outer(lengths, lengths), abs=1e-4)
+    assert both_cosines(products)["noise-corrected"] == pytest.approx(crossed / np.outer(lengths, lengths), abs=1e-4)
     assert found["exact"].tolist() == [True]
 
 
@@ -115,15 +115,15 @@ def test_two_halves_remove_the_bias_of_noise():
     for _ in range(repeats):
         halves = signal + 3 / 200**0.5 * random.normal(size=(2, *signal.shape))
         products += np.einsum("htd,kud->htku", halves, halves) / repeats
-    assert both_cosines(products)[0][0, 1] == pytest.approx(0.5 / (1 + 9 / 2), abs=0.02)
-    assert both_cosines(products)[1] == pytest.approx(np.array([[1, 0.5], [0.5, 1]]), abs=0.02)
+    assert both_cosines(products)["as measured"][0, 1] == pytest.approx(0.5 / (1 + 9 / 2), abs=0.02)
+    assert both_cosines(products)["noise-corrected"] == pytest.approx(np.array([[1, 0.5], [0.5, 1]]), abs=0.02)
 
 
 def test_what_is_not_told_from_noise_is_no_number():
     products = np.zeros((2, 2, 2, 2))
     products[0, :, 0] = products[1, :, 1] = np.eye(2)
     products[0, :, 1] = products[1, :, 0] = [[-0.1, 0], [0, 0.1]]
-    found = both_cosines(products)[1]
+    found = both_cosines(products)["noise-corrected"]
     assert np.isnan(found[0]).all()
     assert found[1, 1] == pytest.approx(1)
 
