@@ -40,7 +40,7 @@ def number_given(name: str) -> int:
 
 def check_merge_settings(runs: list[ComparedRun]) -> None:
     """Check merge.settings before the first job: a typo would show only when the trainings are over."""
-    from deme.method.merging import merge_method
+    from deme.method.task_vectors import merge_method
 
     for run in runs:
         merge_method(run.config.merge.method, run.config.merge.settings)

@@ -191,7 +191,7 @@ def main(config: Config) -> None:
     # --- the networks and the images; torch is imported only now, as the lines above do not need it
     import gc
 
-    from deme.method.merging import merge_method
+    from deme.method.task_vectors import merge_method
     from deme.training.state import load_networks
     from deme.training.trainer import open_training
 

@@ -35,7 +35,7 @@ Groups = dict[str, list[float]]  # name pattern → coefficients, one per range
 def plan(config: Config) -> str:
     """What this command would do."""
     if config.merge.settings:  # else torch is not needed
-        from deme.method.merging import merge_method
+        from deme.method.task_vectors import merge_method
 
         merge_method(config.merge.method, config.merge.settings)  # checks the settings
     file = searched_file(config)
@@ -61,7 +61,7 @@ def main(config: Config) -> None:
     watched = inputs.watched(*(folder / "config.json" for folder in inputs.denoisers))
     with ThreadPoolExecutor() as pool:
         hashing = pool.map(weights_hash, inputs.denoisers)
-        from deme.method.merging import merge_method  # torch is imported meanwhile, which takes about as long
+        from deme.method.task_vectors import merge_method  # torch is imported meanwhile, which takes about as long
 
         method = merge_method(config.merge.method, config.merge.settings)
         hashes = list(hashing)
@@ -143,9 +143,8 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
         inputs: the pretrained denoiser, then the finetuned ones in the order of the coefficients.
         watched: the files that the record names by their hashes.
     """
-    from deme.method.merging import merge_method
     from deme.method.projection import with_identity_projections
-    from deme.method.task_vectors import merge_tensors, pattern_of
+    from deme.method.task_vectors import merge_method, merge_tensors, pattern_of
 
     architecture = variants.common_architecture(inputs.denoisers)
     like = load_tensors(architecture)

@@ -32,9 +32,8 @@ from deme.data.opening import open_source
 from deme.job.files import atomic_file, read_json
 from deme.job.processes import make_accelerator
 from deme.measure.scores import paired_difference
-from deme.method.candidates import Candidates
 from deme.method.sampling import NetworkAt
-from deme.method.task_vectors import PUBLISHED
+from deme.method.task_vectors import PUBLISHED, Candidates
 from deme.models.denoisers import freeze, load_denoiser
 from deme.models.pipelines import load_tensors
 from deme.models.variants import find_pretrained, write_denoiser

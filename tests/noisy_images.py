@@ -10,7 +10,7 @@ from torch import nn
 
 from deme.config.sections import Search
 from deme.measure.noisy import Batch, Noiser, draw_probes
-from deme.method.candidates import Candidates
+from deme.method.task_vectors import Candidates
 from deme.models.encoders import Pixels
 from deme.search.least_squares import Squares
 

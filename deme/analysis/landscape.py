@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from deme.analysis import Material
 from deme.job.records import Arrays, Keep
-from deme.method.candidates import Candidates
-from deme.method.task_vectors import PUBLISHED
+from deme.method.task_vectors import PUBLISHED, Candidates
 from deme.models.variants import read_searched
 from deme.report.figures import COLOURS, MARKERS, grid
 from deme.report.tables import headed_table, number

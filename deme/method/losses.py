@@ -17,19 +17,13 @@ SMALLEST = 1e-100  # stands for 0 in ᾱ and 1 − ᾱ, so that quotients have t
 # --- timesteps: the paper's probabilistic sampling strategy, with antithetic pairs
 
 
-def choose_ranges(
-    ranges: Sequence[Range], num_train_timesteps: int, global_probability: float, uniform: float
-) -> Sequence[Range]:
+def choose_ranges(ranges: Sequence[Range], total: int, global_probability: float, uniform: float) -> Sequence[Range]:
     """The ranges of one micro-batch: all of [0, T) if one draw from [0, 1) is below p, else `ranges`."""
-    return [(0, num_train_timesteps)] if uniform < global_probability else ranges
+    return [(0, total)] if uniform < global_probability else ranges
 
 
 def spread_timesteps(
-    batch_size: int,
-    ranges: Sequence[Range],
-    device: torch.device | str,
-    generator: torch.Generator | None = None,
-    antithetic: bool = True,
+    batch_size: int, ranges: Sequence[Range], device: torch.device | str, antithetic: bool = True
 ) -> torch.Tensor:
     """Timesteps of a batch whose parts, those of tensor_split, each have their own range: int64, shape (batch_size,).
 
@@ -39,7 +33,7 @@ def spread_timesteps(
     timesteps = torch.empty(batch_size, dtype=torch.int64, device=device)
     for part, (low, high) in zip(timesteps.tensor_split(len(ranges)), ranges, strict=True):
         mirrored = len(part) // 2 if antithetic else 0
-        uniform = torch.randint(low, high, (len(part) - mirrored,), device=device, generator=generator)
+        uniform = torch.randint(low, high, (len(part) - mirrored,), device=device)
         torch.cat([uniform, low + high - 1 - uniform[:mirrored]], out=part)
     return timesteps
 

@@ -1,9 +1,9 @@
 """The paper's channel-wise projection: a trainable bias-free 1×1 convolution after every block of a UNet."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
+
+from deme.method.task_vectors import Tensors
 
 PROJECTION_SUFFIX = ".projection.weight"  # of the tensors' names
 
@@ -29,9 +29,7 @@ def _project_output(block: nn.Module, _inputs: tuple, output: torch.Tensor | tup
     return block.projection(output)
 
 
-def with_identity_projections(
-    pretrained: Mapping[str, torch.Tensor], finetuned: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def with_identity_projections(pretrained: Tensors, finetuned: Tensors) -> dict[str, torch.Tensor]:
     """The state dict `pretrained` with an identity (C, C, 1, 1) for each projection that only `finetuned` has."""
     missing = [name for name in finetuned if name.endswith(PROJECTION_SUFFIX) and name not in pretrained]
     return {**pretrained, **{name: torch.eye(len(finetuned[name]))[:, :, None, None] for name in missing}}

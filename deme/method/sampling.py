@@ -2,13 +2,14 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
 from deme.errors import RunError, UserError, blaming, one_line, shown
+from deme.method.task_vectors import Tensors
 
 NetworkAt = Callable[[float], Callable]  # timestep → the denoiser that is used there, or what calls it
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -56,9 +57,8 @@ def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | 
 
 def passed_over(pretrained: SchedulerMixin, sampler: SchedulerMixin) -> list[str]:
     """Settings of the pretrained schedule for sampling that the sampler does not have, as key=value."""
-    taken = _parameters(type(sampler).__init__)
-    ignored = [key for key in ("clip_sample", "steps_offset") if pretrained.config.get(key) and key not in taken]
-    return [f"{key}={shown(pretrained.config[key])}" for key in ignored]
+    lacking = {"clip_sample", "steps_offset"} - _parameters(type(sampler).__init__)
+    return [f"{key}={shown(pretrained.config[key])}" for key in sorted(lacking) if pretrained.config.get(key)]
 
 
 def try_sampler(
@@ -113,12 +113,7 @@ def sample_images(
     return images
 
 
-def guided(
-    network_at: NetworkAt,
-    condition: Mapping[str, torch.Tensor],
-    unconditional: Mapping[str, torch.Tensor],
-    guidance_scale: float,
-) -> NetworkAt:
+def guided(network_at: NetworkAt, condition: Tensors, unconditional: Tensors, guidance_scale: float) -> NetworkAt:
     """Classifier-free guidance (Ho and Salimans 2022): unconditional + scale · (conditional − unconditional).
 
     Both come from one call on twice the batch. At scale 1, or without a condition, only the second is computed. A

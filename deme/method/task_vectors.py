@@ -1,13 +1,19 @@
-"""Merging whole models tensor by tensor: coefficients by name pattern, and the base class of merge methods."""
+"""Merging whole models tensor by tensor: coefficients by name pattern, merge methods, the candidates of a search."""
 
+import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from deme.errors import UserError
 
@@ -15,6 +21,9 @@ Tensors = Mapping[str, torch.Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PUBLISHED = (0.1, 0.1, 0.2, 0.5)  # the paper's coefficients for LSUN-Church, of four equal ranges, lowest first
 BLOCK = re.compile(r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")  # how the names of a block's tensors begin
+
+
+# --- name patterns
 
 
 def pattern_of(name: str, patterns: Iterable[str]) -> str:
@@ -40,6 +49,9 @@ def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
     return patterns
 
 
+# --- merge methods
+
+
 class MergeMethod(ABC):
     """Base of the dataclasses in deme/method/merging/, which make one network of a pretrained one and its copies."""
 
@@ -59,6 +71,21 @@ class MergeMethod(ABC):
         """The method and its settings, for the record of a merge: {method: ties, ties_fraction: 0.2, ...}."""
         name = type(self).__module__.rpartition(".")[2]
         return {"method": name, **{f"{name}_{key}": value for key, value in asdict(self).items()}}
+
+
+def merge_method(name: str, settings: Mapping[str, Any]) -> MergeMethod:
+    """The merge method in deme/method/merging/NAME.py, with the settings in merge.settings."""
+    kind = getattr(import_module(f"deme.method.merging.{name}"), name.title().replace("_", ""))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), dict(settings)))
+    except OmegaConfBaseException as error:
+        key, rule = error.full_key, str(error).splitlines()[0]
+        raise UserError(f"merge.settings.{key}={settings.get(key)}: {rule}") from None
+    except UserError as error:  # of the class itself
+        raise UserError(f"merge.settings.{error}") from None
+
+
+# --- merging
 
 
 def check_compatible(pretrained: Tensors, finetuned: Tensors, name: str) -> None:
@@ -84,10 +111,7 @@ def check_finite(name: str, key: str, tensor: torch.Tensor) -> None:
 
 
 def merge_tensors(
-    pretrained: Tensors,
-    finetuned: Mapping[str, Tensors],
-    coefficients: Mapping[str, Sequence[float]],
-    method: MergeMethod,
+    pretrained: Tensors, finetuned: Mapping[str, Tensors], coefficients: Mapping[str, list[float]], method: MergeMethod
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Merge whole models: yields (tensor name, merged tensor), of the pretrained tensors' types.
 
@@ -103,5 +127,71 @@ def merge_tensors(
             for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
                 check_finite(name, key, tensors[key])
             if not torch.isfinite(merged).all():
-                raise OverflowError(f"{list(coefficients[key])}: too large for tensor {key}, which overflows")
+                raise OverflowError(f"{coefficients[key]}: too large for tensor {key}, which overflows")
         yield key, merged
+
+
+class Candidates:
+    """The networks that merging gives with any coefficients w_gk: pretrained + Σ_k w_gk (finetuned_k − pretrained).
+
+    A GPU gets a copy of all weights. Mapped tensors stay mapped on a CPU, so that the processes of a host share them.
+    `group_of` has the number g of each tensor's group.
+    """
+
+    def __init__(
+        self, pretrained: Tensors, finetuned: Mapping[str, Tensors], group_of: Mapping[str, int], device: torch.device
+    ):
+        for name, tensors in finetuned.items():
+            check_compatible(pretrained, tensors, name)
+        for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
+            for key, tensor in tensors.items():
+                check_finite(name, key, tensor)
+        self.pretrained = {name: tensor.to(device) for name, tensor in pretrained.items()}
+        self.finetuned = [{name: tensors[name].to(device) for name in pretrained} for tensors in finetuned.values()]
+        self.group_of = group_of
+        self.shape = (max(group_of.values()) + 1, len(self.finetuned))
+        self.method = merge_method("task_arithmetic", {})
+
+    def ungrouped(self) -> "Candidates":
+        """The same weights with one coefficient per range for all tensors."""
+        whole = copy.copy(self)
+        whole.group_of = dict.fromkeys(self.group_of, 0)
+        whole.shape = (1, self.shape[1])
+        return whole
+
+    @torch.no_grad()
+    def form(self, network: nn.Module, coefficients: Any) -> None:
+        """Make a network the candidate of coefficients of shape (groups, ranges), in place, in its floating-point type.
+
+        In float32 on a CPU its weights are, bit for bit, those that merge.py writes.
+        """
+        rows = np.asarray(coefficients, dtype=np.float64).reshape(self.shape).tolist()
+        for name, target in network.state_dict().items():
+            experts = [tensors[name] for tensors in self.finetuned]
+            target.copy_(self.method.merge_tensor(self.pretrained[name], experts, rows[self.group_of[name]]))
+
+    def form_expert(self, network: nn.Module, number: int) -> None:
+        """Make a network the copy that was finetuned on a range, up to rounding."""
+        one_hot = torch.zeros(self.shape)
+        one_hot[:, number] = 1
+        self.form(network, one_hot)
+
+    def task_vector(self, group: int, number: int) -> dict[str, torch.Tensor]:
+        """finetuned − pretrained of one range, for the tensors of one group: float32, by name."""
+        return {
+            name: self.finetuned[number][name].float() - base.float()
+            for name, base in self.pretrained.items()
+            if self.group_of[name] == group
+        }
+
+    def gradient(self, network: nn.Module) -> torch.Tensor:
+        """The gradient by the coefficients, from that of a network's parameters: float64, shape (groups, ranges).
+
+        ∂L/∂w_gk = Σ over the tensors θ of group g of ⟨∂L/∂θ, finetuned_k − pretrained⟩.
+        """
+        gradient = torch.zeros(self.shape, dtype=torch.float64, device=next(network.parameters()).device)
+        for name, parameter in network.named_parameters():
+            base = self.pretrained[name].float()
+            for k, tensors in enumerate(self.finetuned):
+                gradient[self.group_of[name], k] += (parameter.grad.float() * (tensors[name].float() - base)).sum()
+        return gradient

@@ -19,7 +19,7 @@ from deme.errors import UserError
 from deme.job.processes import Processes, in_main_process
 from deme.job.records import read_arrays, write_arrays
 from deme.measure.noisy import Batch
-from deme.method.candidates import Candidates
+from deme.method.task_vectors import Candidates
 
 # torch makes forward derivatives by it, and warns of that itself
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)

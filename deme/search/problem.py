@@ -21,10 +21,9 @@ from deme.measure.features import extract
 from deme.measure.noisy import Noiser, draw_probes
 from deme.measure.reference import load_feature_space
 from deme.measure.scores import FeatureSpace, frechet_distance, statistics
-from deme.method.candidates import Candidates
 from deme.method.projection import with_identity_projections
 from deme.method.sampling import NetworkAt, ensemble, try_sampler
-from deme.method.task_vectors import pattern_of, patterns_of
+from deme.method.task_vectors import Candidates, pattern_of, patterns_of
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoders import Drawing, load_encoder, try_out
 from deme.models.pipelines import denoiser_folder, load_tensors
@@ -159,9 +158,15 @@ class Problem:
         return freeze(load_denoiser(self.architecture), self.processes.device, precision, may_pack=False)
 
     def merged(self, coefficients: np.ndarray) -> NetworkAt:
-        """The candidate of these coefficients, for drawing; until another one is formed."""
-        self.candidates.form(self.sampled_network, coefficients)
+        """The candidate of these coefficients, which all groups may share, for drawing; until another one is formed."""
+        self.candidates.form(self.sampled_network, np.broadcast_to(coefficients, self.shape))
         return lambda _: self.sampled_network
+
+    def trained(self, folder: Path) -> NetworkAt:
+        """Another network that was trained, for drawing."""
+        precision = self.config.sample.mixed_precision
+        network = freeze(load_denoiser(folder), self.processes.device, precision)
+        return lambda _: network
 
     def experts(self) -> NetworkAt:
         """The ensemble before merging: at each timestep the expert of its range, formed when it comes to it."""

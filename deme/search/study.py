@@ -14,10 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
-from optuna.samplers import GPSampler, PartialFixedSampler, RandomSampler, TPESampler
+from optuna import exceptions, samplers
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import create_engine, inspect
 
@@ -34,7 +32,7 @@ GRACE = 300  # seconds without a heartbeat after which a trial's candidate is tr
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("sqlalchemy").setLevel(logging.CRITICAL)  # a signal within a query would print a traceback
-warnings.filterwarnings("ignore", category=ExperimentalWarning)
+warnings.filterwarnings("ignore", category=exceptions.ExperimentalWarning)
 
 
 @dataclass(eq=False)
@@ -59,7 +57,7 @@ class Study:
     def __post_init__(self):
         with reading(self.storage):
             self.study = optuna.create_study(storage=self.storage, study_name=self.name, load_if_exists=True)
-            if self.study.directions != [StudyDirection.MINIMIZE]:
+            if self.study.directions != [optuna.study.StudyDirection.MINIMIZE]:
                 raise ValueError(f"study {self.name} does not minimize one value")
 
     # --- what was tried
@@ -177,18 +175,19 @@ class Study:
             if not trial.params and trial.datetime_start < oldest:  # killed before its first heartbeat
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
-    def _sampler(self, place: int) -> optuna.samplers.BaseSampler:
+    def _sampler(self, place: int) -> samplers.BaseSampler:
         """What draws the candidate of this place, counted from 0."""
         startup = len(self.first)
         if place < startup:
             clipped = np.clip(self.first[place].ravel(), *np.transpose(self.problem.bounds)).tolist()
-            return PartialFixedSampler(dict(zip(self.problem.names, clipped, strict=True)), RandomSampler(0))
+            fixed = dict(zip(self.problem.names, clipped, strict=True))
+            return samplers.PartialFixedSampler(fixed, samplers.RandomSampler(0))
         seed = int(np.random.default_rng((*self.problem.stream, place)).integers(2**31))
         if self.sampler == "tpe":
-            return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
+            return samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
         if self.sampler == "gp":
-            return GPSampler(seed=seed, n_startup_trials=startup)
-        return RandomSampler(seed)
+            return samplers.GPSampler(seed=seed, n_startup_trials=startup)
+        return samplers.RandomSampler(seed)
 
 
 def distinct(candidates: Iterable[np.ndarray]) -> list[np.ndarray]:
@@ -233,8 +232,8 @@ def reading(storage: RDBStorage) -> Iterator[None]:
         yield
     except (UserError, RunError):
         raise
-    except (StorageInternalError, UpdateFinishedTrialError) as error:
-        is_stale = isinstance(error, UpdateFinishedTrialError)
+    except (exceptions.StorageInternalError, exceptions.UpdateFinishedTrialError) as error:
+        is_stale = isinstance(error, exceptions.UpdateFinishedTrialError)
         stale = f"no sign of life for {GRACE} seconds, so another job tries this job's candidate"
         raise RunError(f"search.storage: {stale if is_stale else one_line(error)}; the same command goes on") from error
     except Exception as error:  # damaged rows lead to any error of Optuna and SQLAlchemy

@@ -1,9 +1,10 @@
 """The ways to search, from cheap answers to a few candidates on many images, and what the result is worth."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
@@ -19,7 +20,6 @@ from deme.job.processes import in_main_process, locked_by_all
 from deme.measure.scores import CLEARLY, Score, compared, load_scores, save_scores, score
 from deme.method.sampling import NetworkAt
 from deme.method.task_vectors import PUBLISHED
-from deme.models.denoisers import freeze, load_denoiser
 from deme.models.pipelines import weights_hash
 from deme.search.least_squares import Evaluated, closed_form, gradient_descent
 from deme.search.problem import Problem
@@ -29,8 +29,8 @@ UNIFORM = (0.5, 1.0)  # beside 1 / the number of ranges
 LONGER = 2.0  # the closed form, times this: it matches the experts, whose directions may be worth more
 LINE = 8  # candidates along the line of self-trained networks
 VALUE = attrgetter("value")
+TRAINED = (CONTINUED, DISTILLED)  # networks that a result has to beat, too
 MOST_COLUMNS = 64  # coefficients up to which their closed form is cheap; with more the gradient is
-ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,8 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
         tried = finals.run()
         evaluated += tried
     best = min(tried, key=VALUE)
-    pretrained = next((row.value for row in tried if not row.coefficients.any()), None)
-    if pretrained is None:
-        pretrained, _ = problem.value(objective, np.zeros(shape))
+    zeros = [row.value for row in tried if not row.coefficients.any()]
+    pretrained = zeros[0] if zeros else problem.value(objective, np.zeros(shape))[0]
     return Result(best.coefficients, objective, best.value, pretrained, evaluated, study)
 
 
@@ -167,39 +166,30 @@ def score_fresh(
     distance = replace(problem.plain_distance, drawing=drawing)
     known = in_main_process(processes, lambda: _known(file, made_from))
     scores: list[Score] = []
-    for name, contender in _contenders(problem, result).items():
-        weights = [weights_hash(contender)] if isinstance(contender, Path) else None
+    for name, make in _contenders(problem, result).items():
+        weights = [weights_hash(problem.config.paths.trained(name))] if name in TRAINED else None
         row = known.get(name)
         if row is None or row.weights != weights:
-            features = distance.features(_network_at(problem, contender), seeds)
+            features = distance.features(make(), seeds)
             row = score(Path(name), weights, features, distance.space, blocks)
         scores.append(compared(row, scores[:1]))
         in_main_process(processes, lambda: save_scores(file, distance.space.name, scores, content))
     return scores, fresh
 
 
-def _contenders(problem: Problem, result: Result) -> dict[str, np.ndarray | Path | str]:
-    """Name → coefficients, the folder of another network that was trained, or ENSEMBLE."""
-    config, paths = problem.config, problem.config.paths
-    trained = {CONTINUED: paths.continued, DISTILLED: paths.distilled}
-    usual, of_ranges = config.usual_coefficients, config.merge.experts == ["ranges"]
-    contenders = {"pretrained": np.zeros(len(usual))}
-    contenders |= {name: folder for name, folder in trained.items() if folder.is_dir()}
-    contenders |= {ENSEMBLE: ENSEMBLE} if of_ranges else {}
-    contenders[f"uniform {usual[0]:g}" if of_ranges else "without a search"] = np.array(usual)
-    if of_ranges and len(PUBLISHED) == len(usual):
-        contenders["published coefficients"] = np.array(PUBLISHED)
-    return contenders | {"best": result.coefficients}
-
-
-def _network_at(problem: Problem, contender: np.ndarray | Path | str) -> NetworkAt:
-    """The network of a contender; it is the only one that exists."""
-    if isinstance(contender, Path):
-        network = freeze(load_denoiser(contender), problem.processes.device, problem.config.sample.mixed_precision)
-        return lambda _: network
-    if isinstance(contender, str):
-        return problem.experts()
-    return problem.merged(np.broadcast_to(contender, problem.shape))
+def _contenders(problem: Problem, result: Result) -> dict[str, Callable[[], NetworkAt]]:
+    """Name → what makes the network; one exists at a time."""
+    config, usual = problem.config, problem.config.usual_coefficients
+    trained = {name: config.paths.trained(name) for name in TRAINED}
+    contenders = {"pretrained": partial(problem.merged, np.zeros(len(usual)))}
+    contenders |= {name: partial(problem.trained, folder) for name, folder in trained.items() if folder.is_dir()}
+    if config.merge.experts == ["ranges"]:
+        contenders |= {"ensemble": problem.experts, f"uniform {usual[0]:g}": partial(problem.merged, usual)}
+        if len(PUBLISHED) == len(usual):
+            contenders["published coefficients"] = partial(problem.merged, PUBLISHED)
+    else:
+        contenders["without a search"] = partial(problem.merged, usual)
+    return contenders | {"best": partial(problem.merged, result.coefficients)}
 
 
 def _known(file: Path, made_from: str) -> dict[str, Score]:

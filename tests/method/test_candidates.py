@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 from deme.errors import UserError
-from deme.method.candidates import Candidates
 from deme.method.merging.task_arithmetic import TaskArithmetic
-from deme.method.task_vectors import merge_tensors, pattern_of, patterns_of
+from deme.method.task_vectors import Candidates, merge_tensors, pattern_of, patterns_of
 
 BASE = tiny_unet().state_dict()
 EXPERTS = {f"range {k}": tiny_unet(k + 1).state_dict() for k in range(2)}

@@ -9,8 +9,7 @@ from conftest import REPOSITORY
 from deme.config.sections import MERGE_METHODS
 from deme.errors import UserError
 from deme.method import merging
-from deme.method.merging import merge_method
-from deme.method.task_vectors import merge_tensors
+from deme.method.task_vectors import merge_method, merge_tensors
 
 
 @pytest.mark.parametrize("name", MERGE_METHODS)

@@ -6,11 +6,16 @@ from hypothesis import strategies as st
 from deme.method.losses import choose_ranges, spread_timesteps
 
 
+def seeded(seed: int, batch: int, ranges: list[tuple[int, int]]) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return spread_timesteps(batch, ranges, "cpu")
+
+
 @given(batch=st.integers(1, 50), low=st.integers(0, 900), width=st.integers(1, 300), seed=st.integers(0, 99))
 def test_second_half_mirrors_the_first(batch, low, width, seed):
     """⌈B/2⌉ draws, then ⌊B/2⌋ mirror images: t' = low + high − 1 − t; all in [low, high)."""
     high = low + width
-    timesteps = spread_timesteps(batch, [(low, high)], "cpu", torch.Generator().manual_seed(seed))
+    timesteps = seeded(seed, batch, [(low, high)])
     assert timesteps.shape == (batch,)
     assert timesteps.dtype == torch.int64
     assert low <= timesteps.min()
@@ -20,7 +25,7 @@ def test_second_half_mirrors_the_first(batch, low, width, seed):
 
 
 def test_draws_are_uniform():
-    timesteps = spread_timesteps(100_000, [(250, 500)], "cpu", torch.Generator().manual_seed(0))
+    timesteps = seeded(0, 100_000, [(250, 500)])
     counts = torch.bincount(timesteps - 250, minlength=250).float()
     assert counts.min() > 0.75 * 400
     assert counts.max() < 1.25 * 400
@@ -41,7 +46,7 @@ def test_probability_is_the_share_of_global_micro_batches():
 def test_each_part_of_a_batch_is_antithetic_in_its_own_range(batch, seed):
     """Mirrored pairs, ranges of different widths: every part of even size stays in its range, pairs mean its middle."""
     ranges = [(0, 100), (100, 700), (700, 1000)]
-    timesteps = spread_timesteps(batch, ranges, "cpu", torch.Generator().manual_seed(seed))
+    timesteps = seeded(seed, batch, ranges)
     assert timesteps.dtype == torch.int64
     parts = timesteps.tensor_split(3)
     assert sum(map(len, parts)) == batch
@@ -54,6 +59,6 @@ def test_each_part_of_a_batch_is_antithetic_in_its_own_range(batch, seed):
 
 def test_one_range_draws_what_it_always_drew():
     """So that the runs of a range are the same as before batches could be spread."""
-    spread = spread_timesteps(7, [(250, 500)], "cpu", torch.Generator().manual_seed(5))
+    spread = seeded(5, 7, [(250, 500)])
     uniform = torch.randint(250, 500, (4,), generator=torch.Generator().manual_seed(5))
     assert torch.equal(spread, torch.cat([uniform, 749 - uniform[:3]]))

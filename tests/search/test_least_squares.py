@@ -8,7 +8,7 @@ from noisy_images import Linear, linear_candidates, squares
 from scipy.optimize import minimize
 
 from deme.config.sections import Search
-from deme.method.candidates import Candidates
+from deme.method.task_vectors import Candidates
 from deme.search import least_squares
 from deme.search.least_squares import (
     GRADIENT_PASSES,

@@ -9,7 +9,7 @@ from noisy_images import RANGES, probes, squares
 
 from deme.errors import UserError
 from deme.measure.scores import FeatureSpace, Reference, frechet_distance, statistics
-from deme.method.candidates import Candidates
+from deme.method.task_vectors import Candidates
 from deme.search.least_squares import LOSS_BINS, Squares
 from deme.search.problem import FrechetDistance
 
