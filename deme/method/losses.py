@@ -137,10 +137,7 @@ def loss_weights(weighting: str, alphas_cumprod: torch.Tensor, prediction_type: 
 
 
 class UncertaintyWeights(nn.Module):
-    """ANT-UW: the mean of exp(−s) · error + s, with a learned s for each of consecutive ranges of timesteps.
-
-    Uncertainty weighting (Kendall et al. 2018) of timestep ranges as tasks (Go et al. 2023).
-    """
+    """ANT-UW (Kendall et al. 2018, Go et al. 2023): the mean of exp(−s) · error + s, with a learned s of each range."""
 
     def __init__(self, ranges: Sequence[Range]):
         super().__init__()

@@ -23,9 +23,6 @@ PUBLISHED = (0.1, 0.1, 0.2, 0.5)  # the paper's coefficients for LSUN-Church, of
 BLOCK = re.compile(r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")  # how the names of a block's tensors begin
 
 
-# --- name patterns
-
-
 def pattern_of(name: str, patterns: Iterable[str]) -> str:
     """The first name pattern that fits a tensor's name."""
     for pattern in patterns:
@@ -47,9 +44,6 @@ def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
         if pattern not in used or patterns.count(pattern) > 1:
             raise UserError(f"no tensor is left for the pattern {pattern}")
     return patterns
-
-
-# --- merge methods
 
 
 class MergeMethod(ABC):
@@ -83,9 +77,6 @@ def merge_method(name: str, settings: Mapping[str, Any]) -> MergeMethod:
         raise UserError(f"merge.settings.{key}={settings.get(key)}: {rule}") from None
     except UserError as error:  # of the class itself
         raise UserError(f"merge.settings.{error}") from None
-
-
-# --- merging
 
 
 def check_compatible(pretrained: Tensors, finetuned: Tensors, name: str) -> None:
@@ -163,18 +154,16 @@ class Candidates:
     def form(self, network: nn.Module, coefficients: Any) -> None:
         """Make a network the candidate of coefficients of shape (groups, ranges), in place, in its floating-point type.
 
-        In float32 on a CPU its weights are, bit for bit, those that merge.py writes.
+        Those of shape (ranges,) hold for all groups. In float32 on a CPU it equals bit for bit what merge.py writes.
         """
-        rows = np.asarray(coefficients, dtype=np.float64).reshape(self.shape).tolist()
+        rows = np.broadcast_to(np.asarray(coefficients, dtype=np.float64), self.shape).tolist()
         for name, target in network.state_dict().items():
             experts = [tensors[name] for tensors in self.finetuned]
             target.copy_(self.method.merge_tensor(self.pretrained[name], experts, rows[self.group_of[name]]))
 
     def form_expert(self, network: nn.Module, number: int) -> None:
         """Make a network the copy that was finetuned on a range, up to rounding."""
-        one_hot = torch.zeros(self.shape)
-        one_hot[:, number] = 1
-        self.form(network, one_hot)
+        self.form(network, np.eye(self.shape[1])[number])
 
     def task_vector(self, group: int, number: int) -> dict[str, torch.Tensor]:
         """finetuned − pretrained of one range, for the tensors of one group: float32, by name."""

@@ -28,7 +28,6 @@ LOSS_BINS = 16  # of timesteps, within which the denoising loss is compared with
 NO_DISTANCE = 1e-10  # of squares, relative to those of the predictions themselves: rounding
 JVP_PASSES = 2  # a Jacobian-vector product also computes what it is the derivative of
 MEASURED_EVERY = 10  # steps of the gradient descent
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 EQUATIONS = ("curvature", "slope")
 COLUMNS = ("trace.passes", "trace.values", "trace.coefficients")  # of the candidates in a file
 
@@ -276,10 +275,10 @@ def gradient_descent(
 
 def _adam_step(state: dict[str, torch.Tensor], gradient: torch.Tensor, settings: Search) -> None:
     """Adam's update of the coefficients, then back into the bounds."""
-    first, second = BETAS
+    first, second, epsilon = 0.9, 0.999, 1e-8
     state["step"] += 1
     state["mean"] = first * state["mean"] + (1 - first) * gradient
     state["square"] = second * state["square"] + (1 - second) * gradient**2
     rate = settings.gradient_learning_rate / (1 - first ** int(state["step"]))
-    scale = (state["square"] / (1 - second ** int(state["step"]))).sqrt() + EPSILON
+    scale = (state["square"] / (1 - second ** int(state["step"]))).sqrt() + epsilon
     state["coefficients"] = (state["coefficients"] - rate * state["mean"] / scale).clamp(*settings.interval)

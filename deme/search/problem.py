@@ -38,21 +38,15 @@ JACKKNIFE = 8  # parts of the images (Quenouille 1956)
 class Problem:
     """A run's candidates and objectives; what an objective needs is loaded when it is first asked for.
 
-    `pretrained` is a pipeline's folder, `folder` keeps what was drawn once, `made_of` has the hashes of data and
-    encoders for the cache of latents.
+    `pretrained` is a pipeline's folder, `folder` keeps what was drawn once, `hashes` are those of data and encoders for
+    the cache of latents.
     """
 
     def __init__(
-        self,
-        config: Config,
-        processes: Processes,
-        pretrained: Path,
-        source: Source,
-        made_of: dict[str, str],
-        folder: Path,
+        self, config: Config, processes: Processes, pretrained: Path, data: Source, hashes: dict[str, str], folder: Path
     ):
         self.config, self.settings, self.processes = config, config.search, processes
-        self.source, self.made_of, self.folder = source, made_of, folder
+        self.data, self.hashes, self.folder = data, hashes, folder
         # what all random draws follow from; another seed_offset is another search
         self.stream = (config.seed, PROBES, config.search.seed_offset)
         self.squares = cache(self._draw_squares)
@@ -98,7 +92,7 @@ class Problem:
     @cached_property
     def _noiser(self) -> Noiser:
         config = self.config
-        made_of = (self.source, self.encoder, self.made_of, self.processes)
+        made_of = (self.data, self.encoder, self.hashes, self.processes)
         images = load_examples(config, config.finetune, *made_of).training
         self.encoder.prepare(self.processes.device, config.sample.mixed_precision)  # the cache is in finetune's
         return Noiser(images, self.encoder, self.scheduler, self.processes)
@@ -159,13 +153,12 @@ class Problem:
 
     def merged(self, coefficients: np.ndarray) -> NetworkAt:
         """The candidate of these coefficients, which all groups may share, for drawing; until another one is formed."""
-        self.candidates.form(self.sampled_network, np.broadcast_to(coefficients, self.shape))
+        self.candidates.form(self.sampled_network, coefficients)
         return lambda _: self.sampled_network
 
     def trained(self, folder: Path) -> NetworkAt:
         """Another network that was trained, for drawing."""
-        precision = self.config.sample.mixed_precision
-        network = freeze(load_denoiser(folder), self.processes.device, precision)
+        network = freeze(load_denoiser(folder), self.processes.device, self.config.sample.mixed_precision)
         return lambda _: network
 
     def experts(self) -> NetworkAt:
@@ -186,11 +179,10 @@ class Problem:
 class FrechetDistance:
     """The Fréchet distance of images drawn from given seeds, the same for every candidate; nothing is written.
 
-    With a control it estimates the distance of as many images as the control has from fewer of them. The luck of the
-    seeds, such as too many images of a class, does not cancel between candidates, as the distance is not linear in it.
-    So mean and covariance of a candidate's features are corrected by how those of the pretrained network differ
-    between the same seeds and all seeds (control variates). What candidate and control do not share would still add a
-    bias proportional to 1 / images, which the jackknife removes.
+    With a control it estimates the distance of as many images as the control has from fewer, whose luck does not cancel
+    between candidates. So mean and covariance of a candidate's features are corrected by how those of the pretrained
+    network differ between the same seeds and all seeds (control variates). The jackknife removes the bias of what
+    candidate and control do not share, which is proportional to 1 / images.
     """
 
     processes: Processes

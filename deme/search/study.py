@@ -16,7 +16,7 @@ import numpy as np
 import optuna
 from optuna import exceptions, samplers
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 from sqlalchemy import create_engine, inspect
 
 from deme.config.section import without_password
@@ -59,6 +59,7 @@ class Study:
             self.study = optuna.create_study(storage=self.storage, study_name=self.name, load_if_exists=True)
             if self.study.directions != [optuna.study.StudyDirection.MINIMIZE]:
                 raise ValueError(f"study {self.name} does not minimize one value")
+        self._trials = partial(self.study.get_trials, False)  # no deep copies
 
     # --- what was tried
 
@@ -67,16 +68,13 @@ class Study:
         label = f"fd of {self.images:,} images" if self.objective == "fd" else self.objective
         rows, spent = [], self.spent
         with reading(self.storage):
-            for trial in self._trials(TrialState.COMPLETE):
+            for trial in self._trials([TrialState.COMPLETE]):
                 passes, row = trial.user_attrs[PASSES], [trial.params[name] for name in self.problem.names]
                 if not (np.isfinite([passes, *row]).all() and passes >= 0 and isinstance(trial.value, float)):
                     raise ValueError(f"trial {trial.number} is not a candidate")
                 spent += passes
                 rows.append(Evaluated(self.sampler, label, spent, trial.value, np.reshape(row, self.problem.shape)))
         return rows
-
-    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=states)
 
     def importance(self) -> dict[str, float]:
         """Each coefficient's share of the values' variance, the largest first; empty if the values do not differ."""
@@ -119,7 +117,7 @@ class Study:
             with suppress(OSError):  # another job holds it, or the disk has no locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 with reading(self.storage):
-                    for trial in self._trials(TrialState.RUNNING):
+                    for trial in self._trials([TrialState.RUNNING]):
                         self.study.tell(trial.number, state=TrialState.FAIL)
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_SH)
@@ -129,8 +127,12 @@ class Study:
         """Try candidates while there are free ones. Returns whether all are complete."""
         while True:
             with reading(self.storage):
-                self._retry_stale()
-                trials = self._trials(TrialState.COMPLETE, TrialState.RUNNING)
+                optuna.storages.fail_stale_trials(self.study)  # the candidates of killed jobs are tried again
+                oldest = datetime.now() - timedelta(seconds=GRACE)
+                for trial in self._trials([TrialState.RUNNING]):
+                    if not trial.params and trial.datetime_start < oldest:  # killed before its first heartbeat
+                        self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                trials = self._trials([TrialState.COMPLETE, TrialState.RUNNING])
             if len(trials) >= self.count:
                 return sum(trial.state is TrialState.COMPLETE for trial in trials) >= self.count
             raised: list[Exception] = []
@@ -143,8 +145,7 @@ class Study:
 
     def _score(self, trial: Trial, raised: list[Exception]) -> float:
         """The value of the candidate that a trial gets; what computing it raises is also put into a list."""
-        others = self.study.get_trials(deepcopy=False)
-        place = sum(other.number < trial.number and other.state is not TrialState.FAIL for other in others)
+        place = sum(one.number < trial.number and one.state is not TrialState.FAIL for one in self._trials())
         if place >= self.count:  # another job took the last candidate at the same time
             return math.nan  # for Optuna a failure
         problem = self.problem
@@ -166,14 +167,6 @@ class Study:
         best = min([value, *(row.value for row in self.rows())])
         print(f"{label} {place + 1} of {self.count}: {value:.4f} at {at}; the best: {best:.4f}", flush=True)
         return value
-
-    def _retry_stale(self) -> None:
-        """Have the candidates of killed jobs tried again."""
-        optuna.storages.fail_stale_trials(self.study)
-        oldest = datetime.now() - timedelta(seconds=GRACE)
-        for trial in self._trials(TrialState.RUNNING):
-            if not trial.params and trial.datetime_start < oldest:  # killed before its first heartbeat
-                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _sampler(self, place: int) -> samplers.BaseSampler:
         """What draws the candidate of this place, counted from 0."""

@@ -49,7 +49,9 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
     """Search as `search.method` says, in a folder that keeps how far it has come; studies are named by the digest."""
     settings, shape = problem.settings, problem.shape
     if settings.method in ("closed_form", "gradient"):
-        return _cheap_answer(problem, folder, settings.method == "gradient")
+        evaluated = _cheap_answer(problem, folder, settings.method == "gradient")
+        best = min(evaluated, key=VALUE)
+        return Result(best.coefficients, settings.objective, best.value, 1.0, evaluated)
     objective = "fd" if settings.method == "multi_fidelity" else settings.objective
     storage = open_by_all(problem.processes, settings.storage, folder)
     evaluated, first = [], []
@@ -59,9 +61,8 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
     elif settings.sampler != "random" and problem.config.merge.experts != ["ranges"]:
         first = line(problem.config, shape)
     elif settings.sampler != "random":
-        answer = _cheap_answer(problem, folder, by_gradient=np.prod(shape) > MOST_COLUMNS)
-        evaluated = answer.evaluated
-        first = first_candidates(answer.coefficients, settings.interval)
+        evaluated = _cheap_answer(problem, folder, np.prod(shape) > MOST_COLUMNS)
+        first = first_candidates(min(evaluated, key=VALUE).coefficients, settings.interval)
     spent = evaluated[-1].passes if evaluated else 0
     if objective == "fd":
         spent += settings.control_images * problem.distance.drawing.passes
@@ -84,26 +85,23 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
     return Result(best.coefficients, objective, best.value, pretrained, evaluated, study)
 
 
-def _cheap_answer(problem: Problem, folder: Path, by_gradient: bool) -> Result:
-    """The least of match or loss, in closed form or by gradient descent from the closed form of the ranges alone."""
+def _cheap_answer(problem: Problem, folder: Path, by_gradient: bool) -> list[Evaluated]:
+    """To the least of match or loss, in closed form or by gradient descent from the closed form of the ranges alone."""
     settings = problem.settings
     objective = settings.objective if settings.objective != "fd" else "match"
     squares = problem.squares(objective)
     # a job at a time: another one, on another machine, waits and reads what was found
     with locked_by_all(problem.processes, folder / "cheap", "search.output", wait=True):
         if not by_gradient:
-            rows = closed_form(squares, settings, folder / f"closed-form-{objective}.npz")
-        else:
-            whole = copy(squares)
-            whole.candidates = problem.candidates.ungrouped()
-            file = folder / f"closed-form-of-the-ranges-{objective}.npz"
-            rows = closed_form(whole, settings, file, "closed form of the ranges")
-            start = np.broadcast_to(min(rows, key=VALUE).coefficients, problem.shape)
-            held_out = problem.squares(objective, "held-out")
-            file = folder / f"gradient-{objective}.npz"
-            rows = gradient_descent(squares, held_out, settings, start, file, rows[-1].passes)
-    best = min(rows, key=VALUE)
-    return Result(best.coefficients, objective, best.value, 1.0, rows)
+            return closed_form(squares, settings, folder / f"closed-form-{objective}.npz")
+        whole = copy(squares)
+        whole.candidates = problem.candidates.ungrouped()
+        file = folder / f"closed-form-of-the-ranges-{objective}.npz"
+        rows = closed_form(whole, settings, file, "closed form of the ranges")
+        start = np.broadcast_to(min(rows, key=VALUE).coefficients, problem.shape)
+        held_out = problem.squares(objective, "held-out")
+        file = folder / f"gradient-{objective}.npz"
+        return gradient_descent(squares, held_out, settings, start, file, rows[-1].passes)
 
 
 # --- where a study starts
@@ -213,9 +211,8 @@ def verdict(result: Result, scores: list[Score], fresh: float | None) -> list[st
     difference, error = scores[-1].to_pretrained.mean, scores[-1].to_pretrained.standard_error
     if result.objective == "fd":
         gain = result.value - result.pretrained
-        searched = f"difference to the pretrained model: {gain:+.4f} where it was searched"
-        fresh_seeds = f"{difference:+.4f} ± {error:.4f} on fresh seeds: optimism {difference - gain:+.4f}"
-        lines.append(f"{searched}, {fresh_seeds}")
+        searched = f"difference to the pretrained model: {gain:+.4f} where it was searched, {difference:+.4f}"
+        lines.append(f"{searched} ± {error:.4f} on fresh seeds: optimism {difference - gain:+.4f}")
     if abs(difference) <= CLEARLY * error:
         return [*lines, "the best is NOT better than the pretrained model by more than two standard errors"]
     word = "better" if difference < 0 else "WORSE"
