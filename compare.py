@@ -26,8 +26,7 @@ from deme.compare.jobs import MADE, Job, Jobs, Ledger, places
 from deme.config.paths import Paths
 from deme.errors import RunError, UserError
 from deme.job.command import ended_in_one_line
-from deme.job.files import REPOSITORY, atomic_file, make_folder
-from deme.job.locks import locked
+from deme.job.files import REPOSITORY, atomic_file, locked, make_folder
 
 
 def number_given(name: str) -> int:

@@ -22,8 +22,7 @@ from deme.config.experiment import Config
 from deme.config.paths import DENOISER
 from deme.errors import UserError, blaming, naming
 from deme.job.command import run_script
-from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, read_json, sha256
-from deme.job.locks import locked
+from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, locked, read_json, sha256
 from deme.job.records import MERGED, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models import variants
 from deme.models.pipelines import WEIGHTS, denoiser_folder, load_tensors, weights_hash

@@ -19,8 +19,7 @@ from deme.config.reading import override
 from deme.config.section import without_password
 from deme.errors import UserError
 from deme.job.command import run_script
-from deme.job.files import atomic_file, make_folder
-from deme.job.locks import locked
+from deme.job.files import atomic_file, locked, make_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,8 +19,7 @@ from tqdm import tqdm
 from deme.config.sections import Data
 from deme.data.files import read_file, stamp
 from deme.errors import UserError, one_line
-from deme.job.files import atomic_folder
-from deme.job.locks import locked
+from deme.job.files import atomic_folder, locked
 from deme.job.records import digest_of
 
 SAME_LEVEL = 2  # of 255: a profile that changes no colour by more is taken for sRGB

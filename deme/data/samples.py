@@ -20,8 +20,7 @@ from deme.config.sections import Sample
 from deme.data.decoding import as_seen
 from deme.data.files import image_suffixes, read_lines, read_rows
 from deme.errors import UserError, blaming, naming, shown
-from deme.job.files import TEMPORARY, atomic_file, make_folder, unfinished
-from deme.job.locks import InUse, locked
+from deme.job.files import TEMPORARY, InUse, atomic_file, locked, make_folder, unfinished
 from deme.job.records import SAMPLES, Record, read_record
 
 if TYPE_CHECKING:

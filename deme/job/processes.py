@@ -17,7 +17,7 @@ from torch import distributed
 
 from deme.errors import RunError, UserError, one_line
 from deme.job.command import disconnect_all
-from deme.job.locks import locked
+from deme.job.files import locked
 from deme.job.records import Arrays, processor, read_arrays, told_by_linux, write_arrays
 
 Result = TypeVar("Result")

@@ -21,7 +21,7 @@ from sqlalchemy import create_engine, inspect
 
 from deme.config.section import without_password
 from deme.errors import RunError, UserError, naming, one_line
-from deme.job.locks import POLLED_EVERY
+from deme.job.files import POLLED_EVERY
 from deme.job.processes import Processes, in_main_process, locked_by_all
 from deme.search.least_squares import Evaluated
 from deme.search.problem import Problem

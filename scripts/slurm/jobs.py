@@ -20,9 +20,8 @@ from deme.compare.comparison import LAST, ComparedRun, Stages, load_comparison
 from deme.config.reading import override, read_mapping
 from deme.errors import RunError
 from deme.job.command import ended_in_one_line
-from deme.job.files import checkpoint_steps, make_folder
+from deme.job.files import checkpoint_steps, locked, make_folder
 from deme.compare.jobs import Job, Ledger
-from deme.job.locks import locked
 from deme.job.records import digest_of
 from deme.compare.slurm import Queue, missing_jobs, submit
 

@@ -16,7 +16,7 @@ from robustness import faults
 from robustness.forked import Run
 from safetensors.torch import load_file
 
-from deme.job.locks import lock_file, locked
+from deme.job.files import lock_file, locked
 from deme.models.pipelines import WEIGHTS
 
 pytestmark = pytest.mark.long

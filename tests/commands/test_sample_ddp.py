@@ -7,7 +7,7 @@ from PIL import Image
 from robustness.forked import Run
 
 from deme.data.samples import block_of
-from deme.job.locks import locked
+from deme.job.files import locked
 
 MODEL = "sample.model=pretrained"
 

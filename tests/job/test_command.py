@@ -53,7 +53,7 @@ def test_values_with_line_breaks_are_shown_in_one_line(tmp_path):
     result = faulty(tmp_path, "pass", "finetune.range='a\n\nb'")
     assert result.returncode == 2
     rule = "must be one of null, 0 … 3, continued, "
-    assert result.stderr.startswith(f"script.py: error: finetune.range=a b: {rule}")
+    assert result.stderr.startswith(rf"script.py: error: finetune.range='a\nb': {rule}")
     assert len(result.stderr.splitlines()) == 1
 
 

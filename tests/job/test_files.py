@@ -14,12 +14,12 @@ from deme.job.files import (
     atomic_folder,
     check_apart,
     checkpoint_steps,
+    locked,
     make_folder,
     read_yaml,
     remove_leftovers,
     sha256,
 )
-from deme.job.locks import locked
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path):

@@ -14,8 +14,8 @@ from conftest import REPOSITORY
 
 from deme.data.samples import check_apart_from_other_jobs
 from deme.errors import UserError
-from deme.job import locks
-from deme.job.locks import InUse, lock_file, locked
+from deme.job import files
+from deme.job.files import InUse, lock_file, locked
 
 SEPARATE = ["unshare", "--uts", "--mount"]
 HOST = 'hostname "$1" && mount --bind "$2" /proc/sys/kernel/random/boot_id && shift 2 && exec "$@"'
@@ -23,30 +23,30 @@ QUICK = """
 import os, sys, time
 from pathlib import Path
 import filelock._soft._exclusive._recovery as recovery
-from deme.job import locks
-locks.HEARTBEAT, locks.LEASE, locks.POLLED_EVERY = 0.1, 1.5, 0.02
+from deme.job import files
+files.HEARTBEAT, files.LEASE, files.POLLED_EVERY = 0.1, 1.5, 0.02
 output = Path(sys.argv[1])
 if "NO_EXCHANGE" in os.environ:  # a disk that can't exchange two names in one step, as NFS
     recovery.exchange_names = lambda *_: False
 """
 HOLD = """
-with locks.locked(output, "key"):
+with files.locked(output, "key"):
     print("holds", flush=True)
     time.sleep(60)
 """
 WRITE = """
-with locks.locked(output, "key"):
+with files.locked(output, "key"):
     output.write_text("second")
 """
 COUNT = """
 while not (output.parent / "go").exists():
     time.sleep(0.001)
 for number in range(int(sys.argv[2])):
-    with locks.locked(output, "key", wait=True):
+    with files.locked(output, "key", wait=True):
         count = int(output.read_text())
         time.sleep(0.001)
         output.write_text(str(count + 1))
-    lock = locks.lock_file(output)
+    lock = files.lock_file(output)
     try:
         os.link(output.with_name("dead"), lock)  # unless another one is faster
     except FileExistsError:
@@ -64,9 +64,9 @@ def hosts():
 @pytest.fixture
 def quick(monkeypatch):
     """Seconds are tenths of a second."""
-    monkeypatch.setattr(locks, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(locks, "LEASE", 1.0)
-    monkeypatch.setattr(locks, "POLLED_EVERY", 0.05)
+    monkeypatch.setattr(files, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(files, "LEASE", 1.0)
+    monkeypatch.setattr(files, "POLLED_EVERY", 0.05)
 
 
 def marker(host: str, lease: float = 1.0) -> str:

@@ -34,8 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from robustness.forked import REPOSITORY, Run
 
-from deme.job.files import TEMPORARY
-from deme.job.locks import LEASE, lock_file
+from deme.job.files import LEASE, TEMPORARY, lock_file
 from deme.report.tables import markdown_table
 
 TIMED = ("images_per_second", "peak_memory_gib")  # of log.jsonl
