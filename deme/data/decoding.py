@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 from deme.config.sections import Data
@@ -278,8 +278,6 @@ def _as_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 @lru_cache(maxsize=64)
 def _to_srgb(profile: bytes, mode: str) -> Any:
     """PIL's transform from a profile's colours to sRGB; None if it changes nothing or the profile is not of `mode`."""
-    from PIL import ImageCms
-
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")

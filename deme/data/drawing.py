@@ -29,8 +29,7 @@ def draw_samples(
 ) -> None:
     """Draw the images of `config.sample` that are missing in its folder.
 
-    `watched` has the model's files, since before they were checked; `texts` the prompt of each seed, if the model takes
-    text. A job that draws a block of the seeds locks that, and the folder only while it claims and counts.
+    `watched` has the model's files, since before they were checked; `texts` each seed's prompt if the model takes text.
     """
     settings, output = config.sample, config.paths.samples
     drawing, network_at = load_model(processes, config, model)
@@ -38,7 +37,7 @@ def draw_samples(
     wanted = Record(SAMPLES, identity(config, model), beside)
     processes.wait_for_everyone()
     watched.check()  # all processes have read the same
-    shares_folder = settings.block is not None  # with jobs that draw other blocks
+    shares_folder = settings.block is not None  # with jobs of other blocks: it is locked to claim and to count
     block = settings.chosen_blocks[0] if shares_folder else settings.seeds
     lock = partial(locked_by_all, processes, key="sample.output")
     lock_folder = partial(lock, output, wait=True) if shares_folder else nullcontext

@@ -293,7 +293,7 @@ class MicroBatch:
 def micro_batches(
     images: Examples, stream: Stream, settings: Training, numbers: range, first_step: Callable[[], int]
 ) -> Iterator[MicroBatch]:
-    """A process's micro-batches, these `numbers` of each step from the first on, loaded ahead if images are decoded."""
+    """A process's micro-batches, its `numbers` of each step, loaded ahead; `first_step` is called for the first one."""
     size = settings.micro_batch_size or settings.batch_size
 
     def load(place: tuple[int, int]) -> MicroBatch:
@@ -304,5 +304,5 @@ def micro_batches(
         examples = images.batch(indices, random)
         return MicroBatch(number, examples, uniform, torch_seed(random))
 
-    places = ((step, number) for step in itertools.count(first_step()) for number in numbers)  # after a resumption
+    places = ((step, number) for step in itertools.count(first_step()) for number in numbers)
     yield from ahead(load, places, images.threads)

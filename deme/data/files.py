@@ -17,6 +17,8 @@ from pathlib import Path, PurePath
 from posixpath import dirname, join, normpath, splitext
 from typing import Any
 
+from PIL import Image
+
 from deme.errors import UserError, blaming, naming
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # that `read_rows` reads
@@ -57,10 +59,8 @@ class File:
 @cache
 def image_suffixes() -> frozenset[str]:
     """Suffixes of the formats that PIL reads, in lower case."""
-    from PIL import Image
-
-    known = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, name in known if name in Image.OPEN) - {*NO_IMAGES}
+    formats = Image.registered_extensions()  # by suffix
+    return frozenset(suffix for suffix in formats if formats[suffix] in Image.OPEN) - {*NO_IMAGES}
 
 
 def list_files(folder: Path) -> list[File]:

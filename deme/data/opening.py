@@ -110,8 +110,7 @@ def _open_tables(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
     read = {os.path.realpath(str(file)) for split in builder.config.data_files.values() for file in split}
     suffixes = image_suffixes() | {*TABLES, ".arrow", ".tar", ".txt"}
     others = [file for file in files if file.suffix in suffixes and file.kind != "hidden" and "://" not in file.path]
-    left_out = describe("file", [file.name for file in others if os.path.realpath(file.path) not in read])
-    if left_out:
+    if left_out := describe("file", [file.name for file in others if os.path.realpath(file.path) not in read]):
         say_once(f"data.name={data.name}: {len(rows):,} rows are read; left out: {left_out}")
     return rows, version
 
@@ -182,10 +181,9 @@ def data_hashes(source: Source, cache: Path, with_labels: bool = False, with_cap
     """
     count = len(source)
     digest = hashlib.sha256(f"{count} images".encode())
-    if with_labels and source.labels is not None:
-        digest.update(repr(list(source.labels)).encode())
-    if with_captions and source.captions is not None:
-        digest.update(repr(source.captions).encode())
+    for is_wanted, values in ((with_labels, source.labels), (with_captions, source.captions)):
+        if is_wanted and values is not None:
+            digest.update(repr(list(values)).encode())
 
     def read(row: int) -> bytes:
         with suppress(UserError):  # loading the images reports it
