@@ -20,7 +20,7 @@ from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.sections import ANALYSES, GRADIENT_PASSES
-from deme.config.trainings import CONTINUED, DISTILLED
+from deme.config.trainings import CONTINUED, DISTILLED, NEON
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
 from deme.models.pipelines import denoiser_folder, has_weights
@@ -95,7 +95,7 @@ def unet_passes(config: Config, networks: int) -> dict[str, int]:
 
 def made_later(config: Config) -> tuple[dict[str, Path], list[str]]:
     """UNet folders, by name, of the networks that were made of or beside the experts; which of them are missing."""
-    places = {name: made_denoisers(name, config.paths)[0] for name in (CONTINUED, "merged", DISTILLED)}
+    places = {name: made_denoisers(name, config.paths)[0] for name in (CONTINUED, "merged", DISTILLED, NEON)}
     made = {name: folder for name, folder in places.items() if has_weights(folder)}
     return made, [f"{name}, which {MAKERS[name]} makes" for name in places if name not in made]
 

@@ -1,7 +1,7 @@
 """Draw images over all processes: exactly sample.num_images PNGs, each named by its seed.
 
     accelerate launch sample_ddp.py                              # from the merged model, by DDIM
-    accelerate launch sample_ddp.py sample.model=pretrained      # or continued, ensemble, distilled, or a folder
+    accelerate launch sample_ddp.py sample.model=pretrained      # or continued, ensemble, distilled, neon, or a folder
     accelerate launch sample_ddp.py sample.scheduler=dpmsolver++ sample.num_inference_steps=20
     accelerate launch sample_ddp.py --config configs/stable_diffusion_v1_4.yaml "sample.prompts=[a cat, a dog]" \
         sample.num_images=2

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deme.config.experiment import Config
-from deme.config.trainings import CONTINUED, DISTILLED
+from deme.config.trainings import CONTINUED, DISTILLED, NEON
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
@@ -90,6 +90,8 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
     raw = size.channels * data.resolution**2
     is_cached = data.cache_gb < size.images * raw / 2**30 <= data.cache_disk_gb
     trained = len(config.timesteps.ranges) + (CONTINUED in size.models) + (DISTILLED in size.models)
+    trained += (NEON in size.models) * len(config.self_trained_names)
+    images = len(size.models) * config.sample.num_images + (NEON in size.models) * config.self_training.num_images
     network = FLOAT * size.parameters
     drawn = size.channels * (config.sample.size_on_disk or data.resolution) ** 2
     return {
@@ -98,8 +100,8 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
         "finetuned networks": trained * network,
         # student, EMA, two moments
         "their checkpoints": (trained * config.finetune.checkpoints_kept + 1) * 4 * network,
-        "merged network": network,
-        "samples": len(size.models) * config.sample.num_images * max(DISK_BLOCK, drawn * PNG_SHARE),
+        "merged networks": network * (1 + (NEON in size.models)),
+        "samples": images * max(DISK_BLOCK, drawn * PNG_SHARE),
     }
 
 
@@ -114,7 +116,8 @@ def operations(config: Config, size: Size) -> dict[str, float]:
     seen = steps * settings.batch_size
     distilled = (DISTILLED in size.models) * config.distill.max_steps * settings.batch_size
     control = (CONTINUED in size.models) * seen
-    coded = seen + control + distilled
+    own = (NEON in size.models) * len(config.self_trained_names) * settings.max_steps * settings.batch_size
+    coded = seen + control + distilled + own
     if config.data.cache_latents:
         coded = size.images * config.data.cached_views
     has_finals = search.method == "multi_fidelity"
@@ -130,6 +133,8 @@ def operations(config: Config, size: Size) -> dict[str, float]:
         f"finetuning, {steps:,} steps of {settings.batch_size} images": seen * expert * flops,
         "the control, as many": control * gradient * flops,
         "distilling, each image through its expert": distilled * (gradient + 1) * flops,
+        "drawing own samples": (NEON in size.models) * config.own_sample_passes * flops,
+        "training on them": own * gradient * flops,
         "encoding images": coded * size.coding,
         f"searching, {searched:,} images of candidates": searched * candidate,
         f"reporting on the search, {reported:,} images": reported * image,

@@ -16,7 +16,7 @@ from deme.config.experiment import Config
 from deme.config.paths import DENOISER, for_shell, image_path
 from deme.config.reading import load_config, override
 from deme.config.section import Section, is_folder_name, one_of, setting
-from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, SELF
+from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF
 from deme.errors import UserError, naming, shown
 from deme.job.files import REPOSITORY, sha256
 from deme.models.variants import ORDER
@@ -215,22 +215,30 @@ class Stages:
             return [self._trained(run, "distill", DISTILLED, self._made(run, "merged"))]
         if model in NAMED_TRAININGS:
             return [self._trained(run, "train", model, self.first)]
-        if model not in ("ensemble", "merged"):
+        if model not in ("ensemble", "merged", NEON):
             return self.pretrained
+        paths = run.config.paths
+        if model == NEON:
+            own = [self._trained(run, "train", SELF, self.first)]
+            chosen = ["merge.experts=[self]", "merge.coefficients=null", override("merge.output", str(paths.neon))]
+            return self._merged(run, "merge-neon", paths.neon, own, *chosen)
         groups = ["ranges"] if model == "ensemble" else run.config.merge.experts
         numbers = {"ranges": map(str, range(len(run.config.timesteps.ranges))), SELF: [SELF]}
         experts = [self._trained(run, "train", chosen, self.first) for group in groups for chosen in numbers[group]]
         if model == "ensemble":
             return experts
-        paths = run.config.paths
         if run.config.needs_search:
             # the search's report has a row of the control if it is trained
             has_control = CONTINUED in run.models and run.config.search.report_images > 0
             controls = [self._trained(run, "train", CONTINUED, self.first)] if has_control else []
             before = {"after": [*experts, *self.reference], "after_all": controls}
             experts = [self._add(run, "search", "search.py", output=paths.best_coefficients, **before)]
-        parts = [paths.merged / part for part in ("merge.yaml", DENOISER, "scheduler", "model_index.json")]
-        return [self._add(run, "merge", "merge.py", output=parts[0], parts=parts, after=experts, single_process=True)]
+        return self._merged(run, "merge", paths.merged, experts)
+
+    def _merged(self, run: ComparedRun, stage: str, folder: Path, experts: Sequence[Job], *overrides: str) -> list[Job]:
+        parts = [folder / part for part in ("merge.yaml", DENOISER, "scheduler", "model_index.json")]
+        merge = {"output": parts[0], "parts": parts, "after": list(experts), "single_process": True}
+        return [self._add(run, stage, "merge.py", *overrides, **merge)]
 
     def _trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
         """The training of a range, given its number, of a model of NAMED_TRAININGS, or on own samples."""

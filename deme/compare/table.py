@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from deme.compare.comparison import PRETRAINED, ComparedRun
-from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS
+from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.measure.scores import Score, load_scores, mean_and_deviation
 from deme.models.variants import read_searched, seconds_of
 from deme.report.run import read_log
@@ -77,14 +77,20 @@ def compared_rows(runs: Sequence[ComparedRun]) -> list[Row]:
 
 
 def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
-    """UNet passes and seconds of the trainings and the search that make a model, from their logs."""
+    """UNet passes and seconds of the trainings and the search that make a model, from their logs.
+
+    The passes that draw own samples are counted; their seconds were not noted.
+    """
     config = run.config
     is_merged = model in ("merged", DISTILLED)
     names = config.merged_names if is_merged else []
     names += config.timesteps.names if model == "ensemble" else []
     names += [model] if model in NAMED_TRAININGS else []
+    names += config.self_trained_names if model == NEON else []
     logs = [read_log(config.paths.finetuning(name) / "log.jsonl", config) for name in names]
     passes, seconds = sum(log.passes for log in logs), sum(log.seconds for log in logs)
+    if not set(names).isdisjoint(config.self_trained_names):
+        passes += config.own_sample_passes
     if is_merged and config.needs_search:
         passes += read_searched(config.paths.best_coefficients).passes or 0
         searched = seconds_of(config.paths.search)

@@ -95,6 +95,17 @@ class Config(Section):
         return [name for group in self.merge.experts for name in names[group]]
 
     @property
+    def own_sample_passes(self) -> int:
+        """UNet passes that draw the own samples; with captions they are guided, at two passes a step."""
+        is_guided = self.data.caption_column is not None and self.sample.guidance_scale != 1
+        return self.self_training.num_images * self.own_sample_steps * (1 + is_guided)
+
+    @property
+    def own_sample_steps(self) -> int:
+        """Of the own samples."""
+        return self.self_training.num_inference_steps or self.sample.num_inference_steps
+
+    @property
     def usual_coefficients(self) -> list[float]:
         """1/N for the experts of N ranges, and −1 in sum for self-trained networks, one of each of `merged_names`."""
         ranges, own = self.timesteps.ranges, self.self_trained_names

@@ -40,6 +40,7 @@ class Paths:
         self.plots = run / "plots"  # pictures
         self.report = run / "report.html"  # the page that report.py writes, beside the same as Markdown
         self.merged = output(config.merge.output, "merged")  # the pipeline folder that merge.py makes
+        self.neon = run / "neon"  # the pipeline folder of the model neon
         self.all_samples = run / "samples"  # the folder of the sample folders
         model = "-".join(part for part in Path(config.sample.model).parts if part not in ("/", ".", ".."))
         self.samples = output(config.sample.output, f"samples/{model}")  # the folder of sample.model's images

@@ -11,6 +11,7 @@ ANT_UW = "ant_uw"  # the control with learned weights of the timestep ranges
 BASELINES = (*WEIGHTINGS[1:], ANT_UW)  # the control with another weighting of the loss: the paper's table 1
 DISTILLED = "distilled"  # the merged network, trained to match each range's expert in its range
 SELF = "self"  # trained on samples of the pretrained network, to be subtracted
+NEON = "neon"  # the pretrained network minus that task vector, without a search
 NAMED_TRAININGS = (CONTINUED, *BASELINES, DISTILLED)  # of one network each, beside the ranges
 PRECISIONS = ("no", "fp16", "bf16")
 PREVIEW_PROMPTS = ["a photograph of an astronaut riding a horse", "a red cube on top of a blue sphere"]

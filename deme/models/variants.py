@@ -14,16 +14,18 @@ from typing import Any
 from deme.config.experiment import Config
 from deme.config.paths import DENOISER, Paths
 from deme.config.sections import DDIM, Sample
-from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, SELF
+from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF
 from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, checked, read_json, read_yaml, sha256
 from deme.job.records import ENCODER, SCHEDULE
 from deme.models import pipelines
 from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
 
-ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED)  # of a table's rows; others by name
+# the models of a table's rows, in this order; others follow by name
+ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED, NEON)
 MAKERS = {name: f"finetune.py finetune.range={name}" for name in NAMED_TRAININGS}  # model of a run → its command
 MAKERS |= {"ensemble": "finetune.py", "merged": "merge.py"}
+MAKERS[NEON] = "merge.py merge.experts=[self] merge.coefficients=null merge.output=$(python merge.py --path neon)"
 UNCOMPARED = {"_class_name", "_diffusers_version", "_name_or_path", "dropout"}  # the last one is of training alone
 SECONDS = "seconds.txt"  # in the search's folder: a line for each command
 OF_PRETRAINED = "value of the pretrained network"
@@ -80,7 +82,8 @@ def find_model(model: str, paths: Paths) -> ModelFiles:
         for folder in denoisers:
             if not folder.is_dir():
                 raise UserError(f"{folder} is missing; {MAKERS[model]} makes it")
-        return ModelFiles(find_pipeline(str(paths.merged)) if model == "merged" else find_pretrained(paths), denoisers)
+        merged = merged_pipeline(model, paths)
+        return ModelFiles(find_pretrained(paths) if merged is None else find_pipeline(str(merged)), denoisers)
     folder = Path(model)
     if (folder / DENOISER).is_dir():
         has_scheduler = (folder / "scheduler").is_dir()
@@ -94,7 +97,13 @@ def made_denoisers(model: str, paths: Paths) -> list[Path]:
     """The denoiser folders of a model in MAKERS, whether they exist or not."""
     if model == "ensemble":
         return paths.experts
-    return [paths.merged / DENOISER if model == "merged" else paths.trained(model)]
+    merged = merged_pipeline(model, paths)
+    return [paths.trained(model) if merged is None else merged / DENOISER]
+
+
+def merged_pipeline(model: str, paths: Paths) -> Path | None:
+    """The folder that merge.py writes a model to; None for other models."""
+    return {"merged": paths.merged, NEON: paths.neon}.get(model)
 
 
 def check_trained(folders: list[Path]) -> list[Path]:

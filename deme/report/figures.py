@@ -15,7 +15,7 @@ from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from deme.config.experiment import Config
-from deme.config.trainings import CONTINUED, DISTILLED
+from deme.config.trainings import CONTINUED, DISTILLED, NEON
 from deme.data.samples import read_images
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file
@@ -34,6 +34,7 @@ SKY, VERMILION, GREY, BLACK = "#56B4E9", "#D55E00", "#999999", "#000000"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, GREY, BLACK)
 MARKERS = "osD^vPX*"  # as many as colours
 MODELS = {"pretrained": BLACK, CONTINUED: SKY, "ensemble": GREEN, "merged": VERMILION, DISTILLED: GREY}
+MODELS[NEON] = PINK
 DASHES = ("-", "--", "-.", ":")
 UNKNOWN = "#bbbbbb"  # cells of a heat map that hold NaN
 SEPARATOR = {"color": "black", "linewidth": 0.8, "linestyle": ":"}  # style of lines between ranges

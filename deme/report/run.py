@@ -8,7 +8,7 @@ from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.sections import GRADIENT_PASSES
-from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS
+from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.errors import UserError, naming, one_line
 from deme.job.files import checked, read_json, read_yaml
 from deme.job.records import MERGED
@@ -128,7 +128,7 @@ def missing_stages(run: Run) -> Iterator[tuple[str, str]]:
     for k, name in enumerate(run.config.timesteps.names):
         if name not in trained and not paths.experts[k].is_dir():
             yield f"the expert of timesteps {name}", f"finetune.py finetune.range={k}"
-    for name in (CONTINUED, DISTILLED):
+    for name in (CONTINUED, DISTILLED, NEON):
         if not made_denoisers(name, paths)[0].is_dir():
             yield name, MAKERS[name]
     if run.search is None and SEARCH not in run.unreadable:
@@ -147,7 +147,7 @@ def missing_stages(run: Run) -> Iterator[tuple[str, str]]:
 def verdict(scores: Sequence[Score], features: str) -> str:
     """What the scores say about merging, in a sentence or two; empty if there is nothing to compare."""
     by_name = {Path(row.samples).name: row.to_pretrained for row in scores}
-    merged, control = by_name.get("merged"), by_name.get(CONTINUED)
+    merged, control, neon = by_name.get("merged"), by_name.get(CONTINUED), by_name.get(NEON)
     if merged is None:
         return ""
     distance, error = NAMES[features][0], merged.standard_error
@@ -158,12 +158,15 @@ def verdict(scores: Sequence[Score], features: str) -> str:
         text += ": less than two standard errors."
     else:
         text += f": {'better' if merged.mean < 0 else 'worse'} by {abs(merged.mean) / error:.1f} of them."
-    return text if control is None else f"{text} Plain training at the experts' cost: {signed(control)}."
+    text += "" if control is None else f" Plain training at the experts' cost: {signed(control)}."
+    return text if neon is None else f"{text} Self-training, subtracted ({NEON}): {signed(neon)}."
 
 
 def cost_table(run: Run) -> Table:
     """The cost of each stage, in images through the UNet and in minutes of training as logged."""
     rows = [[f"training {log.name}", f"{log.passes:,}", f"{log.seconds / 60:.1f}"] for log in run.logs]
+    if any(log.name in run.config.self_trained_names for log in run.logs):
+        rows.append(["drawing the own samples", f"{run.config.own_sample_passes:,}", "-"])
     if run.search is not None and run.search.passes is not None:
         minutes = number(run.search_seconds, form=".1f", scale=1 / 60)
         rows.append(["search, without its report", f"{run.search.passes:,}", minutes])

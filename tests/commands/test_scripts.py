@@ -50,12 +50,13 @@ def run_script(script: str, *options: str, status: int = 0, **variables: str) ->
 
 
 def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_complete(tmp_path, forked_python):
-    """The README's first command, made short by overrides: five rows, the pictures, nothing done twice, and a page."""
+    """The README's first command, made short by overrides: six rows, the pictures, nothing done twice, and a page."""
     options = [f"output_dir={tmp_path / 'with space'}", "finetune.max_steps=2", "distill.max_steps=2"]
     options += ["timesteps.num_ranges=2"]
     options += [
         "finetune.preview_every=2",
         "sample.num_images=24",
+        "self_training.num_images=64",
         "sample.num_inference_steps=2",
         "evaluate.blocks=2",
         "evaluate.classifier_epochs=1",
@@ -64,9 +65,9 @@ def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_co
     first = run_script("digits.sh", *options, PATH=forked_python)
     second = run_script("digits.sh", *options, NUM_PROCESSES="1", PATH=forked_python)
     rows = re.findall(r"^\| (\w+) \| 24 \| \d", first, flags=re.MULTILINE)
-    assert rows == ["pretrained", "continued", "ensemble", "merged", "distilled"]
+    assert rows == ["pretrained", "continued", "ensemble", "merged", "distilled", "neon"]
     pictures = first.split("pictures:\n")[-1].splitlines()
-    assert len(pictures) == 5 + 2 + 2 + 1  # grids; previews: ranges, the control (twice as long), distilled
+    assert len(pictures) == 6 + 2 + 2 + 2  # grids; previews: ranges, the control (twice as long), distilled, self
     assert all(Path(picture).exists() for picture in pictures)
     assert ": started" not in second
     page = check_html(tmp_path / "with space" / "digits" / "report.html")
@@ -152,14 +153,14 @@ def test_cifar10_from_scratch_goes_from_raw_data_to_the_table_in_pieces(tmp_path
     options += ["pretrain.log_every=5", "pretrain.held_out_every=20", "finetune.max_steps=2", "finetune.batch_size=4"]
     options += ["distill.max_steps=2"]
     options += [f"{section}.mixed_precision=no" for section in ("pretrain", "finetune", "sample")]
-    options += ["sample.num_images=12", "sample.num_inference_steps=2"]
+    options += ["self_training.num_images=8", "sample.num_images=12", "sample.num_inference_steps=2"]
     options += ["evaluate.classifier_width=8", "evaluate.classifier_epochs=1", *SMALL_SEARCH]
     first = run_script("cifar10_scratch.sh", *options, NUM_PROCESSES="1", MAX_MINUTES="0.02", PATH=forked_python)
     assert "stopped by its time limit: the same command resumes" in first
     assert "| model |" not in first
     table = run_script("cifar10_scratch.sh", *options, NUM_PROCESSES="1", PATH=forked_python)
     rows = re.findall(r"^\| (\w+) \| 12 \| [\d.]+ \| [\d.]+ ± [\d.]+ \| ", table, flags=re.MULTILINE)
-    assert rows == ["pretrained", "continued", "ensemble", "merged", "distilled"]
+    assert rows == ["pretrained", "continued", "ensemble", "merged", "distilled", "neon"]
 
 
 def make_photographs(folder: Path, count: int, size: tuple[int, int]) -> None:

@@ -99,7 +99,7 @@ def test_an_experiment_survives_a_dead_node_a_failed_job_and_its_time_limit(clus
     submit = ["bash", "scripts/slurm/submit.sh", str(comparison)]
     jobs = submitted(cluster.run(*submit, **settings).stdout)
     samples = [f"sample-{model} sample.block={block}" for model in MODELS for block in range(BLOCKS)]
-    trainings = [f"train finetune.range={name}" for name in ("continued", 0, 1)]
+    trainings = [f"train finetune.range={name}" for name in ("continued", 0, 1, "self")]
     expected = [
         "cache",
         "statistics",
@@ -245,7 +245,8 @@ def test_a_dry_run_prints_every_job_with_what_it_waits_for(experiment):
     lines = script("submit.sh", experiment, *options, **settings).stdout.splitlines()
     jobs = {line.split("--job-name=tiny-")[1].split()[0]: line for line in lines if line.startswith("sbatch")}
     stages = ["cache", "statistics", "sample-pretrained", "train", "sample-continued", "sample-ensemble", "search"]
-    stages += ["merge", "sample-merged", "distill", "sample-distilled", "evaluate", "table-models"]
+    stages += ["merge", "sample-merged", "distill", "sample-distilled"]
+    stages += ["merge-neon", "sample-neon", "evaluate", "table-models"]
     assert list(jobs) == stages
     for line in jobs.values():
         for part in (
@@ -268,11 +269,12 @@ def test_a_dry_run_prints_every_job_with_what_it_waits_for(experiment):
     assert waits["distill"] == waits["sample-merged"] == "afterok:TINY-MERGE"
     assert waits["sample-ensemble"] == trained
     assert waits["sample-continued"] == "afterok:TINY-TRAIN_0"
+    assert waits["merge-neon"] == "afterok:TINY-TRAIN_3"
     assert waits["sample-distilled"] == "afterok:TINY-DISTILL_0"
     assert waits["evaluate"].startswith("afterok:TINY-STATISTICS:TINY-SAMPLE-PRETRAINED_0:TINY-SAMPLE-PRETRAINED_1:")
     assert waits["table-models"] == "afterany:TINY-EVALUATE"
     tasks = shlex.split(jobs["train"].split(" -- ")[1])
-    assert tasks[2::3] == [f"finetune.range={name}" for name in ("continued", 0, 1)]
+    assert tasks[2::3] == [f"finetune.range={name}" for name in ("continued", 0, 1, "self")]
     assert "sample.model=merged sample.blocks=2 -- 'tiny sample-merged sample.block=0'" in jobs["sample-merged"]
     assert not (experiment.parent / "tiny").exists()
 

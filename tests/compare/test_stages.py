@@ -7,7 +7,7 @@ from deme.compare.comparison import Stages, load_comparison, state_outside
 from deme.config.paths import image_path
 from deme.config.reading import load_config, override
 
-MODELS = {"models": {"models": ["pretrained", "continued", "ensemble", "merged", "distilled"]}}
+MODELS = {"models": {"models": ["pretrained", "continued", "ensemble", "merged", "distilled", "neon"]}}
 
 
 def stages(folder, *overrides, runs=MODELS, **options) -> dict:
@@ -30,6 +30,8 @@ def test_a_model_waits_for_what_it_is_made_from_alone(tmp_path):
     assert names(jobs["sample-continued"].after) == {"train finetune.range=continued"}
     assert names(jobs["sample-ensemble"].after) == names(jobs["merge"].after) == experts
     assert names(jobs["sample-merged"].after) == names(jobs["distill finetune.range=distilled"].after) == {"merge"}
+    assert names(jobs["sample-neon"].after) == {"merge-neon"}
+    assert names(jobs["merge-neon"].after) == {"train finetune.range=self"}
     assert names(jobs["evaluate"].after) == {"statistics"}
     assert names(jobs["evaluate"].after_all) == {name for name in jobs if name.startswith("sample-")}
 
@@ -41,6 +43,9 @@ def test_a_merge_waits_for_the_networks_that_it_adds(tmp_path):
     assert names(jobs["merge"].after) == {own}
     assert [path.parent.name for path in jobs[own].parts][-1] == "self-0750-1000"
     assert names(jobs["sample-ensemble"].after) == {f"train finetune.range={number}" for number in range(4)}
+    assert "merge.experts=[self]" in jobs["merge-neon"].arguments
+    assert "merge.coefficients=null" in jobs["merge-neon"].arguments
+    assert jobs["merge-neon"].output == Path("runs/digits/neon/merge.yaml")
     both = stages(tmp_path, "merge.experts=[ranges, self]")
     assert names(both["merge"].after) == {own} | names(both["sample-ensemble"].after)
     steps = stages(tmp_path, "merge.experts=[ranges, self]", "sample.num_inference_steps=7")

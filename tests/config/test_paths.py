@@ -36,6 +36,7 @@ def test_everything_of_a_run_lies_below_its_folder():
         "analysis": "out/a/analysis",
         "plots": "out/a/plots",
         "merged": "out/a/merged",
+        "neon": "out/a/neon",
         "all_samples": "out/a/samples",
         "samples": "out/a/samples/merged",
         "grid": "out/a/samples/grid-merged.png",

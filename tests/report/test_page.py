@@ -55,7 +55,8 @@ def test_an_incomplete_run_names_what_is_missing(config_file):
     missing = re.findall("<code>(.*)</code>", text.split('id="missing"')[1])
     made = ["continued", "distilled"]
     expected = ["finetune.py finetune.range=0", *(f"finetune.py finetune.range={name}" for name in made)]
-    expected += ["search.py", "merge.py"]
-    models = ["pretrained", "continued", "ensemble", "merged", "distilled"]
+    neon = "merge.py merge.experts=[self] merge.coefficients=null merge.output=$(python merge.py --path neon)"
+    expected += [neon, "search.py", "merge.py"]
+    models = ["pretrained", "continued", "ensemble", "merged", "distilled", "neon"]
     expected += [f"sample_ddp.py sample.model={model}" for model in models]
     assert missing == [*expected, "evaluate.py", "analyze.py"]
