@@ -38,13 +38,10 @@ FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 def setting(default: Any, tags: str, choices: Iterable[str] = (), only: tuple[str, ...] = (), **bounds: float) -> Any:
-    """A field of a section.
+    """A field of a section with these tags of TAGS; with `choices` it is one of these words or a list of them.
 
-    Args:
-        tags: of TAGS, with spaces between them.
-        choices: the words that it takes, or that it is a list of.
-        only: (key, word, ...): counts only where that key of the section is one of the words.
-        bounds: above or least, below or most; without an upper bound a float must be finite, an int countable.
+    With `only`=(key, word, ...) it counts where that key of the section is one of the words. The bounds are above or
+    least, below or most; without an upper bound a float must be finite, an int countable.
     """
     unknown = (set(tags.split()) - TAGS.keys()) | (bounds.keys() - BOUNDS.keys())
     if unknown:

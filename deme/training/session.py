@@ -62,10 +62,7 @@ class TrainingRun:
 
 
 class Session:
-    """One training command, from its start to its deadline.
-
-    Its settings are config.pretrain or config.finetune.
-    """
+    """One training command, from its start to its deadline; its settings are config.pretrain or config.finetune."""
 
     def __init__(self, config: Config, settings: Training):
         self.config, self.settings = config, settings

@@ -100,11 +100,6 @@ class TrainingState(Scalars):
         options = {"decay": settings.ema_decay, "inv_gamma": settings.ema_inv_gamma, "power": settings.ema_power}
         self.ema = EMAModel(student.parameters(), use_ema_warmup=True, foreach=True, **options)
 
-    def set_learning_rate(self) -> None:
-        """Set each group's learning rate for the next step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.learning_rate_factor(self.step)
-
     def finish_step(self) -> None:
         """Count an optimizer step and update the EMA: shadow ← shadow + (1 − decay)(weight − shadow).
 

@@ -165,7 +165,8 @@ class Trainer:
         """One optimizer step, from the images to the EMA of the weights."""
         accelerator, objective = self.accelerator, self.objective
         self.meter.start_step()
-        self.state.set_learning_rate()
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.state.learning_rate_factor(self.state.step)
         share = len(self.mine)
         losses = torch.zeros(3, device=self.device)
         for batch in itertools.islice(self.batches, share):

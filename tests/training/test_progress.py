@@ -10,7 +10,7 @@ from deme.config.trainings import Finetune, Pretrain
 from deme.errors import UserError
 from deme.training import session
 from deme.training.progress import RunLog
-from deme.training.self_training import training_config
+from deme.training.self_training import drawn_captions, training_config
 
 
 def write(folder, last_step: int, steps: range, trackers: list[str]) -> RunLog:
@@ -56,6 +56,14 @@ def test_own_samples_need_no_held_out_images():
     """Which pretraining with a patience holds out of the configured data."""
     config = Config(data=Data(held_out_images=10), pretrain=Pretrain(patience=3))
     assert training_config(config).data.held_out_images == 0
+
+
+def test_own_samples_of_a_text_to_image_model_need_captions():
+    with pytest.raises(UserError, match=r"^data.caption_column=null: a text-to-image model needs captions$"):
+        drawn_captions(Config())
+    captions = drawn_captions(Config(data=Data(caption_column="caption")))
+    assert len(captions) == 6000
+    assert min(captions) == 20_000_000
 
 
 def test_an_unknown_tracker_is_named():
