@@ -42,10 +42,9 @@ def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | 
     taken = _parameters(kind.__init__)
     # from_config leaves out the pretrained class's defaults, which may not be this one's
     schedule = {key: pretrained.config[key] for key in SCHEDULE if key in taken}
-    if class_name == SHORT_NAMES["ddim"]:
-        schedule["timestep_spacing"] = pretrained.config.timestep_spacing
-    if timestep_spacing is not None:
-        schedule["timestep_spacing"] = timestep_spacing
+    of_ddim = pretrained.config.timestep_spacing if class_name == SHORT_NAMES["ddim"] else None
+    if spacing := timestep_spacing or of_ddim:
+        schedule["timestep_spacing"] = spacing
     needed = {*schedule, *(key for key in NEEDED if pretrained.config[key])}
     if lacking := needed - taken:
         raise UserError(f"{kind.__name__} has no {', '.join(sorted(lacking))}")
