@@ -182,12 +182,15 @@ def trained_classifier(config: Config, processes: Processes, source: Source) -> 
     record |= {"random_flip": config.data.random_flip, "precision": settings.classifier_precision, "seed": config.seed}
 
     def train() -> None:
-        if load_classifier(file, record) is None:
-            images, labels = load_evaluation_images(source, cache)
-            if labels is None:
-                raise UserError("data.label_column=null: evaluate.features=classifier needs labels")
-            trained = train_classifier(images.batch(range(len(images))), labels, config, processes.device)
-            save_classifier(file, *trained, record)
+        if load_classifier(file, record) is not None:
+            return
+        images, labels = load_evaluation_images(source, cache)
+        if labels is None:
+            raise UserError("data.label_column=null: evaluate.features=classifier needs labels")
+        classifier, accuracy = train_classifier(images.batch(range(len(images))), labels, config, processes.device)
+        metadata = {"made_from": json.dumps(record), "held_out_accuracy": repr(accuracy)}
+        with atomic_file(file) as temporary:
+            save_file(classifier.state_dict(), temporary, metadata)
 
     in_main_process(processes, train)
     classifier, accuracy = load_classifier(file, record)
@@ -241,13 +244,6 @@ def _augment(pixels: torch.Tensor, random_flip: bool) -> torch.Tensor:
     # the two index arrays stand at the front of the result: (B, S, S, C)
     images = torch.arange(count, device=pixels.device)[:, None, None]
     return pixels.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def save_classifier(path: Path, classifier: Classifier, accuracy: float, made_from: dict[str, Any]) -> None:
-    """Write a classifier as safetensors, its record and accuracy in the metadata."""
-    metadata = {"made_from": json.dumps(made_from), "held_out_accuracy": repr(accuracy)}
-    with atomic_file(path) as temporary:
-        save_file(classifier.state_dict(), temporary, metadata)
 
 
 def load_classifier(path: Path, made_from: dict[str, Any]) -> tuple[Classifier, float] | None:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -251,10 +250,6 @@ class Drawing:
     shape: tuple[int, int, int]  # (C, H, W) of what the network works on
     device: torch.device
 
-    @cached_property
-    def _negative(self) -> Condition:
-        return self.encoder.condition([self.settings.negative_prompt])
-
     @property
     def passes(self) -> int:
         """Passes through the network for each image."""
@@ -264,6 +259,7 @@ class Drawing:
     def images(self, network_at: NetworkAt, seeds: Sequence[int], prompts: Sequence[str]) -> torch.Tensor:
         """The images of these seeds, each with its prompt if there are prompts: uint8, (B, C', H', W'), on the CPU."""
         settings = self.settings
-        network = guided(network_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
+        conditions = self.encoder.condition(prompts), self.encoder.condition([settings.negative_prompt])
+        network = guided(network_at, *conditions, settings.guidance_scale)
         sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, settings.timestep_spacing)
         return self.encoder.decode(sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler))

@@ -31,6 +31,7 @@ FORMS = (  # in order of preference, after the stem: a file, or an index of shar
 STEMS = {DENOISER: STEM, "vae": STEM, "text_encoder": "model"}  # of a pipeline's parts that have weights
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # up to diffusers 0.15
 OLD_ATTENTION_NAME = re.compile(rf"(?<=\.)({'|'.join(ATTENTION_NAMES)})(?=\.(weight|bias)$)")
+todays_name = functools.partial(OLD_ATTENTION_NAME.sub, lambda match: ATTENTION_NAMES[match[1]])
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 PROJECTED = "Projected"  # prefix of the classes with projections
@@ -75,11 +76,8 @@ SETTINGS = {  # supported values; diffusers' default, where a file leaves a sett
     },
     "vae": dict.fromkeys(("latents_mean", "latents_std", "shift_factor"), (None,)),  # StableDiffusionPipeline has none
 }
-SETTINGS_FILES = (  # files of a pipeline on the Hub that are read beside the weights
-    *("model_index.json", "config.json", "scheduler_config.json", "scheduler/scheduler_config.json"),
-    *(f"{part}/config.json" for part in STEMS),
-    *("tokenizer/*.json", "tokenizer/*.txt"),
-)
+SETTINGS_FILES = [INDEX, "config.json", SCHEDULER_CONFIG, f"scheduler/{SCHEDULER_CONFIG}"]  # read beside the weights
+SETTINGS_FILES += [*(f"{part}/config.json" for part in STEMS), "tokenizer/*.json", "tokenizer/*.txt"]
 
 
 def read_index(pipeline: Path) -> dict[str, Any]:
@@ -224,9 +222,8 @@ def find_folder(source: str) -> Path | None:
 
 def hub_name(source: str) -> str | None:
     """owner/name of a pipeline, model or data set on the Hub, without its @revision; None for a folder."""
-    name, at, revision = source.partition("@")
-    fits = re.fullmatch(HUB_ID, name) is not None and (revision != "" or at == "")
-    return name if fits and find_folder(source) is None else None
+    match = re.fullmatch(rf"({HUB_ID})(@.+)?", source)
+    return match[1] if match is not None and find_folder(source) is None else None
 
 
 def find_pipeline(source: str) -> Path:
@@ -254,7 +251,7 @@ def find_pipeline(source: str) -> Path:
                 raise UserError(f"neither a pipeline folder nor a reachable Hub id: {reasons[0]}") from None
             return Path(error.snapshot_path)
 
-    folder = fetch(source.removeprefix(name).removeprefix("@") or None, list(SETTINGS_FILES))
+    folder = fetch(source.removeprefix(name).removeprefix("@") or None, SETTINGS_FILES)
     try:
         check_pipeline(folder)
         parts = [part for part in STEMS if (folder / part).is_dir()]
@@ -317,8 +314,3 @@ def load_tensors(folder: Path) -> dict[str, Any]:
                 content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
             tensors |= {todays_name(name): tensor for name, tensor in content.items()}
     return tensors
-
-
-def todays_name(name: str) -> str:
-    """A tensor's name in today's diffusers; up to 0.15 attention layers had other names."""
-    return OLD_ATTENTION_NAME.sub(lambda match: ATTENTION_NAMES[match[1]], name)

@@ -111,7 +111,9 @@ def pipeline(choose: random.Random, folder: Path) -> Readers:
 
 def safetensors(choose: random.Random, folder: Path) -> Readers:
     """The weights of a pretrained network, a finetuned one, a checkpoint or a classifier."""
-    from deme.measure.features import Classifier, load_classifier, save_classifier
+    from safetensors.torch import save_file
+
+    from deme.measure.features import Classifier, load_classifier
     from deme.method.merging.task_arithmetic import TaskArithmetic
     from deme.method.task_vectors import merge_tensors
     from deme.models.denoisers import load_denoiser
@@ -120,7 +122,8 @@ def safetensors(choose: random.Random, folder: Path) -> Readers:
     make_pipeline(folder)
     classifier = folder / "classifier.safetensors"
     wanted = {"seed": 0}
-    save_classifier(classifier, Classifier(2, 3), 0.5, wanted)
+    metadata = {"made_from": json.dumps(wanted), "held_out_accuracy": "0.5"}
+    save_file(Classifier(2, 3).state_dict(), classifier, metadata)
     base = load_tensors(folder / "unet")
     for file in (folder / "unet" / WEIGHTS, classifier):
         content = file.read_bytes()
