@@ -181,7 +181,8 @@ def load_reference(path: Path) -> tuple[Reference, dict[str, Any]]:
             raise UserError("a single array")
         with content as file:
             made_from = json.loads(str(file["made_from"])) if "made_from" in file else {}
-            mu, sigma, features = file["mu"], file["sigma"], file.get("features")
+            mu, sigma = np.asarray(file["mu"]), np.asarray(file["sigma"])  # bytes, if they are in no .npy
+            features = np.asarray(file["features"]) if "features" in file else None
     except Exception as error:  # numpy, zipfile and their decompressors raise whatever a damaged file leads to
         raise UserError(f"not an npz file of mu and sigma ({one_line(error)}): {HOW}") from None
     made = checked(made_from, MadeFrom, "made_from")
