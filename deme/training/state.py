@@ -238,7 +238,6 @@ def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
                 raise RunError(f"{path}: cannot be read: {one_line(error)}") from error
             print(f"{path}: unreadable, trying the one before it ({one_line(error)})")
-    if checkpoints:
-        message = f"none of the {len(checkpoints)} checkpoints can be read; delete the folder to restart"
-        raise UserError(f"{folder}: {message}")
-    return None
+    if not checkpoints:
+        return None
+    raise UserError(f"{folder}: none of the {len(checkpoints)} checkpoints can be read; delete the folder to restart")
