@@ -99,7 +99,11 @@ def _compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Com
         varied, is_plain = [*overrides, *variation.overrides], not variation.overrides
         with naming(f"runs.{name}"):
             config = load_config(comparison.base, varied)
-            _check_shared(config, base)
+            for section, usual in zip(config.all_sections, base.all_sections, strict=True):
+                for key, value in section.tagged("one_run").items():
+                    section.check(key, value is None, "each run of a comparison has its own")
+                for key, value in usual.tagged("all_runs").items():
+                    section.check(key, getattr(section, key) == value, f"all runs have the base's, {shown(value)}")
         own: dict[str, Any] = {"model.pretrained": base.paths.pretrained}
         count, usual = len(config.timesteps.ranges), len(base.timesteps.ranges)
         if count != usual and not any(text.startswith("finetune.max_steps=") for text in variation.overrides):
@@ -120,31 +124,17 @@ def _compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Com
             yield ComparedRun(name, models, ["--config", for_shell(comparison.base), *given], config)
 
 
-def _check_shared(config: Config, base: Config) -> None:
-    """Check that a run has what all runs share, and no place of its own."""
-    for section, usual in zip(config.all_sections, base.all_sections, strict=True):
-        for key, value in section.tagged("one_run").items():
-            section.check(key, value is None, "each run of a comparison has its own")
-        for key, value in usual.tagged("all_runs").items():
-            section.check(key, getattr(section, key) == value, f"all runs have the base's, {shown(value)}")
-
-
 class Stages:
     """All jobs of a comparison, each behind those that it needs. What several rows need is one job.
 
-    Args:
-        runs: the base first.
-        blocks: number of jobs that draw from each model.
-        has_cache: whether a job decodes and encodes the data before others read it.
+    `blocks` jobs draw from each model. With `has_cache` a job decodes and encodes the data before others read it.
     """
 
     def __init__(self, comparison: Comparison, runs: Sequence[ComparedRun], blocks: int = 1, has_cache: bool = False):
-        self.base = base = runs[0]
-        self.blocks = blocks
+        self.base, self.blocks, self.state_outside = runs[0], blocks, cache(state_outside)
         self.by_name: dict[str, Job] = {}
-        self.state_outside = cache(state_outside)
         self.pretrained: list[Job] = []  # make the pretrained network
-        paths = base.config.paths
+        base, paths = self.base, self.base.config.paths
         if paths.pretrained == str(paths.pretrained_here):
             parts = [paths.pretrained_here / part for part in (DENOISER, "scheduler", "pretrain.yaml")]
             # not the encoders, which merge.py may hard-link
@@ -182,8 +172,7 @@ class Stages:
         paths = run.config.paths
         drawn = {model: self._drawn(run, model) for model in run.models}
 
-        def arguments(there: Sequence[Job]) -> list[str] | None:
-            """Score the complete folders, in the base's features."""
+        def arguments(there: Sequence[Job]) -> list[str] | None:  # scores the complete folders, in the base's features
             folders = [str(paths.all_samples / model) for model, jobs in drawn.items() if set(jobs) <= set(there)]
             scored = [override("evaluate.samples", folders), override("evaluate.output", str(paths.results))]
             return [*self.base.arguments, *scored] if folders else None
@@ -223,7 +212,7 @@ class Stages:
             chosen = ["merge.experts=[self]", "merge.coefficients=null", override("merge.output", str(paths.neon))]
             return self._merged(run, "merge-neon", paths.neon, own, *chosen)
         groups = ["ranges"] if model == "ensemble" else run.config.merge.experts
-        numbers = {"ranges": map(str, range(len(run.config.timesteps.ranges))), SELF: [SELF]}
+        numbers = {"ranges": map(str, range(len(paths.experts))), SELF: [SELF]}
         experts = [self._trained(run, "train", chosen, self.first) for group in groups for chosen in numbers[group]]
         if model == "ensemble":
             return experts
@@ -243,28 +232,23 @@ class Stages:
     def _trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
         """The training of a range, given its number, of a model of NAMED_TRAININGS, or on own samples."""
         paths = run.config.paths
-        made: dict[str, Any] = {"own": f"finetune.range={chosen}", "after": list(after)}
-        if chosen == SELF:
-            made["parts"] = [paths.trained(name) for name in run.config.self_trained_names]
-            made["output"] = made["parts"][-1]
-            made["inputs"] = run.config.sample.tagged("samples")  # of the own samples
-        else:
-            made["output"] = paths.trained(chosen) if chosen in NAMED_TRAININGS else paths.experts[int(chosen)]
-        return self._add(run, stage, "finetune.py", **made)
+        own = {"own": f"finetune.range={chosen}", "after": list(after)}
+        if chosen != SELF:
+            output = paths.trained(chosen) if chosen in NAMED_TRAININGS else paths.experts[int(chosen)]
+            return self._add(run, stage, "finetune.py", output=output, **own)
+        parts, drawn = list(map(paths.trained, run.config.self_trained_names)), run.config.sample.tagged("samples")
+        return self._add(run, stage, "finetune.py", output=parts[-1], parts=parts, inputs=drawn, **own)
 
 
 def outside(config: Config, script: str) -> list[str]:
     """Files and folders that a script reads and no job makes; the script runs again when they change."""
     given: list[Any] = [] if script in ("merge.py", "sample_ddp.py") else [config.data.name]
     pipelines = [config.model.pretrained, config.pretrain.encoders if script == "pretrain.py" else None]
-    for source in pipelines:  # as find_pipeline looks for them
-        given += [folder for folder in (source, REPOSITORY / source) if os.path.isdir(folder)][:1] if source else []
-    if script in ("merge.py", "search.py") and config.merge.coefficients != "search":
-        given.append(config.merge.coefficients)
-    if script in ("sample_ddp.py", "search.py"):
-        given.append(config.sample.prompts)
-    if script in ("evaluate.py", "search.py"):
-        given.append(config.evaluate.clip_model)
+    for source in filter(None, pipelines):  # as find_pipeline looks for them
+        given += [folder for folder in (source, REPOSITORY / source) if os.path.isdir(folder)][:1]
+    given += [config.merge.coefficients] * (script in ("merge.py", "search.py") and not config.needs_search)
+    given += [config.sample.prompts] * (script in ("sample_ddp.py", "search.py"))
+    given += [config.evaluate.clip_model] * (script in ("evaluate.py", "search.py"))
     return [str(path) for path in given if isinstance(path, str | Path) and os.path.exists(path)]
 
 

@@ -67,7 +67,7 @@ class Job:
         return [job for job in self.waits_for if job.output is not None]
 
     def arguments_after(self, there: Sequence["Job"]) -> list[str] | None:
-        """The arguments without `own`, given the jobs of `after_all` that are done."""
+        """All but `own`, given the jobs of `after_all` that are done."""
         return self.arguments(there) if callable(self.arguments) else self.arguments
 
 
@@ -132,12 +132,9 @@ def as_lines(parts: Iterable[str]) -> bytes:
 
 
 class Jobs:
-    """Runs jobs side by side; one that is done and whose inputs have not changed does not run again.
+    """Runs jobs, none before one that it needs, side by side in `places`, and each in so many processes.
 
-    Args:
-        jobs: none before one that it needs. Those that the longest chain of others waits for start first.
-        places: the environment variables of each place where a job can run, from `places`.
-        processes: of each job.
+    One that is done and whose inputs have not changed does not run again.
     """
 
     def __init__(self, jobs: list[Job], ledger: Ledger, logs: Path, places: list[dict[str, str]], processes: int = 1):
@@ -236,7 +233,7 @@ def places(processes: int, jobs_per_gpu: int = 1) -> list[dict[str, str]]:
 
         if torch.cuda.is_available():
             given = os.environ.get("CUDA_VISIBLE_DEVICES")
-            gpus = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+            gpus = given.split(",") if given else list(map(str, range(torch.cuda.device_count())))
             groups = [gpus[start : start + processes] for start in range(0, len(gpus) - processes + 1, processes)]
             return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups] * jobs_per_gpu
     count = max(1, len(os.sched_getaffinity(0)) // processes)

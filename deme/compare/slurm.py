@@ -114,7 +114,7 @@ def sbatch_line(group: Sequence[Job], logs: Path, ledger: Ledger, queue: Queue) 
 
 
 def answer_of(command: list[str]) -> str:
-    """The standard output of a command of Slurm's. RunError: it failed."""
+    """The standard output of a command of Slurm's, which must succeed."""
     if shutil.which(command[0]) is None:
         raise UserError(f"{command[0]}: not found; DRY_RUN=1 prints what would be submitted")
     result = subprocess.run(command, capture_output=True, text=True)

@@ -26,24 +26,15 @@ stopped_by: list[int] = []  # signals that raised Interrupted, which libraries m
 
 
 class Interrupted(BaseException):
-    """A signal ended the run. Not an Exception: nothing that handles errors may go on after it.
+    """A signal ended the run. Not an Exception: nothing that handles errors may go on after it."""
 
-    Args:
-        state: what the run leaves behind, for the message.
-    """
-
-    def __init__(self, number: int, state: str = ""):
+    def __init__(self, number: int, state: str = ""):  # state: what the run leaves behind, for the message
         super().__init__(f"stopped by {signal.Signals(number).name}{state and f'; {state}'}")
         self.status = 128 + number
 
 
 def run_script(description: str, plan: Callable[[Config], str], main: Callable[[Config], None]) -> None:
-    """Every script's command line: `--config FILE key=value …`, with `--dry-run` or `--path NAME`.
-
-    Args:
-        description: the script's docstring, for --help.
-        plan: says in a few lines what `main` would do, for --dry-run.
-    """
+    """Every script's command line: `--config FILE key=value …`, with --dry-run, which prints `plan`, or --path NAME."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=REPOSITORY / "configs/digits.yaml", metavar="FILE", help="YAML file")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and the plan, do nothing")
@@ -76,8 +67,7 @@ def disconnect_all() -> None:
 def ended_in_one_line(script: str) -> Iterator[list[Path]]:
     """End this process with one line on standard error if the block raises any error.
 
-    Yields:
-        a list for the folder that takes a traceback, once it is known.
+    The list that it yields is for the folder that takes a traceback, once it is known.
     """
     _on_signals(_raise_interrupted)
     for name in ("stdout", "stderr"):

@@ -26,12 +26,7 @@ print_once = cache(print)
 
 
 def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
-    """The accelerator of a script: one per precision.
-
-    Args:
-        mixed_precision: no, fp16 or bf16.
-        key: the setting that it comes from.
-    """
+    """The accelerator of a script, one per precision (no, fp16 or bf16), which comes from the setting `key`."""
     # the training loop accumulates by itself; without the plugin accelerate takes a divisor from the environment
     plugin = GradientAccumulationPlugin(num_steps=1)
     try:
@@ -49,8 +44,7 @@ def make_accelerator(mixed_precision: str, key: str) -> Accelerator:
 
 def in_main_process(processes: Processes, work: Callable[[], Result]) -> Result:
     """The result of `work` in the main process, for every process; if it raises an error, all stop."""
-    result: Result | None = None
-    error: UserError | RunError | None = None
+    result = error = None
     if processes.is_main_process:
         try:
             result = work()
@@ -72,10 +66,9 @@ def locked_by_all(processes: Processes, output: Path, key: str, wait: bool = Fal
 
 
 def kept(processes: Processes, file: Path, made_from: dict[str, Any], make: Callable[[], Arrays]) -> Arrays:
-    """The arrays in a file if they were made from this, else those of `make`, which are written; in every process.
+    """The arrays in a file if they were made from this, else those of `make`, which are written.
 
-    Args:
-        make: called by all processes, or by none.
+    All processes get them; all call `make`, or none.
     """
     arrays = in_main_process(processes, lambda: read_arrays(file, made_from))
     if arrays is None:

@@ -66,9 +66,7 @@ class Record:
     def fits(self, wanted: "Record", output: Path, remedy: str = "", overwrite: bool = False) -> bool:
         """True if the output with this record is what is wanted; a precious one that is not is refused.
 
-        Args:
-            remedy: what a person can do if it is refused.
-            overwrite: do not refuse it.
+        The refusal ends with the remedy. `overwrite` replaces a precious one, too.
         """
         changed = changes(self.made_from, wanted.made_from, self.kind.later)
         if changed and self.kind.is_precious and not overwrite:
@@ -102,11 +100,7 @@ def read_record(kind: Kind, folder: Path) -> Record | None:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], later: tuple[str, ...] = ()) -> list[str]:
-    """The settings that differ, with their values if these are short.
-
-    Args:
-        later: keys that count only if both sides have them.
-    """
+    """The settings that differ, with their values if these are short; `later` ones count if both sides have them."""
     differing = []
     for key in sorted({*before, *now}):
         old, new = before.get(key, ABSENT), now.get(key, ABSENT)
@@ -142,7 +136,7 @@ def read_arrays(file: Path, wanted: dict[str, Any]) -> Arrays | None:
 
 
 def write_arrays(file: Path, arrays: Arrays, made_from: dict[str, Any]) -> None:
-    """Write arrays with the record of what they were made from, whole or not at all."""
+    """Write arrays with the record of what they were made from."""
     make_folder(file.parent, "output_dir")
     record = np.array(json.dumps(made_from | {CONTENT: _content_hash(arrays)}))
     with atomic_file(file) as temporary, temporary.open("wb") as stream:
