@@ -200,26 +200,23 @@ class Stages:
 
     def _made(self, run: ComparedRun, model: str) -> list[Job]:
         """The jobs that make a model."""
-        if model == DISTILLED:
-            return [self._trained(run, "distill", DISTILLED, self._made(run, "merged"))]
         if model in NAMED_TRAININGS:
-            return [self._trained(run, "train", model, self.first)]
+            return [self._trained(run, model)]
         if model not in ("ensemble", "merged", NEON):
             return self.pretrained
         paths = run.config.paths
         if model == NEON:
-            own = [self._trained(run, "train", SELF, self.first)]
             chosen = ["merge.experts=[self]", "merge.coefficients=null", override("merge.output", str(paths.neon))]
-            return self._merged(run, "merge-neon", paths.neon, own, *chosen)
+            return self._merged(run, "merge-neon", paths.neon, [self._trained(run, SELF)], *chosen)
         groups = ["ranges"] if model == "ensemble" else run.config.merge.experts
         numbers = {"ranges": map(str, range(len(paths.experts))), SELF: [SELF]}
-        experts = [self._trained(run, "train", chosen, self.first) for group in groups for chosen in numbers[group]]
+        experts = [self._trained(run, chosen) for group in groups for chosen in numbers[group]]
         if model == "ensemble":
             return experts
         if run.config.needs_search:
             # the search's report has a row of the control if it is trained
             has_control = CONTINUED in run.models and run.config.search.report_images > 0
-            controls = [self._trained(run, "train", CONTINUED, self.first)] if has_control else []
+            controls = [self._trained(run, CONTINUED)] if has_control else []
             before = {"after": [*experts, *self.reference], "after_all": controls}
             experts = [self._add(run, "search", "search.py", output=paths.best_coefficients, **before)]
         return self._merged(run, "merge", paths.merged, experts)
@@ -229,10 +226,11 @@ class Stages:
         merge = {"output": parts[0], "parts": parts, "after": list(experts), "single_process": True}
         return [self._add(run, stage, "merge.py", *overrides, **merge)]
 
-    def _trained(self, run: ComparedRun, stage: str, chosen: str, after: Sequence[Job]) -> Job:
+    def _trained(self, run: ComparedRun, chosen: str) -> Job:
         """The training of a range, given its number, of a model of NAMED_TRAININGS, or on own samples."""
         paths = run.config.paths
-        own = {"own": f"finetune.range={chosen}", "after": list(after)}
+        stage, after = ("distill", self._made(run, "merged")) if chosen == DISTILLED else ("train", self.first)
+        own = {"own": f"finetune.range={chosen}", "after": after}
         if chosen != SELF:
             output = paths.trained(chosen) if chosen in NAMED_TRAININGS else paths.experts[int(chosen)]
             return self._add(run, stage, "finetune.py", output=output, **own)
