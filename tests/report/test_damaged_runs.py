@@ -152,6 +152,16 @@ def test_coefficients_of_other_ranges_are_not_drawn(config):
     assert "its coefficients are not those of timesteps.num_ranges=2" in page(fewer)["Merging coefficients"]
 
 
+def test_coefficients_of_self_trained_networks_are_drawn(config):
+    """Each merged network has a column, by its name."""
+    merged = replace(config, merge=replace(config.merge, experts=["ranges", "self"]))
+    file = config.paths.merged / "merge.yaml"
+    file.write_text(yaml.safe_dump({"coefficients": {"*": [0.25, 0.25, 0.25, 0.25, -1.0]}}))
+    text = page(merged)["Merging coefficients"]
+    assert re.findall("<th>(.*?)</th>", text) == ["tensors", *config.timesteps.names, "self"]
+    assert re.findall("<td>(.*?)</td>", text)[-1] == "-1"
+
+
 @pytest.mark.parametrize("name", ["plots/analysis-a.png", "plots/search-cost.png", "samples/merged/000000.png"])
 def test_a_link_to_a_file_outside_of_the_run_is_not_shown(config, tmp_path, name):
     """A page is sent to others: what somebody's link leads to is not in it. A link within the run is followed."""
