@@ -135,6 +135,9 @@ def searched(config: Config) -> dict[str, Any]:
         if isinstance(given, str) and os.path.exists(given):
             with naming(f"{section}.{key}", given):
                 parts[section][key] = f"SHA-256 {content_hash(Path(given))}"
+    if config.search.start:
+        with naming("search.start", config.search.start):
+            parts["search"]["start"] = [f"SHA-256 {content_hash(Path(file))}" for file in config.search.start]
     values = {f"{section}.{key}": value for section, part in parts.items() for key, value in part.items()}
     return {"seed": config.seed, "timesteps": [list(edges) for edges in config.timesteps.ranges], **values}
 

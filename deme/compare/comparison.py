@@ -247,6 +247,7 @@ def outside(config: Config, script: str) -> list[str]:
     given += [config.merge.coefficients] * (script in ("merge.py", "search.py") and not config.needs_search)
     given += [config.sample.prompts] * (script in ("sample_ddp.py", "search.py"))
     given += [config.evaluate.clip_model] * (script in ("evaluate.py", "search.py"))
+    given += config.search.start if script == "search.py" else []
     return [str(path) for path in given if isinstance(path, str | Path) and os.path.exists(path)]
 
 

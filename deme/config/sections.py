@@ -126,6 +126,7 @@ class Search(Section):
     gradient_learning_rate: float = setting(0.05, "search", above=0)
     gradient_patience: int = setting(5, "search", above=0)  # held-out measurements in a row without a better one: stop
     pull: float = setting(1e-3, "search", least=0)  # gradient: weight of the squared distance to the closed form
+    start: list[str] = setting([], "search path omit_default")  # best.yaml of other searches, which are tried first
     sampler: str = setting("gp", "search", choices=("tpe", "gp", "random", "grid"))  # optuna, multi_fidelity
     trials: int = setting(32, "search", only=("sampler", "grid"), above=0)  # candidates; more continue a search
     num_images: int = setting(1000, "search", least=2)  # fd: drawn from each candidate

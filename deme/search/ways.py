@@ -21,6 +21,7 @@ from deme.measure.scores import CLEARLY, Score, compared, load_scores, save_scor
 from deme.method.sampling import NetworkAt
 from deme.method.task_vectors import PUBLISHED
 from deme.models.pipelines import weights_hash
+from deme.models.variants import read_searched
 from deme.search.least_squares import Evaluated, closed_form, gradient_descent
 from deme.search.problem import Problem
 from deme.search.study import Study, distinct, open_by_all
@@ -59,10 +60,10 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
         with naming("search.trials", settings.trials):
             first = grid(settings.trials, problem.bounds, shape)
     elif settings.sampler != "random" and problem.config.merge.experts != ["ranges"]:
-        first = line(problem.config, shape)
+        first = [*starts(problem), *line(problem.config, shape)]
     elif settings.sampler != "random":
         evaluated = _cheap_answer(problem, folder, np.prod(shape) > MOST_COLUMNS)
-        first = first_candidates(min(evaluated, key=VALUE).coefficients, settings.interval)
+        first = [*starts(problem), *first_candidates(min(evaluated, key=VALUE).coefficients, settings.interval)]
     spent = evaluated[-1].passes if evaluated else 0
     if objective == "fd":
         spent += settings.control_images * problem.distance.drawing.passes
@@ -105,6 +106,32 @@ def _cheap_answer(problem: Problem, folder: Path, by_gradient: bool) -> list[Eva
 
 
 # --- where a study starts
+
+
+def starts(problem: Problem) -> list[np.ndarray]:
+    """The coefficients in the files of `search.start`, each alone, then the sum of all if it is within the bounds.
+
+    A search of some of the networks leaves the others at 0; one without groups holds for every group.
+    """
+    own, rows = list(map(weights_hash, problem.config.paths.finetuned)), []
+    low, high = np.transpose(problem.bounds).reshape(2, *problem.shape)
+    for file in problem.settings.start:
+        with naming("search.start", file):
+            earlier = read_searched(Path(file))
+            row, networks = np.zeros(problem.shape), earlier.finetuned or []
+            if not networks or not set(networks) <= set(own):
+                raise UserError("found for other networks than those of merge.experts")
+            for number, pattern in enumerate(problem.patterns):
+                groups = earlier.coefficients
+                values = groups.get(pattern, next(iter(groups.values())) if len(groups) == 1 else None)
+                if values is None or len(values) != len(networks):
+                    raise UserError(f"has no {len(networks)} coefficients for {pattern}")
+                row[number, list(map(own.index, networks))] = values
+            if (row < low).any() or (row > high).any():
+                raise UserError("coefficients outside of search.bounds or search.self_bounds")
+            rows.append(row)
+    both = sum(rows)
+    return [*rows, both] if len(rows) > 1 and (low <= both).all() and (both <= high).all() else rows
 
 
 def line(config: Config, shape: tuple[int, int]) -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import optuna
 import pytest
 import torch
 import yaml
@@ -88,6 +89,13 @@ def test_a_search_goes_down_the_line_before_it_proposes(root, config_file):
     [[coefficient]] = yaml.safe_load((folder / "best.yaml").read_text())["coefficients"].values()
     assert -2 <= coefficient <= 0.25
     run("merge.py", config_file, "merge.experts=[self]", "merge.coefficients=search")
+    further = ["search.groups=block", f"search.start=[{folder / 'best.yaml'}]", "search.output=" + str(root / "blocks")]
+    run("search.py", config_file, *given, *further, "search.trials=1", "search.report_images=0")
+    storage = f"sqlite:///{root / 'blocks' / 'study.db'}"
+    [name] = [name for name in optuna.get_all_study_names(storage) if "finalists" not in name]
+    tried = optuna.load_study(study_name=name, storage=storage).trials[0].params
+    assert len(tried) > 2
+    assert set(tried.values()) == {coefficient}
 
 
 def test_prompts_are_captions_of_the_data(text_config, tmp_path):  # noqa: F811

@@ -2,16 +2,21 @@ import sqlite3
 import time
 from contextlib import nullcontext
 from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
 import pytest
+import torch
+import yaml
 from noisy_images import problem_of
 from optuna.trial import TrialState
 
 from deme.errors import RunError, UserError
+from deme.models.pipelines import weights_hash
+from deme.models.variants import write_denoiser
 from deme.search.study import Study, open_storage
-from deme.search.ways import first_candidates, grid
+from deme.search.ways import first_candidates, grid, starts
 
 FIRST = [np.zeros((1, 2)), np.full((1, 2), 0.25)]
 COUNTS = {"tpe": 7, "gp": 5, "random": 4, "grid": 4}
@@ -184,9 +189,9 @@ def test_a_value_that_is_not_a_number_or_infinite_is_the_worst(tmp_path):
 
 def test_a_search_starts_from_what_lies_within_the_bounds():
     cheap = np.array([[0.2, 0.9]])
-    starts = [row.ravel().tolist() for row in first_candidates(cheap, (0.0, 1.5))]
+    first = [row.ravel().tolist() for row in first_candidates(cheap, (0.0, 1.5))]
     uniform = [[value] * 2 for value in (0.5, 1.0)]
-    assert starts == [[0, 0], [0.2, 0.9], [0.4, 1.5], *uniform]
+    assert first == [[0, 0], [0.2, 0.9], [0.4, 1.5], *uniform]
     narrow = [row.ravel().tolist() for row in first_candidates(cheap, (-1.0, 0.9))]
     assert narrow == [[0, 0], [0.2, 0.9], [0.4, 0.9], [0.5] * 2]
     four = [row.tolist() for row in first_candidates(np.full((2, 4), 0.3), (0.0, 1.5))]
@@ -224,3 +229,35 @@ def test_a_storage_whose_tables_were_not_all_made_is_completed(tmp_path):
         database.execute("delete from studies")
     database.close()
     assert len(search(make(tmp_path, count=1))) == 1
+
+
+def test_other_searches_are_where_a_study_starts(tmp_path):
+    """One network's coefficients hold for every group; both files together are tried, too."""
+    folders = [tmp_path / name for name in ("expert", "own")]
+    for seed, folder in enumerate(folders):
+        write_denoiser(folder, {"weight": torch.full((2,), float(seed))}, {})
+    expert, own = map(weights_hash, folders)
+
+    def start(*files: dict, high: float = 1.5) -> list[list[list[float]]]:
+        paths = [tmp_path / f"{number}.yaml" for number in range(len(files))]
+        for path, content in zip(paths, files, strict=True):
+            path.write_text(yaml.safe_dump(content))
+        settings = SimpleNamespace(start=list(map(str, paths)))
+        config = SimpleNamespace(paths=SimpleNamespace(finetuned=folders))
+        bounds = [(0.0, high), (-3.0, 0.5)] * 2
+        problem = SimpleNamespace(config=config, settings=settings, patterns=["a.*", "*"], shape=(2, 2), bounds=bounds)
+        return [row.tolist() for row in starts(problem)]
+
+    by_group = {"coefficients": {"a.*": [0.25], "*": [1.0]}, "finetuned": [expert]}
+    whole = {"coefficients": {"*": [-1.0]}, "finetuned": [own]}
+    both = [[[0.25, 0], [1, 0]], [[0, -1], [0, -1]], [[0.25, -1], [1, -1]]]
+    assert start(by_group, whole) == both
+    assert start(whole) == [both[1]]
+    assert start(whole, whole, whole, whole)[4:] == []  # their sum is out of bounds
+    for reason, content in {
+        "for other networks": whole | {"finetuned": ["another"]},
+        "has no 1 coefficients for a": {"coefficients": {"b.*": [1.0], "*": [1.0]}, "finetuned": [expert]},
+        "outside of search.bounds": {"coefficients": {"*": [1.6]}, "finetuned": [expert]},
+    }.items():
+        with pytest.raises(UserError, match=f"search.start=.*0.yaml: .*{reason}"):
+            start(content)
