@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import optuna
 import pytest
 import torch
 import yaml
-from conftest import SMALL_SEARCH, run, tiny_unet
+from conftest import REPOSITORY, SMALL_SEARCH, environment, run, tiny_unet
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 from test_text_to_image import text_config, text_to_image  # noqa: F401  fixtures
@@ -105,6 +107,16 @@ def test_prompts_are_captions_of_the_data(text_config, tmp_path):  # noqa: F811
     assert len(prompts) == 8
     assert len(set(prompts)) > 1
     assert all(prompt.startswith("a handwritten ") for prompt in prompts)
+
+
+@pytest.mark.long
+def test_the_benchmark_shows_every_coefficient(root, config_file):
+    command = [sys.executable, "benchmarks/self_training.py", "name=tiny", "--config", str(config_file), "--quick"]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| 2 | ")]
+    assert [float(row[1]) for row in rows] == 2 * [0, -0.5, -1, -1.5, -2, -3]
+    assert {row[3] == "-" for row in rows[:2]} == {True, False}
 
 
 MISTAKES = {
