@@ -117,7 +117,7 @@ class Section:
 
     def _counts(self, part: Field) -> bool:
         key, *words = part.metadata["only"] or (part.name,)
-        omitted = "omit_default" in tags_of(part) and getattr(self, part.name) == part.default
+        omitted = "omit_default" in tags_of(part) and getattr(self, part.name) == getattr(type(self)(), part.name)
         return not omitted and (not words or getattr(self, key) in words)
 
 

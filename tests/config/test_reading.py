@@ -317,7 +317,8 @@ def test_settings_that_do_not_count_are_in_no_record():
     assert weighted.keys() - plain.keys() == {"loss_weighting", "p2_k", "p2_gamma", "normalize_loss_weighting"}
     assert "antithetic" not in plain
     assert Finetune(antithetic=False).tagged("weights")["antithetic"] is False
-    assert "trials" not in Search().tagged("search")
+    assert {"trials", "start"}.isdisjoint(Search().tagged("search"))
+    assert Search(start=["best.yaml"]).tagged("search")["start"] == ["best.yaml"]
     assert Search(sampler="grid").tagged("search")["trials"] == 32
     assert Sample(timestep_spacing="trailing").tagged("search").keys() - Sample().tagged("search").keys() == {
         "timestep_spacing"
