@@ -247,7 +247,8 @@ def make_folder(path: Path, key: str) -> None:
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, rising; none if there is no folder."""
-    names = (path.name for path in folder.glob("step-*") if path.is_dir())
+    # not by glob, which takes a folder that can't be read for an empty one: the run would begin anew
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     matches = (re.fullmatch(r"step-([0-9]{8}|[1-9][0-9]{8,17})", name) for name in names)
     return sorted(int(match[1]) for match in matches if match)
 

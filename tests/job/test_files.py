@@ -213,3 +213,15 @@ def test_checkpoints_are_those_that_have_such_a_name(tmp_path):
     (tmp_path / "step-00000009").touch()
     assert checkpoint_steps(tmp_path) == [5, 100_000_000]
     assert checkpoint_steps(tmp_path / "missing") == []
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path, monkeypatch):
+    """The run would begin anew, and delete them."""
+
+    def refuse(_):
+        raise PermissionError
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(PermissionError):
+        checkpoint_steps(tmp_path)
