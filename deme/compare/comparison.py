@@ -49,8 +49,8 @@ class Comparison(Section):
         self.check("seeds", len(self.seeds) == len(set(self.seeds)) > 0, "must be a list of different seeds")
         self.check("runs", len(self.runs) > 0, "must be a mapping from names to `models` and `overrides`")
         for name, variation in self.runs.items():
-            if not variation.models:
-                raise UserError(f"runs.{name}.models={variation.models}: must be a list of models")
+            if not 0 < len(variation.models) == len(set(variation.models)):
+                raise UserError(f"runs.{name}.models={variation.models}: must be a list of different models")
             for model in variation.models:
                 with naming(f"runs.{name}.models", model):
                     if model not in ORDER:
@@ -207,6 +207,7 @@ class Stages:
         paths = run.config.paths
         if model == NEON:
             chosen = ["merge.experts=[self]", "merge.coefficients=null", override("merge.output", str(paths.neon))]
+            chosen.append("merge.push_to_hub=null")  # where the merged network goes
             return self._merged(run, "merge-neon", paths.neon, [self._trained(run, SELF)], *chosen)
         groups = ["ranges"] if model == "ensemble" else run.config.merge.experts
         numbers = {"ranges": map(str, range(len(paths.experts))), SELF: [SELF]}

@@ -96,7 +96,8 @@ def test_what_all_runs_share_is_refused_in_a_variation(tmp_path, override, usual
             {"a": {"models": ["pretrained"]}, "b": {"models": ["pretrained"], "overrides": ["finetune.max_steps=3"]}},
             "runs.b.models=pretrained: all runs start from the base's",
         ),
-        ({"a": {"models": []}}, "runs.a.models=.*: must be a list of models"),
+        ({"a": {"models": []}}, "runs.a.models=.*: must be a list of different models"),
+        ({"a": {"models": ["pretrained", "pretrained"]}}, "runs.a.models=.*: must be a list of different models"),
         ({"a": {"model": ["pretrained"]}}, "Key 'model' not in 'Variation'"),
         (
             {"a": {"models": ["pretrained"]}, "b": {"models": ["merged"], "overrides": ["finetune.steps=3"]}},
