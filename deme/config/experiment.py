@@ -102,7 +102,7 @@ class Config(Section):
 
     @property
     def own_sample_steps(self) -> int:
-        """Of the own samples."""
+        """Sampling steps of the own samples."""
         return self.self_training.num_inference_steps or self.sample.num_inference_steps
 
     @property
@@ -140,7 +140,7 @@ class Config(Section):
 
     @property
     def search_steps(self) -> int:
-        """Of the images that a search draws."""
+        """Sampling steps of the images that a search draws."""
         return self.search.num_inference_steps or self.sample.num_inference_steps
 
     @property
