@@ -14,8 +14,8 @@ import numpy as np
 from torch import nn
 
 from deme.config.experiment import Config
+from deme.data.decoding import Source
 from deme.data.examples import load_examples
-from deme.data.opening import Source
 from deme.errors import naming
 from deme.job.processes import Processes, kept
 from deme.job.records import Arrays, Keep

@@ -77,11 +77,12 @@ class Source(Sequence):
 
     def fingerprint(self) -> str:
         """Changes when what is read may have changed: by `datasets`, and the state of the images' own files."""
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         paths = []
         column = self.images.data.column(self.data.image_column)  # of all rows, also those that were left out since
-        if pc.pa.types.is_struct(column.type):  # of bytes and a path
+        if pa.types.is_struct(column.type):  # of bytes and a path
             in_files = pc.is_null(pc.struct_field(column, "bytes"))
             paths = [path for path in pc.struct_field(column, "path").filter(in_files).to_pylist() if path]
         return self.images._fingerprint + self.version + (f"-{stamp(paths)}" if paths else "")

@@ -1,4 +1,4 @@
-"""Training and held-out data in the form that a network's encoder takes, and the micro-batches of a run.
+"""A data set as training and scoring take it: crops and captions, or cached latents; the micro-batches of a run.
 
 A folder of latents holds part-000000.safetensors and so on, of PART images each: `moments` of the VAE's posterior
 (n, views, C, h, w), `embeddings` of all their captions (m, tokens, D), `first` (n + 1,), where each image's captions
@@ -37,7 +37,10 @@ EMPTY = "empty.safetensors"
 
 
 def choose_caption(captions: Sequence, empty: Any, dropout: float, random: np.random.Generator | None) -> Any:
-    """One of an image's captions, or `empty` with probability `dropout` (Ho and Salimans 2022, algorithm 1)."""
+    """One of an image's captions, or `empty` with probability `dropout` (Ho and Salimans 2022, algorithm 1).
+
+    Without a generator it is the first.
+    """
     if random is None:
         return captions[0]
     number = int(random.integers(len(captions))) if len(captions) > 1 else 0

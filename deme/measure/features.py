@@ -23,9 +23,9 @@ from tqdm import tqdm, trange
 
 from deme.config.experiment import Config
 from deme.config.sections import LEAST_CLASSIFIED
-from deme.data.decoding import ahead
+from deme.data.decoding import Source, ahead
 from deme.data.examples import load_evaluation_images
-from deme.data.opening import Source, data_hashes
+from deme.data.opening import data_hashes
 from deme.data.samples import read_images
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file
@@ -149,8 +149,8 @@ def extract(
 ) -> np.ndarray:
     """The features of images over all processes: float32, shape (len(images), D), the same in every process.
 
-    `read` gives a slice of them, as uint8 RGB (B, 3, H, W) or what else the network's `features` takes and `to` moves;
-    `threads` of them read ahead.
+    `read` gives a slice of them, as uint8 RGB (B, 3, H, W) or what else the network's `features` takes and `to` moves.
+    It is called ahead by so many threads.
     """
     count = processes.num_processes
     edges = [images.start + len(images) * rank // count for rank in range(count + 1)]

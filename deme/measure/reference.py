@@ -15,9 +15,9 @@ from torch import nn
 
 from deme.config.experiment import Config
 from deme.config.sections import LEAST_CLASSIFIED
-from deme.data.decoding import available_threads
+from deme.data.decoding import Source, available_threads
 from deme.data.examples import load_evaluation_images
-from deme.data.opening import Source, data_hashes, open_source
+from deme.data.opening import data_hashes, open_source
 from deme.data.samples import check_sizes, list_images, read_images
 from deme.errors import UserError, naming, one_line
 from deme.job.files import LARGEST, atomic_file, checked, make_folder, sha256

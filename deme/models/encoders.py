@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,10 +145,13 @@ class LatentsAndText:
         """Latents to uint8 images on the CPU; RunError if they are NaN or infinite, as some are in half precision."""
         vae = self._ready(self.vae)
         latents = (tensors / vae.config.scaling_factor).to(self.dtype)
-        images = torch.cat([vae.decode(part).sample.float() for part in latents.split(CODED_AT_ONCE)])
-        if not images.isfinite().all():
-            raise RunError(f"the VAE, in {self.dtype}, decodes to NaN or infinite values")
-        return to_bytes(images)
+        images = []  # of bytes: a batch in float32 would take four times the device's memory
+        for part in latents.split(CODED_AT_ONCE):
+            decoded = vae.decode(part).sample.float()
+            if not decoded.isfinite().all():
+                raise RunError(f"the VAE, in {self.dtype}, decodes to NaN or infinite values")
+            images.append(to_bytes(decoded))
+        return torch.cat(images)
 
 
 Encoder = Pixels | LatentsAndText  # the same methods
@@ -250,6 +254,10 @@ class Drawing:
     shape: tuple[int, int, int]  # (C, H, W) of what the network works on
     device: torch.device
 
+    @cached_property
+    def _negative(self) -> Condition:
+        return self.encoder.condition([self.settings.negative_prompt])
+
     @property
     def passes(self) -> int:
         """Passes through the network for each image."""
@@ -259,7 +267,6 @@ class Drawing:
     def images(self, network_at: NetworkAt, seeds: Sequence[int], prompts: Sequence[str]) -> torch.Tensor:
         """The images of these seeds, each with its prompt if there are prompts: uint8, (B, C', H', W'), on the CPU."""
         settings = self.settings
-        conditions = self.encoder.condition(prompts), self.encoder.condition([settings.negative_prompt])
-        network = guided(network_at, *conditions, settings.guidance_scale)
+        network = guided(network_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
         sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, settings.timestep_spacing)
         return self.encoder.decode(sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler))

@@ -2,7 +2,7 @@
 
 A pipeline has `unet/` and `scheduler/`, or is flat, with `config.json`, `scheduler_config.json` and the weights side by
 side (google/ddpm-*). What the tables do not list is refused by name. To support another denoiser, add its class to
-PIPELINES and DENOISERS here and to DENOISER_CLASSES in denoisers.py. Nothing imports torch.
+PIPELINES and DENOISERS here and to DENOISER_CLASSES in denoisers.py. Only reading tensors imports torch.
 """
 
 import functools
@@ -74,7 +74,8 @@ SETTINGS = {  # supported values; diffusers' default, where a file leaves a sett
         "timestep_type": ("discrete",),
         "timestep_spacing": ("leading", "trailing", "linspace"),
     },
-    "vae": dict.fromkeys(("latents_mean", "latents_std", "shift_factor"), (None,)),  # StableDiffusionPipeline has none
+    # StableDiffusionPipeline ignores all three
+    "vae": {"latents_mean": (None,), "latents_std": (None,), "shift_factor": (None, 0)},
 }
 SETTINGS_FILES = [INDEX, "config.json", SCHEDULER_CONFIG, f"scheduler/{SCHEDULER_CONFIG}"]  # read beside the weights
 SETTINGS_FILES += [*(f"{part}/config.json" for part in STEMS), "tokenizer/*.json", "tokenizer/*.txt"]
@@ -169,7 +170,7 @@ def has_full_precision(part: Path) -> bool:
 def encoder_files(pipeline: Path) -> dict[str, Path]:
     """The files that are read of a pipeline's encoders, by name: settings, and one form of the weights, never pickles.
 
-    A name leaves out the variant fp16, except for shards, which an index names. None if the network works on pixels.
+    A name leaves out the variant fp16, except for shards, which an index names. Empty if the network works on pixels.
     """
     files = {}
     for part in ENCODERS if takes_text(pipeline) else ():

@@ -12,8 +12,8 @@ from torch import nn
 
 from deme.config.experiment import Config
 from deme.config.sections import LEAST_CLASSIFIED
+from deme.data.decoding import Source
 from deme.data.examples import load_examples
-from deme.data.opening import Source
 from deme.data.samples import as_read, load_prompts
 from deme.errors import RunError, naming
 from deme.job.processes import Processes, kept, locked_by_all

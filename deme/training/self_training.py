@@ -9,8 +9,9 @@ from functools import partial
 import numpy as np
 
 from deme.config.experiment import Config
+from deme.data.decoding import Source
 from deme.data.drawing import draw_samples
-from deme.data.opening import Source, open_source
+from deme.data.opening import open_source
 from deme.data.samples import list_images, load_prompts, read_prompts
 from deme.errors import naming
 from deme.job.processes import Processes, in_main_process

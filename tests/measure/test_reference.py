@@ -1,3 +1,4 @@
+import zipfile
 from dataclasses import replace
 
 import datasets
@@ -54,6 +55,9 @@ def test_other_files_are_refused(tmp_path):
     np.savez(tmp_path / "skew.npz", mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0.0, 1.0]]))
     np.savez(tmp_path / "negative.npz", mu=np.zeros(2), sigma=-np.eye(2))
     np.save(tmp_path / "array.npy", np.zeros(2))
+    with zipfile.ZipFile(tmp_path / "raw.npz", "w") as file:  # numpy gives such members as bytes
+        for name in ("mu", "sigma", "features"):
+            file.writestr(name, b"1.0")
     for name in [*(path.name for path in tmp_path.iterdir()), "absent.npz"]:
         with pytest.raises(UserError, match="--save-stats"):
             load_reference(tmp_path / name)

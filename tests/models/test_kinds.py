@@ -8,7 +8,9 @@ import torch
 from diffusers import UNet2DModel
 from text_to_image import tiny_pipeline
 
+from deme.config.sections import Sample
 from deme.errors import UserError
+from deme.models import encoders
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
 from deme.models.encoders import load_encoder
 from deme.models.pipelines import DENOISERS, PIPELINES, SCHEDULERS, SETTINGS, find_pipeline
@@ -83,6 +85,12 @@ def test_settings_that_change_what_an_input_means_are_refused_by_name(text_to_im
         if part == "unet":
             with pytest.raises(UserError, match=f"{key}=another: not "):
                 load_denoiser(folder / "unet")
+
+
+def test_latents_that_are_shifted_by_nothing_are_read(text_to_image, tmp_path):
+    folder = shutil.copytree(text_to_image, tmp_path / "copy")
+    edit(folder / "vae" / "config.json", shift_factor=0.0)
+    assert find_pipeline(str(folder)) == folder
 
 
 @pytest.mark.parametrize("value", [0, float("nan"), "large", None, True])
@@ -205,6 +213,23 @@ def test_a_fault_is_named_after_the_part_that_has_it(text_to_image, tmp_path, pa
     with pytest.raises(UserError, match=f"^{folder / part}: .*{message}") as error:
         load_encoder(folder, network)
     assert "unet" not in str(error.value)
+
+
+def test_a_batch_is_decoded_in_parts_and_the_negative_prompt_embedded_once(text_to_image, monkeypatch):
+    """So a batch takes the memory of a few images, and many batches take the negative prompt's time once."""
+    network = load_denoiser(text_to_image / "unet")
+    encoder = load_encoder(text_to_image, network)
+    embedded, decoded = [], []
+    embed, to_bytes = encoder.embed, encoders.to_bytes
+    monkeypatch.setattr(encoder, "embed", lambda texts: embedded.extend(texts) or embed(texts))
+    monkeypatch.setattr(encoders, "to_bytes", lambda images: decoded.append(len(images)) or to_bytes(images))
+    settings = Sample(num_inference_steps=1, negative_prompt="grey")
+    drawing = encoders.Drawing(load_scheduler(text_to_image), encoder, settings, (4, 4, 4), torch.device("cpu"))
+    for seeds in (range(6), range(6, 8)):
+        images = drawing.images(lambda _: network, seeds, ["a cat"] * len(seeds))
+        assert images.shape == (len(seeds), 1, 8, 8)
+    assert embedded.count("grey") == 1
+    assert decoded == [4, 2, 2]
 
 
 # --- experts
