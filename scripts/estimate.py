@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deme.config.experiment import Config
-from deme.config.trainings import CONTINUED, DISTILLED, NEON
+from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
@@ -84,14 +84,21 @@ def main(config: Config) -> None:
     print(f"{total:9.2f} GPU hours together, at a guessed {rate / 1e12:g} TFLOP/s (GPU_TFLOPS sets another rate)")
 
 
+def own_networks(config: Config, size: Size) -> int:
+    """The number of networks that are trained on own samples."""
+    has_own = NEON in size.models or SELF in config.merge.experts
+    return has_own * len(config.self_trained_names)
+
+
 def disk_space(config: Config, size: Size) -> dict[str, float]:
     """Bytes of everything that is written."""
     data = config.data
     raw = size.channels * data.resolution**2
     is_cached = data.cache_gb < size.images * raw / 2**30 <= data.cache_disk_gb
     trained = len(config.timesteps.ranges) + (CONTINUED in size.models) + (DISTILLED in size.models)
-    trained += (NEON in size.models) * len(config.self_trained_names)
-    images = len(size.models) * config.sample.num_images + (NEON in size.models) * config.self_training.num_images
+    trained += own_networks(config, size)
+    images = len(size.models) * config.sample.num_images
+    images += (own_networks(config, size) > 0) * config.self_training.num_images
     network = FLOAT * size.parameters
     drawn = size.channels * (config.sample.size_on_disk or data.resolution) ** 2
     return {
@@ -116,7 +123,7 @@ def operations(config: Config, size: Size) -> dict[str, float]:
     seen = steps * settings.batch_size
     distilled = (DISTILLED in size.models) * config.distill.max_steps * settings.batch_size
     control = (CONTINUED in size.models) * seen
-    own = (NEON in size.models) * len(config.self_trained_names) * settings.max_steps * settings.batch_size
+    own = own_networks(config, size) * settings.max_steps * settings.batch_size
     coded = seen + control + distilled + own
     if config.data.cache_latents:
         coded = size.images * config.data.cached_views
@@ -133,7 +140,7 @@ def operations(config: Config, size: Size) -> dict[str, float]:
         f"finetuning, {steps:,} steps of {settings.batch_size} images": seen * expert * flops,
         "the control, as many": control * gradient * flops,
         "distilling, each image through its expert": distilled * (gradient + 1) * flops,
-        "drawing own samples": (NEON in size.models) * config.own_sample_passes * flops,
+        "drawing own samples": (own > 0) * config.own_sample_passes * flops,
         "training on them": own * gradient * flops,
         "encoding images": coded * size.coding,
         f"searching, {searched:,} images of candidates": searched * candidate,

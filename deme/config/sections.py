@@ -142,6 +142,9 @@ class Search(Section):
     def check_together(self) -> None:
         cheap = self.objective != "fd" or self.method == "optuna"
         self.check("objective", cheap, f"search.method={self.method} needs match or loss")
+        starts = self.method in ("optuna", "multi_fidelity") and self.sampler in ("tpe", "gp")
+        rule = "is read by search.sampler=tpe or gp alone, with search.method=optuna or multi_fidelity"
+        self.check("start", self.start == [] or starts, rule)
         are_patterns = isinstance(self.groups, list) and set(map(type, self.groups)) == {str}
         named = are_patterns or self.groups in ("range", "block", "tensor")
         self.check("groups", named, "must be range, block, tensor, or a list of name patterns")
@@ -174,7 +177,7 @@ class Search(Section):
 class Sample(Section):
     """Which images are drawn from what."""
 
-    model: str = setting("merged", "all_runs path")  # pretrained, ensemble, of NAMED_TRAININGS, or a folder
+    model: str = setting("merged", "all_runs path")  # pretrained, ensemble, neon, of NAMED_TRAININGS, or a folder
     num_images: int = setting(1000, "all_runs", above=0)
     seed_offset: int = setting(0, "all_runs", least=0, below=2**63)  # first image's seed; files are named by seed
     batch_size: int = setting(256, "free", above=0)  # images per network call; on a CPU 16 to 32 for large networks

@@ -17,7 +17,8 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
     """
     merged, repository = config.paths.merged, config.merge.push_to_hub
     is_of_text, projected = takes_text(merged), is_projected(merged / DENOISER)
-    method, names = made_from["method"], config.merged_names
+    method = made_from["method"]
+    names = [f"timesteps {name}" * (name == config.timesteps.names[0]) or name for name in config.merged_names]
     settings = [f"{key} {value}" for key, value in made_from.items() if key.startswith(f"{method}_")]
     coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in made_from["coefficients"].items()]
     features_name, rows = load_scores(config.paths.results) if config.paths.results.exists() else ("", [])
@@ -28,7 +29,7 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
         config=config,
         made_from=made_from,
         method=", ".join([method, *settings]),
-        coefficients=markdown_table(["tensors", f"timesteps {names[0]}", *names[1:]], coefficients),
+        coefficients=markdown_table(["tensors", *names], coefficients),
         scores=[f"- {score_line(features_name, row)}" for row in rows if row.weights == weights],
         takes_text=is_of_text,
         projected=projected,

@@ -118,15 +118,16 @@ def starts(problem: Problem) -> list[np.ndarray]:
     for file in problem.settings.start:
         with naming("search.start", file):
             earlier = read_searched(Path(file))
-            row, networks = np.zeros(problem.shape), earlier.finetuned or []
+            groups, networks, row = earlier.coefficients, earlier.finetuned or [], np.zeros(problem.shape)
             if not networks or not set(networks) <= set(own):
                 raise UserError("found for other networks than those of merge.experts")
             for number, pattern in enumerate(problem.patterns):
-                groups = earlier.coefficients
                 values = groups.get(pattern, next(iter(groups.values())) if len(groups) == 1 else None)
                 if values is None or len(values) != len(networks):
                     raise UserError(f"has no {len(networks)} coefficients for {pattern}")
                 row[number, list(map(own.index, networks))] = values
+            if len(groups) > 1 and set(groups) != set(problem.patterns):
+                raise UserError("has other groups of tensors than search.groups")
             if (row < low).any() or (row > high).any():
                 raise UserError("coefficients outside of search.bounds or search.self_bounds")
             rows.append(row)

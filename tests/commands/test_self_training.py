@@ -1,6 +1,7 @@
 """Training on the pretrained network's own samples, and merging that subtracts what it learns (Neon)."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,10 @@ def test_a_merge_subtracts_what_it_learned(root, config_file, pretrained, expert
         expected = weight + sum(w * (tensors[name] - weight) for w, tensors in pairs)
         torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-6)
     record = yaml.safe_load((root / "tiny" / "merged" / "merge.yaml").read_text())
+    card = (root / "tiny" / "merged" / "README.md").read_text()
+    assert re.findall(r"\[(Neon|Decouple-then-Merge)\]", card) == ["Neon", "Decouple-then-Merge"][: len(experts)]
+    titles = {1: "| tensors | self |", 3: "| tensors | self | timesteps 0000-0500 | 0500-1000 |"}
+    assert titles[len(names)] in card
     assert [part["timesteps"] for part in record["finetuned"]] == names
 
 

@@ -99,6 +99,8 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("sample.num_inference_steps=2000", "sample.num_inference_steps=2000: must be at most timesteps.num_train"),
         ("search.num_inference_steps=1001", "search.num_inference_steps=1001: must be at most timesteps.num_train"),
         ("self_training.num_inference_steps=1001", "self_training.num_inference_steps=1001: must be at most timesteps"),
+        ("search={start: [a.yaml], sampler: random}", "search.start=['a.yaml']: is read by search.sampler=tpe or gp"),
+        ("search={start: [a.yaml], method: gradient}", "search.start=['a.yaml']: is read by search.sampler=tpe or gp"),
         ("sample.eta=-1", "sample.eta=-1.0: must be at least 0 and at most 1"),
         ("finetune.max_grad_norm=.inf", "finetune.max_grad_norm=inf: must be above 0 and finite"),
         ("finetune.lr_warmup_steps=-1", "finetune.lr_warmup_steps=-1: must be at least 0 and at most"),

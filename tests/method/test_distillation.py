@@ -43,6 +43,7 @@ def test_the_loss_is_the_mean_over_every_image_and_its_ranges_expert(takes_text)
     make, channels, size = (tiny_conditional_unet, 4, 4) if takes_text else (tiny_unet, 1, 8)
     student, *experts = (make(seed) for seed in range(4))
     scheduler = DDPMScheduler()
+    torch.manual_seed(0)
     timesteps = spread_timesteps(7, RANGES, "cpu")
     clean, noise = torch.randn(2, 7, channels, size, size, generator=torch.Generator().manual_seed(1))
     condition = {"encoder_hidden_states": torch.randn(7, 6, 16)} if takes_text else {}

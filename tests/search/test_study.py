@@ -257,6 +257,7 @@ def test_other_searches_are_where_a_study_starts(tmp_path):
     for reason, content in {
         "for other networks": whole | {"finetuned": ["another"]},
         "has no 1 coefficients for a": {"coefficients": {"b.*": [1.0], "*": [1.0]}, "finetuned": [expert]},
+        "has other groups": {"coefficients": {"a.*": [1.0], "b.*": [1.0], "*": [1.0]}, "finetuned": [expert]},
         "outside of search.bounds": {"coefficients": {"*": [1.6]}, "finetuned": [expert]},
     }.items():
         with pytest.raises(UserError, match=f"search.start=.*0.yaml: .*{reason}"):
