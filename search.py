@@ -27,7 +27,7 @@ from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
 from deme.models.pipelines import denoiser_folder, takes_text, weights_hash
-from deme.models.variants import OF_PRETRAINED, SECONDS, ModelFiles, check_trained, find_pretrained
+from deme.models.variants import OF_PRETRAINED, SECONDS, ModelFiles, check_trained, find_pretrained, read_searched
 
 
 def plan(config: Config) -> str:
@@ -103,6 +103,9 @@ def main(config: Config) -> None:
 def check_inputs(config: Config) -> ModelFiles:
     """The files of pretrained network and experts, once all that can be checked without torch is in order."""
     config.check_search()
+    for file in config.search.start:
+        with naming("search.start", file):
+            read_searched(Path(file))
     pretrained = find_pretrained(config.paths)
     model = ModelFiles(pretrained, [denoiser_folder(pretrained), *check_trained(config.paths.finetuned)])
     model.check_fits(config)
@@ -136,8 +139,7 @@ def searched(config: Config) -> dict[str, Any]:
             with naming(f"{section}.{key}", given):
                 parts[section][key] = f"SHA-256 {content_hash(Path(given))}"
     if config.search.start:
-        with naming("search.start", config.search.start):
-            parts["search"]["start"] = [f"SHA-256 {content_hash(Path(file))}" for file in config.search.start]
+        parts["search"]["start"] = [f"SHA-256 {content_hash(Path(file))}" for file in config.search.start]
     values = {f"{section}.{key}": value for section, part in parts.items() for key, value in part.items()}
     return {"seed": config.seed, "timesteps": [list(edges) for edges in config.timesteps.ranges], **values}
 
