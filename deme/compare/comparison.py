@@ -207,7 +207,8 @@ class Stages:
         paths = run.config.paths
         if model == NEON:
             chosen = ["merge.experts=[self]", "merge.coefficients=null", override("merge.output", str(paths.neon))]
-            chosen.append("merge.push_to_hub=null")  # where the merged network goes
+            # not as, and not where, the experts are merged
+            chosen += ["merge.method=task_arithmetic", "merge.settings={}", "merge.push_to_hub=null"]
             return self._merged(run, "merge-neon", paths.neon, [self._trained(run, SELF)], *chosen)
         groups = ["ranges"] if model == "ensemble" else run.config.merge.experts
         numbers = {"ranges": map(str, range(len(paths.experts))), SELF: [SELF]}

@@ -45,6 +45,9 @@ def test_a_merge_waits_for_the_networks_that_it_adds(tmp_path):
     assert names(jobs["sample-ensemble"].after) == {f"train finetune.range={number}" for number in range(4)}
     assert "merge.experts=[self]" in jobs["merge-neon"].arguments
     assert "merge.coefficients=null" in jobs["merge-neon"].arguments
+    ties = stages(tmp_path, "merge.method=ties", "merge.settings.fraction=0.1")["merge-neon"].arguments
+    merge = load_config("configs/digits.yaml", ties[2:]).merge
+    assert (merge.method, merge.settings) == ("task_arithmetic", {})
     assert "merge.push_to_hub=null" in jobs["merge-neon"].arguments
     assert jobs["merge-neon"].output == Path("runs/digits/neon/merge.yaml")
     both = stages(tmp_path, "merge.experts=[ranges, self]")
