@@ -1,5 +1,6 @@
 """Loss landscape: the denoising loss on the plane through the pretrained network and two experts (figures 4, 6a)."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -129,7 +130,8 @@ def marks(material: Material) -> dict[str, tuple[float, float]]:
         searched = read_searched(config.paths.best_coefficients)
         pretrained, *experts = (material.hashes[name] for name in ("pretrained", *material.range_names))
         is_of_these = (searched.pretrained, searched.finetuned) == (pretrained, experts)
-        groups = searched.groups(config) if is_of_these else {}
+        of_ranges = replace(config, merge=replace(config.merge, experts=["ranges"], coefficients=None))
+        groups = searched.groups(of_ranges) if is_of_these else {}
         if list(groups) == ["*"]:
             by_name["searched"] = groups["*"]
     first, second = map(material.range_names.index, _experts(material))

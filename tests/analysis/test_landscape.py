@@ -3,10 +3,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from noisy_images import RANGES, Linear, probes
 
-from deme.analysis.landscape import axis, plane_losses
+from deme.analysis.landscape import axis, marks, plane_losses
+from deme.config.experiment import Config
+from deme.config.sections import Merge
 
 
 def measured(points: int, keep=lambda name, make: make()):
@@ -58,3 +61,16 @@ def test_rows_are_kept():
     names = []
     measured(3, lambda name, make: names.append(name) or make())
     assert names == ["corners", "row-000", "row-001", "row-002"]
+
+
+def test_searched_coefficients_of_the_ranges_are_marked_whatever_is_merged(tmp_path):
+    config = Config(output_dir=str(tmp_path), merge=Merge(experts=["self"]))
+    names = config.timesteps.names
+    hashes = {name: f"hash of {name}" for name in ("pretrained", *names)}
+    content = {"coefficients": {"*": [0.1, 0.2, 0.3, 0.4]}, "pretrained": hashes["pretrained"]}
+    content["finetuned"] = [hashes[name] for name in names]
+    config.paths.search.mkdir(parents=True)
+    config.paths.best_coefficients.write_text(yaml.safe_dump(content))
+    material = SimpleNamespace(config=config, ranges=config.timesteps.ranges, range_names=names, hashes=hashes)
+    material.settings = config.analyze
+    assert marks(material)["searched"] == (0.1, 0.4)
