@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=1_800, help="per cell")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--samplers", nargs="+", default=SAMPLERS)
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
@@ -72,7 +73,7 @@ def sweep(config: Config, arguments: Namespace) -> list[dict]:
     seeds = range(FRESH_SEED, FRESH_SEED + arguments.images // BLOCKS * BLOCKS)
     rows = []
     for steps in arguments.steps:
-        for sampler in SAMPLERS:
+        for sampler in arguments.samplers:
             settings = replace(plain.drawing.settings, scheduler=sampler, num_inference_steps=steps)
             distance = replace(plain, drawing=replace(plain.drawing, settings=settings))
             for coefficient in COEFFICIENTS:
@@ -103,7 +104,7 @@ def tables(runs: list[list[dict]]) -> str:
     titles = ["steps", "w", "classifier FD", "difference to w = 0 ± s.e.", "KID × 10³", "precision", "recall"]
     titles += ["nearest real", "nearest sample"]
     parts = []
-    for sampler in SAMPLERS:
+    for sampler in dict.fromkeys(row["sampler"] for row in runs[0]):
         lines = []
         for place, first in enumerate(runs[0]):
             if first["sampler"] != sampler:
