@@ -18,6 +18,7 @@ from robustness.forked_python import ForkedPython
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
 
+PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_UNET = {
     "in_channels": 1,

@@ -45,8 +45,9 @@ def measure(material: Material) -> Arrays:
 
 def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
     """The blocks of a UNet by name, in the order of the forward pass: down, mid, up."""
-    modules = dict(network.named_modules())
-    return {name: modules[name] for name in sorted(modules) if BLOCK.fullmatch(f"{name}.")}
+    blocks = {name: module for name, module in network.named_modules() if BLOCK.fullmatch(f"{name}.")}
+    # as numbers: down_blocks.10 follows down_blocks.9
+    return dict(sorted(blocks.items(), key=lambda item: (item[0].partition(".")[0], len(item[0]), item[0])))
 
 
 def split_squares(activations: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,6 @@ from deme.job.files import REPOSITORY, checked, read_json, sha256
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
-PICKLED_WEIGHTS = f"{STEM}.bin"
 FORMS = (  # in order of preference, after the stem: a file, or an index of shards and their names
     (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors"),
     (".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16-*-of-*.safetensors", "-*-of-*.fp16.safetensors"),

@@ -42,6 +42,12 @@ def test_a_projection_scales_what_is_behind_it():
     assert all(len(block._forward_hooks) == 1 for block in blocks_of(before).values())  # that of the projection
 
 
+def test_more_than_ten_blocks_are_in_the_order_of_their_numbers():
+    names = [f"down_blocks.{number}" for number in range(12)]
+    network = torch.nn.ModuleDict({"down_blocks": torch.nn.ModuleList(torch.nn.ReLU() for _ in names)})
+    assert list(blocks_of(network)) == names
+
+
 def test_a_shift_of_channels_is_a_change_across_channels_alone():
     shift = torch.tensor([1.0, -1])[None, :, None, None].expand(2, 2, 3, 3)
     squares = torch.stack([split_squares(torch.randn(2, 2, 3, 3)), split_squares(shift)])

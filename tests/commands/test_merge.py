@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, run
+from conftest import PICKLED_WEIGHTS, REPOSITORY, run
 from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +20,7 @@ from deme.job.files import sha256
 from deme.measure.scores import Score, save_scores
 from deme.method.projection import PROJECTION_SUFFIX
 from deme.models.denoisers import load_denoiser, with_projections
-from deme.models.pipelines import PICKLED_WEIGHTS, WEIGHTS
+from deme.models.pipelines import WEIGHTS
 
 
 @pytest.fixture

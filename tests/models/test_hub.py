@@ -5,6 +5,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from conftest import PICKLED_WEIGHTS
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
@@ -12,7 +13,7 @@ from text_to_image import tiny_pipeline
 
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser
-from deme.models.pipelines import PICKLED_WEIGHTS, WEIGHTS, denoiser_folder, encoder_files, find_pipeline, weights_files
+from deme.models.pipelines import WEIGHTS, denoiser_folder, encoder_files, find_pipeline, weights_files
 
 COMMIT = "a" * 40
 UNET, HALF = f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.fp16.safetensors"

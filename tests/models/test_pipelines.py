@@ -3,13 +3,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import old_name, run
+from conftest import PICKLED_WEIGHTS, old_name, run
 from diffusers import DDIMPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
-from deme.models.pipelines import PICKLED_WEIGHTS, WEIGHTS, denoiser_folder, find_pipeline, load_tensors
+from deme.models.pipelines import WEIGHTS, denoiser_folder, find_pipeline, load_tensors
 from deme.projection import ProjectedUNet2DModel
 
 

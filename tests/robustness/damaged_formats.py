@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from conftest import PICKLED_WEIGHTS
 from PIL import Image
 from robustness.damaged_runs import run_files, storage
 from robustness.mutations import VALUES, as_json, changed, damaged, with_other_chunks
@@ -304,7 +305,7 @@ def png(choose: random.Random, folder: Path) -> Readers:
 
 def pickles(choose: random.Random, folder: Path) -> Readers:
     """A published file, and pretrained weights that torch.save wrote."""
-    from deme.models.pipelines import PICKLED_WEIGHTS, load_tensors
+    from deme.models.pipelines import load_tensors
     from scripts.published import read_published, rename_projections
 
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
