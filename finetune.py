@@ -9,7 +9,8 @@
     accelerate launch finetune.py finetune.range=self        # on samples that are drawn first: no image of the data is
                                                              # needed; merge.experts=[self] subtracts what it learns
 
-Writes runs/<name>/finetuned/0000-0250/unet/ and so on (EMA weights); checkpoints, logs and previews lie beside it.
+Writes runs/<name>/finetuned/0000-0250/unet/ and so on (EMA weights); checkpoints, logs and previews lie beside it, and
+with finetune.snapshot_every the EMA weights of earlier steps, in snapshots/.
 The same command again resumes, or does nothing when all is done. Distillation is ours, not the paper's; training on
 own samples, to be subtracted, is Neon (https://arxiv.org/abs/2510.03597).
 """
@@ -71,8 +72,7 @@ def control(config: Config, name: str = CONTINUED) -> Task:
     All of them see the same images. All but ANT-UW, which spreads its timesteps over the ranges, also see the same
     timesteps and noise.
     """
-    steps = len(config.timesteps.ranges) * config.finetune.max_steps
-    settings = replace(config.finetune, max_steps=steps, global_probability=1.0, consistency_weight=0.0)
+    settings = replace(config.finetune, max_steps=config.steps_of(name), global_probability=1.0, consistency_weight=0.0)
     objective = Objective(name, (config.seed, 1), [(0, config.timesteps.num_train_timesteps)], global_probability=1.0)
     if name == ANT_UW:
         rate = settings.uncertainty_learning_rate
@@ -86,7 +86,7 @@ def control(config: Config, name: str = CONTINUED) -> Task:
 
 def distillation(config: Config) -> Task:
     """The merged network, held to each range's expert in its range: ours, a step beyond the paper."""
-    steps = config.distill.max_steps
+    steps = config.steps_of(DISTILLED)
     return Task(
         Objective(DISTILLED, (config.seed, 4), config.timesteps.ranges, denoising_weight=0.0, consistency_weight=1.0),
         replace(config.finetune, max_steps=steps, global_probability=0.0, consistency_weight=1.0, loss_weighting=None),

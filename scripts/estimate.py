@@ -26,7 +26,7 @@ from deme.models.variants import find_pretrained
 GPU_TFLOPS = 50.0  # a guess for an A100 in half precision
 INCEPTION_FLOPS = 11.4e9  # per image
 FLOAT = 4  # bytes
-HALF = 2  # bytes, of latents that a GPU encodes
+HALF = 2  # bytes, of latents that a GPU encodes, and of snapshots
 TOKENS = 77  # of a caption
 PNG_SHARE = 0.75  # of the raw pixels
 DISK_BLOCK = 4096  # bytes: the least that a file takes
@@ -95,8 +95,8 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
     data = config.data
     raw = size.channels * data.resolution**2
     is_cached = data.cache_gb < size.images * raw / 2**30 <= data.cache_disk_gb
-    trained = len(config.timesteps.ranges) + (CONTINUED in size.models) + (DISTILLED in size.models)
-    trained += own_networks(config, size)
+    trained = [*config.timesteps.names, *(name for name in (CONTINUED, DISTILLED) if name in size.models)]
+    trained += config.self_trained_names * (own_networks(config, size) > 0)
     images = len(size.models) * config.sample.num_images
     images += (own_networks(config, size) > 0) * config.self_training.num_images
     network = FLOAT * size.parameters
@@ -104,9 +104,10 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
     return {
         "decoded images": size.images * raw * ASPECT_RATIO * is_cached,
         "encoded images and captions": size.images * size.encoded * data.cached_views * data.cache_latents,
-        "finetuned networks": trained * network,
+        "finetuned networks": len(trained) * network,
+        "their snapshots": sum(len(config.snapshots(name)) for name in trained) * HALF * size.parameters,
         # student, EMA, two moments
-        "their checkpoints": (trained * config.finetune.checkpoints_kept + 1) * 4 * network,
+        "their checkpoints": (len(trained) * config.finetune.checkpoints_kept + 1) * 4 * network,
         "merged networks": network * (1 + (NEON in size.models)),
         "samples": images * max(DISK_BLOCK, drawn * PNG_SHARE),
     }

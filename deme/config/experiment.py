@@ -1,10 +1,11 @@
 """The whole configuration of an experiment, and what has to hold between its sections."""
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from deme.config import sections, trainings
-from deme.config.paths import Paths
+from deme.config.paths import DENOISER, Paths, snapshot_path
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
 from deme.config.trainings import ANT_UW, DISTILLED, NAMED_TRAININGS, SELF
 
@@ -93,6 +94,18 @@ class Config(Section):
         """The names of the networks that are merged, in the order of their coefficients."""
         names = {"ranges": self.timesteps.names, SELF: self.self_trained_names}
         return [name for group in self.merge.experts for name in names[group]]
+
+    def steps_of(self, training: str) -> int:
+        """Optimizer steps of a training of finetune.py, by its folder's name."""
+        if training == DISTILLED:
+            return self.distill.max_steps
+        count = len(self.timesteps.ranges) if training in NAMED_TRAININGS else 1  # all ranges' together
+        return count * self.finetune.max_steps
+
+    def snapshots(self, training: str) -> list[Path]:
+        """The folders of the networks that a training of finetune.py keeps on its way, in the order of their steps."""
+        every, steps, folder = self.finetune.snapshot_every, self.steps_of(training), self.paths.finetuning(training)
+        return [snapshot_path(folder, step) / DENOISER for step in range(every, steps + 1, every)] if every else []
 
     @property
     def own_sample_passes(self) -> int:

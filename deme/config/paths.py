@@ -10,6 +10,7 @@ from typing import Any
 from deme.config.trainings import CONTINUED, DISTILLED
 
 DENOISER = "unet"  # the sub-folder of the network, as diffusers' pipelines call it
+SNAPSHOTS = "snapshots"  # the sub-folder of a training that holds its EMA weights of earlier steps
 
 
 class Paths:
@@ -77,6 +78,11 @@ class Paths:
 def for_shell(path: str | Path) -> str:
     """A path that no command takes for an option."""
     return str(path) if re.match(r"[\w/.]", str(path)) else f"./{path}"
+
+
+def snapshot_path(training: Path, step: int) -> Path:
+    """The snapshot of a step in a training's folder."""
+    return training / SNAPSHOTS / f"{step:08d}"
 
 
 def image_path(folder: Path, seed: int) -> Path:

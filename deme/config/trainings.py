@@ -53,6 +53,7 @@ class Training(Section):
     checkpoints_kept: int = setting(2, "free", above=0)
     preview_every: int | None = setting(None, "free", above=0)  # optimizer steps; null: no previews
     preview_prompts: list[str] = setting(PREVIEW_PROMPTS, "free text")  # text-to-image: one image each
+    snapshot_every: int | None = setting(None, "free omit_default", above=0)  # steps; null: keep no EMA weights of them
 
     def check_together(self) -> None:
         self.check("preview_prompts", len(self.preview_prompts) > 0, "must not be empty")

@@ -51,6 +51,7 @@ PROVENANCE = ("git_commit", "versions", "processor", "config")  # beside every r
 OF_DATA = (DATA, CONTENTS, IMAGE_COLUMN)
 RUN = Kind("a run", "config.yaml", "trained_from", {"free": dict[str, Any]}, OF_DATA, is_precious=True)
 MERGED = Kind("a merged network", "merge.yaml")
+SNAPSHOT = Kind("a snapshot", "snapshot.yaml")  # that of its run, and the step
 SAMPLES = Kind("samples", "samples.yaml", "identity", {"num_images": int}, is_precious=True)
 SEARCH = Kind("a search", "search.yaml", "searched", is_precious=True)
 

@@ -122,12 +122,16 @@ class TrainingState(Scalars):
             self.ema.restore(self.student.parameters())
             self.student.train()
 
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """The EMA weights by name; the student's parameters are the first that are trained."""
+        return dict(zip(self.trained, self.ema.shadow_params, strict=False))
+
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """File name → tensors; AdamW has its moments only after the first step."""
         moments = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.trained.items()}
         saved = {
             STUDENT: self.student.state_dict(),
-            EMA: dict(zip(self.trained, self.ema.shadow_params, strict=False)),  # the student's come first
+            EMA: self.averaged(),
             OPTIMIZER: {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()},
         }
         return saved if self.weighting is None else saved | {WEIGHTING: self.weighting.state_dict()}

@@ -6,7 +6,9 @@ never waits for the device.
 """
 
 import itertools
+import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,14 +19,17 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from deme.config.paths import DENOISER, SNAPSHOTS, snapshot_path
 from deme.config.trainings import Pretrain
 from deme.data.examples import MicroBatch, TrainingImages, load_examples, micro_batches
 from deme.errors import RunError, naming
 from deme.job import processes
 from deme.job.command import Interrupted, noted_signals
-from deme.job.files import Watched, atomic_folder
+from deme.job.files import Watched, atomic_folder, make_folder, remove_leftovers
+from deme.job.records import SNAPSHOT, Record
 from deme.method.losses import UncertaintyWeights, choose_ranges, decoupled_loss, loss_weights, spread_timesteps
 from deme.models.denoisers import freeze, memory_format
+from deme.models.variants import write_denoiser
 from deme.training.progress import Meter, RunLog, held_out_loss, save_preview
 from deme.training.session import Session, TrainingRun
 from deme.training.state import CheckpointWriter, Networks, TrainingState, list_checkpoints, load_newest_checkpoint
@@ -65,6 +70,7 @@ class Trainer:
         self.held_out = images.held_out if isinstance(settings, Pretrain) else None
         self.objective, self.settings = objective, settings
         self.folder, self.checkpoints = run.folder, run.folder / "checkpoints"
+        self.made_from = run.record.made_from
         if self.device.type == "cpu":
             processes.keep_freed_memory()
 
@@ -129,6 +135,7 @@ class Trainer:
             if newest is not None:
                 print(f"{self.objective.name}: resuming from {newest}")
                 self.writer.delete_older(newest)  # if the run was killed before it could
+            self._delete_snapshots()
             self.log = RunLog(self.folder, self.state.step, self.settings)
             return newest
 
@@ -153,6 +160,9 @@ class Trainer:
                 logging = state.step % settings.log_every == 0
                 if logging or saving or measuring or state.step == settings.max_steps:
                     self._log(progress, measuring)
+                if settings.snapshot_every is not None and state.step % settings.snapshot_every == 0:
+                    # before the checkpoint: a run that resumes from that has all snapshots up to it
+                    processes.in_main_process(self.accelerator, self._snapshot)
                 if saving or self._is_over():
                     self.save(last=stop != GO_ON)
                 elif logging:
@@ -236,6 +246,26 @@ class Trainer:
         path = self.folder / "previews" / f"step-{self.state.step:08d}.png"
         with self.state.ema_weights():
             save_preview(self.networks, self.settings.preview_prompts, self.micro_batch_size, path)
+
+    def _snapshot(self) -> None:
+        """Write the EMA weights in half precision: a folder like that of the trained network."""
+        path, key = snapshot_path(self.folder, self.state.step), f"{self.settings.section}.snapshot_every"
+        weights = self.student.state_dict() | self.state.averaged()
+        halves = {name: weight.to("cpu", torch.float16).contiguous() for name, weight in weights.items()}
+        if not all(half.isfinite().all() for half in halves.values()):
+            self._fail(f"the weights do not fit half precision at step {self.state.step}: {key} keeps them in it")
+        make_folder(path.parent, "output_dir")
+        with atomic_folder(path) as temporary:
+            write_denoiser(temporary / DENOISER, halves, json.loads(self.student.to_json_string()))
+            Record(SNAPSHOT, self.made_from | {"step": self.state.step}).write(temporary)
+
+    def _delete_snapshots(self) -> None:
+        """Delete what is written again: snapshots after the current step, also those of a run that starts anew."""
+        folder = self.folder / SNAPSHOTS
+        remove_leftovers(folder, "*")
+        for path in folder.glob("*"):
+            if path.name.isdecimal() and int(path.name) > self.state.step:
+                shutil.rmtree(path)
 
     def _is_over(self) -> bool:
         patience = self.settings.patience if self.held_out else None

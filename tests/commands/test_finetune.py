@@ -89,10 +89,19 @@ def test_a_single_range_merged_with_one_is_that_network(config_file):
 def test_two_processes_train_on_what_one_does(config_file):
     """The same losses to 1e-5 and the same weights up to float error, in twice the processes."""
     root = config_file.parent
-    one = run("finetune.py", config_file, "finetune.range=1", "finetune.max_steps=20")
+    options = ["finetune.range=1", "finetune.max_steps=20", "finetune.snapshot_every=10"]
+    one = run("finetune.py", config_file, *options)
     expected, reference = losses(root, "0500-1000"), weights(root, "0500-1000")
+    folder = root / "tiny/finetuned/0500-1000/snapshots"
+    before = {path.parent.parent.name: load_file(path) for path in folder.rglob("*.safetensors")}
+    record = yaml.safe_load((folder / "00000010/snapshot.yaml").read_text())
+    assert (record["step"], record["finetune.max_steps"], record["finetune.range"]) == (10, 20, "0500-1000")
     shutil.rmtree(root / "tiny")
-    two = run("finetune.py", config_file, "finetune.range=1", "finetune.max_steps=20", processes=2)
+    two = run("finetune.py", config_file, *options, processes=2)
+    assert before.keys() == {"00000010", "00000020"}
+    for step, snapshot in before.items():
+        for name, weight in load_file(folder / step / "unet" / WEIGHTS).items():
+            torch.testing.assert_close(weight, snapshot[name], rtol=2e-3, atol=1e-3, msg=name)
     assert "1 process(es) on cpu" in one.stdout
     assert "2 process(es) on cpu" in two.stdout
     assert len(expected) == 20

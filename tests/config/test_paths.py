@@ -6,6 +6,7 @@ from conftest import REPOSITORY
 
 from deme.config.experiment import Config
 from deme.config.sections import Evaluate, Merge, Model, Sample, Search
+from deme.config.trainings import Distill, Finetune
 
 SCRIPTS = ["pretrain.py", "finetune.py", "search.py", "merge.py", "sample_ddp.py", "evaluate.py", "analyze.py"]
 SCRIPTS += ["report.py"]
@@ -47,6 +48,18 @@ def test_everything_of_a_run_lies_below_its_folder():
         "jobs": "out/a/jobs",
     }
     assert {name: paths.lines(name) for name in vars(paths)} == expected
+
+
+def test_snapshots_lie_in_the_folder_of_their_training():
+    """A range takes 250 steps, the control four times as many; null keeps none."""
+    config = Config(name="a", output_dir="out", finetune=Finetune(max_steps=250, snapshot_every=300))
+    assert config.snapshots("0000-0250") == []
+    found = [str(path) for path in config.snapshots("continued")]
+    assert found == [f"out/a/finetuned/continued/snapshots/{step:08d}/unet" for step in (300, 600, 900)]
+    config = Config(finetune=Finetune(snapshot_every=500), distill=Distill(max_steps=1500))
+    counts = {name: len(config.snapshots(name)) for name in ("0000-0250", "self", "distilled", "min_snr")}
+    assert counts == {"0000-0250": 2, "self": 2, "distilled": 3, "min_snr": 8}
+    assert Config().snapshots("continued") == []
 
 
 def test_settings_move_what_they_name():

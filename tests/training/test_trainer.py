@@ -1,9 +1,12 @@
 import copy
+import errno
 import json
 import math
+import shutil
 import time
 from concurrent.futures import wait
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from benchmarks.trainers import make_trainer
 from deme.config.trainings import Finetune, Pretrain
 from deme.data.examples import CroppedImages
 from deme.errors import RunError, UserError
+from deme.models.denoisers import load_denoiser, with_projections
 from deme.training.progress import MAX_SKIPPED_STEPS
 from deme.training.session import Objective
 from deme.training.state import CheckpointWriter, list_checkpoints, load_newest_checkpoint
@@ -236,6 +240,63 @@ def test_rotation_never_leaves_only_unreadable_checkpoints(tmp_path):
     (tmp_path / "checkpoints" / "step-00000006" / "state.json").write_text("{")
     trainer(tmp_path, checkpoints_kept=1).run(deadline=time.monotonic())
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000005"]
+
+
+def snapshots(folder) -> dict[str, bytes]:
+    """The content of all files in snapshots/."""
+    files = filter(Path.is_file, (folder / "snapshots").rglob("*"))
+    return {str(file.relative_to(folder / "snapshots")): file.read_bytes() for file in files}
+
+
+def test_snapshots_are_the_ema_weights_of_their_steps(tmp_path):
+    """In half precision, as networks that can be loaded, projections included; the training does not notice them."""
+    for name, every in {"plain": None, "kept": 2}.items():
+        settings = {"checkpoint_every": 1, "checkpoints_kept": 9, "snapshot_every": every, "max_steps": 5}
+        trainer(tmp_path / name, unet=with_projections(tiny_unet()), **settings).run()
+    plain, kept = (newest_tensors(tmp_path / name) for name in ("plain", "kept"))
+    assert all(torch.equal(plain[key], kept[key]) for key in plain)
+    folder = tmp_path / "kept"
+    assert not (tmp_path / "plain" / "snapshots").exists()
+    assert sorted(path.name for path in (folder / "snapshots").iterdir()) == ["00000002", "00000004"]
+    for step in (2, 4):
+        ema = load_file(folder / "checkpoints" / f"step-{step:08d}" / "ema.safetensors")
+        weights = load_denoiser(folder / "snapshots" / f"{step:08d}" / "unet").state_dict()
+        assert weights.keys() == ema.keys()
+        assert all(torch.equal(weights[name], ema[name].half().float()) for name in ema)
+
+
+def test_a_resumed_run_writes_the_snapshots_of_one_that_was_never_stopped(tmp_path):
+    """Bit for bit, also over one that a kill before the checkpoint left, and one of a run that was given up."""
+    options = {"checkpoint_every": 2, "snapshot_every": 1}
+    trainer(tmp_path / "whole", **options).run()
+    parts = tmp_path / "parts"
+    for left in ("00000002", "00000004", ".writing-00000001-abcdefgh"):
+        (parts / "snapshots" / left / "unet").mkdir(parents=True)
+    for _ in range(3):
+        trainer(parts, **options).run(deadline=time.monotonic())
+    shutil.copytree(tmp_path / "whole" / "snapshots" / "00000001", parts / "snapshots" / "00000005")
+    assert trainer(parts, **options).run()
+    assert len(snapshots(parts)) == 3 * SETTINGS["max_steps"]
+    assert snapshots(parts) == snapshots(tmp_path / "whole")
+
+
+def test_weights_beyond_half_precision_make_no_snapshot(tmp_path):
+    run = trainer(tmp_path, snapshot_every=2, checkpoint_every=1)
+    run.student.conv_in.bias.data[0] = 1e5
+    expected = r"test: the weights do not fit half precision at step 2: finetune.snapshot_every .*step-00000001"
+    with pytest.raises(RunError, match=expected):
+        run.run()
+    assert snapshots(tmp_path) == {}
+
+
+def test_a_full_disk_stops_a_snapshot_in_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("deme.training.trainer.write_denoiser", full)
+    with pytest.raises(RunError, match=r"snapshots/00000003: cannot be written: .*No space left"):
+        trainer(tmp_path, snapshot_every=3).run()
+    assert snapshots(tmp_path) == {}
 
 
 def test_optimizer_states_are_loaded_to_the_device_and_format_of_their_parameters(tmp_path):
