@@ -1,6 +1,6 @@
 """The whole configuration of an experiment, and what has to hold between its sections."""
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,6 +8,7 @@ from deme.config import sections, trainings
 from deme.config.paths import DENOISER, Paths, snapshot_path
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
 from deme.config.trainings import ANT_UW, DISTILLED, NAMED_TRAININGS, SELF
+from deme.errors import UserError, naming
 
 UNREAD_BY = {  # script → the sections that it does not read, so that they are no reason to run it again
     "pretrain.py": "finetune self_training search merge distill sample evaluate analyze",
@@ -15,6 +16,7 @@ UNREAD_BY = {  # script → the sections that it does not read, so that they are
     "finetune.py": "search merge sample evaluate analyze",
     "sample_ddp.py": "pretrain finetune self_training search merge distill evaluate analyze",
 }
+SCHEDULE_KEYS = ("steps", "scheduler")  # of an item of sample.schedules
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Config(Section):
         for section in (self.sample, self.search, self.self_training):
             few = (section.num_inference_steps or 1) <= total
             section.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
+        self.check_schedules(self.sample)
         rule = "must be a list of finite numbers, a mapping from name patterns to such lists, or a file of search.py"
         for pattern, numbers in self.coefficient_groups.items():
             fits = isinstance(pattern, str) and isinstance(numbers, list) and all(map(is_finite, numbers))
@@ -61,6 +64,36 @@ class Config(Section):
             lacks = f"{len(numbers)} coefficients for {len(self.merged_names)} networks"
             self.merge.check("coefficients", len(numbers) == len(self.merged_names), lacks)
         self.merge.check("coefficients", self.merge.coefficients != {}, rule)
+
+    def check_schedules(self, section: sections.Sample | sections.Search) -> None:
+        """Check the items of a section's `schedules`."""
+        total, earlier = self.timesteps.num_train_timesteps, set()
+        for place, item in enumerate(section.schedules):
+            with naming(f"{section.section}.schedules[{place}]", item):
+                if not isinstance(item, dict):
+                    raise UserError(f"must be a mapping of {' and '.join(SCHEDULE_KEYS)}")
+                if unknown := [key for key in item if key not in SCHEDULE_KEYS]:
+                    raise UserError(f"{unknown[0]} {one_of(SCHEDULE_KEYS, unknown[0])}")
+                steps, scheduler = map(item.get, SCHEDULE_KEYS)
+                if steps is not None and not (type(steps) is int and 0 < steps <= total):
+                    raise UserError(f"steps must be 1 … timesteps.num_train_timesteps={total}")
+                if scheduler is not None and not isinstance(scheduler, str):
+                    raise UserError("scheduler must be a name, as sample.scheduler")
+                name = self.drawn_by(section, item).schedule
+                if name in earlier:
+                    raise UserError(f"{name} is listed before")
+                earlier.add(name)
+
+    def drawn_by(self, section: sections.Sample | sections.Search, item: dict[str, Any]) -> sections.Sample:
+        """`sample` with a schedule; what its item leaves out is the section's, or else that of `sample`."""
+        usual = section.num_inference_steps or self.sample.num_inference_steps
+        steps, scheduler = map(item.get, SCHEDULE_KEYS)
+        schedule = {"num_inference_steps": usual if steps is None else steps, "schedules": []}
+        return replace(self.sample, scheduler=self.sample.scheduler if scheduler is None else scheduler, **schedule)
+
+    def schedules_of(self, section: sections.Sample | sections.Search) -> list[sections.Sample]:
+        """`sample` with each schedule of a section, `sample` or `search`; without a list, with its own one."""
+        return [self.drawn_by(section, item) for item in section.schedules or [{}]]
 
     @property
     def paths(self) -> Paths:

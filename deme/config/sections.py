@@ -183,6 +183,8 @@ class Sample(Section):
     batch_size: int = setting(256, "free", above=0)  # images per network call; on a CPU 16 to 32 for large networks
     num_inference_steps: int = setting(50, "samples", above=0)
     scheduler: str = setting("ddim", "samples search")  # pndm, dpmsolver++, unipc, euler, or a class of diffusers
+    # draw a folder with each, such as {steps: 20, scheduler: euler}; what an item leaves out is as above
+    schedules: list[Any] = setting([], "all_runs")
     timestep_spacing: str | None = setting(None, "samples search omit_default", choices=SPACINGS)  # null: as trained
     eta: float = setting(0.0, "samples search", least=0, most=1)  # ddim: 0 is deterministic, 1 has DDPM's variance
     mixed_precision: str = setting("no", "samples search", choices=PRECISIONS)
@@ -204,6 +206,11 @@ class Sample(Section):
         texts = self.prompts if isinstance(self.prompts, list) else [self.prompts or ""]
         self.check("prompts", all(isinstance(text, str) for text in texts), "must be a file or a list of texts")
         self.check("eta", self.eta == 0 or self.scheduler in DDIM, "only sample.scheduler=ddim has it")
+
+    @property
+    def schedule(self) -> str:
+        """The name of sampler and number of steps, such as ddim-50."""
+        return f"{DDIM[0] if self.scheduler in DDIM else self.scheduler}-{self.num_inference_steps}"
 
     @property
     def seeds(self) -> range:

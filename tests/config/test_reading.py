@@ -41,6 +41,17 @@ def test_a_search_draws_with_the_steps_of_sampling_unless_told_otherwise(empty, 
     assert load_config(empty, ["sample.num_inference_steps=30", *given]).search_steps == steps
 
 
+def test_a_schedule_has_what_it_leaves_out_from_its_section_and_from_sample(empty):
+    """The item form of all lists of schedules; a list that is empty has one schedule, the section's own."""
+    config = load_config(empty, ["sample.schedules=[{steps: 10}, {scheduler: euler}, {steps: 20, scheduler: unipc}]"])
+    drawn = config.schedules_of(config.sample)
+    assert [one.schedule for one in drawn] == ["ddim-10", "euler-50", "unipc-20"]
+    assert [(one.scheduler, one.num_inference_steps) for one in drawn] == [("ddim", 10), ("euler", 50), ("unipc", 20)]
+    assert [one.schedule for one in Config().schedules_of(Config().sample)] == ["ddim-50"]
+    assert config.drawn_by(Search(num_inference_steps=7), {}).schedule == "ddim-7"
+    assert Sample(scheduler="DDIMScheduler").schedule == "ddim-50"
+
+
 @pytest.mark.parametrize("benchmark", ["cifar10", "lsun_church", "lsun_bedroom"])
 def test_published_benchmarks_train_as_long_as_the_paper(benchmark):
     """20,000 optimizer steps for each of four ranges, on all of the data."""
@@ -101,6 +112,20 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("self_training.num_inference_steps=1001", "self_training.num_inference_steps=1001: must be at most timesteps"),
         ("search={start: [a.yaml], sampler: random}", "search.start=['a.yaml']: is read by search.sampler=tpe or gp"),
         ("search={start: [a.yaml], method: gradient}", "search.start=['a.yaml']: is read by search.sampler=tpe or gp"),
+        ("sample.schedules=[{steps: 0}]", "sample.schedules[0]={'steps': 0}: steps must be 1 … timesteps.num_train"),
+        ("sample.schedules=[{}, {steps: 1001}]", "sample.schedules[1]={'steps': 1001}: steps must be 1 … timesteps."),
+        ("sample.schedules=[{steps: true}]", "sample.schedules[0]={'steps': True}: steps must be 1 … timesteps."),
+        ("sample.schedules=[{steps: many}]", "sample.schedules[0]={'steps': 'many'}: steps must be 1 … timesteps."),
+        ("sample.schedules=[{scheduler: 3}]", "sample.schedules[0]={'scheduler': 3}: scheduler must be a name, as "),
+        ("sample.schedules=[{step: 5}]", "sample.schedules[0]={'step': 5}: step must be one of steps, scheduler; did"),
+        (
+            "sample.schedules=[{}, {scheduler: DDIMScheduler}]",
+            "{'scheduler': 'DDIMScheduler'}: ddim-50 is listed before",
+        ),
+        ("sample.schedules=[{}, {steps: 50}]", "sample.schedules[1]={'steps': 50}: ddim-50 is listed before"),
+        ("sample.schedules=[20]", "sample.schedules[0]=20: must be a mapping of steps and scheduler"),
+        ("sample.schedules={steps: 20}", "sample.schedules={'steps': 20}:"),
+        ("sample={eta: 1, schedules: [{scheduler: euler}]}", "{'scheduler': 'euler'}: sample.eta=1.0: only sample.sch"),
         ("sample.eta=-1", "sample.eta=-1.0: must be at least 0 and at most 1"),
         ("finetune.max_grad_norm=.inf", "finetune.max_grad_norm=inf: must be above 0 and finite"),
         ("finetune.lr_warmup_steps=-1", "finetune.lr_warmup_steps=-1: must be at least 0 and at most"),
