@@ -11,6 +11,7 @@ from scipy.stats import sem
 from deme.analysis import Material
 from deme.job.records import Arrays, Keep
 from deme.measure.noisy import CleanImages
+from deme.measure.scores import half_width
 from deme.models.variants import ORDER
 from deme.report.figures import SEPARATOR, model_style, noted
 from deme.report.tables import headed_table, number
@@ -76,12 +77,12 @@ def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
     titles = ["loss relative to pretrained", *names, "all timesteps"]
     table = headed_table("Loss by timestep", note, titles, rows)
 
-    figure = noted(9.2, 7.6, f"{note}; bands: ± 2 standard errors over blocks of images")
+    figure = noted(9.2, 7.6, f"{note}; bands: 95 % confidence intervals over blocks of images")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for row, name in enumerate(name for name in arrays if name not in names):
         mean, by_block = relative_loss(arrays[name], pretrained)
         [line] = upper.plot(timesteps, mean, label=name, markersize=3.5, **model_style(name, row))
-        band = 2 * sem(by_block, axis=1)
+        band = half_width(sem(by_block, axis=1), by_block.shape[1] - 1)
         upper.fill_between(timesteps, mean - band, mean + band, color=line.get_color(), alpha=0.2, linewidth=0)
     for row, name in enumerate(names):
         mean, _ = relative_loss(arrays[name], pretrained)

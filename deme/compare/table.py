@@ -8,10 +8,12 @@ import numpy as np
 
 from deme.compare.comparison import PRETRAINED, ComparedRun
 from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
-from deme.measure.scores import Score, load_scores, mean_and_deviation
+from deme.measure.scores import Difference, Score, load_scores, mean_and_deviation
 from deme.models.variants import read_searched, seconds_of
 from deme.report.run import read_log
-from deme.report.tables import NAMES, markdown_table, number
+from deme.report.tables import NAMES, Table, number, signed
+
+CLEAR = "*: the 95 % confidence interval, by Student's t, does not hold 0."
 
 
 @dataclass(frozen=True)
@@ -27,19 +29,21 @@ class Row:
     hours: float | None  # None: unknown, as its search took no notes
 
 
-def difference(blocks: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+def difference(blocks: Sequence[Sequence[float]]) -> Difference:
     """The mean of the differences of each block of images, per training, and its standard error.
 
     The error has two parts. The images' noise is estimated from the blocks, as all trainings have the same images; the
-    trainings' noise from the trainings.
+    trainings' noise from the trainings. Welch and Satterthwaite give the degrees of freedom of their sum.
     """
     values = np.asarray(blocks)
     mean, between = mean_and_deviation(values.mean(axis=1))
     _, within = mean_and_deviation(values.mean(axis=0))
     if within is None:
-        return mean, None
-    variance = within**2 / values.shape[1] + (0.0 if between is None else between**2 / len(values))
-    return mean, variance**0.5
+        return Difference(mean, None)
+    parts = [(deviation, count) for deviation, count in zip((between, within), values.shape, strict=True) if deviation]
+    variance = sum(deviation**2 / count for deviation, count in parts)
+    spread = sum((deviation**2 / count) ** 2 / (count - 1) for deviation, count in parts)
+    return Difference(mean, variance**0.5, variance**2 / spread if parts else values.shape[1] - 1)
 
 
 def compared_rows(runs: Sequence[ComparedRun]) -> list[Row]:
@@ -102,7 +106,8 @@ def comparison_table(rows: Sequence[Row], features: str) -> str:
     """The rows as Markdown, without columns that would be empty."""
 
     def change(blocks: Sequence[Sequence[float]] | None) -> str:
-        return number(*difference(blocks), "+.4f") if blocks else "-"
+        found = difference(blocks) if blocks else None
+        return signed(found) + (" *" if found is not None and found.is_clear else "")
 
     pooled = f"{NAMES[features][0]}, all images"
     several, has_control = any(len(row.seeds) > 1 for row in rows), any(row.to_continued for row in rows)
@@ -120,4 +125,5 @@ def comparison_table(rows: Sequence[Row], features: str) -> str:
     def cell(row: Row, title: str) -> str:
         return "-" if row.name == PRETRAINED and title not in ("model", pooled) else columns[title](row)
 
-    return markdown_table(list(columns), [[cell(row, title) for title in columns] for row in rows])
+    cells = [[cell(row, title) for title in columns] for row in rows]
+    return str(Table(list(columns), cells, CLEAR if any("*" in text for line in cells for text in line) else ""))

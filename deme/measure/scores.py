@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import nn
 
 from deme.config.trainings import CONTINUED
@@ -23,7 +24,7 @@ KERNEL_SUBSET = 1_000  # images, as Bińkowski et al. 2018
 NEIGHBORHOOD = 3  # Kynkäänniemi et al. 2019
 BASELINES = ("pretrained", CONTINUED, "ensemble")  # every row is compared with these
 SCALARS = ("precision", "recall")  # of Score: shown by name in every table and model card
-CLEARLY = 2.0  # standard errors: a difference or a KID within them tells nothing
+CONFIDENCE = 0.95  # of the intervals: a difference or a KID is clear if its interval does not hold 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,24 @@ class Difference:
 
     mean: float  # over the blocks
     standard_error: float | None  # of that mean; None: a single block
+    degrees_of_freedom: float | None = None  # of that error
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the width of the 95 % confidence interval around the mean; None without a standard error."""
+        if self.standard_error is None or self.degrees_of_freedom is None:
+            return None
+        return float(half_width(self.standard_error, self.degrees_of_freedom))
+
+    @property
+    def is_clear(self) -> bool:
+        """True if the 95 % confidence interval is known and does not hold 0."""
+        return self.half_width is not None and abs(self.mean) > self.half_width
+
+
+def half_width(standard_error: Any, degrees_of_freedom: float) -> Any:
+    """Half of the width of a mean's 95 % confidence interval by Student's t, of standard errors of any shape."""
+    return standard_error * stdtrit(degrees_of_freedom, (1 + CONFIDENCE) / 2)
 
 
 @dataclass(frozen=True)
@@ -143,6 +162,7 @@ class Score:
     standard_deviation: float | None
     kid: float | None = None  # mean over disjoint subsets of the images
     kid_standard_error: float | None = None
+    kid_degrees_of_freedom: float | None = None
     kid_blocks: list[float] | None = None
     precision: float | None = None
     recall: float | None = None
@@ -160,10 +180,10 @@ class Score:
 
     @property
     def has_telling_kid(self) -> bool:
-        """True if the KID differs from 0 by more than its standard error explains, where that is known."""
+        """True if the KID differs clearly from 0, or its standard error is unknown."""
         if self.kid is None or self.kid_standard_error is None:
             return self.kid is not None
-        return abs(self.kid) > CLEARLY * self.kid_standard_error
+        return Difference(self.kid, self.kid_standard_error, self.kid_degrees_of_freedom).is_clear
 
 
 def score(
@@ -192,6 +212,7 @@ def score(
         subsets = [kernel_distances(part, real, size, i * (len(part) // size)) for i, part in enumerate(parts)]
         kid = paired_difference(np.concatenate(subsets), 0)  # as it is, with its standard error
         known |= {"kid": kid.mean, "kid_standard_error": kid.standard_error}
+        known |= {"kid_degrees_of_freedom": kid.degrees_of_freedom}
         known |= {"kid_blocks": [float(part.mean()) for part in subsets]}
         known["precision"], known["recall"] = precision_and_recall(features, real)
     return Score(str(samples), weights, len(features), pooled, blocks, *mean_and_deviation(blocks), **known)
@@ -217,7 +238,8 @@ def paired_difference(blocks: Sequence[float], baseline: Sequence[float]) -> Dif
     """The mean of the blocks' differences, in which much of the seeds' spread cancels, and its standard error."""
     differences = np.subtract(blocks, baseline)
     mean, deviation = mean_and_deviation(differences)
-    return Difference(mean, None if deviation is None else deviation / len(differences) ** 0.5)
+    count = len(differences)
+    return Difference(mean, None if deviation is None else deviation / count**0.5, count - 1)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
@@ -243,12 +265,24 @@ def load_scores(path: Path) -> tuple[str, list[Score]]:
         for place, row in enumerate(rows):
             if faults := _faults(row, max(1, len(rows[0].blocks))):
                 raise UserError(f"rows[{place}].{faults[0]}")
-    return features, rows
+    return features, list(map(_with_degrees_of_freedom, rows))
+
+
+def _with_degrees_of_freedom(row: Score) -> Score:
+    """A row with the degrees of freedom that earlier versions did not write: those of its blocks."""
+    of_blocks, known = len(row.blocks) - 1, row.differences or {}
+    filled = {name: replace(one, degrees_of_freedom=one.degrees_of_freedom or of_blocks) for name, one in known.items()}
+    row = row if row.differences is None else replace(row, differences=filled)
+    if row.kid_standard_error is None or row.kid_degrees_of_freedom is not None:
+        return row
+    return replace(row, kid_degrees_of_freedom=max(1, of_blocks))  # of a single block it has at least two subsets
 
 
 def _faults(row: Score, num_blocks: int) -> list[str]:
-    errors = {key: value for key, value in vars(row).items() if key.endswith(("deviation", "_error"))}
-    errors |= {f"differences.{key}": one.standard_error for key, one in (row.differences or {}).items()}
+    errors = {key: value for key, value in vars(row).items() if key.endswith(("deviation", "_error", "_freedom"))}
+    differences = row.differences or {}
+    errors |= {f"differences.{key}": one.standard_error for key, one in differences.items()}
+    errors |= {f"differences.{key}'s degrees of freedom": one.degrees_of_freedom for key, one in differences.items()}
     faults = [f"{key} is negative" for key, value in errors.items() if (value or 0) < 0]
     faults += [f"images is {row.images}"] if row.images < 1 else []
     blocks = {key: getattr(row, key) for key in ("blocks", "kid_blocks", "clip_blocks")}

@@ -209,11 +209,11 @@ def pairs(names: Sequence[str], rows: Sequence[Any], chosen: Sequence[str]) -> F
 
 
 def score_bars(scores: Sequence[Score], features: str, chosen: str) -> Figure:
-    """Paired differences to the pretrained network with two standard errors; without them, the distances."""
+    """Paired differences to the pretrained network with 95 % confidence intervals; without them, the distances."""
     rows = [row for row in scores if row.to_pretrained is not None]
     if rows:
-        values = [(row.to_pretrained.mean, 2 * (row.to_pretrained.standard_error or 0)) for row in rows]
-        label = "− the pretrained network's (± 2 standard errors; lower is better)"
+        values = [(row.to_pretrained.mean, row.to_pretrained.half_width or 0) for row in rows]
+        label = "− the pretrained network's (95 % confidence intervals; lower is better)"
     else:
         rows, label = scores, "(± standard deviation of blocks; lower is better)"
         values = [(row.pooled, row.standard_deviation or 0) for row in rows]

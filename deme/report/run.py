@@ -12,7 +12,7 @@ from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININ
 from deme.errors import UserError, naming, one_line
 from deme.job.files import checked, read_json, read_yaml
 from deme.job.records import MERGED
-from deme.measure.scores import CLEARLY, Score, load_scores
+from deme.measure.scores import Score, load_scores
 from deme.models.variants import MAKERS, ORDER, made_denoisers, read_searched, seconds_of
 from deme.report.tables import NAMES, Table, number, signed
 
@@ -150,14 +150,15 @@ def verdict(scores: Sequence[Score], features: str) -> str:
     merged, control, neon = by_name.get("merged"), by_name.get(CONTINUED), by_name.get(NEON)
     if merged is None:
         return ""
-    distance, error = NAMES[features][0], merged.standard_error
+    distance = NAMES[features][0]
     text = f"The merged network differs from the pretrained one by {signed(merged)} in {distance} (lower is better)"
-    if error is None:
+    if merged.half_width is None:
         text += ", without a standard error."
-    elif abs(merged.mean) <= CLEARLY * error:
-        text += ": less than two standard errors."
+    elif not merged.is_clear:
+        text += f": nothing clear, its 95 % confidence interval of ± {merged.half_width:.4f} holds 0."
     else:
-        text += f": {'better' if merged.mean < 0 else 'worse'} by {abs(merged.mean) / error:.1f} of them."
+        word = "better" if merged.mean < 0 else "worse"
+        text += f": clearly {word}, with a 95 % confidence interval of ± {merged.half_width:.4f}."
     text += "" if control is None else f" Plain training at the experts' cost: {signed(control)}."
     return text if neon is None else f"{text} Self-training, subtracted ({NEON}): {signed(neon)}."
 

@@ -85,7 +85,7 @@ def score_table(scores: Sequence[Score], features_name: str) -> Table:
     if any(row.has_telling_kid for row in scores):
         columns[f"{kernel} × 10³ ± s.e."] = lambda row: number(row.kid, row.kid_standard_error, ".3f", scale=1e3)
     elif any(row.kid is not None for row in scores):
-        note = f"{kernel} is left out: in every row it differs from 0 by less than two standard errors."
+        note = f"{kernel} is left out: in every row its 95 % confidence interval holds 0."
     columns |= {name: lambda row, name=name: number(getattr(row, name), form=".3f") for name in SCALARS}
     if any(row.clip is not None for row in scores):
         columns["CLIP score ± s.d."] = lambda row: number(row.clip, row.clip_standard_deviation, ".3f")

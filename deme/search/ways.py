@@ -17,7 +17,7 @@ from deme.config.trainings import CONTINUED, DISTILLED
 from deme.errors import UserError, naming
 from deme.job.files import read_json
 from deme.job.processes import in_main_process, locked_by_all
-from deme.measure.scores import CLEARLY, Score, compared, load_scores, save_scores, score
+from deme.measure.scores import Score, compared, load_scores, save_scores, score
 from deme.method.sampling import NetworkAt
 from deme.method.task_vectors import PUBLISHED
 from deme.models.pipelines import weights_hash
@@ -236,12 +236,12 @@ def verdict(result: Result, scores: list[Score], fresh: float | None) -> list[st
         lines.append(f"{searched}, {fresh:.4f} on fresh images: optimism {fresh - result.value:+.4f}")
     if not scores:
         return [*lines, "search.report_images=0: the best is not compared with the pretrained model on fresh seeds"]
-    difference, error = scores[-1].to_pretrained.mean, scores[-1].to_pretrained.standard_error
+    found = scores[-1].to_pretrained
+    difference, error = found.mean, found.standard_error
     if result.objective == "fd":
         gain = result.value - result.pretrained
         searched = f"difference to the pretrained model: {gain:+.4f} where it was searched, {difference:+.4f}"
         lines.append(f"{searched} ± {error:.4f} on fresh seeds: optimism {difference - gain:+.4f}")
-    if abs(difference) <= CLEARLY * error:
-        return [*lines, "the best is NOT better than the pretrained model by more than two standard errors"]
-    word = "better" if difference < 0 else "WORSE"
-    return [*lines, f"the best is {word} than the pretrained model by {abs(difference) / error:.1f} standard errors"]
+    word = "WORSE" if found.is_clear and difference > 0 else "better" if found.is_clear else "NOT clearly better"
+    interval = f"{difference:+.4f}, 95 % confidence interval ± {found.half_width:.4f}"
+    return [*lines, f"the best is {word} than the pretrained model: {interval}"]

@@ -116,7 +116,7 @@ def test_the_model_card_says_how_it_was_made_and_how_to_load_it(config_file, pre
     program = card.split("```python\n")[1].split("```")[0] + "print(len(images))"
     assert output_of(program, config_file.parent, PYTHONPATH=str(REPOSITORY)) == "16"
 
-    kid = {"kid": 0.001, "kid_standard_error": 0.0001}
+    kid = {"kid": 0.001, "kid_standard_error": 0.0001, "kid_degrees_of_freedom": 2}
     network = [sha256(output / "unet" / WEIGHTS)]
     found = Score("a", network, 1000, 3.25, [3.25], 3.25, None, **kid, precision=0.5, recall=0.25)
     other = replace(found, weights=["other"], pooled=9.75)

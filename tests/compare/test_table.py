@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from deme.compare.table import Row, comparison_table, difference
+from deme.measure.scores import Difference
 
 
 def row(name, to_pretrained, to_continued=None) -> Row:
@@ -10,15 +11,37 @@ def row(name, to_pretrained, to_continued=None) -> Row:
 
 def test_one_training_has_the_error_of_its_blocks():
     """Standard deviation over the blocks by the root of their number; a single block has none."""
-    assert difference([[1.0, 3.0, 2.0]]) == pytest.approx((2.0, 1 / 3**0.5))
-    assert difference([[1.5]]) == (1.5, None)
+    found = difference([[1.0, 3.0, 2.0]])
+    assert (found.mean, found.standard_error, found.degrees_of_freedom) == pytest.approx((2.0, 1 / 3**0.5, 2))
+    assert difference([[1.5]]) == Difference(1.5, None)
+    assert difference([[1.5, 1.5]]) == Difference(1.5, 0.0, 1)
 
 
 def test_the_spread_of_the_trainings_is_added_to_that_of_the_images():
     blocks = np.array([[0.0, 2.0], [4.0, 6.0]])  # means 1 and 5; blocks' means over the trainings 2 and 4
-    mean, error = difference(blocks)
-    assert mean == 3.0
-    assert error == pytest.approx((np.var([2, 4], ddof=1) / 2 + np.var([1, 5], ddof=1) / 2) ** 0.5)
+    found = difference(blocks)
+    assert found.mean == 3.0
+    assert found.standard_error == pytest.approx((np.var([2, 4], ddof=1) / 2 + np.var([1, 5], ddof=1) / 2) ** 0.5)
+
+
+def test_degrees_of_freedom_are_those_of_welch_and_satterthwaite():
+    """Of two equal variances, from 6 blocks and 3 trainings: (1 + 1)² / (1 / 5 + 1 / 2). One alone keeps its own."""
+    of_blocks = np.array([-2.0, -1.0, 0.0, 0.0, 1.0, 2.0])  # variance 2, of its mean 1/3
+    of_trainings = np.array([-1.0, 0.0, 1.0])  # variance 1, of its mean 1/3
+    found = difference(of_trainings[:, None] + of_blocks)
+    assert found.standard_error == pytest.approx((2 / 3) ** 0.5)
+    assert found.degrees_of_freedom == pytest.approx(4 / (1 / 5 + 1 / 2))
+    assert difference(0 * of_trainings[:, None] + of_blocks).degrees_of_freedom == pytest.approx(5)
+    assert difference(of_trainings[:, None] + 0 * of_blocks).degrees_of_freedom == pytest.approx(2)
+
+
+def test_a_star_marks_intervals_without_0():
+    """Three trainings need 4.303 standard errors where the images agree."""
+    sure, unsure = ([[x + shift] * 2 for x in (-1.0, 0.0, 1.0)] for shift in (2.6, 2.3))  # standard error 1/√3
+    table = comparison_table([row("pretrained", [[0.0, 0.0]]), row("a", sure), row("b", unsure)], "classifier")
+    assert "| a | 3 | 1.0000 | +2.6000 ± 0.5774 * |" in table
+    assert "| b | 3 | 1.0000 | +2.3000 ± 0.5774 |" in table
+    assert table.endswith("\n\n*: the 95 % confidence interval, by Student's t, does not hold 0.")
 
 
 def test_columns_that_say_nothing_are_left_out():

@@ -6,17 +6,23 @@ import pytest
 
 from deme.errors import UserError
 from deme.measure.scores import (
+    Difference,
     FeatureSpace,
     Reference,
+    Score,
     compared,
     frechet_distance,
+    half_width,
     load_scores,
     save_scores,
     score,
     statistics,
 )
+from deme.report.figures import score_bars
 from deme.report.model_card import score_line
+from deme.report.run import verdict
 from deme.report.tables import difference_table, score_table
+from deme.search import ways
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,53 @@ def test_rows_are_compared_with_pretrained_control_and_ensemble(reference, tmp_p
     assert difference_table(scores, "classifier") is difference_table(rows[3:3], "classifier") is None
 
 
+def test_intervals_are_those_of_students_t():
+    """Quantiles as in any table; many degrees of freedom give the normal distribution's."""
+    known = {1: 12.706, 2: 4.303, 5: 2.571, 4.5: 2.659, 30: 2.042, 1e9: 1.960}
+    assert [float(half_width(1.0, degrees)) for degrees in known] == pytest.approx(list(known.values()), abs=5e-4)
+    assert half_width(np.array([1.0, 2.0]), 5) == pytest.approx([2.571, 5.141], abs=5e-4)
+    assert Difference(-2.58, 1.0, 5).is_clear
+    assert not Difference(-2.56, 1.0, 5).is_clear
+    assert not Difference(5.0, None, 0).is_clear
+    assert Difference(5.0, None, 0).half_width is None
+
+
+@pytest.mark.parametrize(("mean", "word"), [(-2.7, "better"), (2.7, "worse"), (2.5, ""), (-2.5, "")])
+def test_a_result_of_six_blocks_is_clear_from_2_571_standard_errors_on(mean, word):
+    """In the page, in the search's last line, and in the width of the bars."""
+    blocks = np.array([-2.0, -1.0, 0.0, 0.0, 1.0, 2.0])  # of standard deviation √2, so of standard error 1/√3
+    baseline = Score("pretrained", None, 6, 10.0, [10.0] * 6, 10.0, 0.0)
+    row = replace(baseline, samples="merged", blocks=(10 + blocks + mean / 3**0.5).tolist())
+    scores = [compared(one, [baseline, row]) for one in (baseline, row)]
+    width = 2.5706 / 3**0.5
+    text = f"clearly {word}, with a" if word else "nothing clear, its"
+    assert f"{text} 95 % confidence interval of ± {width:.4f}" in verdict(scores, "classifier")
+    result = ways.Result(np.ones(1), "match", 0.5, 1.0, [])
+    line = ways.verdict(result, scores, None)[-1]
+    said = {"worse": "WORSE", "": "NOT clearly better"}.get(word, word)
+    assert line.startswith(f"the best is {said} than the pretrained model: {mean / 3**0.5:+.4f}, ")
+    assert line.endswith(f"95 % confidence interval ± {width:.4f}")
+    [axes] = score_bars(scores, "classifier", "merged").axes
+    [((start, _), (end, _))] = axes.containers[0].lines[2][0].get_segments()
+    assert (end - start) / 2 == pytest.approx(width, abs=1e-4)
+
+
+def test_files_without_degrees_of_freedom_are_read(reference, tmp_path):
+    """As earlier versions wrote them: those of the blocks, and of a single block's two or more KIDs at least one."""
+    for blocks, expected in ((4, (3, 3)), (1, (0, 1))):
+        rows = [scored(reference, name="pretrained", blocks=blocks)[0]]
+        rows.append(compared(scored(reference, 0.2, blocks=blocks)[0], rows))
+        save_scores(tmp_path / "results.json", "classifier", rows, {})
+        content = json.loads((tmp_path / "results.json").read_text())
+        for row in content["rows"]:
+            del row["kid_degrees_of_freedom"]
+            for difference in (row["differences"] or {}).values():
+                del difference["degrees_of_freedom"]
+        (tmp_path / "results.json").write_text(json.dumps(content))
+        found = load_scores(tmp_path / "results.json")[1][1]
+        assert (found.to_pretrained.degrees_of_freedom, found.kid_degrees_of_freedom) == expected
+
+
 def test_a_single_block_has_no_spread(reference):
     found, _ = scored(reference, blocks=1)
     assert found.blocks == [found.pooled]
@@ -84,9 +137,7 @@ def test_a_kid_is_shown_only_where_it_tells_something(reference):
     assert not same.has_telling_kid
     assert other.has_telling_kid
     table = str(score_table([same], "classifier"))
-    assert table.splitlines()[-1] == (
-        "classifier KID is left out: in every row it differs from 0 by less than two standard errors."
-    )
+    assert table.splitlines()[-1] == "classifier KID is left out: in every row its 95 % confidence interval holds 0."
     assert "KID ×" not in table
     table = str(score_table([same, other], "classifier"))
     assert "classifier KID × 10³ ± s.e." in table
