@@ -24,7 +24,7 @@ from deme.errors import UserError, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, read_json
 from deme.job.records import SAMPLES, provenance, read_record
-from deme.models.variants import ORDER
+from deme.models.variants import table_order
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,7 +49,7 @@ def sample_folders(config: Config) -> list[Path]:
     if config.evaluate.samples is not None:
         return [Path(folder) for folder in config.evaluate.samples]
     folders = [folder for folder in config.paths.all_samples.glob("[!.]*") if folder.is_dir()]
-    return sorted(folders, key=lambda f: (ORDER.index(f.name) if f.name in ORDER else len(ORDER), f.name))
+    return sorted(folders, key=lambda folder: table_order(folder.name))
 
 
 def check_replaceable(output: Path) -> None:

@@ -3,16 +3,20 @@
     accelerate launch sample_ddp.py                              # from the merged model, by DDIM
     accelerate launch sample_ddp.py sample.model=pretrained      # or continued, ensemble, distilled, neon, or a folder
     accelerate launch sample_ddp.py sample.scheduler=dpmsolver++ sample.num_inference_steps=20
+    accelerate launch sample_ddp.py "sample.schedules=[{steps: 10}, {steps: 20, scheduler: dpmsolver++}]"
     accelerate launch sample_ddp.py --config configs/stable_diffusion_v1_4.yaml "sample.prompts=[a cat, a dog]" \
         sample.num_images=2
 
-Writes runs/<name>/samples/<model>/000000.png … and the contact sheet samples/grid-<model>.png. An image depends on
-its seed alone, not on the batch or the number of processes. A second run writes only what is missing; a folder that
+Writes runs/<name>/samples/<model>/000000.png … and the contact sheet samples/grid-<model>.png; with sample.schedules a
+folder for each, <model>@<scheduler>-<steps>. An image depends on its seed alone, not on the batch or the number of
+processes. A second run writes only what is missing; a folder that
 another model or other settings filled is refused unless sample.overwrite=true. Of sample.blocks=8 parts of the seeds,
 jobs with sample.block=0 … 7 draw one each into the same folder, at the same time; the last one counts them all.
 """
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
+
+from itertools import product
 
 from deme.config.experiment import Config
 from deme.data.samples import prompts_of
@@ -27,9 +31,8 @@ def plan(config: Config) -> str:
     """What this command would do."""
     from deme.data.samples import count_samples
 
-    output = config.paths.samples
     lines = []
-    for seeds in config.sample.chosen_blocks:
+    for output, seeds in product((one.paths.samples for one in config.drawn), config.sample.chosen_blocks):
         count = count_samples(output, seeds)
         state = "complete" if count == len(seeds) else f"{count} of {len(seeds)} images"
         lines.append(f"draw seeds {seeds[0]} ... {seeds[-1]} from {config.sample.model} -> {output}: {state}")
@@ -41,7 +44,8 @@ def main(config: Config) -> None:
     settings = config.sample
     with naming("sample.model", settings.model):
         model = find_model(settings.model, config.paths)
-    check_apart("sample.output", config.paths.samples, model.denoisers)
+    for one in config.drawn:
+        check_apart("sample.output", one.paths.samples, model.denoisers)
     watched = model.watched()
     model.check_fits(config)
     texts = prompts_of(settings, takes_text(model.pipeline))

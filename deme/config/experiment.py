@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from deme.config import sections, trainings
-from deme.config.paths import DENOISER, Paths, snapshot_path
+from deme.config.paths import DENOISER, Paths, snapshot_path, with_schedule
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
 from deme.config.trainings import ANT_UW, DISTILLED, NAMED_TRAININGS, SELF
 from deme.errors import UserError, naming
@@ -77,9 +77,9 @@ class Config(Section):
                 steps, scheduler = map(item.get, SCHEDULE_KEYS)
                 if steps is not None and not (type(steps) is int and 0 < steps <= total):
                     raise UserError(f"steps must be 1 … timesteps.num_train_timesteps={total}")
-                if scheduler is not None and not isinstance(scheduler, str):
+                name = self.drawn_by(section, item).schedule  # of the folder, too
+                if not isinstance(scheduler, str | None) or not is_folder_name(name):
                     raise UserError("scheduler must be a name, as sample.scheduler")
-                name = self.drawn_by(section, item).schedule
                 if name in earlier:
                     raise UserError(f"{name} is listed before")
                 earlier.add(name)
@@ -94,6 +94,17 @@ class Config(Section):
     def schedules_of(self, section: sections.Sample | sections.Search) -> list[sections.Sample]:
         """`sample` with each schedule of a section, `sample` or `search`; without a list, with its own one."""
         return [self.drawn_by(section, item) for item in section.schedules or [{}]]
+
+    @property
+    def drawn(self) -> list["Config"]:
+        """The experiment with each of `sample.schedules`, drawn into folders of their own; without any, itself."""
+        if not self.sample.schedules:
+            return [self]
+        folder, drawn = self.paths.samples, []
+        for one in self.schedules_of(self.sample):
+            output = folder.with_name(with_schedule(folder.name, one.schedule))
+            drawn.append(replace(self, sample=replace(one, output=str(output))))
+        return drawn
 
     @property
     def paths(self) -> Paths:

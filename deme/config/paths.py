@@ -88,3 +88,20 @@ def snapshot_path(training: Path, step: int) -> Path:
 def image_path(folder: Path, seed: int) -> Path:
     """The image of a seed in a folder of samples."""
     return folder / f"{seed:06d}.png"
+
+
+def with_schedule(model: str, schedule: str) -> str:
+    """The name of a folder of a model's images that one of several schedules draws, such as merged@ddim-20."""
+    return f"{model}@{schedule}" if schedule else model
+
+
+def without_schedule(folder: str) -> tuple[str, str]:
+    """The model and the schedule in a sample folder's name; the latter is empty where it names none."""
+    found = re.fullmatch("(.+)@([^@]+-[0-9]{1,9})", folder)
+    return (found[1], found[2]) if found else (folder, "")
+
+
+def sampler_and_steps(schedule: str) -> tuple[str, int]:
+    """The two parts of a schedule's name; nothing and 0 of an empty one."""
+    sampler, _, steps = schedule.rpartition("-")
+    return sampler, int(steps or 0)

@@ -1,7 +1,8 @@
-"""Draw a sample folder from a model's files over all processes: exactly one PNG per seed."""
+"""Draw sample folders from a model's files over all processes: exactly one PNG per seed, a folder per schedule."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,36 +28,41 @@ GRID_IMAGES = 100
 def draw_samples(
     config: Config, model: ModelFiles, watched: Watched, texts: dict[int, str], processes: Processes
 ) -> None:
-    """Draw the images of `config.sample` that are missing in its folder.
+    """Draw the images of `config.sample` that are missing in its folder, or in the folder of each of its schedules.
 
     `watched` has the model's files, since before they were checked; `texts` each seed's prompt if the model takes text.
     """
-    settings, output = config.sample, config.paths.samples
-    drawing, network_at = load_model(processes, config, model)
-    beside = {"num_images": len(settings.seeds), "seed_offset": settings.seeds.start, **provenance(config)}
-    wanted = Record(SAMPLES, identity(config, model), beside)
+    drawn, settings = config.drawn, config.sample
+    drawings, network_at = load_model(processes, drawn, model)
+    beside = {"num_images": len(settings.seeds), "seed_offset": settings.seeds.start}
+    made_from = identities(drawn, model)
     processes.wait_for_everyone()
     watched.check()  # all processes have read the same
     shares_folder = settings.block is not None  # with jobs of other blocks: it is locked to claim and to count
     block = settings.chosen_blocks[0] if shares_folder else settings.seeds
     lock = partial(locked_by_all, processes, key="sample.output")
-    lock_folder = partial(lock, output, wait=True) if shares_folder else nullcontext
-    with lock(samples.block_of(output, block) if shares_folder else output):
-        with lock_folder(), naming("sample.output", output):
-            in_main_process(processes, partial(samples.claim_samples, output, wanted, settings, block, texts))
-        missing = in_main_process(processes, partial(samples.missing_seeds, output, block))
-        count = f"{len(missing):,} of {len(block):,} images to draw"
-        processes.print(f"{output}: {count}; {processes.num_processes} process(es) on {processes.device.type}")
-        mine = missing[processes.process_index :: processes.num_processes]
-        draw(drawing, network_at, mine, texts, output, not processes.is_main_process)
-        processes.wait_for_everyone()
-        with lock_folder():
-            in_main_process(processes, partial(finish, config, block))
+    lock_folder = partial(lock, wait=True) if shares_folder else nullcontext
+    with ExitStack() as locks:
+        for one, identity in zip(drawn, made_from, strict=True):  # all are refused before any is drawn
+            output, wanted = one.paths.samples, Record(SAMPLES, identity, beside | provenance(one))
+            locks.enter_context(lock(samples.block_of(output, block) if shares_folder else output))
+            with lock_folder(output), naming("sample.output", output):
+                in_main_process(processes, partial(samples.claim_samples, output, wanted, settings, block, texts))
+        for one, drawing in zip(drawn, drawings, strict=True):
+            output = one.paths.samples
+            missing = in_main_process(processes, partial(samples.missing_seeds, output, block))
+            count = f"{len(missing):,} of {len(block):,} images to draw"
+            processes.print(f"{output}: {count}; {processes.num_processes} process(es) on {processes.device.type}")
+            mine = missing[processes.process_index :: processes.num_processes]
+            draw(drawing, network_at, mine, texts, output, not processes.is_main_process)
+            processes.wait_for_everyone()
+            with lock_folder(output):
+                in_main_process(processes, partial(finish, one, block))
 
 
-def load_model(processes: Processes, config: Config, model: ModelFiles) -> tuple[Drawing, NetworkAt]:
-    """Load the networks and the noise schedule, and try them out with the sampler."""
-    settings = config.sample
+def load_model(processes: Processes, drawn: Sequence[Config], model: ModelFiles) -> tuple[list[Drawing], NetworkAt]:
+    """Load the networks and the noise schedule, and try them out with the sampler of each schedule."""
+    config, settings = drawn[0], drawn[0].sample
     with naming("sample.model", settings.model):
         scheduler = load_scheduler(model.pipeline)
         denoisers = [load_denoiser(folder) for folder in model.denoisers]
@@ -66,15 +72,15 @@ def load_model(processes: Processes, config: Config, model: ModelFiles) -> tuple
                 try_out(denoiser, scheduler, encoder)
     size = denoisers[0].config.sample_size
     shape = (denoisers[0].config.in_channels, size, size)
-    with naming("sample.scheduler", settings.scheduler):
-        sampler = (settings.scheduler, settings.num_inference_steps, shape, settings.timestep_spacing)
-        stepper = try_sampler(scheduler, *sampler)
-    if ignored := passed_over(scheduler, stepper):
-        processes.print(f"sample.scheduler={settings.scheduler} has no {', '.join(ignored)} of the noise schedule")
+    for one in (other.sample for other in drawn):
+        with naming("sample.scheduler", one.scheduler):
+            stepper = try_sampler(scheduler, one.scheduler, one.num_inference_steps, shape, one.timestep_spacing)
+        if ignored := passed_over(scheduler, stepper):
+            processes.print(f"sample.scheduler={one.scheduler} has no {', '.join(ignored)} of the noise schedule")
     denoisers = [freeze(denoiser, processes.device, settings.mixed_precision) for denoiser in denoisers]
     encoder.prepare(processes.device, settings.mixed_precision)
-    drawing = Drawing(scheduler, encoder, settings, shape, processes.device)
-    return drawing, ensemble(denoisers, ranges_of(config, model))
+    drawings = [Drawing(scheduler, encoder, one.sample, shape, processes.device) for one in drawn]
+    return drawings, ensemble(denoisers, ranges_of(config, model))
 
 
 def ranges_of(config: Config, model: ModelFiles) -> list[tuple[int, int]]:
@@ -82,21 +88,24 @@ def ranges_of(config: Config, model: ModelFiles) -> list[tuple[int, int]]:
     return config.timesteps.ranges if len(model.denoisers) > 1 else [(0, config.timesteps.num_train_timesteps)]
 
 
-def identity(config: Config, model: ModelFiles) -> dict[str, Any]:
-    """Everything that determines the images, for their record."""
-    hashes = model.hashes()
-    schedule = hashes.pop(SCHEDULE)
+def identities(drawn: Sequence[Config], model: ModelFiles) -> list[dict[str, Any]]:
+    """Everything that determines the images of each schedule, for their records."""
+    hashes, weights = model.hashes(), list(map(weights_hash, model.denoisers))
+    schedule, config = hashes.pop(SCHEDULE), drawn[0]
     unused = {"scheduler", "timestep_spacing"} | ({} if ENCODER in hashes else config.sample.tagged("text")).keys()
-    return {
-        "weights": list(map(weights_hash, model.denoisers)),
-        "timesteps": [list(edges) for edges in ranges_of(config, model)],
-        "scheduler": schedule,
-        "sample.scheduler": sampler_name(config.sample.scheduler),
-        "resolution": config.data.resolution,
-        **{key: value for key, value in config.sample.tagged("samples").items() if key not in unused},
-        **model.spacing(config.sample),
-        **hashes,
-    }
+    return [
+        {
+            "weights": weights,
+            "timesteps": [list(edges) for edges in ranges_of(config, model)],
+            "scheduler": schedule,
+            "sample.scheduler": sampler_name(one.scheduler),
+            "resolution": config.data.resolution,
+            **{key: value for key, value in one.tagged("samples").items() if key not in unused},
+            **model.spacing(one),
+            **hashes,
+        }
+        for one in (other.sample for other in drawn)
+    ]
 
 
 def draw(
@@ -107,7 +116,7 @@ def draw(
     batches = [seeds[start : start + settings.batch_size] for start in range(0, len(seeds), settings.batch_size)]
     writes = ()
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for batch in tqdm(batches, settings.model, unit="batch", disable=is_silent or not batches):
+        for batch in tqdm(batches, output.name, unit="batch", disable=is_silent or not batches):
             images = drawing.images(network_at, batch, [texts[seed] for seed in batch if texts])
             list(writes)  # a full disk stops the run here
             writes = pool.map(partial(samples.write_image, output, size=settings.size_on_disk), batch, images)

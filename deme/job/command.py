@@ -47,7 +47,7 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
         config = load_config(arguments.config, arguments.overrides)
         run_folder.append(config.paths.run_folder)
         if arguments.path is not None:
-            print(config.paths.lines(arguments.path))
+            print(*dict.fromkeys(one.paths.lines(arguments.path) for one in config.drawn), sep="\n")
         elif arguments.dry_run:
             print(to_yaml(config.recorded), plan(config), sep="\n")
         else:

@@ -15,6 +15,7 @@ import torch
 from scipy.special import stdtrit
 from torch import nn
 
+from deme.config.paths import with_schedule, without_schedule
 from deme.config.trainings import CONTINUED
 from deme.errors import UserError, naming
 from deme.job.files import atomic_file, checked, read_json
@@ -221,16 +222,19 @@ def score(
 def compared(row: Score, others: Sequence[Score], prompted: Sequence[Score] = ()) -> Score:
     """A score with its differences to BASELINES, and of its CLIP score to the pretrained model's, block by block.
 
-    `others` have the same seeds; `prompted` are those of them that have a CLIP score with the same prompts.
+    `others` have the same seeds; `prompted` are those of them that have a CLIP score with the same prompts. A folder of
+    one of several schedules is compared with those of the same schedule.
     """
     named, clips = (
         {Path(s.samples).name: s for s in scores if s.samples != row.samples} for scores in (others, prompted)
     )
-    pairs = {name: paired_difference(row.blocks, named[name].blocks) for name in BASELINES if name in named}
+    _, schedule = without_schedule(Path(row.samples).name)
+    folders = {name: with_schedule(name, schedule) for name in BASELINES}
+    pairs = {name: paired_difference(row.blocks, named[f].blocks) for name, f in folders.items() if f in named}
     row = replace(row, differences=pairs)
-    if "pretrained" not in clips:
+    if folders["pretrained"] not in clips:
         return row
-    clip = paired_difference(row.clip_blocks, clips["pretrained"].clip_blocks)
+    clip = paired_difference(row.clip_blocks, clips[folders["pretrained"]].clip_blocks)
     return replace(row, clip_difference=clip.mean, clip_difference_standard_error=clip.standard_error)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.paths import DENOISER, Paths
+from deme.config.paths import DENOISER, Paths, sampler_and_steps, without_schedule
 from deme.config.sections import DDIM, Sample
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF
 from deme.errors import UserError, naming, shown
@@ -70,6 +70,12 @@ class ModelFiles:
             given = given or read_json(schedule_file(self.pipeline)).get("timestep_spacing", "leading")
             given = None if given == "leading" else given
         return {} if given is None else {"sample.timestep_spacing": given}
+
+
+def table_order(folder: str) -> tuple[str, int, int, str]:
+    """The place of a sample folder's row by its name: by schedule, with fewer steps first, then by ORDER."""
+    model, schedule = without_schedule(folder)
+    return *sampler_and_steps(schedule), ORDER.index(model) if model in ORDER else len(ORDER), model
 
 
 def find_model(model: str, paths: Paths) -> ModelFiles:

@@ -1,9 +1,10 @@
 """The model card of a merged network: the README.md that the Hub shows."""
 
+from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.paths import DENOISER
+from deme.config.paths import DENOISER, without_schedule
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_scores
 from deme.models.pipelines import WEIGHTS, hub_name, is_projected, takes_text
@@ -55,7 +56,8 @@ def header(config: Config) -> dict[str, Any]:
 def score_line(features_name: str, row: Score) -> str:
     """A network's scores in one line; the KID where it tells anything, the CLIP score where there are prompts."""
     distance, kernel = NAMES[features_name]
-    line = f"{row.images:,} images: {distance} {row.pooled:.4f}"
+    _, schedule = without_schedule(Path(row.samples).name)
+    line = f"{row.images:,} images{schedule and f' by {schedule}'}: {distance} {row.pooled:.4f}"
     if row.has_telling_kid:
         line += f", {kernel} {row.kid:.6f}"
     for name in SCALARS:

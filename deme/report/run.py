@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
+from deme.config.paths import sampler_and_steps, without_schedule
 from deme.config.sections import GRADIENT_PASSES
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.errors import UserError, naming, one_line
@@ -172,7 +173,8 @@ def cost_table(run: Run) -> Table:
         minutes = number(run.search_seconds, form=".1f", scale=1 / 60)
         rows.append(["search, without its report", f"{run.search.passes:,}", minutes])
     for row in run.scores:
-        drawn = row.images * run.config.sample.num_inference_steps
-        rows.append([f"drawing {Path(row.samples).name}", f"{drawn:,}", "-"])
+        name = Path(row.samples).name
+        _, steps = sampler_and_steps(without_schedule(name)[1])
+        rows.append([f"drawing {name}", f"{row.images * (steps or run.config.sample.num_inference_steps):,}", "-"])
     note = "A training step counts 3 passes for the trained network, forward and backward, and 1 for its teacher."
     return Table(["stage", "UNet passes", "minutes of its steps"], rows, note)

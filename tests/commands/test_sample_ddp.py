@@ -1,7 +1,10 @@
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import run
 from PIL import Image
 from robustness.forked import Run
@@ -58,6 +61,45 @@ def test_another_model_is_refused_and_nothing_lost(config_file, output):
     assert len(images(output)) == 6
     run("sample_ddp.py", config_file, MODEL, "sample.num_inference_steps=4", "sample.overwrite=true")
     assert len(images(output)) == 6
+
+
+def test_several_schedules_of_a_model_are_drawn_into_folders_of_their_own(config_file, output):
+    """The images and the record of one schedule alone; refused before any is drawn; scored, each beside its own."""
+    schedules = "sample.schedules=[{}, {steps: 2, scheduler: dpmsolver++}]"
+    names = ["pretrained@ddim-3", "pretrained@dpmsolver++-2"]
+    folders = [output.with_name(name) for name in names]
+    paths = run("sample_ddp.py", config_file, MODEL, schedules, "--path", "samples").stdout.splitlines()
+    assert paths == list(map(str, folders))
+    alone = [MODEL, "sample.num_inference_steps=2", "sample.scheduler=dpmsolver++", "sample.output=alone"]
+    run("sample_ddp.py", config_file, *alone)
+    run("sample_ddp.py", config_file, *alone, f"sample.output={folders[1]}", "sample.num_images=2")
+    refused = run("sample_ddp.py", config_file, MODEL, schedules, "sample.eta=0.5", status=2)
+    assert "sample.schedules[1]={'steps': 2, 'scheduler': 'dpmsolver++'}: sample.eta=0.5: only" in refused.stderr
+    refused = run("sample_ddp.py", config_file, MODEL, schedules, "sample.size_on_disk=4", status=2)
+    assert f"sample.output={folders[1]}: holds samples of other settings: size_on_disk=4" in refused.stderr
+    assert images(folders[0]) == {}
+    refused = run("sample_ddp.py", config_file, MODEL, "sample.schedules=[{}, {scheduler: heun}]", status=2)
+    assert "sample.scheduler=heun: must be one of ddim, pndm," in refused.stderr
+    shutil.rmtree(folders[0])
+    result = run("sample_ddp.py", config_file, MODEL, schedules)
+    assert f"{folders[0]}: 6 of 6 images to draw" in result.stdout
+    assert f"{folders[1]}: 4 of 6 images to draw" in result.stdout
+    run("sample_ddp.py", config_file, MODEL)
+    for expected, found in zip((output, config_file.parent / "alone"), folders, strict=True):
+        twins = images(found)
+        assert twins.keys() == images(expected).keys()
+        assert all(np.array_equal(twins[name], image) for name, image in images(expected).items())
+        one, other = (yaml.safe_load((folder / "samples.yaml").read_text()) for folder in (expected, found))
+        assert one["identity"] == other["identity"]
+        assert found.with_name(f"grid-{found.name}.png").is_file()
+    shutil.copytree(folders[1], output.with_name("merged@dpmsolver++-2"))
+    assert "6 of 6" not in run("sample_ddp.py", config_file, MODEL, schedules).stdout
+    run("evaluate.py", config_file)
+    rows = json.loads((output.parents[1] / "results.json").read_text())["rows"]
+    order = [output.name, names[0], names[1], "merged@dpmsolver++-2"]
+    assert [Path(row["samples"]).name for row in rows] == order
+    assert [list(row["differences"]) for row in rows] == [[], [], [], ["pretrained"]]
+    assert rows[3]["differences"]["pretrained"]["mean"] == 0
 
 
 def test_every_model_of_a_run_can_be_sampled(config_file):

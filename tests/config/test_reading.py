@@ -117,6 +117,7 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("sample.schedules=[{steps: true}]", "sample.schedules[0]={'steps': True}: steps must be 1 … timesteps."),
         ("sample.schedules=[{steps: many}]", "sample.schedules[0]={'steps': 'many'}: steps must be 1 … timesteps."),
         ("sample.schedules=[{scheduler: 3}]", "sample.schedules[0]={'scheduler': 3}: scheduler must be a name, as "),
+        ("sample.schedules=[{scheduler: a/b}]", "sample.schedules[0]={'scheduler': 'a/b'}: scheduler must be a name"),
         ("sample.schedules=[{step: 5}]", "sample.schedules[0]={'step': 5}: step must be one of steps, scheduler; did"),
         (
             "sample.schedules=[{}, {scheduler: DDIMScheduler}]",

@@ -57,6 +57,16 @@ def test_differences_are_paired_by_block(reference):
     assert replace(result, differences=None) == found
 
 
+def test_folders_of_several_schedules_are_compared_with_those_of_the_same(reference):
+    """By the part of the name behind the @; one of another schedule, or of none, is no baseline."""
+    names = ["pretrained", "pretrained@ddim-20", "merged@ddim-20", "merged@ddim-50", "merged@home", "merged"]
+    scores = [scored(reference, shift, name=f"a/{name}")[0] for name, shift in zip(names, range(6), strict=True)]
+    rows = [compared(row, scores) for row in scores]
+    assert [list(row.differences) for row in rows] == [[], [], ["pretrained"], [], ["pretrained"], ["pretrained"]]
+    expected = np.subtract(scores[2].blocks, scores[1].blocks).mean()
+    assert rows[2].to_pretrained.mean == pytest.approx(expected)
+
+
 def test_rows_are_compared_with_pretrained_control_and_ensemble(reference, tmp_path):
     """Block by block, but not with themselves nor with others; they are read back, and shown in a table."""
     names = ["samples/pretrained", "samples/ensemble", "samples/merged", "samples/other"]
