@@ -26,7 +26,7 @@ from deme.models.variants import find_pretrained
 GPU_TFLOPS = 50.0  # a guess for an A100 in half precision
 INCEPTION_FLOPS = 11.4e9  # per image
 FLOAT = 4  # bytes
-HALF = 2  # bytes, of latents that a GPU encodes, and of snapshots
+HALF = 2  # bytes, of latents that a GPU encodes
 TOKENS = 77  # of a caption
 PNG_SHARE = 0.75  # of the raw pixels
 DISK_BLOCK = 4096  # bytes: the least that a file takes
@@ -100,14 +100,15 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
     images = len(size.models) * config.sample.num_images
     images += (own_networks(config, size) > 0) * config.self_training.num_images
     network = FLOAT * size.parameters
+    averages = len(config.finetune.ema_profiles) * network
     drawn = size.channels * (config.sample.size_on_disk or data.resolution) ** 2
     return {
         "decoded images": size.images * raw * ASPECT_RATIO * is_cached,
         "encoded images and captions": size.images * size.encoded * data.cached_views * data.cache_latents,
         "finetuned networks": len(trained) * network,
-        "their snapshots": sum(len(config.snapshots(name)) for name in trained) * HALF * size.parameters,
+        "their snapshots": sum(len(config.snapshots(name)) for name in trained) * (network // 2 + averages),
         # student, EMA, two moments
-        "their checkpoints": (len(trained) * config.finetune.checkpoints_kept + 1) * 4 * network,
+        "their checkpoints": (len(trained) * config.finetune.checkpoints_kept + 1) * (4 * network + averages),
         "merged networks": network * (1 + (NEON in size.models)),
         "samples": images * max(DISK_BLOCK, drawn * PNG_SHARE),
     }

@@ -80,6 +80,11 @@ def for_shell(path: str | Path) -> str:
     return str(path) if re.match(r"[\w/.]", str(path)) else f"./{path}"
 
 
+def average_name(width: float) -> str:
+    """What files and folders of an average of the weights are called."""
+    return f"ema-{width:.3f}"
+
+
 def snapshot_path(training: Path, step: int) -> Path:
     """The snapshot of a step in a training's folder."""
     return training / SNAPSHOTS / f"{step:08d}"

@@ -17,6 +17,15 @@ PRECISIONS = ("no", "fp16", "bf16")
 PREVIEW_PROMPTS = ["a photograph of an astronaut riding a horse", "a red cube on top of a blue sphere"]
 PREVIEW_PROMPTS += ["an oil painting of a lighthouse in a storm", "four cups of coffee on a wooden table"]
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+LEAST_WIDTH, LARGEST_WIDTH = 0.01, 0.25  # σ_rel of an average of the weights
+WIDTH_RULE = (
+    f"must lie in [{LEAST_WIDTH}, {LARGEST_WIDTH}] and have at most three decimals"  # folders are named after it
+)
+
+
+def is_width(value: float) -> bool:
+    """True if a number is the width of an average of the weights."""
+    return LEAST_WIDTH <= value <= LARGEST_WIDTH and round(value, 3) == value
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,15 @@ class Finetune(Training):
     global_probability: float = setting(0.3, "weights", least=0, most=1)  # p: of a micro-batch from all timesteps
     consistency_weight: float = setting(1.0, "weights", least=0)  # λ
     uncertainty_learning_rate: float = setting(0.025, "weights", only=("range", ANT_UW), above=0)  # of its weights
+    ema_profiles: list[float] = setting([], "weights omit_default")  # widths of more averages, which snapshots hold
+
+    def check_together(self) -> None:
+        super().check_together()
+        widths = self.ema_profiles
+        self.check("ema_profiles", all(map(is_width, widths)), f"each {WIDTH_RULE}")
+        self.check("ema_profiles", len(set(widths)) == len(widths) != 1, "must be different widths, at least two")
+        kept = not widths or self.snapshot_every is not None
+        self.check("ema_profiles", kept, f"needs {self.section}.snapshot_every")
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def write_denoiser(folder: Path, tensors: dict[str, Any], config: dict) -> None:
     """Write a denoiser's folder: weights and config.json."""
     from safetensors.torch import save_file
 
-    folder.mkdir()
+    folder.mkdir(parents=True)
     save_file(tensors, folder / pipelines.WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 

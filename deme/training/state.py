@@ -18,10 +18,12 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deme.config.trainings import Training
+from deme.config.paths import average_name
+from deme.config.trainings import Finetune, Training
 from deme.errors import RunError, UserError, naming, one_line
 from deme.job import files
 from deme.method.losses import Experts
+from deme.method.posthoc_ema import decay
 from deme.models.denoisers import load_denoiser, load_scheduler
 from deme.models.encoders import Encoder, load_encoder, try_out
 from deme.models.variants import ModelFiles
@@ -99,6 +101,8 @@ class TrainingState(Scalars):
         self.learning_rate_factor = get_scheduler(settings.lr_scheduler, self.optimizer, **steps).lr_lambdas[0]
         options = {"decay": settings.ema_decay, "inv_gamma": settings.ema_inv_gamma, "power": settings.ema_power}
         self.ema = EMAModel(student.parameters(), use_ema_warmup=True, foreach=True, **options)
+        widths = settings.ema_profiles if isinstance(settings, Finetune) else []
+        self.profiles = {width: [parameter.detach().clone() for parameter in student.parameters()] for width in widths}
 
     def finish_step(self) -> None:
         """Count an optimizer step and update the EMA: shadow ← shadow + (1 − decay)(weight − shadow).
@@ -109,6 +113,8 @@ class TrainingState(Scalars):
         self.ema.cur_decay_value = self.ema.get_decay(self.step)
         weights = [parameter.detach() for parameter in self.student.parameters()]
         torch._foreach_lerp_(self.ema.shadow_params, weights, 1 - self.ema.cur_decay_value)
+        for width, average in self.profiles.items():
+            torch._foreach_lerp_(average, weights, 1 - decay(width, self.step))
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -122,9 +128,10 @@ class TrainingState(Scalars):
             self.ema.restore(self.student.parameters())
             self.student.train()
 
-    def averaged(self) -> dict[str, torch.Tensor]:
-        """The EMA weights by name; the student's parameters are the first that are trained."""
-        return dict(zip(self.trained, self.ema.shadow_params, strict=False))
+    def averaged(self, width: float | None = None) -> dict[str, torch.Tensor]:
+        """The EMA weights by name, or the average of a width of `ema_profiles`."""
+        average = self.ema.shadow_params if width is None else self.profiles[width]
+        return dict(zip(self.trained, average, strict=False))  # the student's come first
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """File name → tensors; AdamW has its moments only after the first step."""
@@ -134,6 +141,7 @@ class TrainingState(Scalars):
             EMA: self.averaged(),
             OPTIMIZER: {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()},
         }
+        saved |= {f"{average_name(width)}.safetensors": self.averaged(width) for width in self.profiles}
         return saved if self.weighting is None else saved | {WEIGHTING: self.weighting.state_dict()}
 
     def load(self, checkpoint: Path, max_steps: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from deme.config.paths import DENOISER, SNAPSHOTS, snapshot_path
+from deme.config.paths import DENOISER, SNAPSHOTS, average_name, snapshot_path
 from deme.config.trainings import Pretrain
 from deme.data.examples import MicroBatch, TrainingImages, load_examples, micro_batches
 from deme.errors import RunError, naming
@@ -248,15 +248,25 @@ class Trainer:
             save_preview(self.networks, self.settings.preview_prompts, self.micro_batch_size, path)
 
     def _snapshot(self) -> None:
-        """Write the EMA weights in half precision: a folder like that of the trained network."""
+        """Write the EMA weights in half precision, and the averages of `ema_profiles`: folders as of trained networks.
+
+        The latter stay float32: finetuning changes weights by little more than half precision can tell apart.
+        """
         path, key = snapshot_path(self.folder, self.state.step), f"{self.settings.section}.snapshot_every"
-        weights = self.student.state_dict() | self.state.averaged()
-        halves = {name: weight.to("cpu", torch.float16).contiguous() for name, weight in weights.items()}
+        settings = json.loads(self.student.to_json_string())
+
+        def averaged(width: float | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+            weights = self.student.state_dict() | self.state.averaged(width)
+            return {name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}
+
+        halves = averaged(None, torch.float16)
         if not all(half.isfinite().all() for half in halves.values()):
             self._fail(f"the weights do not fit half precision at step {self.state.step}: {key} keeps them in it")
         make_folder(path.parent, "output_dir")
         with atomic_folder(path) as temporary:
-            write_denoiser(temporary / DENOISER, halves, json.loads(self.student.to_json_string()))
+            write_denoiser(temporary / DENOISER, halves, settings)
+            for width in self.state.profiles:
+                write_denoiser(temporary / average_name(width) / DENOISER, averaged(width, torch.float32), settings)
             Record(SNAPSHOT, self.made_from | {"step": self.state.step}).write(temporary)
 
     def _delete_snapshots(self) -> None:

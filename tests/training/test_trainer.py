@@ -20,7 +20,9 @@ from benchmarks.trainers import make_trainer
 from deme.config.trainings import Finetune, Pretrain
 from deme.data.examples import CroppedImages
 from deme.errors import RunError, UserError
+from deme.method.posthoc_ema import combination, combine
 from deme.models.denoisers import load_denoiser, with_projections
+from deme.models.pipelines import WEIGHTS
 from deme.training.progress import MAX_SKIPPED_STEPS
 from deme.training.session import Objective
 from deme.training.state import CheckpointWriter, list_checkpoints, load_newest_checkpoint
@@ -278,6 +280,41 @@ def test_a_resumed_run_writes_the_snapshots_of_one_that_was_never_stopped(tmp_pa
     assert trainer(parts, **options).run()
     assert len(snapshots(parts)) == 3 * SETTINGS["max_steps"]
     assert snapshots(parts) == snapshots(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("width", [0.05, 0.07, 0.15])
+def test_a_width_that_was_also_tracked_comes_back_from_the_snapshots_of_two_others(tmp_path, width):
+    """To 1e-3 of the change of the weights; one of the two exactly. Today's EMA is what it is without them."""
+    profiles = {"max_steps": 160, "snapshot_every": 5, "ema_profiles": [0.05, 0.1, 0.07, 0.15]}
+    start = tiny_unet(dropout=0.1).state_dict()
+    trainer(tmp_path, **profiles, log_every=160).run()
+    kept = [(step, tracked) for step in range(5, 161, 5) for tracked in (0.05, 0.1)]
+    coefficients, _ = combination(kept, (160, width))
+
+    def average(step, width):
+        return load_file(tmp_path / "snapshots" / f"{step:08d}" / f"ema-{width:.3f}" / "unet" / WEIGHTS)
+
+    found, expected = combine([average(*profile) for profile in kept], coefficients), average(160, width)
+    assert found.keys() == expected.keys() == start.keys()
+    error, change = ({n: m[n] - expected[n] for n in m} for m in (found, start))
+    error, change = (torch.cat([tensor.ravel() for tensor in m.values()]).norm().item() for m in (error, change))
+    assert error == 0 if width == 0.05 else 0 < error < 1e-3 * change
+
+
+def test_averages_of_other_widths_leave_the_training_alone_and_are_resumed(tmp_path):
+    profiles = {"ema_profiles": [0.05, 0.1], "snapshot_every": 2, "checkpoint_every": 4}
+    for name, settings in {"plain": {}, "whole": profiles, "parts": profiles}.items():
+        while not trainer(tmp_path / name, **settings).run(time.monotonic() if name == "parts" else math.inf):
+            pass
+    plain, whole, parts = (newest_tensors(tmp_path / name) for name in ("plain", "whole", "parts"))
+    assert {key.partition("/")[0] for key in whole.keys() - plain.keys()} == {
+        "ema-0.050.safetensors",
+        "ema-0.100.safetensors",
+    }
+    assert all(torch.equal(plain[key], whole[key]) for key in plain)
+    assert all(torch.equal(parts[key], whole[key]) for key in whole)
+    assert len(snapshots(tmp_path / "whole")) == 3 * 7
+    assert snapshots(tmp_path / "whole") == snapshots(tmp_path / "parts")
 
 
 def test_weights_beyond_half_precision_make_no_snapshot(tmp_path):
