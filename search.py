@@ -80,15 +80,15 @@ def main(config: Config) -> None:
         "passes": result.evaluated[-1].passes,
         **weights,
     }
+    if config.search.grow_bounds:
+        answer["bounds"] = {name: list(pair) for name, pair in result.bounds.items()}
     with locked_by_all(accelerator, output / "best", "search.output", wait=True):
         in_main_process(accelerator, lambda: write_yaml(config.paths.best_coefficients, answer))
         accelerator.print(f"wrote {config.paths.best_coefficients}")
 
         # --- is it any good?
         beside = {"coefficients": answer["coefficients"]} | provenance(config)
-        scored = {"images": config.search.report_images, "blocks": config.report_blocks}
-        scored["steps"] = config.sample.num_inference_steps
-        identity = digest_of({**wanted.made_from, **answer, **scored})
+        identity = digest_of({**wanted.made_from, **answer, **reported(config)})
         scores, fresh = score_fresh(problem, result, output / "report.json", identity, beside)
         if accelerator.is_main_process:
             if scores:
@@ -121,6 +121,12 @@ def check_inputs(config: Config) -> ModelFiles:
 def draws_images(config: Config) -> bool:
     """True if images are drawn, to tell candidates apart or for the report."""
     return config.searches_by_images or config.search.report_images > 0
+
+
+def reported(config: Config) -> dict[str, Any]:
+    """What the report's scores depend on, beside what is found."""
+    images, blocks, steps = config.search.report_images, config.report_blocks, config.sample.num_inference_steps
+    return {"images": images, "blocks": blocks, "steps": steps}
 
 
 def searched(config: Config) -> dict[str, Any]:

@@ -118,6 +118,7 @@ class Search(Section):
     groups: Any = setting("range", "search")  # tensors with one coefficient: range, block, tensor, or name patterns
     bounds: list[float] | None = setting(None, "search")  # of coefficients; null: [0, 1.5], for groups=tensor [-1, 2]
     self_bounds: list[float] | None = setting(None, "search omit_default")  # of self-trained networks; null: [-3, 0.5]
+    grow_bounds: bool = setting(False, "search omit_default")  # tpe, gp: where the best candidate lies at a bound
     images: int = setting(512, "search", above=0)  # match, loss: from the training images
     batch_size: int = setting(64, "search", above=0)  # match, loss: images per forward pass
     ridge: float = setting(1e-3, "search", least=0)  # closed_form: pull to 0, relative to the mean curvature
@@ -145,6 +146,7 @@ class Search(Section):
         starts = self.method in ("optuna", "multi_fidelity") and self.sampler in ("tpe", "gp")
         rule = "is read by search.sampler=tpe or gp alone, with search.method=optuna or multi_fidelity"
         self.check("start", self.start == [] or starts, rule)
+        self.check("grow_bounds", not self.grow_bounds or starts, rule)
         are_patterns = isinstance(self.groups, list) and set(map(type, self.groups)) == {str}
         named = are_patterns or self.groups in ("range", "block", "tensor")
         self.check("groups", named, "must be range, block, tensor, or a list of name patterns")

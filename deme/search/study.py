@@ -10,11 +10,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 from optuna import exceptions, samplers
+from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import Trial, TrialState
 from sqlalchemy import create_engine, inspect
@@ -26,7 +29,10 @@ from deme.job.processes import Processes, in_main_process, locked_by_all
 from deme.search.least_squares import Evaluated
 from deme.search.problem import Problem
 
+Bounds = list[tuple[float, float]]  # of each coefficient
 PASSES = "passes"  # attribute of a trial: UNet passes that its value took
+NEAR = 0.05  # of an interval's width, within which a coefficient lies at a bound
+GROWTH = 0.5  # of that width
 HEARTBEAT = 30  # seconds between two heartbeats of a running trial
 GRACE = 300  # seconds without a heartbeat after which a trial's candidate is tried again
 
@@ -53,6 +59,8 @@ class Study:
     sampler: str
     first: Sequence[np.ndarray] = ()
     count: int = 0
+    within: Bounds | None = None  # where candidates begin; None: the problem's bounds
+    grows: bool = False  # the bounds, where the best lies at one
 
     def __post_init__(self):
         with reading(self.storage):
@@ -60,6 +68,7 @@ class Study:
             if self.study.directions != [optuna.study.StudyDirection.MINIMIZE]:
                 raise ValueError(f"study {self.name} does not minimize one value")
         self._trials = partial(self.study.get_trials, False)  # no deep copies
+        self.within = self.problem.bounds if self.within is None else self.within
 
     # --- what was tried
 
@@ -81,7 +90,24 @@ class Study:
         if len({row.value for row in self.rows() if math.isfinite(row.value)}) < 2:
             return {}
         fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        return optuna.importance.get_param_importances(self.study, evaluator=fanova)
+        return optuna.importance.get_param_importances(self._copy(self.bounds(self.rows())), evaluator=fanova)
+
+    def bounds(self, rows: Sequence[Evaluated]) -> Bounds:
+        """The bounds of the candidate after these."""
+        return grown(self.within, self.first, rows) if self.grows else self.within
+
+    def _copy(self, bounds: Bounds, sampler: samplers.BaseSampler | None = None) -> optuna.Study:
+        """The study in memory as if these had been the bounds all along: samplers take no candidates of others."""
+        within = self._distributions(bounds)
+        copy = optuna.create_study(sampler=sampler)
+        for trial in self._trials([TrialState.COMPLETE, TrialState.RUNNING]):
+            if trial.params.keys() == within.keys():
+                known = {"state": trial.state, "value": trial.value, "params": trial.params}
+                copy.add_trial(optuna.create_trial(**known, distributions=within))
+        return copy
+
+    def _distributions(self, bounds: Bounds) -> dict[str, FloatDistribution]:
+        return {name: FloatDistribution(*pair) for name, pair in zip(self.problem.names, bounds, strict=True)}
 
     # --- trying
 
@@ -149,9 +175,9 @@ class Study:
         if place >= self.count:  # another job took the last candidate at the same time
             return math.nan  # for Optuna a failure
         problem = self.problem
-        self.study.sampler = self._sampler(place)  # Optuna samples at the first suggestion
-        pairs = zip(problem.names, problem.bounds, strict=True)
-        values = [trial.suggest_float(name, *bounds) for name, bounds in pairs]
+        bounds = self._told_bounds()
+        self.study.sampler = self._sampler(place, bounds)  # Optuna samples at the first suggestion
+        values = [trial.suggest_float(name, *pair) for name, pair in zip(problem.names, bounds, strict=True)]
         coefficients = np.reshape(values, problem.shape)
         try:
             in_main_process(problem.processes, lambda: coefficients)  # tells the other processes, which wait in `run`
@@ -168,19 +194,56 @@ class Study:
         print(f"{label} {place + 1} of {self.count}: {value:.4f} at {at}; the best: {best:.4f}", flush=True)
         return value
 
-    def _sampler(self, place: int) -> samplers.BaseSampler:
-        """What draws the candidate of this place, counted from 0."""
+    def _told_bounds(self) -> Bounds:
+        """The bounds of the next candidate; what has grown since the last one is told."""
+        rows = self.rows()
+        bounds = self.bounds(rows)
+        for name, before, now in zip(self.problem.names, self.bounds(rows[:-1]), bounds, strict=True):
+            if before != now:
+                told = [f"[{low:g}, {high:g}]" for low, high in (before, now)]
+                print(f"the best lies at a bound: {name} is searched within {told[1]}, not {told[0]}", flush=True)
+        return bounds
+
+    def _sampler(self, place: int, bounds: Bounds) -> samplers.BaseSampler:
+        """What draws the candidate of this place, counted from 0, within the bounds."""
         startup = len(self.first)
         if place < startup:
-            clipped = np.clip(self.first[place].ravel(), *np.transpose(self.problem.bounds)).tolist()
-            fixed = dict(zip(self.problem.names, clipped, strict=True))
-            return samplers.PartialFixedSampler(fixed, samplers.RandomSampler(0))
+            clipped = np.clip(self.first[place].ravel(), *np.transpose(bounds)).tolist()
+            return _fixed(dict(zip(self.problem.names, clipped, strict=True)))
         seed = int(np.random.default_rng((*self.problem.stream, place)).integers(2**31))
+        sampler: samplers.BaseSampler = samplers.RandomSampler(seed)
         if self.sampler == "tpe":
-            return samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
+            sampler = samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
         if self.sampler == "gp":
-            return samplers.GPSampler(seed=seed, n_startup_trials=startup)
-        return samplers.RandomSampler(seed)
+            sampler = samplers.GPSampler(seed=seed, n_startup_trials=startup)
+        if bounds == self.within:
+            return sampler
+        return _fixed(self._copy(bounds, sampler).ask(self._distributions(bounds)).params)
+
+
+def _fixed(coefficients: dict[str, float]) -> samplers.BaseSampler:
+    return samplers.PartialFixedSampler(coefficients, samplers.RandomSampler(0))
+
+
+def grown(bounds: Bounds, first: Sequence[np.ndarray], rows: Sequence[Evaluated]) -> Bounds:
+    """The bounds after these candidates: they hold the first ones, and move away where the best lies at one of them.
+
+    So do they each time that another best lies there, once the first are tried, by GROWTH of an interval's width.
+    """
+    held = np.array([*np.transpose(bounds), *(row.ravel() for row in first)])
+    low, high = held.min(0), held.max(0)
+    step = GROWTH * (high - low)
+    for count in range(max(1, len(first)), len(rows) + 1):
+        best = min(rows[:count], key=attrgetter("value")).coefficients.ravel()
+        at_low, at_high = is_at(best, low, high)
+        low, high = low - step * at_low, high + step * at_high
+    return list(zip(low.tolist(), high.tolist(), strict=True))
+
+
+def is_at(value: Any, low: Any, high: Any) -> tuple[Any, Any]:
+    """Whether coefficients lie at the lower bound, and at the upper one."""
+    near = NEAR * (high - low)
+    return value <= low + near, value >= high - near
 
 
 def distinct(candidates: Iterable[np.ndarray]) -> list[np.ndarray]:

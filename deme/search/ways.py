@@ -24,13 +24,14 @@ from deme.models.pipelines import weights_hash
 from deme.models.variants import read_searched
 from deme.search.least_squares import Evaluated, closed_form, gradient_descent
 from deme.search.problem import Problem
-from deme.search.study import Study, distinct, open_by_all
+from deme.search.study import Study, distinct, is_at, open_by_all
 
 UNIFORM = (0.5, 1.0)  # beside 1 / the number of ranges
 LONGER = 2.0  # the closed form, times this: it matches the experts, whose directions may be worth more
 LINE = 8  # candidates along the line of self-trained networks
 VALUE = attrgetter("value")
 TRAINED = (CONTINUED, DISTILLED)  # networks that a result has to beat, too
+MOST_NAMED = 8  # coefficients
 MOST_COLUMNS = 64  # coefficients up to which their closed form is cheap; with more the gradient is
 
 
@@ -43,7 +44,14 @@ class Result:
     value: float  # of the objective
     pretrained: float  # the pretrained network's value on the same images
     evaluated: list[Evaluated]  # the candidates, in order
+    bounds: dict[str, tuple[float, float]]  # within which the last candidate was looked for
     study: Study | None = None  # the one with the most candidates
+
+    @property
+    def at_bounds(self) -> list[str]:
+        """The best coefficients that lie at a bound, as name=value."""
+        pairs = zip(self.bounds.items(), self.coefficients.ravel().tolist(), strict=True)
+        return [f"{name}={value:g}" for (name, bounds), value in pairs if is_at(value, *bounds) != (False, False)]
 
 
 def find(problem: Problem, folder: Path, digest: str) -> Result:
@@ -52,7 +60,8 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
     if settings.method in ("closed_form", "gradient"):
         evaluated = _cheap_answer(problem, folder, settings.method == "gradient")
         best = min(evaluated, key=VALUE)
-        return Result(best.coefficients, settings.objective, best.value, 1.0, evaluated)
+        bounds = dict(zip(problem.names, problem.bounds, strict=True))
+        return Result(best.coefficients, settings.objective, best.value, 1.0, evaluated, bounds)
     objective = "fd" if settings.method == "multi_fidelity" else settings.objective
     storage = open_by_all(problem.processes, settings.storage, folder)
     evaluated, first = [], []
@@ -70,20 +79,24 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
     else:
         problem.squares(objective)  # loaded before there is a trial that errors would fail
     name, images = f"{digest}-{objective}-{settings.num_images}", settings.num_images
-    study = Study(problem, storage, name, objective, images, spent, settings.sampler, first, settings.trials)
+    sampled = settings.sampler, first, settings.trials
+    study = Study(problem, storage, name, objective, images, spent, *sampled, grows=settings.grow_bounds)
     tried = study.run()
+    bounds = study.bounds(tried[:-1])
     evaluated += tried
     if settings.method == "multi_fidelity":  # the best few on many images
         images, spent = settings.finalist_images, evaluated[-1].passes
-        finals = Study(problem, storage, f"{digest}-finalists-{images}", "fd", images, spent, "finalists")
         best = distinct(row.coefficients for row in sorted(tried, key=VALUE))[: settings.finalists]
+        named = f"{digest}-finalists-{images}", "fd", images, spent, "finalists"
+        finals = Study(problem, storage, *named, within=bounds)
         in_main_process(problem.processes, lambda: finals.extend([np.zeros(shape), *best]))
         tried = finals.run()
         evaluated += tried
     best = min(tried, key=VALUE)
     zeros = [row.value for row in tried if not row.coefficients.any()]
     pretrained = zeros[0] if zeros else problem.value(objective, np.zeros(shape))[0]
-    return Result(best.coefficients, objective, best.value, pretrained, evaluated, study)
+    named = dict(zip(problem.names, bounds, strict=True))
+    return Result(best.coefficients, objective, best.value, pretrained, evaluated, named, study)
 
 
 def _cheap_answer(problem: Problem, folder: Path, by_gradient: bool) -> list[Evaluated]:
@@ -128,11 +141,12 @@ def starts(problem: Problem) -> list[np.ndarray]:
                 row[number, list(map(own.index, networks))] = values
             if len(groups) > 1 and set(groups) != set(problem.patterns):
                 raise UserError("has other groups of tensors than search.groups")
-            if (row < low).any() or (row > high).any():
+            if not problem.settings.grow_bounds and ((row < low).any() or (row > high).any()):
                 raise UserError("coefficients outside of search.bounds or search.self_bounds")
             rows.append(row)
     both = sum(rows)
-    return [*rows, both] if len(rows) > 1 and (low <= both).all() and (both <= high).all() else rows
+    fits = problem.settings.grow_bounds or ((low <= both).all() and (both <= high).all())
+    return [*rows, both] if len(rows) > 1 and fits else rows
 
 
 def line(config: Config, shape: tuple[int, int]) -> list[np.ndarray]:
@@ -231,6 +245,9 @@ def _known(file: Path, made_from: str) -> dict[str, Score]:
 def verdict(result: Result, scores: list[Score], fresh: float | None) -> list[str]:
     """What `score_fresh` says of the search, in words."""
     lines = []
+    if at := result.at_bounds:
+        what = ", ".join(at) if len(at) <= MOST_NAMED else f"{len(at)} of {len(result.bounds)} coefficients"
+        lines.append(f"at a bound, beyond which there may be better ones: {what}")
     if fresh is not None:
         searched = f"{result.objective}: {result.value:.4f} where it was searched (pretrained: 1)"
         lines.append(f"{searched}, {fresh:.4f} on fresh images: optimism {fresh - result.value:+.4f}")

@@ -127,6 +127,7 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("sample.schedules=[20]", "sample.schedules[0]=20: must be a mapping of steps and scheduler"),
         ("sample.schedules={steps: 20}", "sample.schedules={'steps': 20}:"),
         ("sample={eta: 1, schedules: [{scheduler: euler}]}", "{'scheduler': 'euler'}: sample.eta=1.0: only sample.sch"),
+        ("search={grow_bounds: true, sampler: grid}", "search.grow_bounds=true: is read by search.sampler=tpe or gp"),
         ("sample.eta=-1", "sample.eta=-1.0: must be at least 0 and at most 1"),
         ("finetune.snapshot_every=0", "finetune.snapshot_every=0: must be above 0 and at most 1,000,000,000"),
         ("finetune.ema_profiles=[0.05]", "finetune.ema_profiles=[0.05]: must be different widths, at least two"),

@@ -15,7 +15,8 @@ from optuna.trial import TrialState
 from deme.errors import RunError, UserError
 from deme.models.pipelines import weights_hash
 from deme.models.variants import write_denoiser
-from deme.search.study import Study, open_storage
+from deme.search.least_squares import Evaluated
+from deme.search.study import Study, grown, open_storage
 from deme.search.ways import first_candidates, grid, starts
 
 FIRST = [np.zeros((1, 2)), np.full((1, 2), 0.25)]
@@ -23,10 +24,11 @@ COUNTS = {"tpe": 7, "gp": 5, "random": 4, "grid": 4}
 THIRD = {"tpe": (0.59211797, 0.90829558), "gp": (0.50487690, 0.50506273), "random": (0.68783039, 0.52598777)}
 
 
-def make(folder, sampler: str = "random", count: int = 6, name: str = "s", seed: int = 0) -> Study:
+def make(folder, sampler: str = "random", count: int = 6, name: str = "s", seed: int = 0, grows: bool = False) -> Study:
     problem = problem_of(["a", "b"], seed)
     first = {"random": [], "grid": grid(4, problem.bounds, (1, 2))}.get(sampler, FIRST)
-    return Study(problem, open_storage(f"sqlite:///{folder / 'study.db'}"), name, "match", 0, 0, sampler, first, count)
+    storage = open_storage(f"sqlite:///{folder / 'study.db'}")
+    return Study(problem, storage, name, "match", 0, 0, sampler, first, count, grows=grows)
 
 
 def distance(w: np.ndarray) -> float:
@@ -100,6 +102,41 @@ def test_a_grid_of_one_value_is_refused():
     with pytest.raises(UserError, match=r"a grid of 4 coefficients has at least 2 \*\* 4 candidates"):
         grid(15, [(0.0, 1.5)] * 4, (2, 2))
     assert len(grid(16, [(0.0, 1.5)] * 4, (2, 2))) == 16
+
+
+def test_bounds_move_away_from_the_best_candidate_that_lies_at_one():
+    """By half of the first width each time that another best lies there, once the first candidates are tried."""
+    points = [(0, 0), (0.3, 1.5), (1.5, 0.01), (1, 1), (1.5, -0.75), (1, -1), (9, 9)]
+    values = [3, 2, 1, 1, 0.5, 0.7, 0.4]
+    tried = [Evaluated("gp", "match", 0, value, np.array([point])) for point, value in zip(points, values, strict=True)]
+    start, upper = [(0.0, 1.5), (0.0, 1.5)], [(0.0, 1.5), (0.0, 2.25)]
+    both, last = [(0.0, 2.25), (-0.75, 2.25)], [(0.0, 2.25), (-1.5, 2.25)]
+    found = [grown(start, FIRST, tried[:count]) for count in range(7)]
+    assert found == [start, start, upper, both, both, last, last]
+    assert grown(start, [*FIRST, np.array([[2.0, -1.0]])], tried[:2]) == [(0.0, 2.0), (-1.0, 1.5)]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_a_search_whose_bounds_grow_finds_what_lies_beyond_them(sampler, tmp_path, capsys):
+    """It says so, an interruption changes nothing, and the best many are tried as they are."""
+    beyond = {"value": lambda w: float(np.square(w - [[2.5, -1]]).sum())}
+    whole = search(make(tmp_path, sampler, 14, name="whole", grows=True), **beyond)
+    told = capsys.readouterr().out
+    assert "the best lies at a bound: b is searched within [-0.75, 1.5], not [0, 1.5]\n" in told
+    assert [row[0] for row in whole[: len(FIRST)]] == [(0, 0), (0.25, 0.25)]
+    few = search(make(tmp_path, sampler, 9, grows=True), **beyond)
+    study = make(tmp_path, sampler, 14, grows=True)
+    assert few == whole[:9]
+    assert search(study, **beyond) == whole
+    best = min(study.rows(), key=lambda row: row.value)
+    assert best.value < np.square([1.5 - 2.5, 1]).sum()  # that of the corner
+    assert best.coefficients.max() > 1.5
+    assert best.coefficients.min() < 0
+    assert set(study.importance()) == {"a", "b"}
+    finals = make(tmp_path, "finalists", 0, name="finals")
+    finals.within = study.bounds(study.rows())
+    finals.extend([best.coefficients])
+    assert search(finals, **beyond) == [(tuple(best.coefficients.ravel()), best.value)]
 
 
 def test_jobs_share_candidates_without_trying_one_twice(tmp_path):
@@ -238,13 +275,13 @@ def test_other_searches_are_where_a_study_starts(tmp_path):
         write_denoiser(folder, {"weight": torch.full((2,), float(seed))}, {})
     expert, own = map(weights_hash, folders)
 
-    def start(*files: dict, high: float = 1.5) -> list[list[list[float]]]:
+    def start(*files: dict, grows: bool = False) -> list[list[list[float]]]:
         paths = [tmp_path / f"{number}.yaml" for number in range(len(files))]
         for path, content in zip(paths, files, strict=True):
             path.write_text(yaml.safe_dump(content))
-        settings = SimpleNamespace(start=list(map(str, paths)))
+        settings = SimpleNamespace(start=list(map(str, paths)), grow_bounds=grows)
         config = SimpleNamespace(paths=SimpleNamespace(finetuned=folders))
-        bounds = [(0.0, high), (-3.0, 0.5)] * 2
+        bounds = [(0.0, 1.5), (-3.0, 0.5)] * 2
         problem = SimpleNamespace(config=config, settings=settings, patterns=["a.*", "*"], shape=(2, 2), bounds=bounds)
         return [row.tolist() for row in starts(problem)]
 
@@ -254,6 +291,7 @@ def test_other_searches_are_where_a_study_starts(tmp_path):
     assert start(by_group, whole) == both
     assert start(whole) == [both[1]]
     assert start(whole, whole, whole, whole)[4:] == []  # their sum is out of bounds
+    assert start(whole, whole, whole, whole, grows=True)[4:] == [[[0, -4], [0, -4]]]
     for reason, content in {
         "for other networks": whole | {"finetuned": ["another"]},
         "has no 1 coefficients for a": {"coefficients": {"b.*": [1.0], "*": [1.0]}, "finetuned": [expert]},
