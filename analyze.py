@@ -26,11 +26,13 @@ from deme.job.files import atomic_file, make_folder
 from deme.models.pipelines import denoiser_folder, has_weights
 from deme.models.variants import MAKERS, ModelFiles, check_trained, find_pretrained, made_denoisers
 
+OF_RANGES = ("loss_by_timestep", "activation_change")  # analyses of the ranges' experts, whatever is merged
+
 
 def plan(config: Config) -> str:
     """What this command would do."""
     config.check_analyzed()
-    networks = 1 + len(config.timesteps.ranges) + len(made_later(config)[0])
+    networks = 1 + len({*config.analyzed_experts, *made_later(config)[0]})
     lines = [f"  {name}: {passes:,} UNet passes" for name, passes in unet_passes(config, networks).items()]
     return "\n".join([f"analyze {config.paths.run_folder} -> {config.paths.analysis}", *lines])
 
@@ -44,7 +46,8 @@ def main(config: Config) -> None:
     networks = {"pretrained": denoiser_folder(pretrained)}
     missing: list[str] = []
     if settings.analyses != ["gradient_conflict"]:
-        networks |= dict(zip(config.timesteps.names, check_trained(paths.experts), strict=True))
+        experts = config.analyzed_experts
+        networks |= dict(zip(experts, check_trained([*experts.values()]), strict=True))
         later, missing = made_later(config)
         networks |= later
     inputs = ModelFiles(pretrained, list(networks.values()))
@@ -74,7 +77,8 @@ def main(config: Config) -> None:
     with locked_by_all(accelerator, paths.analysis, key):
         in_main_process(accelerator, lambda: make_folder(paths.analysis, "analyze.output"))
         in_main_process(accelerator, lambda: make_folder(paths.plots, "output_dir"))
-        for name in passes:
+        left_out = () if networks.keys() >= set(material.range_names) else OF_RANGES
+        for name in [name for name in passes if name not in left_out]:
             analysis = import_module(f"deme.analysis.{name}")
             arrays = analysis.measure(material)
             in_main_process(accelerator, partial(show, analysis, arrays, material))
@@ -94,10 +98,14 @@ def unet_passes(config: Config, networks: int) -> dict[str, int]:
 
 
 def made_later(config: Config) -> tuple[dict[str, Path], list[str]]:
-    """UNet folders, by name, of the networks that were made of or beside the experts; which of them are missing."""
+    """UNet folders, by name, of networks that the analyses do without; which of them are missing."""
     places = {name: made_denoisers(name, config.paths)[0] for name in (CONTINUED, "merged", DISTILLED, NEON)}
     made = {name: folder for name, folder in places.items() if has_weights(folder)}
-    return made, [f"{name}, which {MAKERS[name]} makes" for name in places if name not in made]
+    missing = [f"{name}, which {MAKERS[name]} makes" for name in places if name not in made]
+    of_ranges = dict(zip(config.timesteps.names, config.paths.experts, strict=True))
+    if all(map(has_weights, of_ranges.values())):
+        return of_ranges | made, missing
+    return made, [*missing, f"{', '.join(OF_RANGES)}: need the experts of all ranges"]
 
 
 def show(analysis: ModuleType, arrays: dict[str, Any], material: Any) -> None:

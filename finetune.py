@@ -8,6 +8,7 @@
     accelerate launch finetune.py finetune.range=distilled   # after merge.py: the merged network, held to all experts
     accelerate launch finetune.py finetune.range=self        # on samples that are drawn first: no image of the data is
                                                              # needed; merge.experts=[self] subtracts what it learns
+    accelerate launch finetune.py finetune.range=soup        # on all timesteps, as many copies as there are ranges
 
 Writes runs/<name>/finetuned/0000-0250/unet/ and so on (EMA weights); checkpoints, logs and previews lie beside it, and
 with finetune.snapshot_every the EMA weights of earlier steps, in snapshots/.
@@ -22,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.config.trainings import ANT_UW, BASELINES, CONTINUED, DISTILLED, SELF, Finetune
+from deme.config.trainings import ANT_UW, BASELINES, CONTINUED, DISTILLED, SELF, SOUP, Finetune
 from deme.job.command import run_script
 from deme.job.files import sha256
 from deme.job.records import ARCHITECTURE
@@ -108,6 +109,14 @@ def self_training(config: Config) -> list[Task]:
     return [Task(Objective(SELF, (config.seed, 5), whole, 1.0), replace(settings, global_probability=1.0))]
 
 
+def soup(config: Config) -> list[Task]:
+    """As many copies as there are ranges, each trained plainly on all timesteps, with images and draws of its own."""
+    settings = replace(config.finetune, global_probability=1.0, consistency_weight=0.0)
+    whole = [(0, config.timesteps.num_train_timesteps)]
+    names = enumerate(config.soup_names)
+    return [Task(Objective(name, (config.seed, 6, number), whole, 1.0), settings) for number, name in names]
+
+
 def chosen_tasks(config: Config) -> list[Task]:
     """The networks that this command trains; all of them start from the same one."""
     chosen = config.finetune.range
@@ -118,6 +127,8 @@ def chosen_tasks(config: Config) -> list[Task]:
     if chosen == SELF:
         config.check_self_training()
         return self_training(config)
+    if chosen == SOUP:
+        return soup(config)
     numbers = range(len(config.timesteps.ranges)) if chosen is None else [chosen]
     return [expert(config, number) for number in numbers]
 
@@ -174,7 +185,7 @@ def main(config: Config) -> None:
     variant = find_model(model, config.paths)
     unets = {model: variant.denoisers[0]}
     if model == MERGED:
-        unets |= zip(config.timesteps.names, check_trained(config.paths.experts), strict=True)
+        unets |= zip(config.timesteps.names, check_trained(config.experts), strict=True)
     inputs = ModelFiles(variant.pipeline, list(unets.values()))
     inputs.check_fits(config)
     watched = inputs.watched(*(unet / "config.json" for unet in inputs.denoisers))

@@ -19,7 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from deme.config.experiment import Config
+from deme.config.networks import RANGES
 from deme.config.paths import DENOISER
+from deme.config.trainings import SELF
 from deme.errors import UserError, blaming, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, locked, read_json, sha256
@@ -28,6 +30,7 @@ from deme.models import variants
 from deme.models.pipelines import WEIGHTS, denoiser_folder, load_tensors, weights_hash
 from deme.models.variants import ModelFiles, Searched
 
+NAMED_BY = dict.fromkeys((RANGES, SELF), "timesteps")  # keys of merge.yaml that are older than other networks
 Groups = dict[str, list[float]]  # name pattern → coefficients, one per range
 
 
@@ -51,7 +54,7 @@ def main(config: Config) -> None:
     # --- inputs
     output = config.paths.merged
     pretrained = variants.find_pretrained(config.paths)
-    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *variants.check_trained(config.paths.finetuned)])
+    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *variants.check_trained(config.merged_networks)])
     searched = find_searched(config)
     groups = config.coefficient_groups if searched is None else searched.groups(config)
     check_apart("merge.output", output, inputs.denoisers)
@@ -69,14 +72,13 @@ def main(config: Config) -> None:
     if searched is not None and (searched.pretrained, searched.finetuned) != (hashes[0], hashes[1:]):
         remedy = "search again, or write its coefficients into the configuration"
         raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
-    names = config.merged_names
     made_from = {
         **method.describe(),
         "coefficients": groups,
         "pretrained": {"path": config.paths.pretrained, "sha256": hashes[0]},
         "finetuned": [
-            {"timesteps": name, "path": str(folder), "sha256": weights}
-            for name, folder, weights in zip(names, inputs.denoisers[1:], hashes[1:], strict=True)
+            {NAMED_BY.get(network.word, "name"): network.name, "path": str(network.folder), "sha256": weights}
+            for network, weights in zip(config.merged_networks, hashes[1:], strict=True)
         ],
         **inputs.hashes(),
     }

@@ -107,7 +107,7 @@ def check_inputs(config: Config) -> ModelFiles:
         with naming("search.start", file):
             read_searched(Path(file))
     pretrained = find_pretrained(config.paths)
-    model = ModelFiles(pretrained, [denoiser_folder(pretrained), *check_trained(config.paths.finetuned)])
+    model = ModelFiles(pretrained, [denoiser_folder(pretrained), *check_trained(config.merged_networks)])
     model.check_fits(config)
     config.check_classified()
     if draws_images(config):

@@ -37,7 +37,7 @@ class Material:
     config: Config
     processes: Processes
     pretrained: Path  # pipeline folder
-    networks: dict[str, Path]  # denoiser folders by name: "pretrained", the experts by their ranges, other models
+    networks: dict[str, Path]  # denoiser folders by name: "pretrained", the experts, other models
     source: Source
     made_of: dict[str, str]  # hashes of the data, the noise schedule and the encoders
 
@@ -45,7 +45,8 @@ class Material:
         self.settings = self.config.analyze
         self.hashes = {name: weights_hash(folder) for name, folder in self.networks.items()}
         self.ranges = self.config.timesteps.ranges
-        self.range_names = self.config.timesteps.names  # the experts' names, too
+        self.range_names = self.config.timesteps.names  # their experts' names, too
+        self.experts = list(self.config.analyzed_experts)  # the names of those networks
         self.timesteps = self.config.analyzed_timesteps
         inside = [[low <= timestep < high for timestep in self.timesteps] for low, high in self.ranges]
         self.inside = np.array(inside)  # masks (ranges, timesteps)

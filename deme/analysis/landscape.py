@@ -10,6 +10,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from deme.analysis import Material
+from deme.config.networks import RANGES
 from deme.job.records import Arrays, Keep
 from deme.method.task_vectors import PUBLISHED, Candidates
 from deme.models.variants import read_searched
@@ -28,14 +29,14 @@ def measure(material: Material) -> Arrays:
         corners: those of the pretrained network and the two experts, not formed but loaded, shape (3, ranges).
         errors: standard errors over the images of the experts' losses relative to the pretrained one's, (2, ranges).
     """
-    if len(material.ranges) < 2:
+    if len(material.experts) < 2:
         return {}
     return material.keep("landscape", ["pretrained", *_experts(material)], partial(plane_losses, material))
 
 
 def _experts(material: Material) -> list[str]:
-    """The two experts that span the plane: the chosen ones, or those of the lowest and the highest range."""
-    return [material.range_names[k] for k in material.settings.landscape_ranges or (0, -1)]
+    """The two experts that span the plane: the chosen ones, or the first and the last."""
+    return [material.experts[k] for k in material.settings.landscape_ranges or (0, -1)]
 
 
 def axis(points: int) -> np.ndarray:
@@ -84,7 +85,7 @@ def plane_losses(material: Material, keep: Keep) -> Arrays:
 def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
     """Contours of the loss, over all timesteps and in each range, and where it is least."""
     if not arrays:
-        return "### Loss landscape\n\nLeft out: a plane needs two experts, timesteps.num_ranges=1 has one.", {}
+        return "### Loss landscape\n\nLeft out: a plane needs two experts, this run has one.", {}
 
     def excess(losses: np.ndarray) -> np.ndarray:
         """In % above the pretrained network's: the mean over the ranges, then each range."""
@@ -121,20 +122,22 @@ def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
 
 def marks(material: Material) -> dict[str, tuple[float, float]]:
     """Both coefficients of the merges to mark; searched ones only if all tensors share them."""
-    config, count = material.config, len(material.ranges)
+    config, experts, count = material.config, material.experts, len(material.experts)
+    are_of_ranges = experts == material.range_names
     by_name = {f"uniform 1/{count}": [1 / count] * count}
     total = config.timesteps.num_train_timesteps
-    if [4 * low for low, _ in material.ranges] == [0, total, 2 * total, 3 * total]:
+    if are_of_ranges and [4 * low for low, _ in material.ranges] == [0, total, 2 * total, 3 * total]:
         by_name["published (LSUN-Church)"] = list(PUBLISHED)
     if config.paths.best_coefficients.is_file():
         searched = read_searched(config.paths.best_coefficients)
-        pretrained, *experts = (material.hashes[name] for name in ("pretrained", *material.range_names))
-        is_of_these = (searched.pretrained, searched.finetuned) == (pretrained, experts)
-        of_ranges = replace(config, merge=replace(config.merge, experts=["ranges"], coefficients=None))
-        groups = searched.groups(of_ranges) if is_of_these else {}
+        hashes = [material.hashes[name] for name in ("pretrained", *experts)]
+        is_of_these = [searched.pretrained, *(searched.finetuned or [])] == hashes
+        merged = [RANGES] if are_of_ranges else config.merge.experts
+        merging = replace(config, merge=replace(config.merge, experts=merged, coefficients=None))
+        groups = searched.groups(merging) if is_of_these else {}
         if list(groups) == ["*"]:
             by_name["searched"] = groups["*"]
-    first, second = map(material.range_names.index, _experts(material))
+    first, second = map(experts.index, _experts(material))
     return {name: (values[first], values[second]) for name, values in by_name.items()}
 
 

@@ -28,7 +28,8 @@ def measure(material: Material) -> Arrays:
         losses[name] = material.keep(f"loss_by_timestep-{name}", [name], make)["losses"]
     experts = np.stack([losses[name] for name in material.range_names])
     losses["ensemble"] = experts[material.inside.argmax(axis=0), np.arange(len(material.timesteps))]
-    return {name: losses[name] for name in (*ORDER, *material.range_names) if name in losses}
+    names = dict.fromkeys((*ORDER, *material.experts, *material.range_names))
+    return {name: losses[name] for name in names if name in losses}
 
 
 @torch.no_grad()

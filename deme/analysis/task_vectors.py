@@ -78,7 +78,7 @@ def cosines(products: np.ndarray) -> np.ndarray:
 
 def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
     """Norms, cosines and signs of whole task vectors as a table; the same by block, and the values, as pictures."""
-    names, experts, blocks = arrays["names"].tolist(), len(material.ranges), arrays["groups"].tolist()
+    names, experts, blocks = arrays["names"].tolist(), len(material.experts), arrays["groups"].tolist()
     note = f"all {arrays['sizes'].sum():,} parameters"
     keys = ("products", "squares", "opposed", "moved")  # of the blocks, then of all
     products, squares, opposed, moved = (np.concatenate([arrays[k], arrays[k].sum(0, keepdims=True)]) for k in keys)

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from deme.config import sections, trainings
+from deme.config.networks import RANGES, TRAJECTORY, Network, networks_of, of_word
 from deme.config.paths import DENOISER, Paths, snapshot_path, with_schedule
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
-from deme.config.trainings import ANT_UW, DISTILLED, NAMED_TRAININGS, SELF
+from deme.config.trainings import ANT_UW, CONTINUED, DISTILLED, NAMED_TRAININGS, SELF, SOUP
 from deme.errors import UserError, naming
 
 UNREAD_BY = {  # script → the sections that it does not read, so that they are no reason to run it again
@@ -44,8 +45,8 @@ class Config(Section):
         rule = f"must be a plain folder name: no control characters, at most {LONGEST_NAME} bytes"
         self.check("name", is_folder_name(self.name), rule)
         count, chosen = len(self.timesteps.ranges), self.finetune.range
-        words = ("null", f"0 … {count - 1}", *NAMED_TRAININGS, SELF)
-        known = chosen in (None, *range(count), *NAMED_TRAININGS, SELF)
+        words = ("null", f"0 … {count - 1}", *NAMED_TRAININGS, SELF, SOUP)
+        known = chosen in (None, *range(count), *NAMED_TRAININGS, SELF, SOUP)
         self.finetune.check("range", known, one_of(words, chosen))
         part = "batch_size" if self.finetune.micro_batch_size is None else "micro_batch_size"
         enough = chosen not in (DISTILLED, ANT_UW) or getattr(self.finetune, part) >= count
@@ -57,6 +58,7 @@ class Config(Section):
             few = (section.num_inference_steps or 1) <= total
             section.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
         self.check_schedules(self.sample)
+        self._check_experts()
         rule = "must be a list of finite numbers, a mapping from name patterns to such lists, or a file of search.py"
         for pattern, numbers in self.coefficient_groups.items():
             fits = isinstance(pattern, str) and isinstance(numbers, list) and all(map(is_finite, numbers))
@@ -134,10 +136,36 @@ class Config(Section):
         return [f"{SELF}-{name}" for name in self.timesteps.names] if self.self_training.ranges else [SELF]
 
     @property
+    def soup_names(self) -> list[str]:
+        """The names of the networks that finetune.range=soup trains."""
+        return [f"{SOUP}-{number}" for number in range(len(self.timesteps.ranges))]
+
+    @property
+    def merged_networks(self) -> list[Network]:
+        """The networks that are merged, in the order of their coefficients."""
+        return networks_of(self)
+
+    @property
     def merged_names(self) -> list[str]:
-        """The names of the networks that are merged, in the order of their coefficients."""
-        names = {"ranges": self.timesteps.names, SELF: self.self_trained_names}
-        return [name for group in self.merge.experts for name in names[group]]
+        """Their names."""
+        return [network.name for network in self.merged_networks]
+
+    @property
+    def merges_experts(self) -> bool:
+        """True if what is merged is one network for each timestep range, in their order."""
+        return [network.timesteps for network in self.merged_networks] == self.timesteps.ranges
+
+    @property
+    def experts(self) -> list[Network]:
+        """The experts of the ranges: the networks that are merged if they are that, else those of finetune.py."""
+        return self.merged_networks if self.merges_experts else list(of_word(self, RANGES))
+
+    @property
+    def analyzed_experts(self) -> dict[str, Network]:
+        """Name → network of those that analyses compare: the ranges' experts, or whatever else is merged."""
+        if self.merges_experts or {network.word for network in self.merged_networks} <= {RANGES, SELF}:
+            return dict(zip(self.timesteps.names, self.experts, strict=True))
+        return {network.name: network for network in self.merged_networks}
 
     def steps_of(self, training: str) -> int:
         """Optimizer steps of a training of finetune.py, by its folder's name."""
@@ -164,9 +192,9 @@ class Config(Section):
 
     @property
     def usual_coefficients(self) -> list[float]:
-        """1/N for the experts of N ranges, and −1 in sum for self-trained networks, one of each of `merged_names`."""
-        ranges, own = self.timesteps.ranges, self.self_trained_names
-        return [-1 / len(own) if name in own else 1 / len(ranges) for name in self.merged_names]
+        """One of each of `merged_networks`: 1/N of a word's N networks, or of N folders; −1/N of self-trained ones."""
+        words = [network.word for network in self.merged_networks]
+        return [(-1 if word == SELF else 1) / words.count(word) for word in words]
 
     @property
     def coefficient_groups(self) -> dict[str, list[float]]:
@@ -186,9 +214,9 @@ class Config(Section):
 
     @property
     def intervals(self) -> list[tuple[float, float]]:
-        """The bounds of the searched coefficients, one of each of `merged_names`."""
-        search, own = self.search, self.self_trained_names
-        return [search.self_interval if name in own else search.interval for name in self.merged_names]
+        """The bounds of the searched coefficients, one of each of `merged_networks`."""
+        search, networks = self.search, self.merged_networks
+        return [search.self_interval if network.word == SELF else search.interval for network in networks]
 
     @property
     def searches_by_images(self) -> bool:
@@ -205,11 +233,23 @@ class Config(Section):
         """Into how many blocks of seeds the final report of a search is split; one would have no standard error."""
         return self.evaluate.blocks if self.evaluate.blocks > 1 else 5
 
+    def _check_experts(self) -> None:
+        """What has to hold before `merged_networks` can be listed."""
+        every, steps = self.finetune.snapshot_every, self.steps_of(CONTINUED)
+        has_snapshots = every is not None and every <= steps
+        rule = f"are snapshots of {CONTINUED}, which needs finetune.snapshot_every of at most its {steps} steps"
+        self.merge.check("experts", TRAJECTORY not in self.merge.experts or has_snapshots, rule)
+        for item in self.merge.experts:
+            high = item.get("timesteps", [0, 0])[1] if isinstance(item, dict) else 0
+            total = self.timesteps.num_train_timesteps
+            self.merge.check("experts", high <= total, f"{high}: above timesteps.num_train_timesteps={total}")
+
     def check_search(self) -> None:
         """What has to hold between the sections where a search is made."""
         search, drawn = self.search, self.sample.seeds
-        rule = "match and loss need merge.experts=[ranges]; with self use multi_fidelity, or optuna with fd"
-        search.check("method", self.searches_by_images or self.merge.experts == ["ranges"], rule)
+        rule = "match and loss need merge.experts=[ranges], or a folder with `timesteps` for each of timesteps.ranges; "
+        rule += "without them use multi_fidelity, or optuna with fd"
+        search.check("method", self.searches_by_images or self.merges_experts, rule)
         end = search.seed_offset + search.control_images + search.report_images
         apart = end <= drawn.start or search.seed_offset >= drawn.stop
         search.check("seed_offset", apart, f"sample_ddp.py draws the seeds {drawn.start} … {drawn.stop - 1}")
@@ -240,8 +280,9 @@ class Config(Section):
         count = len(self.timesteps.ranges)
         enough = settings.landscape_images >= count
         settings.check("landscape_images", enough, f"are spread over {count} timestep ranges")
+        count = len(self.analyzed_experts)
         inside = set(settings.landscape_ranges or []) <= set(range(count))
-        settings.check("landscape_ranges", inside, f"the ranges have the numbers 0 … {count - 1}")
+        settings.check("landscape_ranges", inside, f"the experts have the numbers 0 … {count - 1}")
 
     @property
     def analyzed_timesteps(self) -> list[int]:

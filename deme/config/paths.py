@@ -31,9 +31,8 @@ class Paths:
         self.pretrained = str(self.pretrained_here) if config.model.pretrained is None else config.model.pretrained
         self.continued = self.trained(CONTINUED)  # the control's UNet folder
         self.distilled = self.trained(DISTILLED)  # of the network that is distilled from the experts
-        experts = output(config.merge.finetuned, "finetuned")
-        self.finetuned = [experts / name / DENOISER for name in config.merged_names]  # the UNet folders that are merged
-        self.experts = [experts / name / DENOISER for name in config.timesteps.names]  # of the ranges
+        self.finetuned = [network.folder for network in config.merged_networks]  # the UNet folders that are merged
+        self.experts = [network.folder for network in config.experts]  # of the ranges
         self.own_samples = run / "own-samples"  # of the pretrained network, for self-training
         self.search = output(config.search.output, "search")  # the output of search.py
         self.best_coefficients = self.search / "best.yaml"  # the merging coefficients that search.py finds

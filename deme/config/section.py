@@ -107,7 +107,7 @@ class Section:
                 rule = f"no such user; a folder of that name is written ./{value}"
                 self.check(key, not changed[key].startswith("~"), rule)
             elif "path" in tags_of(part) and isinstance(value, list) and part.type is not Any:  # else a list of prompts
-                changed[key] = list(map(os.path.expanduser, value))
+                changed[key] = [os.path.expanduser(part) if isinstance(part, str) else part for part in value]
         return replace(self, **changed)
 
     def tagged(self, tag: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ ANT_UW = "ant_uw"  # the control with learned weights of the timestep ranges
 BASELINES = (*WEIGHTINGS[1:], ANT_UW)  # the control with another weighting of the loss: the paper's table 1
 DISTILLED = "distilled"  # the merged network, trained to match each range's expert in its range
 SELF = "self"  # trained on samples of the pretrained network, to be subtracted
+SOUP = "soup"  # copies trained on all timesteps, as many as there are ranges
 NEON = "neon"  # the pretrained network minus that task vector, without a search
 NAMED_TRAININGS = (CONTINUED, *BASELINES, DISTILLED)  # of one network each, beside the ranges
 PRECISIONS = ("no", "fp16", "bf16")
@@ -99,7 +100,7 @@ class Pretrain(Training):
 class Finetune(Training):
     """Training the copy of a range, the control or a baseline."""
 
-    range: int | str | None = setting(None, "weights all_runs")  # null: each; 0, 1, …: one; of NAMED_TRAININGS; self
+    range: int | str | None = setting(None, "weights all_runs")  # null: each; 0, …: one; NAMED_TRAININGS; self; soup
     global_probability: float = setting(0.3, "weights", least=0, most=1)  # p: of a micro-batch from all timesteps
     consistency_weight: float = setting(1.0, "weights", least=0)  # λ
     uncertainty_learning_rate: float = setting(0.025, "weights", only=("range", ANT_UW), above=0)  # of its weights

@@ -122,6 +122,17 @@ def merge_tensors(
         yield key, merged
 
 
+def random_directions(
+    pretrained: Tensors, finetuned: Tensors, seed: Sequence[int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A network in a random direction, in each tensor as far from the pretrained one as a finetuned one: float32."""
+    random = np.random.default_rng(seed)
+    for name in sorted(pretrained):
+        base = pretrained[name].float()
+        drawn = torch.from_numpy(np.asarray(random.standard_normal(tuple(base.shape), dtype=np.float32)))
+        yield name, base + drawn * ((finetuned[name].float() - base).norm() / drawn.norm())
+
+
 class Candidates:
     """The networks that merging gives with any coefficients w_gk: pretrained + Σ_k w_gk (finetuned_k − pretrained).
 

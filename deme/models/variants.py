@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
+from deme.config.networks import Network
 from deme.config.paths import DENOISER, Paths, sampler_and_steps, without_schedule
 from deme.config.sections import DDIM, Sample
-from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF
+from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, checked, read_json, read_yaml, sha256
 from deme.job.records import ENCODER, SCHEDULE
@@ -112,13 +113,12 @@ def merged_pipeline(model: str, paths: Paths) -> Path | None:
     return {"merged": paths.merged, NEON: paths.neon}.get(model)
 
 
-def check_trained(folders: list[Path]) -> list[Path]:
-    """The folders of denoisers that finetune.py has trained, each with its weights."""
-    for k, folder in enumerate(folders):
-        if not pipelines.has_weights(folder):
-            chosen = SELF if folder.parent.name.startswith(SELF) else k
-            raise UserError(f"{folder / pipelines.WEIGHTS}: missing; train it with finetune.py finetune.range={chosen}")
-    return folders
+def check_trained(networks: Sequence[Network]) -> list[Path]:
+    """The folders of networks that are merged or are experts, each with its weights."""
+    for network in networks:
+        if not pipelines.has_weights(network.folder):
+            raise UserError(f"{network.folder / pipelines.WEIGHTS}: missing; {network.remedy}")
+    return [network.folder for network in networks]
 
 
 def find_pretrained(paths: Paths) -> Path:

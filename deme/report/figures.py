@@ -178,7 +178,7 @@ def coefficient_map(coefficients: Mapping[str, Sequence[float]], config: Config)
     limit = max(1e-9, float(np.abs(values).max()))
     image = heat_map(axes, values, names if len(names) <= MOST_GROUPS else [], experts, limit)
     axes.set_xticks(range(len(experts)), experts, rotation=0, ha="center")
-    axes.set(xlabel="timesteps of the expert", ylabel="tensors")
+    axes.set(xlabel="timesteps of the expert" if config.merges_experts else "network", ylabel="tensors")
     figure.colorbar(image, label="coefficient")
     return figure
 

@@ -4,11 +4,23 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
+from deme.config.networks import RANDOM, RANGES, TRAJECTORY
 from deme.config.paths import DENOISER, without_schedule
+from deme.config.trainings import SELF, SOUP
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_scores
 from deme.models.pipelines import WEIGHTS, hub_name, is_projected, takes_text
 from deme.report.tables import NAMES, markdown_table, render
+
+FROM = "copies of one pretrained network, "
+MADE_BY = {  # the items of merge.experts in words
+    RANGES: f"[Decouple-then-Merge](https://arxiv.org/abs/2410.06664): {FROM}each finetuned on one range of timesteps",
+    SELF: f"[Neon](https://arxiv.org/abs/2510.03597): {FROM}trained on its own samples",
+    SOUP: f"a [soup](https://arxiv.org/abs/2203.05482): {FROM}each finetuned on all timesteps",
+    TRAJECTORY: "[LCSC](https://arxiv.org/abs/2404.02241): snapshots of one finetuning of a pretrained network",
+    RANDOM: "random directions, as long in each tensor as the task vectors of experts",
+}
+OTHERS = "adding the task vectors of the networks below"
 
 
 def model_card(config: Config, made_from: dict[str, Any]) -> str:
@@ -18,7 +30,7 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
     """
     merged, repository = config.paths.merged, config.merge.push_to_hub
     is_of_text, projected = takes_text(merged), is_projected(merged / DENOISER)
-    method = made_from["method"]
+    method, networks = made_from["method"], config.merged_networks
     names = [f"timesteps {name}" * (name == config.timesteps.names[0]) or name for name in config.merged_names]
     settings = [f"{key} {value}" for key, value in made_from.items() if key.startswith(f"{method}_")]
     coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in made_from["coefficients"].items()]
@@ -28,6 +40,8 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
         "model_card.md",
         header=to_yaml(header(config)),
         config=config,
+        experts=list(dict.fromkeys(MADE_BY.get(network.word, OTHERS) for network in networks)),
+        given=[part for part, network in zip(made_from["finetuned"], networks, strict=True) if network.word is None],
         made_from=made_from,
         method=", ".join([method, *settings]),
         coefficients=markdown_table(["tensors", *names], coefficients),

@@ -55,7 +55,7 @@ class Run:
     def __init__(self, config: Config):
         self.config, paths = config, config.paths
         self.unreadable: dict[str, list[str]] = {}  # reasons by title of a section
-        trainings = [*config.timesteps.names, *NAMED_TRAININGS, *config.self_trained_names]
+        trainings = [*config.timesteps.names, *NAMED_TRAININGS, *config.self_trained_names, *config.soup_names]
         logs = [self._read(TRAINING, read_log, paths.finetuning(name) / "log.jsonl", config) for name in trainings]
         self.logs = [log for log in logs if log is not None]
         self.features, self.scores = self._read(RESULTS, load_scores, paths.results) or (None, [])
@@ -94,7 +94,7 @@ def read_merge(file: Path, config: Config) -> dict[str, list[float]]:
     with naming(file):
         coefficients = checked(content.get("coefficients"), dict[str, list[float]], "coefficients")
         if not coefficients or any(len(values) != count for values in coefficients.values()):
-            experts = ", ".join(config.merge.experts)
+            experts = ", ".join(map(str, config.merge.experts))
             given = f"timesteps.num_ranges={len(config.timesteps.ranges)} and merge.experts=[{experts}]"
             raise UserError(f"its coefficients are not those of {given}")
     return coefficients

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deme.config.experiment import Config
-from deme.config.trainings import CONTINUED, DISTILLED
+from deme.config.trainings import CONTINUED, DISTILLED, SELF
 from deme.errors import UserError, naming
 from deme.job.files import read_json
 from deme.job.processes import in_main_process, locked_by_all
@@ -68,7 +68,7 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
     if settings.sampler == "grid":
         with naming("search.trials", settings.trials):
             first = grid(settings.trials, problem.bounds, shape)
-    elif settings.sampler != "random" and problem.config.merge.experts != ["ranges"]:
+    elif settings.sampler != "random" and not problem.config.merges_experts:
         first = [*starts(problem), *line(problem.config, shape)]
     elif settings.sampler != "random":
         evaluated = _cheap_answer(problem, folder, np.prod(shape) > MOST_COLUMNS)
@@ -152,12 +152,15 @@ def starts(problem: Problem) -> list[np.ndarray]:
 def line(config: Config, shape: tuple[int, int]) -> list[np.ndarray]:
     """The pretrained network, and LINE equal coefficients of all self-trained networks down to their lower bound.
 
-    The distance falls smoothly along this line and rises again. If the ranges' experts are merged, too, half of the
-    candidates add them uniformly.
+    The distance falls smoothly along this line and rises again. If others are merged, too, half of the candidates add
+    them uniformly. Without self-trained networks these are the first candidates of the ranges' experts, less the cheap
+    answers.
     """
-    is_self = np.isin(config.merged_names, config.self_trained_names)
-    values, uniform = np.linspace(0, config.search.self_interval[0], LINE + 1), 1 / len(config.timesteps.ranges)
-    rows = [np.where(is_self, value, number % 2 * uniform) for number, value in enumerate(values)]
+    is_self = np.array([network.word == SELF for network in config.merged_networks])
+    if not is_self.any():
+        return first_candidates(np.zeros(shape), config.search.interval)
+    values, usual = np.linspace(0, config.search.self_interval[0], LINE + 1), config.usual_coefficients
+    rows = [np.where(is_self, value, number % 2 * np.array(usual)) for number, value in enumerate(values)]
     return [np.broadcast_to(row, shape) for row in rows]
 
 
@@ -223,7 +226,7 @@ def _contenders(problem: Problem, result: Result) -> dict[str, Callable[[], Netw
     trained = {name: config.paths.trained(name) for name in TRAINED}
     contenders = {"pretrained": partial(problem.merged, np.zeros(len(usual)))}
     contenders |= {name: partial(problem.trained, folder) for name, folder in trained.items() if folder.is_dir()}
-    if config.merge.experts == ["ranges"]:
+    if config.merges_experts:
         contenders |= {"ensemble": problem.experts, f"uniform {usual[0]:g}": partial(problem.merged, usual)}
         if len(PUBLISHED) == len(usual):
             contenders["published coefficients"] = partial(problem.merged, PUBLISHED)

@@ -17,6 +17,7 @@ def measured(points: int, keep=lambda name, make: make()):
     networks = [Linear(seed) for seed in range(3)]
     batches = probes(accelerator)
     material = SimpleNamespace(processes=accelerator, network=Linear(7), ranges=RANGES, range_names=["a", "b"])
+    material.experts = ["a", "b"]
     tensors = {name: network.state_dict() for name, network in zip(("pretrained", "a", "b"), networks, strict=True)}
     material.tensors, material.spread = tensors.get, lambda *_: batches
     material.settings = SimpleNamespace(landscape_ranges=None, landscape_points=points, landscape_images=30)
@@ -72,5 +73,5 @@ def test_searched_coefficients_of_the_ranges_are_marked_whatever_is_merged(tmp_p
     config.paths.search.mkdir(parents=True)
     config.paths.best_coefficients.write_text(yaml.safe_dump(content))
     material = SimpleNamespace(config=config, ranges=config.timesteps.ranges, range_names=names, hashes=hashes)
-    material.settings = config.analyze
+    material.settings, material.experts = config.analyze, names
     assert marks(material)["searched"] == (0.1, 0.4)

@@ -63,7 +63,9 @@ def test_the_pretrained_network_is_1_everywhere():
 
 def test_the_ensemble_is_each_expert_in_its_range():
     kept = {"pretrained": losses(0), "a": losses(1), "b": losses(2)}
-    material = SimpleNamespace(networks=kept, range_names=["a", "b"], inside=INSIDE, timesteps=TIMESTEPS)
+    material = SimpleNamespace(
+        networks=kept, range_names=["a", "b"], experts=["a", "b"], inside=INSIDE, timesteps=TIMESTEPS
+    )
     material.keep = lambda name, networks, make: {"losses": kept[networks[0]]}
     found = measure(material)
     assert list(found) == ["pretrained", "ensemble", "a", "b"]

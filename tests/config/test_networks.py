@@ -1,0 +1,88 @@
+"""merge.experts: which networks it lists, what they are called, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from deme.config.networks import short_names
+from deme.config.reading import load_config, override
+from deme.errors import UserError
+
+
+def config(*overrides: str):
+    return load_config("configs/digits.yaml", ["merge.coefficients=null", *overrides])
+
+
+def listed(experts, *overrides: str) -> list[tuple[str, str]]:
+    networks = config(override("merge.experts", experts), *overrides).merged_networks
+    return [(network.name, str(network.folder)) for network in networks]
+
+
+def test_words_stand_for_their_networks_and_folders_for_themselves():
+    given = ["finetune.max_steps=500", "finetune.snapshot_every=700", "timesteps.num_ranges=3"]
+    here = "runs/digits/finetuned"
+    assert listed(["soup"], *given) == [(f"soup-{k}", f"{here}/soup-{k}/unet") for k in range(3)]
+    names = ["0000-0333", "0333-0666", "0666-1000"]
+    assert listed(["random"], *given) == [(f"random-{name}", f"{here}/random-{name}/unet") for name in names]
+    snapshots = [(f"continued-{step}", f"{here}/continued/snapshots/{step:08d}/unet") for step in (700, 1400)]
+    assert listed(["trajectory"], *given) == snapshots
+    mixed = listed([{"path": "other/a/unet"}, "trajectory", "./b"], *given, "merge.finetuned=elsewhere")
+    assert mixed[0] == ("a", "other/a/unet")
+    assert mixed[1] == ("continued-700", "elsewhere/continued/snapshots/00000700/unet")
+    assert mixed[3] == ("b", "b")
+    assert listed(["~/a/unet"]) == [("a", str(Path.home() / "a" / "unet"))]
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/a/finetuned/x/unet", "runs/b/y/unet"], ["x", "y"]),
+        (["runs/a/finetuned/x/unet", "runs/b/finetuned/x/unet"], ["a-x", "b-x"]),
+        (["a/x", "b/a/x/unet"], ["a-x", "b-a-x"]),
+        (["/x/merged/unet"], ["x-merged"]),  # a model of the run is called so
+        (["merged"], ["merged"]),  # nothing else to call it by
+        (["x/unet", "x"], ["x-unet", "x"]),
+    ],
+)
+def test_names_are_the_last_parts_that_tell_folders_apart(folders, names):
+    assert short_names(list(map(Path, folders)), {"merged"}) == names
+
+
+def test_usual_coefficients_are_a_mean_of_each_word_s_networks_and_of_the_folders():
+    given = ["soup", "./a", "self", "./b"]
+    assert config(override("merge.experts", given)).usual_coefficients == [0.25] * 4 + [0.5, -1.0, 0.5]
+    assert config(override("merge.experts", given)).intervals == [(0.0, 1.5)] * 5 + [(-3.0, 0.5), (0.0, 1.5)]
+
+
+def test_folders_with_the_timesteps_of_the_ranges_are_their_experts():
+    edges = [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    given = [{"path": f"x/{low}", "timesteps": [low, high]} for low, high in edges]
+    ranged = config(override("merge.experts", given))
+    assert [str(folder) for folder in ranged.paths.experts] == ["x/0", "x/250", "x/500", "x/750"]
+    for wrong in (given[:3], given[::-1], [*given[:3], {"path": "x/750"}]):
+        other = config(override("merge.experts", wrong), "search.method=closed_form")
+        assert str(other.paths.experts[0]) == "runs/digits/finetuned/0000-0250/unet"
+        with pytest.raises(UserError, match=r"^search.method=closed_form: match and loss need .* for each of"):
+            other.check_search()
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (["suop"], "'suop': must be one of .*; did you mean soup.; a folder is written ./NAME"),
+        ([], "must be a list of different networks"),
+        (["self", "self"], "must be a list of different networks"),
+        (["a/unet", "./a/unet"], "must be a list of different networks"),
+        ([3], r"3: must be a word, a folder, or \{path: FOLDER, timesteps"),
+        ([{"paht": "a/b"}], "must be a word, a folder, or"),
+        ([{"path": ""}], "must be a word, a folder, or"),
+        (["a/\nb"], "must be a word, a folder, or"),
+        ([{"path": "a/b", "timesteps": [5, 5]}], r"timesteps=\[5, 5\]: must be \[low, high\)"),
+        ([{"path": "a/b", "timesteps": [0, 1e3]}], r"timesteps=\[0, 1000.0\]: must be"),
+        ([{"path": "a/b", "timesteps": [0, 1001]}], "1001: above timesteps.num_train_timesteps=1000"),
+        (["trajectory"], "are snapshots of continued, which needs finetune.snapshot_every of at most its 4000 steps"),
+    ],
+)
+def test_what_names_no_network_is_refused_by_name(experts, message):
+    with pytest.raises(UserError, match=f"^merge.experts=.*{message}"):
+        config(override("merge.experts", experts), "finetune.snapshot_every=4001")
