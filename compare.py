@@ -8,8 +8,8 @@ A comparison lists runs, as overrides of one base configuration, and their model
 `reference=FILE` (the experiment whose images FID compares with) replace the comparison's own; all other overrides go to
 every run. Independent jobs run side by side, one per GPU or per CPU core. Environment variables: NUM_PROCESSES, GPUs or
 cores per job; JOBS_PER_GPU, jobs that share a GPU; BLOCKS, jobs that draw from each model. The same command resumes.
-Writes runs/<name>/comparison/<comparison>/ with table.md and rows.json, the page runs/<name>/report.html, and logs in
-runs/<name>/jobs/logs/.
+Writes runs/<name>/comparison/<comparison>/ with table.md, rows.json and, with sample.schedules, the picture steps.png;
+the page runs/<name>/report.html, and logs in runs/<name>/jobs/logs/.
 """
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
@@ -84,8 +84,10 @@ def main(file: str, runs: list[ComparedRun], jobs: list[Job], processes: int, ta
 
 def write_table(runs: list[ComparedRun], output: Path) -> None:
     """Print the base's scores and the table of the runs, the base first; write the table to a folder."""
-    from deme.compare.table import compared_rows, comparison_table
+    from deme.compare.table import compared_rows, comparison_table, points_of_rows
     from deme.measure.scores import load_scores
+    from deme.report.figures import save_figure
+    from deme.report.steps import distance_by_steps
     from deme.report.tables import score_table
 
     results = runs[0].config.paths.results
@@ -99,6 +101,9 @@ def write_table(runs: list[ComparedRun], output: Path) -> None:
     with atomic_file(output / "table.md") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n{output / 'table.md'}")
+    if rows and rows[0].schedule:
+        save_figure(distance_by_steps(points_of_rows(rows, features)), output / "steps.png")
+        print(output / "steps.png")
 
 
 def pictures(paths: Paths) -> list[Path]:

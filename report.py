@@ -15,6 +15,7 @@ from argparse import ArgumentParser
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
+from deme.config.paths import without_schedule
 from deme.config.reading import override
 from deme.config.section import without_password
 from deme.errors import UserError
@@ -101,15 +102,18 @@ def picture(run: "Run", name: str, caption: str, figure: "Figure | None" = None)
 
 def results(run: "Run") -> "list[Part]":
     """The scores, what they say, and their picture."""
-    from deme.report import figures, tables
+    from deme.report import figures, steps, tables
     from deme.report.run import verdict
 
     if not run.scores:
         return []
     caption = f"{tables.NAMES[run.features][0]} of each model, {run.scores[0].images:,} images of the same seeds each."
-    parts = [verdict(run.scores, run.features), tables.score_table(run.scores, run.features)]
+    parts = [verdict(run.scores, run.features, run.schedule), tables.score_table(run.scores, run.features)]
     parts += [tables.difference_table(run.scores, run.features)]
     parts += [picture(run, "report-results", caption, figures.score_bars(run.scores, run.features, "merged"))]
+    if points := steps.points_of(run.scores, run.features):
+        caption = "Distance against number of sampling steps, on the same seeds."
+        parts.append(picture(run, "report-steps", caption, steps.distance_by_steps(points)))
     return [part for part in parts if part]
 
 
@@ -123,7 +127,7 @@ def samples(run: "Run") -> "list[Part]":
     strips = figures.Strips(run.config.paths.run_folder)
     caption = "The first seeds: each row starts from the same noise."
     parts = [picture(run, "report-samples", caption, strips.draw(run.samples, names[:SEEDS]))]
-    by_name = {folder.name: folder for folder in run.samples}
+    by_name = {without_schedule(folder.name)[0]: folder for folder in run.samples}
     if {"pretrained", "merged"} <= by_name.keys():
         compared = names[: figures.MOST_COMPARED]
         different = strips.most_different(by_name["pretrained"], by_name["merged"], compared, SEEDS)
@@ -186,13 +190,14 @@ def made(run: "Run", options: str) -> "list[Part]":
     from deme.report.tables import Commands, Table
 
     config = run.config
+    drawn = config.schedules_of(config.sample)
     versions = run.provenance.versions or {}
     facts = {
         "pretrained model": config.paths.pretrained,
         "data": f"{config.data.name}, split {config.data.split}, {config.data.resolution} pixels",
         "timestep ranges": ", ".join(config.timesteps.names),
         "finetuning, per range": f"{config.finetune.max_steps:,} steps of {config.finetune.batch_size} images",
-        "sampling": f"{config.sample.scheduler}, {config.sample.num_inference_steps} steps",
+        "sampling": "; ".join(f"{one.scheduler}, {one.num_inference_steps} steps" for one in drawn),
         "processor": run.provenance.processor or "not recorded",
         "git commit": run.provenance.git_commit or "not recorded",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded",

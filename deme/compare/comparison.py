@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from deme.compare.jobs import Job, state_of
 from deme.config.experiment import Config
-from deme.config.paths import DENOISER, for_shell, image_path
+from deme.config.paths import DENOISER, for_shell, image_path, with_schedule
 from deme.config.reading import load_config, override
 from deme.config.section import Section, is_folder_name, one_of, setting
 from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF
@@ -173,7 +173,8 @@ class Stages:
         drawn = {model: self._drawn(run, model) for model in run.models}
 
         def arguments(there: Sequence[Job]) -> list[str] | None:  # scores the complete folders, in the base's features
-            folders = [str(paths.all_samples / model) for model, jobs in drawn.items() if set(jobs) <= set(there)]
+            complete = [model for model, jobs in drawn.items() if set(jobs) <= set(there)]
+            folders = [str(folder) for model in complete for folder in sample_folders(run, model)]
             scored = [override("evaluate.samples", folders), override("evaluate.output", str(paths.results))]
             return [*self.base.arguments, *scored] if folders else None
 
@@ -188,12 +189,12 @@ class Stages:
             self._add(run, "report", "report.py", output=paths.report, inputs=pictures, **told)
 
     def _drawn(self, run: ComparedRun, model: str) -> list[Job]:
-        """The jobs that draw a model's images, one for each block of seeds."""
-        folder, before = run.config.paths.all_samples / model, self._made(run, model)
+        """The jobs that draw a model's images with all schedules, one for each block of seeds."""
+        folders, before = sample_folders(run, model), self._made(run, model)
         overrides = [f"sample.model={model}"] + [f"sample.blocks={self.blocks}"] * (self.blocks > 1)
         jobs = []
         for number, seeds in enumerate(replace(run.config.sample, blocks=self.blocks).chosen_blocks):
-            images = [image_path(folder, seed) for seed in seeds]
+            images = [image_path(folder, seed) for folder in folders for seed in seeds]
             job = {"own": f"sample.block={number}" * (self.blocks > 1), "output": images[-1], "parts": images}
             jobs.append(self._add(run, f"sample-{model}", "sample_ddp.py", *overrides, **job, after=before))
         return jobs
@@ -238,6 +239,11 @@ class Stages:
             return self._add(run, stage, "finetune.py", output=output, **own)
         parts, drawn = list(map(paths.trained, run.config.self_trained_names)), run.config.sample.tagged("samples")
         return self._add(run, stage, "finetune.py", output=parts[-1], parts=parts, inputs=drawn, **own)
+
+
+def sample_folders(run: ComparedRun, model: str) -> list[Path]:
+    """The folders of a model's images, one for each schedule."""
+    return [run.config.paths.all_samples / with_schedule(model, name) for name in run.config.schedule_names]
 
 
 def outside(config: Config, script: str) -> list[str]:

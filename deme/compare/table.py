@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from deme.compare.comparison import PRETRAINED, ComparedRun
+from deme.config.paths import sampler_and_steps, with_schedule
 from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.measure.scores import Difference, Score, load_scores, mean_and_deviation
 from deme.models.variants import read_searched, seconds_of
 from deme.report.run import read_log
+from deme.report.steps import Point
 from deme.report.tables import NAMES, Table, number, signed
 
 CLEAR = "*: the 95 % confidence interval, by Student's t, does not hold 0."
@@ -27,6 +29,7 @@ class Row:
     to_continued: list[list[float]] | None  # to the control of the same seed, if there is one
     passes: int  # UNet passes to make the model, mean over the trainings
     hours: float | None  # None: unknown, as its search took no notes
+    schedule: str = ""  # of the images, if there are several
 
 
 def difference(blocks: Sequence[Sequence[float]]) -> Difference:
@@ -47,13 +50,18 @@ def difference(blocks: Sequence[Sequence[float]]) -> Difference:
 
 
 def compared_rows(runs: Sequence[ComparedRun]) -> list[Row]:
-    """A row for each model of each variation that has scores; `runs` begins with the base."""
+    """A row for each model of each variation that has scores, schedule by schedule; `runs` begins with the base."""
+    return [row for schedule in runs[0].config.schedule_names for row in _rows_of(runs, schedule)]
+
+
+def _rows_of(runs: Sequence[ComparedRun], schedule: str) -> list[Row]:
     trained: dict[tuple[str, str], list[tuple[ComparedRun, Score]]] = {}  # by variation and model
     for run in runs:
         file = run.config.paths.results
         scores = {Path(score.samples).name: score for score in (load_scores(file)[1] if file.is_file() else [])}
-        for model in filter(scores.get, run.models):
-            trained.setdefault((run.name, model), []).append((run, scores[model]))
+        for model in run.models:
+            if score := scores.get(with_schedule(model, schedule)):
+                trained.setdefault((run.name, model), []).append((run, score))
     base = runs[0].name
     if (base, PRETRAINED) not in trained:  # its images could not be drawn
         return []
@@ -75,9 +83,20 @@ def compared_rows(runs: Sequence[ComparedRun]) -> list[Row]:
                 to_continued=np.subtract(blocks, others).tolist() if has_control else None,
                 passes=round(np.mean(passes)),
                 hours=None if None in seconds else float(np.mean(seconds)) / 3600,
+                schedule=schedule,
             )
         )
     return rows
+
+
+def points_of_rows(rows: Sequence[Row], features: str) -> list[Point]:
+    """The rows' distances, for the picture of them against the number of steps."""
+    distance = NAMES[features][0]
+    errors = [difference(row.to_pretrained).standard_error for row in rows]
+    return [
+        Point(distance, *sampler_and_steps(row.schedule), row.name, row.pooled, error)
+        for row, error in zip(rows, errors, strict=True)
+    ]
 
 
 def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
@@ -112,18 +131,19 @@ def comparison_table(rows: Sequence[Row], features: str) -> str:
     pooled = f"{NAMES[features][0]}, all images"
     several, has_control = any(len(row.seeds) > 1 for row in rows), any(row.to_continued for row in rows)
     columns: dict[str, Callable[[Row], str]] = {"model": lambda row: row.name}
+    columns |= {"schedule": lambda row: row.schedule} if any(row.schedule for row in rows) else {}
     columns |= {"trainings": lambda row: str(len(row.seeds))} if several else {}
     columns[pooled] = lambda row: number(row.pooled)
     columns["difference to pretrained ± s.e."] = lambda row: change(row.to_pretrained)
     if several:
-        means = {row.name: np.mean(row.to_pretrained, axis=1) for row in rows}
-        columns["s.d. between trainings"] = lambda row: number(mean_and_deviation(means[row.name])[1])
+        spread = "s.d. between trainings"
+        columns[spread] = lambda row: number(mean_and_deviation(np.mean(row.to_pretrained, axis=1))[1])
     columns |= {"to continued ± s.e.": lambda row: change(row.to_continued)} if has_control else {}
     columns["UNet passes to make it"] = lambda row: f"{row.passes:,}"
     columns["hours"] = lambda row: number(row.hours, form=".2f")
 
     def cell(row: Row, title: str) -> str:
-        return "-" if row.name == PRETRAINED and title not in ("model", pooled) else columns[title](row)
+        return "-" if row.name == PRETRAINED and title not in ("model", "schedule", pooled) else columns[title](row)
 
     cells = [[cell(row, title) for title in columns] for row in rows]
     return str(Table(list(columns), cells, CLEAR if any("*" in text for line in cells for text in line) else ""))

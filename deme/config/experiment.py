@@ -109,6 +109,11 @@ class Config(Section):
         return drawn
 
     @property
+    def schedule_names(self) -> list[str]:
+        """The schedules in the names of the sample folders; only an empty one if there is no list of them."""
+        return [one.schedule for one in self.schedules_of(self.sample)] if self.sample.schedules else [""]
+
+    @property
     def paths(self) -> Paths:
         """Where everything of it lies."""
         return Paths(self)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.paths import sampler_and_steps, without_schedule
+from deme.config.paths import sampler_and_steps, with_schedule, without_schedule
 from deme.config.sections import GRADIENT_PASSES
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.errors import UserError, naming, one_line
@@ -64,7 +64,9 @@ class Run:
         self.search = self._read(SEARCH, read_searched, paths.best_coefficients)
         self.search_features, self.search_scores = self._read(SEARCH, load_scores, report) or (None, [])
         self.search_seconds = seconds_of(paths.search)
-        self.samples = [paths.all_samples / name for name in ORDER if (paths.all_samples / name).is_dir()]
+        self.schedule = config.schedule_names[0]  # of the samples that are shown, and told of in words
+        folders = [paths.all_samples / with_schedule(name, self.schedule) for name in ORDER]
+        self.samples = [folder for folder in folders if folder.is_dir()]
         self.analyses = [file.stem.removeprefix("analysis-") for file in sorted(paths.plots.glob("analysis-*.png"))]
         provenance = None
         if self.scores:
@@ -137,7 +139,7 @@ def missing_stages(run: Run) -> Iterator[tuple[str, str]]:
     if run.coefficients is None and MERGING not in run.unreadable:
         yield "the merged network", MAKERS["merged"]
     for name in ORDER:
-        if name not in BASELINES and paths.all_samples / name not in run.samples:
+        if name not in BASELINES and paths.all_samples / with_schedule(name, run.schedule) not in run.samples:
             yield f"samples of {name}", f"sample_ddp.py sample.model={name}"
     if not run.scores and RESULTS not in run.unreadable:
         yield "scores", "evaluate.py"
@@ -145,14 +147,18 @@ def missing_stages(run: Run) -> Iterator[tuple[str, str]]:
         yield "analyses", "analyze.py"
 
 
-def verdict(scores: Sequence[Score], features: str) -> str:
-    """What the scores say about merging, in a sentence or two; empty if there is nothing to compare."""
+def verdict(scores: Sequence[Score], features: str, schedule: str = "") -> str:
+    """What the scores say about merging, in a sentence or two; empty if there is nothing to compare.
+
+    Of several schedules they are those of one.
+    """
     by_name = {Path(row.samples).name: row.to_pretrained for row in scores}
-    merged, control, neon = by_name.get("merged"), by_name.get(CONTINUED), by_name.get(NEON)
+    merged, control, neon = (by_name.get(with_schedule(name, schedule)) for name in ("merged", CONTINUED, NEON))
     if merged is None:
         return ""
     distance = NAMES[features][0]
-    text = f"The merged network differs from the pretrained one by {signed(merged)} in {distance} (lower is better)"
+    text = f"By {schedule} the" if schedule else "The"
+    text += f" merged network differs from the pretrained one by {signed(merged)} in {distance} (lower is better)"
     if merged.half_width is None:
         text += ", without a standard error."
     elif not merged.is_clear:

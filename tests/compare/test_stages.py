@@ -73,6 +73,19 @@ def test_scores_are_those_of_the_models_whose_images_are_all_there(tmp_path):
     assert jobs["evaluate"].arguments_after([]) is None
 
 
+def test_a_job_draws_a_model_with_all_schedules(tmp_path):
+    """The images of every folder are its output, and every folder is scored."""
+    given = ["sample.num_images=12", "sample.schedules=[{steps: 10}, {steps: 20, scheduler: unipc}]"]
+    jobs = stages(tmp_path, *given, runs={"models": {"models": ["pretrained", "continued"]}}, blocks=2)
+    job = jobs["sample-continued sample.block=1"]
+    folders = [Path(f"runs/digits/samples/continued@{name}") for name in ("ddim-10", "unipc-20")]
+    assert job.parts == [image_path(folder, seed) for folder in folders for seed in range(6, 12)]
+    arguments = jobs["evaluate"].arguments_after(jobs["evaluate"].after_all)
+    models = ("pretrained", "continued")
+    folders = [f"runs/digits/samples/{model}@{name}" for model in models for name in ("ddim-10", "unipc-20")]
+    assert override("evaluate.samples", folders) in arguments
+
+
 def test_a_setting_concerns_the_jobs_that_read_it(tmp_path):
     """What they are made from is followed by the ledger: their keys need not say it."""
 

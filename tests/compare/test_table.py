@@ -1,7 +1,11 @@
+import json
+
 import numpy as np
 import pytest
+import yaml
 
-from deme.compare.table import Row, comparison_table, difference
+from deme.compare.comparison import load_comparison
+from deme.compare.table import Row, compared_rows, comparison_table, difference, points_of_rows
 from deme.measure.scores import Difference
 
 
@@ -53,3 +57,41 @@ def test_columns_that_say_nothing_are_left_out():
     assert "| merged | 2 | 1.0000 | -2.5000 ± 1.1180 | 1.4142 | +0.5000 ± 0.5000 |" in comparison_table(
         several, "inception"
     )
+
+
+def test_the_rows_of_a_schedule_stand_together_and_are_compared_with_each_other(tmp_path):
+    """What a model's folder with one schedule lacks, its row with the other does not; the picture's points agree."""
+    file = tmp_path / "comparison.yaml"
+    runs = {"models": {"models": ["pretrained", "neon"]}}
+    file.write_text(yaml.safe_dump({"base": "configs/digits.yaml", "runs": runs}))
+    given = [f"output_dir={tmp_path}", "sample.schedules=[{steps: 20}, {steps: 10, scheduler: unipc}, {steps: 50}]"]
+    _, runs = load_comparison(file, given)
+    results = runs[0].config.paths.results
+    results.parent.mkdir()
+    values = {"pretrained@ddim-20": 3.0, "neon@ddim-20": 2.0, "pretrained@unipc-10": 2.5, "neon@unipc-10": 1.0}
+    values |= {"pretrained@ddim-50": 1.5, "neon": 9.0}
+    rows = [
+        {"samples": f"a/{name}", "weights": None, "images": 4, "pooled": value, "blocks": [value, value + i]}
+        | {"mean": value, "standard_deviation": None}
+        for i, (name, value) in enumerate(values.items())
+    ]
+    results.write_text(json.dumps({"features": "classifier", "rows": rows}))
+    for name in runs[0].config.self_trained_names:
+        log = runs[0].config.paths.finetuning(name) / "log.jsonl"
+        log.parent.mkdir(parents=True)
+        log.write_text('{"step": 1, "loss": 1, "images_per_second": 1}\n')
+    found = compared_rows(runs)
+    assert [(row.schedule, row.name, row.pooled) for row in found] == [
+        ("ddim-20", "pretrained", 3.0),
+        ("ddim-20", "neon", 2.0),
+        ("unipc-10", "pretrained", 2.5),
+        ("unipc-10", "neon", 1.0),
+        ("ddim-50", "pretrained", 1.5),
+    ]
+    assert found[3].to_pretrained == [[-1.5, -0.5]]
+    table = comparison_table(found, "classifier")
+    assert "| model | schedule | classifier FD, all images |" in table
+    assert "| neon | unipc-10 | 1.0000 | -1.0000 ± 0.5000 |" in table
+    points = points_of_rows(found, "classifier")
+    assert (points[3].sampler, points[3].steps, points[3].value) == ("unipc", 10, 1.0)
+    assert points[3].standard_error == pytest.approx(0.5)

@@ -1,0 +1,72 @@
+"""Distance against number of sampling steps, where images were drawn with several schedules."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from deme.config.paths import sampler_and_steps, without_schedule
+from deme.measure.scores import Score
+from deme.report.figures import COLOURS, DASHES, MARKERS, MODELS, noted
+from deme.report.tables import NAMES
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row's distance with one schedule."""
+
+    distance: str  # its name: FID, classifier FD, …
+    sampler: str
+    steps: int
+    name: str  # of the row
+    value: float
+    standard_error: float | None  # of its paired difference to the pretrained network
+
+
+def points_of(scores: Sequence[Score], features: str) -> list[Point]:
+    """The scores of the folders that have a schedule in their names."""
+    points = []
+    for row in scores:
+        model, schedule = without_schedule(Path(row.samples).name)
+        error = None if row.to_pretrained is None else row.to_pretrained.standard_error
+        if schedule:
+            points.append(Point(NAMES[features][0], *sampler_and_steps(schedule), model, row.pooled, error))
+    return points
+
+
+def distance_by_steps(points: Sequence[Point]) -> Figure:
+    """A line for each row, in a panel for each sampler, with a row of panels for each distance."""
+    parts = map(attrgetter, ("distance", "sampler", "name"))
+    distances, samplers, names = (list(dict.fromkeys(map(part, points))) for part in parts)
+    note = "bars: ± standard error of the difference to pretrained"
+    figure = noted(max(6.0, 3.6 * len(samplers) + 0.8), 3.2 * len(distances) + 0.8, note)
+    pictures = figure.subplots(len(distances), len(samplers), squeeze=False, sharex=True, sharey="row")
+    ticks = sorted({one.steps for one in points})
+    for (row, column), axes in np.ndenumerate(pictures):
+        here = [one for one in points if (one.distance, one.sampler) == (distances[row], samplers[column])]
+        for name, style in styles_of(names).items():
+            line = sorted((one for one in here if one.name == name), key=attrgetter("steps"))
+            values, errors = [one.value for one in line], [one.standard_error or 0 for one in line]
+            axes.errorbar([one.steps for one in line], values, errors, capsize=2, markersize=5, label=name, **style)
+        axes.set(xscale="log", yscale="log", title=samplers[column], xlabel="sampling steps", ylabel=distances[row])
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.yaxis.set(major_locator=MaxNLocator(6), major_formatter="{x:g}", minor_locator=NullLocator())
+        axes.xaxis.set(minor_locator=NullLocator())
+        axes.label_outer()
+    figure.legend(*pictures[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def styles_of(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Row → the style of its line: a model's own colour, and others those that no model has, with dashes in turn."""
+    free = [colour for colour in COLOURS if colour not in [MODELS.get(name) for name in names]]
+    others, styles = [name for name in names if name not in MODELS], {}
+    for number, name in enumerate(names):
+        turn, place = (0, 0) if name in MODELS else divmod(others.index(name), len(free))
+        colour, dashes = MODELS.get(name, free[place]), DASHES[turn % len(DASHES)]
+        styles[name] = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "linestyle": dashes}
+    return styles

@@ -1,0 +1,47 @@
+from dataclasses import replace
+
+import pytest
+from matplotlib.container import ErrorbarContainer
+
+from deme.measure.scores import Difference, Score
+from deme.report.figures import MODELS
+from deme.report.steps import Point, distance_by_steps, points_of, styles_of
+
+ROW = Score("a/merged@ddim-20", None, 4, 2.0, [2.0, 3.0], 2.5, 0.7, differences={"pretrained": Difference(-1, 0.25)})
+
+
+def test_points_are_read_from_the_names_of_folders():
+    """One that names no schedule has none."""
+    rows = [ROW, replace(ROW, samples="a/merged"), replace(ROW, samples="a/x@y@dpmsolver++-5", differences={})]
+    points = points_of(rows, "inception")
+    assert points[0] == Point("FID", "ddim", 20, "merged", 2.0, 0.25)
+    assert points[1:] == [Point("FID", "dpmsolver++", 5, "x@y", 2.0, None)]
+
+
+def test_a_line_for_each_row_in_a_panel_for_each_sampler_and_distance():
+    """In the order of the steps; the legend names each row once, though one of them has no point in a panel."""
+    values = {("ddim", 20, "a"): 2.0, ("ddim", 5, "a"): 7.0, ("ddim", 20, "b"): 1.0, ("euler", 10, "b"): 3.0}
+    points = [Point(judge, *key, value, 0.5) for judge in ("FID", "KID") for key, value in values.items()]
+    figure = distance_by_steps(points)
+    panels = figure.axes
+    assert [axes.get_title() for axes in panels] == ["ddim", "euler"] * 2
+    assert [axes.get_ylabel() for axes in panels] == ["FID", "", "KID", ""]
+    drawn = [
+        {line.get_label(): list(zip(*line.lines[0].get_data(), strict=True)) for line in axes.containers}
+        for axes in panels
+    ]
+    assert drawn[0] == drawn[2] == {"a": [(5, 7.0), (20, 2.0)], "b": [(20, 1.0)]}
+    assert drawn[1] == {"a": [], "b": [(10, 3.0)]}
+    assert all(isinstance(line, ErrorbarContainer) for line in panels[0].containers)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert [text.get_text() for text in panels[2].get_xticklabels()] == ["5", "10", "20"]
+    assert panels[0].get_yscale() == "log"
+    assert panels[0].get_ylim()[0] == pytest.approx(panels[1].get_ylim()[0])
+
+
+def test_no_two_rows_look_the_same():
+    """However many there are; a model keeps its colour, which no other row has."""
+    names = ["pretrained", "a", "neon", *map(str, range(20))]
+    styles = styles_of(names)
+    assert len({tuple(style.values()) for style in styles.values()}) == len(names)
+    assert [name for name in names if styles[name]["color"] == MODELS["neon"]] == ["neon"]
