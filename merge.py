@@ -26,7 +26,7 @@ from deme.errors import UserError, blaming, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, locked, read_json, sha256
 from deme.job.records import MERGED, WEIGHTS_HASH, Record, provenance, read_record
-from deme.models import variants
+from deme.models import averages, variants
 from deme.models.pipelines import WEIGHTS, denoiser_folder, load_tensors, weights_hash
 from deme.models.variants import ModelFiles, Searched
 
@@ -54,7 +54,7 @@ def main(config: Config) -> None:
     # --- inputs
     output = config.paths.merged
     pretrained = variants.find_pretrained(config.paths)
-    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *variants.check_trained(config.merged_networks)])
+    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *averages.merged_folders(config)])
     searched = find_searched(config)
     groups = config.coefficient_groups if searched is None else searched.groups(config)
     check_apart("merge.output", output, inputs.denoisers)
@@ -77,8 +77,9 @@ def main(config: Config) -> None:
         "coefficients": groups,
         "pretrained": {"path": config.paths.pretrained, "sha256": hashes[0]},
         "finetuned": [
-            {NAMED_BY.get(network.word, "name"): network.name, "path": str(network.folder), "sha256": weights}
-            for network, weights in zip(config.merged_networks, hashes[1:], strict=True)
+            {NAMED_BY.get(network.word, "name"): network.name, "path": str(folder), "sha256": weights}
+            | averages.recorded_average(folder)
+            for network, folder, weights in zip(config.merged_networks, inputs.denoisers[1:], hashes[1:], strict=True)
         ],
         **inputs.hashes(),
     }

@@ -26,8 +26,9 @@ from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
+from deme.models.averages import merged_folders
 from deme.models.pipelines import denoiser_folder, takes_text, weights_hash
-from deme.models.variants import OF_PRETRAINED, SECONDS, ModelFiles, check_trained, find_pretrained, read_searched
+from deme.models.variants import OF_PRETRAINED, SECONDS, ModelFiles, find_pretrained, read_searched
 
 
 def plan(config: Config) -> str:
@@ -107,7 +108,7 @@ def check_inputs(config: Config) -> ModelFiles:
         with naming("search.start", file):
             read_searched(Path(file))
     pretrained = find_pretrained(config.paths)
-    model = ModelFiles(pretrained, [denoiser_folder(pretrained), *check_trained(config.merged_networks)])
+    model = ModelFiles(pretrained, [denoiser_folder(pretrained), *merged_folders(config)])
     model.check_fits(config)
     config.check_classified()
     if draws_images(config):

@@ -32,6 +32,9 @@ class Paths:
         self.continued = self.trained(CONTINUED)  # the control's UNet folder
         self.distilled = self.trained(DISTILLED)  # of the network that is distilled from the experts
         self.finetuned = [network.folder for network in config.merged_networks]  # the UNet folders that are merged
+        if config.merge.ema_width is not None:
+            average = average_name(config.merge.ema_width)
+            self.finetuned = [folder.parent / average / DENOISER for folder in self.finetuned]
         self.experts = [network.folder for network in config.experts]  # of the ranges
         self.own_samples = run / "own-samples"  # of the pretrained network, for self-training
         self.search = output(config.search.output, "search")  # the output of search.py

@@ -11,7 +11,7 @@ from typing import Any
 
 from deme.config.networks import WORDS, path_of
 from deme.config.section import ANALYSES, Section, is_finite, is_one_line, one_of, setting
-from deme.config.trainings import PRECISIONS
+from deme.config.trainings import PRECISIONS, WIDTH_RULE, is_width
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
 CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # of the paper's text-to-image scores
@@ -101,11 +101,13 @@ class Merge(Section):
     # wrote; search: the file of this run
     coefficients: Any = setting(None, "merged path")
     finetuned: str | None = setting(None, "merged one_run path")  # folder of 0000-0250/ …; null: this run's
+    ema_width: float | None = setting(None, "merged")  # of the networks that are merged; null: their training's EMA
     output: str | None = setting(None, "place one_run path")  # null: merged/ of this run
     push_to_hub: str | None = setting(None, "free")  # also upload the merged folder to this Hub id, owner/name
     push_private: bool = setting(False, "free")  # make the Hub's repository private; a public one is refused
 
     def check_together(self) -> None:
+        self.check("ema_width", self.ema_width is None or is_width(self.ema_width), WIDTH_RULE)
         for item in self.experts:
             self._check_item(item)
         items = [item if item in WORDS else path_of(item) for item in self.experts]

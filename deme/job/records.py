@@ -52,6 +52,7 @@ OF_DATA = (DATA, CONTENTS, IMAGE_COLUMN)
 RUN = Kind("a run", "config.yaml", "trained_from", {"free": dict[str, Any]}, OF_DATA, is_precious=True)
 MERGED = Kind("a merged network", "merge.yaml")
 SNAPSHOT = Kind("a snapshot", "snapshot.yaml")  # that of its run, and the step
+AVERAGE = Kind("an average", "ema.yaml", "averaged", {"snapshots": dict[str, str]})  # of an EMA width
 SAMPLES = Kind("samples", "samples.yaml", "identity", {"num_images": int}, is_precious=True)
 SEARCH = Kind("a search", "search.yaml", "searched", is_precious=True)
 

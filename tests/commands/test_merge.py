@@ -4,6 +4,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +70,32 @@ def test_the_merged_folder_is_a_pipeline_of_the_formula(config_file, pretrained,
     assert record["coefficients"] == {"*": [0.5, 0.25]}
     assert [entry["timesteps"] for entry in record["finetuned"]] == ["0000-0500", "0500-1000"]
     assert len(record["pretrained"]["sha256"]) == 64
+
+
+def test_networks_of_an_ema_width_are_searched_and_merged(config_file):
+    """Of a tracked one: the formula with the last snapshots, which merge.yaml names; a finished merge is left alone."""
+    run("finetune.py", config_file, "finetune.snapshot_every=2", "finetune.ema_profiles=[0.05,0.1]")
+    options = ["merge.ema_width=0.1", "merge.coefficients=search"]
+    run("search.py", config_file, options[0], "search.method=closed_form", "search.images=16", "search.report_images=0")
+    run("merge.py", config_file, *options)
+    root = config_file.parent / "tiny"
+    record = yaml.safe_load((root / "merged/merge.yaml").read_text())
+    merged, expected = load_file(root / "merged/unet" / WEIGHTS), {}
+    for entry, coefficient in zip(record["finetuned"], record["coefficients"]["*"], strict=True):
+        folder = root / "finetuned" / entry["timesteps"]
+        assert entry["path"] == str(folder / "ema-0.100/unet")
+        [(name, digest)] = entry["snapshots"].items()
+        assert (entry["ema_width"], entry["step"], name) == (0.1, 6, "snapshots/00000006/ema-0.100/unet")
+        assert digest == entry["sha256"] == sha256(folder / name / WEIGHTS)
+        expected = {
+            key: expected.get(key, 0) + coefficient * w for key, w in load_file(folder / name / WEIGHTS).items()
+        }
+    base, rest = load_file(Path(record["pretrained"]["path"]) / "unet" / WEIGHTS), 1 - sum(record["coefficients"]["*"])
+    for key in base:
+        torch.testing.assert_close(merged[key], expected[key] + rest * base[key], rtol=1e-4, atol=1e-5, msg=key)
+    assert "merged is complete" in run("merge.py", config_file, *options).stdout
+    refused = run("merge.py", config_file, options[1], status=2).stderr
+    assert "merge.coefficients=search: found for other networks; search again" in refused
 
 
 def test_three_lines_load_it(config_file, experts):
