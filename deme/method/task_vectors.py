@@ -54,9 +54,9 @@ class MergeMethod(ABC):
 
     @abstractmethod
     def merge_tensor(
-        self, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
+        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
     ) -> torch.Tensor:
-        """The merged tensor, in float32, contiguous; it is stored in the pretrained tensor's type.
+        """The merged tensor of this name, in float32, contiguous; it is stored in the pretrained tensor's type.
 
         The tensors are of any floating-point type and of one shape; each finetuned one has its coefficient.
         """
@@ -113,7 +113,7 @@ def merge_tensors(
     method.prepare(pretrained, list(finetuned.values()))
     for key, base in pretrained.items():
         experts = [tensors[key] for tensors in finetuned.values()]
-        merged = method.merge_tensor(base, experts, coefficients[key]).to(base.dtype)
+        merged = method.merge_tensor(key, base, experts, coefficients[key]).to(base.dtype)
         if not torch.isfinite(merged.sum()):  # one pass over the result finds any input that is not finite
             for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
                 check_finite(name, key, tensors[key])
@@ -170,7 +170,7 @@ class Candidates:
         rows = np.broadcast_to(np.asarray(coefficients, dtype=np.float64), self.shape).tolist()
         for name, target in network.state_dict().items():
             experts = [tensors[name] for tensors in self.finetuned]
-            target.copy_(self.method.merge_tensor(self.pretrained[name], experts, rows[self.group_of[name]]))
+            target.copy_(self.method.merge_tensor(name, self.pretrained[name], experts, rows[self.group_of[name]]))
 
     def form_expert(self, network: nn.Module, number: int) -> None:
         """Make a network the copy that was finetuned on a range, up to rounding."""

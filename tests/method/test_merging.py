@@ -11,12 +11,21 @@ from deme.errors import UserError
 from deme.method import merging
 from deme.method.task_vectors import merge_method, merge_tensors
 
+DEFAULTS = {
+    "ties": {"fraction": 0.2, "combine": "mean"},
+    "magnitude_prune": {"density": 0.5},
+    "breadcrumbs": {"smallest": 0.85, "largest": 0.01},
+    "dare_linear": {"density": 0.5, "seed": 0},
+    "dare_ties": {"density": 0.5, "seed": 0, "combine": "mean"},
+    "della": {"density": 0.5, "epsilon": 0.2, "seed": 0, "combine": "mean"},
+}
+
 
 @pytest.mark.parametrize("name", MERGE_METHODS)
 def test_every_file_is_a_method_that_describes_itself(name):
     """What the record of a merge says of it."""
-    settings = {"ties": {"ties_fraction": 0.2, "ties_combine": "mean"}}
-    assert merge_method(name, {}).describe() == {"method": name} | settings.get(name, {})
+    settings = {f"{name}_{key}": value for key, value in DEFAULTS.get(name, {}).items()}
+    assert merge_method(name, {}).describe() == {"method": name} | settings
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ class TaskArithmetic(MergeMethod):
     """pretrained + Σ_k w_k (finetuned_k − pretrained)."""
 
     def merge_tensor(
-        self, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
+        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
     ) -> torch.Tensor:
         """The sum, in float32."""
         merged = torch.empty_like(pretrained, dtype=torch.float32, memory_format=torch.contiguous_format)

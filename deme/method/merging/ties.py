@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from deme.errors import UserError
+from deme.method.merging._steps import Combine, column, elected, task_vectors
 from deme.method.task_vectors import MergeMethod, Tensors
 
 
@@ -16,7 +16,7 @@ class Ties(MergeMethod):
     """Task vectors are trimmed to their largest values and scaled; where they disagree, the sign of their sum wins."""
 
     fraction: float = 0.2  # of each task vector that is kept, largest magnitudes first
-    combine: Literal["mean", "sum"] = "mean"  # of the task vectors that have the elected sign
+    combine: Combine = "mean"  # of the task vectors that have the elected sign
 
     def __post_init__(self):
         if not 0 < self.fraction <= 1:
@@ -27,19 +27,13 @@ class Ties(MergeMethod):
         self.thresholds = [magnitude_threshold(pretrained, tensors, self.fraction) for tensors in finetuned]
 
     def merge_tensor(
-        self, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
+        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
     ) -> torch.Tensor:
         """The merged tensor, in float32."""
         base = pretrained.float()
-        vectors = torch.stack([tensor.float() - base for tensor in finetuned])
-        columns = (-1, *[1] * base.dim())
-        vectors[vectors.abs() < base.new_tensor(self.thresholds).view(columns)] = 0
-        vectors *= base.new_tensor(coefficients).view(columns)
-        agrees = (vectors.sign() == vectors.sum(dim=0).sign()) & (vectors != 0)
-        combined = (vectors * agrees).sum(dim=0)
-        if self.combine == "mean":
-            combined /= agrees.sum(dim=0).clamp(min=1)
-        return base + combined
+        vectors = task_vectors(pretrained, finetuned)
+        vectors[vectors.abs() < column(self.thresholds, vectors)] = 0
+        return base + elected(vectors * column(coefficients, vectors), self.combine)
 
 
 def magnitude_threshold(pretrained: Tensors, finetuned: Tensors, fraction: float) -> float:

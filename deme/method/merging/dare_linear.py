@@ -1,0 +1,32 @@
+"""DARE (Yu et al. 2024): the sum of task vectors of which a random part is dropped and the rest rescaled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deme.method.merging._steps import check_fraction, column, kept_at_random, task_vectors
+from deme.method.task_vectors import MergeMethod
+
+
+@dataclass
+class DareLinear(MergeMethod):
+    """pretrained + Σ_k w_k m_k (finetuned_k − pretrained) / density, m_k random masks."""
+
+    density: float = 0.5  # chance of each number of a task vector to be kept; the paper's 1 − p
+    seed: int = 0  # of the masks
+
+    def __post_init__(self):
+        check_fraction("density", self.density)
+
+    def merge_tensor(
+        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
+    ) -> torch.Tensor:
+        """The merged tensor, in float32."""
+        vectors = self.dropped(name, task_vectors(pretrained, finetuned))
+        return pretrained.float() + (vectors * column(coefficients, vectors)).sum(dim=0)
+
+    def dropped(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
+        """What is left of the task vectors of a tensor, rescaled."""
+        kept = kept_at_random(torch.full_like(vectors, self.density), self.seed, name)
+        return vectors * kept / self.density

@@ -1,0 +1,23 @@
+"""DARE (Yu et al. 2024) before the sign election of TIES-Merging (Yadav et al. 2023)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deme.method.merging._steps import Combine, column, elected, task_vectors
+from deme.method.merging.dare_linear import DareLinear
+
+
+@dataclass
+class DareTies(DareLinear):
+    """Task vectors are dropped at random, rescaled and weighted; where they disagree, the sign of their sum wins."""
+
+    combine: Combine = "mean"
+
+    def merge_tensor(
+        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
+    ) -> torch.Tensor:
+        """The merged tensor, in float32."""
+        vectors = self.dropped(name, task_vectors(pretrained, finetuned))
+        return pretrained.float() + elected(vectors * column(coefficients, vectors), self.combine)
