@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deme.config.experiment import Config
 from deme.errors import naming
@@ -28,7 +28,11 @@ from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
 from deme.models.averages import merged_folders
 from deme.models.pipelines import denoiser_folder, takes_text, weights_hash
-from deme.models.variants import OF_PRETRAINED, SECONDS, ModelFiles, find_pretrained, read_searched
+from deme.models.variants import OF_PRETRAINED, SECONDS, ModelFiles, find_pretrained, prediction_scales, read_searched
+
+if TYPE_CHECKING:
+    from deme.search.problem import Problem
+    from deme.search.ways import Result
 
 
 def plan(config: Config) -> str:
@@ -37,6 +41,8 @@ def plan(config: Config) -> str:
     settings = config.search
     objective = "fd" if settings.method == "multi_fidelity" else settings.objective
     found = f"search {settings.groups} coefficients of {', '.join(map(str, config.paths.finetuned))}"
+    if config.searches_scales:
+        found = f"search the scales of the noise that {config.paths.pretrained} predicts"
     return f"{found}\nby {settings.method}, objective {objective} -> {config.paths.best_coefficients}"
 
 
@@ -73,16 +79,7 @@ def main(config: Config) -> None:
         _ = problem.plain_distance  # weights or labels that can't be had are told now
     with timed(output) if accelerator.is_main_process else nullcontext():
         result = find(problem, output, digest_of(wanted.made_from))
-    answer = {
-        "coefficients": dict(zip(problem.patterns, result.coefficients.tolist(), strict=True)),
-        "objective": result.objective,
-        "value": result.value,
-        OF_PRETRAINED: result.pretrained,
-        "passes": result.evaluated[-1].passes,
-        **weights,
-    }
-    if config.search.grow_bounds:
-        answer["bounds"] = {name: list(pair) for name, pair in result.bounds.items()}
+    answer = answer_of(problem, result) | weights
     with locked_by_all(accelerator, output / "best", "search.output", wait=True):
         in_main_process(accelerator, lambda: write_yaml(config.paths.best_coefficients, answer))
         accelerator.print(f"wrote {config.paths.best_coefficients}")
@@ -101,6 +98,23 @@ def main(config: Config) -> None:
             print("pictures:", *save_search_plots(config, answer["coefficients"], result, scores), sep="\n")
 
 
+def answer_of(problem: "Problem", result: "Result") -> dict[str, Any]:
+    """What best.yaml holds, beside the hashes of the networks."""
+    config = problem.config
+    answer = {
+        "coefficients": dict(zip(problem.patterns, result.coefficients.tolist(), strict=True)),
+        "objective": result.objective,
+        "value": result.value,
+        OF_PRETRAINED: result.pretrained,
+        "passes": result.evaluated[-1].passes,
+    }
+    if config.searches_scales:
+        answer |= {"over": config.search.over, "timesteps": list(map(list, config.timesteps.ranges))}
+    if config.search.grow_bounds:
+        answer["bounds"] = {name: list(pair) for name, pair in result.bounds.items()}
+    return answer
+
+
 def check_inputs(config: Config) -> ModelFiles:
     """The files of pretrained network and experts, once all that can be checked without torch is in order."""
     config.check_search()
@@ -108,8 +122,11 @@ def check_inputs(config: Config) -> ModelFiles:
         with naming("search.start", file):
             read_searched(Path(file))
     pretrained = find_pretrained(config.paths)
-    model = ModelFiles(pretrained, [denoiser_folder(pretrained), *merged_folders(config)])
+    merged = [] if config.searches_scales else merged_folders(config)
+    model = ModelFiles(pretrained, [denoiser_folder(pretrained), *merged])
     model.check_fits(config)
+    if config.searches_scales:
+        model.check_noise_is_predicted(config.search, "over")
     config.check_classified()
     if draws_images(config):
         has_prompts = config.sample.prompts is not None or not takes_text(pretrained)
@@ -147,6 +164,8 @@ def searched(config: Config) -> dict[str, Any]:
                 parts[section][key] = f"SHA-256 {content_hash(Path(given))}"
     if config.search.start:
         parts["search"]["start"] = [f"SHA-256 {content_hash(Path(file))}" for file in config.search.start]
+    if parts["sample"].pop("prediction_scale", None) is not None and not config.searches_scales:
+        parts["sample"]["prediction_scale"] = list(map(list, prediction_scales(config)))
     values = {f"{section}.{key}": value for section, part in parts.items() for key, value in part.items()}
     return {"seed": config.seed, "timesteps": [list(edges) for edges in config.timesteps.ranges], **values}
 

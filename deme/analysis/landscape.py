@@ -129,7 +129,7 @@ def marks(material: Material) -> dict[str, tuple[float, float]]:
     if are_of_ranges and [4 * low for low, _ in material.ranges] == [0, total, 2 * total, 3 * total]:
         by_name["published (LSUN-Church)"] = list(PUBLISHED)
     if config.paths.best_coefficients.is_file():
-        searched = read_searched(config.paths.best_coefficients)
+        searched = read_searched(config.paths.best_coefficients, None)
         hashes = [material.hashes[name] for name in ("pretrained", *experts)]
         is_of_these = [searched.pretrained, *(searched.finetuned or [])] == hashes
         merged = [RANGES] if are_of_ranges else config.merge.experts

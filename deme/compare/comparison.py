@@ -16,6 +16,7 @@ from deme.config.experiment import Config
 from deme.config.paths import DENOISER, for_shell, image_path, with_schedule
 from deme.config.reading import load_config, override
 from deme.config.section import Section, is_folder_name, one_of, setting
+from deme.config.sections import COEFFICIENTS, SCALES
 from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF
 from deme.errors import UserError, naming, shown
 from deme.job.files import REPOSITORY, sha256
@@ -55,8 +56,10 @@ class Comparison(Section):
                 with naming(f"runs.{name}.models", model):
                     if model not in ORDER:
                         raise UserError(one_of(ORDER, model))
-                    if model == PRETRAINED and variation.overrides:
-                        raise UserError("all runs start from the base's, which has the only such row")
+                    is_scaled = any(text.startswith(f"sample.{SCALES}=") for text in variation.overrides)
+                    if model == PRETRAINED and variation.overrides and not is_scaled:
+                        rule = f"with sample.{SCALES} alone; all runs start from the base's, which has the row without"
+                        raise UserError(rule)
         plain = [variation for variation in self.runs.values() if not variation.overrides]
         rule = "a run without overrides must have the model pretrained, which all rows are compared with"
         self.check("runs", len(plain) == 1 and PRETRAINED in plain[0].models, rule)
@@ -111,7 +114,9 @@ def _compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Com
         full_name = base.name if is_plain else f"{base.name}-{name.replace(', ', '-').replace(' ', '_')}"
         for seed in dict.fromkeys([base.seed] * is_plain + comparison.seeds):
             is_base = is_plain and seed == base.seed
-            models = [m for m in variation.models if (is_base if m == PRETRAINED else seed in comparison.seeds)]
+            models = [
+                m for m in variation.models if (is_base if is_plain and m == PRETRAINED else seed in comparison.seeds)
+            ]
             if not models:
                 continue
             own |= {"name": full_name if seed == base.seed else f"{full_name}-seed{seed}", "seed": seed}
@@ -191,6 +196,8 @@ class Stages:
     def _drawn(self, run: ComparedRun, model: str) -> list[Job]:
         """The jobs that draw a model's images with all schedules, one for each block of seeds."""
         folders, before = sample_folders(run, model), self._made(run, model)
+        if run.config.sample.prediction_scale == "search":
+            before = [*before, self._searched(run, SCALES, self.pretrained)]
         overrides = [f"sample.model={model}"] + [f"sample.blocks={self.blocks}"] * (self.blocks > 1)
         jobs = []
         for number, seeds in enumerate(replace(run.config.sample, blocks=self.blocks).chosen_blocks):
@@ -217,12 +224,19 @@ class Stages:
         if model == "ensemble":
             return experts
         if run.config.needs_search:
-            # the search's report has a row of the control if it is trained
-            has_control = CONTINUED in run.models and run.config.search.report_images > 0
-            controls = [self._trained(run, CONTINUED)] if has_control else []
-            before = {"after": [*experts, *self.reference], "after_all": controls}
-            experts = [self._add(run, "search", "search.py", output=paths.best_coefficients, **before)]
+            experts = [self._searched(run, COEFFICIENTS, experts)]
         return self._merged(run, "merge", paths.merged, experts)
+
+    def _searched(self, run: ComparedRun, over: str, before: Sequence[Job]) -> Job:
+        """The search of a run, which has to be one over this."""
+        search, config = run.config.search, run.config
+        search.check("over", search.over == over, f"a search over {over} is needed for the models {run.models}")
+        config.check_search()
+        # the search's report has a row of the control if it is trained
+        has_control = CONTINUED in run.models and search.report_images > 0
+        controls = [self._trained(run, CONTINUED)] if has_control else []
+        waits = {"after": [*before, *self.reference], "after_all": controls}
+        return self._add(run, "search", "search.py", output=config.paths.best_coefficients, **waits)
 
     def _merged(self, run: ComparedRun, stage: str, folder: Path, experts: Sequence[Job], *overrides: str) -> list[Job]:
         parts = [folder / part for part in ("merge.yaml", DENOISER, "scheduler", "model_index.json")]
@@ -253,6 +267,8 @@ def outside(config: Config, script: str) -> list[str]:
     for source in filter(None, pipelines):  # as find_pipeline looks for them
         given += [folder for folder in (source, REPOSITORY / source) if os.path.isdir(folder)][:1]
     given += [config.merge.coefficients] * (script in ("merge.py", "search.py") and not config.needs_search)
+    if config.sample.prediction_scale != "search":
+        given += [config.sample.prediction_scale] * (script in ("sample_ddp.py", "search.py"))
     given += [config.sample.prompts] * (script in ("sample_ddp.py", "search.py"))
     given += [config.evaluate.clip_model] * (script in ("evaluate.py", "search.py"))
     given += config.search.start if script == "search.py" else []

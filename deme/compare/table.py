@@ -114,8 +114,8 @@ def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
     passes, seconds = sum(log.passes for log in logs), sum(log.seconds for log in logs)
     if not set(names).isdisjoint(config.self_trained_names):
         passes += config.own_sample_passes
-    if is_merged and config.needs_search:
-        passes += read_searched(config.paths.best_coefficients).passes or 0
+    if (is_merged and config.needs_search) or config.sample.prediction_scale == "search":
+        passes += read_searched(config.paths.best_coefficients, None).passes or 0
         searched = seconds_of(config.paths.search)
         seconds = None if searched is None else seconds + searched
     return passes, seconds

@@ -58,6 +58,11 @@ class Config(Section):
             few = (section.num_inference_steps or 1) <= total
             section.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
         self.check_schedules(self.sample)
+        given, count = self.sample.prediction_scale, len(self.timesteps.ranges)
+        scales = given if isinstance(given, list) and len(given) == count else [given]
+        positive = all(is_finite(scale) and scale > 0 for scale in scales)
+        rule = f"must be a positive number, one for each of {count} timestep ranges, or a file of search.py"
+        self.sample.check("prediction_scale", given is None or isinstance(given, str) or positive, rule)
         self._check_experts()
         rule = "must be a list of finite numbers, a mapping from name patterns to such lists, or a file of search.py"
         for pattern, numbers in self.coefficient_groups.items():
@@ -218,9 +223,21 @@ class Config(Section):
         return self.merge.coefficients == "search"
 
     @property
+    def searches_scales(self) -> bool:
+        """True if a search looks for scales of the predicted noise."""
+        return self.search.over == sections.SCALES
+
+    @property
+    def searched_names(self) -> list[str]:
+        """What has a coefficient in a search: the networks that are merged, or the timestep ranges."""
+        return self.timesteps.names if self.searches_scales else self.merged_names
+
+    @property
     def intervals(self) -> list[tuple[float, float]]:
-        """The bounds of the searched coefficients, one of each of `merged_networks`."""
+        """The bounds of the searched coefficients, one of each of `searched_names`."""
         search, networks = self.search, self.merged_networks
+        if self.searches_scales:
+            return [search.interval] * len(self.searched_names)
         return [search.self_interval if network.word == SELF else search.interval for network in networks]
 
     @property
@@ -254,7 +271,10 @@ class Config(Section):
         search, drawn = self.search, self.sample.seeds
         rule = "match and loss need merge.experts=[ranges], or a folder with `timesteps` for each of timesteps.ranges; "
         rule += "without them use multi_fidelity, or optuna with fd"
-        search.check("method", self.searches_by_images or self.merges_experts, rule)
+        search.check("method", self.searches_by_images or (self.merges_experts and not self.searches_scales), rule)
+        given = self.sample.prediction_scale
+        is_known = given in (None, "search") if self.searches_scales else given != "search"
+        self.sample.check("prediction_scale", is_known, f"can't be used with search.over={search.over}")
         end = search.seed_offset + search.control_images + search.report_images
         apart = end <= drawn.start or search.seed_offset >= drawn.stop
         search.check("seed_offset", apart, f"sample_ddp.py draws the seeds {drawn.start} … {drawn.stop - 1}")

@@ -18,6 +18,7 @@ CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # of the paper's text-to-i
 MERGE_METHODS = tuple(sorted(file.stem for file in Path(__file__).parents[1].glob("method/merging/[!_]*.py")))
 LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 DDIM = ("ddim", "DDIMScheduler")  # one sampler by two names
+COEFFICIENTS, SCALES = "coefficients", "prediction_scale"  # what can be searched
 SPACINGS = ("leading", "trailing", "linspace")
 GRADIENT_PASSES = 3  # forward passes that an image's gradient costs: one forward, and backward twice as much
 
@@ -131,12 +132,15 @@ class Merge(Section):
 
 @dataclass(frozen=True)
 class Search(Section):
-    """How the merging coefficients are found."""
+    """How the merging coefficients are found, or scales of the predicted noise."""
 
+    # prediction_scale: that of sample for each range, on the pretrained network; a coefficient c is a scale 1 + c
+    over: str = setting(COEFFICIENTS, "search omit_default", choices=(COEFFICIENTS, SCALES))
     method: str = setting("multi_fidelity", "search", choices=("closed_form", "gradient", "optuna", "multi_fidelity"))
     objective: str = setting("match", "search", choices=("match", "loss", "fd"))  # fd: only for optuna
     groups: Any = setting("range", "search")  # tensors with one coefficient: range, block, tensor, or name patterns
-    bounds: list[float] | None = setting(None, "search")  # of coefficients; null: [0, 1.5], for groups=tensor [-1, 2]
+    # of coefficients; null: [0, 1.5], for groups=tensor [-1, 2], for over=prediction_scale [-0.02, 0.05]
+    bounds: list[float] | None = setting(None, "search")
     self_bounds: list[float] | None = setting(None, "search omit_default")  # of self-trained networks; null: [-3, 0.5]
     grow_bounds: bool = setting(False, "search omit_default")  # tpe, gp: where the best candidate lies at a bound
     images: int = setting(512, "search", above=0)  # match, loss: from the training images
@@ -168,6 +172,9 @@ class Search(Section):
         self.check("start", self.start == [] or starts, rule)
         self.check("grow_bounds", not self.grow_bounds or starts, rule)
         are_patterns = isinstance(self.groups, list) and set(map(type, self.groups)) == {str}
+        whole = self.over == COEFFICIENTS or (self.groups == "range" and self.start == [])
+        self.check("over", whole, "needs search.groups=range and no search.start")
+        self.check("over", self.over == COEFFICIENTS or self.interval[0] > -1, "search.bounds must be above -1")
         named = are_patterns or self.groups in ("range", "block", "tensor")
         self.check("groups", named, "must be range, block, tensor, or a list of name patterns")
         for key, bounds in (("bounds", self.interval), ("self_bounds", self.self_interval)):
@@ -187,6 +194,7 @@ class Search(Section):
     def interval(self) -> tuple[float, float]:
         """The least and the greatest coefficient."""
         default = (-1.0, 2.0) if self.groups == "tensor" else (0.0, 1.5)
+        default = (-0.02, 0.05) if self.over == SCALES else default
         return default if self.bounds is None else tuple(self.bounds)
 
     @property
@@ -208,6 +216,9 @@ class Sample(Section):
     # draw a folder with each, such as {steps: 20, scheduler: euler}; what an item leaves out is as above
     schedules: list[Any] = setting([], "all_runs")
     timestep_spacing: str | None = setting(None, "samples search omit_default", choices=SPACINGS)  # null: as trained
+    # divides the predicted noise: a number, one per timestep range, a best.yaml of search.over=prediction_scale, or
+    # search, the one of this run; null: 1
+    prediction_scale: Any = setting(None, "samples search omit_default path")
     eta: float = setting(0.0, "samples search", least=0, most=1)  # ddim: 0 is deterministic, 1 has DDPM's variance
     mixed_precision: str = setting("no", "samples search", choices=PRECISIONS)
     prompts: Any = setting(None, "search text path")  # list, or .txt, .csv, .json, … file; seed i: i-th

@@ -20,9 +20,10 @@ from deme.method.sampling import NetworkAt, ensemble, passed_over, sampler_name,
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoders import Drawing, load_encoder, try_out
 from deme.models.pipelines import weights_hash
-from deme.models.variants import ModelFiles
+from deme.models.variants import ModelFiles, prediction_scales
 
 GRID_IMAGES = 100
+Scales = Sequence[tuple[int, int, float]]  # of the predicted noise, as `scaled` takes them
 
 
 def draw_samples(
@@ -33,9 +34,10 @@ def draw_samples(
     `watched` has the model's files, since before they were checked; `texts` each seed's prompt if the model takes text.
     """
     drawn, settings = config.drawn, config.sample
-    drawings, network_at = load_model(processes, drawn, model)
+    scales = prediction_scales(config)
+    drawings, network_at = load_model(processes, drawn, model, scales)
     beside = {"num_images": len(settings.seeds), "seed_offset": settings.seeds.start}
-    made_from = identities(drawn, model)
+    made_from = identities(drawn, model, scales)
     processes.wait_for_everyone()
     watched.check()  # all processes have read the same
     shares_folder = settings.block is not None  # with jobs of other blocks: it is locked to claim and to count
@@ -60,7 +62,9 @@ def draw_samples(
                 in_main_process(processes, partial(finish, one, block))
 
 
-def load_model(processes: Processes, drawn: Sequence[Config], model: ModelFiles) -> tuple[list[Drawing], NetworkAt]:
+def load_model(
+    processes: Processes, drawn: Sequence[Config], model: ModelFiles, scales: Scales
+) -> tuple[list[Drawing], NetworkAt]:
     """Load the networks and the noise schedule, and try them out with the sampler of each schedule."""
     config, settings = drawn[0], drawn[0].sample
     with naming("sample.model", settings.model):
@@ -79,7 +83,7 @@ def load_model(processes: Processes, drawn: Sequence[Config], model: ModelFiles)
             processes.print(f"sample.scheduler={one.scheduler} has no {', '.join(ignored)} of the noise schedule")
     denoisers = [freeze(denoiser, processes.device, settings.mixed_precision) for denoiser in denoisers]
     encoder.prepare(processes.device, settings.mixed_precision)
-    drawings = [Drawing(scheduler, encoder, one.sample, shape, processes.device) for one in drawn]
+    drawings = [Drawing(scheduler, encoder, one.sample, shape, processes.device, scales) for one in drawn]
     return drawings, ensemble(denoisers, ranges_of(config, model))
 
 
@@ -88,11 +92,13 @@ def ranges_of(config: Config, model: ModelFiles) -> list[tuple[int, int]]:
     return config.timesteps.ranges if len(model.denoisers) > 1 else [(0, config.timesteps.num_train_timesteps)]
 
 
-def identities(drawn: Sequence[Config], model: ModelFiles) -> list[dict[str, Any]]:
+def identities(drawn: Sequence[Config], model: ModelFiles, scales: Scales) -> list[dict[str, Any]]:
     """Everything that determines the images of each schedule, for their records."""
     hashes, weights = model.hashes(), list(map(weights_hash, model.denoisers))
     schedule, config = hashes.pop(SCHEDULE), drawn[0]
-    unused = {"scheduler", "timestep_spacing"} | ({} if ENCODER in hashes else config.sample.tagged("text")).keys()
+    unused = {"scheduler", "timestep_spacing", "prediction_scale"} | (
+        {} if ENCODER in hashes else config.sample.tagged("text")
+    ).keys()
     return [
         {
             "weights": weights,
@@ -102,6 +108,7 @@ def identities(drawn: Sequence[Config], model: ModelFiles) -> list[dict[str, Any
             "resolution": config.data.resolution,
             **{key: value for key, value in one.tagged("samples").items() if key not in unused},
             **model.spacing(one),
+            **({"prediction_scale": list(map(list, scales))} if scales else {}),
             **hashes,
         }
         for one in (other.sample for other in drawn)

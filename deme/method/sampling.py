@@ -130,6 +130,25 @@ def guided(network_at: NetworkAt, condition: Tensors, unconditional: Tensors, gu
     return lambda timestep: functools.partial(predict, network_at(timestep))
 
 
+def scaled(network_at: NetworkAt, scales: Sequence[tuple[int, int, float]]) -> NetworkAt:
+    """Epsilon scaling (Ning et al. 2024): predicted noise is divided by the scale of its timestep's range.
+
+    `scales` are (low, high, scale) of the ranges [low, high). Without any, or where the scale is 1, nothing changes.
+    """
+    if not scales:
+        return network_at
+    scale_at = ensemble([scale for *_, scale in scales], [(low, high) for low, high, _ in scales])
+
+    def predict(network: Callable, scale: float, *inputs: torch.Tensor, **options: torch.Tensor | bool) -> tuple:
+        return (network(*inputs, **options)[0].float() / scale,)
+
+    def scaled_at(timestep: float) -> Callable:
+        network, scale = network_at(timestep), scale_at(timestep)
+        return network if scale == 1 else functools.partial(predict, network, scale)
+
+    return scaled_at
+
+
 def ensemble(experts: Sequence[nn.Module], ranges: Sequence[tuple[int, int]]) -> NetworkAt:
     """The experts before merging: at each timestep the one that was finetuned on its range [low, high)."""
     pairs = list(zip(experts, ranges, strict=True))

@@ -16,7 +16,7 @@ from deme.config.paths import DENOISER
 from deme.config.sections import Sample
 from deme.errors import RunError, UserError, blaming, one_line
 from deme.method.losses import prediction_target
-from deme.method.sampling import NetworkAt, guided, sample_images
+from deme.method.sampling import NetworkAt, guided, sample_images, scaled
 from deme.models.denoisers import AUTOCAST_TYPES, memory_format
 from deme.models.pipelines import check_settings, has_full_precision, latent_factor, takes_text
 
@@ -253,6 +253,7 @@ class Drawing:
     settings: Sample
     shape: tuple[int, int, int]  # (C, H, W) of what the network works on
     device: torch.device
+    scales: Sequence[tuple[int, int, float]] = ()  # of the predicted noise, as `scaled` takes them
 
     @cached_property
     def _negative(self) -> Condition:
@@ -267,6 +268,7 @@ class Drawing:
     def images(self, network_at: NetworkAt, seeds: Sequence[int], prompts: Sequence[str]) -> torch.Tensor:
         """The images of these seeds, each with its prompt if there are prompts: uint8, (B, C', H', W'), on the CPU."""
         settings = self.settings
-        network = guided(network_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
+        scaled_at = scaled(network_at, self.scales)
+        network = guided(scaled_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
         sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, settings.timestep_spacing)
         return self.encoder.decode(sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler))

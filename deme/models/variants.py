@@ -14,7 +14,8 @@ from typing import Any
 from deme.config.experiment import Config
 from deme.config.networks import Network
 from deme.config.paths import DENOISER, Paths, sampler_and_steps, without_schedule
-from deme.config.sections import DDIM, Sample
+from deme.config.section import Section
+from deme.config.sections import COEFFICIENTS, DDIM, SCALES, Sample
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, checked, read_json, read_yaml, sha256
@@ -50,6 +51,16 @@ class ModelFiles:
         total = read_json(schedule).get("num_train_timesteps", 1000)  # diffusers' default
         fits = total == timesteps.num_train_timesteps
         timesteps.check("num_train_timesteps", fits, f"the scheduler in {schedule} has {total}")
+        if config.sample.prediction_scale is not None:
+            self.check_noise_is_predicted(config.sample, "prediction_scale")
+
+    def check_noise_is_predicted(self, section: Section, key: str) -> None:
+        """Refuse a setting that scales predicted noise where networks predict x₀ or v."""
+        schedule = schedule_file(self.pipeline)
+        predicts = read_json(schedule).get("prediction_type", "epsilon")
+        section.check(
+            key, predicts == "epsilon", f"scales predicted noise, but {schedule} has prediction_type={predicts}"
+        )
 
     def watched(self, *more: Path) -> Watched:
         """The files whose hash and content are read, and `more`."""
@@ -202,6 +213,8 @@ class Searched:
     value: float | None  # of the objective
     value_of_pretrained: float | None
     passes: int | None  # through the UNet
+    over: str | None = None  # null: coefficients
+    timesteps: list[list[int]] | None = None  # the ranges, where scales were searched
 
     def groups(self, config: Config) -> dict[str, list[float]]:
         """Name pattern → coefficients, one per range."""
@@ -210,13 +223,31 @@ class Searched:
             return replace(config, merge=merge).coefficient_groups
 
 
-def read_searched(file: Path) -> Searched:
-    """Read a best.yaml."""
+def read_searched(file: Path, over: str | None = COEFFICIENTS) -> Searched:
+    """Read a best.yaml, which must hold coefficients or what else is asked for; None takes both."""
     if not file.is_file():
         raise UserError(f"{file} is missing; search.py makes it")
     content = read_yaml(file)
     with naming(file), naming("not the coefficients of search.py"):
-        return checked(content | {"file": str(file), "value_of_pretrained": content.get(OF_PRETRAINED)}, Searched)
+        found = checked(content | {"file": str(file), "value_of_pretrained": content.get(OF_PRETRAINED)}, Searched)
+    if over is not None and (found.over or COEFFICIENTS) != over:
+        raise UserError(f"{file}: found with search.over={found.over or COEFFICIENTS}, not {over}")
+    return found
+
+
+def prediction_scales(config: Config) -> list[tuple[int, int, float]]:
+    """The scales of sample.prediction_scale, each with its range [low, high) of timesteps; none where it is null."""
+    given, ranges = config.sample.prediction_scale, config.timesteps.ranges
+    if isinstance(given, str):
+        with naming("sample.prediction_scale", given):
+            found = read_searched(config.paths.best_coefficients if given == "search" else Path(given), SCALES)
+            values = [1 + c for row in found.coefficients.values() for c in row]
+            if found.timesteps != list(map(list, ranges)) or len(values) != len(ranges) or not min(values) > 0:
+                raise UserError(f"{found.file}: its scales are not positive numbers of the configured timestep ranges")
+            given = values
+    if isinstance(given, list):
+        return [(*edges, float(scale)) for edges, scale in zip(ranges, given, strict=True)]
+    return [] if given is None else [(0, config.timesteps.num_train_timesteps, float(given))]
 
 
 def seconds_of(folder: Path) -> float | None:

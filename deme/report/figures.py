@@ -133,7 +133,10 @@ def save_search_plots(
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    figures = {"cost": cost(result.evaluated), "coefficients": coefficient_map(coefficients, config)}
+    figures = {
+        "cost": cost(result.evaluated),
+        "coefficients": coefficient_map(coefficients, config, config.searches_scales),
+    }
     importance = {} if result.study is None else result.study.importance()
     if importance:
         names, shares = list(importance), list(importance.values())
@@ -169,16 +172,20 @@ def cost(evaluated: Sequence[Any]) -> Figure:
     return figure
 
 
-def coefficient_map(coefficients: Mapping[str, Sequence[float]], config: Config) -> Figure:
-    """The coefficients as a heat map, a row per group of tensors, a column per expert."""
-    values, experts = np.array(list(coefficients.values())), config.merged_names
+def coefficient_map(coefficients: Mapping[str, Sequence[float]], config: Config, of_ranges: bool = False) -> Figure:
+    """The coefficients as a heat map, a row per group of tensors, a column per expert or timestep range."""
+    values, experts = (
+        np.array(list(coefficients.values())),
+        config.timesteps.names if of_ranges else config.merged_names,
+    )
     names = ["all tensors"] if list(coefficients) == ["*"] else list(coefficients)
     figure = Figure(figsize=(max(4.0, 1.3 * len(experts)) + 2, min(12.0, 1.8 + 0.35 * len(values))))
     axes = figure.subplots()
     limit = max(1e-9, float(np.abs(values).max()))
     image = heat_map(axes, values, names if len(names) <= MOST_GROUPS else [], experts, limit)
     axes.set_xticks(range(len(experts)), experts, rotation=0, ha="center")
-    axes.set(xlabel="timesteps of the expert" if config.merges_experts else "network", ylabel="tensors")
+    network = "timesteps of the expert" if config.merges_experts else "network"
+    axes.set(xlabel="timesteps" if of_ranges else network, ylabel="tensors")
     figure.colorbar(image, label="coefficient")
     return figure
 

@@ -61,7 +61,7 @@ class Run:
         self.features, self.scores = self._read(RESULTS, load_scores, paths.results) or (None, [])
         merge, report = paths.merged / MERGED.file, paths.search / "report.json"
         self.coefficients = self._read(MERGING, read_merge, merge, config)
-        self.search = self._read(SEARCH, read_searched, paths.best_coefficients)
+        self.search = self._read(SEARCH, read_searched, paths.best_coefficients, None)
         self.search_features, self.search_scores = self._read(SEARCH, load_scores, report) or (None, [])
         self.search_seconds = seconds_of(paths.search)
         self.schedule = config.schedule_names[0]  # of the samples that are shown, and told of in words

@@ -22,12 +22,12 @@ from deme.measure.noisy import Noiser, draw_probes
 from deme.measure.reference import load_feature_space
 from deme.measure.scores import FeatureSpace, frechet_distance, statistics
 from deme.method.projection import with_identity_projections
-from deme.method.sampling import NetworkAt, ensemble, try_sampler
+from deme.method.sampling import NetworkAt, ensemble, scaled, try_sampler
 from deme.method.task_vectors import Candidates, pattern_of, patterns_of
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoders import Drawing, load_encoder, try_out
 from deme.models.pipelines import denoiser_folder, load_tensors
-from deme.models.variants import common_architecture
+from deme.models.variants import common_architecture, prediction_scales
 from deme.search.least_squares import Squares
 
 HELD_OUT_SHARE = 0.25  # of search.images: as many more, on which the gradient descent is measured
@@ -51,17 +51,18 @@ class Problem:
         self.stream = (config.seed, PROBES, config.search.seed_offset)
         self.squares = cache(self._draw_squares)
 
-        folders = [denoiser_folder(pretrained), *config.paths.finetuned]
+        networks = [] if config.searches_scales else config.paths.finetuned
+        folders = [denoiser_folder(pretrained), *networks]
         self.architecture = common_architecture(folders)
         like = load_tensors(self.architecture)
         base, *experts = (with_identity_projections(load_tensors(folder), like) for folder in folders)
-        finetuned = dict(zip(map(str, config.paths.finetuned), experts, strict=True))
+        finetuned = dict(zip(map(str, networks), experts, strict=True))
         with naming("search.groups", config.search.groups):
             self.patterns = patterns_of(config.search.groups, list(base))
         group_of = {name: self.patterns.index(pattern_of(name, self.patterns)) for name in base}
         self.candidates = Candidates(base, finetuned, group_of, processes.device)
-        self.shape = self.candidates.shape  # of the coefficients: (groups, networks)
-        self.names = merged = config.merged_names  # of the coefficients in row-major order
+        self.names = merged = config.searched_names  # of the coefficients in row-major order
+        self.shape = (len(self.patterns), len(merged))  # of the coefficients
         if len(self.patterns) > 1:
             self.names = [f"{pattern} {name}" for pattern in self.patterns for name in merged]
         self.bounds = config.intervals * len(self.patterns)  # of the coefficients
@@ -140,7 +141,8 @@ class Problem:
         resolution = sample.size_on_disk or config.data.resolution
         with naming("evaluate.reference", config.evaluate.reference):
             space.reference.check_size(resolution, resolution)
-        drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.processes.device)
+        scales = [] if config.searches_scales else prediction_scales(config)
+        drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.processes.device, scales)
         return FrechetDistance(self.processes, drawing, space, prompts)
 
     @cached_property
@@ -152,7 +154,14 @@ class Problem:
         return freeze(load_denoiser(self.architecture), self.processes.device, precision, may_pack=False)
 
     def merged(self, coefficients: np.ndarray) -> NetworkAt:
-        """The candidate of these coefficients, which all groups may share, for drawing; until another one is formed."""
+        """The candidate of these coefficients, which all groups may share, for drawing; until another one is formed.
+
+        Or the pretrained network, its predictions divided by the scales 1 + coefficients.
+        """
+        if self.config.searches_scales:
+            values = (1 + np.broadcast_to(coefficients, self.shape)[0]).tolist()
+            pairs = zip(self.config.timesteps.ranges, values, strict=True)
+            return scaled(lambda _: self.sampled_network, [(*edges, scale) for edges, scale in pairs])
         self.candidates.form(self.sampled_network, coefficients)
         return lambda _: self.sampled_network
 

@@ -68,6 +68,9 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
     if settings.sampler == "grid":
         with naming("search.trials", settings.trials):
             first = grid(settings.trials, problem.bounds, shape)
+    elif settings.sampler != "random" and problem.config.searches_scales:
+        values = np.round(np.linspace(*settings.interval, LINE), 9)  # 0 among them is the pretrained network
+        first = distinct(np.full(shape, value) for value in (0.0, *values))
     elif settings.sampler != "random" and not problem.config.merges_experts:
         first = [*starts(problem), *line(problem.config, shape)]
     elif settings.sampler != "random":
@@ -224,9 +227,11 @@ def _contenders(problem: Problem, result: Result) -> dict[str, Callable[[], Netw
     """Name → what makes the network; one exists at a time."""
     config, usual = problem.config, problem.config.usual_coefficients
     trained = {name: config.paths.trained(name) for name in TRAINED}
-    contenders = {"pretrained": partial(problem.merged, np.zeros(len(usual)))}
+    contenders = {"pretrained": partial(problem.merged, np.zeros(problem.shape))}
     contenders |= {name: partial(problem.trained, folder) for name, folder in trained.items() if folder.is_dir()}
-    if config.merges_experts:
+    if config.searches_scales:
+        pass  # nothing is merged
+    elif config.merges_experts:
         contenders |= {"ensemble": problem.experts, f"uniform {usual[0]:g}": partial(problem.merged, usual)}
         if len(PUBLISHED) == len(usual):
             contenders["published coefficients"] = partial(problem.merged, PUBLISHED)

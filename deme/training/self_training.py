@@ -36,7 +36,7 @@ def own_samples(config: Config, processes: Processes) -> Source:
     texts = in_main_process(processes, partial(drawn_captions, config)) if takes_text(model.pipeline) else {}
     drawn = {"model": "pretrained", "output": str(folder), "prompts": None, "size_on_disk": None, "overwrite": False}
     drawn |= {"num_images": settings.num_images, "seed_offset": settings.seed_offset, "blocks": 1, "block": None}
-    drawn |= {"num_inference_steps": config.own_sample_steps, "schedules": []}
+    drawn |= {"num_inference_steps": config.own_sample_steps, "schedules": [], "prediction_scale": None}
     draw_samples(replace(config, sample=replace(config.sample, **drawn)), model, watched, texts, processes)
     data = training_config(config).data
     source = replace(open_source(replace(data, caption_column=None)), data=data)

@@ -18,8 +18,10 @@ from robustness.forked import Run
 from safetensors.torch import load_file
 from test_text_to_image import text_config, text_to_image  # noqa: F401  fixtures
 
+import merge
 from deme.config.reading import load_config
 from deme.data.opening import open_source
+from deme.errors import UserError
 from deme.models.denoisers import with_projections
 from deme.models.pipelines import WEIGHTS
 from deme.models.variants import SECONDS, find_pretrained, seconds_of
@@ -163,6 +165,50 @@ def test_the_report_follows_what_it_is_drawn_with(config_file, root):
     assert [row["samples"] for row in reports[-1]][2] == "distilled"
     assert [row for row in reports[-1] if row["samples"] != "distilled"] == reports[-2]
     assert (root / "tiny" / "search" / "best.yaml").read_bytes() == solved
+
+
+def test_scales_of_the_predicted_noise_are_searched_and_sampled_with(config_file, root):
+    """On the pretrained network, without experts; other scripts take the file of their kind alone."""
+    shutil.rmtree(root / "tiny" / "finetuned")
+    over = ["search.over=prediction_scale", "search.trials=11", "search.num_images=8"]
+    small = [option for option in SMALL if not option.startswith(("search.trials", "search.num_images"))]
+    refused = run("search.py", config_file, *small, *over, "sample.prediction_scale=1.1", status=2)
+    assert "sample.prediction_scale=1.1: can't be used with search.over=prediction_scale" in refused.stderr
+    found = run("search.py", config_file, *small, *over, "sample.prediction_scale=search")
+    assert "finalist 1 of" in found.stdout
+    folder = root / "tiny" / "search"
+    answer, rows = best(folder), report(folder)
+    assert (answer["over"], answer["timesteps"]) == ("prediction_scale", [[0, 500], [500, 1000]])
+    assert [row["samples"] for row in rows] == ["pretrained", "best"]
+    [lines] = [rows for name, rows in trials(folder).items() if "finalists" not in name]
+    firsts = [[round(float(value), 6) for value in values.values()] for values, _ in lines[:9]]
+    assert firsts == [[value] * 2 for value in (0, -0.02, -0.01, 0.01, 0.02, 0.03, 0.04, 0.05)] + firsts[8:]
+    given = ["sample.model=pretrained", "sample.num_images=10", "sample.num_inference_steps=3"]
+    given += ["sample.seed_offset=10000012"]
+    run("sample_ddp.py", config_file, *given, "sample.prediction_scale=search", "sample.output=best")
+    run("sample_ddp.py", config_file, *given, "sample.output=plain")
+    [values] = answer["coefficients"].values()
+    scales = [[*edges, 1 + value] for edges, value in zip(answer["timesteps"], values, strict=True)]
+    record = yaml.safe_load((root / "best" / "samples.yaml").read_text())
+    assert record["identity"]["prediction_scale"] == scales
+    assert "prediction_scale" not in yaml.safe_load((root / "plain" / "samples.yaml").read_text())["identity"]
+    samples = ["evaluate.samples=[plain, best]", "evaluate.blocks=5"]
+    run("evaluate.py", config_file, *samples)
+    scored = json.loads((root / "tiny" / "results.json").read_text())["rows"]
+    assert [row["pooled"] for row in scored] == pytest.approx([row["pooled"] for row in rows], rel=1e-3)
+    refused = run("sample_ddp.py", config_file, *given, "sample.output=best", status=2)
+    assert "holds samples of other settings: prediction_scale" in refused.stderr
+    with pytest.raises(UserError, match=r"best\.yaml: found with search\.over=prediction_scale, not coefficients"):
+        merge.find_searched(load_config(config_file, ["merge.coefficients=search"]))
+    shutil.copy(folder / "best.yaml", root / "scales.yaml")
+    options = ["sample.prediction_scale=scales.yaml", "timesteps.edges=[0, 400, 1000]", "sample.output=other"]
+    refused = run("sample_ddp.py", config_file, *given, *options, status=2).stderr
+    assert "scales.yaml: its scales are not positive numbers of the configured timestep ranges" in refused
+    (root / "coefficients.yaml").write_text("coefficients: {'*': [0.1, 0.2]}\n")
+    options = ["sample.prediction_scale=coefficients.yaml", "sample.output=other"]
+    refused = run("sample_ddp.py", config_file, *given, *options, status=2).stderr
+    assert "coefficients.yaml: found with search.over=coefficients, not prediction_scale" in refused
+    assert not (root / "other").exists()
 
 
 @pytest.mark.long

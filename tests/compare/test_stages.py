@@ -1,11 +1,13 @@
 import os
 from pathlib import Path
 
+import pytest
 import yaml
 
 from deme.compare.comparison import Stages, load_comparison, state_outside
 from deme.config.paths import image_path
 from deme.config.reading import load_config, override
+from deme.errors import UserError
 
 MODELS = {"models": {"models": ["pretrained", "continued", "ensemble", "merged", "distilled", "neon"]}}
 
@@ -71,6 +73,19 @@ def test_scores_are_those_of_the_models_whose_images_are_all_there(tmp_path):
     arguments = jobs["evaluate"].arguments_after(drawn[:-1])
     assert 'evaluate.samples=["runs/digits/samples/pretrained"]' in arguments
     assert jobs["evaluate"].arguments_after([]) is None
+
+
+def test_scales_of_the_predicted_noise_are_a_row_of_the_pretrained_network(tmp_path):
+    """Which waits for their search alone; without such scales a variation has no such row."""
+    scaled = ["search.over=prediction_scale", "sample.prediction_scale=search"]
+    runs = {"models": {"models": ["pretrained"]}, "scaled": {"models": ["pretrained"], "overrides": scaled}}
+    jobs = stages(tmp_path, runs=runs)
+    assert names(jobs["-scaled sample-pretrained"].after) == {"search"}
+    assert names(jobs["-scaled search"].after) == {"statistics"}
+    with pytest.raises(UserError, match=r"search\.over=coefficients: a search over prediction_scale is needed"):
+        stages(tmp_path, runs=runs | {"scaled": {"models": ["pretrained"], "overrides": scaled[1:]}})
+    with pytest.raises(UserError, match=r"runs.other.models=pretrained: with sample.prediction_scale alone"):
+        stages(tmp_path, runs=runs | {"other": {"models": ["pretrained"], "overrides": ["seed=3"]}})
 
 
 def test_a_job_draws_a_model_with_all_schedules(tmp_path):

@@ -128,6 +128,24 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("sample.schedules={steps: 20}", "sample.schedules={'steps': 20}:"),
         ("sample={eta: 1, schedules: [{scheduler: euler}]}", "{'scheduler': 'euler'}: sample.eta=1.0: only sample.sch"),
         ("search={grow_bounds: true, sampler: grid}", "search.grow_bounds=true: is read by search.sampler=tpe or gp"),
+        (
+            "sample.prediction_scale=0",
+            "sample.prediction_scale=0: must be a positive number, one for each of 4 timestep",
+        ),
+        ("sample.prediction_scale=true", "sample.prediction_scale=true: must be a positive number, one for each of 4"),
+        (
+            "sample.prediction_scale=[1, 1]",
+            "sample.prediction_scale=[1, 1]: must be a positive number, one for each of",
+        ),
+        (
+            "search={over: prediction_scale, bounds: [-1, 1]}",
+            "search.over=prediction_scale: search.bounds must be above",
+        ),
+        (
+            "search={over: prediction_scale, groups: block}",
+            "search.over=prediction_scale: needs search.groups=range and",
+        ),
+        ("search.over=scales", "search.over=scales: must be one of coefficients, prediction_scale"),
         ("sample.eta=-1", "sample.eta=-1.0: must be at least 0 and at most 1"),
         ("finetune.snapshot_every=0", "finetune.snapshot_every=0: must be above 0 and at most 1,000,000,000"),
         ("finetune.ema_profiles=[0.05]", "finetune.ema_profiles=[0.05]: must be different widths, at least two"),

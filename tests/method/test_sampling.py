@@ -1,3 +1,4 @@
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from deme.method.sampling import (
     guided,
     make_sampler,
     sample_images,
+    scaled,
     try_sampler,
 )
 from deme.models.encoders import to_bytes
@@ -206,6 +208,47 @@ def test_the_ensemble_uses_the_expert_of_each_timestep():
     experts = [Recorder("low", calls), Recorder("high", calls)]
     sample(ensemble(experts, [(0, 334), (334, 1000)]), steps=3)
     assert calls == [("high", 666), ("low", 333), ("low", 0)]
+
+
+class Linear(torch.nn.Module):
+    """Predicts a multiple of its input as noise."""
+
+    def forward(self, noisy, timestep, return_dict=False, shift=0.0):
+        return (0.7 * noisy + shift,)
+
+
+SCALES = [(0, 500, 1.25), (500, 1000, 0.8)]
+
+
+def test_predicted_noise_is_divided_by_the_scale_of_its_range():
+    """DDIM of ε = a x multiplies x by √ᾱ_s (1 − √(1 − ᾱ_t) a/λ) / √ᾱ_t + √(1 − ᾱ_s) a/λ from t to s."""
+    schedule = DDPMScheduler(clip_sample=False)
+    found = sample_images(scaled(single(Linear()), SCALES), schedule, [3], SHAPE, "cpu", 4)
+    signals, factor = [*schedule.alphas_cumprod[[750, 500, 250, 0]].tolist(), 1.0], 1.0
+    for (high, low), scale in zip(pairwise(signals), (0.8, 0.8, 1.25, 1.25), strict=True):
+        slope = 0.7 / scale
+        factor *= (low / high) ** 0.5 * (1 - (1 - high) ** 0.5 * slope) + (1 - low) ** 0.5 * slope
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(found[0], factor * noise)
+
+
+def test_a_scale_of_1_changes_no_bit():
+    """Nor does none; another one in half of the timesteps does."""
+    network = single(tiny_unet())
+    plain = sample(network)
+    for scales in ([], [(0, 1000, 1.0)], [(0, 500, 1.0), (500, 1000, 1)]):
+        assert torch.equal(sample(scaled(network, scales)), plain)
+    assert not torch.equal(sample(scaled(network, [(0, 500, 1.02), (500, 1000, 1.0)])), plain)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_guided_prediction_is_scaled_as_a_whole(scale):
+    """The same as dividing what guidance makes of the two predictions."""
+    images, condition = torch.randn(2, *SHAPE), {"shift": torch.tensor([[[[2.0]]], [[[1.0]]]])}
+    empty = {"shift": torch.tensor([[[[0.5]]]])}
+    whole = guided(single(Linear()), condition, empty, scale)(700)(images, 700)[0]
+    found = guided(scaled(single(Linear()), SCALES), condition, empty, scale)(700)(images, 700)[0]
+    torch.testing.assert_close(found, whole / 0.8)
 
 
 def test_an_ensemble_of_one_network_is_that_network():

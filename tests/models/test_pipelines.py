@@ -1,15 +1,18 @@
+import json
 import os
 import shutil
 
 import pytest
 import torch
-from conftest import PICKLED_WEIGHTS, old_name, run
+from conftest import PICKLED_WEIGHTS, REPOSITORY, old_name, run
 from diffusers import DDIMPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
+from deme.config.reading import load_config
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
 from deme.models.pipelines import WEIGHTS, denoiser_folder, find_pipeline, load_tensors
+from deme.models.variants import find_model
 from deme.projection import ProjectedUNet2DModel
 
 
@@ -102,3 +105,25 @@ def test_incomplete_folders_are_named(pretrained, tmp_path, change, message):
     with pytest.raises(UserError, match=message) as error:
         load_denoiser(denoiser_folder(find_pipeline(str(folder))))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_only_predicted_noise_is_scaled(pretrained, tmp_path, kind):
+    """Where the schedule's file says what is predicted, and where it leaves it out, which means noise."""
+    folder = tmp_path / "other"
+    shutil.copytree(pretrained, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text())
+    config = load_config(
+        REPOSITORY / "configs/digits.yaml", [f"model.pretrained={folder}", "sample.prediction_scale=1.1"]
+    )
+    model = find_model("pretrained", config.paths)
+    model.check_fits(config)
+    file.write_text(json.dumps({key: value for key, value in settings.items() if key != "prediction_type"}))
+    model.check_fits(config)
+    file.write_text(json.dumps(settings | {"prediction_type": kind}))
+    reason = rf"scales predicted noise, but .*scheduler_config\.json has prediction_type={kind}"
+    with pytest.raises(UserError, match=rf"^sample\.prediction_scale=1\.1: {reason}$"):
+        model.check_fits(config)
+    with pytest.raises(UserError, match=rf"^search\.over=coefficients: {reason}$"):
+        model.check_noise_is_predicted(config.search, "over")
