@@ -109,6 +109,7 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
         "their snapshots": sum(len(config.snapshots(name)) for name in trained) * (network // 2 + averages),
         # student, EMA, two moments
         "their checkpoints": (len(trained) * config.finetune.checkpoints_kept + 1) * (4 * network + averages),
+        "networks of an EMA width": network * len(config.merged_names) * (config.merge.ema_width is not None),
         "merged networks": network * (1 + (NEON in size.models)),
         "samples": images * max(DISK_BLOCK, drawn * PNG_SHARE),
     }

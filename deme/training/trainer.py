@@ -261,7 +261,8 @@ class Trainer:
 
         halves = averaged(None, torch.float16)
         if not all(half.isfinite().all() for half in halves.values()):
-            self._fail(f"the weights do not fit half precision at step {self.state.step}: {key} keeps them in it")
+            rule = f"the weights do not fit half precision at step {self.state.step}: {key} keeps them in it"
+            self._fail(self.meter.fault(self.state.step) or rule)
         make_folder(path.parent, "output_dir")
         with atomic_folder(path) as temporary:
             write_denoiser(temporary / DENOISER, halves, settings)

@@ -76,7 +76,8 @@ def test_networks_of_an_ema_width_are_searched_and_merged(config_file):
     """Of a tracked one: the formula with the last snapshots, which merge.yaml names; a finished merge is left alone."""
     run("finetune.py", config_file, "finetune.snapshot_every=2", "finetune.ema_profiles=[0.05,0.1]")
     options = ["merge.ema_width=0.1", "merge.coefficients=search"]
-    run("search.py", config_file, options[0], "search.method=closed_form", "search.images=16", "search.report_images=0")
+    small = ["search.method=closed_form", "search.images=16", "search.report_images=0"]
+    run("search.py", config_file, options[0], *small, processes=2)  # of which one writes the networks
     run("merge.py", config_file, *options)
     root = config_file.parent / "tiny"
     record = yaml.safe_load((root / "merged/merge.yaml").read_text())

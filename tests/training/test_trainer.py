@@ -326,6 +326,14 @@ def test_weights_beyond_half_precision_make_no_snapshot(tmp_path):
     assert snapshots(tmp_path) == {}
 
 
+def test_a_loss_that_is_not_finite_is_blamed_for_a_snapshot_that_is_not(tmp_path):
+    run = pretrainer(tmp_path, snapshot_every=3, max_steps=3, log_every=50)
+    run.losses = lambda batch: (run.student.conv_in.bias.sum() * math.nan, torch.zeros(()))
+    with pytest.raises(RunError, match="the loss or its gradient is not finite at step 1;"):
+        run.run()
+    assert snapshots(tmp_path) == {}
+
+
 def test_a_full_disk_stops_a_snapshot_in_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
