@@ -107,7 +107,7 @@ REFUSED = {
     "no snapshots": (
         0.1,
         removed("snapshots"),
-        r"continued/snapshots: holds no averages of finetune.ema_profiles; delete",
+        r"continued/snapshots: holds no averages of finetune.ema_profiles; delete .* finetune.snapshot_every=1 ",
     ),
     "the last one is missing": (0.1, removed("snapshots/00000016"), rf"00000016/ema-0.050/unet: missing; {AGAIN}"),
     "one average is missing": (
@@ -115,7 +115,7 @@ REFUSED = {
         removed("snapshots/00000004/ema-0.100"),
         rf"00000004/ema-0.100/unet: missing; {AGAIN}",
     ),
-    "no record": (0.1, removed("snapshots/00000004/snapshot.yaml"), rf"00000004: of another run: finetune.*; {AGAIN}"),
+    "no record": (0.1, removed("snapshots/00000004/snapshot.yaml"), rf"00000004/snapshot.yaml: missing; {AGAIN}"),
     "of another run": (
         0.1,
         edited("snapshots/00000008/snapshot.yaml", seed=3),
@@ -134,7 +134,7 @@ REFUSED = {
     "a damaged record": (
         0.1,
         edited("config.yaml", "trained_from", **{"finetune.max_steps": "x"}),
-        r"config.yaml: max_steps is not a whole",
+        r"config.yaml: finetune.max_steps is not a whole",
     ),
 }
 
