@@ -83,26 +83,29 @@ def main(file: str, runs: list[ComparedRun], jobs: list[Job], processes: int, ta
 
 
 def write_table(runs: list[ComparedRun], output: Path) -> None:
-    """Print the base's scores and the table of the runs, the base first; write the table to a folder."""
+    """Print the base's scores and the table of the runs, the base first, per judge; write the tables to a folder."""
     from deme.compare.table import compared_rows, comparison_table, points_of_rows
-    from deme.measure.scores import load_scores
+    from deme.measure.scores import load_spaces
     from deme.report.figures import save_figure
     from deme.report.steps import distance_by_steps
     from deme.report.tables import score_table
 
     results = runs[0].config.paths.results
-    features, scores = load_scores(results)
-    print(f"\n{score_table(scores, features)}\n{results}")
-    rows = compared_rows(runs)
-    table = comparison_table(rows, features)
+    spaces = load_spaces(results)
+    print("", *(score_table(scores, features) for features, scores in spaces.items()), results, sep="\n")
+    by_space = {features: compared_rows(runs, features) for features in spaces}
+    table = "\n\n".join(comparison_table(rows, features) for features, rows in by_space.items())
     make_folder(output, "output_dir")
-    with atomic_file(output / "rows.json") as temporary:
-        temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+    for place, (features, rows) in enumerate(by_space.items()):
+        with atomic_file(output / f"rows{f'-{features}' * (place > 0)}.json") as temporary:
+            temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     with atomic_file(output / "table.md") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n{output / 'table.md'}")
-    if rows and rows[0].schedule:
-        save_figure(distance_by_steps(points_of_rows(rows, features)), output / "steps.png")
+    drawn = {features: rows for features, rows in by_space.items() if rows and rows[0].schedule}
+    if drawn:
+        points = [point for features, rows in drawn.items() for point in points_of_rows(rows, features)]
+        save_figure(distance_by_steps(points), output / "steps.png")
         print(output / "steps.png")
 
 

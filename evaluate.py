@@ -3,6 +3,7 @@
     accelerate launch evaluate.py
     accelerate launch evaluate.py "evaluate.samples=[runs/digits/samples/merged]" evaluate.features=inception
     accelerate launch evaluate.py "evaluate.samples=[]"      # only the reference statistics
+    accelerate launch evaluate.py "evaluate.features=[classifier,torchvision:resnet18=FILE.safetensors]"   # two judges
 
 evaluate.features=inception gives FID, as `python -m pytorch_fid SAMPLES STATISTICS` does; classifier gives the
 classifier FD, in the features of a small network trained on the data's labels. The reference statistics, in
@@ -61,16 +62,20 @@ def check_replaceable(output: Path) -> None:
 
 
 def reference_files(config: Config) -> list[Path]:
-    """The file evaluate.reference, or the images in that folder; none where the data is the reference."""
+    """The files of evaluate.reference, one a judge, or its images; none where the data is the reference."""
     from deme.data.samples import list_images
 
     given = config.evaluate.reference
     if given is None:
         return []
+    files = [config.paths.reference_in(judge.name) for judge in config.evaluate.judges]
     with naming("evaluate.reference", given):
-        if not config.paths.reference.exists():
+        if not files[0].exists():
             raise UserError("no such file or folder")
-        return list_images(config.paths.reference) if config.paths.reference.is_dir() else [config.paths.reference]
+        for file in files[1:]:
+            if not file.exists():
+                raise UserError(f"of these statistics in the other features of evaluate.features, there is no {file}")
+        return list_images(files[0]) if files[0].is_dir() else files
 
 
 def open_samples(folder: Path, settings: Evaluate) -> Samples:
@@ -85,7 +90,8 @@ def open_samples(folder: Path, settings: Evaluate) -> Samples:
         raise UserError(f"evaluate.blocks={settings.blocks}: {folder} holds {len(files)} image(s), {least}")
     size = check_sizes(files)
     with naming("evaluate.samples", folder):
-        check_classified(settings.features, *size)
+        for judge in settings.judges:
+            check_classified(judge.name, *size)
         prompts = read_prompts(folder, files) if settings.clip_model is not None else None
     return Samples(folder, files, [file.name for file in files], size, prompts)
 
@@ -103,7 +109,7 @@ def score_samples(
     share, scores = (range(len(files)), settings.batch_size, available_threads()), None
     with naming("evaluate.samples", samples.folder):
         features = extract(accelerator, space.network, lambda part: read_images(files[part]), *share)
-    if samples.prompts is not None:
+    if clip is not None and samples.prompts is not None:
         with naming("evaluate.clip_model", settings.clip_model):
             scores = extract(accelerator, clip, partial(clip.read, files, samples.prompts), *share)[:, 0]
     if not accelerator.is_main_process:
@@ -120,7 +126,7 @@ def with_differences(rows: list["Score"], samples: list[Samples]) -> list["Score
     differing = []
     for row, own in zip(rows, samples, strict=True):
         same_seeds = [(other, its) for other, its in zip(rows, samples, strict=True) if its.seeds == own.seeds]
-        prompted = [other for other, its in same_seeds if own.prompts is not None and its.prompts == own.prompts]
+        prompted = [other for other, its in same_seeds if row.clip is not None and its.prompts == own.prompts]
         differing.append(compared(row, [other for other, _ in same_seeds], prompted))
     return differing
 
@@ -129,7 +135,8 @@ def plan(config: Config) -> str:
     """What this command would do."""
     nothing = "no sample folders yet" if config.evaluate.samples is None else "nothing: make the statistics alone"
     folders = "\n  ".join(map(str, sample_folders(config))) or nothing
-    return f"score in {config.evaluate.features} features -> {config.paths.results}\n  {folders}"
+    judges = ", ".join(judge.name for judge in config.evaluate.judges)
+    return f"score in {judges} features -> {config.paths.results}\n  {folders}"
 
 
 def main(config: Config) -> None:
@@ -138,7 +145,7 @@ def main(config: Config) -> None:
 
     # --- what is scored
     output = config.paths.results
-    config.check_classified()
+    config.check_classified(config.evaluate.judges)
     with naming("evaluate.output", output):
         check_replaceable(output)
     given = reference_files(config)
@@ -146,39 +153,44 @@ def main(config: Config) -> None:
     if not samples and config.evaluate.samples is None:
         raise UserError(f"evaluate.samples=null: no sample folders in {config.paths.all_samples}")
     beside_images = [one.folder / name for one in samples for name in (SAMPLES.file, PROMPTS)]
-    watched = Watched([*given, *beside_images, *(file for one in samples for file in one.files)])
+    weights = [file for judge in config.evaluate.judges for file in judge.files]
+    watched = Watched([*given, *weights, *beside_images, *(file for one in samples for file in one.files)])
 
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.measure.features import ClipScores
     from deme.measure.reference import load_feature_space
-    from deme.measure.scores import save_scores
+    from deme.measure.scores import save_spaces
     from deme.report.tables import difference_table, score_table
 
     accelerator = make_accelerator("no", "evaluate")
     key = "output_dir" if config.evaluate.output is None else "evaluate.output"
     with locked_by_all(accelerator, output, key):
-        # --- the feature network, the reference statistics, and the CLIP model if there are prompts
+        # --- the feature networks, the reference statistics, and the CLIP model if there are prompts
         clip = None
         if any(one.prompts is not None for one in samples):
             with accelerator.main_process_first(), naming("evaluate.clip_model", config.evaluate.clip_model):
                 clip = ClipScores(config.evaluate.clip_model).to(accelerator.device)  # one process downloads it
-        space = load_feature_space(config, accelerator)
+        spaces = [load_feature_space(config, accelerator, judge) for judge in config.evaluate.judges]
         for one in samples:
             with naming("evaluate.samples", one.folder):
-                space.reference.check_size(*one.size)
+                for space in spaces:
+                    space.reference.check_size(*one.size)
         if not samples:
             return
 
-        # --- scores, and differences where the seeds agree; table and results.json
-        scores = [score_samples(one, config, accelerator, space, clip) for one in samples]
+        # --- scores, and differences where the seeds agree; tables and results.json
+        scores = {}
+        for space in spaces:  # the CLIP score stands beside the first judge's
+            scores[space.name] = [score_samples(one, config, accelerator, space, clip) for one in samples]
+            clip = None
 
         def finish() -> None:
             watched.check()
-            rows = with_differences(scores, samples)
+            rows = {name: with_differences(own, samples) for name, own in scores.items()}
             made_with = provenance(config)
-            beside = {} if space.accuracy is None else {"held_out_accuracy": space.accuracy}
-            save_scores(output, config.evaluate.features, rows, beside | made_with)
-            tables = (table(rows, config.evaluate.features) for table in (score_table, difference_table))
+            accuracies = [("held_out_accuracy", space.accuracy) for space in spaces if space.accuracy is not None]
+            save_spaces(output, rows, dict(accuracies) | made_with)
+            tables = (table(own, name) for name, own in rows.items() for table in (score_table, difference_table))
             print(*filter(None, tables), sep="\n\n")
             print(f"on {made_with['processor']}", output, sep="\n")
 

@@ -105,13 +105,15 @@ def results(run: "Run") -> "list[Part]":
     from deme.report import figures, steps, tables
     from deme.report.run import verdict
 
-    if not run.scores:
-        return []
-    caption = f"{tables.NAMES[run.features][0]} of each model, {run.scores[0].images:,} images of the same seeds each."
-    parts = [verdict(run.scores, run.features, run.schedule), tables.score_table(run.scores, run.features)]
-    parts += [tables.difference_table(run.scores, run.features)]
-    parts += [picture(run, "report-results", caption, figures.score_bars(run.scores, run.features, "merged"))]
-    if points := steps.points_of(run.scores, run.features):
+    parts, points = [], []
+    for features, scores in run.spaces.items():
+        caption = f"{tables.distances(features)[0]} of each model, {scores[0].images:,} images of the same seeds each."
+        parts += [verdict(scores, features, run.schedule), tables.score_table(scores, features)]
+        parts += [tables.difference_table(scores, features)]
+        name = "report-results" + f"-{features}" * (features != run.features)
+        parts += [picture(run, name, caption, figures.score_bars(scores, features, "merged"))]
+        points += steps.points_of(scores, features)
+    if points:
         caption = "Distance against number of sampling steps, on the same seeds."
         parts.append(picture(run, "report-steps", caption, steps.distance_by_steps(points)))
     return [part for part in parts if part]

@@ -90,7 +90,7 @@ def main(config: Config) -> None:
         scores, fresh = score_fresh(problem, result, output / "report.json", identity, beside)
         if accelerator.is_main_process:
             if scores:
-                print(score_table(scores, config.evaluate.features))
+                print(score_table(scores, config.evaluate.judges[0].name))
             print(*verdict(result, scores, fresh), sep="\n")
             from deme.report.figures import save_search_plots  # imports matplotlib and TensorBoard
 
@@ -127,11 +127,12 @@ def check_inputs(config: Config) -> ModelFiles:
     model.check_fits(config)
     if config.searches_scales:
         model.check_noise_is_predicted(config.search, "over")
-    config.check_classified()
+    judge = config.evaluate.judges[0]  # the search never sees the others
+    config.check_classified([judge])
     if draws_images(config):
         has_prompts = config.sample.prompts is not None or not takes_text(pretrained)
         config.sample.check("prompts", has_prompts, "images are drawn for the search: needs some")
-        has_labels = config.data.label_column is not None or config.evaluate.features != "classifier"
+        has_labels = config.data.label_column is not None or judge.name != "classifier"
         config.data.check("label_column", has_labels, "evaluate.features=classifier needs labels")
     return model
 
@@ -166,6 +167,7 @@ def searched(config: Config) -> dict[str, Any]:
         parts["search"]["start"] = [f"SHA-256 {content_hash(Path(file))}" for file in config.search.start]
     if parts["sample"].pop("prediction_scale", None) is not None and not config.searches_scales:
         parts["sample"]["prediction_scale"] = list(map(list, prediction_scales(config)))
+    parts["evaluate"]["features"] = config.evaluate.judges[0].name
     values = {f"{section}.{key}": value for section, part in parts.items() for key, value in part.items()}
     return {"seed": config.seed, "timesteps": [list(edges) for edges in config.timesteps.ranges], **values}
 

@@ -147,7 +147,9 @@ class Stages:
         caches = [self._add(base, "cache", "scripts/cache.py", output=None, after=self.pretrained)] if has_cache else []
         self.first = [*self.pretrained, *caches]  # before trainings
         if (file := comparison.reference) is not None:
-            base = replace(base, config=load_config(file, []), arguments=["--config", for_shell(file)])
+            judges = base.config.evaluate.features
+            own = [override("evaluate.features", judges)] if isinstance(judges, list) else []  # statistics for each
+            base = replace(base, config=load_config(file, own), arguments=["--config", for_shell(file), *own])
             caches = []
         output = base.config.paths.reference
         made = {"output": output, "parts": [output, base.config.paths.classifier]}
@@ -272,6 +274,8 @@ def outside(config: Config, script: str) -> list[str]:
     given += [config.sample.prompts] * (script in ("sample_ddp.py", "search.py"))
     given += [config.evaluate.clip_model] * (script in ("evaluate.py", "search.py"))
     given += config.search.start if script == "search.py" else []
+    judges = config.evaluate.judges[: None if script == "evaluate.py" else 1]
+    given += [judge.path for judge in judges] if script in ("evaluate.py", "search.py") else []
     return [str(path) for path in given if isinstance(path, str | Path) and os.path.exists(path)]
 
 

@@ -9,11 +9,11 @@ import numpy as np
 from deme.compare.comparison import PRETRAINED, ComparedRun
 from deme.config.paths import sampler_and_steps, with_schedule
 from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
-from deme.measure.scores import Difference, Score, load_scores, mean_and_deviation
+from deme.measure.scores import Difference, Score, load_spaces, mean_and_deviation
 from deme.models.variants import read_searched, seconds_of
 from deme.report.run import read_log
 from deme.report.steps import Point
-from deme.report.tables import NAMES, Table, number, signed
+from deme.report.tables import Table, distances, number, signed
 
 CLEAR = "*: the 95 % confidence interval, by Student's t, does not hold 0."
 
@@ -49,16 +49,20 @@ def difference(blocks: Sequence[Sequence[float]]) -> Difference:
     return Difference(mean, variance**0.5, variance**2 / spread if parts else values.shape[1] - 1)
 
 
-def compared_rows(runs: Sequence[ComparedRun]) -> list[Row]:
-    """A row for each model of each variation that has scores, schedule by schedule; `runs` begins with the base."""
-    return [row for schedule in runs[0].config.schedule_names for row in _rows_of(runs, schedule)]
+def compared_rows(runs: Sequence[ComparedRun], features: str) -> list[Row]:
+    """A row for each model of each variation that has scores in these features, schedule by schedule.
+
+    `runs` begins with the base.
+    """
+    return [row for schedule in runs[0].config.schedule_names for row in _rows_of(runs, features, schedule)]
 
 
-def _rows_of(runs: Sequence[ComparedRun], schedule: str) -> list[Row]:
+def _rows_of(runs: Sequence[ComparedRun], features: str, schedule: str) -> list[Row]:
     trained: dict[tuple[str, str], list[tuple[ComparedRun, Score]]] = {}  # by variation and model
     for run in runs:
         file = run.config.paths.results
-        scores = {Path(score.samples).name: score for score in (load_scores(file)[1] if file.is_file() else [])}
+        found = load_spaces(file).get(features, []) if file.is_file() else []
+        scores = {Path(score.samples).name: score for score in found}
         for model in run.models:
             if score := scores.get(with_schedule(model, schedule)):
                 trained.setdefault((run.name, model), []).append((run, score))
@@ -91,8 +95,8 @@ def _rows_of(runs: Sequence[ComparedRun], schedule: str) -> list[Row]:
 
 def points_of_rows(rows: Sequence[Row], features: str) -> list[Point]:
     """The rows' distances, for the picture of them against the number of steps."""
-    distance = NAMES[features][0]
-    errors = [difference(row.to_pretrained).standard_error for row in rows]
+    distance = distances(features)[0]
+    errors = [difference(row.to_pretrained).half_width for row in rows]
     return [
         Point(distance, *sampler_and_steps(row.schedule), row.name, row.pooled, error)
         for row, error in zip(rows, errors, strict=True)
@@ -128,7 +132,7 @@ def comparison_table(rows: Sequence[Row], features: str) -> str:
         found = difference(blocks) if blocks else None
         return signed(found) + (" *" if found is not None and found.is_clear else "")
 
-    pooled = f"{NAMES[features][0]}, all images"
+    pooled = f"{distances(features)[0]}, all images"
     several, has_control = any(len(row.seeds) > 1 for row in rows), any(row.to_continued for row in rows)
     columns: dict[str, Callable[[Row], str]] = {"model": lambda row: row.name}
     columns |= {"schedule": lambda row: row.schedule} if any(row.schedule for row in rows) else {}

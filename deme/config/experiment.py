@@ -1,10 +1,12 @@
 """The whole configuration of an experiment, and what has to hold between its sections."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from deme.config import sections, trainings
+from deme.config.judges import Judge
 from deme.config.networks import RANGES, TRAJECTORY, Network, networks_of, of_word
 from deme.config.paths import DENOISER, Paths, snapshot_path, with_schedule
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
@@ -137,8 +139,10 @@ class Config(Section):
 
     def read_by(self, script: str) -> dict[str, Any]:
         """The settings that a script reads."""
-        unread = UNREAD_BY.get(script, "").split()
-        return {name: values for name, values in self.recorded.items() if name not in unread}
+        unread, read = UNREAD_BY.get(script, "").split(), self.recorded
+        if script == "search.py":
+            read["evaluate"]["features"] = self.evaluate.judges[0].text
+        return {name: values for name, values in read.items() if name not in unread}
 
     @property
     def self_trained_names(self) -> list[str]:
@@ -289,10 +293,10 @@ class Config(Section):
         apart = own.seed_offset + own.num_images <= drawn.start or own.seed_offset >= drawn.stop
         own.check("seed_offset", apart, f"sample_ddp.py draws the seeds {drawn.start} … {drawn.stop - 1}")
 
-    def check_classified(self) -> None:
-        """Make sure that the data's images are large enough for the features that are configured."""
+    def check_classified(self, judges: Iterable[Judge]) -> None:
+        """Make sure that the data's images are large enough for the classifier, if it is one of the judges."""
         least = sections.LEAST_CLASSIFIED
-        seen = self.evaluate.features != "classifier" or self.data.resolution >= least
+        seen = all(judge.name != "classifier" for judge in judges) or self.data.resolution >= least
         self.data.check("resolution", seen, f"evaluate.features=classifier needs at least {least} pixels")
 
     def check_analyzed(self) -> None:

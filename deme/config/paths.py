@@ -14,9 +14,10 @@ SNAPSHOTS = "snapshots"  # the sub-folder of a training that holds its EMA weigh
 
 
 class Paths:
-    """The paths of a Config; `--path` takes the name of each attribute."""
+    """The paths of a Config; `--path` takes their `names`."""
 
     def __init__(self, config: Any):
+        self._evaluate = config.evaluate
         outputs, run = Path(config.output_dir), Path(config.output_dir) / config.name
 
         def output(given: str | None, name: str) -> Path:
@@ -50,10 +51,21 @@ class Paths:
         self.grid = self.samples.with_name(f"grid-{self.samples.name}.png")  # the contact sheet of `samples`
         self.stats = run / "stats"  # reference statistics and the classifier
         self.classifier = self.stats / "classifier.safetensors"  # the feature network of the classifier FD
-        # the statistics that samples are compared with
-        self.reference = output(config.evaluate.reference, f"stats/{config.evaluate.features}.npz")
         self.results = output(config.evaluate.output, "results.json")  # the scores
         self.jobs = run / "jobs"  # logs and states of the jobs of all comparisons
+
+    @property
+    def reference(self) -> Path:
+        """What samples are compared with in the features of the first judge: statistics, or a folder of images."""
+        return self.reference_in(self._evaluate.judges[0].name)
+
+    def reference_in(self, space: str) -> Path:
+        """The same in this feature space. Statistics in other features than the first judge's lie beside its own."""
+        if self._evaluate.reference is None:
+            return self.stats / f"{space}.npz"
+        given = Path(self._evaluate.reference)
+        is_own = given.is_dir() or space == self._evaluate.judges[0].name
+        return given if is_own else given.with_name(f"{space}.npz")
 
     def finetuning(self, name: str) -> Path:
         """Checkpoints, logs, previews and final weights of a training of finetune.py."""
@@ -70,6 +82,11 @@ class Paths:
     def comparison(self, file: str | Path) -> Path:
         """The tables of a comparison, named after its file."""
         return self.run_folder / "comparison" / Path(file).stem
+
+    @property
+    def names(self) -> list[str]:
+        """What `lines` takes."""
+        return [*(name for name in vars(self) if name[0] != "_"), "reference"]
 
     def lines(self, name: str) -> str:
         """The path with this name; several are one a line."""

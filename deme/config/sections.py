@@ -5,13 +5,16 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from deme.config.judges import FORMS, Judge, read_judge
 from deme.config.networks import WORDS, path_of
 from deme.config.section import ANALYSES, Section, is_finite, is_one_line, one_of, setting
 from deme.config.trainings import PRECISIONS, WIDTH_RULE, is_width
+from deme.errors import shown
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
 CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # of the paper's text-to-image scores
@@ -262,7 +265,7 @@ class Sample(Section):
 class Evaluate(Section):
     """What is scored against what."""
 
-    features: str = setting("inception", "search all_runs", choices=("inception", "classifier"))  # latter: by labels
+    features: Any = setting("inception", "search all_runs")  # classifier: by labels; more in judges.py; or a list
     samples: list[str] | None = setting(None, "one_run path")  # folders of images; null: all in samples/ of this run
     reference: str | None = setting(None, "search all_runs path")  # npz of statistics or image folder; null: the data
     blocks: int = setting(1, "all_runs", above=0)  # equal blocks of images in seed order, for the spread of the score
@@ -273,6 +276,18 @@ class Evaluate(Section):
     classifier_precision: str = setting("no", "search all_runs", choices=("no", "bf16"))  # of its training
     clip_model: str | None = setting(CLIP_MODEL, "all_runs path")  # folder or Hub id, for samples with prompts
     output: str | None = setting(None, "place one_run path")  # null: results.json of this run
+
+    def check_together(self) -> None:
+        given = self.features if isinstance(self.features, list) else [self.features]
+        for text in given:
+            which = f"{shown(text)} " if isinstance(self.features, list) else ""
+            self.check("features", read_judge(text) is not None, f"{which}{one_of(FORMS.values(), text)}")
+        self.check("features", 0 < len(given) == len(set(given)), "must be a list of different judges")
+
+    @cached_property
+    def judges(self) -> list[Judge]:
+        """The networks in whose features samples are scored. A search sees the first one alone."""
+        return [read_judge(text) for text in (self.features if isinstance(self.features, list) else [self.features])]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=REPOSITORY / "configs/digits.yaml", metavar="FILE", help="YAML file")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and the plan, do nothing")
-    parser.add_argument("--path", choices=list(vars(Config().paths)), help="print where this lies, do nothing")
+    parser.add_argument("--path", choices=Config().paths.names, help="print where this lies, do nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     with ended_in_one_line(parser.prog) as run_folder:
         arguments = parser.parse_intermixed_args()

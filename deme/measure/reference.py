@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from deme.config.experiment import Config
+from deme.config.judges import Judge
 from deme.config.sections import LEAST_CLASSIFIED
 from deme.data.decoding import Source, available_threads
 from deme.data.examples import load_evaluation_images
@@ -23,6 +24,7 @@ from deme.errors import UserError, naming, one_line
 from deme.job.files import LARGEST, atomic_file, checked, make_folder, sha256
 from deme.job.processes import Processes, locked_by_all
 from deme.measure.features import Inception, check_classified, extract, trained_classifier
+from deme.measure.judges import LocalNetwork
 from deme.measure.scores import FeatureSpace, Reference
 
 PART = 50_000  # images whose features are in memory at once
@@ -33,9 +35,9 @@ OpenData = Callable[[], Source]  # opens the configured data the first time
 Images = tuple[int, Callable[[slice], torch.Tensor], int]
 
 
-def load_feature_space(config: Config, processes: Processes) -> FeatureSpace:
-    """The configured feature space, made once and kept in stats/. If another job is making it, wait for that job."""
-    name, accuracy = config.evaluate.features, None
+def load_feature_space(config: Config, processes: Processes, judge: Judge) -> FeatureSpace:
+    """The feature space of a judge, made once and kept in stats/. If another job is making it, wait for that job."""
+    name, accuracy = judge.name, None
     features = {"features": name}
     open_data = cache(lambda: open_source(config.data))  # a given file of statistics may need none
     with locked_by_all(processes, config.paths.stats, "output_dir", wait=True):
@@ -43,10 +45,13 @@ def load_feature_space(config: Config, processes: Processes) -> FeatureSpace:
         if name == "inception":
             with processes.main_process_first(), naming("evaluate.features", name):
                 network = Inception().to(processes.device)  # one process downloads the weights
-        else:
+        elif name == "classifier":
             network, accuracy = trained_classifier(config, processes, open_data())
             features["classifier"] = sha256(config.paths.classifier)
             processes.print(f"classifier: held-out accuracy {accuracy:.1%}")
+        else:
+            network = LocalNetwork(judge).to(processes.device)
+            features |= {"weights (SHA-256)": judge.digest, "preprocessing": str(network.prepare)}
         reference = reference_statistics(config, processes, network, features, open_data)
     return FeatureSpace(name, network, reference, accuracy)
 
@@ -57,12 +62,13 @@ def reference_statistics(
     """The statistics in the file evaluate.reference, or those of its images or of the data.
 
     The latter are kept in a file, and made again if they are of other images or features, or damaged. `features` has
-    the network's name, and the SHA-256 of a classifier.
+    the space's name, and what else determines the network, such as the SHA-256 of a classifier.
     """
-    if config.evaluate.reference is not None and not config.paths.reference.is_dir():
+    file = config.paths.reference_in(features["features"])
+    if config.evaluate.reference is not None and not file.is_dir():
         with naming("evaluate.reference", config.evaluate.reference):
-            return _given(config.paths.reference, processes, network, features, open_data)
-    file, made_from, open_images = _images(config, open_data)
+            return _given(file, processes, network, features, open_data)
+    file, made_from, open_images = _images(config, open_data, features["features"])
     made_from |= features
     if file.exists():
         try:
@@ -83,7 +89,7 @@ def reference_statistics(
     return load_reference(file)[0]
 
 
-def _images(config: Config, open_data: OpenData) -> tuple[Path, dict[str, Any], Callable[[], Images]]:
+def _images(config: Config, open_data: OpenData, space: str) -> tuple[Path, dict[str, Any], Callable[[], Images]]:
     """What statistics are made of, the data or the folder evaluate.reference: the file to keep them, record, images."""
     if config.evaluate.reference is None:
         source, cache_folder = open_data(), config.paths.image_cache
@@ -95,16 +101,16 @@ def _images(config: Config, open_data: OpenData) -> tuple[Path, dict[str, Any], 
                 raise UserError(f"data.name={config.data.name}: {len(images)} image, statistics need at least 2")
             return len(images), lambda part: images.batch(range(part.start, part.stop)), images.threads
 
-        return config.paths.reference, record, decoded
-    name, folder = config.evaluate.features, config.paths.reference
+        return config.paths.reference_in(space), record, decoded
+    folder = config.paths.reference
     with naming("evaluate.reference", config.evaluate.reference):
         paths = list_images(folder)
         size = check_sizes(paths)
         if len(paths) < 2:
             raise UserError(f"{len(paths)} image, statistics need at least 2")
-        check_classified(name, *size)
+        check_classified(space, *size)
     images = (len(paths), lambda part: read_images(paths[part]), available_threads())
-    return config.paths.stats / f"{name}-folder.npz", {"size": [*size], IMAGES: content_hash(folder)}, lambda: images
+    return config.paths.stats / f"{space}-folder.npz", {"size": [*size], IMAGES: content_hash(folder)}, lambda: images
 
 
 def content_hash(path: Path) -> str:
@@ -160,7 +166,7 @@ class DataSet:
 class MadeFrom:
     """The record in a file of statistics; empty if pytorch_fid wrote the file."""
 
-    features: str | None = None  # inception or classifier
+    features: str | None = None  # the name of the space
     classifier: str | None = None  # SHA-256
     data: DataSet | None = None
     size: list[int] | None = None  # of the images of a folder: width, height

@@ -5,6 +5,7 @@ they are called classifier FD and classifier KID.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from scipy.special import stdtrit
 from torch import nn
 
+from deme.config.judges import FORMS
 from deme.config.paths import with_schedule, without_schedule
 from deme.config.trainings import CONTINUED
 from deme.errors import UserError, naming
@@ -24,6 +26,7 @@ KEPT_FEATURES = 10_000  # images whose features are kept, and that precision and
 KERNEL_SUBSET = 1_000  # images, as Bińkowski et al. 2018
 NEIGHBORHOOD = 3  # Kynkäänniemi et al. 2019
 BASELINES = ("pretrained", CONTINUED, "ensemble")  # every row is compared with these
+SPACES = rf"inception|classifier|({'|'.join(FORMS)})-[\w.-]+"  # names of feature spaces
 SCALARS = ("precision", "recall")  # of Score: shown by name in every table and model card
 CONFIDENCE = 0.95  # of the intervals: a difference or a KID is clear if its interval does not hold 0
 
@@ -84,7 +87,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 class FeatureSpace:
     """What images are compared in and with."""
 
-    name: str  # inception or classifier
+    name: str  # its judge's
     network: nn.Module  # as `features.extract` takes it, on the device
     reference: Reference
     accuracy: float | None  # of the classifier, on images that it was not trained on
@@ -252,24 +255,38 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def save_scores(path: Path, features: str, scores: Sequence[Score], beside: dict[str, Any]) -> None:
-    """Write results.json; `beside` are further keys: the classifier's accuracy, the provenance."""
-    content = {"features": features, "rows": [asdict(row) for row in scores], **beside}
+    """Write report.json; `beside` are further keys, such as the provenance."""
+    save_spaces(path, {features: scores}, beside)
+
+
+def save_spaces(path: Path, spaces: dict[str, Sequence[Score]], beside: dict[str, Any]) -> None:
+    """Write results.json: scores by feature space, those of the first judge where files of a single one have them."""
+    (features, rows), *further = ((name, [asdict(row) for row in scores]) for name, scores in spaces.items())
+    content = {"features": features, "rows": rows} | ({"further": dict(further)} if further else {}) | beside
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def load_scores(path: Path) -> tuple[str, list[Score]]:
-    """The features' name and the scores in a results.json."""
+    """The name of the first feature space in a results.json, and the scores in it."""
+    return next(iter(load_spaces(path).items()))
+
+
+def load_spaces(path: Path) -> dict[str, list[Score]]:
+    """The scores in a results.json by feature space, the first judge's first."""
     content = read_json(path)
     with naming(path), naming("not the results of evaluate.py"):
         features = checked(content.get("features"), str, "features")
-        rows = checked(content.get("rows"), list[Score], "rows")
-        if features not in ("inception", "classifier") or not rows:
-            raise UserError(f"{len(rows)} rows of {features} features")
-        for place, row in enumerate(rows):
-            if faults := _faults(row, max(1, len(rows[0].blocks))):
-                raise UserError(f"rows[{place}].{faults[0]}")
-    return features, list(map(_with_degrees_of_freedom, rows))
+        spaces = {features: checked(content.get("rows"), list[Score], "rows")}
+        spaces |= checked(content.get("further", {}), dict[str, list[Score]], "further")
+        for name, rows in spaces.items():
+            if not re.fullmatch(SPACES, name) or not rows:
+                raise UserError(f"{len(rows)} rows of {name} features")
+            for place, row in enumerate(rows):
+                if faults := _faults(row, max(1, len(rows[0].blocks))):
+                    where = "rows" if name == features else f"further.{name}"
+                    raise UserError(f"{where}[{place}].{faults[0]}")
+    return {name: list(map(_with_degrees_of_freedom, rows)) for name, rows in spaces.items()}
 
 
 def _with_degrees_of_freedom(row: Score) -> Score:

@@ -21,7 +21,7 @@ from deme.errors import UserError, one_line
 from deme.job.files import atomic_file
 from deme.measure.scores import Score
 from deme.report.run import TrainingLog
-from deme.report.tables import NAMES
+from deme.report.tables import distances
 
 matplotlib.use("agg")
 matplotlib.rcParams |= {"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True}
@@ -145,7 +145,7 @@ def save_search_plots(
     if len(importance) > 1:
         figures["pairs"] = pairs(result.study.problem.names, result.study.rows(), names[:MOST_PAIRED])
     if len(scores) > 1:
-        figures["fresh"] = score_bars(scores, config.evaluate.features, "best")
+        figures["fresh"] = score_bars(scores, config.evaluate.judges[0].name, "best")
     logs = config.paths.search / "logs"
     shutil.rmtree(logs, ignore_errors=True)
     with SummaryWriter(logs) as writer:
@@ -225,7 +225,7 @@ def score_bars(scores: Sequence[Score], features: str, chosen: str) -> Figure:
         rows, label = scores, "(± standard deviation of blocks; lower is better)"
         values = [(row.pooled, row.standard_deviation or 0) for row in rows]
     names = [Path(row.samples).name for row in rows]
-    return bars(names, *zip(*values, strict=True), f"{NAMES[features][0]} {label}", chosen)
+    return bars(names, *zip(*values, strict=True), f"{distances(features)[0]} {label}", chosen)
 
 
 def bars(

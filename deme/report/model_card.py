@@ -8,9 +8,9 @@ from deme.config.networks import RANDOM, RANGES, TRAJECTORY
 from deme.config.paths import DENOISER, without_schedule
 from deme.config.trainings import SELF, SOUP
 from deme.job.files import sha256, to_yaml
-from deme.measure.scores import SCALARS, Score, load_scores
+from deme.measure.scores import SCALARS, Score, load_spaces
 from deme.models.pipelines import WEIGHTS, hub_name, is_projected, takes_text
-from deme.report.tables import NAMES, markdown_table, render
+from deme.report.tables import distances, markdown_table, render
 
 FROM = "copies of one pretrained network, "
 MADE_BY = {  # the items of merge.experts in words
@@ -34,8 +34,9 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
     names = [f"timesteps {name}" * (name == config.timesteps.names[0]) or name for name in config.merged_names]
     settings = [f"{key} {value}" for key, value in made_from.items() if key.startswith(f"{method}_")]
     coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in made_from["coefficients"].items()]
-    features_name, rows = load_scores(config.paths.results) if config.paths.results.exists() else ("", [])
-    weights = [sha256(merged / DENOISER / WEIGHTS)] if rows else []
+    spaces = load_spaces(config.paths.results) if config.paths.results.exists() else {}
+    weights = [sha256(merged / DENOISER / WEIGHTS)] if spaces else []
+    own = [(name, row) for name, rows in spaces.items() for row in rows if row.weights == weights]
     return render(
         "model_card.md",
         header=to_yaml(header(config)),
@@ -45,7 +46,7 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
         made_from=made_from,
         method=", ".join([method, *settings]),
         coefficients=markdown_table(["tensors", *names], coefficients),
-        scores=[f"- {score_line(features_name, row)}" for row in rows if row.weights == weights],
+        scores=[f"- {score_line(name, row)}" for name, row in own],
         takes_text=is_of_text,
         projected=projected,
         pipeline="StableDiffusionPipeline" if is_of_text else "DDIMPipeline",
@@ -69,7 +70,7 @@ def header(config: Config) -> dict[str, Any]:
 
 def score_line(features_name: str, row: Score) -> str:
     """A network's scores in one line; the KID where it tells anything, the CLIP score where there are prompts."""
-    distance, kernel = NAMES[features_name]
+    distance, kernel = distances(features_name)
     _, schedule = without_schedule(Path(row.samples).name)
     line = f"{row.images:,} images{schedule and f' by {schedule}'}: {distance} {row.pooled:.4f}"
     if row.has_telling_kid:

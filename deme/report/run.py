@@ -13,9 +13,9 @@ from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININ
 from deme.errors import UserError, naming, one_line
 from deme.job.files import checked, read_json, read_yaml
 from deme.job.records import MERGED
-from deme.measure.scores import Score, load_scores
+from deme.measure.scores import Score, load_scores, load_spaces
 from deme.models.variants import MAKERS, ORDER, made_denoisers, read_searched, seconds_of
-from deme.report.tables import NAMES, Table, number, signed
+from deme.report.tables import Table, distances, number, signed
 
 RESULTS, TRAINING, MERGING, SEARCH = "Results", "Training", "Merging coefficients", "Search"  # titles of sections
 
@@ -58,7 +58,8 @@ class Run:
         trainings = [*config.timesteps.names, *NAMED_TRAININGS, *config.self_trained_names, *config.soup_names]
         logs = [self._read(TRAINING, read_log, paths.finetuning(name) / "log.jsonl", config) for name in trainings]
         self.logs = [log for log in logs if log is not None]
-        self.features, self.scores = self._read(RESULTS, load_scores, paths.results) or (None, [])
+        self.spaces = self._read(RESULTS, load_spaces, paths.results) or {}  # scores by feature space
+        self.features, self.scores = next(iter(self.spaces.items()), (None, []))  # of the first judge
         merge, report = paths.merged / MERGED.file, paths.search / "report.json"
         self.coefficients = self._read(MERGING, read_merge, merge, config)
         self.search = self._read(SEARCH, read_searched, paths.best_coefficients, None)
@@ -156,7 +157,7 @@ def verdict(scores: Sequence[Score], features: str, schedule: str = "") -> str:
     merged, control, neon = (by_name.get(with_schedule(name, schedule)) for name in ("merged", CONTINUED, NEON))
     if merged is None:
         return ""
-    distance = NAMES[features][0]
+    distance = distances(features)[0]
     text = f"By {schedule} the" if schedule else "The"
     text += f" merged network differs from the pretrained one by {signed(merged)} in {distance} (lower is better)"
     if merged.half_width is None:

@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from deme.config.paths import sampler_and_steps, without_schedule
 from deme.measure.scores import Score
+from deme.report import tables
 from deme.report.figures import COLOURS, DASHES, MARKERS, MODELS, noted
-from deme.report.tables import NAMES
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Point:
     steps: int
     name: str  # of the row
     value: float
-    standard_error: float | None  # of its paired difference to the pretrained network
+    half_width: float | None  # of the 95 % confidence interval of its paired difference to the pretrained network
 
 
 def points_of(scores: Sequence[Score], features: str) -> list[Point]:
@@ -32,9 +32,9 @@ def points_of(scores: Sequence[Score], features: str) -> list[Point]:
     points = []
     for row in scores:
         model, schedule = without_schedule(Path(row.samples).name)
-        error = None if row.to_pretrained is None else row.to_pretrained.standard_error
+        error = None if row.to_pretrained is None else row.to_pretrained.half_width
         if schedule:
-            points.append(Point(NAMES[features][0], *sampler_and_steps(schedule), model, row.pooled, error))
+            points.append(Point(tables.distances(features)[0], *sampler_and_steps(schedule), model, row.pooled, error))
     return points
 
 
@@ -42,7 +42,7 @@ def distance_by_steps(points: Sequence[Point]) -> Figure:
     """A line for each row, in a panel for each sampler, with a row of panels for each distance."""
     parts = map(attrgetter, ("distance", "sampler", "name"))
     distances, samplers, names = (list(dict.fromkeys(map(part, points))) for part in parts)
-    note = "bars: ± standard error of the difference to pretrained"
+    note = "bars: 95 % confidence interval of the difference to pretrained"
     figure = noted(max(6.0, 3.6 * len(samplers) + 0.8), 3.2 * len(distances) + 0.8, note)
     pictures = figure.subplots(len(distances), len(samplers), squeeze=False, sharex=True, sharey="row")
     ticks = sorted({one.steps for one in points})
@@ -50,7 +50,7 @@ def distance_by_steps(points: Sequence[Point]) -> Figure:
         here = [one for one in points if (one.distance, one.sampler) == (distances[row], samplers[column])]
         for name, style in styles_of(names).items():
             line = sorted((one for one in here if one.name == name), key=attrgetter("steps"))
-            values, errors = [one.value for one in line], [one.standard_error or 0 for one in line]
+            values, errors = [one.value for one in line], [one.half_width or 0 for one in line]
             axes.errorbar([one.steps for one in line], values, errors, capsize=2, markersize=5, label=name, **style)
         axes.set(xscale="log", yscale="log", title=samplers[column], xlabel="sampling steps", ylabel=distances[row])
         axes.set_xticks(ticks, map(str, ticks))

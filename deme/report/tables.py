@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from deme.measure.scores import BASELINES, SCALARS, Difference, Score
 
-NAMES = {"inception": ("FID", "KID"), "classifier": ("classifier FD", "classifier KID")}  # of the two distances
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=select_autoescape(["html"]),
@@ -68,12 +67,17 @@ def mean_of(values: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else math.nan
 
 
+def distances(space: str) -> tuple[str, str]:
+    """What the Fréchet and the kernel distance in a feature space are called: FID only if they are."""
+    return ("FID", "KID") if space == "inception" else (f"{space} FD", f"{space} KID")
+
+
 def score_table(scores: Sequence[Score], features_name: str) -> Table:
     """The scores, a row each.
 
     A note replaces the KID if it differs from 0 in no row. The CLIP score is left out if no row has one.
     """
-    distance, kernel = NAMES[features_name]
+    distance, kernel = distances(features_name)
     columns = {
         "model": lambda row: Path(row.samples).name,
         "images": lambda row: f"{row.images:,}",
@@ -100,7 +104,7 @@ def difference_table(scores: Sequence[Score], features_name: str) -> Table | Non
     baselines = [name for name in BASELINES if any(name in (row.differences or {}) for row in scores)]
     if len(baselines) < 2:
         return None
-    titles = [f"paired difference of the {NAMES[features_name][0]} ± s.e.", *(f"to {name}" for name in baselines)]
+    titles = [f"paired difference of the {distances(features_name)[0]} ± s.e.", *(f"to {name}" for name in baselines)]
     rows = []
     for row in scores:
         differences = row.differences or {}

@@ -133,7 +133,7 @@ class Problem:
         shape = (self.network.config.in_channels, size, size)
         with naming("sample.scheduler", sample.scheduler):
             try_sampler(self.scheduler, sample.scheduler, config.search_steps, shape, sample.timestep_spacing)
-        space = load_feature_space(config, self.processes)
+        space = load_feature_space(config, self.processes, config.evaluate.judges[0])
         prompts = []
         if self.encoder.takes_text:
             with naming("sample.prompts", sample.prompts):

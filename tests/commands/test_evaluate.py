@@ -5,10 +5,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import environment, run
 from PIL import Image
+from safetensors.torch import save_file
+from torchvision.models import shufflenet_v2_x0_5
+from transformers import Dinov2Config, Dinov2Model
 
 from deme.measure.reference import load_reference
+from deme.measure.scores import load_scores, load_spaces
 
 
 def make_images(folder, count, brightness, size=8):
@@ -77,6 +82,47 @@ def test_fid_agrees_with_pytorch_fid(config_file, samples, torch_home, monkeypat
     [row] = results(config_file)["rows"]
     assert expected > 1
     assert row["pooled"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_further_judges_score_beside_the_first(config_file, samples):
+    """Each against its own statistics; the first one's scores are those that it gives alone, bit for bit."""
+    root = config_file.parent
+    for name, brightness in (("a", 90), ("b", 130)):
+        make_images(root / "data" / "train" / name, 12, brightness)
+    torch.manual_seed(0)
+    save_file(shufflenet_v2_x0_5().state_dict(), root / "w.safetensors")
+    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(root / "dino")
+    options = [f"data.name={root / 'data'}", "evaluate.blocks=3"]
+    run("evaluate.py", config_file, *options)
+    alone = results(config_file)
+    options.append("evaluate.features=[classifier,torchvision:shufflenet_v2_x0_5=w.safetensors,dinov2=dino]")
+    printed = run("evaluate.py", config_file, *options).stdout
+    together, file = results(config_file), root / "tiny" / "results.json"
+    assert together["rows"] == alone["rows"]
+    assert load_scores(file)[0] == "classifier"
+    assert "further" not in alone
+    spaces = load_spaces(file)
+    first, second, third = spaces
+    assert (first, second[:-8], third[:-8]) == ("classifier", "torchvision-shufflenet_v2_x0_5-", "dinov2-16x1x14-")
+    stats = root / "tiny" / "stats"
+    assert {path.stem for path in stats.glob("*.npz")} == set(spaces)
+    for name, rows in spaces.items():
+        assert f"| model | images | {name} FD, all images |" in printed
+        reference, record = load_reference(stats / f"{name}.npz")
+        assert (record["features"], reference.features.shape[0], reference.size) == (name, 24, [8, 8])
+        pretrained, merged = rows
+        assert merged.to_pretrained.mean == pytest.approx(np.subtract(merged.blocks, pretrained.blocks).mean())
+        assert merged.to_pretrained.degrees_of_freedom == 2
+    assert len({rows[0].pooled for rows in spaces.values()}) == 3
+
+    # statistics that evaluate.reference names: those of the other judges lie beside them
+    given = [*options, f"evaluate.reference={stats / 'classifier.npz'}"]
+    run("evaluate.py", config_file, *given, processes=2)
+    for name, rows in load_spaces(file).items():
+        assert [row.pooled for row in rows] == pytest.approx([row.pooled for row in spaces[name]], rel=1e-3)
+    (stats / f"{third}.npz").rename(root / "away.npz")
+    refused = run("evaluate.py", config_file, *given, status=2).stderr
+    assert f"of these statistics in the other features of evaluate.features, there is no {stats / third}.npz" in refused
 
 
 def test_absent_inception_weights_say_where_to_put_them(config_file, samples, tmp_path, monkeypatch):

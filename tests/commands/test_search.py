@@ -110,6 +110,10 @@ def test_what_is_found_is_what_merge_py_merges(method, config_file, root):
     assert taken[0] > taken[1]
     assert seconds_of(folder) == sum(taken)
     assert {file: file.read_bytes() for file in folder.glob("*.npz")} == before
+    if method == "multi_fidelity":  # a second judge is not even looked for
+        candidates = trials(folder)
+        run("search.py", config_file, *options, "evaluate.features=[classifier, torchvision:resnet18=not-there]")
+        assert (best(folder), report(folder), trials(folder)) == (found, rows, candidates)
 
     run("merge.py", config_file, "merge.coefficients=search")
     merged = load_file(root / "tiny" / "merged" / "unet" / WEIGHTS)

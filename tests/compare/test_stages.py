@@ -128,6 +128,26 @@ def test_images_may_be_compared_with_those_of_another_experiment(tmp_path):
     assert jobs["evaluate"].after == [job]
     for user in ("search", "evaluate"):
         assert f"evaluate.reference={job.output}" in jobs[user].arguments_after(jobs[user].after_all)
+    several = stages(tmp_path, f"reference={reference}", "evaluate.features=[inception, classifier]")
+    assert several["other statistics"].arguments[2:] == [
+        'evaluate.features=["inception", "classifier"]',
+        "evaluate.samples=[]",
+    ]
+
+
+def test_a_second_judge_concerns_scores_alone(tmp_path):
+    """Not the search, which sees the first; a change of its weights is a change, too."""
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(b"a")
+    given = ["merge.coefficients=search"]
+    before = stages(tmp_path, *given)
+    given.append(f"evaluate.features=[classifier, torchvision:resnet18={file}]")
+    after = stages(tmp_path, *given)
+    changed = {name.split()[0] for name in before if before[name].key != after[name].key}
+    assert changed == {"statistics", "merge", "merge-neon", "evaluate", "card", "report"}
+    file.write_bytes(b"bb")
+    again = stages(tmp_path, *given)
+    assert {name for name in after if after[name].key != again[name].key} == {"statistics", "evaluate"}
 
 
 def test_what_no_job_makes_counts_for_the_jobs_that_read_it(tmp_path):

@@ -80,7 +80,8 @@ def test_the_rows_of_a_schedule_stand_together_and_are_compared_with_each_other(
         log = runs[0].config.paths.finetuning(name) / "log.jsonl"
         log.parent.mkdir(parents=True)
         log.write_text('{"step": 1, "loss": 1, "images_per_second": 1}\n')
-    found = compared_rows(runs)
+    found = compared_rows(runs, "classifier")
+    assert compared_rows(runs, "inception") == []
     assert [(row.schedule, row.name, row.pooled) for row in found] == [
         ("ddim-20", "pretrained", 3.0),
         ("ddim-20", "neon", 2.0),
@@ -94,4 +95,4 @@ def test_the_rows_of_a_schedule_stand_together_and_are_compared_with_each_other(
     assert "| neon | unipc-10 | 1.0000 | -1.0000 ± 0.5000 |" in table
     points = points_of_rows(found, "classifier")
     assert (points[3].sampler, points[3].steps, points[3].value) == ("unipc", 10, 1.0)
-    assert points[3].standard_error == pytest.approx(0.5)
+    assert points[3].half_width == pytest.approx(0.5 * 12.7062, abs=1e-3)

@@ -47,7 +47,7 @@ def test_everything_of_a_run_lies_below_its_folder():
         "results": "out/a/results.json",
         "jobs": "out/a/jobs",
     }
-    assert {name: paths.lines(name) for name in vars(paths)} == expected
+    assert {name: paths.lines(name) for name in paths.names} == expected
 
 
 def test_snapshots_lie_in_the_folder_of_their_training():

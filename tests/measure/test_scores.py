@@ -14,7 +14,9 @@ from deme.measure.scores import (
     frechet_distance,
     half_width,
     load_scores,
+    load_spaces,
     save_scores,
+    save_spaces,
     score,
     statistics,
 )
@@ -107,7 +109,7 @@ def test_a_result_of_six_blocks_is_clear_from_2_571_standard_errors_on(mean, wor
     width = 2.5706 / 3**0.5
     text = f"clearly {word}, with a" if word else "nothing clear, its"
     assert f"{text} 95 % confidence interval of ± {width:.4f}" in verdict(scores, "classifier")
-    result = ways.Result(np.ones(1), "match", 0.5, 1.0, [])
+    result = ways.Result(np.ones(1), "match", 0.5, 1.0, [], {"a": (0.0, 2.0)})
     line = ways.verdict(result, scores, None)[-1]
     said = {"worse": "WORSE", "": "NOT clearly better"}.get(word, word)
     assert line.startswith(f"the best is {said} than the pretrained model: {mean / 3**0.5:+.4f}, ")
@@ -201,6 +203,25 @@ def test_scores_survive_saving(tmp_path, reference):
     save_scores(tmp_path / "results.json", "classifier", rows, {"held_out_accuracy": 0.9})
     assert load_scores(tmp_path / "results.json") == ("classifier", rows)
     assert json.loads((tmp_path / "results.json").read_text())["held_out_accuracy"] == 0.9
+
+
+def test_further_spaces_stand_behind_the_first(tmp_path, reference):
+    """Readers of one space see that of the first judge, and a file with one is as it always was."""
+    first, second = ([scored(reference, shift)[0]] for shift in (0.0, 0.2))
+    file, name = tmp_path / "results.json", "torchvision-resnet50.IMAGENET1K_V2-0123abcd"
+    save_spaces(file, {"classifier": first, name: second}, {"processor": "x"})
+    assert load_scores(file) == ("classifier", first)
+    assert list(load_spaces(file).items()) == [("classifier", first), (name, second)]
+    assert str(score_table(second, name)).startswith(f"| model | images | {name} FD, all images | ")
+    assert score_line(name, second[0]).startswith(f"400 images: {name} FD ")
+    save_scores(file, "classifier", first, {"processor": "x"})
+    assert list(json.loads(file.read_text())) == ["features", "rows", "processor"]
+    save_spaces(file, {"classifier": first, "other": second}, {})
+    with pytest.raises(UserError, match=r"results\.json: .*: 1 rows of other features"):
+        load_spaces(file)
+    save_spaces(file, {"classifier": first, name: [replace(second[0], images=0)]}, {})
+    with pytest.raises(UserError, match=rf"further\.{name}\[0\]\.images is 0"):
+        load_scores(file)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from robustness.damaged_runs import make_run
 
 import report
 from deme.errors import UserError
-from deme.measure.scores import load_scores
+from deme.measure.scores import load_scores, load_spaces, save_spaces
 from deme.models.variants import read_searched
 from deme.report.run import Run
 
@@ -195,6 +195,18 @@ def test_samples_of_other_names_and_sizes(config):
     text = page(config)["Samples at equal seeds"]
     assert text.count("<figure>") == 1
     assert "differences of images of other sizes" in text
+
+
+def test_every_judge_has_its_tables_and_picture(config):
+    """The first one's alone say what they always said."""
+    before = page(config)["Results"]
+    spaces, name = load_spaces(config.paths.results), "dinov2-vitl14-0123abcd"
+    save_spaces(config.paths.results, spaces | {name: spaces["classifier"]}, {})
+    after = page(config)["Results"]
+    assert after.startswith(before.rstrip()[:200])
+    assert (before.count("<figure>"), after.count("<figure>")) == (1, 2)
+    assert f"by -0.7500 ± 0.2500 in {name} FD" in after
+    assert (config.paths.plots / f"report-results-{name}.png").is_file()
 
 
 def test_a_run_that_is_read_tells_its_numbers(config):

@@ -7,14 +7,14 @@ from deme.measure.scores import Difference, Score
 from deme.report.figures import MODELS
 from deme.report.steps import Point, distance_by_steps, points_of, styles_of
 
-ROW = Score("a/merged@ddim-20", None, 4, 2.0, [2.0, 3.0], 2.5, 0.7, differences={"pretrained": Difference(-1, 0.25)})
+ROW = Score("a/merged@ddim-20", None, 4, 2.0, [2.0, 3.0], 2.5, 0.7, differences={"pretrained": Difference(-1, 0.25, 5)})
 
 
 def test_points_are_read_from_the_names_of_folders():
     """One that names no schedule has none."""
     rows = [ROW, replace(ROW, samples="a/merged"), replace(ROW, samples="a/x@y@dpmsolver++-5", differences={})]
     points = points_of(rows, "inception")
-    assert points[0] == Point("FID", "ddim", 20, "merged", 2.0, 0.25)
+    assert points[0] == Point("FID", "ddim", 20, "merged", 2.0, pytest.approx(0.25 * 2.5706, abs=1e-4))
     assert points[1:] == [Point("FID", "dpmsolver++", 5, "x@y", 2.0, None)]
 
 
