@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
     from deme.report.tables import score_table
     from deme.search.problem import Problem
-    from deme.search.ways import find, score_fresh, verdict
+    from deme.search.ways import find, score_fresh
 
     # --- what is searched
     source = open_source(config.data)
@@ -76,7 +76,7 @@ def main(config: Config) -> None:
 
     # --- search
     if draws_images(config):
-        _ = problem.plain_distance  # weights or labels that can't be had are told now
+        _ = problem.plain_distance, problem.reported  # weights, labels or samplers that can't be had are told now
     with timed(output) if accelerator.is_main_process else nullcontext():
         result = find(problem, output, digest_of(wanted.made_from))
     answer = answer_of(problem, result) | weights
@@ -87,11 +87,11 @@ def main(config: Config) -> None:
         # --- is it any good?
         beside = {"coefficients": answer["coefficients"]} | provenance(config)
         identity = digest_of({**wanted.made_from, **answer, **reported(config)})
-        scores, fresh = score_fresh(problem, result, output / "report.json", identity, beside)
+        scores, words = score_fresh(problem, result, output / "report.json", identity, beside)
         if accelerator.is_main_process:
             if scores:
                 print(score_table(scores, config.evaluate.judges[0].name))
-            print(*verdict(result, scores, fresh), sep="\n")
+            print(*words, sep="\n")
             from deme.report.figures import save_search_plots  # imports matplotlib and TensorBoard
 
             make_folder(config.paths.plots, "output_dir")
@@ -110,6 +110,8 @@ def answer_of(problem: "Problem", result: "Result") -> dict[str, Any]:
     }
     if config.searches_scales:
         answer |= {"over": config.search.over, "timesteps": list(map(list, config.timesteps.ranges))}
+    if config.search.schedules:
+        answer["schedules"] = [one.schedule for one in config.schedules_of(config.search)]
     if config.search.grow_bounds:
         answer["bounds"] = {name: list(pair) for name, pair in result.bounds.items()}
     return answer
@@ -158,6 +160,8 @@ def searched(config: Config) -> dict[str, Any]:
         parts["search"]["num_inference_steps"] = config.search_steps
     else:
         del parts["search"]["num_inference_steps"]
+    if config.search.schedules:
+        parts["search"]["schedules"] = [one.schedule for one in config.schedules_of(config.search)]
     for section, key in (("sample", "prompts"), ("evaluate", "reference")):  # files or folders: what they hold counts
         given = parts[section][key]
         if isinstance(given, str) and os.path.exists(given):

@@ -165,15 +165,15 @@ class Bench:
         rows = read_json(file)["rows"] if file.exists() and not self.arguments.quick else []
         for candidate in candidates[len(rows) :]:
             row = {name: self.problem.value(name, candidate)[0] for name in ("match", "loss")}
-            features = self.problem.distance.features(self.problem.merged(candidate), many)
-            row |= {"few": self.problem.distance.of_features(features[: len(few)])}
+            features = self.problem.distances[0].features(self.problem.merged(candidate), many)
+            row |= {"few": self.problem.distances[0].of_features(features[: len(few)])}
             row |= {"plain": self.problem.plain_distance.of_features(features[: len(few)])}
             row |= {"many": self.problem.plain_distance.of_features(features)}
             rows.append({"coefficients": candidate.tolist(), **row})
             file.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
         plain = f"fd of {len(few):,} of these images"
         names = {"match": "match", "loss": "loss", "plain": f"{plain} alone", "few": f"{plain}, with the control"}
-        drawn = len(few) * self.problem.distance.drawing.passes
+        drawn = len(few) * self.problem.distances[0].drawing.passes
         cost = {"match": settings.images, "loss": settings.images, "plain": drawn, "few": drawn}
         lines = []
         for key, name in names.items():

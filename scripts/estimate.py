@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deme.config.experiment import Config
+from deme.config.schedules import other_schedules
 from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF
 from deme.errors import UserError
 from deme.job.command import run_script
@@ -133,11 +134,15 @@ def operations(config: Config, size: Size) -> dict[str, float]:
     has_finals = search.method == "multi_fidelity"
     searched = search.control_images + search.trials * search.num_images
     searched += has_finals * search.finalists * search.finalist_images
+    schedules = config.schedules_of(search)
     searched *= config.needs_search and (search.objective == "fd" or has_finals)  # others draw no images
     reported = config.needs_search * search.report_images * REPORTED
+    others = other_schedules(config)
+    also = [*schedules, *others] if search.schedules or others else []
+    pairs = 2 * config.needs_search * search.report_images * sum(one.num_inference_steps for one in also)
     drawn = len(size.models) * config.sample.num_images
     image = config.sample.num_inference_steps * size.per_step * flops + size.coding
-    candidate = config.search_steps * size.per_step * flops + size.coding
+    candidate = config.search_steps * size.per_step * flops + len(schedules) * size.coding
     expert = gradient + (settings.consistency_weight > 0)
     return {
         f"finetuning, {steps:,} steps of {settings.batch_size} images": seen * expert * flops,
@@ -147,7 +152,7 @@ def operations(config: Config, size: Size) -> dict[str, float]:
         "training on them": own * gradient * flops,
         "encoding images": coded * size.coding,
         f"searching, {searched:,} images of candidates": searched * candidate,
-        f"reporting on the search, {reported:,} images": reported * image,
+        f"reporting on the search, {reported:,} images": reported * image + pairs * size.per_step * flops,
         f"drawing {drawn:,} images": drawn * image,
         "statistics and FID": (size.images + drawn + searched + reported) * INCEPTION_FLOPS,
     }

@@ -59,7 +59,8 @@ class Config(Section):
         for section in (self.sample, self.search, self.self_training):
             few = (section.num_inference_steps or 1) <= total
             section.check("num_inference_steps", few, f"must be at most timesteps.num_train_timesteps={total}")
-        self.check_schedules(self.sample)
+        for section, key in ((self.sample, "schedules"), (self.search, "schedules"), (self.search, "report_schedules")):
+            self.check_schedules(section, key)
         given, count = self.sample.prediction_scale, len(self.timesteps.ranges)
         scales = given if isinstance(given, list) and len(given) == count else [given]
         positive = all(is_finite(scale) and scale > 0 for scale in scales)
@@ -74,11 +75,11 @@ class Config(Section):
             self.merge.check("coefficients", len(numbers) == len(self.merged_names), lacks)
         self.merge.check("coefficients", self.merge.coefficients != {}, rule)
 
-    def check_schedules(self, section: sections.Sample | sections.Search) -> None:
-        """Check the items of a section's `schedules`."""
+    def check_schedules(self, section: sections.Sample | sections.Search, key: str) -> None:
+        """Check the items of a section's list of schedules."""
         total, earlier = self.timesteps.num_train_timesteps, set()
-        for place, item in enumerate(section.schedules):
-            with naming(f"{section.section}.schedules[{place}]", item):
+        for place, item in enumerate(getattr(section, key) or []):
+            with naming(f"{section.section}.{key}[{place}]", item):
                 if not isinstance(item, dict):
                     raise UserError(f"must be a mapping of {' and '.join(SCHEDULE_KEYS)}")
                 if unknown := [key for key in item if key not in SCHEDULE_KEYS]:
@@ -251,8 +252,8 @@ class Config(Section):
 
     @property
     def search_steps(self) -> int:
-        """Sampling steps of the images that a search draws."""
-        return self.search.num_inference_steps or self.sample.num_inference_steps
+        """Sampling steps of an image that a search draws, with all of its schedules."""
+        return sum(one.num_inference_steps for one in self.schedules_of(self.search))
 
     @property
     def report_blocks(self) -> int:

@@ -160,10 +160,13 @@ class Search(Section):
     num_images: int = setting(1000, "search", least=2)  # fd: drawn from each candidate
     control_images: int = setting(10_000, "search", above=0)  # fd: of the pretrained network, as control variates
     num_inference_steps: int | None = setting(None, "search", above=0)  # fd; null: sample's; fewer may mislead
+    # fd: items as of sample.schedules; with any, the mean of the distances relative to the pretrained network's
+    schedules: list[Any] = setting([], "search omit_default")
     seed_offset: int = setting(10_000_000, "search", least=0, below=2**63)  # fd: first seed; other images have others
     finalists: int = setting(4, "free", above=0)  # multi_fidelity: the best few, which are scored on finalist_images
     finalist_images: int = setting(4000, "search", above=0)
     report_images: int = setting(5000, "free", least=0)  # of each model in the report, from unseen seeds; 0: no report
+    report_schedules: list[Any] | None = setting(None, "free")  # not searched, for the best; null: some, with schedules
     storage: str | None = setting(None, "place")  # URL of an Optuna storage; null: study.db of this search
     output: str | None = setting(None, "place one_run path")  # null: search/ of this run
 
@@ -174,6 +177,11 @@ class Search(Section):
         rule = "is read by search.sampler=tpe or gp alone, with search.method=optuna or multi_fidelity"
         self.check("start", self.start == [] or starts, rule)
         self.check("grow_bounds", not self.grow_bounds or starts, rule)
+        draws = self.method == "multi_fidelity" or (self.method == "optuna" and self.objective == "fd")
+        rule = "are read by search.method=multi_fidelity, or optuna with search.objective=fd, alone"
+        self.check("schedules", self.schedules == [] or draws, rule)
+        once = self.schedules == [] or self.num_inference_steps is None
+        self.check("num_inference_steps", once, "must be null, as search.schedules have their own steps")
         are_patterns = isinstance(self.groups, list) and set(map(type, self.groups)) == {str}
         whole = self.over == COEFFICIENTS or (self.groups == "range" and self.start == [])
         self.check("over", whole, "needs search.groups=range and no search.start")

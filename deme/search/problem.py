@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 
 from deme.config.experiment import Config
-from deme.config.sections import LEAST_CLASSIFIED
+from deme.config.schedules import other_schedules
+from deme.config.sections import LEAST_CLASSIFIED, Sample
 from deme.data.decoding import Source
 from deme.data.examples import load_examples
 from deme.data.samples import as_read, load_prompts
-from deme.errors import RunError, naming
+from deme.errors import RunError, UserError, naming
 from deme.job.processes import Processes, kept, locked_by_all
 from deme.measure.features import extract
 from deme.measure.noisy import Noiser, draw_probes
@@ -80,13 +82,13 @@ class Problem:
             squares = self.squares(objective)
             return squares.value(coefficients), squares.images
         if not np.any(coefficients):  # the control itself
-            return self.distance.of_features(self.distance.control), 0
-        passes = images * self.distance.drawing.passes
+            return self._mean([distance.of_control for distance in self.distances]), 0
+        passes, network_at, seeds = images * self.passes, self.merged(coefficients), self.seeds(images)
         try:
-            features = self.distance.features(self.merged(coefficients), self.seeds(images))
+            values = [distance.of_features(distance.features(network_at, seeds)) for distance in self.distances]
         except RunError:  # an image is not finite
             return math.inf, passes
-        return self.distance.of_features(features), passes
+        return self._mean(values), passes
 
     # --- match and loss
 
@@ -116,23 +118,77 @@ class Problem:
         """The first of those that candidates are drawn from."""
         return range(self.settings.seed_offset, self.settings.seed_offset + count)
 
+    def _mean(self, values: list[float]) -> float:
+        """Of the distance with each schedule: the one, or with search.schedules those relative to the control's."""
+        if not self.settings.schedules:
+            return values[0]
+        controls = [distance.of_control for distance in self.distances]
+        return float(np.mean([value / of_control for value, of_control in zip(values, controls, strict=True)]))
+
+    @property
+    def passes(self) -> int:
+        """UNet passes of an image with all schedules."""
+        return sum(distance.drawing.passes for distance in self.distances)
+
     @cached_property
-    def distance(self) -> "FrechetDistance":
-        """The objective fd, with the candidates' schedule; its control is drawn once and kept in a file."""
-        plain, file = self.plain_distance, self.folder / "control.npz"
-        seeds, zeros = self.seeds(self.settings.control_images), np.zeros(self.shape)
-        with locked_by_all(self.processes, file, "search.output", wait=True):  # the folder has the record
-            control = kept(self.processes, file, {}, lambda: {"features": plain.features(self.merged(zeros), seeds)})
-        return replace(plain, control=control["features"])
+    def distances(self) -> list["FrechetDistance"]:
+        """The objective fd, with each of the candidates' schedules; a control is drawn once and kept in a file."""
+        found, seeds = [], self.seeds(self.settings.control_images)
+        for sample in self.config.schedules_of(self.config.search):
+            plain = self.plain_distance.by(sample)
+            file = self.folder / (f"control-{sample.schedule}.npz" if self.settings.schedules else "control.npz")
+            with locked_by_all(self.processes, file, "search.output", wait=True):  # the folder has the record
+                make = partial(self._of_pretrained, plain, seeds)
+                found.append(replace(plain, control=kept(self.processes, file, {}, make)["features"]))
+            if self.settings.schedules and not found[-1].of_control > 0:
+                raise UserError(f"search.schedules: by {sample.schedule} the pretrained network's distance is 0")
+        return found
+
+    def _of_pretrained(self, plain: "FrechetDistance", seeds: range) -> dict[str, np.ndarray]:
+        return {"features": plain.features(self.merged(np.zeros(self.shape)), seeds)}
+
+    @cached_property
+    def reported(self) -> list[Sample]:
+        """The schedules of the report beside that of sample: searched ones, and others; none unless either is set.
+
+        Of the others by default, those count that the noise schedule allows.
+        """
+        searched = [one for one in self.config.schedules_of(self.config.search) if self.config.searches_by_images]
+        others, key = other_schedules(self.config), "search.report_schedules"
+        if self.settings.report_schedules is None:
+            others = [one for one in others if self._allows(one)]
+        self._try(others, key)
+        return [*searched, *others] if self.settings.schedules or others else []
+
+    def _allows(self, sample: Sample) -> bool:
+        with suppress(UserError):
+            self._try([sample], "sample.scheduler")
+            return True
+        return False
+
+    def _try(self, drawn: Sequence[Sample], key: str) -> None:
+        """Make sure that there are samplers for these, no two of them the same."""
+        steppers = set()
+        for sample in drawn:
+            with naming(key, sample.schedule if key != "sample.scheduler" else sample.scheduler):
+                sampler = (sample.scheduler, sample.num_inference_steps, self.drawn_shape, sample.timestep_spacing)
+                stepper = type(try_sampler(self.scheduler, *sampler)), sample.num_inference_steps
+                if stepper in steppers:
+                    raise UserError("is listed before, under another name")
+                steppers.add(stepper)
+
+    @property
+    def drawn_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network works on."""
+        size = self.network.config.sample_size
+        return self.network.config.in_channels, size, size
 
     @cached_property
     def plain_distance(self) -> "FrechetDistance":
-        """The distance without a control."""
-        config, sample = self.config, replace(self.config.sample, num_inference_steps=self.config.search_steps)
-        size = self.network.config.sample_size
-        shape = (self.network.config.in_channels, size, size)
-        with naming("sample.scheduler", sample.scheduler):
-            try_sampler(self.scheduler, sample.scheduler, config.search_steps, shape, sample.timestep_spacing)
+        """The distance without a control, with the first of the schedules; all are tried."""
+        config, drawn = self.config, self.config.schedules_of(self.config.search)
+        sample = drawn[0]
+        self._try(drawn, "search.schedules" if self.settings.schedules else "sample.scheduler")
         space = load_feature_space(config, self.processes, config.evaluate.judges[0])
         prompts = []
         if self.encoder.takes_text:
@@ -142,7 +198,7 @@ class Problem:
         with naming("evaluate.reference", config.evaluate.reference):
             space.reference.check_size(resolution, resolution)
         scales = [] if config.searches_scales else prediction_scales(config)
-        drawing = Drawing(self.scheduler, self.encoder, sample, shape, self.processes.device, scales)
+        drawing = Drawing(self.scheduler, self.encoder, sample, self.drawn_shape, self.processes.device, scales)
         return FrechetDistance(self.processes, drawing, space, prompts)
 
     @cached_property
@@ -201,6 +257,10 @@ class FrechetDistance:
     control: np.ndarray | None = None  # features of the pretrained network's images of the first seeds, shape (M, D)
     lucks: dict[int, float] = field(default_factory=dict)  # by number of images, as it takes long to compute
 
+    def by(self, sample: Sample) -> "FrechetDistance":
+        """The same of images that are drawn as `sample` says, without a control."""
+        return replace(self, drawing=replace(self.drawing, settings=sample), control=None, lucks={})
+
     def features(self, network_at: NetworkAt, seeds: range) -> np.ndarray:
         """The features of the images of these seeds: float32, shape (N, D), the same in every process.
 
@@ -234,7 +294,7 @@ class FrechetDistance:
         few = self.control[:count]
         if count <= 2 * size:
             if count not in self.lucks:
-                self.lucks[count] = self._at(*statistics(few)) - self._at(*self._of_control)
+                self.lucks[count] = self._at(*statistics(few)) - self.of_control
             return self._at(*statistics(features)) - self.lucks[count]
 
         def corrected(chosen: slice | np.ndarray) -> float:
@@ -244,6 +304,11 @@ class FrechetDistance:
         part = np.arange(count) % JACKKNIFE
         left_out = [corrected(part != i) for i in range(JACKKNIFE)]
         return JACKKNIFE * corrected(np.s_[:]) - (JACKKNIFE - 1) * float(np.mean(left_out))
+
+    @cached_property
+    def of_control(self) -> float:
+        """The distance of all images of the control."""
+        return self._at(*self._of_control)
 
     @cached_property
     def _of_control(self) -> tuple[np.ndarray, np.ndarray]:

@@ -75,6 +75,8 @@ class Study:
     def rows(self) -> list[Evaluated]:
         """The candidates with a value, in order."""
         label = f"fd of {self.images:,} images" if self.objective == "fd" else self.objective
+        if schedules := self.problem.settings.schedules:
+            label = f"{label}, relative, mean of {len(schedules)} schedule(s)"
         rows, spent = [], self.spent
         with reading(self.storage):
             for trial in self._trials([TrialState.COMPLETE]):

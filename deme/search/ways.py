@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from operator import attrgetter
@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from deme.config.experiment import Config
+from deme.config.paths import with_schedule, without_schedule
 from deme.config.trainings import CONTINUED, DISTILLED, SELF
 from deme.errors import UserError, naming
 from deme.job.files import read_json
 from deme.job.processes import in_main_process, locked_by_all
-from deme.measure.scores import Score, compared, load_scores, save_scores, score
+from deme.measure.scores import Difference, Score, compared, load_scores, save_scores, score
 from deme.method.sampling import NetworkAt
 from deme.method.task_vectors import PUBLISHED
 from deme.models.pipelines import weights_hash
@@ -30,6 +31,7 @@ UNIFORM = (0.5, 1.0)  # beside 1 / the number of ranges
 LONGER = 2.0  # the closed form, times this: it matches the experts, whose directions may be worth more
 LINE = 8  # candidates along the line of self-trained networks
 VALUE = attrgetter("value")
+PAIR = ("pretrained", "best")  # that are scored with every schedule
 TRAINED = (CONTINUED, DISTILLED)  # networks that a result has to beat, too
 MOST_NAMED = 8  # coefficients
 MOST_COLUMNS = 64  # coefficients up to which their closed form is cheap; with more the gradient is
@@ -78,7 +80,7 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
         first = [*starts(problem), *first_candidates(min(evaluated, key=VALUE).coefficients, settings.interval)]
     spent = evaluated[-1].passes if evaluated else 0
     if objective == "fd":
-        spent += settings.control_images * problem.distance.drawing.passes
+        spent += settings.control_images * problem.passes
     else:
         problem.squares(objective)  # loaded before there is a trial that errors would fail
     name, images = f"{digest}-{objective}-{settings.num_images}", settings.num_images
@@ -192,12 +194,12 @@ def first_candidates(cheap: np.ndarray, interval: tuple[float, float]) -> list[n
 
 def score_fresh(
     problem: Problem, result: Result, file: Path, made_from: str, beside: dict[str, Any]
-) -> tuple[list[Score], float | None]:
+) -> tuple[list[Score], list[str]]:
     """Score the contenders on fresh seeds, with the schedule of sample_ddp.py; each score is written to report.json.
 
-    Rows there of the same `made_from` and the same trained network are not scored again. Returns the scores, first the
-    pretrained network's, last the result's (none without search.report_images), and match or loss of the result on
-    images that were not searched on (None if fd was searched).
+    With search.schedules, or search.report_schedules, `pretrained` and `best` also have a row for each of them. Rows of
+    the same `made_from` and the same trained network are not scored again. Returns the scores, first the pretrained
+    network's (none without search.report_images), and what they say in words.
     """
     fresh = None
     if result.objective != "fd":
@@ -206,21 +208,25 @@ def score_fresh(
     first = settings.seed_offset + settings.control_images  # no candidate is drawn from these seeds
     seeds = range(first, first + settings.report_images // blocks * blocks)
     if not seeds:
-        return [], fresh
+        return [], verdict(problem.config, result, [], fresh)
     content = {"made_from": made_from, "seeds": [seeds.start, seeds.stop], **beside}
-    drawing = replace(problem.plain_distance.drawing, settings=problem.config.sample)
-    distance = replace(problem.plain_distance, drawing=drawing)
     known = in_main_process(processes, lambda: _known(file, made_from))
+    usual, space, contenders = problem.config.sample, problem.plain_distance.space, _contenders(problem, result)
+    rows = [(name, name, usual) for name in contenders]
+    also = [one for one in problem.reported if one.schedule != usual.schedule]
+    rows += [(with_schedule(name, one.schedule), name, one) for one in also for name in PAIR]
     scores: list[Score] = []
-    for name, make in _contenders(problem, result).items():
+    for row_name, name, sample in rows:
         weights = [weights_hash(problem.config.paths.trained(name))] if name in TRAINED else None
-        row = known.get(name)
+        row = known.get(row_name)
         if row is None or row.weights != weights:
-            features = distance.features(make(), seeds)
-            row = score(Path(name), weights, features, distance.space, blocks)
-        scores.append(compared(row, scores[:1]))
-        in_main_process(processes, lambda: save_scores(file, distance.space.name, scores, content))
-    return scores, fresh
+            features = problem.plain_distance.by(sample).features(contenders[name](), seeds)
+            row = score(Path(row_name), weights, features, space, blocks)
+        scores.append(compared(row, [other for other in scores if other.samples.startswith("pretrained")]))
+        in_main_process(processes, lambda: save_scores(file, space.name, scores, content))
+    content["in words"] = verdict(problem.config, result, scores, fresh)
+    in_main_process(processes, lambda: save_scores(file, space.name, scores, content))
+    return scores, content["in words"]
 
 
 def _contenders(problem: Problem, result: Result) -> dict[str, Callable[[], NetworkAt]]:
@@ -250,8 +256,8 @@ def _known(file: Path, made_from: str) -> dict[str, Score]:
     return {}
 
 
-def verdict(result: Result, scores: list[Score], fresh: float | None) -> list[str]:
-    """What `score_fresh` says of the search, in words."""
+def verdict(config: Config, result: Result, scores: list[Score], fresh: float | None) -> list[str]:
+    """What the scores say of the search; `fresh` is match or loss on images that were not searched on."""
     lines = []
     if at := result.at_bounds:
         what = ", ".join(at) if len(at) <= MOST_NAMED else f"{len(at)} of {len(result.bounds)} coefficients"
@@ -261,12 +267,43 @@ def verdict(result: Result, scores: list[Score], fresh: float | None) -> list[st
         lines.append(f"{searched}, {fresh:.4f} on fresh images: optimism {fresh - result.value:+.4f}")
     if not scores:
         return [*lines, "search.report_images=0: the best is not compared with the pretrained model on fresh seeds"]
-    found = scores[-1].to_pretrained
+    found = next(row.to_pretrained for row in scores if row.samples == "best")
     difference, error = found.mean, found.standard_error
-    if result.objective == "fd":
+    if result.objective == "fd" and not config.search.schedules:
         gain = result.value - result.pretrained
         searched = f"difference to the pretrained model: {gain:+.4f} where it was searched, {difference:+.4f}"
         lines.append(f"{searched} ± {error:.4f} on fresh seeds: optimism {difference - gain:+.4f}")
-    word = "WORSE" if found.is_clear and difference > 0 else "better" if found.is_clear else "NOT clearly better"
-    interval = f"{difference:+.4f}, 95 % confidence interval ± {found.half_width:.4f}"
-    return [*lines, f"the best is {word} than the pretrained model: {interval}"]
+    lines.append(f"the best is {_in_words(found)} than the pretrained model: {_interval(found)}")
+    return [*lines, *_carried_over(config, result, {row.samples: row for row in scores})]
+
+
+def _in_words(found: Difference) -> str:
+    return "WORSE" if found.is_clear and found.mean > 0 else "better" if found.is_clear else "NOT clearly better"
+
+
+def _interval(found: Difference) -> str:
+    return f"{found.mean:+.4f}, 95 % confidence interval ± {found.half_width:.4f}"
+
+
+def _carried_over(config: Config, result: Result, rows: dict[str, Score]) -> list[str]:
+    """Whether the gain carries over to schedules that were not searched; nothing if the report has only sample's."""
+    suffixed = [without_schedule(name)[1] for name in rows if name.startswith("best@")]
+    if not (config.search.schedules or suffixed):
+        return []
+    searched = [one.schedule for one in config.schedules_of(config.search) if config.searches_by_images]
+    usual, ratios, lines = config.sample.schedule, [], []
+    gains: dict[bool, list[bool]] = {True: [], False: []}
+    for schedule in dict.fromkeys([*searched, *suffixed, usual]):
+        pretrained, best = (rows[name if schedule == usual else with_schedule(name, schedule)] for name in PAIR)
+        was_searched, gain = schedule in searched, best.to_pretrained
+        gains[was_searched].append(gain.is_clear and gain.mean < 0)
+        ratios += [best.pooled / pretrained.pooled] * was_searched
+        lines.append(f"by {schedule}, {'' if was_searched else 'not '}searched: {_in_words(gain)}, {_interval(gain)}")
+    if config.search.schedules:
+        told = f"{result.value:.4f} where it was searched, {np.mean(ratios):.4f} on fresh seeds"
+        lines.append(f"mean distance with the searched schedules relative to the pretrained model's: {told}")
+    if gains[False]:
+        word = "carries over" if all(gains[False]) else "does NOT carry over to all"
+        word = f"the gain {word}" if any(gains[True]) or not searched else "no clear gain with the searched schedules"
+        lines.append(f"{word}: clear with {sum(gains[False])} of {len(gains[False])} schedules that were not searched")
+    return lines

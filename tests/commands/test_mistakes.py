@@ -1047,6 +1047,18 @@ SEARCH_MISTAKES = {
         ["search.method=optuna", "search.sampler=grid", "search.trials=3"],
         "search.trials=3: a grid of 2 coefficients has at least 2 ** 2 candidates",
     ),
+    "a schedule of an unknown sampler": (
+        ["search.schedules=[{steps: 2}, {steps: 2, scheduler: nosuch}]"],
+        "search.schedules=nosuch-2: must be one of ddim, pndm, …",
+    ),
+    "the same schedule under two names": (
+        ["search.schedules=[{scheduler: euler}, {scheduler: EulerDiscreteScheduler}]"],
+        "search.schedules=EulerDiscreteScheduler-3: is listed before, under another name",
+    ),
+    "a schedule of an unknown sampler in the report": (
+        ["search.report_schedules=[{steps: 2, scheduler: nosuch}]"],
+        "search.report_schedules=nosuch-2: must be one of ddim, pndm, …",
+    ),
     "a classifier without labels": (
         ["search.method=optuna", "search.objective=fd", "data.label_column=null"],
         "data.label_column=null: evaluate.features=classifier needs labels",

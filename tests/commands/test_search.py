@@ -215,6 +215,71 @@ def test_scales_of_the_predicted_noise_are_searched_and_sampled_with(config_file
     assert not (root / "other").exists()
 
 
+SCHEDULES = "search.schedules=[{steps: 2}, {steps: 4}, {steps: 2, scheduler: dpmsolver++}]"
+
+
+def test_a_candidate_of_several_schedules_has_the_mean_of_its_relative_distances(config_file, root):
+    """Each relative to the pretrained network's with the same schedule and the same control."""
+
+    def problem_of(name: str, *options: str) -> Problem:
+        (root / name).mkdir()
+        config = load_config(
+            config_file, ["search.control_images=12", "search.num_images=8", "search.finalist_images=12", *options]
+        )
+        made_from = find_pretrained(config.paths), open_source(config.data), {}, root / name
+        return Problem(config, Accelerator(cpu=True), *made_from)
+
+    coefficients, ratios = np.array([[0.5, 1.0]]), []
+    for steps, scheduler in ((2, "ddim"), (4, "ddim"), (2, "dpmsolver++")):
+        own = [f"search.num_inference_steps={steps}", f"sample.scheduler={scheduler}"]
+        alone = problem_of(f"{scheduler}-{steps}", *own)
+        values = [alone.value("fd", one, 8) for one in (coefficients, np.zeros((1, 2)))]
+        assert [passes for _, passes in values] == [8 * steps, 0]
+        ratios.append(values[0][0] / values[1][0])
+    together = problem_of("together", SCHEDULES)
+    assert together.value("fd", np.zeros((1, 2)), 8) == (1, 0)
+    assert together.value("fd", coefficients, 8) == (pytest.approx(np.mean(ratios), rel=1e-9), 8 * 8)
+    assert len(set(ratios)) == 3
+    names = {file.name for file in (root / "together").glob("*.npz")}
+    assert names == {"control-ddim-2.npz", "control-ddim-4.npz", "control-dpmsolver++-2.npz"}
+
+
+def test_several_schedules_are_searched_and_reported_with_others(config_file, root):
+    """The same command does nothing again; other schedules are another search, and others in the report are not."""
+    options = [option for option in SMALL if "steps" not in option] + [SCHEDULES]
+    told = run("search.py", config_file, *options).stdout
+    folder, names = root / "tiny" / "search", ["pretrained", "ensemble", "uniform 0.5", "best"]
+    found, rows = best(folder), report(folder)
+    assert found["value of the pretrained network"] == 1
+    assert found["value"] <= 1
+    assert found["schedules"] == ["ddim-2", "ddim-4", "dpmsolver++-2"]
+    with np.load(folder / "closed-form-match.npz") as cheap:
+        spent = int(cheap["spent"])
+    candidates, finalists = (sum(any(w.values()) for w, _ in tried) for tried in trials(folder).values())
+    assert found["passes"] == spent + (2 + 4 + 2) * (12 + 8 * candidates + 10 * finalists)
+    others = ["ddim-2", "ddim-4", "dpmsolver++-2", "ddim-1", "ddim-8", "dpmsolver++-4"]
+    assert [row["samples"] for row in rows] == [*names, *(f"{n}@{o}" for o in others for n in ("pretrained", "best"))]
+    assert [row["samples"] for row in rows if row["differences"]] == [
+        row["samples"] for row in rows if not row["samples"].startswith("pretrained")
+    ]
+    for schedule in found["schedules"]:
+        assert f"by {schedule}, searched: " in told
+    for schedule in (*others[3:], "ddim-3"):
+        assert f"by {schedule}, not searched: " in told
+    words = json.loads((folder / "report.json").read_text())["in words"]
+    assert "of 4 schedules that were not searched" in words[-1]
+    assert "\n".join(words) in told
+
+    again = run("search.py", config_file, *options, "search.report_schedules=[{steps: 5}]")
+    assert "candidate" not in again.stdout
+    assert best(folder) == found
+    assert report(folder)[:-2] == rows[:10]
+    assert [row["samples"] for row in report(folder)[-2:]] == ["pretrained@ddim-5", "best@ddim-5"]
+    changed = run("search.py", config_file, *options, "search.schedules=[{steps: 2}]", status=2).stderr
+    assert "holds a search of other settings: " in changed
+    assert "search.schedules" in changed
+
+
 @pytest.mark.long
 def test_two_processes_find_what_one_finds(config_file, root):
     """Up to float error."""

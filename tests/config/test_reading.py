@@ -11,6 +11,7 @@ from hypothesis import strategies as some
 import report
 from deme.config.experiment import Config
 from deme.config.reading import load_config, override, read_override
+from deme.config.schedules import other_schedules
 from deme.config.section import setting, tags_of
 from deme.config.sections import Sample, Search
 from deme.config.trainings import Finetune
@@ -50,6 +51,24 @@ def test_a_schedule_has_what_it_leaves_out_from_its_section_and_from_sample(empt
     assert [one.schedule for one in Config().schedules_of(Config().sample)] == ["ddim-50"]
     assert config.drawn_by(Search(num_inference_steps=7), {}).schedule == "ddim-7"
     assert Sample(scheduler="DDIMScheduler").schedule == "ddim-50"
+
+
+def test_the_best_of_a_search_is_scored_with_other_schedules(empty):
+    """Half of the fewest steps, twice the most and another sampler, none that was searched; or those that are named."""
+
+    def others(*options: str) -> list[str]:
+        return [one.schedule for one in other_schedules(load_config(empty, list(options)))]
+
+    both = "search.schedules=[{steps: 20}, {steps: 50}, {steps: 20, scheduler: dpmsolver++}]"
+    assert others() == []
+    assert others(both) == ["ddim-10", "ddim-100", "dpmsolver++-50"]
+    assert others(both, "sample.eta=0.5", both.replace(", scheduler: dpmsolver++", "0")) == ["ddim-10", "ddim-400"]
+    assert others("search.schedules=[{steps: 800}]", "sample.scheduler=euler") == [
+        "euler-400",
+        "euler-1000",
+        "ddim-800",
+    ]
+    assert others("search.report_schedules=[{steps: 7}, {steps: 50}]") == ["ddim-7"]
 
 
 @pytest.mark.parametrize("benchmark", ["cifar10", "lsun_church", "lsun_bedroom"])
@@ -132,6 +151,15 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("sample.schedules=[20]", "sample.schedules[0]=20: must be a mapping of steps and scheduler"),
         ("sample.schedules={steps: 20}", "sample.schedules={'steps': 20}:"),
         ("sample={eta: 1, schedules: [{scheduler: euler}]}", "{'scheduler': 'euler'}: sample.eta=1.0: only sample.sch"),
+        (
+            "search={schedules: [{steps: 2}], num_inference_steps: 3}",
+            "search.num_inference_steps=3: must be null, as sea",
+        ),
+        ("search={schedules: [{steps: 2}], method: gradient}", "are read by search.method=multi_fidelity, or optuna"),
+        ("search={schedules: [{steps: 2}], method: optuna}", "are read by search.method=multi_fidelity, or optuna"),
+        ("search.schedules=[{steps: 2}, {steps: 2}]", "search.schedules[1]={'steps': 2}: ddim-2 is listed before"),
+        ("search.schedules=[{steps: 1001}]", "search.schedules[0]={'steps': 1001}: steps must be 1 … timesteps.num_"),
+        ("search.report_schedules=[{step: 2}]", "search.report_schedules[0]={'step': 2}: step must be one of steps"),
         ("search={grow_bounds: true, sampler: grid}", "search.grow_bounds=true: is read by search.sampler=tpe or gp"),
         (
             "sample.prediction_scale=0",

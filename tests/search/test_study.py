@@ -12,12 +12,16 @@ import yaml
 from noisy_images import problem_of
 from optuna.trial import TrialState
 
+from deme.config.experiment import Config
+from deme.config.paths import with_schedule
+from deme.config.sections import Sample, Search
 from deme.errors import RunError, UserError
+from deme.measure.scores import Score, compared
 from deme.models.pipelines import weights_hash
 from deme.models.variants import write_denoiser
 from deme.search.least_squares import Evaluated
 from deme.search.study import Study, grown, open_storage
-from deme.search.ways import first_candidates, grid, starts
+from deme.search.ways import Result, first_candidates, grid, starts, verdict
 
 FIRST = [np.zeros((1, 2)), np.full((1, 2), 0.25)]
 COUNTS = {"tpe": 7, "gp": 5, "random": 4, "grid": 4}
@@ -266,6 +270,40 @@ def test_a_storage_whose_tables_were_not_all_made_is_completed(tmp_path):
         database.execute("delete from studies")
     database.close()
     assert len(search(make(tmp_path, count=1))) == 1
+
+
+def test_the_report_says_whether_the_gain_carries_over_to_other_schedules():
+    """By the paired differences with each; the schedule of sample, whose rows have no suffix, is one of them."""
+
+    def words(gains: dict[str, float], result: float = 0.8) -> list[str]:
+        scores: list[Score] = []
+        for schedule, gain in gains.items():
+            for name, shift in (("pretrained", 0.0), ("best", gain)):
+                blocks = [2.0 + 0.01 * number * shift + shift for number in range(5)]
+                row = Score(with_schedule(name, schedule), None, 10, 2.0 + shift, blocks, 2.0 + shift, 0.1)
+                scores.append(compared(row, scores))
+        settings = Search(schedules=[{"steps": 20}, {"steps": 20, "scheduler": "euler"}])
+        config = Config(search=settings, sample=Sample(num_inference_steps=50))
+        coefficients = np.full((1, 2), 0.5)
+        found = Result(coefficients, "fd", result, 1.0, [], dict.fromkeys("ab", (0.0, 1.5)))
+        return verdict(config, found, scores, None)
+
+    told = words({"": -0.2, "ddim-20": -0.4, "euler-20": -0.6, "ddim-10": -0.1})
+    assert told[0].startswith("the best is better than the pretrained model: -0.2")
+    assert [line.split(":")[0] for line in told[1:5]] == [
+        "by ddim-20, searched",
+        "by euler-20, searched",
+        "by ddim-10, not searched",
+        "by ddim-50, not searched",
+    ]
+    assert told[5].endswith("relative to the pretrained model's: 0.8000 where it was searched, 0.7500 on fresh seeds")
+    assert told[6] == "the gain carries over: clear with 2 of 2 schedules that were not searched"
+    told = words({"": 0.2, "ddim-20": -0.4, "euler-20": 0.0, "ddim-10": -0.1})
+    assert told[0].startswith("the best is WORSE than the pretrained model: +0.2")
+    assert told[6] == "the gain does NOT carry over to all: clear with 1 of 2 schedules that were not searched"
+    told = words({"": -0.2, "ddim-20": 0.0, "euler-20": 0.1})
+    assert told[1].startswith("by ddim-20, searched: NOT clearly better, +0.0000")
+    assert told[5] == "no clear gain with the searched schedules: clear with 1 of 1 schedules that were not searched"
 
 
 def test_other_searches_are_where_a_study_starts(tmp_path):
