@@ -16,8 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deme.config.experiment import Config
+from deme.config.networks import RANDOM, TRAJECTORY
 from deme.config.schedules import other_schedules
-from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF
+from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF, SOUP
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
@@ -91,12 +92,18 @@ def own_networks(config: Config, size: Size) -> int:
     return has_own * len(config.self_trained_names)
 
 
+def control_and_soup(config: Config, size: Size) -> list[str]:
+    """The trainings on all timesteps of the data."""
+    has_control = CONTINUED in size.models or TRAJECTORY in config.merge.experts
+    return [CONTINUED] * has_control + config.soup_names * (SOUP in config.merge.experts)
+
+
 def disk_space(config: Config, size: Size) -> dict[str, float]:
     """Bytes of everything that is written."""
     data = config.data
     raw = size.channels * data.resolution**2
     is_cached = data.cache_gb < size.images * raw / 2**30 <= data.cache_disk_gb
-    trained = [*config.timesteps.names, *(name for name in (CONTINUED, DISTILLED) if name in size.models)]
+    trained = [*config.timesteps.names, *control_and_soup(config, size), *[DISTILLED] * (DISTILLED in size.models)]
     trained += config.self_trained_names * (own_networks(config, size) > 0)
     images = len(size.models) * config.sample.num_images
     images += (own_networks(config, size) > 0) * config.self_training.num_images
@@ -107,6 +114,7 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
         "decoded images": size.images * raw * ASPECT_RATIO * is_cached,
         "encoded images and captions": size.images * size.encoded * data.cached_views * data.cache_latents,
         "finetuned networks": len(trained) * network,
+        "random directions": (RANDOM in config.merge.experts) * len(config.timesteps.ranges) * network,
         "their snapshots": sum(len(config.snapshots(name)) for name in trained) * (network // 2 + averages),
         # student, EMA, two moments
         "their checkpoints": (len(trained) * config.finetune.checkpoints_kept + 1) * (4 * network + averages),
@@ -126,7 +134,7 @@ def operations(config: Config, size: Size) -> dict[str, float]:
     steps = len(config.timesteps.ranges) * settings.max_steps
     seen = steps * settings.batch_size
     distilled = (DISTILLED in size.models) * config.distill.max_steps * settings.batch_size
-    control = (CONTINUED in size.models) * seen
+    control = sum(map(config.steps_of, control_and_soup(config, size))) * settings.batch_size
     own = own_networks(config, size) * settings.max_steps * settings.batch_size
     coded = seen + control + distilled + own
     if config.data.cache_latents:
@@ -146,7 +154,7 @@ def operations(config: Config, size: Size) -> dict[str, float]:
     expert = gradient + (settings.consistency_weight > 0)
     return {
         f"finetuning, {steps:,} steps of {settings.batch_size} images": seen * expert * flops,
-        "the control, as many": control * gradient * flops,
+        "training on all timesteps": control * gradient * flops,
         "distilling, each image through its expert": distilled * (gradient + 1) * flops,
         "drawing own samples": (own > 0) * config.own_sample_passes * flops,
         "training on them": own * gradient * flops,

@@ -6,26 +6,25 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from glob import glob
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
-from deme.compare.jobs import Job, state_of
+from deme.compare.jobs import Job, state_of, state_outside
 from deme.config.experiment import Config
+from deme.config.networks import RANDOM, RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Network, of_word
 from deme.config.paths import DENOISER, for_shell, image_path, with_schedule
 from deme.config.reading import load_config, override
 from deme.config.section import Section, is_folder_name, one_of, setting
 from deme.config.sections import COEFFICIENTS, SCALES
-from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF
+from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF, SOUP
 from deme.errors import UserError, naming, shown
-from deme.job.files import REPOSITORY, sha256
+from deme.job.files import REPOSITORY
 from deme.models.variants import ORDER
 
 OWN_KEYS = ("base", "seeds", "reference")  # overrides of the comparison; all others are the experiment's
 PRETRAINED = "pretrained"
 LAST = ("card", "report")  # stages that take seconds, and no GPU
-LINKED = ("vae", "text_encoder")  # parts of a pipeline whose weights merge.py gives another name
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Comparison(Section):
     base: str = setting("", "path")  # the experiment's YAML file
     seeds: list[int] = field(default_factory=lambda: [0])  # of the trainings
     reference: str | None = setting(None, "path")  # YAML file of another experiment, whose images FID compares with
+    overrides: list[str] = field(default_factory=list)  # section.key=value of all runs
     runs: dict[str, Variation] = field(default_factory=dict)  # by name
 
     def check_together(self) -> None:
@@ -73,6 +73,7 @@ class ComparedRun:
     models: list[str]
     arguments: list[str]  # of its scripts: --config FILE section.key=value …
     config: Config
+    trained_by: "ComparedRun | None" = None  # an earlier run with the same trainings, whose networks this one takes
 
 
 def load_comparison(file: str | Path, overrides: list[str]) -> tuple[Comparison, list[ComparedRun]]:
@@ -84,7 +85,8 @@ def load_comparison(file: str | Path, overrides: list[str]) -> tuple[Comparison,
         raise UserError(f"--config {file}: no folder, such as its table's, can have this name")
     own = [text for text in overrides if text.partition("=")[0] in OWN_KEYS]
     comparison = load_config(file, own, Comparison)
-    return comparison, list(_compared_runs(comparison, [text for text in overrides if text not in own]))
+    others = [*comparison.overrides, *(text for text in overrides if text not in own)]
+    return comparison, list(_compared_runs(comparison, others))
 
 
 def _compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[ComparedRun]:
@@ -97,7 +99,7 @@ def _compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Com
         statistics = load_config(comparison.reference, []).paths.reference
         overrides = [*overrides, override("evaluate.reference", str(statistics))]
     base = load_config(comparison.base, overrides)
-    names = set()
+    names, trainers = set(), []
     for name, variation in sorted(comparison.runs.items(), key=lambda item: len(item[1].overrides) > 0):
         varied, is_plain = [*overrides, *variation.overrides], not variation.overrides
         with naming(f"runs.{name}"):
@@ -123,10 +125,23 @@ def _compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Com
             given = overrides if is_base else [*varied, *(override(key, value) for key, value in own.items())]
             with naming(f"runs.{name}"):
                 config = load_config(comparison.base, given)
+                trainer = next((run for run in trainers if trains_alike(run.config, config, models)), None)
+                if trainer is not None:
+                    given.append(override("merge.finetuned", str(trainer.config.paths.finetuning(""))))
+                    config = load_config(comparison.base, given)
                 if config.name in names:
                     raise UserError(f"its run is called {config.name}, as another one; choose another name")
             names.add(config.name)
-            yield ComparedRun(name, models, ["--config", for_shell(comparison.base), *given], config)
+            run = ComparedRun(name, models, ["--config", for_shell(comparison.base), *given], config, trainer)
+            trainers += [run] if trainer is None else []
+            yield run
+
+
+def trains_alike(earlier: Config, config: Config, models: Sequence[str]) -> bool:
+    """True if finetune.py would train the networks of these models, but for `distilled`, as in an earlier run."""
+    ours, theirs = ({**one.read_by("finetune.py"), "name": "", "distill": None} for one in (config, earlier))
+    draws = NEON in models or SELF in config.merge.experts  # own samples
+    return ours == theirs and (not draws or config.sample.tagged("samples") == earlier.sample.tagged("samples"))
 
 
 class Stages:
@@ -205,6 +220,7 @@ class Stages:
         for number, seeds in enumerate(replace(run.config.sample, blocks=self.blocks).chosen_blocks):
             images = [image_path(folder, seed) for folder in folders for seed in seeds]
             job = {"own": f"sample.block={number}" * (self.blocks > 1), "output": images[-1], "parts": images}
+            job["inputs"] = self._given(run.config.experts) if model == "ensemble" else ()
             jobs.append(self._add(run, f"sample-{model}", "sample_ddp.py", *overrides, **job, after=before))
         return jobs
 
@@ -219,10 +235,9 @@ class Stages:
             chosen = ["merge.experts=[self]", "merge.coefficients=null", override("merge.output", str(paths.neon))]
             # not as, and not where, the experts are merged
             chosen += ["merge.method=task_arithmetic", "merge.settings={}", "merge.push_to_hub=null"]
-            return self._merged(run, "merge-neon", paths.neon, [self._trained(run, SELF)], *chosen)
-        groups = ["ranges"] if model == "ensemble" else run.config.merge.experts
-        numbers = {"ranges": map(str, range(len(paths.experts))), SELF: [SELF]}
-        experts = [self._trained(run, chosen) for group in groups for chosen in numbers[group]]
+            own = self._networks(run, list(of_word(run.config, SELF)))
+            return self._merged(run, "merge-neon", paths.neon, own, *chosen)
+        experts = self._networks(run, run.config.experts if model == "ensemble" else run.config.merged_networks)
         if model == "ensemble":
             return experts
         if run.config.needs_search:
@@ -240,21 +255,42 @@ class Stages:
         waits = {"after": [*before, *self.reference], "after_all": controls}
         return self._add(run, "search", "search.py", output=config.paths.best_coefficients, **waits)
 
+    def _networks(self, run: ComparedRun, networks: Sequence[Network]) -> list[Job]:
+        """The jobs that make networks; what another run trains alike is trained there."""
+        trainer, jobs = run.trained_by or run, []
+        for word in dict.fromkeys(network.word for network in networks):
+            if word == RANGES:
+                jobs += [self._trained(trainer, str(number)) for number in range(len(run.config.timesteps.ranges))]
+            elif word == RANDOM:
+                parts, experts = [one.folder.parent for one in of_word(trainer.config, word)], trainer.config.experts
+                made = {"output": parts[-1], "parts": parts, "after": self._networks(trainer, experts)}
+                made |= {"inputs": self._given(experts), "single_process": True}
+                jobs.append(self._add(trainer, RANDOM, RANDOM_DIRECTIONS, **made))
+            elif word is not None:
+                jobs.append(self._trained(trainer, CONTINUED if word == TRAJECTORY else word))
+        return jobs
+
+    def _given(self, networks: Sequence[Network]) -> list[list[str]]:
+        """What stands for the networks that are folders which no job makes."""
+        return [[str(one.folder), self.state_outside(str(one.folder))] for one in networks if one.word is None]
+
     def _merged(self, run: ComparedRun, stage: str, folder: Path, experts: Sequence[Job], *overrides: str) -> list[Job]:
         parts = [folder / part for part in ("merge.yaml", DENOISER, "scheduler", "model_index.json")]
         merge = {"output": parts[0], "parts": parts, "after": list(experts), "single_process": True}
         return [self._add(run, stage, "merge.py", *overrides, **merge)]
 
     def _trained(self, run: ComparedRun, chosen: str) -> Job:
-        """The training of a range, given its number, of a model of NAMED_TRAININGS, or on own samples."""
-        paths = run.config.paths
-        stage, after = ("distill", self._made(run, "merged")) if chosen == DISTILLED else ("train", self.first)
-        own = {"own": f"finetune.range={chosen}", "after": after}
-        if chosen != SELF:
-            output = paths.trained(chosen) if chosen in NAMED_TRAININGS else paths.experts[int(chosen)]
-            return self._add(run, stage, "finetune.py", output=output, **own)
-        parts, drawn = list(map(paths.trained, run.config.self_trained_names)), run.config.sample.tagged("samples")
-        return self._add(run, stage, "finetune.py", output=parts[-1], parts=parts, inputs=drawn, **own)
+        """The training of a range, given its number, of a model of NAMED_TRAININGS, on own samples, or of the soup."""
+        config, stage, after = run.config, "train", self.first
+        if chosen == DISTILLED:  # the teachers are the ranges' experts, whatever is merged
+            stage, teachers = "distill", [] if RANGES in config.merge.experts else config.experts
+            after = [*self._made(run, "merged"), *self._networks(run, teachers)]
+        names = {str(number): [name] for number, name in enumerate(config.timesteps.names)}
+        names = (names | {SELF: config.self_trained_names, SOUP: config.soup_names}).get(chosen, [chosen])
+        parts = [*(config.snapshots(CONTINUED) if chosen == CONTINUED else []), *map(config.paths.trained, names)]
+        made = {"output": parts[-1], "parts": parts, "after": after, "own": f"finetune.range={chosen}"}
+        made["inputs"] = config.sample.tagged("samples") if chosen == SELF else ()
+        return self._add(run, stage, "finetune.py", **made)
 
 
 def sample_folders(run: ComparedRun, model: str) -> list[Path]:
@@ -264,7 +300,9 @@ def sample_folders(run: ComparedRun, model: str) -> list[Path]:
 
 def outside(config: Config, script: str) -> list[str]:
     """Files and folders that a script reads and no job makes; the script runs again when they change."""
-    given: list[Any] = [] if script in ("merge.py", "sample_ddp.py") else [config.data.name]
+    given: list[Any] = [] if script in ("merge.py", "sample_ddp.py", RANDOM_DIRECTIONS) else [config.data.name]
+    if script in ("merge.py", "search.py"):
+        given += [network.folder for network in config.merged_networks if network.word is None]
     pipelines = [config.model.pretrained, config.pretrain.encoders if script == "pretrain.py" else None]
     for source in filter(None, pipelines):  # as find_pipeline looks for them
         given += [folder for folder in (source, REPOSITORY / source) if os.path.isdir(folder)][:1]
@@ -277,15 +315,3 @@ def outside(config: Config, script: str) -> list[str]:
     judges = config.evaluate.judges[: None if script == "evaluate.py" else 1]
     given += [judge.path for judge in judges] if script in ("evaluate.py", "search.py") else []
     return [str(path) for path in given if isinstance(path, str | Path) and os.path.exists(path)]
-
-
-def state_outside(path: str) -> str:
-    """The state of a file or folder that no job makes.
-
-    merge.py may hard-link a pipeline's encoders, which sets their ctime: their weights are hashed instead.
-    """
-    linked = [file for part in LINKED for file in sorted(Path(path, part).glob("*.safetensors"))]
-    if not linked:
-        return state_of([for_shell(path)])
-    others = {Path(path, name) for name in glob("**", root_dir=path, recursive=True, include_hidden=True)} - set(linked)
-    return " ".join([state_of(for_shell(file) for file in others if file.is_file()), *map(sha256, linked)])

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from glob import glob
 from pathlib import Path
 
 from deme.config.paths import for_shell
 from deme.job.command import Interrupted, end_with_parent, noted_signals
-from deme.job.files import REPOSITORY, atomic_file, make_folder
+from deme.job.files import REPOSITORY, atomic_file, make_folder, sha256
 
 POLLED_EVERY = 0.2  # seconds
+LINKED = ("vae", "text_encoder")  # parts of a pipeline whose weights merge.py gives another name
 MADE = ("done", "unchanged")  # states of a job that has succeeded, now or earlier
 
 
@@ -124,6 +126,18 @@ def state_of(paths: Iterable[str]) -> str:
     """A hash of files and folders that changes with every write to them, by scripts/state_of.sh."""
     script = ["bash", str(REPOSITORY / "scripts/state_of.sh")]
     return subprocess.run(script, input=as_lines(paths), stdout=subprocess.PIPE, check=True).stdout.decode().strip()
+
+
+def state_outside(path: str) -> str:
+    """The state of a file or folder that no job makes.
+
+    merge.py may hard-link a pipeline's encoders, which sets their ctime: their weights are hashed instead.
+    """
+    linked = [file for part in LINKED for file in sorted(Path(path, part).glob("*.safetensors"))]
+    if not linked:
+        return state_of([for_shell(path)])
+    others = {Path(path, name) for name in glob("**", root_dir=path, recursive=True, include_hidden=True)} - set(linked)
+    return " ".join([state_of(for_shell(file) for file in others if file.is_file()), *map(sha256, linked)])
 
 
 def as_lines(parts: Iterable[str]) -> bytes:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from deme.compare.comparison import PRETRAINED, ComparedRun
+from deme.config.networks import of_word
 from deme.config.paths import sampler_and_steps, with_schedule
-from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
+from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF
 from deme.measure.scores import Difference, Score, load_spaces, mean_and_deviation
 from deme.models.variants import read_searched, seconds_of
 from deme.report.run import read_log
@@ -27,7 +28,7 @@ class Row:
     pooled: float  # distance of all images, mean over the trainings
     to_pretrained: list[list[float]]  # difference of each block of images, per training
     to_continued: list[list[float]] | None  # to the control of the same seed, if there is one
-    passes: int  # UNet passes to make the model, mean over the trainings
+    passes: int | None  # UNet passes to make the model, mean over the trainings; None: unknown, of folders as given
     hours: float | None  # None: unknown, as its search took no notes
     schedule: str = ""  # of the images, if there are several
 
@@ -85,7 +86,7 @@ def _rows_of(runs: Sequence[ComparedRun], features: str, schedule: str) -> list[
                 pooled=float(np.mean([score.pooled for _, score in pairs])),
                 to_pretrained=np.subtract(blocks, pretrained.blocks).tolist(),
                 to_continued=np.subtract(blocks, others).tolist() if has_control else None,
-                passes=round(np.mean(passes)),
+                passes=None if None in passes else round(np.mean(passes)),
                 hours=None if None in seconds else float(np.mean(seconds)) / 3600,
                 schedule=schedule,
             )
@@ -103,20 +104,23 @@ def points_of_rows(rows: Sequence[Row], features: str) -> list[Point]:
     ]
 
 
-def cost(run: ComparedRun, model: str) -> tuple[int, float | None]:
+def cost(run: ComparedRun, model: str) -> tuple[int | None, float | None]:
     """UNet passes and seconds of the trainings and the search that make a model, from their logs.
 
     The passes that draw own samples are counted; their seconds were not noted.
     """
     config = run.config
     is_merged = model in ("merged", DISTILLED)
-    names = config.merged_names if is_merged else []
-    names += config.timesteps.names if model == "ensemble" else []
-    names += [model] if model in NAMED_TRAININGS else []
-    names += config.self_trained_names if model == NEON else []
-    logs = [read_log(config.paths.finetuning(name) / "log.jsonl", config) for name in names]
+    networks = config.merged_networks if is_merged else []
+    networks += config.experts if model in ("ensemble", DISTILLED) else []
+    networks += of_word(config, SELF) if model == NEON else []
+    if any(network.word is None for network in networks):
+        return None, None
+    folders = [network.training for network in networks]
+    folders += [config.paths.finetuning(model)] if model in NAMED_TRAININGS else []
+    logs = [read_log(folder / "log.jsonl", config) for folder in dict.fromkeys(folders)]
     passes, seconds = sum(log.passes for log in logs), sum(log.seconds for log in logs)
-    if not set(names).isdisjoint(config.self_trained_names):
+    if any(network.word == SELF for network in networks):
         passes += config.own_sample_passes
     if (is_merged and config.needs_search) or config.sample.prediction_scale == "search":
         passes += read_searched(config.paths.best_coefficients, None).passes or 0
@@ -143,7 +147,7 @@ def comparison_table(rows: Sequence[Row], features: str) -> str:
         spread = "s.d. between trainings"
         columns[spread] = lambda row: number(mean_and_deviation(np.mean(row.to_pretrained, axis=1))[1])
     columns |= {"to continued ± s.e.": lambda row: change(row.to_continued)} if has_control else {}
-    columns["UNet passes to make it"] = lambda row: f"{row.passes:,}"
+    columns["UNet passes to make it"] = lambda row: "-" if row.passes is None else f"{row.passes:,}"
     columns["hours"] = lambda row: number(row.hours, form=".2f")
 
     def cell(row: Row, title: str) -> str:

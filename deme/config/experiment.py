@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from deme.config import sections, trainings
 from deme.config.judges import Judge
-from deme.config.networks import RANGES, TRAJECTORY, Network, networks_of, of_word
+from deme.config.networks import RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Network, networks_of, of_word
 from deme.config.paths import DENOISER, Paths, snapshot_path, with_schedule
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
 from deme.config.trainings import ANT_UW, CONTINUED, DISTILLED, NAMED_TRAININGS, SELF, SOUP
@@ -17,6 +17,7 @@ UNREAD_BY = {  # script → the sections that it does not read, so that they are
     "pretrain.py": "finetune self_training search merge distill sample evaluate analyze",
     "scripts/cache.py": "self_training search merge distill sample evaluate analyze",
     "finetune.py": "search merge sample evaluate analyze",
+    RANDOM_DIRECTIONS: "data pretrain finetune self_training search merge distill sample evaluate analyze",
     "sample_ddp.py": "pretrain finetune self_training search merge distill evaluate analyze",
 }
 SCHEDULE_KEYS = ("steps", "scheduler")  # of an item of sample.schedules

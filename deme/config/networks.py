@@ -25,7 +25,7 @@ class Network:
     folder: Path  # of the UNet
     word: str | None = None  # of WORDS; None: a folder that was given
     remedy: str = "merge.experts must name the folder of a UNet"  # where it is missing
-    training: str = ""  # the one whose cost is this network's, by its name in finetuned/
+    training: Path | None = None  # the folder of the training whose cost is this network's, if it is known
     timesteps: tuple[int, int] | None = None  # its range if it is the expert of one
 
 
@@ -52,20 +52,23 @@ def of_word(config: Any, word: str) -> Iterator[Network]:
     ranges = list(zip(config.timesteps.names, config.timesteps.ranges, strict=True))
     if word == RANGES:
         for number, (name, edges) in enumerate(ranges):
-            yield Network(name, trainings / name / DENOISER, word, f"{TRAIN}={number}", name, edges)
+            folder = trainings / name
+            yield Network(name, folder / DENOISER, word, f"{TRAIN}={number}", folder, edges)
     elif word == RANDOM:
         for name, _ in ranges:
             folder = trainings / f"{RANDOM}-{name}" / DENOISER
-            yield Network(f"{RANDOM}-{name}", folder, word, f"make it with {RANDOM_DIRECTIONS}", name)
+            yield Network(f"{RANDOM}-{name}", folder, word, f"make it with {RANDOM_DIRECTIONS}", trainings / name)
     elif word == TRAJECTORY:
         every = config.finetune.snapshot_every
-        remedy = f"{TRAIN}={CONTINUED} finetune.snapshot_every={every}"
+        training = trainings / CONTINUED
+        remedy = f"{TRAIN}={CONTINUED} finetune.snapshot_every={every}; delete {training} if that has no snapshots"
         for step in range(every, config.steps_of(CONTINUED) + 1, every):
-            folder = snapshot_path(trainings / CONTINUED, step) / DENOISER
-            yield Network(f"{CONTINUED}-{step}", folder, word, remedy, CONTINUED)
+            folder = snapshot_path(training, step) / DENOISER
+            yield Network(f"{CONTINUED}-{step}", folder, word, remedy, training)
     else:
         for name in config.self_trained_names if word == SELF else config.soup_names:
-            yield Network(name, trainings / name / DENOISER, word, f"{TRAIN}={word}", name)
+            folder = trainings / name
+            yield Network(name, folder / DENOISER, word, f"{TRAIN}={word}", folder)
 
 
 def path_of(item: str | dict[str, Any]) -> Path:

@@ -3,13 +3,15 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
+from deme.config.networks import RANGES, of_word
 from deme.config.paths import sampler_and_steps, with_schedule, without_schedule
 from deme.config.sections import GRADIENT_PASSES
-from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
+from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF, SOUP
 from deme.errors import UserError, naming, one_line
 from deme.job.files import checked, read_json, read_yaml
 from deme.job.records import MERGED
@@ -55,8 +57,9 @@ class Run:
     def __init__(self, config: Config):
         self.config, paths = config, config.paths
         self.unreadable: dict[str, list[str]] = {}  # reasons by title of a section
-        trainings = [*config.timesteps.names, *NAMED_TRAININGS, *config.self_trained_names, *config.soup_names]
-        logs = [self._read(TRAINING, read_log, paths.finetuning(name) / "log.jsonl", config) for name in trainings]
+        ranges, *others = ([network.training for network in of_word(config, word)] for word in (RANGES, SELF, SOUP))
+        trainings = [*ranges, *map(paths.finetuning, NAMED_TRAININGS), *chain(*others)]
+        logs = [self._read(TRAINING, read_log, folder / "log.jsonl", config) for folder in trainings]
         self.logs = [log for log in logs if log is not None]
         self.spaces = self._read(RESULTS, load_spaces, paths.results) or {}  # scores by feature space
         self.features, self.scores = next(iter(self.spaces.items()), (None, []))  # of the first judge

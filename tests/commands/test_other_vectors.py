@@ -49,8 +49,10 @@ def test_a_soup_is_trained_on_all_timesteps_with_draws_of_its_own(config_file, p
 
 
 def test_snapshots_of_the_control_are_merged(config_file, pretrained):
-    run("finetune.py", config_file, "finetune.range=continued", "finetune.snapshot_every=5")  # of 12 steps
     given = ["merge.experts=[trajectory]", "finetune.snapshot_every=5", "merge.coefficients=[0.75,-0.25]"]
+    missing = run("merge.py", config_file, *given, status=2).stderr
+    assert "missing; train it with finetune.py finetune.range=continued finetune.snapshot_every=5; delete" in missing
+    run("finetune.py", config_file, "finetune.range=continued", "finetune.snapshot_every=5")  # of 12 steps
     run("merge.py", config_file, *given)
     root = config_file.parent / "tiny"
     snapshots = [tensors(root / "finetuned" / "continued" / "snapshots" / name) for name in ("00000005", "00000010")]

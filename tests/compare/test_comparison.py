@@ -94,7 +94,7 @@ def test_what_all_runs_share_is_refused_in_a_variation(tmp_path, override, usual
         ({"a": {"models": ["pretrained", "min_snrr"]}}, r"runs.a.models=min_snrr: .*; did you mean min_snr\?"),
         (
             {"a": {"models": ["pretrained"]}, "b": {"models": ["pretrained"], "overrides": ["finetune.max_steps=3"]}},
-            "runs.b.models=pretrained: all runs start from the base's",
+            "runs.b.models=pretrained: with sample.prediction_scale alone; all runs start from the base's",
         ),
         ({"a": {"models": []}}, "runs.a.models=.*: must be a list of different models"),
         ({"a": {"models": ["pretrained", "pretrained"]}}, "runs.a.models=.*: must be a list of different models"),

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deme.compare.comparison import Stages, load_comparison, state_outside
+from deme.compare.comparison import Stages, load_comparison
+from deme.compare.jobs import state_outside
 from deme.config.paths import image_path
 from deme.config.reading import load_config, override
 from deme.errors import UserError
@@ -57,6 +58,76 @@ def test_a_merge_waits_for_the_networks_that_it_adds(tmp_path):
     steps = stages(tmp_path, "merge.experts=[ranges, self]", "sample.num_inference_steps=7")
     assert steps[own].key != both[own].key
     assert steps["train finetune.range=0"].key == both["train finetune.range=0"].key
+
+
+def what_gains(*overrides: str) -> list:
+    comparison, runs = load_comparison("configs/comparison/what_gains.yaml", ["seeds=[0, 1]", *overrides])
+    return Stages(comparison, runs, has_cache=True).jobs
+
+
+def test_runs_with_equal_trainings_share_them(tmp_path):
+    """Each seed trains once; merges and searches read the networks there, and wait for their jobs alone."""
+    jobs = {job.name: job for job in what_gains()}
+    trained = [name.split(" ", 1) for name in jobs if " train " in name or name.endswith(" random")]
+    words = [f"train finetune.range={word}" for word in ("continued", 0, 1, 2, 3, "self", "soup")] + ["random"]
+    assert sorted(trained) == sorted([run, word] for run in ("digits", "digits-seed1") for word in words)
+    ranges = {f"digits-seed1 train finetune.range={k}" for k in range(4)}
+    for run, made in {
+        "by_block": ranges,
+        "soup": {"digits-seed1 train finetune.range=soup"},
+        "trajectory": {"digits-seed1 train finetune.range=continued"},
+        "random": {"digits-seed1 random"},
+    }.items():
+        search = jobs[f"digits-{run}-seed1 search"]
+        assert {job.name for job in search.after} == made | {"digits statistics"}
+        assert "merge.finetuned=runs/digits-seed1/finetuned" in search.arguments
+    assert {job.name for job in jobs["digits-random-uniform-seed1 merge"].after} == {"digits-seed1 random"}
+    assert {job.name for job in jobs["digits-seed1 random"].after} == ranges
+    snapshots = [path.parent.name for path in jobs["digits train finetune.range=continued"].parts[:-1]]
+    assert snapshots == ["00001000", "00002000", "00003000", "00004000"]
+    other = {job.name: job for job in what_gains("merge.method=ties", "search.trials=30")}
+    changed = {name.split(" ")[1] for name in jobs if jobs[name].key != other[name].key}
+    assert changed == {"statistics", "search", "merge", "merge-neon", "evaluate", "card", "report"}
+
+
+def test_jobs_of_an_array_wait_for_the_same_jobs(tmp_path):
+    """Also where a later run adds a training to an earlier one's."""
+    waits: dict = {}
+    for job in what_gains():
+        waits.setdefault((job.run, job.stage), set()).add((frozenset(job.after), frozenset(job.after_all)))
+    assert {len(found) for found in waits.values()} == {1}
+
+
+def test_a_run_with_other_trainings_or_own_samples_has_its_own(tmp_path):
+    runs = {
+        "models": {"models": ["pretrained", "merged", "neon"]},
+        "slow": {"models": ["merged"], "overrides": ["finetune.learning_rate=1e-5"]},
+        "slower": {"models": ["merged"], "overrides": ["finetune.learning_rate=1e-5", "merge.method=ties"]},
+        "few": {"models": ["merged", "distilled"], "overrides": ["sample.eta=1", "distill.max_steps=3"]},
+        "few own": {"models": ["merged"], "overrides": ["sample.eta=1", "merge.experts=[self, soup]"]},
+    }
+    jobs = stages(tmp_path, runs=runs)
+    before = {name: {job.run for job in jobs[f"{name} merge"].after} for name in ("-slower", "-few", "-few_own")}
+    assert before == {"-slower": {"digits-slow"}, "-few": {"digits"}, "-few_own": {"digits-few_own"}}
+    assert jobs["-few distill finetune.range=distilled"].run == "digits-few"
+    own = stages(tmp_path, "merge.experts=[soup]")["distill finetune.range=distilled"]  # its teachers are the ranges'
+    assert names(own.after) == {"merge", *(f"train finetune.range={k}" for k in range(4))}
+
+
+def test_folders_that_are_merged_count_for_the_jobs_that_read_them(tmp_path):
+    folders = [tmp_path / name / "unet" for name in "ab"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    items = [f"{{path: {folder}, timesteps: [{k * 500}, {k * 500 + 500}]}}" for k, folder in enumerate(folders)]
+    given = ["timesteps.num_ranges=2", f"merge.experts=[{', '.join(items)}]", "merge.coefficients=search"]
+    before = stages(tmp_path, *given)
+    assert names(before["search"].after) == {"statistics"}
+    assert names(before["sample-ensemble"].after) == set()
+    (folders[0] / "config.json").write_text("{ }")
+    after = stages(tmp_path, *given)
+    changed = {name for name in before if before[name].key != after[name].key}
+    assert changed == {"search", "merge", "merge-neon", "card", "sample-ensemble"}
 
 
 def test_no_job_comes_before_one_that_it_needs(tmp_path):
