@@ -105,7 +105,7 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
     is_cached = data.cache_gb < size.images * raw / 2**30 <= data.cache_disk_gb
     trained = [*config.timesteps.names, *control_and_soup(config, size), *[DISTILLED] * (DISTILLED in size.models)]
     trained += config.self_trained_names * (own_networks(config, size) > 0)
-    images = len(size.models) * config.sample.num_images
+    images = len(size.models) * config.sample.num_images * len(config.schedule_names)
     images += (own_networks(config, size) > 0) * config.self_training.num_images
     network = FLOAT * size.parameters
     averages = len(config.finetune.ema_profiles) * network
@@ -148,7 +148,9 @@ def operations(config: Config, size: Size) -> dict[str, float]:
     others = other_schedules(config)
     also = [*schedules, *others] if search.schedules or others else []
     pairs = 2 * config.needs_search * search.report_images * sum(one.num_inference_steps for one in also)
-    drawn = len(size.models) * config.sample.num_images
+    steps_drawn = [one.num_inference_steps for one in config.schedules_of(config.sample)]
+    of_schedule = len(size.models) * config.sample.num_images
+    drawn = of_schedule * len(steps_drawn)
     image = config.sample.num_inference_steps * size.per_step * flops + size.coding
     candidate = config.search_steps * size.per_step * flops + len(schedules) * size.coding
     expert = gradient + (settings.consistency_weight > 0)
@@ -161,7 +163,7 @@ def operations(config: Config, size: Size) -> dict[str, float]:
         "encoding images": coded * size.coding,
         f"searching, {searched:,} images of candidates": searched * candidate,
         f"reporting on the search, {reported:,} images": reported * image + pairs * size.per_step * flops,
-        f"drawing {drawn:,} images": drawn * image,
+        f"drawing {drawn:,} images": of_schedule * sum(steps_drawn) * size.per_step * flops + drawn * size.coding,
         "statistics and FID": (size.images + drawn + searched + reported) * INCEPTION_FLOPS,
     }
 

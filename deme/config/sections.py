@@ -142,7 +142,7 @@ class Search(Section):
     method: str = setting("multi_fidelity", "search", choices=("closed_form", "gradient", "optuna", "multi_fidelity"))
     objective: str = setting("match", "search", choices=("match", "loss", "fd"))  # fd: only for optuna
     groups: Any = setting("range", "search")  # tensors with one coefficient: range, block, tensor, or name patterns
-    # of coefficients; null: [0, 1.5], for groups=tensor [-1, 2], for over=prediction_scale [-0.02, 0.05]
+    # of coefficients; null: [0, 1.5], for groups=tensor [-1, 2], for over=prediction_scale [-0.05, 0.05]
     bounds: list[float] | None = setting(None, "search")
     self_bounds: list[float] | None = setting(None, "search omit_default")  # of self-trained networks; null: [-3, 0.5]
     grow_bounds: bool = setting(False, "search omit_default")  # tpe, gp: where the best candidate lies at a bound
@@ -205,7 +205,7 @@ class Search(Section):
     def interval(self) -> tuple[float, float]:
         """The least and the greatest coefficient."""
         default = (-1.0, 2.0) if self.groups == "tensor" else (0.0, 1.5)
-        default = (-0.02, 0.05) if self.over == SCALES else default
+        default = (-0.05, 0.05) if self.over == SCALES else default
         return default if self.bounds is None else tuple(self.bounds)
 
     @property

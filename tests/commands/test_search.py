@@ -186,7 +186,7 @@ def test_scales_of_the_predicted_noise_are_searched_and_sampled_with(config_file
     assert [row["samples"] for row in rows] == ["pretrained", "best"]
     [lines] = [rows for name, rows in trials(folder).items() if "finalists" not in name]
     firsts = [[round(float(value), 6) for value in values.values()] for values, _ in lines[:9]]
-    assert firsts == [[value] * 2 for value in (0, -0.02, -0.01, 0.01, 0.02, 0.03, 0.04, 0.05)] + firsts[8:]
+    assert firsts == [[round(value, 6)] * 2 for value in (0.0, *np.linspace(-0.05, 0.05, 8))]
     given = ["sample.model=pretrained", "sample.num_images=10", "sample.num_inference_steps=3"]
     given += ["sample.seed_offset=10000012"]
     run("sample_ddp.py", config_file, *given, "sample.prediction_scale=search", "sample.output=best")
