@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.paths import DENOISER, snapshot_path
-from deme.config.trainings import CONTINUED, NAMED_TRAININGS, NEON, SELF, SOUP
+from deme.config.trainings import BASELINES, CONTINUED, NAMED_TRAININGS, NEON, SELF, SOUP
 
 RANGES, TRAJECTORY, RANDOM = "ranges", "trajectory", "random"
-WORDS = (RANGES, SELF, SOUP, TRAJECTORY, RANDOM)  # of merge.experts; its other items are folders
+WORDS = (RANGES, SELF, SOUP, TRAJECTORY, RANDOM, CONTINUED, *BASELINES)  # of merge.experts; its other items: folders
 RANDOM_DIRECTIONS = "scripts/random_directions.py"
 TRAIN = "train it with finetune.py finetune.range"
 MODELS = ("pretrained", "ensemble", "merged", NEON, *NAMED_TRAININGS)  # other networks that tables name
@@ -66,7 +66,7 @@ def of_word(config: Any, word: str) -> Iterator[Network]:
             folder = snapshot_path(training, step) / DENOISER
             yield Network(f"{CONTINUED}-{step}", folder, word, remedy, training)
     else:
-        for name in config.self_trained_names if word == SELF else config.soup_names:
+        for name in {SELF: config.self_trained_names, SOUP: config.soup_names}.get(word, [word]):
             folder = trainings / name
             yield Network(name, folder / DENOISER, word, f"{TRAIN}={word}", folder)
 

@@ -42,7 +42,9 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
         header=to_yaml(header(config)),
         config=config,
         experts=list(dict.fromkeys(MADE_BY.get(network.word, OTHERS) for network in networks)),
-        given=[part for part, network in zip(made_from["finetuned"], networks, strict=True) if network.word is None],
+        given=[
+            part for part, network in zip(made_from["finetuned"], networks, strict=True) if network.word not in MADE_BY
+        ],
         made_from=made_from,
         method=", ".join([method, *settings]),
         coefficients=markdown_table(["tensors", *names], coefficients),

@@ -26,6 +26,8 @@ def test_words_stand_for_their_networks_and_folders_for_themselves():
     assert listed(["random"], *given) == [(f"random-{name}", f"{here}/random-{name}/unet") for name in names]
     snapshots = [(f"continued-{step}", f"{here}/continued/snapshots/{step:08d}/unet") for step in (700, 1400)]
     assert listed(["trajectory"], *given) == snapshots
+    assert listed(["continued", "p2"]) == [(name, f"{here}/{name}/unet") for name in ("continued", "p2")]
+    assert config(override("merge.experts", ["continued"])).usual_coefficients == [1.0]
     mixed = listed([{"path": "other/a/unet"}, "trajectory", "./b"], *given, "merge.finetuned=elsewhere")
     assert mixed[0] == ("a", "other/a/unet")
     assert mixed[1] == ("continued-700", "elsewhere/continued/snapshots/00000700/unet")
