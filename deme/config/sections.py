@@ -145,6 +145,7 @@ class Search(Section):
     # of coefficients; null: [0, 1.5], for groups=tensor [-1, 2], for over=prediction_scale [-0.05, 0.05]
     bounds: list[float] | None = setting(None, "search")
     self_bounds: list[float] | None = setting(None, "search omit_default")  # of self-trained networks; null: [-3, 0.5]
+    spread: int = setting(0, "search omit_default", least=0)  # tpe, gp: so many first candidates all over the bounds
     grow_bounds: bool = setting(False, "search omit_default")  # tpe, gp: where the best candidate lies at a bound
     images: int = setting(512, "search", above=0)  # match, loss: from the training images
     batch_size: int = setting(64, "search", above=0)  # match, loss: images per forward pass
@@ -177,6 +178,7 @@ class Search(Section):
         rule = "is read by search.sampler=tpe or gp alone, with search.method=optuna or multi_fidelity"
         self.check("start", self.start == [] or starts, rule)
         self.check("grow_bounds", not self.grow_bounds or starts, rule)
+        self.check("spread", self.spread == 0 or starts, rule)
         draws = self.method == "multi_fidelity" or (self.method == "optuna" and self.objective == "fd")
         rule = "are read by search.method=multi_fidelity, or optuna with search.objective=fd, alone"
         self.check("schedules", self.schedules == [] or draws, rule)

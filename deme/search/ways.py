@@ -77,7 +77,9 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
         first = [*starts(problem), *line(problem.config, shape)]
     elif settings.sampler != "random":
         evaluated = _cheap_answer(problem, folder, np.prod(shape) > MOST_COLUMNS)
-        first = [*starts(problem), *first_candidates(min(evaluated, key=VALUE).coefficients, settings.interval)]
+        cheap = min(evaluated, key=VALUE).coefficients
+        first = [*starts(problem), *first_candidates(cheap, settings.interval, settings.spread > 0)]
+    first += spread(settings.spread, problem.bounds, shape, problem.stream)
     spent = evaluated[-1].passes if evaluated else 0
     if objective == "fd":
         spent += settings.control_images * problem.passes
@@ -178,15 +180,30 @@ def grid(count: int, bounds: Sequence[tuple[float, float]], shape: tuple[int, in
     return [np.reshape(point, shape) for point in product(*(np.linspace(*pair, values) for pair in bounds))]
 
 
-def first_candidates(cheap: np.ndarray, interval: tuple[float, float]) -> list[np.ndarray]:
-    """The pretrained network, the cheap answer, uniform and published coefficients, if they are within the bounds."""
+def first_candidates(cheap: np.ndarray, interval: tuple[float, float], is_few: bool = False) -> list[np.ndarray]:
+    """The pretrained network, the cheap answer, uniform and published coefficients, if they are within the bounds.
+
+    The few lack the published coefficients, and of the uniform ones all but 1 / the number of ranges.
+    """
     ranges = cheap.shape[1]
     rows = [np.zeros_like(cheap), cheap, np.clip(LONGER * cheap, *interval)]
-    rows += [np.full(cheap.shape, value) for value in (1 / ranges, *UNIFORM)]
-    if len(PUBLISHED) == ranges:
+    rows += [np.full(cheap.shape, value) for value in (1 / ranges, *([] if is_few else UNIFORM))]
+    if len(PUBLISHED) == ranges and not is_few:
         rows.append(np.broadcast_to(PUBLISHED, cheap.shape))
     low, high = interval
     return distinct(row for row in rows if low <= row.min() and row.max() <= high)
+
+
+def spread(
+    count: int, bounds: Sequence[tuple[float, float]], shape: tuple[int, int], stream: Sequence[int]
+) -> list[np.ndarray]:
+    """So many candidates all over the bounds, by Latin hypercube sampling (McKay, Beckman and Conover 1979)."""
+    random = np.random.default_rng((*stream, count))
+    cells = np.stack([random.permutation(count) for _ in bounds], axis=-1)  # each part of an interval holds one
+    low, high = np.transpose(bounds)
+    return [
+        np.reshape(low + (high - low) * point, shape) for point in (cells + random.random(cells.shape)) / max(1, count)
+    ]
 
 
 # --- what the result is worth: it and what it has to beat, on seeds that no candidate was drawn from

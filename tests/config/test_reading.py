@@ -160,6 +160,7 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("search.schedules=[{steps: 2}, {steps: 2}]", "search.schedules[1]={'steps': 2}: ddim-2 is listed before"),
         ("search.schedules=[{steps: 1001}]", "search.schedules[0]={'steps': 1001}: steps must be 1 … timesteps.num_"),
         ("search.report_schedules=[{step: 2}]", "search.report_schedules[0]={'step': 2}: step must be one of steps"),
+        ("search={spread: 4, sampler: random}", "search.spread=4: is read by search.sampler=tpe or gp alone"),
         ("search={grow_bounds: true, sampler: grid}", "search.grow_bounds=true: is read by search.sampler=tpe or gp"),
         (
             "sample.prediction_scale=0",

@@ -21,7 +21,7 @@ from deme.models.pipelines import weights_hash
 from deme.models.variants import write_denoiser
 from deme.search.least_squares import Evaluated
 from deme.search.study import Study, grown, open_storage
-from deme.search.ways import Result, first_candidates, grid, starts, verdict
+from deme.search.ways import Result, first_candidates, grid, spread, starts, verdict
 
 FIRST = [np.zeros((1, 2)), np.full((1, 2), 0.25)]
 COUNTS = {"tpe": 7, "gp": 5, "random": 4, "grid": 4}
@@ -235,8 +235,21 @@ def test_a_search_starts_from_what_lies_within_the_bounds():
     assert first == [[0, 0], [0.2, 0.9], [0.4, 1.5], *uniform]
     narrow = [row.ravel().tolist() for row in first_candidates(cheap, (-1.0, 0.9))]
     assert narrow == [[0, 0], [0.2, 0.9], [0.4, 0.9], [0.5] * 2]
+    few = [row.ravel().tolist() for row in first_candidates(np.full((1, 4), 0.3), (0.0, 1.5), is_few=True)]
+    assert few == [[0] * 4, [0.3] * 4, [0.6] * 4, [0.25] * 4]
     four = [row.tolist() for row in first_candidates(np.full((2, 4), 0.3), (0.0, 1.5))]
     assert [[0.1, 0.1, 0.2, 0.5]] * 2 in four
+
+
+def test_candidates_can_be_spread_over_the_bounds():
+    """Each of as many equal parts of each interval holds one; another search has others."""
+    bounds, widths = [(0.0, 1.5), (-1.0, 1.0), (-3.0, 0.5)], [1.5, 2.0, 3.5]
+    points = [spread(5, bounds, (1, 3), (seed,)) for seed in (0, 0, 1)]
+    parts = (np.concatenate(points[0]) - [low for low, _ in bounds]) / widths * 5
+    assert np.sort(parts.astype(int), axis=0).T.tolist() == [[0, 1, 2, 3, 4]] * 3
+    assert np.array_equal(points[0], points[1])
+    assert not np.array_equal(points[0], points[2])
+    assert spread(0, bounds, (1, 3), (0,)) == []
 
 
 def test_another_programs_database_is_refused_and_stays_as_it_is(tmp_path):
