@@ -139,9 +139,14 @@ def _compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Com
 
 def trains_alike(earlier: Config, config: Config, models: Sequence[str]) -> bool:
     """True if finetune.py would train the networks of these models, but for `distilled`, as in an earlier run."""
-    ours, theirs = ({**one.read_by("finetune.py"), "name": "", "distill": None} for one in (config, earlier))
+
+    def read(one: Config) -> dict[str, Any]:
+        settings = one.read_by("finetune.py") | {"name": "", "distill": None}
+        return settings | {"model": settings["model"] | {"pretrained": one.paths.pretrained}}  # null in the base
+
     draws = NEON in models or SELF in config.merge.experts  # own samples
-    return ours == theirs and (not draws or config.sample.tagged("samples") == earlier.sample.tagged("samples"))
+    alike = read(config) == read(earlier)
+    return alike and (not draws or config.sample.tagged("samples") == earlier.sample.tagged("samples"))
 
 
 class Stages:

@@ -85,6 +85,7 @@ def test_runs_with_equal_trainings_share_them(tmp_path):
     assert {job.name for job in jobs["digits-seed1 random"].after} == ranges
     snapshots = [path.parent.name for path in jobs["digits train finetune.range=continued"].parts[:-1]]
     assert snapshots == ["00001000", "00002000", "00003000", "00004000"]
+    assert {job.name for job in what_gains("model.pretrained=null")} == {*jobs, "digits pretrain"}
     other = {job.name: job for job in what_gains("merge.method=ties", "search.trials=30")}
     changed = {name.split(" ")[1] for name in jobs if jobs[name].key != other[name].key}
     assert changed == {"statistics", "search", "merge", "merge-neon", "evaluate", "card", "report"}
