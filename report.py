@@ -192,14 +192,15 @@ def made(run: "Run", options: str) -> "list[Part]":
     from deme.report.tables import Commands, Table
 
     config = run.config
-    drawn = config.schedules_of(config.sample)
+    drawn, scale = config.schedules_of(config.sample), config.sample.prediction_scale
     versions = run.provenance.versions or {}
     facts = {
         "pretrained model": config.paths.pretrained,
         "data": f"{config.data.name}, split {config.data.split}, {config.data.resolution} pixels",
         "timestep ranges": ", ".join(config.timesteps.names),
         "finetuning, per range": f"{config.finetune.max_steps:,} steps of {config.finetune.batch_size} images",
-        "sampling": "; ".join(f"{one.scheduler}, {one.num_inference_steps} steps" for one in drawn),
+        "sampling": "; ".join(f"{one.scheduler}, {one.num_inference_steps} steps" for one in drawn)
+        + (f"; predicted noise divided by {scale}" if scale is not None else ""),
         "processor": run.provenance.processor or "not recorded",
         "git commit": run.provenance.git_commit or "not recorded",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded",

@@ -14,6 +14,8 @@ from deme.measure.scores import Score
 from deme.report import tables
 from deme.report.figures import COLOURS, DASHES, MARKERS, MODELS, noted
 
+MARGIN = 1.2  # above and below the values
+
 
 @dataclass(frozen=True)
 class Point:
@@ -51,9 +53,12 @@ def distance_by_steps(points: Sequence[Point]) -> Figure:
         for name, style in styles_of(names).items():
             line = sorted((one for one in here if one.name == name), key=attrgetter("steps"))
             values, errors = [one.value for one in line], [one.half_width or 0 for one in line]
-            axes.errorbar([one.steps for one in line], values, errors, capsize=2, markersize=5, label=name, **style)
+            thin = {"capsize": 2, "elinewidth": 0.8, "markersize": 5}
+            axes.errorbar([one.steps for one in line], values, errors, label=name, **thin, **style)
         axes.set(xscale="log", yscale="log", title=samplers[column], xlabel="sampling steps", ylabel=distances[row])
         axes.set_xticks(ticks, map(str, ticks))
+        if heights := [one.value for one in points if one.distance == distances[row] and one.value > 0]:
+            axes.set_ylim(min(heights) / MARGIN, max(heights) * MARGIN)  # not down to the ends of long bars
         axes.yaxis.set(major_locator=MaxNLocator(6), major_formatter="{x:g}", minor_locator=NullLocator())
         axes.xaxis.set(minor_locator=NullLocator())
         axes.label_outer()

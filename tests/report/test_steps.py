@@ -36,7 +36,7 @@ def test_a_line_for_each_row_in_a_panel_for_each_sampler_and_distance():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     assert [text.get_text() for text in panels[2].get_xticklabels()] == ["5", "10", "20"]
     assert panels[0].get_yscale() == "log"
-    assert panels[0].get_ylim()[0] == pytest.approx(panels[1].get_ylim()[0])
+    assert panels[0].get_ylim() == panels[1].get_ylim() == pytest.approx((1 / 1.2, 7 * 1.2))
 
 
 def test_no_two_rows_look_the_same():
