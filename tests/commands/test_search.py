@@ -281,9 +281,11 @@ def test_several_schedules_are_searched_and_reported_with_others(config_file, ro
 
 
 @pytest.mark.long
-def test_two_processes_find_what_one_finds(config_file, root):
+@pytest.mark.parametrize("schedules", ["search.schedules=[]", SCHEDULES])
+def test_two_processes_find_what_one_finds(schedules, config_file, root):
     """Up to float error."""
-    options = ["search.method=multi_fidelity", *SMALL, "search.trials=3"]
+    steps = ["search.num_inference_steps=null"] * (schedules == SCHEDULES)
+    options = ["search.method=multi_fidelity", *SMALL, "search.trials=3", schedules, *steps]
     run("search.py", config_file, *options)
     run("search.py", config_file, *options, "search.output=both", processes=2)
     one, both = best(root / "tiny" / "search"), best(root / "both")
