@@ -14,7 +14,7 @@ from typing import Any
 from deme.config.experiment import Config
 from deme.config.networks import Network
 from deme.config.paths import DENOISER, Paths, sampler_and_steps, without_schedule
-from deme.config.section import Section
+from deme.config.section import Section, is_finite
 from deme.config.sections import COEFFICIENTS, DDIM, SCALES, Sample
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.errors import UserError, naming, shown
@@ -242,7 +242,8 @@ def prediction_scales(config: Config) -> list[tuple[int, int, float]]:
         with naming("sample.prediction_scale", given):
             found = read_searched(config.paths.best_coefficients if given == "search" else Path(given), SCALES)
             values = [1 + c for row in found.coefficients.values() for c in row]
-            if found.timesteps != list(map(list, ranges)) or len(values) != len(ranges) or not min(values) > 0:
+            positive = all(is_finite(value) and value > 0 for value in values)
+            if found.timesteps != list(map(list, ranges)) or len(values) != len(ranges) or not positive:
                 raise UserError(f"{found.file}: its scales are not positive numbers of the configured timestep ranges")
             given = values
     if isinstance(given, list):

@@ -12,7 +12,7 @@ from deme.config.reading import load_config
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
 from deme.models.pipelines import WEIGHTS, denoiser_folder, find_pipeline, load_tensors
-from deme.models.variants import find_model
+from deme.models.variants import find_model, prediction_scales
 from deme.projection import ProjectedUNet2DModel
 
 
@@ -127,3 +127,20 @@ def test_only_predicted_noise_is_scaled(pretrained, tmp_path, kind):
         model.check_fits(config)
     with pytest.raises(UserError, match=rf"^search\.over=coefficients: {reason}$"):
         model.check_noise_is_predicted(config.search, "over")
+
+
+@pytest.mark.parametrize("scales", ["[.nan, 0]", "[0, .inf]", "[-1, 0]", "[0.1]", "[]"])
+def test_a_file_of_scales_must_hold_one_positive_number_of_each_range(tmp_path, scales):
+    """Each is 1 + a coefficient; a number in the configuration holds for all timesteps."""
+    file = tmp_path / "scales.yaml"
+    given = [f"sample.prediction_scale={file}", "timesteps.num_ranges=2"]
+    config = load_config(REPOSITORY / "configs/digits.yaml", given)
+    ranges = "over: prediction_scale\ntimesteps: [[0, 500], [500, 1000]]\n"
+    file.write_text(f"{ranges}coefficients: {{'*': {scales}}}\n")
+    with pytest.raises(UserError, match=rf"^sample\.prediction_scale={file}: ") as error:
+        prediction_scales(config)
+    assert "\n" not in str(error.value)
+    file.write_text(f"{ranges}coefficients: {{'*': [-0.5, 0.25]}}\n")
+    assert prediction_scales(config) == [(0, 500, 0.5), (500, 1000, 1.25)]
+    whole = load_config(REPOSITORY / "configs/digits.yaml", [given[1], "sample.prediction_scale=2"])
+    assert prediction_scales(whole) == [(0, 1000, 2.0)]
