@@ -171,8 +171,9 @@ class Stages:
             own = [override("evaluate.features", judges)] if isinstance(judges, list) else []  # statistics for each
             base = replace(base, config=load_config(file, own), arguments=["--config", for_shell(file), *own])
             caches = []
-        output = base.config.paths.reference
-        made = {"output": output, "parts": [output, base.config.paths.classifier]}
+        paths = base.config.paths
+        statistics = [paths.reference_in(judge.name) for judge in base.config.evaluate.judges]
+        made = {"output": statistics[0], "parts": [*statistics, paths.classifier]}
         # before scores: what images are compared with
         self.reference = [self._add(base, "statistics", "evaluate.py", "evaluate.samples=[]", after=caches, **made)]
         for run in runs:

@@ -217,6 +217,11 @@ def test_a_second_judge_concerns_scores_alone(tmp_path):
     after = stages(tmp_path, *given)
     changed = {name.split()[0] for name in before if before[name].key != after[name].key}
     assert changed == {"statistics", "merge", "merge-neon", "evaluate", "card", "report"}
+    assert [path.name.partition("-")[0] for path in after["statistics"].parts] == [
+        "classifier.npz",
+        "torchvision",
+        "classifier.safetensors",
+    ]
     file.write_bytes(b"bb")
     again = stages(tmp_path, *given)
     assert {name for name in after if after[name].key != again[name].key} == {"statistics", "evaluate"}

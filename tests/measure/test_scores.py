@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from deme.config.experiment import Config
 from deme.errors import UserError
 from deme.measure.scores import (
     Difference,
@@ -110,7 +111,7 @@ def test_a_result_of_six_blocks_is_clear_from_2_571_standard_errors_on(mean, wor
     text = f"clearly {word}, with a" if word else "nothing clear, its"
     assert f"{text} 95 % confidence interval of ± {width:.4f}" in verdict(scores, "classifier")
     result = ways.Result(np.ones(1), "match", 0.5, 1.0, [], {"a": (0.0, 2.0)})
-    line = ways.verdict(result, scores, None)[-1]
+    line = ways.verdict(Config(), result, [*scores, replace(scores[-1], samples="best")], None)[-1]
     said = {"worse": "WORSE", "": "NOT clearly better"}.get(word, word)
     assert line.startswith(f"the best is {said} than the pretrained model: {mean / 3**0.5:+.4f}, ")
     assert line.endswith(f"95 % confidence interval ± {width:.4f}")
