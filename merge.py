@@ -6,10 +6,12 @@
     python merge.py merge.coefficients=search           # what search.py found
     python merge.py "merge.coefficients={up_blocks.*: [0.5,0.5,0.5,0.5], '*': [0.1,0.1,0.1,0.1]}"
     python merge.py merge.push_to_hub=owner/name        # upload it
+    python merge.py "merge.experts=[a.safetensors,b.safetensors]" "merge.coefficients=[0.7,0.5]"    # LoRAs
 
 Writes a diffusers pipeline folder, runs/<name>/merged/, with the pretrained scheduler's configuration, merge.yaml (the
 inputs with their SHA-256, the coefficients) and the model card README.md. If the output is complete, only its card is
-written again, with the scores that evaluate.py has found since.
+written again, with the scores that evaluate.py has found since. LoRAs are merged into one LoRA,
+pytorch_lora_weights.safetensors, or into the pretrained pipeline (merge.into=model).
 """
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
@@ -17,6 +19,7 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
 from deme.config.networks import RANGES
@@ -25,10 +28,13 @@ from deme.config.trainings import SELF
 from deme.errors import UserError, blaming, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, locked, read_json, sha256
-from deme.job.records import MERGED, WEIGHTS_HASH, Record, provenance, read_record
+from deme.job.records import LORA_ERRORS, MERGED, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models import averages, variants
-from deme.models.pipelines import WEIGHTS, denoiser_folder, load_tensors, weights_hash
+from deme.models.pipelines import LORA, WEIGHTS, denoiser_folder, load_tensors, weights_hash
 from deme.models.variants import ModelFiles, Searched
+
+if TYPE_CHECKING:
+    from deme.method.task_vectors import Tensors
 
 NAMED_BY = dict.fromkeys((RANGES, SELF), "timesteps")  # keys of merge.yaml that are older than other networks
 Groups = dict[str, list[float]]  # name pattern → coefficients, one per range
@@ -54,13 +60,15 @@ def main(config: Config) -> None:
     # --- inputs
     output = config.paths.merged
     pretrained = variants.find_pretrained(config.paths)
-    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *averages.merged_folders(config)])
+    networks = variants.check_loras(config) if config.merge.merges_loras else averages.merged_folders(config)
+    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *networks])
     searched = find_searched(config)
     groups = config.coefficient_groups if searched is None else searched.groups(config)
     check_apart("merge.output", output, inputs.denoisers)
     # also where the output is complete: another version may have merged it
-    variants.common_architecture(inputs.denoisers)
-    watched = inputs.watched(*(folder / "config.json" for folder in inputs.denoisers))
+    whole = inputs.denoisers[:1] if config.merge.merges_loras else inputs.denoisers
+    variants.common_architecture(whole)
+    watched = inputs.watched(*(folder / "config.json" for folder in whole))
     with ThreadPoolExecutor() as pool:
         hashing = pool.map(weights_hash, inputs.denoisers)
         from deme.method.task_vectors import merge_method  # torch is imported meanwhile, which takes about as long
@@ -74,6 +82,7 @@ def main(config: Config) -> None:
         raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
     made_from = {
         **method.describe(),
+        **config.merge.of_loras,
         "coefficients": groups,
         "pretrained": {"path": config.paths.pretrained, "sha256": hashes[0]},
         "finetuned": [
@@ -87,12 +96,14 @@ def main(config: Config) -> None:
 
     # --- merge, unless the output is complete
     with locked(output, "merge.output"):
-        if is_complete(output, wanted):
+        is_lora = config.merge.makes_lora
+        if is_complete(output, wanted, is_lora):
             print(f"{output} is complete")
         else:
-            write_merged(config, inputs, groups, wanted, watched)
+            (write_lora if is_lora else write_merged)(config, inputs, groups, wanted, watched)
             print(f"wrote {output}")
-        write_card(config, wanted)
+        if not is_lora:
+            write_card(config, wanted)
 
     # --- share
     if config.merge.push_to_hub is not None:
@@ -118,7 +129,7 @@ def find_searched(config: Config) -> Searched | None:
         return variants.read_searched(file)
 
 
-def is_complete(output: Path, wanted: Record) -> bool:
+def is_complete(output: Path, wanted: Record, is_lora: bool) -> bool:
     """True if the output was merged from the same inputs and still holds the result."""
     if not output.exists():
         return False
@@ -127,10 +138,10 @@ def is_complete(output: Path, wanted: Record) -> bool:
         raise UserError(f"merge.output={output}: exists without a {MERGED.file}, so it is not replaced")
     if not record.fits(wanted, output):
         return False
-    files = ModelFiles(output, [output / DENOISER])
     try:
-        weights = sha256(output / DENOISER / WEIGHTS)
-        if weights == record.beside.get(WEIGHTS_HASH) and wanted.made_from | files.hashes() == wanted.made_from:
+        weights = sha256(output / (LORA if is_lora else Path(DENOISER, WEIGHTS)))
+        parts = {} if is_lora else ModelFiles(output, [output / DENOISER]).hashes()
+        if weights == record.beside.get(WEIGHTS_HASH) and wanted.made_from | parts == wanted.made_from:
             return True
     except (OSError, UserError):  # a file is missing
         pass
@@ -148,9 +159,12 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
     from deme.method.projection import with_identity_projections
     from deme.method.task_vectors import merge_method, merge_tensors, pattern_of
 
-    architecture = variants.common_architecture(inputs.denoisers)
-    like = load_tensors(architecture)
-    base, *experts = (with_identity_projections(load_tensors(folder), like) for folder in inputs.denoisers)
+    if config.merge.merges_loras:
+        architecture, base, experts = with_loras(inputs)
+    else:
+        architecture = variants.common_architecture(inputs.denoisers)
+        like = load_tensors(architecture)
+        base, *experts = (with_identity_projections(load_tensors(folder), like) for folder in inputs.denoisers)
     finetuned = dict(zip(map(str, inputs.denoisers[1:]), experts, strict=True))
     with naming("merge.coefficients", groups):
         coefficients = {name: groups[pattern_of(name, groups)] for name in base}
@@ -169,6 +183,43 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
         watched.check()
         weights = {WEIGHTS_HASH: sha256(temporary / DENOISER / WEIGHTS)}
         replace(record, beside=record.beside | weights).write(temporary)
+
+
+def with_loras(inputs: ModelFiles) -> tuple[Path, "Tensors", list["Tensors"]]:
+    """The pretrained denoiser's folder and tensors, and the tensors that it has with each of the LoRAs."""
+    from deme.models.lora import folded, layers_of, read_lora
+
+    folder, *files = inputs.denoisers
+    base, layers = load_tensors(folder), layers_of(inputs.pipeline)
+    experts = []
+    for file in files:
+        with naming(file):
+            experts.append(folded(base, read_lora(file, layers)))
+    return folder, base, experts
+
+
+def write_lora(config: Config, inputs: ModelFiles, groups: Groups, record: Record, watched: Watched) -> None:
+    """Merge LoRAs into one, exactly unless merge.lora_rank truncates it; the error of that is printed and recorded."""
+    from deme.method.lora import ALL, merge_loras
+    from deme.method.task_vectors import pattern_of
+    from deme.models import lora
+
+    layers, files = lora.layers_of(inputs.pipeline), inputs.denoisers[1:]
+    loras = {str(file): lora.read_lora(file, layers) for file in files}
+    names = dict.fromkeys(layer for part in loras.values() for layer in part)
+    with naming("merge.coefficients", groups):
+        coefficients = {layer: groups[pattern_of(lora.tensor_of(layer), groups)] for layer in names}
+        merged, errors = merge_loras(loras, coefficients, config.merge.lora_rank)
+        if not merged:
+            raise UserError("leave nothing to write")
+    if errors:
+        print(f"merge.lora_rank={config.merge.lora_rank}: relative error {errors[ALL]:.3g} of the merged LoRA")
+    with atomic_folder(config.paths.merged) as temporary:
+        made_from = {key: record.made_from[key] for key in ("pretrained", "finetuned", "coefficients")}
+        lora.write_lora(temporary / LORA, merged, made_from, is_kohya=config.merge.lora_format == "kohya")
+        watched.check()
+        beside = {WEIGHTS_HASH: sha256(temporary / LORA), LORA_ERRORS: errors}
+        replace(record, beside=record.beside | beside).write(temporary)
 
 
 def write_card(config: Config, record: Record) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from deme.config import sections, trainings
 from deme.config.judges import Judge
-from deme.config.networks import RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Network, networks_of, of_word
+from deme.config.networks import RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Merge, Network, networks_of, of_word
 from deme.config.paths import DENOISER, Paths, snapshot_path, with_schedule
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
 from deme.config.trainings import ANT_UW, CONTINUED, DISTILLED, NAMED_TRAININGS, SELF, SOUP
@@ -38,7 +38,7 @@ class Config(Section):
     finetune: trainings.Finetune = field(default_factory=trainings.Finetune)
     self_training: trainings.SelfTraining = field(default_factory=trainings.SelfTraining)
     search: sections.Search = field(default_factory=sections.Search)
-    merge: sections.Merge = field(default_factory=sections.Merge)
+    merge: Merge = field(default_factory=Merge)
     distill: trainings.Distill = field(default_factory=trainings.Distill)
     sample: sections.Sample = field(default_factory=sections.Sample)
     evaluate: sections.Evaluate = field(default_factory=sections.Evaluate)

@@ -1,14 +1,18 @@
-"""Which networks a merge adds: the items of merge.experts, each with its name, its folder and what makes it."""
+"""The settings of a merge, and the networks that it adds: merge.experts, each with its name and folder."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deme.config.paths import DENOISER, snapshot_path
-from deme.config.trainings import BASELINES, CONTINUED, NAMED_TRAININGS, NEON, SELF, SOUP
+from deme.config.section import Section, is_one_line, one_of, setting
+from deme.config.trainings import BASELINES, CONTINUED, NAMED_TRAININGS, NEON, SELF, SOUP, WIDTH_RULE, is_width
 
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
+MERGE_METHODS = tuple(sorted(file.stem for file in Path(__file__).parents[1].glob("method/merging/[!_]*.py")))
 RANGES, TRAJECTORY, RANDOM = "ranges", "trajectory", "random"
 WORDS = (RANGES, SELF, SOUP, TRAJECTORY, RANDOM, CONTINUED, *BASELINES)  # of merge.experts; its other items: folders
 RANDOM_DIRECTIONS = "scripts/random_directions.py"
@@ -18,11 +22,86 @@ TELLING_NOTHING = (DENOISER, "finetuned", "/")  # parts of a folder's path
 
 
 @dataclass(frozen=True)
+class Merge(Section):
+    """What is merged, how, and into what."""
+
+    # whose task vectors: WORDS, folders of UNets, {path: FOLDER, timesteps: [low, high]}, the expert of a range; or the
+    # .safetensors files of LoRAs
+    experts: list[Any] = setting(["ranges"], "merged path")
+    method: str = setting("task_arithmetic", "merged", choices=MERGE_METHODS)
+    settings: dict[str, Any] = setting({}, "merged")  # of the method: the fields of its class
+    # w, one per network, the ranges' lowest first; null: 1/N of a word's N networks, −1/N of self-trained ones;
+    # {"down_blocks.*": [...], "*": [...]}: for the first name pattern that matches a tensor; a file that search.py
+    # wrote; search: the file of this run
+    coefficients: Any = setting(None, "merged path")
+    finetuned: str | None = setting(None, "merged one_run path")  # folder of 0000-0250/ …; null: this run's
+    into: str = setting("lora", "merged omit_default", choices=("lora", "model"))  # of LoRAs: one LoRA, or a pipeline
+    lora_rank: int | None = setting(None, "merged", above=0)  # of the merged LoRA; null: the sum of all ranks, exact
+    lora_format: str = setting("diffusers", "merged omit_default", choices=("diffusers", "kohya"))  # kohya: ComfyUI, …
+    ema_width: float | None = setting(None, "merged")  # of the networks that are merged; null: their training's EMA
+    output: str | None = setting(None, "place one_run path")  # null: merged/ of this run
+    push_to_hub: str | None = setting(None, "free")  # also upload the merged folder to this Hub id, owner/name
+    push_private: bool = setting(False, "free")  # make the Hub's repository private; a public one is refused
+
+    def check_together(self) -> None:
+        self.check("ema_width", self.ema_width is None or is_width(self.ema_width), WIDTH_RULE)
+        for item in self.experts:
+            self._check_item(item)
+        items = [item if item in WORDS else path_of(item) for item in self.experts]
+        self.check("experts", len(items) == len(set(items)) > 0, "must be a list of different networks")
+        self._check_loras()
+        named = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub) is not None
+        self.check("push_to_hub", named, "must be a Hub id, owner/name")
+
+    @property
+    def merges_loras(self) -> bool:
+        """True if what is merged are LoRAs, given by their files."""
+        return any(map(is_lora, self.experts))
+
+    @property
+    def makes_lora(self) -> bool:
+        """True if they are merged into one LoRA, which is no pipeline."""
+        return self.merges_loras and self.into == "lora"
+
+    @property
+    def of_loras(self) -> dict[str, Any]:
+        """The settings of LoRAs, for the record of a merge of them."""
+        return {key: getattr(self, key) for key in ("into", "lora_rank", "lora_format")} if self.merges_loras else {}
+
+    def _check_loras(self) -> None:
+        """What has to hold where LoRAs are merged, and where they are not."""
+        rule = "LoRAs and whole networks can't be merged together; merge.into=model makes a network of a LoRA"
+        self.check("experts", len(set(map(is_lora, self.experts))) == 1, rule)
+        rule = "only for LoRAs, the .safetensors files of merge.experts"
+        self.check("into", self.merges_loras or self.into == "lora", rule)
+        for key, usual in (("lora_rank", None), ("lora_format", "diffusers")):
+            rule = "only for LoRAs that are merged into one: merge.experts=[FILE.safetensors, …] merge.into=lora"
+            self.check(key, self.makes_lora or getattr(self, key) == usual, rule)
+        rule = "LoRAs are merged into one by task_arithmetic alone, which is exact; others need merge.into=model"
+        self.check("method", not self.makes_lora or self.method == "task_arithmetic", rule)
+        rule = "uploads pipelines, not LoRAs: set merge.into=model"
+        self.check("push_to_hub", not self.makes_lora or self.push_to_hub is None, rule)
+
+    def _check_item(self, item: Any) -> None:
+        """An item of `experts`: a word, or a folder, whose name must not look like one."""
+        if isinstance(item, str) and "/" not in item and not is_lora(item):
+            self.check("experts", item in WORDS, f"{item!r}: {one_of(WORDS, item)}; a folder is written ./NAME")
+            return
+        path, edges = (item.get("path"), item.get("timesteps", [0, 1])) if isinstance(item, dict) else (item, [0, 1])
+        known = isinstance(item, str) or (isinstance(item, dict) and item.keys() <= {"path", "timesteps"})
+        is_path = known and isinstance(path, str) and path != "" and is_one_line(path)
+        rule = "must be a word, a folder, a LoRA's file, or {path: FOLDER, timesteps: [low, high]}"
+        self.check("experts", is_path, f"{item!r}: {rule}")
+        pair = isinstance(edges, list) and list(map(type, edges)) == [int, int] and 0 <= edges[0] < edges[1]
+        self.check("experts", pair, f"timesteps={edges!r}: must be [low, high) with 0 <= low < high")
+
+
+@dataclass(frozen=True)
 class Network:
     """A network whose task vector is added, with a coefficient of its own."""
 
     name: str  # in tables and pictures
-    folder: Path  # of the UNet
+    folder: Path  # of the UNet; or the file of a LoRA
     word: str | None = None  # of WORDS; None: a folder that was given
     remedy: str = "merge.experts must name the folder of a UNet"  # where it is missing
     training: Path | None = None  # the folder of the training whose cost is this network's, if it is known
@@ -74,6 +153,11 @@ def of_word(config: Any, word: str) -> Iterator[Network]:
 def path_of(item: str | dict[str, Any]) -> Path:
     """The folder that an item of merge.experts names."""
     return Path(os.path.expanduser(item["path"] if isinstance(item, dict) else item))
+
+
+def is_lora(item: Any) -> bool:
+    """True if an item of merge.experts, or its path, is the file of a LoRA."""
+    return isinstance(item, str | Path) and str(item).endswith(".safetensors")
 
 
 def short_names(folders: Sequence[Path], taken: set[str]) -> list[str]:

@@ -3,22 +3,17 @@
 `check_together` checks what must hold between settings. Nothing here imports torch, so errors are reported at once.
 """
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from deme.config.judges import FORMS, Judge, read_judge
-from deme.config.networks import WORDS, path_of
-from deme.config.section import ANALYSES, Section, is_finite, is_one_line, one_of, setting
-from deme.config.trainings import PRECISIONS, WIDTH_RULE, is_width
+from deme.config.section import ANALYSES, Section, is_finite, one_of, setting
+from deme.config.trainings import PRECISIONS
 from deme.errors import shown
 
-HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
 CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # of the paper's text-to-image scores
-MERGE_METHODS = tuple(sorted(file.stem for file in Path(__file__).parents[1].glob("method/merging/[!_]*.py")))
 LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 DDIM = ("ddim", "DDIMScheduler")  # one sampler by two names
 COEFFICIENTS, SCALES = "coefficients", "prediction_scale"  # what can be searched
@@ -90,47 +85,6 @@ class Timesteps(Section):
     def names(self) -> list[str]:
         """The names of the ranges, and of their experts' folders: (0, 250) gives 0000-0250."""
         return [f"{low:04d}-{high:04d}" for low, high in self.ranges]
-
-
-@dataclass(frozen=True)
-class Merge(Section):
-    """What is merged, how, and into what."""
-
-    # whose task vectors: WORDS, folders of UNets, and {path: FOLDER, timesteps: [low, high]}, the expert of a range
-    experts: list[Any] = setting(["ranges"], "merged path")
-    method: str = setting("task_arithmetic", "merged", choices=MERGE_METHODS)
-    settings: dict[str, Any] = setting({}, "merged")  # of the method: the fields of its class
-    # w, one per network, the ranges' lowest first; null: 1/N of a word's N networks, −1/N of self-trained ones;
-    # {"down_blocks.*": [...], "*": [...]}: for the first name pattern that matches a tensor; a file that search.py
-    # wrote; search: the file of this run
-    coefficients: Any = setting(None, "merged path")
-    finetuned: str | None = setting(None, "merged one_run path")  # folder of 0000-0250/ …; null: this run's
-    ema_width: float | None = setting(None, "merged")  # of the networks that are merged; null: their training's EMA
-    output: str | None = setting(None, "place one_run path")  # null: merged/ of this run
-    push_to_hub: str | None = setting(None, "free")  # also upload the merged folder to this Hub id, owner/name
-    push_private: bool = setting(False, "free")  # make the Hub's repository private; a public one is refused
-
-    def check_together(self) -> None:
-        self.check("ema_width", self.ema_width is None or is_width(self.ema_width), WIDTH_RULE)
-        for item in self.experts:
-            self._check_item(item)
-        items = [item if item in WORDS else path_of(item) for item in self.experts]
-        self.check("experts", len(items) == len(set(items)) > 0, "must be a list of different networks")
-        named = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub) is not None
-        self.check("push_to_hub", named, "must be a Hub id, owner/name")
-
-    def _check_item(self, item: Any) -> None:
-        """An item of `experts`: a word, or a folder, whose name must not look like one."""
-        if isinstance(item, str) and "/" not in item:
-            self.check("experts", item in WORDS, f"{item!r}: {one_of(WORDS, item)}; a folder is written ./NAME")
-            return
-        path, edges = (item.get("path"), item.get("timesteps", [0, 1])) if isinstance(item, dict) else (item, [0, 1])
-        known = isinstance(item, str) or (isinstance(item, dict) and item.keys() <= {"path", "timesteps"})
-        is_path = known and isinstance(path, str) and path != "" and is_one_line(path)
-        rule = "must be a word, a folder, or {path: FOLDER, timesteps: [low, high]}"
-        self.check("experts", is_path, f"{item!r}: {rule}")
-        pair = isinstance(edges, list) and list(map(type, edges)) == [int, int] and 0 <= edges[0] < edges[1]
-        self.check("experts", pair, f"timesteps={edges!r}: must be [low, high) with 0 <= low < high")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ ARCHITECTURE = "architecture (SHA-256)"
 IMAGE_COLUMN = "data.image_column"  # the one that was read
 ENCODER = "encoders (SHA-256)"  # of a text-to-image pipeline
 WEIGHTS_HASH = "weights (SHA-256)"  # of a merged network, beside its record
+LORA_ERRORS = "relative errors"  # of a truncated LoRA's layers, beside its record
 PROVENANCE = ("git_commit", "versions", "processor", "config")  # beside every record, for the reader; never compared
 
 OF_DATA = (DATA, CONTENTS, IMAGE_COLUMN)
@@ -91,7 +92,7 @@ def read_record(kind: Kind, folder: Path) -> Record | None:
     content = read_yaml(file)
     with naming(f"{file}: not the record of {kind.name}"):
         if kind.key is None:
-            beside = {key: content.pop(key) for key in (*PROVENANCE, WEIGHTS_HASH) if key in content}
+            beside = {key: content.pop(key) for key in (*PROVENANCE, WEIGHTS_HASH, LORA_ERRORS) if key in content}
             made_from = content
         else:
             made_from, beside = content.pop(kind.key, None), content

@@ -14,14 +14,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from deme.config.networks import HUB_ID
 from deme.config.paths import DENOISER
 from deme.config.section import is_finite
-from deme.config.sections import HUB_ID
 from deme.errors import UserError, blaming, naming, one_line, shown
 from deme.job.files import REPOSITORY, checked, read_json, sha256
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
+LORA = "pytorch_lora_weights.safetensors"  # as load_lora_weights of diffusers looks for it
 FORMS = (  # in order of preference, after the stem: a file, or an index of shards and their names
     (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors"),
     (".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16-*-of-*.safetensors", "-*-of-*.fp16.safetensors"),
@@ -273,7 +274,9 @@ def find_pipeline(source: str) -> Path:
 
 
 def weights_files(folder: Path, stem: str = STEM) -> list[Path]:
-    """The files of the weights in a network's folder: one, or the shards that an index names."""
+    """The files of the weights in a network's folder: one, or the shards that an index names; or a file itself."""
+    if folder.is_file():
+        return [folder]
     for name, index_name, *_ in FORMS:
         file, index = folder / f"{stem}{name}", folder / f"{stem}{index_name}"
         if index.is_file():
@@ -300,13 +303,13 @@ def weights_hash(folder: Path) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def load_tensors(folder: Path) -> dict[str, Any]:
+def load_tensors(folder: Path, stem: str = STEM) -> dict[str, Any]:
     """The tensors of a network's folder under today's names, memory-mapped."""
     import torch
     from safetensors.torch import load_file
 
     tensors: dict[str, Any] = {}
-    for file in weights_files(folder):
+    for file in weights_files(folder, stem):
         with blaming(f"{file}: cannot be read"):
             if file.suffix == ".safetensors":
                 content = load_file(file)

@@ -132,6 +132,13 @@ def check_trained(networks: Sequence[Network]) -> list[Path]:
     return [network.folder for network in networks]
 
 
+def check_loras(config: Config) -> list[Path]:
+    """The files of the LoRAs that are merged."""
+    for file in config.paths.finetuned:
+        config.merge.check("experts", file.is_file(), f"{file} is missing")
+    return config.paths.finetuned
+
+
 def find_pretrained(paths: Paths) -> Path:
     """The folder of the pipeline that finetuning starts from."""
     if paths.pretrained == str(paths.pretrained_here) and not paths.pretrained_here.is_dir():

@@ -9,7 +9,7 @@ from noisy_images import RANGES, Linear, probes
 
 from deme.analysis.landscape import axis, marks, plane_losses
 from deme.config.experiment import Config
-from deme.config.sections import Merge
+from deme.config.networks import Merge
 
 
 def measured(points: int, keep=lambda name, make: make()):

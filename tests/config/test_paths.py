@@ -5,7 +5,8 @@ import pytest
 from conftest import REPOSITORY
 
 from deme.config.experiment import Config
-from deme.config.sections import Evaluate, Merge, Model, Sample, Search
+from deme.config.networks import Merge
+from deme.config.sections import Evaluate, Model, Sample, Search
 from deme.config.trainings import Distill, Finetune
 
 SCRIPTS = ["pretrain.py", "finetune.py", "search.py", "merge.py", "sample_ddp.py", "evaluate.py", "analyze.py"]

@@ -129,7 +129,7 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("evaluate.features=[]", "evaluate.features=[]: must be a list of different judges"),
         ("evaluate.features=torchvision:resnet18", "evaluate.features=torchvision:resnet18: must be one of inception"),
         ("evaluate.features=null", "evaluate.features=null: must be one of inception, classifier, torchvision:NETW"),
-        ("merge.method=average", "merge.method=average: must be one of task_arithmetic, ties"),
+        ("merge.method=average", "merge.method=average: must be one of breadcrumbs, dare_linear, dare_ties, della,"),
         ("finetune.lr_warmup_steps=5", "finetune.lr_warmup_steps=5: finetune.lr_scheduler=constant has no warm-up"),
         ("sample.num_inference_steps=2000", "sample.num_inference_steps=2000: must be at most timesteps.num_train"),
         ("search.num_inference_steps=1001", "search.num_inference_steps=1001: must be at most timesteps.num_train"),

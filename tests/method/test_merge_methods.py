@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deme.config.sections import MERGE_METHODS
+from deme.config.networks import MERGE_METHODS
 from deme.errors import UserError
 from deme.method.task_vectors import merge_method, merge_tensors
 

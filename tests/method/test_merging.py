@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from deme.config.sections import MERGE_METHODS
+from deme.config.networks import MERGE_METHODS
 from deme.errors import UserError
 from deme.method import merging
 from deme.method.task_vectors import merge_method, merge_tensors

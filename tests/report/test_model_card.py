@@ -1,7 +1,8 @@
 import yaml
 
 from deme.config.experiment import Config
-from deme.config.sections import Data, Merge, Model
+from deme.config.networks import Merge
+from deme.config.sections import Data, Model
 from deme.report.model_card import header
 
 

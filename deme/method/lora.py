@@ -1,0 +1,124 @@
+"""LoRAs as task vectors: exact sums, truncation to a rank with its error, and the changes of weights.
+
+A LoRA (Hu et al. 2022) changes the weight of a layer by ΔW = s B A, where A has r rows and B has r columns. So a sum of
+LoRAs Σ_k w_k s_k B_k A_k is exactly one LoRA of rank Σ_k r_k: the rows of all A, beside the scaled columns of all B.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+
+from deme.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The change of a layer's weight, `up` times `down`. The scale alpha / r is in `up`.
+
+    A convolution's `down` has the shape of its weight but for the r output channels, as PEFT and kohya train it.
+    """
+
+    down: torch.Tensor  # A: float32, shape (r, in) or (r, in, height, width)
+    up: torch.Tensor  # s B: float32, shape (out, r)
+
+    @property
+    def rank(self) -> int:
+        """r, the number of columns of `up`."""
+        return self.up.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the layer's weight."""
+        return (len(self.up), *self.down.shape[1:])
+
+    def change(self) -> torch.Tensor:
+        """ΔW, in the factors' type and the shape of the layer's weight."""
+        return (self.up @ self.down.flatten(1)).reshape(self.shape)
+
+    def padded(self, rank: int) -> Self:
+        """The same change with zeros up to a rank: some programs want one rank for all layers."""
+        missing = rank - self.rank
+        down = torch.cat([self.down, self.down.new_zeros(missing, *self.down.shape[1:])])
+        return Factors(down, torch.cat([self.up, self.up.new_zeros(len(self.up), missing)], dim=1))
+
+    def triangles(self) -> tuple[torch.Tensor, ...]:
+        """Q_B, R_B, Q_A, R_A, float64, with B = Q_B R_B and Aᵀ = Q_A R_A; the Q have orthonormal columns."""
+        up, down = self.up.double(), self.down.double().flatten(1)
+        return *torch.linalg.qr(up), *torch.linalg.qr(down.T)
+
+    def norm(self) -> float:
+        """‖ΔW‖, the square root of the sum of squares, without forming ΔW."""
+        _, upper, _, lower = self.triangles()
+        return float(torch.linalg.matrix_norm(upper @ lower.T))
+
+    def truncated(self, rank: int) -> tuple[Self, float]:
+        """The nearest change of at most this rank, and its distance from this one in the norm (Eckart and Young 1936).
+
+        It is the singular value decomposition of R_B R_Aᵀ, a matrix of r rows, between the Q: ΔW is never formed. Both
+        factors get the square roots of the singular values.
+        """
+        left, upper, right, lower = self.triangles()
+        u, values, v = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+        error = float(values[rank:].square().sum().sqrt())
+        roots = values[:rank].sqrt()
+        up, down = left @ (u[:, :rank] * roots), (roots[:, None] * v[:rank]) @ right.T
+        return Factors(down.to(self.down.dtype).reshape(-1, *self.down.shape[1:]), up.to(self.up.dtype)), error
+
+
+def weighted_sum(terms: Iterable[tuple[float, Factors]]) -> Factors | None:
+    """Σ_k w_k ΔW_k of one layer, exact up to the rounding of the products w_k B_k; None if all w_k are 0."""
+    terms = [(coefficient, factors) for coefficient, factors in terms if coefficient != 0]
+    if not terms:
+        return None
+    return Factors(
+        torch.cat([factors.down for _, factors in terms]),
+        torch.cat([coefficient * factors.up for coefficient, factors in terms], dim=1),
+    )
+
+
+ALL = "all layers"
+Lora = Mapping[str, Factors]  # layer's name → its change
+
+
+def merge_loras(
+    loras: Mapping[str, Lora], coefficients: Mapping[str, Sequence[float]], rank: int | None = None
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """The LoRA Σ_k w_k LoRA_k, truncated to a rank, and the relative error of each layer that this changes.
+
+    Under ALL is the relative error of all layers together. `loras` are named for messages; `coefficients` has one w_k
+    for each of them by the layer's name. A layer that a LoRA does not have is unchanged by it.
+    """
+    merged, errors, squares = {}, {}, np.zeros(2)
+    for layer in dict.fromkeys(layer for lora in loras.values() for layer in lora):
+        having = [(name, lora[layer]) for name, lora in loras.items() if layer in lora]
+        check_compatible(layer, having)
+        weights = dict(zip(loras, coefficients[layer], strict=True))
+        factors = weighted_sum((weights[name], factors) for name, factors in having)
+        if factors is None:
+            continue
+        if not all(torch.isfinite(part).all() for part in (factors.up, factors.down)):
+            raise UserError(f"the coefficients {list(coefficients[layer])} are too large for {layer}, which overflows")
+        if rank is not None:
+            norm, error = factors.norm(), 0.0
+            if factors.rank > rank:
+                factors, error = factors.truncated(rank)
+                errors[layer] = error / norm if norm > 0 else 0.0
+            squares += error**2, norm**2
+        merged[layer] = factors
+    if errors:
+        errors[ALL] = float((squares[0] / squares[1]) ** 0.5) if squares[1] > 0 else 0.0
+    return merged, errors
+
+
+def check_compatible(layer: str, having: Sequence[tuple[str, Factors]]) -> None:
+    """Check that several LoRAs' changes of a layer can be added, and are finite."""
+    first, expected = having[0]
+    for name, factors in having:
+        if factors.shape != expected.shape:
+            raise UserError(f"{name}: {layer} has the shape {factors.shape}, in {first} {expected.shape}")
+        for kind, tensor in (("A", factors.down), ("B", factors.up)):
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{name}: {kind} of {layer} holds NaN or infinite values")

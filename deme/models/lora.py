@@ -1,0 +1,192 @@
+"""LoRA files: read under the key names of diffusers, PEFT and kohya; written for diffusers, or for ComfyUI and A1111.
+
+Layers are named as in a pipeline's folder: unet.down_blocks.0.attentions.0… or text_encoder.text_model.encoder…
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from deme.config.paths import DENOISER
+from deme.errors import UserError, blaming, naming
+from deme.job.files import checked, read_json
+from deme.method.lora import Factors, Lora
+from deme.method.task_vectors import FLOATS, Tensors
+from deme.models.pipelines import STEMS, denoiser_folder, load_tensors
+
+FACTORS = {  # how the names of a layer's tensors end
+    ".lora_A.weight": "down",  # PEFT, and diffusers since
+    ".lora_B.weight": "up",
+    ".lora_down.weight": "down",  # kohya
+    ".lora_up.weight": "up",
+    ".lora.down.weight": "down",  # diffusers before PEFT
+    ".lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".alpha": "alpha",
+}
+OTHERS = {  # what no sum of products of two factors is
+    r"dora_scale$|lora_magnitude_vector": "DoRA, which also scales the columns of the merged weight",
+    r"lora_mid": "a product of three factors",
+    r"hada_w|lokr_w": "LoHa or LoKr",
+    r"\.bias$|\.diff_b$|lora_B\.bias": "a trained bias",
+    r"\.diff$|modules_to_save": "a layer that was trained as a whole",
+    r"lora_embedding": "a LoRA of an embedding",
+}
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's initializations that also change the network itself
+KOHYA = {"unet.": "lora_unet_", "text_encoder.": "lora_te_"}
+OLD_PROCESSOR = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)$")  # of diffusers before PEFT
+
+
+def layers_of(pipeline: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights that a LoRA can change, of a pipeline's denoiser and text encoder, by layer."""
+    shapes = {}
+    for part, stem in STEMS.items():
+        if f"{part}." in KOHYA and (pipeline / part).is_dir():
+            tensors = load_tensors(denoiser_folder(pipeline) if part == DENOISER else pipeline / part, stem)
+            weights = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight")}
+            matrices = {name: tuple(tensor.shape) for name, tensor in weights.items() if tensor.dim() > 1}
+            shapes |= {f"{part}.{name.removesuffix('.weight')}": shape for name, shape in matrices.items()}
+    return shapes
+
+
+def tensor_of(layer: str) -> str:
+    """The name of a layer's weight, as name patterns fit it: without the denoiser's folder."""
+    return f"{layer.removeprefix(f'{DENOISER}.')}.weight"
+
+
+def folded(pretrained: Tensors, lora: Lora) -> dict[str, torch.Tensor]:
+    """The denoiser's tensors with a LoRA's changes added: those in float32, the others as they are."""
+    changed = {tensor_of(layer): factors.change() for layer, factors in lora.items()}
+    if others := changed.keys() - pretrained.keys():
+        raise UserError(f"changes {min(others)}, which is not of the {DENOISER}: merge.into=lora keeps it")
+    return {**pretrained, **{name: pretrained[name].float() + change for name, change in changed.items()}}
+
+
+def read_lora(file: Path, layers: Mapping[str, tuple[int, ...]]) -> dict[str, Factors]:
+    """The LoRA in a file, in float32, on a network whose layers have these shapes of weights.
+
+    A key that is no factor of a LoRA, or that no layer of the network answers to, is refused by name.
+    """
+    with blaming(f"{file}: cannot be read"):
+        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+    answers = {**{layer: layer for layer in layers}, **{as_kohya(layer): layer for layer in layers}}
+    answers |= {layer.removeprefix("unet."): layer for layer in layers if layer.startswith("unet.")}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    with naming(file):
+        for key, tensor in tensors.items():
+            stem, kind = split_key(key)
+            layer = answers.get(stem.replace("lora_te1_", "lora_te_"))
+            if layer is None:
+                raise UserError(f"{key}: the network has no layer {stem}")
+            if kind in parts.setdefault(layer, {}):
+                raise UserError(f"{key}: a second factor of {layer}")
+            if tensor.dtype not in FLOATS:
+                raise UserError(f"{key}: of the type {str(tensor.dtype).removeprefix('torch.')}")
+            parts[layer][kind] = tensor.float()
+        if not parts:
+            raise UserError("holds no tensor")
+        configs = read_configs(file, header)
+        return {layer: factors_of(layer, given, layers[layer], configs) for layer, given in sorted(parts.items())}
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """The layer's name as the file writes it, and which tensor of it a key names: down, up or alpha."""
+    for suffix, kind in FACTORS.items():
+        if key.endswith(suffix):
+            stem = key.removesuffix(suffix).removeprefix("base_model.model.")
+            return OLD_PROCESSOR.sub(lambda match: f".{match[1]}{'.0' * (match[1] == 'to_out')}", stem), kind
+    for pattern, what in OTHERS.items():
+        if re.search(pattern, key):
+            raise UserError(f"{key}: {what}, which is not merged")
+    raise UserError(f"{key}: not a factor of a LoRA")
+
+
+def factors_of(
+    layer: str, given: Mapping[str, torch.Tensor], shape: tuple[int, ...], configs: Mapping[str, dict[str, Any]]
+) -> Factors:
+    """A layer's factors with the scale in `up`, which fit the shape of its weight."""
+    if not {"down", "up"} <= given.keys():
+        raise UserError(f"{layer}: has one of its two factors, or only an alpha")
+    down, up = given["down"], given["up"].flatten(1)
+    if len(down) == 0 or (len(given["up"]), *down.shape[1:]) != shape or given["up"].numel() != shape[0] * len(down):
+        shapes = f"{tuple(given['up'].shape)} and {tuple(down.shape)}"
+        raise UserError(f"{layer}: factors of the shapes {shapes} for a weight of the shape {shape}")
+    if "alpha" in given:
+        scale = float(given["alpha"].reshape(-1)[0]) / len(down)
+    else:
+        part, _, name = layer.partition(".")
+        scale = scale_of(name, len(down), configs.get(part, configs.get("", {})))
+    if not math.isfinite(scale):
+        raise UserError(f"{layer}: alpha is not finite")
+    return Factors(down, scale * up)
+
+
+def read_configs(file: Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """PEFT's configuration by part of the pipeline, "" for all: from the header, or adapter_config.json beside it."""
+    beside, configs = file.with_name("adapter_config.json"), {}
+    if "lora_adapter_metadata" in header:
+        with blaming("lora_adapter_metadata in its header"):
+            given = checked(json.loads(header["lora_adapter_metadata"]), dict[str, Any], "it")
+        for key, value in given.items():  # a pipeline writes unet.r, unet.lora_alpha, …; a network r, lora_alpha, …
+            part, _, name = key.rpartition(".")
+            configs.setdefault(part, {})[name] = value
+    elif file.name == "adapter_model.safetensors" and beside.is_file():
+        configs[""] = read_json(beside)
+    for config in configs.values():
+        begun = config.get("init_lora_weights")
+        if isinstance(begun, str) and begun.startswith(CHANGED_BASE):
+            raise UserError(f"init_lora_weights={begun}: its base is not the pretrained network")
+        for key, value in config.items():
+            if value is True and key.startswith(("use_", "lora_bias")) and key != "use_rslora":
+                raise UserError(f"{key}=true: is not merged")
+    return configs
+
+
+def scale_of(name: str, rank: int, config: Mapping[str, Any]) -> float:
+    """s = alpha / r, or alpha / √r for rsLoRA (Kalajdzievski 2023), as PEFT takes it for a module; 1 without alpha."""
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(?:.*\.)?(?:{pattern})$", name):
+            alpha = value
+            break
+    return checked(alpha, float, "lora_alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def as_kohya(layer: str) -> str:
+    """A layer's name in kohya's files: lora_unet_down_blocks_0_attentions_0…"""
+    for part, prefix in KOHYA.items():
+        if layer.startswith(part):
+            return prefix + layer.removeprefix(part).replace(".", "_")
+    raise UserError(f"{layer}: kohya's names are known for {', '.join(KOHYA)} alone")
+
+
+def write_lora(file: Path, lora: Lora, made_from: Mapping[str, Any], is_kohya: bool) -> None:
+    """Write a LoRA in float32, in kohya's names or in diffusers'; what it is made from goes into the file's header.
+
+    All layers get the same rank: diffusers takes one alpha for all layers, of kohya's files (0.42) and, in older
+    versions, of its own.
+    """
+    header = {"format": "pt", **{key: json.dumps(value, ensure_ascii=False) for key, value in made_from.items()}}
+    tensors, rank = {}, max(factors.rank for factors in lora.values())
+    for layer, factors in lora.items():
+        factors = factors.padded(rank)
+        up = factors.up.reshape(*factors.up.shape, *[1] * (factors.down.dim() - 2))  # a convolution's is one of 1×1
+        if is_kohya:
+            name = as_kohya(layer)
+            tensors |= {f"{name}.lora_down.weight": factors.down, f"{name}.lora_up.weight": up}
+            tensors[f"{name}.alpha"] = torch.tensor(float(rank))
+        else:
+            tensors |= {f"{layer}.lora_A.weight": factors.down, f"{layer}.lora_B.weight": up}
+    save_file({key: value.contiguous() for key, value in tensors.items()}, file, header)

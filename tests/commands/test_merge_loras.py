@@ -1,0 +1,138 @@
+"""merge.py on LoRAs: one that plain diffusers loads, or a pipeline."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from text_to_image import tiny_pipeline
+
+from deme.job.files import sha256
+from deme.method.lora import Factors
+from deme.models.lora import folded, layers_of, read_lora, write_lora
+from deme.models.pipelines import LORA, WEIGHTS
+
+LOADED = """
+import sys, torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None, feature_extractor=None)
+pipeline.load_lora_weights(sys.argv[2])
+pipeline.fuse_lora()
+pipeline.unload_lora_weights()
+save_file({name: tensor.contiguous() for name, tensor in pipeline.unet.state_dict().items()}, sys.argv[3])
+assert not any(name.partition(".")[0] == "deme" for name in sys.modules)
+"""
+TO_K = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "pipeline"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(base) -> list[Path]:
+    """Two LoRAs of different ranks, layers and namings, one of which also changes convolutions."""
+    layers, written = layers_of(base), []
+    attention = [layer for layer in layers if layer.endswith((".to_q", ".to_v"))]
+    convolutions = [layer for layer in layers if layer.endswith("resnets.0.conv1")]
+    for seed, (names, rank) in enumerate([(attention, 2), ([*attention[:3], *convolutions], 3)]):
+        torch.manual_seed(seed)
+        lora = {}
+        for name in names:
+            shape = layers[name]
+            lora[name] = Factors(torch.randn(rank, *shape[1:]), 0.1 * torch.randn(shape[0], rank))
+        written.append(base.parent / f"lora{seed}.safetensors")
+        write_lora(written[-1], lora, {}, is_kohya=seed == 1)
+    return written
+
+
+@pytest.fixture
+def config(tmp_path, base, files) -> Path:
+    file = tmp_path / "loras.yaml"
+    content = {"name": "tiny", "model": {"pretrained": str(base)}, "data": {"resolution": 8}}
+    content["merge"] = {"experts": list(map(str, files)), "coefficients": {"*attn1*": [0.7, -1.5], "*": [1, 2]}}
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+def test_loras_become_one_that_diffusers_loads_as_the_pipeline_with_their_sum(config, base, files, tmp_path):
+    run("merge.py", config)
+    merged = tmp_path / "runs" / "tiny" / "merged"
+    assert {file.name for file in merged.iterdir()} == {LORA, "merge.yaml"}
+    record = yaml.safe_load((merged / "merge.yaml").read_text())
+    assert [part["sha256"] for part in record["finetuned"]] == list(map(sha256, files))
+    with safe_open(merged / LORA, "pt") as opened:
+        header = opened.metadata()
+    assert yaml.safe_load(header["pretrained"])["sha256"] == sha256(base / "unet" / WEIGHTS)
+    assert yaml.safe_load(header["coefficients"]) == {"*attn1*": [0.7, -1.5], "*": [1, 2]}
+    assert "is complete" in run("merge.py", config).stdout
+
+    whole = run("merge.py", config, "merge.into=model", f"merge.output={tmp_path / 'model'}")
+    assert "wrote" in whole.stdout
+    command = [sys.executable, "-c", LOADED, str(base), str(merged / LORA), str(tmp_path / "fused.safetensors")]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    fused, folder = load_file(tmp_path / "fused.safetensors"), load_file(tmp_path / "model" / "unet" / WEIGHTS)
+    assert fused.keys() == folder.keys()
+    for name, tensor in folder.items():
+        torch.testing.assert_close(fused[name], tensor, rtol=1e-4, atol=1e-5)
+
+    layers, before = layers_of(base), load_file(base / "unet" / WEIGHTS)
+    changes = [folded(before, read_lora(file, layers)) for file in files]
+    for name, tensor in folder.items():
+        w = (0.7, -1.5) if "attn1" in name else (1, 2)
+        expected = before[name] + sum(x * (part[name] - before[name]) for x, part in zip(w, changes, strict=True))
+        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_truncated_lora_has_its_error_in_the_record(config, tmp_path):
+    printed = run("merge.py", config, "merge.lora_rank=3", "merge.lora_format=kohya").stdout
+    merged = tmp_path / "runs" / "tiny" / "merged"
+    record = yaml.safe_load((merged / "merge.yaml").read_text())
+    errors = record["relative errors"]
+    assert 0 < errors["all layers"] < 1
+    assert f"merge.lora_rank=3: relative error {errors['all layers']:.3g}" in printed
+    tensors = load_file(merged / LORA)
+    assert {len(value) for key, value in tensors.items() if key.endswith("lora_down.weight")} == {3}
+    assert all(key.startswith("lora_unet_") for key in tensors)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["merge.lora_rank=0"], "merge.lora_rank=0: must be above 0"),
+        (["merge.method=ties"], "merge.method=ties: LoRAs are merged into one by task_arithmetic alone"),
+        (["merge.experts=[ranges,./a.safetensors]"], "LoRAs and whole networks can't be merged together"),
+        (["merge.experts=[ranges]", "merge.coefficients=null", "merge.into=model"], "merge.into=model: only for LoRAs"),
+        (["merge.into=model", "merge.lora_rank=2"], "merge.lora_rank=2: only for LoRAs that are merged into one"),
+        (["merge.push_to_hub=a/b"], "merge.push_to_hub=a/b: uploads pipelines, not LoRAs"),
+        (["merge.experts=[no.safetensors]", "merge.coefficients=[1]"], "no.safetensors is missing"),
+        (["merge.coefficients=[0,0]"], "leave nothing to write"),
+        (["merge.coefficients=[1]"], "1 coefficients for 2 networks"),
+    ],
+)
+def test_mistakes_are_one_line(config, overrides, message):
+    error = run("merge.py", config, *overrides, status=2).stderr
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_lora_that_does_not_fit_is_named(config, files, tmp_path):
+    layer = TO_K.removeprefix("unet.")
+    save_file(
+        {f"{TO_K}.lora_A.weight": torch.ones(2, 99), f"{TO_K}.lora_B.weight": torch.ones(16, 2)},
+        tmp_path / "x.safetensors",
+    )
+    error = run("merge.py", config, "merge.experts=[x.safetensors]", "merge.coefficients=[1]", status=2).stderr
+    assert f"x.safetensors: unet.{layer}: factors of the shapes (16, 2) and (2, 99)" in error
+    error = run("search.py", config, "merge.coefficients=null", status=2).stderr
+    assert f"{files[0]}" in error
+    assert "Traceback" not in error
