@@ -19,7 +19,6 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
 from deme.config.networks import RANGES
@@ -30,11 +29,8 @@ from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, locked, read_json, sha256
 from deme.job.records import LORA_ERRORS, MERGED, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models import averages, variants
-from deme.models.pipelines import LORA, WEIGHTS, denoiser_folder, load_tensors, weights_hash
+from deme.models.pipelines import LORA, WEIGHTS, denoiser_folder, weights_hash
 from deme.models.variants import ModelFiles, Searched
-
-if TYPE_CHECKING:
-    from deme.method.task_vectors import Tensors
 
 NAMED_BY = dict.fromkeys((RANGES, SELF), "timesteps")  # keys of merge.yaml that are older than other networks
 Groups = dict[str, list[float]]  # name pattern → coefficients, one per range
@@ -60,8 +56,7 @@ def main(config: Config) -> None:
     # --- inputs
     output = config.paths.merged
     pretrained = variants.find_pretrained(config.paths)
-    networks = variants.check_loras(config) if config.merge.merges_loras else averages.merged_folders(config)
-    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *networks])
+    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *averages.merged_folders(config)])
     searched = find_searched(config)
     groups = config.coefficient_groups if searched is None else searched.groups(config)
     check_apart("merge.output", output, inputs.denoisers)
@@ -156,16 +151,10 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
         inputs: the pretrained denoiser, then the finetuned ones in the order of the coefficients.
         watched: the files that the record names by their hashes.
     """
-    from deme.method.projection import with_identity_projections
     from deme.method.task_vectors import merge_method, merge_tensors, pattern_of
+    from deme.models.merging import load_merged
 
-    if config.merge.merges_loras:
-        architecture, base, experts = with_loras(inputs)
-    else:
-        architecture = variants.common_architecture(inputs.denoisers)
-        like = load_tensors(architecture)
-        base, *experts = (with_identity_projections(load_tensors(folder), like) for folder in inputs.denoisers)
-    finetuned = dict(zip(map(str, inputs.denoisers[1:]), experts, strict=True))
+    architecture, base, finetuned = load_merged(inputs.pipeline, inputs.denoisers[1:])
     with naming("merge.coefficients", groups):
         coefficients = {name: groups[pattern_of(name, groups)] for name in base}
 
@@ -183,19 +172,6 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
         watched.check()
         weights = {WEIGHTS_HASH: sha256(temporary / DENOISER / WEIGHTS)}
         replace(record, beside=record.beside | weights).write(temporary)
-
-
-def with_loras(inputs: ModelFiles) -> tuple[Path, "Tensors", list["Tensors"]]:
-    """The pretrained denoiser's folder and tensors, and the tensors that it has with each of the LoRAs."""
-    from deme.models.lora import folded, layers_of, read_lora
-
-    folder, *files = inputs.denoisers
-    base, layers = load_tensors(folder), layers_of(inputs.pipeline)
-    experts = []
-    for file in files:
-        with naming(file):
-            experts.append(folded(base, read_lora(file, layers)))
-    return folder, base, experts
 
 
 def write_lora(config: Config, inputs: ModelFiles, groups: Groups, record: Record, watched: Watched) -> None:

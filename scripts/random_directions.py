@@ -19,8 +19,7 @@ from deme.config.networks import RANDOM, of_word
 from deme.config.paths import DENOISER
 from deme.job.command import run_script
 from deme.job.files import atomic_folder, locked, make_folder, read_json
-from deme.models.pipelines import denoiser_folder, load_tensors
-from deme.models.variants import check_trained, common_architecture, find_pretrained, write_denoiser
+from deme.models.variants import check_trained, find_pretrained, write_denoiser
 
 STREAM = 7  # of the draws, apart from those of trainings
 
@@ -32,17 +31,14 @@ def plan(config: Config) -> str:
 
 def main(config: Config) -> None:
     """Write a network for each expert."""
-    from deme.method.projection import with_identity_projections
     from deme.method.task_vectors import check_compatible, check_finite, random_directions
+    from deme.models.merging import load_merged
 
-    pretrained = denoiser_folder(find_pretrained(config.paths))
-    folders = [pretrained, *check_trained(config.experts)]
-    architecture = common_architecture(folders)
-    like, settings = load_tensors(architecture), read_json(architecture / "config.json")
+    architecture, base, experts = load_merged(find_pretrained(config.paths), check_trained(config.experts))
+    settings = read_json(architecture / "config.json")
     settings.pop("_name_or_path", None)  # a path of the machine that trained it
-    base, *experts = (with_identity_projections(load_tensors(folder), like) for folder in folders)
-    for number, (network, expert) in enumerate(zip(of_word(config, RANDOM), experts, strict=True)):
-        source, output = str(folders[1 + number]), network.folder.parent
+    for number, (network, (source, expert)) in enumerate(zip(of_word(config, RANDOM), experts.items(), strict=True)):
+        output = network.folder.parent
         check_compatible(base, expert, source)
         for key, tensor in expert.items():
             check_finite(source, key, tensor)

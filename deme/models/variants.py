@@ -44,7 +44,7 @@ class ModelFiles:
         """Compare resolution and number of timesteps with the configuration."""
         factor, schedule = pipelines.latent_factor(self.pipeline), schedule_file(self.pipeline)
         data, timesteps = config.data, config.timesteps
-        for folder in self.denoisers:
+        for folder in filter(Path.is_dir, self.denoisers):  # the others are LoRAs
             size = read_json(folder / "config.json").get("sample_size")
             pixels = size * factor if isinstance(size, int) else size
             data.check("resolution", pixels == data.resolution, f"the UNet in {folder} has sample_size={pixels}")
@@ -130,13 +130,6 @@ def check_trained(networks: Sequence[Network]) -> list[Path]:
         if not pipelines.has_weights(network.folder):
             raise UserError(f"{network.folder / pipelines.WEIGHTS}: missing; {network.remedy}")
     return [network.folder for network in networks]
-
-
-def check_loras(config: Config) -> list[Path]:
-    """The files of the LoRAs that are merged."""
-    for file in config.paths.finetuned:
-        config.merge.check("experts", file.is_file(), f"{file} is missing")
-    return config.paths.finetuned
 
 
 def find_pretrained(paths: Paths) -> Path:

@@ -23,13 +23,12 @@ from deme.measure.features import extract
 from deme.measure.noisy import Noiser, draw_probes
 from deme.measure.reference import load_feature_space
 from deme.measure.scores import FeatureSpace, frechet_distance, statistics
-from deme.method.projection import with_identity_projections
 from deme.method.sampling import NetworkAt, ensemble, scaled, try_sampler
 from deme.method.task_vectors import Candidates, pattern_of, patterns_of
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoders import Drawing, load_encoder, try_out
-from deme.models.pipelines import denoiser_folder, load_tensors
-from deme.models.variants import common_architecture, prediction_scales
+from deme.models.merging import load_merged
+from deme.models.variants import prediction_scales
 from deme.search.least_squares import Squares
 
 HELD_OUT_SHARE = 0.25  # of search.images: as many more, on which the gradient descent is measured
@@ -54,11 +53,7 @@ class Problem:
         self.squares = cache(self._draw_squares)
 
         networks = [] if config.searches_scales else config.paths.finetuned
-        folders = [denoiser_folder(pretrained), *networks]
-        self.architecture = common_architecture(folders)
-        like = load_tensors(self.architecture)
-        base, *experts = (with_identity_projections(load_tensors(folder), like) for folder in folders)
-        finetuned = dict(zip(map(str, networks), experts, strict=True))
+        self.architecture, base, finetuned = load_merged(pretrained, networks)
         with naming("search.groups", config.search.groups):
             self.patterns = patterns_of(config.search.groups, list(base))
         group_of = {name: self.patterns.index(pattern_of(name, self.patterns)) for name in base}

@@ -22,7 +22,10 @@ import merge
 from deme.config.reading import load_config
 from deme.data.opening import open_source
 from deme.errors import UserError
+from deme.job.files import sha256
+from deme.method.lora import Factors
 from deme.models.denoisers import with_projections
+from deme.models.lora import layers_of, write_lora
 from deme.models.pipelines import WEIGHTS
 from deme.models.variants import SECONDS, find_pretrained, seconds_of
 from deme.search.problem import Problem
@@ -385,3 +388,24 @@ def test_text_to_image(method, text_config, text_to_image, tmp_path):  # noqa: F
         assert "sample.prompts=null: images are drawn for the search: needs some" in refused.stderr
         assert len({value for rows in trials(tmp_path / "tiny" / "search").values() for _, value in rows}) >= 4
     run("merge.py", text_config, "merge.coefficients=search")
+
+
+def test_the_coefficients_of_loras_are_found(text_config, text_to_image, tmp_path):  # noqa: F811
+    """By images; merge.py writes the LoRA of what was found."""
+    layers, files = layers_of(text_to_image), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        names = [layer for layer in layers if layer.endswith((".to_q", ".to_v", ".to_k"))]
+        lora = {name: Factors(torch.randn(2, layers[name][1]), 0.1 * torch.randn(layers[name][0], 2)) for name in names}
+        files.append(tmp_path / f"{seed}.safetensors")
+        write_lora(files[-1], lora, {}, is_kohya=False)
+    experts = f"merge.experts=[{files[0]},{files[1]}]"
+    run("search.py", text_config, experts, "search.method=multi_fidelity", *SMALL)
+    found = best(tmp_path / "tiny" / "search")
+    assert found["finetuned"] == list(map(sha256, files))
+    assert len({value for rows in trials(tmp_path / "tiny" / "search").values() for _, value in rows}) >= 3
+    run("merge.py", text_config, experts, "merge.coefficients=search")
+    record = yaml.safe_load((tmp_path / "tiny" / "merged" / "merge.yaml").read_text())
+    assert record["coefficients"] == found["coefficients"]
+    refused = run("search.py", text_config, experts, "search.method=closed_form", *SMALL, status=2).stderr
+    assert "search.method=closed_form" in refused
