@@ -56,7 +56,7 @@ def test_truncation_is_that_of_the_dense_matrix(shape, rank, kept, seed):
 def test_padding_changes_the_rank_alone():
     factors = random_factors(0, 2, CONV)
     assert factors.padded(5).rank == 5
-    assert torch.equal(factors.padded(5).change(), factors.change())
+    torch.testing.assert_close(factors.padded(5).change(), factors.change())
 
 
 def test_layers_are_merged_with_the_coefficients_of_their_names_and_left_alone_by_loras_without_them():
