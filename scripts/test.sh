@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint and tests, in a new environment if there is none.
 #
-#   bash scripts/test.sh                      # in about 8 minutes on 2 cores
+#   bash scripts/test.sh                      # in about 10 minutes on 2 cores
 #   bash scripts/test.sh --all                # also the long tests: Slurm, benchmarks, fuzzing, kills, full-size networks
 #   bash scripts/test.sh tests/data -k crop   # other arguments go to pytest
 set -euo pipefail

@@ -60,6 +60,7 @@ def test_rows_are_made_but_for_the_one_that_fails_and_not_again(config_file, com
     assert second.stdout.split("| model |")[-1] == first.stdout.split("| model |")[-1]
 
 
+@pytest.mark.long
 def test_rivals_of_the_experts_are_made_from_shared_trainings(config_file, compare):
     """A soup, random directions and snapshots: one job for each kind, and the cost of each row from its log."""
     root = config_file.parent

@@ -25,6 +25,7 @@ def assert_is_sum(merged, base, networks, coefficients) -> None:
         torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_soup_is_trained_on_all_timesteps_with_draws_of_its_own(config_file, pretrained):
     """As plainly as the control, at a range's steps each; then merged and searched like experts."""
     run("finetune.py", config_file, "finetune.range=soup")

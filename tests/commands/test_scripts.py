@@ -142,6 +142,7 @@ def newest_step(folder: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
+@pytest.mark.long
 def test_cifar10_from_scratch_goes_from_raw_data_to_the_table_in_pieces(tmp_path, forked_python):
     """Made small by overrides; the first piece ends without an error before it has trained the base."""
     data = tmp_path / "data"
