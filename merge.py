@@ -185,9 +185,8 @@ def write_lora(config: Config, inputs: ModelFiles, groups: Groups, record: Recor
     names = dict.fromkeys(layer for part in loras.values() for layer in part)
     with naming("merge.coefficients", groups):
         coefficients = {layer: groups[pattern_of(lora.tensor_of(layer), groups)] for layer in names}
-        merged, errors = merge_loras(loras, coefficients, config.merge.lora_rank)
-        if not merged:
-            raise UserError("leave nothing to write")
+    merged, errors = merge_loras(loras, coefficients, config.merge.lora_rank)
+    config.merge.check("coefficients", len(merged) > 0, "leave nothing to write")
     if errors:
         print(f"merge.lora_rank={config.merge.lora_rank}: relative error {errors[ALL]:.3g} of the merged LoRA")
     with atomic_folder(config.paths.merged) as temporary:
