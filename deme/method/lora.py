@@ -13,6 +13,8 @@ import torch
 
 from deme.errors import UserError
 
+ALL = "all layers"  # together, among the errors of a truncation
+
 
 @dataclass(frozen=True, eq=False)
 class Factors:
@@ -79,7 +81,6 @@ def weighted_sum(terms: Iterable[tuple[float, Factors]]) -> Factors | None:
     )
 
 
-ALL = "all layers"
 Lora = Mapping[str, Factors]  # layer's name → its change
 
 

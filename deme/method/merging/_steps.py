@@ -22,6 +22,11 @@ def column(values: Sequence[float], vectors: torch.Tensor) -> torch.Tensor:
     return vectors.new_tensor(values).view(-1, *[1] * (vectors.dim() - 1))
 
 
+def weighted_sum(vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+    """Σ_k w_k τ_k, of the shape of one task vector."""
+    return (vectors * column(coefficients, vectors)).sum(dim=0)
+
+
 def elected(vectors: torch.Tensor, combine: Combine) -> torch.Tensor:
     """The mean or the sum of those with the sign of the sum, number by number (TIES-Merging, Yadav et al. 2023)."""
     agrees = (vectors.sign() == vectors.sum(dim=0).sign()) & (vectors != 0)

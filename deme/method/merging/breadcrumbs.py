@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from deme.errors import UserError
-from deme.method.merging._steps import column, ranks, task_vectors
+from deme.method.merging._steps import ranks, task_vectors, weighted_sum
 from deme.method.task_vectors import MergeMethod
 
 
@@ -31,5 +31,5 @@ class Breadcrumbs(MergeMethod):
         vectors = task_vectors(pretrained, finetuned).flatten(1)
         count, places = vectors.shape[1], ranks(vectors)
         kept = (places >= int(self.smallest * count)) & (places < count - int(self.largest * count))
-        merged = (vectors * kept * column(coefficients, vectors)).sum(dim=0)
+        merged = weighted_sum(vectors * kept, coefficients)
         return pretrained.float() + merged.reshape(pretrained.shape)

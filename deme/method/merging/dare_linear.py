@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deme.method.merging._steps import check_fraction, column, kept_at_random, task_vectors
+from deme.method.merging._steps import check_fraction, kept_at_random, task_vectors, weighted_sum
 from deme.method.task_vectors import MergeMethod
 
 
@@ -24,7 +24,7 @@ class DareLinear(MergeMethod):
     ) -> torch.Tensor:
         """The merged tensor, in float32."""
         vectors = self.dropped(name, task_vectors(pretrained, finetuned))
-        return pretrained.float() + (vectors * column(coefficients, vectors)).sum(dim=0)
+        return pretrained.float() + weighted_sum(vectors, coefficients)
 
     def dropped(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
         """What is left of the task vectors of a tensor, rescaled."""

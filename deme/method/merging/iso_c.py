@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deme.method.merging._steps import as_matrices, column, task_vectors
+from deme.method.merging._steps import as_matrices, task_vectors, weighted_sum
 from deme.method.task_vectors import MergeMethod
 
 
@@ -21,7 +21,7 @@ class IsoC(MergeMethod):
     ) -> torch.Tensor:
         """The merged tensor, in float32. A singular value decomposition of the sum is in memory."""
         vectors = task_vectors(pretrained, finetuned)
-        total = (vectors * column(coefficients, vectors)).sum(dim=0)
+        total = weighted_sum(vectors, coefficients)
         if pretrained.dim() >= 2:
             [matrix] = as_matrices(total[None])
             left, values, right = torch.linalg.svd(matrix, full_matrices=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deme.method.merging._steps import check_fraction, column, ranks, task_vectors
+from deme.method.merging._steps import check_fraction, ranks, task_vectors, weighted_sum
 from deme.method.task_vectors import MergeMethod
 
 
@@ -26,5 +26,5 @@ class MagnitudePrune(MergeMethod):
         vectors = task_vectors(pretrained, finetuned).flatten(1)
         count = vectors.shape[1]
         kept = ranks(vectors) >= count - math.ceil(self.density * count)
-        merged = (vectors * kept * column(coefficients, vectors)).sum(dim=0)
+        merged = weighted_sum(vectors * kept, coefficients)
         return pretrained.float() + merged.reshape(pretrained.shape)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deme.method.merging._steps import column, task_vectors
+from deme.method.merging._steps import task_vectors, weighted_sum
 from deme.method.task_vectors import MergeMethod
 
 
@@ -28,4 +28,4 @@ class ModelStock(MergeMethod):
             cosines = units @ units.T
             cosine = max(0.0, float(cosines.sum() - cosines.trace()) / (count * (count - 1)))
         share = count * cosine / (1 + (count - 1) * cosine)
-        return pretrained.float() + share * (vectors * column(coefficients, vectors)).sum(dim=0)
+        return pretrained.float() + share * weighted_sum(vectors, coefficients)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deme.method.merging._steps import as_matrices, column, task_vectors
+from deme.method.merging._steps import as_matrices, column, task_vectors, weighted_sum
 from deme.method.task_vectors import MergeMethod
 
 
@@ -23,7 +23,7 @@ class Tsv(MergeMethod):
         """The merged tensor, in float32. A singular value decomposition of each task vector is in memory."""
         vectors = task_vectors(pretrained, finetuned)
         if pretrained.dim() < 2:
-            return pretrained.float() + (vectors * column(coefficients, vectors)).sum(dim=0)
+            return pretrained.float() + weighted_sum(vectors, coefficients)
         left, values, right = torch.linalg.svd(as_matrices(vectors), full_matrices=False)
         kept = max(1, values.shape[1] // len(vectors))
         left = torch.cat([*left[:, :, :kept]], dim=1)
