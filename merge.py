@@ -152,9 +152,10 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
         watched: the files that the record names by their hashes.
     """
     from deme.method.task_vectors import merge_method, merge_tensors, pattern_of
-    from deme.models.merging import load_merged
+    from deme.models.merging import changed_parts, load_merged
 
-    architecture, base, finetuned = load_merged(inputs.pipeline, inputs.denoisers[1:])
+    architecture, pretrained, networks = load_merged(inputs.pipeline, inputs.denoisers[1:])
+    base, finetuned = changed_parts(pretrained, networks)
     with naming("merge.coefficients", groups):
         coefficients = {name: groups[pattern_of(name, groups)] for name in base}
 
@@ -164,7 +165,7 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
 
     with atomic_folder(config.paths.merged) as temporary:
         try:
-            merged = dict(merge_tensors(base, finetuned, coefficients, method))
+            merged = {**pretrained, **dict(merge_tensors(base, finetuned, coefficients, method))}
         except OverflowError as error:
             raise UserError(f"merge.coefficients={error}") from None
         variants.write_denoiser(temporary / DENOISER, merged, architecture_settings)
@@ -175,20 +176,22 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
 
 
 def write_lora(config: Config, inputs: ModelFiles, groups: Groups, record: Record, watched: Watched) -> None:
-    """Merge LoRAs into one, exactly unless merge.lora_rank truncates it; the error of that is printed and recorded."""
-    from deme.method.lora import ALL, merge_loras
-    from deme.method.task_vectors import pattern_of
-    from deme.models import lora
+    """Merge LoRAs into one: a sum exactly, unless merge.lora_rank truncates it, all else truncated.
 
-    layers, files = lora.layers_of(inputs.pipeline), inputs.denoisers[1:]
-    loras = {str(file): lora.read_lora(file, layers) for file in files}
-    names = dict.fromkeys(layer for part in loras.values() for layer in part)
-    with naming("merge.coefficients", groups):
-        coefficients = {layer: groups[pattern_of(lora.tensor_of(layer), groups)] for layer in names}
-    merged, errors = merge_loras(loras, coefficients, config.merge.lora_rank)
-    config.merge.check("coefficients", len(merged) > 0, "leave nothing to write")
+    The errors of a truncation are printed and recorded.
+    """
+    from deme.method.lora import ALL
+    from deme.method.task_vectors import merge_method
+    from deme.models import lora
+    from deme.models.merging import merge_lora_files
+
+    settings = config.merge
+    method = merge_method(settings.method, settings.settings)
+    merged, errors = merge_lora_files(inputs.pipeline, inputs.denoisers[1:], groups, method, settings.lora_rank)
+    settings.check("coefficients", len(merged) > 0, "leave nothing to write")
     if errors:
-        print(f"merge.lora_rank={config.merge.lora_rank}: relative error {errors[ALL]:.3g} of the merged LoRA")
+        rank = "the sum of the ranks" if settings.lora_rank is None else f"merge.lora_rank={settings.lora_rank}"
+        print(f"{settings.method} is truncated to {rank}: relative error {errors[ALL]:.3g} of the merged LoRA")
     with atomic_folder(config.paths.merged) as temporary:
         made_from = {key: record.made_from[key] for key in ("pretrained", "finetuned", "coefficients")}
         lora.write_lora(temporary / LORA, merged, made_from, is_kohya=config.merge.lora_format == "kohya")

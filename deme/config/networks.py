@@ -36,7 +36,7 @@ class Merge(Section):
     coefficients: Any = setting(None, "merged path")
     finetuned: str | None = setting(None, "merged one_run path")  # folder of 0000-0250/ …; null: this run's
     into: str = setting("lora", "merged omit_default", choices=("lora", "model"))  # of LoRAs: one LoRA, or a pipeline
-    lora_rank: int | None = setting(None, "merged", above=0)  # of the merged LoRA; null: the sum of all ranks, exact
+    lora_rank: int | None = setting(None, "merged", above=0)  # of the merged LoRA; null: the sum of all ranks
     lora_format: str = setting("diffusers", "merged omit_default", choices=("diffusers", "kohya"))  # kohya: ComfyUI, …
     ema_width: float | None = setting(None, "merged")  # of the networks that are merged; null: their training's EMA
     output: str | None = setting(None, "place one_run path")  # null: merged/ of this run
@@ -77,8 +77,6 @@ class Merge(Section):
         for key, usual in (("lora_rank", None), ("lora_format", "diffusers")):
             rule = "only for LoRAs that are merged into one: merge.experts=[FILE.safetensors, …] merge.into=lora"
             self.check(key, self.makes_lora or getattr(self, key) == usual, rule)
-        rule = "LoRAs are merged into one by task_arithmetic alone, which is exact; others need merge.into=model"
-        self.check("method", not self.makes_lora or self.method == "task_arithmetic", rule)
         rule = "uploads pipelines, not LoRAs: set merge.into=model"
         self.check("push_to_hub", not self.makes_lora or self.push_to_hub is None, rule)
 

@@ -4,7 +4,7 @@ A LoRA (Hu et al. 2022) changes the weight of a layer by ΔW = s B A, where A ha
 LoRAs Σ_k w_k s_k B_k A_k is exactly one LoRA of rank Σ_k r_k: the rows of all A, beside the scaled columns of all B.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from deme.errors import UserError
+from deme.method.task_vectors import MergeMethod, Tensors
 
 ALL = "all layers"  # together, among the errors of a truncation
 
@@ -25,6 +26,14 @@ class Factors:
 
     down: torch.Tensor  # A: float32, shape (r, in) or (r, in, height, width)
     up: torch.Tensor  # s B: float32, shape (out, r)
+
+    @classmethod
+    def of(cls, change: torch.Tensor) -> Self:
+        """ΔW itself beside an identity, of the smaller of its two ranks."""
+        rows, columns = len(change), change[0].numel()
+        if rows <= columns:
+            return cls(change, torch.eye(rows))
+        return cls(torch.eye(columns).reshape(columns, *change.shape[1:]), change.flatten(1))
 
     @property
     def rank(self) -> int:
@@ -82,36 +91,112 @@ def weighted_sum(terms: Iterable[tuple[float, Factors]]) -> Factors | None:
 
 
 Lora = Mapping[str, Factors]  # layer's name → its change
+Coefficients = Mapping[str, Sequence[float]]  # layer's name → one w_k of each LoRA
+
+
+class Changed(Mapping[str, torch.Tensor]):
+    """Tensors with a LoRA's changes of the same names: added when asked for, in float32; the others as they are."""
+
+    def __init__(self, pretrained: Tensors, lora: Lora):
+        self.pretrained, self.lora = pretrained, lora
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        factors = self.lora.get(name)
+        return self.pretrained[name] if factors is None else self.pretrained[name].float() + factors.change()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pretrained)
+
+    def __len__(self) -> int:
+        return len(self.pretrained)
 
 
 def merge_loras(
-    loras: Mapping[str, Lora], coefficients: Mapping[str, Sequence[float]], rank: int | None = None
+    loras: Mapping[str, Lora], coefficients: Coefficients, rank: int | None = None
 ) -> tuple[dict[str, Factors], dict[str, float]]:
-    """The LoRA Σ_k w_k LoRA_k, truncated to a rank, and the relative error of each layer that this changes.
+    """The LoRA Σ_k w_k LoRA_k, truncated to a rank, and the relative errors as of `truncate`.
 
-    Under ALL is the relative error of all layers together. `loras` are named for messages; `coefficients` has one w_k
-    for each of them by the layer's name. A layer that a LoRA does not have is unchanged by it.
+    `loras` are named for messages. A layer that a LoRA does not have is unchanged by it.
     """
-    merged, errors, squares = {}, {}, np.zeros(2)
-    for layer in dict.fromkeys(layer for lora in loras.values() for layer in lora):
-        having = [(name, lora[layer]) for name, lora in loras.items() if layer in lora]
-        check_compatible(layer, having)
+    sums = weighted_sums(loras, coefficients)
+    return (dict(sums), {}) if rank is None else truncate(sums, dict.fromkeys(coefficients, rank))
+
+
+def merge_by(
+    method: MergeMethod,
+    pretrained: Tensors,
+    loras: Mapping[str, Lora],
+    coefficients: Coefficients,
+    rank: int | None = None,
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """What a merge method makes of weights that LoRAs change, less the pretrained ones, truncated to a rank.
+
+    Without a rank a layer's is the sum of those of the LoRAs. All names are those of the weights, which `pretrained`
+    has. Returns the relative errors, too, as of `truncate`.
+    """
+    ranks = {layer: rank or sum(f.rank for _, f in having) for layer, having in by_layer(loras).items()}
+    return truncate(changes_by(method, pretrained, loras, coefficients), ranks)
+
+
+def by_layer(loras: Mapping[str, Lora]) -> dict[str, list[tuple[str, Factors]]]:
+    """The LoRAs that change each layer, by name, with their changes: finite and of one shape."""
+    layers = dict.fromkeys(layer for lora in loras.values() for layer in lora)
+    having = {layer: [(name, lora[layer]) for name, lora in loras.items() if layer in lora] for layer in layers}
+    for layer, changes in having.items():
+        check_compatible(layer, changes)
+    return having
+
+
+def weighted_sums(loras: Mapping[str, Lora], coefficients: Coefficients) -> Iterator[tuple[str, Factors]]:
+    """The exact sum of each layer, but for those that the coefficients leave alone."""
+    for layer, having in by_layer(loras).items():
         weights = dict(zip(loras, coefficients[layer], strict=True))
         factors = weighted_sum((weights[name], factors) for name, factors in having)
         if factors is None:
             continue
         if not all(torch.isfinite(part).all() for part in (factors.up, factors.down)):
-            raise UserError(f"the coefficients {list(coefficients[layer])} are too large for {layer}, which overflows")
-        if rank is not None:
-            norm, error = factors.norm(), 0.0
-            if factors.rank > rank:
-                factors, error = factors.truncated(rank)
-                errors[layer] = error / norm if norm > 0 else 0.0
-            squares += error**2, norm**2
-        merged[layer] = factors
+            raise too_large(layer, coefficients)
+        yield layer, factors
+
+
+def changes_by(
+    method: MergeMethod, pretrained: Tensors, loras: Mapping[str, Lora], coefficients: Coefficients
+) -> Iterator[tuple[str, Factors]]:
+    """What a merge method changes in each layer, one of them in memory at a time."""
+    layers = {layer: pretrained[layer] for layer in by_layer(loras)}
+    changed = [Changed(layers, lora) for lora in loras.values()]
+    method.prepare(layers, changed)
+    for layer, base in layers.items():
+        merged = method.merge_tensor(layer, base, [tensors[layer] for tensors in changed], coefficients[layer])
+        change = merged - base.float()
+        if not torch.isfinite(change).all():
+            raise too_large(layer, coefficients)
+        if change.any():
+            yield layer, Factors.of(change)
+
+
+def truncate(
+    layers: Iterable[tuple[str, Factors]], ranks: Mapping[str, int]
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """Layers of at most these ranks, and the relative error of each that this changes; under ALL that of all."""
+    truncated, errors, squares = {}, {}, np.zeros(2)
+    for layer, factors in layers:
+        error, is_longer = 0.0, factors.rank > ranks[layer]
+        if is_longer:
+            factors, error = factors.truncated(ranks[layer])
+        norm = float(np.hypot(factors.norm(), error))
+        if is_longer:
+            errors[layer] = error / norm if norm > 0 else 0.0
+        squares += error**2, norm**2
+        truncated[layer] = factors
     if errors:
         errors[ALL] = float((squares[0] / squares[1]) ** 0.5) if squares[1] > 0 else 0.0
-    return merged, errors
+    return truncated, errors
+
+
+def too_large(layer: str, coefficients: Coefficients) -> UserError:
+    """What to raise where a sum overflows."""
+    return UserError(f"the coefficients {list(coefficients[layer])} are too large for {layer}, which overflows")
 
 
 def check_compatible(layer: str, having: Sequence[tuple[str, Factors]]) -> None:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from deme.config.paths import DENOISER
 from deme.errors import UserError, blaming, naming
 from deme.job.files import checked, read_json
-from deme.method.lora import Factors, Lora
+from deme.method.lora import Changed, Factors, Lora
 from deme.method.task_vectors import FLOATS, Tensors
 from deme.models.pipelines import STEMS, denoiser_folder, load_tensors
 
@@ -44,19 +44,25 @@ OTHERS = {  # what no sum of products of two factors is
 }
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's initializations that also change the network itself
 KOHYA = {"unet.": "lora_unet_", "text_encoder.": "lora_te_"}
+T = TypeVar("T")
 OLD_PROCESSOR = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)$")  # of diffusers before PEFT
 
 
-def layers_of(pipeline: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights that a LoRA can change, of a pipeline's denoiser and text encoder, by layer."""
-    shapes = {}
+def weights_of(pipeline: Path) -> dict[str, torch.Tensor]:
+    """The weights that a LoRA can change, of a pipeline's denoiser and text encoder, by layer, memory-mapped."""
+    found = {}
     for part, stem in STEMS.items():
         if f"{part}." in KOHYA and (pipeline / part).is_dir():
             tensors = load_tensors(denoiser_folder(pipeline) if part == DENOISER else pipeline / part, stem)
             weights = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight")}
-            matrices = {name: tuple(tensor.shape) for name, tensor in weights.items() if tensor.dim() > 1}
-            shapes |= {f"{part}.{name.removesuffix('.weight')}": shape for name, shape in matrices.items()}
-    return shapes
+            matrices = {name: tensor for name, tensor in weights.items() if tensor.dim() > 1}
+            found |= {f"{part}.{name.removesuffix('.weight')}": tensor for name, tensor in matrices.items()}
+    return found
+
+
+def layers_of(pipeline: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of these weights."""
+    return {layer: tuple(tensor.shape) for layer, tensor in weights_of(pipeline).items()}
 
 
 def tensor_of(layer: str) -> str:
@@ -64,12 +70,17 @@ def tensor_of(layer: str) -> str:
     return f"{layer.removeprefix(f'{DENOISER}.')}.weight"
 
 
-def folded(pretrained: Tensors, lora: Lora) -> dict[str, torch.Tensor]:
-    """The denoiser's tensors with a LoRA's changes added: those in float32, the others as they are."""
-    changed = {tensor_of(layer): factors.change() for layer, factors in lora.items()}
-    if others := changed.keys() - pretrained.keys():
+def by_tensor(layers: Mapping[str, T]) -> dict[str, T]:
+    """The same by the names of the layers' weights."""
+    return {tensor_of(layer): value for layer, value in layers.items()}
+
+
+def folded(pretrained: Tensors, lora: Lora) -> Changed:
+    """The denoiser's tensors with a LoRA's changes added."""
+    changes = by_tensor(lora)
+    if others := changes.keys() - pretrained.keys():
         raise UserError(f"changes {min(others)}, which is not of the {DENOISER}: merge.into=lora keeps it")
-    return {**pretrained, **{name: pretrained[name].float() + change for name, change in changed.items()}}
+    return Changed(pretrained, changes)
 
 
 def read_lora(file: Path, layers: Mapping[str, tuple[int, ...]]) -> dict[str, Factors]:

@@ -99,17 +99,37 @@ def test_a_truncated_lora_has_its_error_in_the_record(config, tmp_path):
     record = yaml.safe_load((merged / "merge.yaml").read_text())
     errors = record["relative errors"]
     assert 0 < errors["all layers"] < 1
-    assert f"merge.lora_rank=3: relative error {errors['all layers']:.3g}" in printed
+    assert f"truncated to merge.lora_rank=3: relative error {errors['all layers']:.3g}" in printed
     tensors = load_file(merged / LORA)
     assert {len(value) for key, value in tensors.items() if key.endswith("lora_down.weight")} == {3}
     assert all(key.startswith("lora_unet_") for key in tensors)
 
 
+def test_another_methods_lora_is_what_the_merged_model_has_truncated_with_its_error(config, base, tmp_path):
+    ties = ["merge.method=ties", "merge.settings.fraction=0.5"]
+    run("merge.py", config, *ties, "merge.into=model", f"merge.output={tmp_path / 'model'}")
+    printed = run("merge.py", config, *ties).stdout
+    merged = tmp_path / "runs" / "tiny" / "merged"
+    errors = yaml.safe_load((merged / "merge.yaml").read_text())["relative errors"]
+    told = f"ties is truncated to the sum of the ranks: relative error {errors['all layers']:.3g} of the merged LoRA"
+    assert told in printed
+
+    before, after = load_file(base / "unet" / WEIGHTS), load_file(tmp_path / "model" / "unet" / WEIGHTS)
+    lora = folded(before, read_lora(merged / LORA, layers_of(base)))
+    assert {name for name in after if not torch.equal(before[name], after[name])} == lora.lora.keys()
+    lost, whole = 0, 0
+    for name in lora.lora:
+        squares = [float((after[name] - tensors[name]).square().sum()) for tensors in (lora, before)]
+        assert (squares[0] / squares[1]) ** 0.5 == pytest.approx(errors.get(name, 0), rel=1e-3, abs=1e-5)
+        lost, whole = lost + squares[0], whole + squares[1]
+    assert (lost / whole) ** 0.5 == pytest.approx(errors["all layers"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["merge.method=slerp"], "merge.method=slerp: needs the coefficients 1 − t and t"),
         (["merge.lora_rank=0"], "merge.lora_rank=0: must be above 0"),
-        (["merge.method=ties"], "merge.method=ties: LoRAs are merged into one by task_arithmetic alone"),
         (["merge.experts=[ranges,./a.safetensors]"], "LoRAs and whole networks can't be merged together"),
         (["merge.experts=[ranges]", "merge.coefficients=null", "merge.into=model"], "merge.into=model: only for LoRAs"),
         (["merge.into=model", "merge.lora_rank=2"], "merge.lora_rank=2: only for LoRAs that are merged into one"),

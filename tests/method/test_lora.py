@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deme.errors import UserError
-from deme.method.lora import ALL, Factors, merge_loras, weighted_sum
+from deme.method.lora import ALL, Factors, merge_by, merge_loras, weighted_sum
+from deme.method.task_vectors import merge_method, merge_tensors
 
 LINEAR, CONV = (7, 5), (6, 4, 3, 3)  # shapes of weights
 
@@ -76,6 +77,47 @@ def test_the_relative_error_of_truncated_layers_is_told():
     assert errors == {"x": pytest.approx(3 / 13), ALL: pytest.approx((9 / total) ** 0.5)}  # 13² = 3² + 4² + 12²
     assert merged["x"].rank == 2
     torch.testing.assert_close(merged["x"].change(), torch.diag(torch.tensor([0.0, 4.0, 12.0])))
+
+
+@pytest.mark.parametrize("shape", [LINEAR, CONV])
+def test_a_change_is_a_lora_of_the_smaller_of_its_ranks(shape):
+    change = random_factors(0, 9, shape).change()
+    assert Factors.of(change).rank == min(shape[0], change[0].numel())
+    torch.testing.assert_close(Factors.of(change).change(), change)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "tsv", "slerp"])
+def test_other_methods_change_what_they_change_in_the_weights_themselves(method):
+    torch.manual_seed(0)
+    pretrained = {"x": torch.randn(LINEAR), "y": torch.randn(CONV), "z": torch.randn(CONV)}
+    loras = {
+        "a": {"x": random_factors(1, 2, LINEAR), "y": random_factors(2, 2, CONV)},
+        "b": {"x": random_factors(3, 1, LINEAR), "z": random_factors(4, 3, CONV)},
+    }
+    coefficients = {key: [0.4, 0.6] for key in pretrained}
+    given = {
+        name: {key: base + lora[key].change() if key in lora else base for key, base in pretrained.items()}
+        for name, lora in loras.items()
+    }
+    expected = dict(merge_tensors(pretrained, given, coefficients, merge_method(method, {})))
+    whole, errors = merge_by(merge_method(method, {}), pretrained, loras, coefficients, rank=99)
+    assert errors == {}
+    for name, base in pretrained.items():
+        torch.testing.assert_close(base + whole[name].change(), expected[name], rtol=1e-5, atol=1e-5)
+
+    truncated, errors = merge_by(merge_method(method, {}), pretrained, loras, coefficients)
+    assert {name: factors.rank for name, factors in truncated.items()} == {"x": 3, "y": 2, "z": 3}
+    for name, factors in truncated.items():
+        change = expected[name] - pretrained[name]
+        error = float((factors.change() - change).norm() / change.norm())
+        assert error == pytest.approx(errors[name], abs=1e-5)
+
+
+def test_layers_that_a_method_leaves_alone_are_left_out():
+    pretrained, loras = {"x": torch.ones(LINEAR)}, {"a": {"x": random_factors(0, 2, LINEAR)}}
+    assert merge_by(merge_method("ties", {}), pretrained, loras, {"x": [0.0]}) == ({}, {})
+    with pytest.raises(UserError, match=r"\[1e\+39\] are too large for x"):
+        merge_by(merge_method("ties", {}), pretrained, loras, {"x": [1e39]})
 
 
 def test_loras_that_cannot_be_added_are_refused_by_name():

@@ -9,7 +9,7 @@ from text_to_image import tiny_conditional_unet, tiny_pipeline
 
 from deme.errors import UserError
 from deme.method.lora import Factors, merge_loras, weighted_sum
-from deme.models.lora import as_kohya, read_lora, write_lora
+from deme.models.lora import as_kohya, folded, read_lora, write_lora
 from deme.models.pipelines import LORA
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -159,6 +159,9 @@ def test_a_file_that_is_no_lora_of_the_network_is_refused_by_the_name_of_the_ten
         "lora_mid.weight: a product of three": {f"{kohya}.lora_mid.weight": torch.ones(2, 2, 3, 3)},
         "hada_w1_a: LoHa or LoKr": {f"{kohya}.hada_w1_a": torch.ones(2, 2)},
         "lora_B.bias: a trained bias": {f"{TO_Q}.lora_B.bias": torch.ones(8)},
+        "diff_b: a trained bias": {f"{kohya}.diff_b": torch.ones(8)},
+        "lora_embedding_A: a LoRA of an embedding": {f"{TO_Q}.lora_embedding_A": down},
+        "modules_to_save.weight: a layer that was": {f"{TO_Q}.modules_to_save.weight": torch.ones(8, 8)},
         "diff: a layer that was trained as a whole": {f"{kohya}.diff": torch.ones(8, 8)},
         "conv_in.weight: not a factor of a LoRA": {"conv_in.weight": torch.ones(8, 8)},
         "has one of its two factors": {f"{TO_Q}.lora_A.weight": down},
@@ -189,6 +192,12 @@ def test_a_file_that_is_no_lora_of_the_network_is_refused_by_the_name_of_the_ten
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"bad\.safetensors: cannot be read"):
         read_lora(tmp_path / "bad.safetensors", layers)
+
+
+def test_a_text_encoders_layer_cannot_be_folded_into_the_denoiser():
+    layer = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    with pytest.raises(UserError, match=rf"changes {layer}\.weight, which is not of the unet: merge\.into=lora keeps"):
+        folded({}, {layer: Factors(torch.ones(1, 2), torch.ones(3, 1))})
 
 
 def test_a_merge_of_files_in_different_names_is_that_of_the_dense_changes(tmp_path, layers):
