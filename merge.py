@@ -194,7 +194,8 @@ def write_lora(config: Config, inputs: ModelFiles, groups: Groups, record: Recor
         print(f"{settings.method} is truncated to {rank}: relative error {errors[ALL]:.3g} of the merged LoRA")
     with atomic_folder(config.paths.merged) as temporary:
         made_from = {key: record.made_from[key] for key in ("pretrained", "finetuned", "coefficients")}
-        lora.write_lora(temporary / LORA, merged, made_from, is_kohya=config.merge.lora_format == "kohya")
+        names = lora.kohya_names(lora.layers_of(inputs.pipeline)) if settings.lora_format == "kohya" else None
+        lora.write_lora(temporary / LORA, merged, made_from, names)
         watched.check()
         beside = {WEIGHTS_HASH: sha256(temporary / LORA), LORA_ERRORS: errors}
         replace(record, beside=record.beside | beside).write(temporary)

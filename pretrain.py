@@ -20,7 +20,8 @@ from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, write_yaml
 from deme.job.records import provenance
-from deme.models.pipelines import check_pipeline, find_folder, latent_factor, takes_text
+from deme.models.pipelines import check_pipeline, latent_factor, takes_text
+from deme.models.sources import find_folder
 from deme.models.variants import ModelFiles, write_pipeline_files
 from deme.training.session import Objective, Session
 

@@ -3,8 +3,23 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CONTEXT = 77  # tokens, the start's and the end's among them
@@ -46,12 +61,10 @@ def tiny_conditional_unet(seed: int = 0, **settings) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(blocks | settings)).eval()  # 4 channels is diffusers' default
 
 
-def tiny_pipeline(**unet_settings) -> StableDiffusionPipeline:
-    """A pipeline of 8×8 grayscale images with random weights and Stable Diffusion v1-4's noise schedule."""
-    unet = tiny_conditional_unet(**unet_settings)
-    tokenizer = tiny_tokenizer()
+def tiny_vae() -> AutoencoderKL:
+    """An autoencoder of 8×8 grayscale images."""
     torch.manual_seed(1)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         in_channels=1,
         out_channels=1,
         latent_channels=4,
@@ -62,18 +75,31 @@ def tiny_pipeline(**unet_settings) -> StableDiffusionPipeline:
         norm_num_groups=4,
         scaling_factor=0.5,
     )
-    text = CLIPTextConfig(
+
+
+def tiny_text_config(tokenizer: CLIPTokenizer, width: int = 16, **settings) -> CLIPTextConfig:
+    """A text encoder of this width."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=CONTEXT,
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_factor=10.0,
+        **settings,
     )
+
+
+def tiny_pipeline(**unet_settings) -> StableDiffusionPipeline:
+    """A pipeline of 8×8 grayscale images with random weights and Stable Diffusion v1-4's noise schedule."""
+    unet = tiny_conditional_unet(**unet_settings)
+    tokenizer = tiny_tokenizer()
+    vae = tiny_vae()
+    text = tiny_text_config(tokenizer)
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -84,3 +110,17 @@ def tiny_pipeline(**unet_settings) -> StableDiffusionPipeline:
     )
     parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline(vae, CLIPTextModel(text), tokenizer, unet, scheduler, **parts)
+
+
+def tiny_xl_pipeline() -> StableDiffusionXLPipeline:
+    """Stable Diffusion XL with two text encoders, of the widths 16 and 32, and two resnets in each block."""
+    tokenizer = tiny_tokenizer()
+    blocks = {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "layers_per_block": 2}
+    blocks |= {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 16 + 32}
+    blocks |= {"transformer_layers_per_block": [1, 2], "use_linear_projection": True}
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    unet = tiny_conditional_unet(**blocks, **added, projection_class_embeddings_input_dim=6 * 4 + 32)
+    text, text_2 = tiny_text_config(tokenizer), tiny_text_config(tokenizer, 32, projection_dim=32, hidden_act="gelu")
+    schedule = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    encoders = CLIPTextModel(text), CLIPTextModelWithProjection(text_2), tokenizer, tokenizer
+    return StableDiffusionXLPipeline(tiny_vae(), *encoders, unet, schedule, add_watermarker=False)

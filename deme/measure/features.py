@@ -31,7 +31,7 @@ from deme.errors import UserError, one_line
 from deme.job.files import atomic_file
 from deme.job.processes import Processes, in_main_process
 from deme.models.encoders import check_filled, check_tokenizer
-from deme.models.pipelines import find_folder, hub_name
+from deme.models.sources import find_folder, hub_name
 
 HELD_OUT_SHARE = 0.2  # of the data, on which the classifier's accuracy is measured
 LARGEST = 32  # pixels: the sides of larger images are halved before the classifier's first stage

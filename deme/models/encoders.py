@@ -18,7 +18,7 @@ from deme.errors import RunError, UserError, blaming, one_line
 from deme.method.losses import prediction_target
 from deme.method.sampling import NetworkAt, guided, sample_images, scaled
 from deme.models.denoisers import AUTOCAST_TYPES, memory_format
-from deme.models.pipelines import check_settings, has_full_precision, latent_factor, takes_text
+from deme.models.pipelines import check_settings, has_full_precision, is_xl, latent_factor, takes_text
 
 CHANNELS = (1, 3)  # of images: grayscale and RGB
 CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
@@ -166,6 +166,8 @@ def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
         raise UserError(f"{pipeline}: its network, a {type(denoiser).__name__}, {wants}")
     if width is None:
         return Pixels(denoiser.config.in_channels)
+    if is_xl(denoiser.config):
+        raise UserError(f"{pipeline}: a network of Stable Diffusion XL is merged alone, neither trained nor sampled")
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
     from transformers.utils import logging

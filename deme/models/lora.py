@@ -6,7 +6,7 @@ Layers are named as in a pipeline's folder: unet.down_blocks.0.attentions.0… o
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from deme.errors import UserError, blaming, naming
 from deme.job.files import checked, read_json
 from deme.method.lora import Changed, Factors, Lora
 from deme.method.task_vectors import FLOATS, Tensors
+from deme.models.original_names import unet_names
 from deme.models.pipelines import STEMS, denoiser_folder, load_tensors
 
 FACTORS = {  # how the names of a layer's tensors end
@@ -43,20 +44,26 @@ OTHERS = {  # what no sum of products of two factors is
     r"lora_embedding": "a LoRA of an embedding",
 }
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's initializations that also change the network itself
-KOHYA = {"unet.": "lora_unet_", "text_encoder.": "lora_te_"}
+KOHYA = {
+    DENOISER: ("lora_unet_",),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+}  # prefixes
+TEXT_MODEL = "text_model."  # begins the names in a CLIP text encoder, but for transformers 5 and later
 T = TypeVar("T")
 OLD_PROCESSOR = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)$")  # of diffusers before PEFT
 
 
 def weights_of(pipeline: Path) -> dict[str, torch.Tensor]:
-    """The weights that a LoRA can change, of a pipeline's denoiser and text encoder, by layer, memory-mapped."""
+    """The weights that a LoRA can change, of a pipeline's denoiser and text encoders, by layer, memory-mapped."""
     found = {}
     for part, stem in STEMS.items():
-        if f"{part}." in KOHYA and (pipeline / part).is_dir():
+        if part in KOHYA and (pipeline / part).is_dir():
             tensors = load_tensors(denoiser_folder(pipeline) if part == DENOISER else pipeline / part, stem)
-            weights = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight")}
-            matrices = {name: tensor for name, tensor in weights.items() if tensor.dim() > 1}
-            found |= {f"{part}.{name.removesuffix('.weight')}": tensor for name, tensor in matrices.items()}
+            for name, tensor in tensors.items():
+                if name.endswith(".weight") and tensor.dim() > 1:
+                    is_bare = part != DENOISER and not name.startswith((TEXT_MODEL, "text_projection."))
+                    found[f"{part}.{TEXT_MODEL * is_bare}{name.removesuffix('.weight')}"] = tensor
     return found
 
 
@@ -92,13 +99,12 @@ def read_lora(file: Path, layers: Mapping[str, tuple[int, ...]]) -> dict[str, Fa
         tensors = load_file(file)
         with safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
-    answers = {**{layer: layer for layer in layers}, **{as_kohya(layer): layer for layer in layers}}
-    answers |= {layer.removeprefix("unet."): layer for layer in layers if layer.startswith("unet.")}
+    answers = names_in_files(layers)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     with naming(file):
         for key, tensor in tensors.items():
             stem, kind = split_key(key)
-            layer = answers.get(stem.replace("lora_te1_", "lora_te_"))
+            layer = answers.get(stem)
             if layer is None:
                 raise UserError(f"{key}: the network has no layer {stem}")
             if kind in parts.setdefault(layer, {}):
@@ -175,16 +181,41 @@ def scale_of(name: str, rank: int, config: Mapping[str, Any]) -> float:
     return checked(alpha, float, "lora_alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def as_kohya(layer: str) -> str:
-    """A layer's name in kohya's files: lora_unet_down_blocks_0_attentions_0…"""
-    for part, prefix in KOHYA.items():
-        if layer.startswith(part):
-            return prefix + layer.removeprefix(part).replace(".", "_")
-    raise UserError(f"{layer}: kohya's names are known for {', '.join(KOHYA)} alone")
+def names_in_files(layers: Iterable[str]) -> dict[str, str]:
+    """The layers of a network by all names that files have for them: those of diffusers, PEFT and kohya."""
+    layers, answers = list(layers), {}
+    original = original_names(layers)
+    for layer in layers:
+        part, _, rest = layer.partition(".")
+        names = [f"{part}.{rest.removeprefix(TEXT_MODEL)}", layer]
+        names += [begin + rest.replace(".", "_") for begin in KOHYA[part]]
+        if part == DENOISER:
+            names += [rest, KOHYA[part][0] + original[layer].replace(".", "_")]
+        answers |= dict.fromkeys(names, layer)
+    return answers
 
 
-def write_lora(file: Path, lora: Lora, made_from: Mapping[str, Any], is_kohya: bool) -> None:
-    """Write a LoRA in float32, in kohya's names or in diffusers'; what it is made from goes into the file's header.
+def kohya_names(layers: Iterable[str]) -> dict[str, str]:
+    """What kohya's programs and ComfyUI call a network's layers: Stable Diffusion XL's UNet has its original names."""
+    layers = list(layers)
+    is_xl = any(layer.startswith("text_encoder_2.") for layer in layers)
+    original = original_names(layers) if is_xl else {}
+    found = {}
+    for layer in layers:
+        part, _, rest = layer.partition(".")
+        found[layer] = KOHYA[part][-1 if is_xl else 0] + original.get(layer, rest).replace(".", "_")
+    return found
+
+
+def original_names(layers: Iterable[str]) -> dict[str, str]:
+    """The original names of a UNet's layers."""
+    rests = {layer: layer.removeprefix(f"{DENOISER}.") for layer in layers if layer.startswith(f"{DENOISER}.")}
+    names = unet_names(rests.values())
+    return {layer: names[rest] for layer, rest in rests.items()}
+
+
+def write_lora(file: Path, lora: Lora, made_from: Mapping[str, Any], kohya: Mapping[str, str] | None = None) -> None:
+    """Write a LoRA in float32, under diffusers' names or those of `kohya_names`; the header says what it is made from.
 
     All layers get the same rank: diffusers takes one alpha for all layers, of kohya's files (0.42) and, in older
     versions, of its own.
@@ -194,8 +225,8 @@ def write_lora(file: Path, lora: Lora, made_from: Mapping[str, Any], is_kohya: b
     for layer, factors in lora.items():
         factors = factors.padded(rank)
         up = factors.up.reshape(*factors.up.shape, *[1] * (factors.down.dim() - 2))  # a convolution's is one of 1×1
-        if is_kohya:
-            name = as_kohya(layer)
+        if kohya is not None:
+            name = kohya[layer]
             tensors |= {f"{name}.lora_down.weight": factors.down, f"{name}.lora_up.weight": up}
             tensors[f"{name}.alpha"] = torch.tensor(float(rank))
         else:

@@ -1,4 +1,4 @@
-"""diffusers pipelines, in folders or on the Hub: the supported classes and settings, and where the parts lie.
+"""diffusers pipelines in folders: the supported classes and settings, and where the parts lie.
 
 A pipeline has `unet/` and `scheduler/`, or is flat, with `config.json`, `scheduler_config.json` and the weights side by
 side (google/ddpm-*). What the tables do not list is refused by name. To support another denoiser, add its class to
@@ -14,11 +14,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from deme.config.networks import HUB_ID
 from deme.config.paths import DENOISER
 from deme.config.section import is_finite
-from deme.errors import UserError, blaming, naming, one_line, shown
-from deme.job.files import REPOSITORY, checked, read_json, sha256
+from deme.errors import UserError, blaming, naming, shown
+from deme.job.files import checked, read_json, sha256
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
@@ -28,7 +27,7 @@ FORMS = (  # in order of preference, after the stem: a file, or an index of shar
     (".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16-*-of-*.safetensors", "-*-of-*.fp16.safetensors"),
     (".bin", ".bin.index.json", "-*-of-*.bin"),
 )
-STEMS = {DENOISER: STEM, "vae": STEM, "text_encoder": "model"}  # of a pipeline's parts that have weights
+STEMS = {DENOISER: STEM, "vae": STEM, "text_encoder": "model", "text_encoder_2": "model"}  # of parts with weights
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # up to diffusers 0.15
 OLD_ATTENTION_NAME = re.compile(rf"(?<=\.)({'|'.join(ATTENTION_NAMES)})(?=\.(weight|bias)$)")
 todays_name = functools.partial(OLD_ATTENTION_NAME.sub, lambda match: ATTENTION_NAMES[match[1]])
@@ -36,11 +35,14 @@ INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 PROJECTED = "Projected"  # prefix of the classes with projections
 ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
+XL = "StableDiffusionXLPipeline"  # is merged alone, neither trained nor sampled
+XL_ENCODERS = (*ENCODERS, "text_encoder_2", "tokenizer_2")
 PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written where a folder names none
     "DDPMPipeline": "UNet2DModel",
     "DDIMPipeline": "UNet2DModel",
     "PNDMPipeline": "UNet2DModel",
     "StableDiffusionPipeline": "UNet2DConditionModel",
+    XL: "UNet2DConditionModel",
 }
 DENOISERS = {"UNet2DModel": (), "UNet2DConditionModel": ENCODERS}  # the parts between images and the network
 SCHEDULERS = (  # their configurations say the same of the noise: betas, and what is predicted
@@ -56,13 +58,15 @@ CLASSES = {  # that a model_index.json may name
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 NEVER_RUN = ("safety_checker", "feature_extractor", "image_encoder")  # no image depends on them
 SETTINGS = {  # supported values; diffusers' default, where a file leaves a setting out, is one of them
     DENOISER: {
         **dict.fromkeys(("class_embed_type", "num_class_embeds"), (None,)),  # labels
         "time_cond_proj_dim": (None,),  # guidance, as in latent consistency models
-        "addition_embed_type": (None,),  # sizes and a second text, as in Stable Diffusion XL
+        "addition_embed_type": (None, "text_time"),  # sizes and a second text, as in Stable Diffusion XL
         **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type"), (None,)),
         "attention_type": ("default",),  # boxes
         "time_embedding_type": ("positional", "learned"),  # else a noise level in place of the timestep
@@ -78,7 +82,7 @@ SETTINGS = {  # supported values; diffusers' default, where a file leaves a sett
     "vae": {"latents_mean": (None,), "latents_std": (None,), "shift_factor": (None, 0)},
 }
 SETTINGS_FILES = [INDEX, "config.json", SCHEDULER_CONFIG, f"scheduler/{SCHEDULER_CONFIG}"]  # read beside the weights
-SETTINGS_FILES += [*(f"{part}/config.json" for part in STEMS), "tokenizer/*.json", "tokenizer/*.txt"]
+SETTINGS_FILES += [*(f"{part}/config.json" for part in STEMS), "tokenizer*/*.json", "tokenizer*/*.txt"]
 
 
 def read_index(pipeline: Path) -> dict[str, Any]:
@@ -94,6 +98,16 @@ def read_index(pipeline: Path) -> dict[str, Any]:
 def denoiser_class(settings: dict[str, Any]) -> str:
     """The denoiser's class by its config.json, without projections; old files name none."""
     return str(settings.get("_class_name", "UNet2DModel")).removeprefix(PROJECTED)
+
+
+def is_xl(settings: Mapping[str, Any]) -> bool:
+    """True if a denoiser is of Stable Diffusion XL, by its config.json."""
+    return settings.get("addition_embed_type") == "text_time"
+
+
+def parts_between(settings: dict[str, Any]) -> tuple[str, ...]:
+    """The parts between images and a denoiser, by its config.json."""
+    return XL_ENCODERS if is_xl(settings) else DENOISERS[denoiser_class(settings)]
 
 
 def denoiser_folder(pipeline: Path) -> Path:
@@ -127,10 +141,13 @@ def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
     kind = denoiser_class(settings[DENOISER])
     if PIPELINES.get(index.get("_class_name"), kind) != kind:
         raise UserError(f"{file}: _class_name={index['_class_name']}: its network is a {kind}")
+    if index and (index.get("_class_name") == XL) != is_xl(settings[DENOISER]):
+        given = shown(settings[DENOISER].get("addition_embed_type"))
+        raise UserError(f"{file}: _class_name={index['_class_name']}: its network has addition_embed_type={given}")
     present = {path.parent.name for path in pipeline.glob("*/config.json")}
     if index:  # says which folders count; but for these, which would be passed over
-        present = (present | index.keys()) & {"vqvae", *ENCODERS}
-    for part in sorted(present - {DENOISER, "scheduler", *NEVER_RUN, *DENOISERS[kind]}):
+        present = (present | index.keys()) & {"vqvae", *XL_ENCODERS}
+    for part in sorted(present - {DENOISER, "scheduler", *NEVER_RUN, *parts_between(settings[DENOISER])}):
         raise UserError(f"{pipeline / part}: a {kind} is supported without one")
     return pipeline
 
@@ -173,7 +190,9 @@ def encoder_files(pipeline: Path) -> dict[str, Path]:
     A name leaves out the variant fp16, except for shards, which an index names. Empty if the network works on pixels.
     """
     files = {}
-    for part in ENCODERS if takes_text(pipeline) else ():
+    config = denoiser_folder(pipeline) / "config.json"
+    parts = XL_ENCODERS if config.is_file() and is_xl(read_json(config)) else ENCODERS
+    for part in parts if takes_text(pipeline) else ():
         if not (pipeline / part).is_dir():
             raise UserError(f"{pipeline / part}: missing")
         is_full = has_full_precision(pipeline / part)
@@ -214,60 +233,6 @@ def latent_factor(pipeline: Path) -> int:
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= 16:
         raise UserError(f"{file}: block_out_channels={blocks}")
     return 2 ** (len(blocks) - 1)
-
-
-def find_folder(source: str) -> Path | None:
-    """A folder relative to the working directory, or else to the repository; None if there is none."""
-    return next((folder for folder in (Path(source), REPOSITORY / source) if folder.is_dir()), None)
-
-
-def hub_name(source: str) -> str | None:
-    """owner/name of a pipeline, model or data set on the Hub, without its @revision; None for a folder."""
-    match = re.fullmatch(rf"({HUB_ID})(@.+)?", source)
-    return match[1] if match is not None and find_folder(source) is None else None
-
-
-def find_pipeline(source: str) -> Path:
-    """The folder of a pipeline: a local one, or owner/name[@revision] in the Hub's cache.
-
-    Only files that are read are downloaded, none without a connection.
-    """
-    if (folder := find_folder(source)) is not None:
-        return check_pipeline(folder)
-    if (name := hub_name(source)) is None:
-        raise UserError("no such folder")
-    from huggingface_hub import snapshot_download
-
-    reasons = []  # why the Hub could not be reached
-
-    def fetch(revision: str | None, patterns: list[str]) -> Path:
-        offline = bool(reasons)
-        try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
-        except Exception as error:  # network, name and permission errors have no common class
-            reasons.append(one_line(error))
-            if not offline:
-                return fetch(revision, patterns)  # from the cache
-            if not hasattr(error, "snapshot_path"):  # the cache has nothing of it
-                raise UserError(f"neither a pipeline folder nor a reachable Hub id: {reasons[0]}") from None
-            return Path(error.snapshot_path)
-
-    folder = fetch(source.removeprefix(name).removeprefix("@") or None, SETTINGS_FILES)
-    try:
-        check_pipeline(folder)
-        parts = [part for part in STEMS if (folder / part).is_dir()]
-        for part in parts if DENOISER in parts else [""]:
-            stem = STEMS.get(part, STEM)
-            for form in FORMS if part in (DENOISER, "") else FORMS[:-1]:
-                # config.json is asked for too: the Hub's client warns where no file fits
-                fetch(folder.name, [str(Path(part, file)) for file in ("config.json", *(stem + end for end in form))])
-                if has_weights(folder / part, stem):
-                    break
-            weights_files(folder / part, stem)
-    except UserError as error:
-        why = f"; the Hub's cache does not hold all of it, and the rest cannot be had: {reasons[0]}" if reasons else ""
-        raise UserError(f"{error}{why}") from None
-    return folder
 
 
 # --- weights, in every form that the Hub has them, read without running code

@@ -21,7 +21,8 @@ from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, checked, read_json, read_yaml, sha256
 from deme.job.records import ENCODER, SCHEDULE
 from deme.models import pipelines
-from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
+from deme.models.pipelines import denoiser_folder, encoder_files, schedule_file
+from deme.models.sources import find_pipeline
 
 # the models of a table's rows, in this order; others follow by name
 ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED, NEON)
@@ -180,16 +181,21 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
     settings, given = read_json(folder / DENOISER / "config.json"), pipelines.read_index(pretrained)
     kind, schedule = pipelines.denoiser_class(settings), schedule_file(pretrained)
     fitting = [name for name, denoiser in pipelines.PIPELINES.items() if denoiser == kind]
+    fitting = [name for name in fitting if (name == pipelines.XL) == pipelines.is_xl(settings)]
     library = "deme.projection" if pipelines.is_projected(folder / DENOISER) else "diffusers"
     index = {
         "_class_name": given["_class_name"] if given.get("_class_name") in fitting else fitting[0],
         "scheduler": ["diffusers", read_json(schedule).get("_class_name", given.get("scheduler"))],
         DENOISER: [library, settings.get("_class_name", kind)],
     }
-    if pipelines.DENOISERS[kind]:
-        index |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"]}
-        index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "requires_safety_checker": False}
-        index |= {part: [None, None] for part in pipelines.NEVER_RUN}
+    for part in pipelines.parts_between(settings):
+        index[part] = ["diffusers" if part == "vae" else "transformers", pipelines.CLASSES[part][0]]
+    if pipelines.is_xl(settings):
+        key = "force_zeros_for_empty_prompt"  # of an empty negative prompt
+        index |= {key: read_json(pretrained / pipelines.INDEX).get(key, True)}
+        index |= {part: [None, None] for part in ("feature_extractor", "image_encoder")}
+    elif pipelines.DENOISERS[kind]:
+        index |= {"requires_safety_checker": False, **{part: [None, None] for part in pipelines.NEVER_RUN}}
     (folder / pipelines.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     for name, source in {**encoder_files(pretrained), f"scheduler/{schedule.name}": schedule}.items():
         target = folder / name

@@ -9,7 +9,8 @@ from deme.config.paths import DENOISER, without_schedule
 from deme.config.trainings import SELF, SOUP
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_spaces
-from deme.models.pipelines import WEIGHTS, hub_name, is_projected, takes_text
+from deme.models.pipelines import WEIGHTS, is_projected, read_index, takes_text
+from deme.models.sources import hub_name
 from deme.report.tables import distances, markdown_table, render
 
 FROM = "copies of one pretrained network, "
@@ -51,7 +52,7 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
         scores=[f"- {score_line(name, row)}" for name, row in own],
         takes_text=is_of_text,
         projected=projected,
-        pipeline="StableDiffusionPipeline" if is_of_text else "DDIMPipeline",
+        pipeline=read_index(merged)["_class_name"] if is_of_text else "DDIMPipeline",
         name=merged if repository is None else repository,
         downloads=projected and repository is not None,  # else diffusers would look for the class in the repository
     )

@@ -8,24 +8,27 @@ import pytest
 import torch
 import yaml
 from conftest import run
+from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from text_to_image import tiny_pipeline
+from text_to_image import tiny_pipeline, tiny_xl_pipeline
 
 from deme.job.files import sha256
 from deme.method.lora import Factors
-from deme.models.lora import folded, layers_of, read_lora, write_lora
+from deme.models.lora import folded, kohya_names, layers_of, read_lora, tensor_of, weights_of, write_lora
 from deme.models.pipelines import LORA, WEIGHTS
 
 LOADED = """
 import sys, torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None, feature_extractor=None)
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
 pipeline.load_lora_weights(sys.argv[2])
-pipeline.fuse_lora()
+parts = [name for name in ("unet", "text_encoder", "text_encoder_2") if hasattr(pipeline, name)]
+pipeline.fuse_lora(components=parts)
 pipeline.unload_lora_weights()
-save_file({name: tensor.contiguous() for name, tensor in pipeline.unet.state_dict().items()}, sys.argv[3])
+tensors = {f"{part}.{name}": tensor for part in parts for name, tensor in getattr(pipeline, part).state_dict().items()}
+save_file({name.removeprefix("unet."): tensor.contiguous() for name, tensor in tensors.items()}, sys.argv[3])
 assert not any(name.partition(".")[0] == "deme" for name in sys.modules)
 """
 TO_K = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -51,7 +54,7 @@ def files(base) -> list[Path]:
             shape = layers[name]
             lora[name] = Factors(torch.randn(rank, *shape[1:]), 0.1 * torch.randn(shape[0], rank))
         written.append(base.parent / f"lora{seed}.safetensors")
-        write_lora(written[-1], lora, {}, is_kohya=seed == 1)
+        write_lora(written[-1], lora, {}, kohya_names(layers) if seed == 1 else None)
     return written
 
 
@@ -81,7 +84,7 @@ def test_loras_become_one_that_diffusers_loads_as_the_pipeline_with_their_sum(co
     command = [sys.executable, "-c", LOADED, str(base), str(merged / LORA), str(tmp_path / "fused.safetensors")]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     fused, folder = load_file(tmp_path / "fused.safetensors"), load_file(tmp_path / "model" / "unet" / WEIGHTS)
-    assert fused.keys() == folder.keys()
+    assert {name for name in fused if not name.startswith("text_encoder")} == folder.keys()
     for name, tensor in folder.items():
         torch.testing.assert_close(fused[name], tensor, rtol=1e-4, atol=1e-5)
 
@@ -123,6 +126,79 @@ def test_another_methods_lora_is_what_the_merged_model_has_truncated_with_its_er
         assert (squares[0] / squares[1]) ** 0.5 == pytest.approx(errors.get(name, 0), rel=1e-3, abs=1e-5)
         lost, whole = lost + squares[0], whole + squares[1]
     assert (lost / whole) ** 0.5 == pytest.approx(errors["all layers"], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("xl") / "pipeline"
+    tiny_xl_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def xl_files(xl) -> list[Path]:
+    """A LoRA of all layers of the UNet and both text encoders by kohya, and one of diffusers."""
+    layers, written = layers_of(xl), []
+    names = [layer for layer in layers if ".embeddings." not in layer]
+    for seed, (chosen, kohya) in enumerate([(names, kohya_names(layers)), (names[::3], None)]):
+        torch.manual_seed(seed)
+        lora = {name: Factors(torch.randn(2, *layers[name][1:]), torch.randn(layers[name][0], 2)) for name in chosen}
+        written.append(xl.parent / f"lora{seed}.safetensors")
+        write_lora(written[-1], lora, {}, kohya)
+    return written
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_loras_of_xl_become_one_that_diffusers_loads(config, xl, xl_files, tmp_path, form):
+    values = [f"model.pretrained={xl}", f"merge.experts=[{','.join(map(str, xl_files))}]"]
+    run("merge.py", config, *values, "merge.coefficients=[0.7,-1.5]", f"merge.lora_format={form}")
+    merged = tmp_path / "runs" / "tiny" / "merged" / LORA
+    if form == "kohya":
+        begins = ("lora_unet_input_blocks_", "lora_unet_label_emb_0_0.", "lora_te1_text_model_", "lora_te2_text_model_")
+        assert all(any(key.startswith(begin) for key in load_file(merged)) for begin in begins)
+    command = [sys.executable, "-c", LOADED, str(xl), str(merged), str(tmp_path / "fused.safetensors")]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    fused, layers, weights = load_file(tmp_path / "fused.safetensors"), layers_of(xl), weights_of(xl)
+    first, second = (read_lora(file, layers) for file in xl_files)
+    assert first.keys() > second.keys()
+    for layer, factors in first.items():
+        expected = weights[layer] + 0.7 * factors.change()
+        if layer in second:
+            expected = expected - 1.5 * second[layer].change()
+        name = tensor_of(layer)
+        loaded = fused[name if name in fused else name.replace("text_encoder.text_model.", "text_encoder.")]
+        torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lora_is_folded_into_a_pipeline_of_xl_that_diffusers_draws_with(config, xl, tmp_path):
+    layers = [layer for layer in layers_of(xl) if layer.startswith("unet.") and layer.endswith(".to_q")]
+    shapes = layers_of(xl)
+    lora = {name: Factors(torch.ones(1, shapes[name][1]), torch.ones(shapes[name][0], 1)) for name in layers}
+    write_lora(tmp_path / "a.safetensors", lora, {})
+    values = [f"model.pretrained={xl}", "merge.experts=[a.safetensors]", "merge.coefficients=[1]"]
+    run("merge.py", config, *values, "merge.into=model")
+    merged = tmp_path / "runs" / "tiny" / "merged"
+    assert "StableDiffusionXLPipeline.from_pretrained" in (merged / "README.md").read_text()
+    images = []
+    for make in (lambda: DiffusionPipeline.from_pretrained(merged), lambda: tiny_xl_pipeline()):
+        pipeline = make()
+        pipeline.set_progress_bar_config(disable=True)
+        if not images:
+            assert pipeline.config.force_zeros_for_empty_prompt
+        else:
+            for name in layers:
+                pipeline.unet.get_submodule(name.removeprefix("unet.")).weight.data += 1
+        noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        drawn = pipeline("a", latents=noise, num_inference_steps=2, height=8, width=8, output_type="np").images
+        images.append(torch.from_numpy(drawn))
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
+
+
+def test_xl_is_not_sampled(config, xl):
+    values = [f"model.pretrained={xl}", "sample.model=pretrained", "sample.prompts=[a]", "sample.num_images=1"]
+    error = run("sample_ddp.py", config, *values, "data.resolution=8", status=2).stderr
+    assert "a network of Stable Diffusion XL is merged alone, neither trained nor sampled" in error
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

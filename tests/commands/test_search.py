@@ -398,7 +398,7 @@ def test_the_coefficients_of_loras_are_found(text_config, text_to_image, tmp_pat
         names = [layer for layer in layers if layer.endswith((".to_q", ".to_v", ".to_k"))]
         lora = {name: Factors(torch.randn(2, layers[name][1]), 0.1 * torch.randn(layers[name][0], 2)) for name in names}
         files.append(tmp_path / f"{seed}.safetensors")
-        write_lora(files[-1], lora, {}, is_kohya=False)
+        write_lora(files[-1], lora, {})
     experts = f"merge.experts=[{files[0]},{files[1]}]"
     run("search.py", text_config, experts, "search.method=multi_fidelity", *SMALL)
     found = best(tmp_path / "tiny" / "search")

@@ -13,7 +13,8 @@ from text_to_image import tiny_pipeline
 
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser
-from deme.models.pipelines import WEIGHTS, denoiser_folder, encoder_files, find_pipeline, weights_files
+from deme.models.pipelines import WEIGHTS, denoiser_folder, encoder_files, weights_files
+from deme.models.sources import find_pipeline
 
 COMMIT = "a" * 40
 UNET, HALF = f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.fp16.safetensors"
@@ -161,8 +162,8 @@ def test_no_more_is_downloaded_than_is_read(hub, text_to_image, tmp_path):
 def test_nothing_but_settings_is_downloaded_of_a_model_of_another_kind(hub, text_to_image, tmp_path):
     source = shutil.copytree(text_to_image, tmp_path / "source")
     index = json.loads((source / "model_index.json").read_text())
-    (source / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
+    (source / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3Pipeline"}))
     copied = hub(source)
-    with pytest.raises(UserError, match="_class_name=StableDiffusionXLPipeline: not one of"):
+    with pytest.raises(UserError, match="_class_name=StableDiffusion3Pipeline: not one of"):
         find_pipeline("tester/model")
     assert not [name for name in copied if name.endswith(".safetensors")]

@@ -13,7 +13,8 @@ from deme.errors import UserError
 from deme.models import encoders
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
 from deme.models.encoders import load_encoder
-from deme.models.pipelines import DENOISERS, PIPELINES, SCHEDULERS, SETTINGS, find_pipeline
+from deme.models.pipelines import DENOISERS, PIPELINES, SCHEDULERS, SETTINGS
+from deme.models.sources import find_pipeline
 from deme.models.variants import common_architecture, write_pipeline_files
 
 NO_CLASSES = ("SchedulerMixin", "KarrasDiffusionSchedulers")
@@ -87,6 +88,12 @@ def test_settings_that_change_what_an_input_means_are_refused_by_name(text_to_im
                 load_denoiser(folder / "unet")
 
 
+def test_a_network_of_xl_in_another_pipeline_is_refused(text_to_image, tmp_path):
+    folder = shutil.copytree(text_to_image, tmp_path / "copy")
+    edit(folder / "unet" / "config.json", addition_embed_type="text_time")
+    refused(folder, "_class_name=StableDiffusionPipeline: its network has addition_embed_type=text_time")
+
+
 def test_latents_that_are_shifted_by_nothing_are_read(text_to_image, tmp_path):
     folder = shutil.copytree(text_to_image, tmp_path / "copy")
     edit(folder / "vae" / "config.json", shift_factor=0.0)
@@ -104,7 +111,7 @@ def test_latents_without_a_scale_are_refused(text_to_image, tmp_path, value):
     "name",
     [
         "LDMPipeline",
-        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusion3Pipeline",
         "DiTPipeline",
         "LatentConsistencyModelPipeline",

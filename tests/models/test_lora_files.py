@@ -9,7 +9,7 @@ from text_to_image import tiny_conditional_unet, tiny_pipeline
 
 from deme.errors import UserError
 from deme.method.lora import Factors, merge_loras, weighted_sum
-from deme.models.lora import as_kohya, folded, read_lora, write_lora
+from deme.models.lora import folded, kohya_names, read_lora, write_lora
 from deme.models.pipelines import LORA
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -85,7 +85,7 @@ def test_what_peft_saves_is_read_with_the_configuration_beside_it(tmp_path, laye
 @pytest.mark.parametrize("is_kohya", [False, True])
 def test_what_is_written_is_read_again(tmp_path, layers, is_kohya):
     lora = random_lora(layers)
-    write_lora(tmp_path / LORA, lora, {"base": "abc"}, is_kohya)
+    write_lora(tmp_path / LORA, lora, {"base": "abc"}, kohya_names(layers) if is_kohya else None)
     again = read_lora(tmp_path / LORA, layers)
     assert again.keys() == lora.keys()
     for layer in lora:
@@ -105,7 +105,7 @@ def test_diffusers_loads_what_is_written(tmp_path, layers, is_kohya):
     """Layers of different ranks, by a pipeline's load_lora_weights; its UNet gives what the changed weights give."""
     names = [layer for layer in layers if layer.endswith(tuple(ATTENTION))]
     lora = random_lora(layers, names, [1 + k % 3 for k in range(len(names))])
-    write_lora(tmp_path / LORA, lora, {}, is_kohya)
+    write_lora(tmp_path / LORA, lora, {}, kohya_names(layers) if is_kohya else None)
     pipeline, changed = tiny_pipeline(), tiny_pipeline().unet
     inputs = torch.randn(1, 4, 4, 4), 500, torch.randn(1, 3, 16)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_peft_merges_rslora_adapters_wrongly_where_the_stacked_factors_are_exact
 
 
 def test_a_file_that_is_no_lora_of_the_network_is_refused_by_the_name_of_the_tensor(tmp_path, layers):
-    kohya = as_kohya(TO_Q)
+    kohya = kohya_names(layers)[TO_Q]
     down, up = torch.ones(2, 8), torch.ones(8, 2)
     good = {f"{TO_Q}.lora_A.weight": down, f"{TO_Q}.lora_B.weight": up}
     cases = {
@@ -202,7 +202,8 @@ def test_a_text_encoders_layer_cannot_be_folded_into_the_denoiser():
 
 def test_a_merge_of_files_in_different_names_is_that_of_the_dense_changes(tmp_path, layers):
     first, second = trained(0), trained(1, r=3, target_modules=["to_q", "conv_in"])
-    write_lora(tmp_path / "kohya.safetensors", read_lora(saved(second, tmp_path), layers), {}, is_kohya=True)
+    read = read_lora(saved(second, tmp_path), layers)
+    write_lora(tmp_path / "kohya.safetensors", read, {}, kohya_names(layers))
     loras = {"a": read_lora(saved(first, tmp_path), layers), "b": read_lora(tmp_path / "kohya.safetensors", layers)}
     merged, _ = merge_loras(loras, {layer: [0.7, -1.5] for layer in layers})
     dense = [changes_of(first), changes_of(second)]
