@@ -10,8 +10,11 @@
                                                              # needed; merge.experts=[self] subtracts what it learns
     accelerate launch finetune.py finetune.range=soup        # on all timesteps, as many copies as there are ranges
 
+    accelerate launch finetune.py finetune.lora_rank=8 model.projection=false    # LoRAs: the network itself is frozen
+
 Writes runs/<name>/finetuned/0000-0250/unet/ and so on (EMA weights); checkpoints, logs and previews lie beside it, and
-with finetune.snapshot_every the EMA weights of earlier steps, in snapshots/.
+with finetune.snapshot_every the EMA weights of earlier steps, in snapshots/. With finetune.lora_rank it writes
+finetuned/0000-0250/pytorch_lora_weights.safetensors instead.
 The same command again resumes, or does nothing when all is done. Distillation is ours, not the paper's; training on
 own samples, to be subtracted, is Neon (https://arxiv.org/abs/2510.03597).
 """
@@ -20,13 +23,15 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
+from deme.config.networks import is_lora
 from deme.config.trainings import ANT_UW, BASELINES, CONTINUED, DISTILLED, SELF, SOUP, Finetune
 from deme.job.command import run_script
 from deme.job.files import sha256
-from deme.job.records import ARCHITECTURE
+from deme.job.records import ARCHITECTURE, BASE
 from deme.models.pipelines import weights_hash
 from deme.models.variants import ModelFiles, check_trained, find_model
 from deme.training.session import Objective, Session, TrainingRun
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from deme.training.state import Networks
 
 PRETRAINED, MERGED = "pretrained", "merged"  # models to start from, as sample.model names them
+WEIGHTS_OF = "{} weights (SHA-256)"  # in records
 
 
 @dataclass(frozen=True)
@@ -186,12 +192,15 @@ def main(config: Config) -> None:
     unets = {model: variant.denoisers[0]}
     if model == MERGED:
         unets |= zip(config.timesteps.names, check_trained(config.experts), strict=True)
+        are_alike = {is_lora(path) for path in unets.values()} == {config.finetune.lora_rank is not None}
+        rule = f"a LoRA is distilled from LoRAs, a network from networks: {', '.join(map(str, unets.values()))}"
+        config.finetune.check("lora_rank", are_alike, rule)
     inputs = ModelFiles(variant.pipeline, list(unets.values()))
     inputs.check_fits(config)
-    watched = inputs.watched(*(unet / "config.json" for unet in inputs.denoisers))
+    watched = inputs.watched(*(folder / "config.json" for folder in inputs.folders))
     hashes = {
-        **{f"{name} weights (SHA-256)": weights_hash(unet) for name, unet in unets.items()},
-        ARCHITECTURE: sha256(inputs.denoisers[0] / "config.json"),
+        **{WEIGHTS_OF.format(name): weights_hash(unet) for name, unet in unets.items()},
+        ARCHITECTURE: sha256(inputs.folders[0] / "config.json"),
         **inputs.hashes(),
     }
     runs = [(task, run_of(session, task, hashes)) for task in tasks]
@@ -208,7 +217,7 @@ def main(config: Config) -> None:
 
     merge_method(config.merge.method, config.merge.settings)  # a typo would show only when the training is over
     key, source = source_of(tasks[0], config)
-    load = partial(load_networks, inputs, key, source)
+    load = partial(load_networks, inputs, key, source, tasks[0].settings)
     accelerator, start, images = open_training(session, load, watched, hashes)
     accelerator.print(
         f"{source}: {start.student.num_parameters():,} parameters; {len(images.training):,} images; "
@@ -229,12 +238,34 @@ def finetune(session: Session, task: Task, run: TrainingRun, start: "Networks", 
     from deme.models.denoisers import with_projections
     from deme.training.trainer import train
 
+    if task.settings.lora_rank is not None:
+        return finetune_lora(session, task, run, start, images)
     student = with_projections(start.student) if task.is_projected else copy.deepcopy(start.student)
     teacher = start.teacher
     if teacher is None and task.objective.consistency_weight > 0:
         teacher = copy.deepcopy(start.student)
     networks = replace(start, student=student, teacher=teacher)
     return train(session, run, networks, images, write=student.save_pretrained) is not None
+
+
+def finetune_lora(session: Session, task: Task, run: TrainingRun, start: "Networks", images: "TrainingImages") -> bool:
+    """Train a LoRA and write it; False if time was up first. Student and teacher share the frozen base."""
+    from deme.models.adapters import lora_of
+    from deme.models.lora import write_lora
+    from deme.training.state import with_new_lora
+    from deme.training.trainer import train
+
+    made_from = run.record.made_from
+    # the merged LoRA is trained on
+    networks = start if task.start == MERGED else with_new_lora(start, task.settings, task.objective)
+    base = made_from.get(BASE) or made_from[WEIGHTS_OF.format(PRETRAINED)]
+    header = {"training": task.name, "timesteps": list(task.objective.ranges)}
+    header["pretrained"] = {"path": session.config.paths.pretrained, "sha256": base}
+
+    def write(file: Path) -> None:
+        write_lora(file, lora_of(networks.student), header)
+
+    return train(session, run, networks, images, write) is not None
 
 
 if __name__ == "__main__":

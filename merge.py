@@ -21,15 +21,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from deme.config.experiment import Config
-from deme.config.networks import RANGES
-from deme.config.paths import DENOISER
+from deme.config.networks import RANGES, makes_lora, of_loras
+from deme.config.paths import DENOISER, LORA
 from deme.config.trainings import SELF
 from deme.errors import UserError, blaming, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, locked, read_json, sha256
 from deme.job.records import LORA_ERRORS, MERGED, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models import averages, variants
-from deme.models.pipelines import LORA, WEIGHTS, denoiser_folder, weights_hash
+from deme.models.pipelines import WEIGHTS, denoiser_folder, weights_hash
 from deme.models.variants import ModelFiles, Searched
 
 NAMED_BY = dict.fromkeys((RANGES, SELF), "timesteps")  # keys of merge.yaml that are older than other networks
@@ -61,9 +61,8 @@ def main(config: Config) -> None:
     groups = config.coefficient_groups if searched is None else searched.groups(config)
     check_apart("merge.output", output, inputs.denoisers)
     # also where the output is complete: another version may have merged it
-    whole = inputs.denoisers[:1] if config.merge.merges_loras else inputs.denoisers
-    variants.common_architecture(whole)
-    watched = inputs.watched(*(folder / "config.json" for folder in whole))
+    variants.common_architecture(inputs.folders)
+    watched = inputs.watched(*(folder / "config.json" for folder in inputs.folders))
     with ThreadPoolExecutor() as pool:
         hashing = pool.map(weights_hash, inputs.denoisers)
         from deme.method.task_vectors import merge_method  # torch is imported meanwhile, which takes about as long
@@ -77,7 +76,7 @@ def main(config: Config) -> None:
         raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
     made_from = {
         **method.describe(),
-        **config.merge.of_loras,
+        **of_loras(config),
         "coefficients": groups,
         "pretrained": {"path": config.paths.pretrained, "sha256": hashes[0]},
         "finetuned": [
@@ -91,7 +90,7 @@ def main(config: Config) -> None:
 
     # --- merge, unless the output is complete
     with locked(output, "merge.output"):
-        is_lora = config.merge.makes_lora
+        is_lora = makes_lora(config)
         if is_complete(output, wanted, is_lora):
             print(f"{output} is complete")
         else:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,13 +10,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
-from deme.config.trainings import Training
+from deme.config.trainings import Finetune, Training
 from deme.data.examples import CroppedImages, Examples, TrainingImages
 from deme.job.records import RUN, Record
+from deme.models.adapters import freeze_base
 from deme.models.denoisers import with_projections
 from deme.models.encoders import Pixels
 from deme.training.session import Objective, TrainingRun
-from deme.training.state import Networks
+from deme.training.state import Networks, with_new_lora
 from deme.training.trainer import Trainer
 
 OBJECTIVE = Objective("benchmark", (0, 2, 0, 250), [(0, 250)], global_probability=0.3, consistency_weight=1.0)
@@ -51,8 +53,13 @@ def make_trainer(
     """
     pixels = [image.permute(1, 2, 0).numpy() for image in pixels]
     images = CroppedImages(pixels, pretrained.config.sample_size, center_crop=False, random_flip=random_flip)
-    student = with_projections(pretrained) if projected else copy.deepcopy(pretrained)
-    teacher = copy.deepcopy(pretrained) if objective.consistency_weight > 0 else None
-    networks = Networks(student, teacher, DDPMScheduler(), Pixels(pretrained.config.in_channels))
+    networks = Networks(pretrained, None, DDPMScheduler(), Pixels(pretrained.config.in_channels))
+    if isinstance(settings, Finetune) and settings.lora_rank is not None:
+        freeze_base(pretrained, settings)
+        networks = with_new_lora(networks, settings, objective)
+    else:
+        student = with_projections(pretrained) if projected else copy.deepcopy(pretrained)
+        teacher = copy.deepcopy(pretrained) if objective.consistency_weight > 0 else None
+        networks = replace(networks, student=student, teacher=teacher)
     data = TrainingImages(images, held_out or [])
     return Trainer(accelerator, networks, data, bare_run(objective, settings, folder))

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from deme.config import sections, trainings
+from deme.config import networks, sections, trainings
 from deme.config.judges import Judge
 from deme.config.networks import RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Merge, Network, networks_of, of_word
 from deme.config.paths import DENOISER, Paths, snapshot_path, with_schedule
@@ -68,6 +68,7 @@ class Config(Section):
         rule = f"must be a positive number, one for each of {count} timestep ranges, or a file of search.py"
         self.sample.check("prediction_scale", given is None or isinstance(given, str) or positive, rule)
         self._check_experts()
+        networks.check_loras(self)
         rule = "must be a list of finite numbers, a mapping from name patterns to such lists, or a file of search.py"
         for pattern, numbers in self.coefficient_groups.items():
             fits = isinstance(pattern, str) and isinstance(numbers, list) and all(map(is_finite, numbers))

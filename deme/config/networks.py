@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deme.config.paths import DENOISER, snapshot_path
+from deme.config.paths import DENOISER, LORA, product_of, snapshot_path
 from deme.config.section import Section, is_one_line, one_of, setting
 from deme.config.trainings import BASELINES, CONTINUED, NAMED_TRAININGS, NEON, SELF, SOUP, WIDTH_RULE, is_width
 
@@ -18,15 +18,15 @@ WORDS = (RANGES, SELF, SOUP, TRAJECTORY, RANDOM, CONTINUED, *BASELINES)  # of me
 RANDOM_DIRECTIONS = "scripts/random_directions.py"
 TRAIN = "train it with finetune.py finetune.range"
 MODELS = ("pretrained", "ensemble", "merged", NEON, *NAMED_TRAININGS)  # other networks that tables name
-TELLING_NOTHING = (DENOISER, "finetuned", "/")  # parts of a folder's path
+TELLING_NOTHING = (DENOISER, LORA, "finetuned", "/")  # parts of a folder's path
 
 
 @dataclass(frozen=True)
 class Merge(Section):
     """What is merged, how, and into what."""
 
-    # whose task vectors: WORDS, folders of UNets, {path: FOLDER, timesteps: [low, high]}, the expert of a range; or the
-    # .safetensors files of LoRAs
+    # whose task vectors: WORDS, folders of UNets or .safetensors files of LoRAs; {path: …, timesteps: [low, high]} is
+    # the expert of a range
     experts: list[Any] = setting(["ranges"], "merged path")
     method: str = setting("task_arithmetic", "merged", choices=MERGE_METHODS)
     settings: dict[str, Any] = setting({}, "merged")  # of the method: the fields of its class
@@ -49,36 +49,8 @@ class Merge(Section):
             self._check_item(item)
         items = [item if item in WORDS else path_of(item) for item in self.experts]
         self.check("experts", len(items) == len(set(items)) > 0, "must be a list of different networks")
-        self._check_loras()
         named = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub) is not None
         self.check("push_to_hub", named, "must be a Hub id, owner/name")
-
-    @property
-    def merges_loras(self) -> bool:
-        """True if what is merged are LoRAs, given by their files."""
-        return any(map(is_lora, self.experts))
-
-    @property
-    def makes_lora(self) -> bool:
-        """True if they are merged into one LoRA, which is no pipeline."""
-        return self.merges_loras and self.into == "lora"
-
-    @property
-    def of_loras(self) -> dict[str, Any]:
-        """The settings of LoRAs, for the record of a merge of them."""
-        return {key: getattr(self, key) for key in ("into", "lora_rank", "lora_format")} if self.merges_loras else {}
-
-    def _check_loras(self) -> None:
-        """What has to hold where LoRAs are merged, and where they are not."""
-        rule = "LoRAs and whole networks can't be merged together; merge.into=model makes a network of a LoRA"
-        self.check("experts", len(set(map(is_lora, self.experts))) == 1, rule)
-        rule = "only for LoRAs, the .safetensors files of merge.experts"
-        self.check("into", self.merges_loras or self.into == "lora", rule)
-        for key, usual in (("lora_rank", None), ("lora_format", "diffusers")):
-            rule = "only for LoRAs that are merged into one: merge.experts=[FILE.safetensors, …] merge.into=lora"
-            self.check(key, self.makes_lora or getattr(self, key) == usual, rule)
-        rule = "uploads pipelines, not LoRAs: set merge.into=model"
-        self.check("push_to_hub", not self.makes_lora or self.push_to_hub is None, rule)
 
     def _check_item(self, item: Any) -> None:
         """An item of `experts`: a word, or a folder, whose name must not look like one."""
@@ -101,7 +73,7 @@ class Network:
     name: str  # in tables and pictures
     folder: Path  # of the UNet; or the file of a LoRA
     word: str | None = None  # of WORDS; None: a folder that was given
-    remedy: str = "merge.experts must name the folder of a UNet"  # where it is missing
+    remedy: str = "merge.experts must name the folder of a UNet, or the file of a LoRA"  # where it is missing
     training: Path | None = None  # the folder of the training whose cost is this network's, if it is known
     timesteps: tuple[int, int] | None = None  # its range if it is the expert of one
 
@@ -126,11 +98,14 @@ def of_word(config: Any, word: str) -> Iterator[Network]:
     """The networks that a word of WORDS stands for; their folders lie in merge.finetuned."""
     run = Path(config.output_dir) / config.name / "finetuned"
     trainings = run if config.merge.finetuned is None else Path(config.merge.finetuned)
-    ranges = list(zip(config.timesteps.names, config.timesteps.ranges, strict=True))
+    ranges, product = (
+        list(zip(config.timesteps.names, config.timesteps.ranges, strict=True)),
+        product_of(config.finetune),
+    )
     if word == RANGES:
         for number, (name, edges) in enumerate(ranges):
             folder = trainings / name
-            yield Network(name, folder / DENOISER, word, f"{TRAIN}={number}", folder, edges)
+            yield Network(name, folder / product, word, f"{TRAIN}={number}", folder, edges)
     elif word == RANDOM:
         for name, _ in ranges:
             folder = trainings / f"{RANDOM}-{name}" / DENOISER
@@ -145,7 +120,7 @@ def of_word(config: Any, word: str) -> Iterator[Network]:
     else:
         for name in {SELF: config.self_trained_names, SOUP: config.soup_names}.get(word, [word]):
             folder = trainings / name
-            yield Network(name, folder / DENOISER, word, f"{TRAIN}={word}", folder)
+            yield Network(name, folder / product, word, f"{TRAIN}={word}", folder)
 
 
 def path_of(item: str | dict[str, Any]) -> Path:
@@ -153,9 +128,42 @@ def path_of(item: str | dict[str, Any]) -> Path:
     return Path(os.path.expanduser(item["path"] if isinstance(item, dict) else item))
 
 
-def is_lora(item: Any) -> bool:
-    """True if an item of merge.experts, or its path, is the file of a LoRA."""
-    return isinstance(item, str | Path) and str(item).endswith(".safetensors")
+def is_lora(path: str | Path) -> bool:
+    """True if a path is that of a LoRA's file."""
+    return str(path).endswith(".safetensors")
+
+
+def merges_loras(config: Any) -> bool:
+    """True if what is merged are LoRAs: those of trainings with finetune.lora_rank, or given by their files."""
+    return any(is_lora(network.folder) for network in config.merged_networks)
+
+
+def makes_lora(config: Any) -> bool:
+    """True if they are merged into one LoRA, which is no pipeline."""
+    return merges_loras(config) and config.merge.into == "lora"
+
+
+def of_loras(config: Any) -> dict[str, Any]:
+    """The settings of LoRAs, for the record of a merge of them."""
+    keys = ("into", "lora_rank", "lora_format") if merges_loras(config) else ()
+    return {key: getattr(config.merge, key) for key in keys}
+
+
+def check_loras(config: Any) -> None:
+    """Check what has to hold where LoRAs are trained or merged, and where they are not."""
+    rule = "projections need all weights to be trained: set model.projection=false"
+    config.finetune.check("lora_rank", config.finetune.lora_rank is None or not config.model.projection, rule)
+    merge, are_loras, into_one = config.merge, merges_loras(config), makes_lora(config)
+    rule = "LoRAs and whole networks can't be merged together; merge.into=model makes a network of a LoRA"
+    merge.check("experts", len({is_lora(network.folder) for network in config.merged_networks}) == 1, rule)
+    rule = "only for LoRAs: those of finetune.lora_rank, or .safetensors files in merge.experts"
+    merge.check("into", are_loras or merge.into == "lora", rule)
+    for key, usual in (("lora_rank", None), ("lora_format", "diffusers")):
+        rule = "only for LoRAs that are merged into one: merge.experts=[FILE.safetensors, …] merge.into=lora"
+        merge.check(key, into_one or getattr(merge, key) == usual, rule)
+    rule = "uploads pipelines, not LoRAs: set merge.into=model"
+    merge.check("push_to_hub", not into_one or merge.push_to_hub is None, rule)
+    merge.check("ema_width", not are_loras or merge.ema_width is None, "LoRAs have no snapshots")
 
 
 def short_names(folders: Sequence[Path], taken: set[str]) -> list[str]:

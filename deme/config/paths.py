@@ -10,6 +10,7 @@ from typing import Any
 from deme.config.trainings import CONTINUED, DISTILLED
 
 DENOISER = "unet"  # the sub-folder of the network, as diffusers' pipelines call it
+LORA = "pytorch_lora_weights.safetensors"  # a LoRA's file, as load_lora_weights of diffusers looks for it
 SNAPSHOTS = "snapshots"  # the sub-folder of a training that holds its EMA weights of earlier steps
 
 
@@ -17,7 +18,7 @@ class Paths:
     """The paths of a Config; `--path` takes their `names`."""
 
     def __init__(self, config: Any):
-        self._evaluate = config.evaluate
+        self._evaluate, self._product = config.evaluate, product_of(config.finetune)
         outputs, run = Path(config.output_dir), Path(config.output_dir) / config.name
 
         def output(given: str | None, name: str) -> Path:
@@ -72,8 +73,8 @@ class Paths:
         return self.run_folder / "finetuned" / name
 
     def trained(self, name: str) -> Path:
-        """The folder of the network that finetune.py writes under this name."""
-        return self.finetuning(name) / DENOISER
+        """The folder of the network that finetune.py writes under this name, or the file of the LoRA."""
+        return self.finetuning(name) / self._product
 
     def search_picture(self, name: str) -> Path:
         """A picture of search.py, named after the search's folder."""
@@ -97,6 +98,11 @@ class Paths:
 def for_shell(path: str | Path) -> str:
     """A path that no command takes for an option."""
     return str(path) if re.match(r"[\w/.]", str(path)) else f"./{path}"
+
+
+def product_of(finetune: Any) -> str:
+    """The name of what a training writes: the folder of a network, or the file of a LoRA."""
+    return DENOISER if finetune.lora_rank is None else LORA
 
 
 def average_name(width: float) -> str:

@@ -15,6 +15,7 @@ SOUP = "soup"  # copies trained on all timesteps, as many as there are ranges
 NEON = "neon"  # the pretrained network minus that task vector, without a search
 NAMED_TRAININGS = (CONTINUED, *BASELINES, DISTILLED)  # of one network each, beside the ranges
 PRECISIONS = ("no", "fp16", "bf16")
+ATTENTION, ALL_LINEAR = TARGETS = ("attention", "all-linear")  # layers that a LoRA changes
 PREVIEW_PROMPTS = ["a photograph of an astronaut riding a horse", "a red cube on top of a blue sphere"]
 PREVIEW_PROMPTS += ["an oil painting of a lighthouse in a storm", "four cups of coffee on a wooden table"]
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -105,9 +106,24 @@ class Finetune(Training):
     consistency_weight: float = setting(1.0, "weights", least=0)  # λ
     uncertainty_learning_rate: float = setting(0.025, "weights", only=("range", ANT_UW), above=0)  # of its weights
     ema_profiles: list[float] = setting([], "weights omit_default")  # widths of more averages, which snapshots hold
+    lora_rank: int | None = setting(None, "weights omit_default", above=0)  # train a LoRA; null: all weights
+    lora_alpha: float | None = setting(None, "weights omit_default", above=0)  # it is scaled by alpha / rank; null: 1
+    # layers that it changes: attention, all-linear, or name patterns such as ["*.to_q", "*.conv1"]
+    lora_targets: Any = setting(ATTENTION, "weights omit_default")
+    base_precision: str | None = setting(None, "weights omit_default", choices=PRECISIONS[1:])  # of the frozen weights
 
     def check_together(self) -> None:
         super().check_together()
+        for key in ("lora_alpha", "lora_targets", "base_precision"):
+            is_usual = getattr(self, key) == getattr(type(self), key, None)
+            self.check(key, is_usual or self.lora_rank is not None, "needs finetune.lora_rank")
+        targets, rule = self.lora_targets, f"must be {', '.join(TARGETS)}, or a list of name patterns of layers"
+        are_patterns = isinstance(targets, list) and targets != [] and all(isinstance(one, str) for one in targets)
+        self.check("lora_targets", are_patterns or targets in TARGETS, rule)
+        rule = f"finetune.mixed_precision={self.mixed_precision} must be the same"
+        self.check("base_precision", self.base_precision in (None, self.mixed_precision), rule)
+        rule = "keeps whole networks, which needs finetune.lora_rank=null"
+        self.check("snapshot_every", self.lora_rank is None or self.snapshot_every is None, rule)
         widths = self.ema_profiles
         self.check("ema_profiles", all(map(is_width, widths)), f"each {WIDTH_RULE}")
         self.check("ema_profiles", len(set(widths)) == len(widths) != 1, "must be different widths, at least two")

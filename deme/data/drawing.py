@@ -17,7 +17,8 @@ from deme.job.files import Watched
 from deme.job.processes import Processes, in_main_process, locked_by_all
 from deme.job.records import ENCODER, SAMPLES, SCHEDULE, Record, provenance
 from deme.method.sampling import NetworkAt, ensemble, passed_over, sampler_name, try_sampler
-from deme.models.denoisers import freeze, load_denoiser, load_scheduler
+from deme.models.adapters import load_denoisers
+from deme.models.denoisers import freeze, load_scheduler
 from deme.models.encoders import Drawing, load_encoder, try_out
 from deme.models.pipelines import weights_hash
 from deme.models.variants import ModelFiles, prediction_scales
@@ -69,7 +70,7 @@ def load_model(
     config, settings = drawn[0], drawn[0].sample
     with naming("sample.model", settings.model):
         scheduler = load_scheduler(model.pipeline)
-        denoisers = [load_denoiser(folder) for folder in model.denoisers]
+        denoisers = load_denoisers(model.pipeline, model.denoisers)
         encoder = load_encoder(model.pipeline, denoisers[0])
         for folder, denoiser in zip(model.denoisers, denoisers, strict=True):
             with naming(folder):

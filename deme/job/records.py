@@ -45,6 +45,7 @@ SCHEDULE = "noise schedule (SHA-256)"
 ARCHITECTURE = "architecture (SHA-256)"
 IMAGE_COLUMN = "data.image_column"  # the one that was read
 ENCODER = "encoders (SHA-256)"  # of a text-to-image pipeline
+BASE = "base of LoRAs (SHA-256)"
 WEIGHTS_HASH = "weights (SHA-256)"  # of a merged network, beside its record
 LORA_ERRORS = "relative errors"  # of a truncated LoRA's layers, beside its record
 PROVENANCE = ("git_commit", "versions", "processor", "config")  # beside every record, for the reader; never compared

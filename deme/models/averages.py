@@ -23,11 +23,6 @@ def merged_folders(config: Config) -> list[Path]:
 
     Networks of merge.ema_width are made first.
     """
-    if config.merge.merges_loras:
-        for file in config.paths.finetuned:
-            config.merge.check("experts", file.is_file(), f"{file} is missing")
-        config.merge.check("ema_width", config.merge.ema_width is None, "LoRAs have no snapshots")
-        return config.paths.finetuned
     folders, width = check_trained(config.merged_networks), config.merge.ema_width
     return folders if width is None else [write_average(folder.parent, width) for folder in folders]
 

@@ -85,19 +85,29 @@ def memory_format(device: torch.device | str) -> torch.memory_format:
     return torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last
 
 
-def freeze(network: nn.Module, device: torch.device | str, mixed_precision: str, may_pack: bool = True) -> nn.Module:
+def freeze(
+    network: nn.Module,
+    device: torch.device | str,
+    mixed_precision: str,
+    may_pack: bool = True,
+    shares_weights: bool = False,
+) -> nn.Module:
     """Prepare a network for predicting float32 inputs on a device, in place; it needs no autocast around it.
 
     On a GPU all of it has the type `mixed_precision` (no, fp16 or bf16), on a CPU its convolutions and linear layers.
-    Weights that will be written to later must not be packed.
+    Weights that will be written to later must not be packed. Those that a trained network shares are not cast either.
     """
     on_cpu = torch.device(device).type == "cpu"
     network = network.eval().requires_grad_(False).to(device, memory_format=memory_format(device))
     dtype = AUTOCAST_TYPES[mixed_precision]
     if dtype is not None:
-        compute_in(dtype, network, whole=not on_cpu)
+        if shares_weights:
+            network.forward = functools.partial(_predict, network.forward, dtype, False)
+        else:
+            compute_in(dtype, network, whole=not on_cpu)
     convolutions = {name: module for name, module in network.named_modules() if type(module) is nn.Conv2d}
     width = max((module.out_channels for module in convolutions.values()), default=0)
+    may_pack &= not shares_weights and not any(hasattr(module, "peft_config") for module in network.modules())
     if may_pack and on_cpu and can_pack(dtype is not None) and width >= LEAST_PACKED_WIDTH:
         for name, module in convolutions.items():
             network.set_submodule(name, PackedConv2d(module))

@@ -3,10 +3,12 @@
 Layers are named as in a pipeline's folder: unet.down_blocks.0.attentions.0… or text_encoder.text_model.encoder…
 """
 
+import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +22,7 @@ from deme.job.files import checked, read_json
 from deme.method.lora import Changed, Factors, Lora
 from deme.method.task_vectors import FLOATS, Tensors
 from deme.models.original_names import unet_names
-from deme.models.pipelines import STEMS, denoiser_folder, load_tensors
+from deme.models.pipelines import STEMS, denoiser_folder, load_tensors, weights_hash
 
 FACTORS = {  # how the names of a layer's tensors end
     ".lora_A.weight": "down",  # PEFT, and diffusers since
@@ -90,6 +92,31 @@ def folded(pretrained: Tensors, lora: Lora) -> Changed:
     return Changed(pretrained, changes)
 
 
+def read_loras(pipeline: Path, files: Sequence[Path]) -> dict[str, dict[str, Factors]]:
+    """The LoRAs in files, by path; one whose header names another base than the pipeline's is refused."""
+    layers, base, loras = layers_of(pipeline), functools.cache(weights_hash), {}
+    for file in files:
+        with naming(file):
+            named = named_base(file)
+            if named is not None and named != base(denoiser_folder(pipeline)):
+                raise UserError(f"its header names another base than model.pretrained, of the SHA-256 {named}")
+        loras[str(file)] = read_lora(file, layers)
+    return loras
+
+
+def named_base(file: Path) -> str | None:
+    """The SHA-256 of a LoRA's base, if its header names one as `write_lora` does."""
+    with suppress(ValueError, TypeError, LookupError):
+        return json.loads(read_header(file)["pretrained"])["sha256"]
+    return None
+
+
+def read_header(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with blaming(f"{file}: cannot be read"), safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
+
+
 def read_lora(file: Path, layers: Mapping[str, tuple[int, ...]]) -> dict[str, Factors]:
     """The LoRA in a file, in float32, on a network whose layers have these shapes of weights.
 
@@ -97,9 +124,7 @@ def read_lora(file: Path, layers: Mapping[str, tuple[int, ...]]) -> dict[str, Fa
     """
     with blaming(f"{file}: cannot be read"):
         tensors = load_file(file)
-        with safe_open(file, "pt") as opened:
-            header = opened.metadata() or {}
-    answers = names_in_files(layers)
+    header, answers = read_header(file), names_in_files(layers)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     with naming(file):
         for key, tensor in tensors.items():

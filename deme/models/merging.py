@@ -8,7 +8,7 @@ from deme.method.lora import Changed, Factors, merge_by, merge_loras
 from deme.method.merging.task_arithmetic import TaskArithmetic
 from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import MergeMethod, Tensors, pattern_of
-from deme.models.lora import by_tensor, folded, layers_of, read_lora, tensor_of, weights_of
+from deme.models.lora import by_tensor, folded, read_loras, tensor_of, weights_of
 from deme.models.pipelines import denoiser_folder, load_tensors
 from deme.models.variants import common_architecture
 
@@ -21,10 +21,10 @@ def load_merged(pipeline: Path, networks: Sequence[Path]) -> tuple[Path, Tensors
     """
     folder = denoiser_folder(pipeline)
     if any(map(Path.is_file, networks)):
-        base, layers, changed = load_tensors(folder), layers_of(pipeline), {}
-        for file in networks:
+        base, changed = load_tensors(folder), {}
+        for file, lora in read_loras(pipeline, networks).items():
             with naming(file):
-                changed[str(file)] = folded(base, read_lora(file, layers))
+                changed[file] = folded(base, lora)
         return folder, base, changed
     architecture = common_architecture([folder, *networks])
     like = load_tensors(architecture)
@@ -52,8 +52,7 @@ def merge_lora_files(
     `groups` has the coefficients by name pattern. Only task arithmetic without a rank needs no truncation.
     """
     weights = weights_of(pipeline)
-    shapes = {layer: tuple(tensor.shape) for layer, tensor in weights.items()}
-    loras = {str(file): by_tensor(read_lora(file, shapes)) for file in files}
+    loras = {file: by_tensor(lora) for file, lora in read_loras(pipeline, files).items()}
     with naming("merge.coefficients", groups):
         coefficients = {name: groups[pattern_of(name, groups)] for lora in loras.values() for name in lora}
     if isinstance(method, TaskArithmetic):

@@ -21,7 +21,6 @@ from deme.job.files import checked, read_json, sha256
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
-LORA = "pytorch_lora_weights.safetensors"  # as load_lora_weights of diffusers looks for it
 FORMS = (  # in order of preference, after the stem: a file, or an index of shards and their names
     (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors"),
     (".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16-*-of-*.safetensors", "-*-of-*.fp16.safetensors"),
@@ -258,8 +257,8 @@ def weights_files(folder: Path, stem: str = STEM) -> list[Path]:
 
 
 def has_weights(folder: Path, stem: str = STEM) -> bool:
-    """True if a network's folder has weights in any form, damaged or incomplete ones included."""
-    return any((folder / f"{stem}{name}").is_file() for form in FORMS for name in form[:2])
+    """True if a network's folder has weights in any form, also damaged or incomplete ones, or if a file is there."""
+    return folder.is_file() or any((folder / f"{stem}{name}").is_file() for form in FORMS for name in form[:2])
 
 
 def weights_hash(folder: Path) -> str:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.networks import Network
-from deme.config.paths import DENOISER, Paths, sampler_and_steps, without_schedule
+from deme.config.networks import Network, is_lora
+from deme.config.paths import DENOISER, LORA, Paths, sampler_and_steps, without_schedule
 from deme.config.section import Section, is_finite
 from deme.config.sections import COEFFICIENTS, DDIM, SCALES, Sample
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, checked, read_json, read_yaml, sha256
-from deme.job.records import ENCODER, SCHEDULE
+from deme.job.records import BASE, ENCODER, SCHEDULE
 from deme.models import pipelines
 from deme.models.pipelines import denoiser_folder, encoder_files, schedule_file
 from deme.models.sources import find_pipeline
@@ -38,14 +38,20 @@ OF_PRETRAINED = "value of the pretrained network"
 class ModelFiles:
     """The files of a model, examined before anything is loaded."""
 
-    pipeline: Path  # its noise schedule and encoders are used
-    denoisers: list[Path]  # folders: one, or one per timestep range
+    pipeline: Path  # its noise schedule and encoders are used; it is the base of LoRAs
+    denoisers: list[Path]  # folders or the files of LoRAs: one, or one per timestep range
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of the denoisers; that of a LoRA is its base's."""
+        base = denoiser_folder(self.pipeline)
+        return list(dict.fromkeys(base if is_lora(path) else path for path in self.denoisers))
 
     def check_fits(self, config: Config) -> None:
         """Compare resolution and number of timesteps with the configuration."""
         factor, schedule = pipelines.latent_factor(self.pipeline), schedule_file(self.pipeline)
         data, timesteps = config.data, config.timesteps
-        for folder in filter(Path.is_dir, self.denoisers):  # the others are LoRAs
+        for folder in self.folders:
             size = read_json(folder / "config.json").get("sample_size")
             pixels = size * factor if isinstance(size, int) else size
             data.check("resolution", pixels == data.resolution, f"the UNet in {folder} has sample_size={pixels}")
@@ -65,12 +71,14 @@ class ModelFiles:
 
     def watched(self, *more: Path) -> Watched:
         """The files whose hash and content are read, and `more`."""
-        weights = [file for folder in self.denoisers for file in pipelines.weights_files(folder)]
+        weights = [file for path in {*self.denoisers, *self.folders} for file in pipelines.weights_files(path)]
         return Watched([*weights, schedule_file(self.pipeline), *encoder_files(self.pipeline).values(), *more])
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the noise schedule and, for text-to-image, of the encoders, as records name them."""
+        """SHA-256 of the noise schedule, of encoders and of a base that is not among the denoisers, as records say."""
         hashes = {SCHEDULE: sha256(schedule_file(self.pipeline))}
+        for base in set(self.folders) - set(self.denoisers):
+            hashes[BASE] = pipelines.weights_hash(base)
         if files := encoder_files(self.pipeline):
             lines = "\n".join(f"{name} {sha256(path)}" for name, path in files.items())
             hashes[ENCODER] = hashlib.sha256(lines.encode()).hexdigest()
@@ -98,26 +106,34 @@ def find_model(model: str, paths: Paths) -> ModelFiles:
         return ModelFiles(pipeline, [denoiser_folder(pipeline)])
     if model in MAKERS:
         denoisers = made_denoisers(model, paths)
-        for folder in denoisers:
-            if not folder.is_dir():
-                raise UserError(f"{folder} is missing; {MAKERS[model]} makes it")
-        merged = merged_pipeline(model, paths)
+        for path in denoisers:
+            if not path.exists():
+                raise UserError(f"{path} is missing; {MAKERS[model]} makes it")
+        merged = None if is_lora(denoisers[0]) else merged_pipeline(model, paths)
         return ModelFiles(find_pretrained(paths) if merged is None else find_pipeline(str(merged)), denoisers)
     folder = Path(model)
+    for file in (folder, folder / LORA):
+        if is_lora(file) and file.is_file():
+            return ModelFiles(find_pretrained(paths), [file])
     if (folder / DENOISER).is_dir():
         has_scheduler = (folder / "scheduler").is_dir()
         return ModelFiles(find_pipeline(model) if has_scheduler else find_pretrained(paths), [folder / DENOISER])
     if (folder / "config.json").is_file():
         return ModelFiles(find_pretrained(paths), [folder])
-    raise UserError(f"not {', '.join(ORDER)}, or a folder that holds a UNet")
+    if "/" not in model and paths.trained(model).exists():
+        return ModelFiles(find_pretrained(paths), [paths.trained(model)])
+    names = f"{', '.join(ORDER)}, a training's folder in finetuned/"
+    raise UserError(f"not {names}, a folder that holds a UNet, or the file of a LoRA")
 
 
 def made_denoisers(model: str, paths: Paths) -> list[Path]:
-    """The denoiser folders of a model in MAKERS, whether they exist or not."""
+    """The denoiser folders of a model in MAKERS, or the files of its LoRAs, whether they exist or not."""
     if model == "ensemble":
         return paths.experts
     merged = merged_pipeline(model, paths)
-    return [paths.trained(model) if merged is None else merged / DENOISER]
+    if merged is None:
+        return [paths.trained(model)]
+    return [merged / LORA if (merged / LORA).is_file() else merged / DENOISER]
 
 
 def merged_pipeline(model: str, paths: Paths) -> Path | None:
@@ -126,10 +142,11 @@ def merged_pipeline(model: str, paths: Paths) -> Path | None:
 
 
 def check_trained(networks: Sequence[Network]) -> list[Path]:
-    """The folders of networks that are merged or are experts, each with its weights."""
+    """The folders of networks that are merged or are experts, each with its weights; or the files of LoRAs."""
     for network in networks:
         if not pipelines.has_weights(network.folder):
-            raise UserError(f"{network.folder / pipelines.WEIGHTS}: missing; {network.remedy}")
+            file = network.folder if is_lora(network.folder) else network.folder / pipelines.WEIGHTS
+            raise UserError(f"{file}: missing; {network.remedy}")
     return [network.folder for network in networks]
 
 

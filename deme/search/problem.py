@@ -25,6 +25,7 @@ from deme.measure.reference import load_feature_space
 from deme.measure.scores import FeatureSpace, frechet_distance, statistics
 from deme.method.sampling import NetworkAt, ensemble, scaled, try_sampler
 from deme.method.task_vectors import Candidates, pattern_of, patterns_of
+from deme.models.adapters import load_denoisers
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoders import Drawing, load_encoder, try_out
 from deme.models.merging import load_merged
@@ -47,7 +48,7 @@ class Problem:
         self, config: Config, processes: Processes, pretrained: Path, data: Source, hashes: dict[str, str], folder: Path
     ):
         self.config, self.settings, self.processes = config, config.search, processes
-        self.data, self.hashes, self.folder = data, hashes, folder
+        self.pipeline, self.data, self.hashes, self.folder = pretrained, data, hashes, folder
         # what all random draws follow from; another seed_offset is another search
         self.stream = (config.seed, PROBES, config.search.seed_offset)
         self.squares = cache(self._draw_squares)
@@ -216,9 +217,10 @@ class Problem:
         self.candidates.form(self.sampled_network, coefficients)
         return lambda _: self.sampled_network
 
-    def trained(self, folder: Path) -> NetworkAt:
+    def trained(self, path: Path) -> NetworkAt:
         """Another network that was trained, for drawing."""
-        network = freeze(load_denoiser(folder), self.processes.device, self.config.sample.mixed_precision)
+        [network] = load_denoisers(self.pipeline, [path])
+        network = freeze(network, self.processes.device, self.config.sample.mixed_precision)
         return lambda _: network
 
     def experts(self) -> NetworkAt:

@@ -251,7 +251,7 @@ def _contenders(problem: Problem, result: Result) -> dict[str, Callable[[], Netw
     config, usual = problem.config, problem.config.usual_coefficients
     trained = {name: config.paths.trained(name) for name in TRAINED}
     contenders = {"pretrained": partial(problem.merged, np.zeros(problem.shape))}
-    contenders |= {name: partial(problem.trained, folder) for name, folder in trained.items() if folder.is_dir()}
+    contenders |= {name: partial(problem.trained, path) for name, path in trained.items() if path.exists()}
     if config.searches_scales:
         pass  # nothing is merged
     elif config.merges_experts:

@@ -8,9 +8,10 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
@@ -20,46 +21,57 @@ from torch import nn
 
 from deme.config.paths import average_name
 from deme.config.trainings import Finetune, Training
+from deme.data.opening import torch_seed
 from deme.errors import RunError, UserError, naming, one_line
 from deme.job import files
 from deme.method.losses import Experts
 from deme.method.posthoc_ema import decay
-from deme.models.denoisers import load_denoiser, load_scheduler
+from deme.models.adapters import freeze_base, load_denoisers, new_lora, sharing_weights
+from deme.models.denoisers import load_scheduler
 from deme.models.encoders import Encoder, load_encoder, try_out
 from deme.models.variants import ModelFiles
+from deme.training.session import Objective
 
 STUDENT, EMA, OPTIMIZER = "student.safetensors", "ema.safetensors", "optimizer.safetensors"
 WEIGHTING = "loss_weighting.safetensors"  # only if it is learned
 STATE = "state.json"
+LORA_START = 7  # the purpose that the seed of a LoRA's first weights names
 
 
 @dataclass(frozen=True)
 class Networks:
     """The networks of a run, and what they need."""
 
-    student: nn.Module  # trained in place; float32
+    student: nn.Module  # trained in place; float32, but for the frozen base of a LoRA
     teacher: nn.Module | None  # the pretrained network, or all experts as one; the trainer freezes it
     scheduler: DDPMScheduler  # the noise schedule
     encoder: Encoder
 
 
-def load_networks(inputs: ModelFiles, key: str, source: str) -> Networks:
+def load_networks(inputs: ModelFiles, key: str, source: str, settings: Finetune | None = None) -> Networks:
     """Load and try out a pipeline, and the experts as its teacher if `inputs` has more than one denoiser.
 
-    Errors name the setting `key` and its value, which the pipeline comes from.
+    Errors name the setting `key` and its value, which the pipeline comes from. If `settings` are those of a LoRA, the
+    denoiser is frozen, in finetune.base_precision, but for a LoRA that it has.
     """
-    folder, *expert_folders = inputs.denoisers
     with naming(key, source):
-        denoiser = load_denoiser(folder)
+        denoiser, *experts = load_denoisers(inputs.pipeline, inputs.denoisers)
         scheduler = load_scheduler(inputs.pipeline)
         encoder = load_encoder(inputs.pipeline, denoiser)
         try_out(denoiser, scheduler, encoder)
-    experts = []
-    for path in expert_folders:
-        experts.append(load_denoiser(path))
+    for path, expert in zip(inputs.denoisers[1:], experts, strict=True):
         with naming(path):
-            try_out(experts[-1], scheduler, encoder)
+            try_out(expert, scheduler, encoder)
+    if settings is not None and settings.lora_rank is not None:
+        freeze_base(denoiser, settings)
     return Networks(denoiser, Experts(experts) if experts else None, scheduler, encoder)
+
+
+def with_new_lora(start: Networks, settings: Finetune, objective: Objective) -> Networks:
+    """The networks that train a new LoRA on the frozen network of `start`, whose weights student and teacher share."""
+    torch.manual_seed(torch_seed(np.random.default_rng((*objective.stream, LORA_START))))
+    teacher = sharing_weights(start.student) if objective.consistency_weight > 0 else None
+    return replace(start, student=new_lora(start.student, settings), teacher=teacher)
 
 
 @dataclass
@@ -88,8 +100,10 @@ class TrainingState(Scalars):
     ):
         super().__init__()
         self.student, self.scaler, self.weighting = student, scaler, weighting
-        self.trained = dict(student.named_parameters())  # all parameters that the optimizer trains
-        groups: list[dict] = [{"params": list(student.parameters())}]
+        # all parameters that the optimizer trains; the base of a LoRA is frozen
+        self.trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+        self.weights = list(self.trained.values())  # those of the student
+        groups: list[dict] = [{"params": list(self.weights)}]
         if weighting is not None:
             self.trained |= weighting.named_parameters(prefix="loss_weighting")
             groups.append({"params": list(weighting.parameters()), "lr": weighting_learning_rate, "weight_decay": 0.0})
@@ -100,9 +114,9 @@ class TrainingState(Scalars):
         steps = {"num_warmup_steps": settings.lr_warmup_steps, "num_training_steps": settings.max_steps}
         self.learning_rate_factor = get_scheduler(settings.lr_scheduler, self.optimizer, **steps).lr_lambdas[0]
         options = {"decay": settings.ema_decay, "inv_gamma": settings.ema_inv_gamma, "power": settings.ema_power}
-        self.ema = EMAModel(student.parameters(), use_ema_warmup=True, foreach=True, **options)
+        self.ema = EMAModel(self.weights, use_ema_warmup=True, foreach=True, **options)
         widths = settings.ema_profiles if isinstance(settings, Finetune) else []
-        self.profiles = {width: [parameter.detach().clone() for parameter in student.parameters()] for width in widths}
+        self.profiles = {width: [weight.detach().clone() for weight in self.weights] for width in widths}
 
     def finish_step(self) -> None:
         """Count an optimizer step and update the EMA: shadow ← shadow + (1 − decay)(weight − shadow).
@@ -111,7 +125,7 @@ class TrainingState(Scalars):
         """
         self.step += 1
         self.ema.cur_decay_value = self.ema.get_decay(self.step)
-        weights = [parameter.detach() for parameter in self.student.parameters()]
+        weights = [weight.detach() for weight in self.weights]
         torch._foreach_lerp_(self.ema.shadow_params, weights, 1 - self.ema.cur_decay_value)
         for width, average in self.profiles.items():
             torch._foreach_lerp_(average, weights, 1 - decay(width, self.step))
@@ -119,13 +133,13 @@ class TrainingState(Scalars):
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """The student has the EMA weights, in eval mode, inside the block."""
-        self.ema.store(self.student.parameters())
-        self.ema.copy_to(self.student.parameters())
+        self.ema.store(self.weights)
+        self.ema.copy_to(self.weights)
         try:
             self.student.eval()
             yield
         finally:
-            self.ema.restore(self.student.parameters())
+            self.ema.restore(self.weights)
             self.student.train()
 
     def averaged(self, width: float | None = None) -> dict[str, torch.Tensor]:
@@ -137,7 +151,7 @@ class TrainingState(Scalars):
         """File name → tensors; AdamW has its moments only after the first step."""
         moments = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.trained.items()}
         saved = {
-            STUDENT: self.student.state_dict(),
+            STUDENT: {name: weight.detach() for name, weight in zip(self.trained, self.weights, strict=False)},
             EMA: self.averaged(),
             OPTIMIZER: {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()},
         }

@@ -19,13 +19,14 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from deme.config.networks import is_lora
 from deme.config.paths import DENOISER, SNAPSHOTS, average_name, snapshot_path
 from deme.config.trainings import Pretrain
 from deme.data.examples import MicroBatch, TrainingImages, load_examples, micro_batches
 from deme.errors import RunError, naming
 from deme.job import processes
 from deme.job.command import Interrupted, noted_signals
-from deme.job.files import Watched, atomic_folder, make_folder, remove_leftovers
+from deme.job.files import Watched, atomic_file, atomic_folder, make_folder, remove_leftovers
 from deme.job.records import SNAPSHOT, Record
 from deme.method.losses import UncertaintyWeights, choose_ranges, decoupled_loss, loss_weights, spread_timesteps
 from deme.models.denoisers import freeze, memory_format
@@ -79,7 +80,8 @@ class Trainer:
         self.student = networks.student.to(self.device, memory_format=memory_format(self.device)).train()
         if settings.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
-        self.teacher = None if teacher is None else freeze(teacher, self.device, precision)
+        shared = teacher is not None and not {*teacher.parameters()}.isdisjoint(self.student.parameters())
+        self.teacher = None if teacher is None else freeze(teacher, self.device, precision, shares_weights=shared)
         rate = objective.uncertainty_learning_rate
         learned = None if rate is None else UncertaintyWeights(objective.ranges).to(self.device)
         self.weighting = learned  # each image's squared error and timesteps → the denoising loss; None: the mean error
@@ -123,7 +125,7 @@ class Trainer:
             raise Interrupted(stop, f"checkpoint of step {self.state.step} saved, the same command resumes")
         if not self._is_over():
             return False
-        self.state.ema.copy_to(self.student.parameters())
+        self.state.ema.copy_to(self.state.weights)
         return True
 
     def _resume(self) -> None:
@@ -292,13 +294,13 @@ class Trainer:
 def train(
     session: Session, run: TrainingRun, networks: Networks, images: TrainingImages, write: Callable[[Path], None]
 ) -> Trainer | None:
-    """Train to the end and have `write` fill the output's folder; None if time was up first."""
+    """Train to the end and have `write` fill the output's folder or file; None if time was up first."""
     settings, run = session.settings, session.with_data(run)
     key = f"{settings.section}.mixed_precision"
     accelerator = processes.make_accelerator(settings.mixed_precision, key)  # anew, as each run has its own loss scale
 
     def finish() -> None:
-        with atomic_folder(run.output) as temporary:
+        with (atomic_file if is_lora(run.output) else atomic_folder)(run.output) as temporary:
             write(temporary)
         print(f"wrote {run.output}")
 

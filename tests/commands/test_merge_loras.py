@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from text_to_image import tiny_pipeline, tiny_xl_pipeline
 
+from deme.config.paths import LORA
 from deme.job.files import sha256
 from deme.method.lora import Factors
 from deme.models.lora import folded, kohya_names, layers_of, read_lora, tensor_of, weights_of, write_lora
-from deme.models.pipelines import LORA, WEIGHTS
+from deme.models.pipelines import WEIGHTS
 
 LOADED = """
 import sys, torch
@@ -210,7 +211,10 @@ def test_xl_is_not_sampled(config, xl):
         (["merge.experts=[ranges]", "merge.coefficients=null", "merge.into=model"], "merge.into=model: only for LoRAs"),
         (["merge.into=model", "merge.lora_rank=2"], "merge.lora_rank=2: only for LoRAs that are merged into one"),
         (["merge.push_to_hub=a/b"], "merge.push_to_hub=a/b: uploads pipelines, not LoRAs"),
-        (["merge.experts=[no.safetensors]", "merge.coefficients=[1]"], "no.safetensors is missing"),
+        (
+            ["merge.experts=[no.safetensors]", "merge.coefficients=[1]"],
+            "no.safetensors: missing; merge.experts must name",
+        ),
         (["merge.coefficients=[0,0]"], "leave nothing to write"),
         (["merge.coefficients=[1]"], "1 coefficients for 2 networks"),
     ],

@@ -7,10 +7,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from text_to_image import tiny_conditional_unet, tiny_pipeline
 
+from deme.config.paths import LORA
 from deme.errors import UserError
 from deme.method.lora import Factors, merge_loras, weighted_sum
 from deme.models.lora import folded, kohya_names, read_lora, write_lora
-from deme.models.pipelines import LORA
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -1,0 +1,108 @@
+"""LoRAs by every script: trained, merged, searched, distilled and drawn from."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SMALL_SEARCH, run
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_text_to_image import images, losses, text_config, text_to_image  # noqa: F401  fixtures
+
+from deme.config.paths import LORA
+from deme.job.files import sha256
+from deme.models.pipelines import WEIGHTS
+
+RANGES = ("0000-0500", "0500-1000")
+
+
+@pytest.fixture
+def lora_config(text_config) -> Path:  # noqa: F811
+    config = yaml.safe_load(text_config.read_text())
+    config["model"]["projection"] = False
+    config["finetune"] |= {"lora_rank": 2, "learning_rate": 1e-2}
+    text_config.write_text(yaml.safe_dump(config))
+    return text_config
+
+
+def header(file: Path) -> dict:
+    with safe_open(file, "pt") as opened:
+        return {key: yaml.safe_load(value) for key, value in opened.metadata().items()}
+
+
+def test_the_whole_recipe(lora_config, text_to_image, tmp_path):  # noqa: F811
+    """finetune, merge, search by match, distil, sample: the files of a run are LoRAs, and the base is whole."""
+    base, finetuned = sha256(text_to_image / "unet" / WEIGHTS), tmp_path / "tiny" / "finetuned"
+    run("finetune.py", lora_config, "finetune.preview_every=4", "finetune.preview_prompts=[a,b]")
+    assert "complete" in run("finetune.py", lora_config).stdout
+    for name, edges in zip(RANGES, ([0, 500], [500, 1000]), strict=True):
+        written = header(finetuned / name / LORA)
+        assert (written["timesteps"], written["pretrained"]["sha256"]) == ([edges], base)
+        assert all(key.startswith("unet.") for key in load_file(finetuned / name / LORA))
+        assert not (finetuned / name / "unet").exists()
+    first, second = (load_file(finetuned / name / LORA) for name in RANGES)
+    assert all((first[key] != second[key]).any() for key in first)
+    refused = run("finetune.py", lora_config, "finetune.lora_rank=3", status=2).stderr
+    assert "finetune.lora_rank=3 (was 2)" in refused
+
+    run("merge.py", lora_config)
+    merged = tmp_path / "tiny" / "merged"
+    assert {file.name for file in merged.iterdir()} == {LORA, "merge.yaml"}
+    assert {len(value) for key, value in load_file(merged / LORA).items() if "lora_A" in key} == {4}
+    for name in ("continued", "min_snr"):
+        run("finetune.py", lora_config, f"finetune.range={name}", processes=2 if name == "continued" else 1)
+        assert set(load_file(finetuned / name / LORA)) == set(first)
+    run("finetune.py", lora_config, "finetune.range=distilled", "distill.max_steps=2")
+    assert all(loss > 0 for loss in losses(tmp_path, "distilled"))
+    assert header(finetuned / "distilled" / LORA)["pretrained"]["sha256"] == base
+    for model in ("continued", "ensemble", "merged", "distilled", RANGES[0], str(finetuned / RANGES[1])):
+        output = tmp_path / "drawn" / Path(model).name
+        run("sample_ddp.py", lora_config, f"sample.model={model}", f"sample.output={output}")
+        record = yaml.safe_load((output / "samples.yaml").read_text())
+        assert record["identity"]["base of LoRAs (SHA-256)"] == base
+
+    run("merge.py", lora_config, "merge.into=model", f"merge.output={tmp_path / 'model'}")
+    run("sample_ddp.py", lora_config, f"sample.model={tmp_path / 'model'}", f"sample.output={tmp_path / 'of-model'}")
+    drawn, whole = images(tmp_path / "drawn" / "merged"), images(tmp_path / "of-model")
+    assert all(abs(drawn[name] - whole[name]).max() <= 1 for name in whole)
+
+
+def test_match_finds_the_coefficients_of_the_same_networks(lora_config, tmp_path):
+    """As those of the experts that are merged into the pipeline one by one."""
+    run("finetune.py", lora_config)
+    networks = []
+    for name, edges in zip(RANGES, ([0, 500], [500, 1000]), strict=True):
+        file, output = tmp_path / "tiny" / "finetuned" / name / LORA, tmp_path / f"whole-{name}"
+        given = [f"merge.experts=[{file}]", "merge.coefficients=[1]", "merge.into=model", f"merge.output={output}"]
+        run("merge.py", lora_config, *given)
+        networks.append(f"{{path: {output / 'unet'}, timesteps: {edges}}}")
+    search = ["search.method=closed_form", *SMALL_SEARCH, "search.report_images=0"]
+    found = []
+    for output, given in (("loras", []), ("networks", [f"merge.experts=[{','.join(networks)}]"])):
+        run("search.py", lora_config, *search, *given, f"search.output={tmp_path / output}")
+        found.append(yaml.safe_load((tmp_path / output / "best.yaml").read_text())["coefficients"]["*"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    run("merge.py", lora_config, f"merge.coefficients={tmp_path / 'loras' / 'best.yaml'}")
+
+
+@pytest.mark.parametrize(
+    ("script", "overrides", "message"),
+    [
+        ("finetune.py", ["model.projection=true"], "finetune.lora_rank=2: projections need all weights to be trained"),
+        (
+            "finetune.py",
+            ["finetune.lora_rank=17"],
+            "finetune.lora_rank=17: above 8, the smallest side of down_blocks.0",
+        ),
+        ("finetune.py", ["finetune.lora_targets=[none]"], "none fits no linear layer and no convolution"),
+        ("merge.py", [], f"finetuned/0000-0500/{LORA}: missing; train it with finetune.py finetune.range=0"),
+        ("merge.py", ["merge.experts=[ranges,random]"], "LoRAs and whole networks can't be merged together"),
+        ("merge.py", ["merge.ema_width=0.1"], "merge.ema_width=0.1: LoRAs have no snapshots"),
+        ("sample_ddp.py", ["sample.model=ensemble"], f"{LORA} is missing; finetune.py makes it"),
+    ],
+)
+def test_mistakes_are_one_line(lora_config, tmp_path, script, overrides, message):
+    error = run(script, lora_config, "merge.coefficients=null", *overrides, status=2).stderr
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "tiny" / "finetuned").exists()
