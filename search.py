@@ -21,7 +21,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from deme.config.experiment import Config
+from deme.config.trainings import EMA_WIDTH
 from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
@@ -79,7 +82,7 @@ def main(config: Config) -> None:
         _ = problem.plain_distance, problem.reported  # weights, labels or samplers that can't be had are told now
     with timed(output) if accelerator.is_main_process else nullcontext():
         result = find(problem, output, digest_of(wanted.made_from))
-    answer = answer_of(problem, result) | weights
+    answer = answer_of(problem, result, finetuned) | {"pretrained": pretrained}
     with locked_by_all(accelerator, output / "best", "search.output", wait=True):
         in_main_process(accelerator, lambda: write_yaml(config.paths.best_coefficients, answer))
         accelerator.print(f"wrote {config.paths.best_coefficients}")
@@ -98,11 +101,13 @@ def main(config: Config) -> None:
             print("pictures:", *save_search_plots(config, answer["coefficients"], result, scores), sep="\n")
 
 
-def answer_of(problem: "Problem", result: "Result") -> dict[str, Any]:
-    """What best.yaml holds, beside the hashes of the networks."""
+def answer_of(problem: "Problem", result: "Result", finetuned: list[str]) -> dict[str, Any]:
+    """What best.yaml holds, beside the hash of the pretrained network; `finetuned` has those of the others."""
     config = problem.config
+    coefficients, width = problem.by_width(result.coefficients)
     answer = {
-        "coefficients": dict(zip(problem.patterns, result.coefficients.tolist(), strict=True)),
+        "coefficients": dict(zip(problem.patterns, coefficients.tolist(), strict=True)),
+        "finetuned": np.array_split(finetuned, 1 + len(config.search.ema_widths))[width].tolist(),
         "objective": result.objective,
         "value": result.value,
         OF_PRETRAINED: result.pretrained,
@@ -112,6 +117,8 @@ def answer_of(problem: "Problem", result: "Result") -> dict[str, Any]:
         answer |= {"over": config.search.over, "timesteps": list(map(list, config.timesteps.ranges))}
     if config.search.schedules:
         answer["schedules"] = [one.schedule for one in config.schedules_of(config.search)]
+    if width > 0:
+        answer[EMA_WIDTH] = config.search.ema_widths[width - 1]
     if config.search.grow_bounds:
         answer["bounds"] = {name: list(pair) for name, pair in result.bounds.items()}
     return answer
@@ -124,7 +131,8 @@ def check_inputs(config: Config) -> ModelFiles:
         with naming("search.start", file):
             read_searched(Path(file))
     pretrained = find_pretrained(config.paths)
-    merged = [] if config.searches_scales else merged_folders(config)
+    widths = [] if config.searches_scales else [config.merge.ema_width, *config.search.ema_widths]
+    merged = [folder for width in widths for folder in merged_folders(config, width)]
     model = ModelFiles(pretrained, [denoiser_folder(pretrained), *merged])
     model.check_fits(config)
     if config.searches_scales:
@@ -141,7 +149,7 @@ def check_inputs(config: Config) -> ModelFiles:
 
 def draws_images(config: Config) -> bool:
     """True if images are drawn, to tell candidates apart or for the report."""
-    return config.searches_by_images or config.search.report_images > 0
+    return config.search.by_images or config.search.report_images > 0
 
 
 def reported(config: Config) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def searched(config: Config) -> dict[str, Any]:
 
     parts = {part.section: part.tagged("search") for part in (config.search, config.sample, config.evaluate)}
     parts |= {part.section: part.tagged("examples") for part in (config.data, config.finetune)}
-    if config.searches_by_images:
+    if config.search.by_images:
         parts["search"]["num_inference_steps"] = config.search_steps
     else:
         del parts["search"]["num_inference_steps"]

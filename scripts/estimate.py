@@ -108,6 +108,7 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
     images = len(size.models) * config.sample.num_images * len(config.schedule_names)
     images += (own_networks(config, size) > 0) * config.self_training.num_images
     network = FLOAT * size.parameters
+    widths = len(config.search.ema_widths) + (config.merge.ema_width is not None)
     averages = len(config.finetune.ema_profiles) * network
     drawn = size.channels * (config.sample.size_on_disk or data.resolution) ** 2
     return {
@@ -118,7 +119,7 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
         "their snapshots": sum(len(config.snapshots(name)) for name in trained) * (network // 2 + averages),
         # student, EMA, two moments
         "their checkpoints": (len(trained) * config.finetune.checkpoints_kept + 1) * (4 * network + averages),
-        "networks of an EMA width": network * len(config.merged_names) * (config.merge.ema_width is not None),
+        "networks of an EMA width": network * len(config.merged_names) * widths,
         "merged networks": network * (1 + (NEON in size.models)),
         "samples": images * max(DISK_BLOCK, drawn * PNG_SHARE),
     }

@@ -138,14 +138,20 @@ def _compared_runs(comparison: Comparison, overrides: list[str]) -> Iterator[Com
 
 
 def trains_alike(earlier: Config, config: Config, models: Sequence[str]) -> bool:
-    """True if finetune.py would train the networks of these models, but for `distilled`, as in an earlier run."""
+    """True if finetune.py would train the networks of these models, but for `distilled`, as in an earlier run.
+
+    The earlier run may keep more snapshots.
+    """
 
     def read(one: Config) -> dict[str, Any]:
         settings = one.read_by("finetune.py") | {"name": "", "distill": None}
+        settings["finetune"] = settings["finetune"] | {"snapshot_every": None}
         return settings | {"model": settings["model"] | {"pretrained": one.paths.pretrained}}  # null in the base
 
+    every, kept = config.finetune.snapshot_every, earlier.finetune.snapshot_every
+    has_snapshots = every is None or (kept is not None and every % kept == 0)
     draws = NEON in models or SELF in config.merge.experts  # own samples
-    alike = read(config) == read(earlier)
+    alike = has_snapshots and read(config) == read(earlier)
     return alike and (not draws or config.sample.tagged("samples") == earlier.sample.tagged("samples"))
 
 

@@ -30,6 +30,7 @@ class Row:
     to_continued: list[list[float]] | None  # to the control of the same seed, if there is one
     passes: int | None  # UNet passes to make the model, mean over the trainings; None: unknown, of folders as given
     hours: float | None  # None: unknown, as its search took no notes
+    widths: list[float | None]  # of the EMA of the merged networks, per training; None: the training's own
     schedule: str = ""  # of the images, if there are several
 
 
@@ -88,6 +89,7 @@ def _rows_of(runs: Sequence[ComparedRun], features: str, schedule: str) -> list[
                 to_continued=np.subtract(blocks, others).tolist() if has_control else None,
                 passes=None if None in passes else round(np.mean(passes)),
                 hours=None if None in seconds else float(np.mean(seconds)) / 3600,
+                widths=[ema_width(run, model) for run, _ in pairs],
                 schedule=schedule,
             )
         )
@@ -102,6 +104,14 @@ def points_of_rows(rows: Sequence[Row], features: str) -> list[Point]:
         Point(distance, *sampler_and_steps(row.schedule), row.name, row.pooled, error)
         for row, error in zip(rows, errors, strict=True)
     ]
+
+
+def ema_width(run: ComparedRun, model: str) -> float | None:
+    """The EMA width of the networks that were merged to a model, as it was set or searched."""
+    config = run.config
+    if model == "merged" and config.needs_search and config.search.ema_widths:
+        return read_searched(config.paths.best_coefficients).ema_width
+    return config.merge.ema_width if model == "merged" else None
 
 
 def cost(run: ComparedRun, model: str) -> tuple[int | None, float | None]:
@@ -147,6 +157,8 @@ def comparison_table(rows: Sequence[Row], features: str) -> str:
         spread = "s.d. between trainings"
         columns[spread] = lambda row: number(mean_and_deviation(np.mean(row.to_pretrained, axis=1))[1])
     columns |= {"to continued ± s.e.": lambda row: change(row.to_continued)} if has_control else {}
+    if any(width for row in rows for width in row.widths):
+        columns["EMA width"] = lambda row: ", ".join("own" if width is None else f"{width:g}" for width in row.widths)
     columns["UNet passes to make it"] = lambda row: "-" if row.passes is None else f"{row.passes:,}"
     columns["hours"] = lambda row: number(row.hours, form=".2f")
 

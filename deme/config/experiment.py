@@ -10,7 +10,7 @@ from deme.config.judges import Judge
 from deme.config.networks import RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Merge, Network, networks_of, of_word
 from deme.config.paths import DENOISER, Paths, snapshot_path, with_schedule
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
-from deme.config.trainings import ANT_UW, CONTINUED, DISTILLED, NAMED_TRAININGS, SELF, SOUP
+from deme.config.trainings import ANT_UW, CONTINUED, DISTILLED, EMA_WIDTH, NAMED_TRAININGS, SELF, SOUP
 from deme.errors import UserError, naming
 
 UNREAD_BY = {  # script → the sections that it does not read, so that they are no reason to run it again
@@ -236,8 +236,9 @@ class Config(Section):
 
     @property
     def searched_names(self) -> list[str]:
-        """What has a coefficient in a search: the networks that are merged, or the timestep ranges."""
-        return self.timesteps.names if self.searches_scales else self.merged_names
+        """What has a coefficient in a search: the networks that are merged, or the timestep ranges; then the width."""
+        names = self.timesteps.names if self.searches_scales else self.merged_names
+        return [*names, EMA_WIDTH] if self.search.ema_widths else names
 
     @property
     def intervals(self) -> list[tuple[float, float]]:
@@ -245,12 +246,8 @@ class Config(Section):
         search, networks = self.search, self.merged_networks
         if self.searches_scales:
             return [search.interval] * len(self.searched_names)
-        return [search.self_interval if network.word == SELF else search.interval for network in networks]
-
-    @property
-    def searches_by_images(self) -> bool:
-        """True if a search tells candidates apart by images that are drawn from them."""
-        return self.search.method == "multi_fidelity" or self.search.objective == "fd"
+        found = [search.self_interval if network.word == SELF else search.interval for network in networks]
+        return [*found, (0.0, 1.0 + len(search.ema_widths))] if search.ema_widths else found
 
     @property
     def search_steps(self) -> int:
@@ -278,7 +275,9 @@ class Config(Section):
         search, drawn = self.search, self.sample.seeds
         rule = "match and loss need merge.experts=[ranges], or a folder with `timesteps` for each of timesteps.ranges; "
         rule += "without them use multi_fidelity, or optuna with fd"
-        search.check("method", self.searches_by_images or (self.merges_experts and not self.searches_scales), rule)
+        search.check("method", self.search.by_images or (self.merges_experts and not self.searches_scales), rule)
+        one = not search.ema_widths or self.merge.ema_width is None
+        self.merge.check("ema_width", one, "can't be used with search.ema_widths")
         given = self.sample.prediction_scale
         is_known = given in (None, "search") if self.searches_scales else given != "search"
         self.sample.check("prediction_scale", is_known, f"can't be used with search.over={search.over}")

@@ -163,7 +163,9 @@ def check_loras(config: Any) -> None:
         merge.check(key, into_one or getattr(merge, key) == usual, rule)
     rule = "uploads pipelines, not LoRAs: set merge.into=model"
     merge.check("push_to_hub", not into_one or merge.push_to_hub is None, rule)
-    merge.check("ema_width", not are_loras or merge.ema_width is None, "LoRAs have no snapshots")
+    rule = "LoRAs have no snapshots"
+    merge.check("ema_width", not are_loras or merge.ema_width is None, rule)
+    config.search.check("ema_widths", not are_loras or not config.search.ema_widths, rule)
 
 
 def short_names(folders: Sequence[Path], taken: set[str]) -> list[str]:

@@ -35,8 +35,8 @@ class Paths:
         self.distilled = self.trained(DISTILLED)  # of the network that is distilled from the experts
         self.finetuned = [network.folder for network in config.merged_networks]  # the UNet folders that are merged
         if config.merge.ema_width is not None:
-            average = average_name(config.merge.ema_width)
-            self.finetuned = [folder.parent / average / DENOISER for folder in self.finetuned]
+            self.finetuned = self.averaged(config.merge.ema_width)
+        self.searched = sum(map(self.averaged, config.search.ema_widths), self.finetuned)  # whose merge is searched
         self.experts = [network.folder for network in config.experts]  # of the ranges
         self.own_samples = run / "own-samples"  # of the pretrained network, for self-training
         self.search = output(config.search.output, "search")  # the output of search.py
@@ -54,6 +54,10 @@ class Paths:
         self.classifier = self.stats / "classifier.safetensors"  # the feature network of the classifier FD
         self.results = output(config.evaluate.output, "results.json")  # the scores
         self.jobs = run / "jobs"  # logs and states of the jobs of all comparisons
+
+    def averaged(self, width: float) -> list[Path]:
+        """The folders of the networks that are merged, at an EMA width."""
+        return [folder.parent / average_name(width) / DENOISER for folder in self.finetuned]
 
     @property
     def reference(self) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from deme.config.judges import FORMS, Judge, read_judge
 from deme.config.section import ANALYSES, Section, is_finite, one_of, setting
-from deme.config.trainings import PRECISIONS
+from deme.config.trainings import PRECISIONS, WIDTH_RULE, is_width
 from deme.errors import shown
 
 CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # of the paper's text-to-image scores
@@ -117,6 +117,7 @@ class Search(Section):
     num_inference_steps: int | None = setting(None, "search", above=0)  # fd; null: sample's; fewer may mislead
     # fd: items as of sample.schedules; with any, the mean of the distances relative to the pretrained network's
     schedules: list[Any] = setting([], "search omit_default")
+    ema_widths: list[float] = setting([], "search omit_default")  # fd: of the networks, beside their training's EMA
     seed_offset: int = setting(10_000_000, "search", least=0, below=2**63)  # fd: first seed; other images have others
     finalists: int = setting(4, "free", above=0)  # multi_fidelity: the best few, which are scored on finalist_images
     finalist_images: int = setting(4000, "search", above=0)
@@ -133,9 +134,9 @@ class Search(Section):
         self.check("start", self.start == [] or starts, rule)
         self.check("grow_bounds", not self.grow_bounds or starts, rule)
         self.check("spread", self.spread == 0 or starts, rule)
-        draws = self.method == "multi_fidelity" or (self.method == "optuna" and self.objective == "fd")
+        self._check_widths(starts)
         rule = "are read by search.method=multi_fidelity, or optuna with search.objective=fd, alone"
-        self.check("schedules", self.schedules == [] or draws, rule)
+        self.check("schedules", self.schedules == [] or self.by_images, rule)
         once = self.schedules == [] or self.num_inference_steps is None
         self.check("num_inference_steps", once, "must be null, as search.schedules have their own steps")
         are_patterns = isinstance(self.groups, list) and set(map(type, self.groups)) == {str}
@@ -156,6 +157,19 @@ class Search(Section):
             rule = f"must lie between search.num_images={self.num_images} and control_images={self.control_images}"
             self.check("finalist_images", ordered, rule)
             self.check("finalists", self.finalists <= self.trials, f"must be at most search.trials={self.trials}")
+
+    def _check_widths(self, is_sampled: bool) -> None:
+        widths = self.ema_widths
+        self.check("ema_widths", all(map(is_width, widths)), f"each {WIDTH_RULE}")
+        self.check("ema_widths", len(set(widths)) == len(widths), "must be different widths")
+        fits = is_sampled and self.by_images and self.groups == "range" and not self.grow_bounds
+        rule = "needs candidates by tpe or gp, scored by fd, with search.groups=range and without search.grow_bounds"
+        self.check("ema_widths", not widths or (fits and self.over == COEFFICIENTS), rule)
+
+    @property
+    def by_images(self) -> bool:
+        """True if candidates are told apart by images that are drawn from them."""
+        return self.method == "multi_fidelity" or self.objective == "fd"
 
     @property
     def interval(self) -> tuple[float, float]:

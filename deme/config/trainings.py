@@ -20,6 +20,7 @@ PREVIEW_PROMPTS = ["a photograph of an astronaut riding a horse", "a red cube on
 PREVIEW_PROMPTS += ["an oil painting of a lighthouse in a storm", "four cups of coffee on a wooden table"]
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 LEAST_WIDTH, LARGEST_WIDTH = 0.01, 0.25  # σ_rel of an average of the weights
+EMA_WIDTH = "ema_width"  # what a search calls it
 WIDTH_RULE = (
     f"must lie in [{LEAST_WIDTH}, {LARGEST_WIDTH}] and have at most three decimals"  # folders are named after it
 )

@@ -18,19 +18,20 @@ Kept = dict[tuple[int, float], Path]  # (step, width) → the network's folder o
 LARGEST_ERROR = 0.1  # of a combined power function, relative to its norm
 
 
-def merged_folders(config: Config) -> list[Path]:
+def merged_folders(config: Config, width: float | None) -> list[Path]:
     """The folders of the networks that are merged, each with its weights, or the files of LoRAs.
 
-    Networks of merge.ema_width are made first.
+    Networks of an EMA width are made first; None: their training's EMA.
     """
-    folders, width = check_trained(config.merged_networks), config.merge.ema_width
-    return folders if width is None else [write_average(folder.parent, width) for folder in folders]
+    folders = check_trained(config.merged_networks)
+    key = "merge.ema_width" if config.merge.ema_width is not None else "search.ema_widths"
+    return folders if width is None else [write_average(folder.parent, width, key) for folder in folders]
 
 
-def write_average(training: Path, width: float) -> Path:
+def write_average(training: Path, width: float, key: str) -> Path:
     """Make the network of a width at a training's last snapshot, unless it is there, and return its folder."""
     output = training / average_name(width)
-    with naming("merge.ema_width", width):
+    with naming(key, width):
         kept, made_from = find_averages(training)
         wanted = Record(AVERAGE, made_from | {"step": max(kept)[0], "ema_width": width})
         with locked(output, "output_dir", wait=True):

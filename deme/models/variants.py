@@ -238,6 +238,13 @@ class Searched:
     passes: int | None  # through the UNet
     over: str | None = None  # null: coefficients
     timesteps: list[list[int]] | None = None  # the ranges, where scales were searched
+    ema_width: float | None = None  # of the networks, where it was searched
+
+    def width(self, config: Config) -> float | None:
+        """The EMA width of the networks that are merged; None: their training's EMA."""
+        given = config.merge.ema_width
+        config.merge.check("ema_width", None in (given, self.ema_width), f"{self.file} was found with its own")
+        return given if self.ema_width is None else self.ema_width
 
     def groups(self, config: Config) -> dict[str, list[float]]:
         """Name pattern → coefficients, one per range."""

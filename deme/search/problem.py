@@ -53,7 +53,7 @@ class Problem:
         self.stream = (config.seed, PROBES, config.search.seed_offset)
         self.squares = cache(self._draw_squares)
 
-        networks = [] if config.searches_scales else config.paths.finetuned
+        networks = [] if config.searches_scales else config.paths.searched
         self.architecture, base, finetuned = load_merged(pretrained, networks)
         with naming("search.groups", config.search.groups):
             self.patterns = patterns_of(config.search.groups, list(base))
@@ -85,6 +85,22 @@ class Problem:
         except RunError:  # an image is not finite
             return math.inf, passes
         return self._mean(values), passes
+
+    def by_width(self, coefficients: np.ndarray) -> tuple[np.ndarray, int]:
+        """The coefficients of the networks, and the place of their EMA width in `search.ema_widths`, counted from 1.
+
+        0 is the training's EMA. The last coordinate of a candidate is in [place, place + 1); those without it have 0.
+        """
+        coefficients, widths = np.asarray(coefficients), len(self.settings.ema_widths)
+        if widths == 0 or coefficients.shape[-1] < self.shape[1]:
+            return coefficients, 0
+        return coefficients[..., :-1], min(int(coefficients.flat[-1]), widths)
+
+    def at_width(self, coefficients: np.ndarray, place: int) -> np.ndarray:
+        """The candidate that has these coefficients of the networks at an EMA width; the inverse of `by_width`."""
+        if not self.settings.ema_widths:
+            return coefficients
+        return np.append(coefficients, [[place % (1 + len(self.settings.ema_widths))]], axis=1)
 
     # --- match and loss
 
@@ -149,7 +165,7 @@ class Problem:
 
         Of the others by default, those count that the noise schedule allows.
         """
-        searched = [one for one in self.config.schedules_of(self.config.search) if self.config.searches_by_images]
+        searched = [one for one in self.config.schedules_of(self.config.search) if self.config.search.by_images]
         others, key = other_schedules(self.config), "search.report_schedules"
         if self.settings.report_schedules is None:
             others = [one for one in others if self._allows(one)]
@@ -214,7 +230,9 @@ class Problem:
             values = (1 + np.broadcast_to(coefficients, self.shape)[0]).tolist()
             pairs = zip(self.config.timesteps.ranges, values, strict=True)
             return scaled(lambda _: self.sampled_network, [(*edges, scale) for edges, scale in pairs])
-        self.candidates.form(self.sampled_network, coefficients)
+        coefficients, width = self.by_width(coefficients)
+        blocks = [coefficients * (place == width) for place in range(1 + len(self.settings.ema_widths))]
+        self.candidates.form(self.sampled_network, np.concatenate(blocks, axis=-1))
         return lambda _: self.sampled_network
 
     def trained(self, path: Path) -> NetworkAt:

@@ -14,7 +14,7 @@ import numpy as np
 
 from deme.config.experiment import Config
 from deme.config.paths import with_schedule, without_schedule
-from deme.config.trainings import CONTINUED, DISTILLED, SELF
+from deme.config.trainings import CONTINUED, DISTILLED, EMA_WIDTH, SELF
 from deme.errors import UserError, naming
 from deme.job.files import read_json
 from deme.job.processes import in_main_process, locked_by_all
@@ -53,7 +53,8 @@ class Result:
     def at_bounds(self) -> list[str]:
         """The best coefficients that lie at a bound, as name=value."""
         pairs = zip(self.bounds.items(), self.coefficients.ravel().tolist(), strict=True)
-        return [f"{name}={value:g}" for (name, bounds), value in pairs if is_at(value, *bounds) != (False, False)]
+        found = [f"{name}={value:g}" for (name, bounds), value in pairs if is_at(value, *bounds) != (False, False)]
+        return [text for text in found if not text.startswith(EMA_WIDTH)]
 
 
 def find(problem: Problem, folder: Path, digest: str) -> Result:
@@ -73,8 +74,9 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
     elif settings.sampler != "random" and problem.config.searches_scales:
         values = np.round(np.linspace(*settings.interval, LINE), 9)  # 0 among them is the pretrained network
         first = distinct(np.full(shape, value) for value in (0.0, *values))
-    elif settings.sampler != "random" and not problem.config.merges_experts:
-        first = [*starts(problem), *line(problem.config, shape)]
+    elif settings.sampler != "random" and not (problem.config.merges_experts and not settings.ema_widths):
+        rows = line(problem.config, (shape[0], len(problem.config.merged_names)))
+        first = [*starts(problem), *(problem.at_width(row, place) for place, row in enumerate(rows))]
     elif settings.sampler != "random":
         evaluated = _cheap_answer(problem, folder, np.prod(shape) > MOST_COLUMNS)
         cheap = min(evaluated, key=VALUE).coefficients
@@ -307,7 +309,7 @@ def _carried_over(config: Config, result: Result, rows: dict[str, Score]) -> lis
     suffixed = [without_schedule(name)[1] for name in rows if name.startswith("best@")]
     if not (config.search.schedules or suffixed):
         return []
-    searched = [one.schedule for one in config.schedules_of(config.search) if config.searches_by_images]
+    searched = [one.schedule for one in config.schedules_of(config.search) if config.search.by_images]
     usual, ratios, lines = config.sample.schedule, [], []
     gains: dict[bool, list[bool]] = {True: [], False: []}
     for schedule in dict.fromkeys([*searched, *suffixed, usual]):

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -26,7 +27,7 @@ from deme.job.files import sha256
 from deme.method.lora import Factors
 from deme.models.denoisers import with_projections
 from deme.models.lora import layers_of, write_lora
-from deme.models.pipelines import WEIGHTS
+from deme.models.pipelines import WEIGHTS, weights_hash
 from deme.models.variants import SECONDS, find_pretrained, seconds_of
 from deme.search.problem import Problem
 
@@ -409,3 +410,34 @@ def test_the_coefficients_of_loras_are_found(text_config, text_to_image, tmp_pat
     assert record["coefficients"] == found["coefficients"]
     refused = run("search.py", text_config, experts, "search.method=closed_form", *SMALL, status=2).stderr
     assert "search.method=closed_form" in refused
+
+
+def test_the_search_chooses_the_ema_width(config_file, monkeypatch):
+    """A candidate is, bit for bit, the merge at its width, and merge.py takes the width that was found."""
+    run("finetune.py", config_file, "finetune.snapshot_every=2", "finetune.ema_profiles=[0.05,0.1]")
+    searched = [*SMALL, "search.ema_widths=[0.05,0.1]", "search.trials=6"]
+    run("search.py", config_file, *searched)
+    folder = config_file.parent / "tiny/search"
+    first = next(rows for name, rows in trials(folder).items() if name.startswith("fd"))
+    assert {int(parameters["ema_width"]) for parameters, _ in first} >= {0, 1, 2}
+
+    monkeypatch.chdir(config_file.parent)
+    config = load_config(config_file, searched)
+    problem = Problem(
+        config, Accelerator(cpu=True), find_pretrained(config.paths), open_source(config.data), {}, folder
+    )
+    found, merging = best(folder), ["merge.coefficients=search"]
+    for place, width in enumerate([None, 0.05, 0.1]):
+        networks = config.paths.finetuned if width is None else config.paths.averaged(width)
+        answer = found | {"coefficients": {"*": [0.5, 0.25]}, "finetuned": list(map(weights_hash, networks))}
+        answer = answer | {"ema_width": width}
+        (folder / "best.yaml").write_text(yaml.safe_dump(answer))
+        merge.main(load_config(config_file, [*merging, f"merge.output=merged-{place}"]))
+        problem.merged(np.array([[0.5, 0.25, place + 0.7]]))
+        expected = load_file(f"merged-{place}/unet/{WEIGHTS}")
+        same = [torch.equal(tensor, expected[name]) for name, tensor in problem.network.state_dict().items()]
+        assert all(same), width
+        written = yaml.safe_load(Path(f"merged-{place}/merge.yaml").read_text())["finetuned"]
+        assert [entry.get("ema_width") for entry in written] == [width, width]
+    with pytest.raises(UserError, match=r"^merge\.ema_width=0\.05: .*/best\.yaml was found with its own$"):
+        merge.main(load_config(config_file, [*merging, "merge.ema_width=0.05"]))

@@ -84,7 +84,9 @@ def test_runs_with_equal_trainings_share_them(tmp_path):
     assert {job.name for job in jobs["digits-random-uniform-seed1 merge"].after} == {"digits-seed1 random"}
     assert {job.name for job in jobs["digits-seed1 random"].after} == ranges
     snapshots = [path.parent.name for path in jobs["digits train finetune.range=continued"].parts[:-1]]
-    assert snapshots == ["00001000", "00002000", "00003000", "00004000"]
+    assert snapshots == [f"{step:08d}" for step in range(50, 4001, 50)]  # of which the trajectory takes 4
+    own = {job.name for job in what_gains("finetune.max_steps=1025")}  # no multiple of 50
+    assert own - jobs.keys() == {f"digits-trajectory{seed} train finetune.range=continued" for seed in ("", "-seed1")}
     assert {job.name for job in what_gains("model.pretrained=null")} == {*jobs, "digits pretrain"}
     other = {job.name: job for job in what_gains("merge.method=ties", "search.trials=30")}
     changed = {name.split(" ")[1] for name in jobs if jobs[name].key != other[name].key}

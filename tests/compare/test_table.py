@@ -10,7 +10,7 @@ from deme.measure.scores import Difference
 
 
 def row(name, to_pretrained, to_continued=None) -> Row:
-    return Row(name, list(range(len(to_pretrained))), 1.0, to_pretrained, to_continued, 1_000, 0.5)
+    return Row(name, list(range(len(to_pretrained))), 1.0, to_pretrained, to_continued, 1_000, 0.5, [None])
 
 
 def test_one_training_has_the_error_of_its_blocks():

@@ -196,6 +196,8 @@ def test_precision_no_may_be_written_without_quotes(tmp_path):
         ("finetune.ema_profiles=[0.05,0.1]", "finetune.ema_profiles=[0.05, 0.1]: needs finetune.snapshot_every"),
         ("merge.ema_width=0.3", "merge.ema_width=0.3: must lie in [0.01, 0.25] and have at most three decimals"),
         ("merge.ema_width=0.0505", "merge.ema_width=0.0505: must lie in [0.01, 0.25] and have at most three decimals"),
+        ("search.ema_widths=[0.3]", "search.ema_widths=[0.3]: each must lie in [0.01, 0.25] and have"),
+        ("search.ema_widths=[0.1,0.1]", "search.ema_widths=[0.1, 0.1]: must be different widths"),
         ("finetune.max_grad_norm=.inf", "finetune.max_grad_norm=inf: must be above 0 and finite"),
         ("finetune.lr_warmup_steps=-1", "finetune.lr_warmup_steps=-1: must be at least 0 and at most"),
         ("timesteps.edges={a: 1}", "timesteps.edges={'a': 1}: Cannot merge incompatible container types"),

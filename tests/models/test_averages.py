@@ -15,6 +15,7 @@ from deme.models.averages import recorded_average, write_average
 from deme.models.denoisers import load_denoiser
 from deme.models.pipelines import WEIGHTS
 
+KEY = "merge.ema_width"
 MADE_FROM = {"seed": 0, "finetune.range": "continued", "finetune.max_steps": 16, "finetune.ema_profiles": [0.05, 0.1]}
 
 
@@ -43,7 +44,7 @@ def snapshot(training, step, width="ema-0.100"):
 
 def test_a_tracked_width_is_the_last_snapshot(training):
     """Bit for bit, with its architecture; made once, and the record names the one snapshot that was read."""
-    network = write_average(training, 0.1)
+    network = write_average(training, 0.1, KEY)
     found, expected = load_file(network / WEIGHTS), load_file(snapshot(training, 16) / WEIGHTS)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
@@ -55,14 +56,14 @@ def test_a_tracked_width_is_the_last_snapshot(training):
         ["snapshots/00000016/ema-0.100/unet"],
     )
     before = (network / WEIGHTS).stat()
-    assert write_average(training, 0.1) == network == training / "ema-0.100" / "unet"
+    assert write_average(training, 0.1, KEY) == network == training / "ema-0.100" / "unet"
     assert (network / WEIGHTS).stat() == before
     assert recorded_average(snapshot(training, 16)) == {}
 
 
 def test_a_width_between_them_lies_between_them_and_near(training):
     """Its distance from either is less than theirs."""
-    found = load_file(write_average(training, 0.07) / WEIGHTS)
+    found = load_file(write_average(training, 0.07, KEY) / WEIGHTS)
     wide, narrow = (load_file(snapshot(training, 16, name) / WEIGHTS) for name in ("ema-0.100", "ema-0.050"))
 
     def distance(first, second):
@@ -75,11 +76,11 @@ def test_a_width_between_them_lies_between_them_and_near(training):
 
 def test_what_another_run_left_is_replaced(training, capsys):
     """A training that was deleted in part, and begun anew with other settings."""
-    network = write_average(training, 0.1)
+    network = write_average(training, 0.1, KEY)
     record = read_record(AVERAGE, network.parent)
     Record(AVERAGE, record.made_from | {"seed": 1}, record.beside).write(network.parent)
     (network / WEIGHTS).write_bytes(b"other weights")
-    write_average(training, 0.1)
+    write_average(training, 0.1, KEY)
     assert "ema-0.100 was made from something else: replacing it" in capsys.readouterr().out
     assert load_file(network / WEIGHTS).keys() == load_file(snapshot(training, 16) / WEIGHTS).keys()
 
@@ -143,5 +144,5 @@ REFUSED = {
 def test_what_can_not_be_had_is_refused(training, width, damage, message):
     damage(training)
     with pytest.raises(UserError, match=rf"^merge\.ema_width=.*{message}"):
-        write_average(training, width)
+        write_average(training, width, KEY)
     assert not (training / f"ema-{width:.3f}").exists()
