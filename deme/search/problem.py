@@ -3,26 +3,23 @@
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from deme.config.experiment import Config
 from deme.config.schedules import other_schedules
-from deme.config.sections import LEAST_CLASSIFIED, Sample
+from deme.config.sections import Sample
 from deme.data.decoding import Source
 from deme.data.examples import load_examples
-from deme.data.samples import as_read, load_prompts
+from deme.data.samples import load_prompts
 from deme.errors import RunError, UserError, naming
 from deme.job.processes import Processes, kept, locked_by_all
-from deme.measure.features import extract
 from deme.measure.noisy import Noiser, draw_probes
 from deme.measure.reference import load_feature_space
-from deme.measure.scores import FeatureSpace, frechet_distance, statistics
 from deme.method.sampling import NetworkAt, ensemble, scaled, try_sampler
 from deme.method.task_vectors import Candidates, pattern_of, patterns_of
 from deme.models.adapters import load_denoisers
@@ -30,11 +27,11 @@ from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoders import Drawing, load_encoder, try_out
 from deme.models.merging import load_merged
 from deme.models.variants import prediction_scales
+from deme.search.distance import FrechetDistance
 from deme.search.least_squares import Squares
 
 HELD_OUT_SHARE = 0.25  # of search.images: as many more, on which the gradient descent is measured
 PROBES = 3  # what the stream is for, beside those of pretraining and finetuning
-JACKKNIFE = 8  # parts of the images (Quenouille 1956)
 
 
 class Problem:
@@ -143,7 +140,7 @@ class Problem:
         return sum(distance.drawing.passes for distance in self.distances)
 
     @cached_property
-    def distances(self) -> list["FrechetDistance"]:
+    def distances(self) -> list[FrechetDistance]:
         """The objective fd, with each of the candidates' schedules; a control is drawn once and kept in a file."""
         found, seeds = [], self.seeds(self.settings.control_images)
         for sample in self.config.schedules_of(self.config.search):
@@ -156,7 +153,7 @@ class Problem:
                 raise UserError(f"search.schedules: by {sample.schedule} the pretrained network's distance is 0")
         return found
 
-    def _of_pretrained(self, plain: "FrechetDistance", seeds: range) -> dict[str, np.ndarray]:
+    def _of_pretrained(self, plain: FrechetDistance, seeds: range) -> dict[str, np.ndarray]:
         return {"features": plain.features(self.merged(np.zeros(self.shape)), seeds)}
 
     @cached_property
@@ -196,7 +193,7 @@ class Problem:
         return self.network.config.in_channels, size, size
 
     @cached_property
-    def plain_distance(self) -> "FrechetDistance":
+    def plain_distance(self) -> FrechetDistance:
         """The distance without a control, with the first of the schedules; all are tried."""
         config, drawn = self.config, self.config.schedules_of(self.config.search)
         sample = drawn[0]
@@ -253,82 +250,3 @@ class Problem:
             return network
 
         return lambda timestep: expert(number_at(timestep))
-
-
-@dataclass(frozen=True, eq=False)
-class FrechetDistance:
-    """The Fréchet distance of images drawn from given seeds, the same for every candidate; nothing is written.
-
-    With a control it estimates the distance of as many images as the control has from fewer, whose luck does not cancel
-    between candidates. So mean and covariance of a candidate's features are corrected by how those of the pretrained
-    network differ between the same seeds and all seeds (control variates). The jackknife removes the bias of what
-    candidate and control do not share, which is proportional to 1 / images.
-    """
-
-    processes: Processes
-    drawing: Drawing
-    space: FeatureSpace
-    prompts: Sequence[str]  # seed i takes the i-th, in turn; empty if the model takes none
-    control: np.ndarray | None = None  # features of the pretrained network's images of the first seeds, shape (M, D)
-    lucks: dict[int, float] = field(default_factory=dict)  # by number of images, as it takes long to compute
-
-    def by(self, sample: Sample) -> "FrechetDistance":
-        """The same of images that are drawn as `sample` says, without a control."""
-        return replace(self, drawing=replace(self.drawing, settings=sample), control=None, lucks={})
-
-    def features(self, network_at: NetworkAt, seeds: range) -> np.ndarray:
-        """The features of the images of these seeds: float32, shape (N, D), the same in every process.
-
-        An image that is not finite raises RunError in every process.
-        """
-        settings, faults = self.drawing.settings, []
-
-        def draw(part: slice) -> torch.Tensor:
-            chosen = list(seeds[part])
-            prompts = [self.prompts[seed % len(self.prompts)] for seed in chosen if self.prompts]
-            try:
-                return as_read(self.drawing.images(network_at, chosen, prompts), settings.size_on_disk)
-            except RunError as error:  # the other processes don't know yet
-                faults.append(error)
-                return torch.zeros(len(chosen), 3, LEAST_CLASSIFIED, LEAST_CLASSIFIED, dtype=torch.uint8)
-
-        features = extract(self.processes, self.space.network, draw, range(len(seeds)), settings.batch_size)
-        if self.processes.reduce(torch.tensor(len(faults), device=self.processes.device), "sum") > 0:
-            raise faults[0] if faults else RunError("NaN or infinite images in another process")
-        return features
-
-    def of_features(self, features: np.ndarray) -> float:
-        """The distance of images with these features, shape (N, D); with a control, of the first N of its seeds.
-
-        A covariance of few images can't be corrected. N ≤ 2 D give the control's distance plus the plain difference to
-        the pretrained network on the same seeds.
-        """
-        count, size = features.shape
-        if self.control is None or count == len(self.control):
-            return self._at(*statistics(features))
-        few = self.control[:count]
-        if count <= 2 * size:
-            if count not in self.lucks:
-                self.lucks[count] = self._at(*statistics(few)) - self.of_control
-            return self._at(*statistics(features)) - self.lucks[count]
-
-        def corrected(chosen: slice | np.ndarray) -> float:
-            parts = zip(statistics(features[chosen]), statistics(few[chosen]), self._of_control, strict=True)
-            return self._at(*(own - luck + whole for own, luck, whole in parts))
-
-        part = np.arange(count) % JACKKNIFE
-        left_out = [corrected(part != i) for i in range(JACKKNIFE)]
-        return JACKKNIFE * corrected(np.s_[:]) - (JACKKNIFE - 1) * float(np.mean(left_out))
-
-    @cached_property
-    def of_control(self) -> float:
-        """The distance of all images of the control."""
-        return self._at(*self._of_control)
-
-    @cached_property
-    def _of_control(self) -> tuple[np.ndarray, np.ndarray]:
-        return statistics(self.control)
-
-    def _at(self, mu: np.ndarray, sigma: np.ndarray) -> float:
-        """The distance of features of this mean and covariance, which may have negative eigenvalues."""
-        return frechet_distance(mu, sigma, self.space.reference.mu, self.space.reference.sigma)

@@ -10,8 +10,8 @@ from noisy_images import RANGES, probes, squares
 from deme.errors import UserError
 from deme.measure.scores import FeatureSpace, Reference, frechet_distance, statistics
 from deme.method.task_vectors import Candidates
+from deme.search.distance import FrechetDistance
 from deme.search.least_squares import LOSS_BINS, Squares
-from deme.search.problem import FrechetDistance
 
 BASE = tiny_unet().state_dict()
 ZEROS = np.zeros((1, 2))
