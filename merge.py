@@ -6,6 +6,7 @@
     python merge.py merge.coefficients=search           # what search.py found
     python merge.py "merge.coefficients={up_blocks.*: [0.5,0.5,0.5,0.5], '*': [0.1,0.1,0.1,0.1]}"
     python merge.py merge.push_to_hub=owner/name        # upload it
+    python merge.py merge.single_file=true              # also write one file with the pipeline, for ComfyUI and A1111
     python merge.py "merge.experts=[a.safetensors,b.safetensors]" "merge.coefficients=[0.7,0.5]"    # LoRAs
 
 Writes a diffusers pipeline folder, runs/<name>/merged/, with the pretrained scheduler's configuration, merge.yaml (the
@@ -33,6 +34,7 @@ from deme.models.pipelines import WEIGHTS, denoiser_folder, weights_hash
 from deme.models.variants import ModelFiles, Searched
 
 NAMED_BY = dict.fromkeys((RANGES, SELF), "timesteps")  # keys of merge.yaml that are older than other networks
+IN_HEADER = ("pretrained", "finetuned", "coefficients")  # of a file: keys of merge.yaml
 Groups = dict[str, list[float]]  # name pattern → coefficients, one per range
 
 
@@ -62,7 +64,7 @@ def main(config: Config) -> None:
     groups = config.coefficient_groups if searched is None else searched.groups(config)
     check_apart("merge.output", output, inputs.denoisers)
     # also where the output is complete: another version may have merged it
-    variants.common_architecture(inputs.folders)
+    architecture = variants.common_architecture(inputs.folders)
     watched = inputs.watched(*(folder / "config.json" for folder in inputs.folders))
     with ThreadPoolExecutor() as pool:
         hashing = pool.map(weights_hash, inputs.denoisers)
@@ -70,6 +72,11 @@ def main(config: Config) -> None:
 
         method = merge_method(config.merge.method, config.merge.settings)
         hashes = list(hashing)
+    if config.merge.single_file:
+        from deme.models.single_file import check_original
+
+        with naming("merge.single_file", True):
+            check_original(pretrained, architecture)
 
     # --- the record: what the result is made from
     if searched is not None and (searched.pretrained, searched.finetuned) != (hashes[0], hashes[1:]):
@@ -99,6 +106,8 @@ def main(config: Config) -> None:
             print(f"wrote {output}")
         if not is_lora:
             write_card(config, wanted)
+        if config.merge.single_file and not config.paths.merged_file.exists():
+            write_single_file(config, wanted)
 
     # --- share
     if config.merge.push_to_hub is not None:
@@ -193,7 +202,7 @@ def write_lora(config: Config, inputs: ModelFiles, groups: Groups, record: Recor
         rank = "the sum of the ranks" if settings.lora_rank is None else f"merge.lora_rank={settings.lora_rank}"
         print(f"{settings.method} is truncated to {rank}: relative error {errors[ALL]:.3g} of the merged LoRA")
     with atomic_folder(config.paths.merged) as temporary:
-        made_from = {key: record.made_from[key] for key in ("pretrained", "finetuned", "coefficients")}
+        made_from = {key: record.made_from[key] for key in IN_HEADER}
         names = lora.kohya_names(lora.layers_of(inputs.pipeline)) if settings.lora_format == "kohya" else None
         lora.write_lora(temporary / LORA, merged, made_from, names)
         watched.check()
@@ -207,6 +216,15 @@ def write_card(config: Config, record: Record) -> None:
 
     with atomic_file(config.paths.merged / "README.md") as temporary:
         temporary.write_text(model_card(config, record.made_from), encoding="utf-8")
+
+
+def write_single_file(config: Config, record: Record) -> None:
+    """Write the whole merged pipeline in one file, into its folder."""
+    from deme.models import single_file
+
+    made_from = {key: record.made_from[key] for key in IN_HEADER}
+    single_file.write_single_file(config.paths.merged_file, config.paths.merged, made_from)
+    print(f"wrote {config.paths.merged_file}")
 
 
 def push_to_hub(folder: Path, name: str, private: bool) -> None:

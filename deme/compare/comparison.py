@@ -315,9 +315,10 @@ def outside(config: Config, script: str) -> list[str]:
     given: list[Any] = [] if script in ("merge.py", "sample_ddp.py", RANDOM_DIRECTIONS) else [config.data.name]
     if script in ("merge.py", "search.py"):
         given += [network.folder for network in config.merged_networks if network.word is None]
-    pipelines = [config.model.pretrained, config.pretrain.encoders if script == "pretrain.py" else None]
+    pipelines = [config.model.pretrained, config.model.config]
+    pipelines += [config.pretrain.encoders] * (script == "pretrain.py")
     for source in filter(None, pipelines):  # as find_pipeline looks for them
-        given += [folder for folder in (source, REPOSITORY / source) if os.path.isdir(folder)][:1]
+        given += [path for path in (source, REPOSITORY / source) if os.path.exists(path)][:1]
     given += [config.merge.coefficients] * (script in ("merge.py", "search.py") and not config.needs_search)
     if config.sample.prediction_scale != "search":
         given += [config.sample.prediction_scale] * (script in ("sample_ddp.py", "search.py"))

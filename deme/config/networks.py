@@ -39,6 +39,7 @@ class Merge(Section):
     lora_rank: int | None = setting(None, "merged", above=0)  # of the merged LoRA; null: the sum of all ranks
     lora_format: str = setting("diffusers", "merged omit_default", choices=("diffusers", "kohya"))  # kohya: ComfyUI, …
     ema_width: float | None = setting(None, "merged")  # of the networks that are merged; null: their training's EMA
+    single_file: bool = setting(False, "free omit_default")  # also write the whole pipeline in one, for ComfyUI, …
     output: str | None = setting(None, "place one_run path")  # null: merged/ of this run
     push_to_hub: str | None = setting(None, "free")  # also upload the merged folder to this Hub id, owner/name
     push_private: bool = setting(False, "free")  # make the Hub's repository private; a public one is refused
@@ -163,6 +164,8 @@ def check_loras(config: Any) -> None:
         merge.check(key, into_one or getattr(merge, key) == usual, rule)
     rule = "uploads pipelines, not LoRAs: set merge.into=model"
     merge.check("push_to_hub", not into_one or merge.push_to_hub is None, rule)
+    rule = "holds a pipeline, not a LoRA: set merge.into=model"
+    merge.check("single_file", not (into_one and merge.single_file), rule)
     rule = "LoRAs have no snapshots"
     merge.check("ema_width", not are_loras or merge.ema_width is None, rule)
     config.search.check("ema_widths", not are_loras or not config.search.ema_widths, rule)

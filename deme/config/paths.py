@@ -18,7 +18,7 @@ class Paths:
     """The paths of a Config; `--path` takes their `names`."""
 
     def __init__(self, config: Any):
-        self._evaluate, self._product = config.evaluate, product_of(config.finetune)
+        self._evaluate, self._model, self._product = config.evaluate, config.model, product_of(config.finetune)
         outputs, run = Path(config.output_dir), Path(config.output_dir) / config.name
 
         def output(given: str | None, name: str) -> Path:
@@ -27,6 +27,7 @@ class Paths:
         self.run_folder = run  # everything that belongs to this experiment alone
         self.image_cache = outputs / "image-cache"  # decoded images that do not fit into memory, for all runs
         self.latent_cache = outputs / "latent-cache"  # encoded images and captions, for all runs
+        self.single_files = outputs / "single-files"  # folders of pipelines that were given as one file, for all runs
         self.pretraining = run / "pretraining"  # checkpoints, logs and previews of pretrain.py
         self.pretrained_here = run / "pretrained"  # the pipeline folder that pretrain.py makes
         # the pipeline that finetuning starts from: a folder or a Hub id
@@ -45,6 +46,7 @@ class Paths:
         self.plots = run / "plots"  # pictures
         self.report = run / "report.html"  # the page that report.py writes, beside the same as Markdown
         self.merged = output(config.merge.output, "merged")  # the pipeline folder that merge.py makes
+        self.merged_file = self.merged / f"{config.name}.safetensors"  # of merge.single_file
         self.neon = run / "neon"  # the pipeline folder of the model neon
         self.all_samples = run / "samples"  # the folder of the sample folders
         model = "-".join(part for part in Path(config.sample.model).parts if part not in ("/", ".", ".."))
@@ -58,6 +60,11 @@ class Paths:
     def averaged(self, width: float) -> list[Path]:
         """The folders of the networks that are merged, at an EMA width."""
         return [folder.parent / average_name(width) / DENOISER for folder in self.finetuned]
+
+    @property
+    def pretrained_config(self) -> Path | None:
+        """The folder that the settings of `pretrained` come from, if that is a single file."""
+        return None if self._model.config is None else Path(self._model.config)
 
     @property
     def reference(self) -> Path:

@@ -21,13 +21,23 @@ SPACINGS = ("leading", "trailing", "linspace")
 GRADIENT_PASSES = 3  # forward passes that an image's gradient costs: one forward, and backward twice as much
 
 
+SINGLE_FILE = ".safetensors"  # how the name of a whole pipeline in one file ends
+
+
 @dataclass(frozen=True)
 class Model(Section):
     """What is finetuned."""
 
-    pretrained: str | None = setting(None, "weights all_runs path")  # pipeline folder or Hub id; null: this run's
+    # a pipeline's folder, its Hub id, or a single file in .safetensors; null: this run's
+    pretrained: str | None = setting(None, "weights all_runs path")
+    # the pipeline's folder from which a single file has its settings and tokenizer; null: the Hub's, by its tensors
+    config: str | None = setting(None, "weights all_runs omit_default path")
     license: str | None = setting(None, "free")  # of the pretrained weights, for the model card; null: not stated
     projection: bool = setting(True, "weights")  # finetune with channel-wise projections
+
+    def check_together(self) -> None:
+        rule = "only for model.pretrained=FILE.safetensors"
+        self.check("config", self.config is None or str(self.pretrained).endswith(SINGLE_FILE), rule)
 
 
 @dataclass(frozen=True)

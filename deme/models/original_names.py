@@ -1,4 +1,4 @@
-"""The names that Stability AI's own code gives to the layers of a UNet, which files of Stable Diffusion XL use."""
+"""The names of the original code of Stable Diffusion, in kohya's LoRAs for XL and in single files."""
 
 import re
 from collections.abc import Iterable
@@ -20,6 +20,37 @@ RESNET = {
     "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
+}
+# of the autoencoder, a part of a name each; its levels on the way up are counted from the last one
+VAE = {
+    "mid_block.attentions.0.": "mid.attn_1.",
+    "mid_block.resnets.0.": "mid.block_1.",
+    "mid_block.resnets.1.": "mid.block_2.",
+    "downsamplers.0.": "downsample.",
+    "upsamplers.0.": "upsample.",
+    "down_blocks.": "down.",
+    "up_blocks.": "up.",
+    ".resnets.": ".block.",
+    ".conv_shortcut.": ".nin_shortcut.",
+    "conv_norm_out.": "norm_out.",
+    ".group_norm.": ".norm.",
+    ".to_q.": ".q.",
+    ".to_k.": ".k.",
+    ".to_v.": ".v.",
+    ".to_out.0.": ".proj_out.",
+}
+# of OpenCLIP, likewise
+OPEN_CLIP = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding.": "token_embedding.",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_model.final_layer_norm.": "ln_final.",
+    "text_projection.weight": "text_projection",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".self_attn.": ".attn.",
+    ".fc1.": ".c_fc.",
+    ".fc2.": ".c_proj.",
 }
 BLOCK = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
@@ -63,3 +94,26 @@ def _inside(match: re.Match, per_block: int, has_attention: bool) -> str:
         if direction == "down"
         else (f"output_blocks.{first + place}.{number}.{rest}")
     )
+
+
+def vae_names(names: Iterable[str]) -> dict[str, str]:
+    """The original names of all tensors of an autoencoder, by those of diffusers."""
+    names = list(names)
+    levels = [int(match[1]) for match in (re.match(r"decoder\.up_blocks\.(\d+)", name) for name in names) if match]
+    last, found = max(levels, default=0), {}
+    for name in names:
+        counted = re.sub(r"(?<=up_blocks\.)\d+", lambda match: str(last - int(match[0])), name)
+        found[name] = replaced(counted, VAE)
+    return found
+
+
+def open_clip_name(name: str) -> str:
+    """The original name of a tensor or layer of XL's second text encoder, whose queries, keys and values are apart."""
+    return replaced(name, OPEN_CLIP)
+
+
+def replaced(name: str, parts: dict[str, str]) -> str:
+    """A name with these parts of it replaced."""
+    for ours, original in parts.items():
+        name = name.replace(ours, original)
+    return name

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from deme.config.networks import HUB_ID
 from deme.config.paths import DENOISER
+from deme.config.sections import SINGLE_FILE
 from deme.errors import UserError, one_line
 from deme.job.files import REPOSITORY
 from deme.models.pipelines import FORMS, SETTINGS_FILES, STEM, STEMS, check_pipeline, has_weights, weights_files
@@ -16,9 +17,10 @@ def find_folder(source: str) -> Path | None:
 
 
 def hub_name(source: str) -> str | None:
-    """owner/name of a pipeline, model or data set on the Hub, without its @revision; None for a folder."""
+    """owner/name of a pipeline, model or data set on the Hub, without its @revision; None for a folder or file."""
     match = re.fullmatch(rf"({HUB_ID})(@.+)?", source)
-    return match[1] if match is not None and find_folder(source) is None else None
+    is_local = find_folder(source) is not None or source.endswith(SINGLE_FILE)
+    return match[1] if match is not None and not is_local else None
 
 
 def find_pipeline(source: str) -> Path:

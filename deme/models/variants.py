@@ -15,7 +15,7 @@ from deme.config.experiment import Config
 from deme.config.networks import Network, is_lora
 from deme.config.paths import DENOISER, LORA, Paths, sampler_and_steps, without_schedule
 from deme.config.section import Section, is_finite
-from deme.config.sections import COEFFICIENTS, DDIM, SCALES, Sample
+from deme.config.sections import COEFFICIENTS, DDIM, SCALES, SINGLE_FILE, Sample
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, checked, read_json, read_yaml, sha256
@@ -155,7 +155,11 @@ def find_pretrained(paths: Paths) -> Path:
     if paths.pretrained == str(paths.pretrained_here) and not paths.pretrained_here.is_dir():
         raise UserError(f"model.pretrained=null: {paths.pretrained} is missing; pretrain.py makes it")
     with naming("model.pretrained", paths.pretrained):
-        return find_pipeline(paths.pretrained)
+        if not paths.pretrained.endswith(SINGLE_FILE):
+            return find_pipeline(paths.pretrained)
+        from deme.models.single_file import open_single_file
+
+        return open_single_file(Path(paths.pretrained), paths.pretrained_config, paths.single_files)
 
 
 def common_architecture(folders: Sequence[Path]) -> Path:

@@ -18,6 +18,7 @@ from deme.job.files import sha256
 from deme.method.lora import Factors
 from deme.models.lora import folded, kohya_names, layers_of, read_lora, tensor_of, weights_of, write_lora
 from deme.models.pipelines import WEIGHTS
+from deme.models.single_file import write_single_file
 
 LOADED = """
 import sys, torch
@@ -195,6 +196,50 @@ def test_a_lora_is_folded_into_a_pipeline_of_xl_that_diffusers_draws_with(config
     torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
 
 
+SINGLE = """
+import sys, torch
+import diffusers
+kind, file, folder = sys.argv[1:]
+kind, images = getattr(diffusers, kind), []
+for pipeline in (kind.from_single_file(file, config=folder, local_files_only=True), kind.from_pretrained(folder)):
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    drawn = pipeline("a", latents=latents, num_inference_steps=3, height=8, width=8, output_type="np").images
+    images.append((255 * torch.from_numpy(drawn)).round())
+assert images[0].std() > 5 and (images[0] - images[1]).abs().max() <= 1, images
+assert not any(name.partition(".")[0] == "deme" for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_a_whole_pipeline_is_written_in_one_file_that_diffusers_draws_with(config, base, xl, tmp_path, kind):
+    """From one file to another: a LoRA is folded into the pipeline in a file."""
+    folder = base if kind == "StableDiffusionPipeline" else xl
+    write_single_file(tmp_path / "base.safetensors", folder, {})
+    layer = TO_K.replace("unet.", "")
+    name = f"lora_unet_{layer.replace('.', '_')}"
+    lora = {f"{name}.lora_down.weight": torch.ones(1, layers_of(folder)[TO_K][1])}
+    save_file(lora | {f"{name}.lora_up.weight": torch.ones(16, 1)}, tmp_path / "a.safetensors")
+    values = ["model.pretrained=base.safetensors", f"model.config={folder}", "merge.experts=[a.safetensors]"]
+    values += ["merge.coefficients=[0.5]", "merge.into=model", "merge.single_file=true"]
+    printed = run("merge.py", config, *values).stdout
+    merged = tmp_path / "runs" / "tiny" / "merged"
+    file = merged / "tiny.safetensors"
+    assert "base.safetensors: its pipeline is in runs/single-files/base-" in printed
+    assert "wrote runs/tiny/merged/tiny.safetensors" in printed
+    before, after = load_file(tmp_path / "base.safetensors"), load_file(file)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"]
+    torch.testing.assert_close(after[changed[0]], before[changed[0]] + 0.5)
+    with safe_open(file, "pt") as opened:
+        assert yaml.safe_load(opened.metadata()["coefficients"]) == {"*": [0.5]}
+    command = [sys.executable, "-c", SINGLE, kind, str(file), str(merged)]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    file.unlink()
+    again = run("merge.py", config, *values).stdout
+    assert "is complete" in again
+    assert file.exists()
+
+
 def test_xl_is_not_sampled(config, xl):
     values = [f"model.pretrained={xl}", "sample.model=pretrained", "sample.prompts=[a]", "sample.num_images=1"]
     error = run("sample_ddp.py", config, *values, "data.resolution=8", status=2).stderr
@@ -205,6 +250,7 @@ def test_xl_is_not_sampled(config, xl):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["merge.single_file=true"], "merge.single_file=true: holds a pipeline, not a LoRA"),
         (["merge.method=slerp"], "merge.method=slerp: needs the coefficients 1 − t and t"),
         (["merge.lora_rank=0"], "merge.lora_rank=0: must be above 0"),
         (["merge.experts=[ranges,./a.safetensors]"], "LoRAs and whole networks can't be merged together"),

@@ -14,12 +14,13 @@ SCRIPTS += ["report.py"]
 
 
 def test_everything_of_a_run_lies_below_its_folder():
-    """The layout that README promises; nothing but the cache of images is shared between runs."""
+    """The layout that README promises; nothing but caches is shared between runs."""
     paths = Config(name="a", output_dir="out").paths
     expected = {
         "run_folder": "out/a",
         "image_cache": "out/image-cache",
         "latent_cache": "out/latent-cache",
+        "single_files": "out/single-files",
         "pretraining": "out/a/pretraining",
         "pretrained_here": "out/a/pretrained",
         "pretrained": "out/a/pretrained",
@@ -38,6 +39,7 @@ def test_everything_of_a_run_lies_below_its_folder():
         "analysis": "out/a/analysis",
         "plots": "out/a/plots",
         "merged": "out/a/merged",
+        "merged_file": "out/a/merged/a.safetensors",
         "neon": "out/a/neon",
         "all_samples": "out/a/samples",
         "samples": "out/a/samples/merged",
