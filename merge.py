@@ -28,7 +28,7 @@ from deme.config.trainings import SELF
 from deme.errors import UserError, blaming, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, locked, read_json, sha256
-from deme.job.records import LORA_ERRORS, MERGED, WEIGHTS_HASH, Record, provenance, read_record
+from deme.job.records import LORA_ERRORS, MERGED, MOVED, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models import averages, variants
 from deme.models.pipelines import WEIGHTS, denoiser_folder, weights_hash
 from deme.models.variants import ModelFiles, Searched
@@ -160,7 +160,7 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
         inputs: the pretrained denoiser, then the finetuned ones in the order of the coefficients.
         watched: the files that the record names by their hashes.
     """
-    from deme.method.task_vectors import merge_method, merge_tensors, pattern_of
+    from deme.method.task_vectors import Moved, merge_method, merge_tensors, pattern_of
     from deme.models.merging import changed_parts, load_merged
 
     architecture, pretrained, networks = load_merged(inputs.pipeline, inputs.denoisers[1:])
@@ -168,20 +168,20 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
     with naming("merge.coefficients", groups):
         coefficients = {name: groups[pattern_of(name, groups)] for name in base}
 
-    method = merge_method(config.merge.method, config.merge.settings)
+    method, moved = merge_method(config.merge.method, config.merge.settings), Moved()
     architecture_settings = read_json(architecture / "config.json")
     architecture_settings.pop("_name_or_path", None)  # a path of the machine that trained it
 
     with atomic_folder(config.paths.merged) as temporary:
         try:
-            merged = {**pretrained, **dict(merge_tensors(base, finetuned, coefficients, method))}
+            merged = {**pretrained, **dict(merge_tensors(base, finetuned, coefficients, method, moved))}
         except OverflowError as error:
             raise UserError(f"merge.coefficients={error}") from None
         variants.write_denoiser(temporary / DENOISER, merged, architecture_settings)
         variants.write_pipeline_files(temporary, inputs.pipeline)
         watched.check()
-        weights = {WEIGHTS_HASH: sha256(temporary / DENOISER / WEIGHTS)}
-        replace(record, beside=record.beside | weights).write(temporary)
+        beside = {WEIGHTS_HASH: sha256(temporary / DENOISER / WEIGHTS), MOVED: moved.by_block}
+        replace(record, beside=record.beside | beside).write(temporary)
 
 
 def write_lora(config: Config, inputs: ModelFiles, groups: Groups, record: Record, watched: Watched) -> None:
@@ -196,7 +196,8 @@ def write_lora(config: Config, inputs: ModelFiles, groups: Groups, record: Recor
 
     settings = config.merge
     method = merge_method(settings.method, settings.settings)
-    merged, errors = merge_lora_files(inputs.pipeline, inputs.denoisers[1:], groups, method, settings.lora_rank)
+    files = inputs.denoisers[1:]
+    merged, errors, moved = merge_lora_files(inputs.pipeline, files, groups, method, settings.lora_rank)
     settings.check("coefficients", len(merged) > 0, "leave nothing to write")
     if errors:
         rank = "the sum of the ranks" if settings.lora_rank is None else f"merge.lora_rank={settings.lora_rank}"
@@ -206,7 +207,7 @@ def write_lora(config: Config, inputs: ModelFiles, groups: Groups, record: Recor
         names = lora.kohya_names(lora.layers_of(inputs.pipeline)) if settings.lora_format == "kohya" else None
         lora.write_lora(temporary / LORA, merged, made_from, names)
         watched.check()
-        beside = {WEIGHTS_HASH: sha256(temporary / LORA), LORA_ERRORS: errors}
+        beside = {WEIGHTS_HASH: sha256(temporary / LORA), LORA_ERRORS: errors, MOVED: moved.by_block}
         replace(record, beside=record.beside | beside).write(temporary)
 
 

@@ -151,7 +151,7 @@ def training(run: "Run") -> "list[Part]":
 
 
 def merging(run: "Run") -> "list[Part]":
-    """The coefficients."""
+    """The coefficients, and which network moved what."""
     from deme.report.figures import MOST_GROUPS, coefficient_map
     from deme.report.tables import Table
 
@@ -161,7 +161,13 @@ def merging(run: "Run") -> "list[Part]":
     drawn = picture(run, "report-coefficients", caption, coefficient_map(run.coefficients, run.config))
     rows = [[pattern, *(f"{w:.4g}" for w in values)] for pattern, values in run.coefficients.items()]
     table = Table(["tensors", *run.config.merged_names], rows)
-    return [table, drawn] if len(rows) <= MOST_GROUPS else [drawn]
+    parts = [table, drawn] if len(rows) <= MOST_GROUPS else [drawn]
+    if run.moved:
+        label = "± norm of coefficient × task vector"
+        caption = "How far each network moves each block: the norm of its coefficient × task vector."
+        figure = coefficient_map(run.moved, run.config, label=label, form=".3g")
+        parts.append(picture(run, "report-moved", caption, figure))
+    return parts
 
 
 def search(run: "Run") -> "list[Part]":

@@ -48,6 +48,8 @@ ENCODER = "encoders (SHA-256)"  # of a text-to-image pipeline
 BASE = "base of LoRAs (SHA-256)"
 WEIGHTS_HASH = "weights (SHA-256)"  # of a merged network, beside its record
 LORA_ERRORS = "relative errors"  # of a truncated LoRA's layers, beside its record
+MOVED = "moved"  # block → norm of coefficient × task vector of each network, beside a merge's record
+OF_RESULT = (WEIGHTS_HASH, LORA_ERRORS, MOVED)  # of a merge
 PROVENANCE = ("git_commit", "versions", "processor", "config")  # beside every record, for the reader; never compared
 
 OF_DATA = (DATA, CONTENTS, IMAGE_COLUMN)
@@ -93,7 +95,7 @@ def read_record(kind: Kind, folder: Path) -> Record | None:
     content = read_yaml(file)
     with naming(f"{file}: not the record of {kind.name}"):
         if kind.key is None:
-            beside = {key: content.pop(key) for key in (*PROVENANCE, WEIGHTS_HASH, LORA_ERRORS) if key in content}
+            beside = {key: content.pop(key) for key in (*PROVENANCE, *OF_RESULT) if key in content}
             made_from = content
         else:
             made_from, beside = content.pop(kind.key, None), content

@@ -20,6 +20,8 @@ from deme.errors import UserError
 Tensors = Mapping[str, torch.Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PUBLISHED = (0.1, 0.1, 0.2, 0.5)  # the paper's coefficients for LSUN-Church, of four equal ranges, lowest first
+PART = 2**18  # elements worked on at a time, so that intermediate results stay in the processor's cache
+BLOCKS = ("down_blocks", "mid_block", "up_blocks", "rest", "text_encoder", "text_encoder_2")  # in this order
 BLOCK = re.compile(r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")  # how the names of a block's tensors begin
 
 
@@ -101,12 +103,48 @@ def check_finite(name: str, key: str, tensor: torch.Tensor) -> None:
         raise UserError(f"{name}: tensor {key} holds NaN or infinite values")
 
 
+class Moved:
+    """How far each network moves the weights of each block: the norm of its task vector times its coefficients."""
+
+    def __init__(self):
+        self.squares: dict[str, np.ndarray] = {}  # (2, N): Σ (w τ)² by block, and the same with the signs of the w
+
+    def add(self, name: str, lengths: Sequence[float], coefficients: Sequence[float]) -> None:
+        """Add a tensor's task vectors by their norms."""
+        match = BLOCK.match(name)
+        outside = name.partition(".")[0] if name.startswith("text_encoder") else BLOCKS[3]
+        moved = np.square(np.multiply(lengths, coefficients))
+        block = outside if match is None else match[0].removesuffix(".")
+        self.squares[block] = self.squares.get(block, 0) + np.stack([moved, moved * np.sign(coefficients)])
+
+    @property
+    def by_block(self) -> dict[str, list[float]]:
+        """The norms by block, to six digits: negative where more is subtracted than added."""
+        rows = {block: np.sqrt(total) * np.where(net < 0, -1, 1) for block, (total, net) in self.squares.items()}
+        by_place = sorted(rows, key=lambda block: (BLOCKS.index(block.partition(".")[0]), len(block), block))
+        return {block: [float(f"{value:.6g}") for value in rows[block]] for block in by_place}
+
+
+def lengths(pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor]) -> np.ndarray:
+    """‖finetuned_k − pretrained‖ of one tensor, float64, shape (N,), without a copy of it."""
+    squares = np.zeros(len(finetuned))
+    for base, *experts in zip(*(tensor.reshape(-1).split(PART) for tensor in (pretrained, *finetuned)), strict=True):
+        base = base.float()
+        squares += [float((expert.float() - base).square_().sum()) for expert in experts]
+    return np.sqrt(squares)
+
+
 def merge_tensors(
-    pretrained: Tensors, finetuned: Mapping[str, Tensors], coefficients: Mapping[str, list[float]], method: MergeMethod
+    pretrained: Tensors,
+    finetuned: Mapping[str, Tensors],
+    coefficients: Mapping[str, list[float]],
+    method: MergeMethod,
+    moved: Moved | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Merge whole models: yields (tensor name, merged tensor), of the pretrained tensors' types.
 
-    Each tensor's name gives one coefficient per finetuned model. Too large ones raise OverflowError.
+    Each tensor's name gives one coefficient per finetuned model. Too large ones raise OverflowError. `moved` is told
+    of each task vector while its tensors are at hand.
     """
     for name, tensors in finetuned.items():
         check_compatible(pretrained, tensors, name)
@@ -119,6 +157,8 @@ def merge_tensors(
                 check_finite(name, key, tensors[key])
             if not torch.isfinite(merged).all():
                 raise OverflowError(f"{coefficients[key]}: too large for tensor {key}, which overflows")
+        if moved is not None:
+            moved.add(key, lengths(base, experts), coefficients[key])
         yield key, merged
 
 

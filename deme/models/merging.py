@@ -7,7 +7,7 @@ from deme.errors import naming
 from deme.method.lora import Changed, Factors, merge_by, merge_loras
 from deme.method.merging.task_arithmetic import TaskArithmetic
 from deme.method.projection import with_identity_projections
-from deme.method.task_vectors import MergeMethod, Tensors, pattern_of
+from deme.method.task_vectors import MergeMethod, Moved, Tensors, pattern_of
 from deme.models.lora import by_tensor, folded, read_loras, tensor_of, weights_of
 from deme.models.pipelines import denoiser_folder, load_tensors
 from deme.models.variants import common_architecture
@@ -46,8 +46,8 @@ def changed_parts(pretrained: Tensors, networks: Mapping[str, Tensors]) -> tuple
 
 def merge_lora_files(
     pipeline: Path, files: Sequence[Path], groups: Mapping[str, list[float]], method: MergeMethod, rank: int | None
-) -> tuple[dict[str, Factors], dict[str, float]]:
-    """LoRA files merged into one LoRA, by layer, and the relative errors of its truncation, by weight.
+) -> tuple[dict[str, Factors], dict[str, float], Moved]:
+    """LoRA files merged into one LoRA, by layer; the relative errors of its truncation, by weight; and what moved what.
 
     `groups` has the coefficients by name pattern. Only task arithmetic without a rank needs no truncation.
     """
@@ -59,5 +59,8 @@ def merge_lora_files(
         merged, errors = merge_loras(loras, coefficients, rank)
     else:
         merged, errors = merge_by(method, by_tensor(weights), loras, coefficients, rank)
+    moved = Moved()
+    for name, values in coefficients.items():
+        moved.add(name, [lora[name].norm() if name in lora else 0.0 for lora in loras.values()], values)
     layers = {tensor_of(layer): layer for layer in weights}
-    return {layers[name]: factors for name, factors in merged.items()}, errors
+    return {layers[name]: factors for name, factors in merged.items()}, errors, moved

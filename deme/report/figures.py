@@ -104,7 +104,7 @@ def name_rows(figure: Figure, axes: Axes, names: Sequence[str], columns: int) ->
 
 
 def heat_map(
-    axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], limit: float = 1.0
+    axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], limit: float = 1.0, form: str = ".2f"
 ) -> AxesImage:
     """Values in [−limit, limit] as colours, with their numbers if there are few."""
     axes.set_facecolor(UNKNOWN)
@@ -114,7 +114,7 @@ def heat_map(
     axes.set_yticks(range(len(rows)), rows)
     if values.size <= MOST_CELLS:
         for (row, column), value in np.ndenumerate(values):
-            text = f"{value:.2f}" if np.isfinite(value) else "?"
+            text = f"{value:{form}}" if np.isfinite(value) else "?"
             colour = "white" if abs(value) > 0.6 * limit else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     return image
@@ -172,7 +172,13 @@ def cost(evaluated: Sequence[Any]) -> Figure:
     return figure
 
 
-def coefficient_map(coefficients: Mapping[str, Sequence[float]], config: Config, of_ranges: bool = False) -> Figure:
+def coefficient_map(
+    coefficients: Mapping[str, Sequence[float]],
+    config: Config,
+    of_ranges: bool = False,
+    label: str = "coefficient",
+    form: str = ".2f",
+) -> Figure:
     """The coefficients as a heat map, a row per group of tensors, a column per expert or timestep range."""
     values, experts = (
         np.array(list(coefficients.values())),
@@ -182,11 +188,11 @@ def coefficient_map(coefficients: Mapping[str, Sequence[float]], config: Config,
     figure = Figure(figsize=(max(4.0, 1.3 * len(experts)) + 2, min(12.0, 1.8 + 0.35 * len(values))))
     axes = figure.subplots()
     limit = max(1e-9, float(np.abs(values).max()))
-    image = heat_map(axes, values, names if len(names) <= MOST_GROUPS else [], experts, limit)
+    image = heat_map(axes, values, names if len(names) <= MOST_GROUPS else [], experts, limit, form)
     axes.set_xticks(range(len(experts)), experts, rotation=0, ha="center")
     network = "timesteps of the expert" if config.merges_experts else "network"
     axes.set(xlabel="timesteps" if of_ranges else network, ylabel="tensors")
-    figure.colorbar(image, label="coefficient")
+    figure.colorbar(image, label=label)
     return figure
 
 

@@ -14,7 +14,7 @@ from deme.config.sections import GRADIENT_PASSES
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF, SOUP
 from deme.errors import UserError, naming, one_line
 from deme.job.files import checked, read_json, read_yaml
-from deme.job.records import MERGED
+from deme.job.records import MERGED, MOVED
 from deme.measure.scores import Score, load_scores, load_spaces
 from deme.models.variants import MAKERS, ORDER, made_denoisers, read_searched, seconds_of
 from deme.report.tables import Table, distances, number, signed
@@ -65,6 +65,7 @@ class Run:
         self.features, self.scores = next(iter(self.spaces.items()), (None, []))  # of the first judge
         merge, report = paths.merged / MERGED.file, paths.search / "report.json"
         self.coefficients = self._read(MERGING, read_merge, merge, config)
+        self.moved = {} if self.coefficients is None else self._read(MERGING, read_merge, merge, config, MOVED) or {}
         self.search = self._read(SEARCH, read_searched, paths.best_coefficients, None)
         self.search_features, self.search_scores = self._read(SEARCH, load_scores, report) or (None, [])
         self.search_seconds = seconds_of(paths.search)
@@ -94,16 +95,18 @@ def read_provenance(file: Path, read: Callable[[Path], dict]) -> Provenance:
         return checked(read(file), Provenance)
 
 
-def read_merge(file: Path, config: Config) -> dict[str, list[float]]:
-    """The coefficients in a merge.yaml, by name pattern, one for each network that is merged."""
+def read_merge(file: Path, config: Config, key: str = "coefficients") -> dict[str, list[float]]:
+    """The coefficients in a merge.yaml, by name pattern, one for each network that is merged; or what each moved."""
     content, count = read_yaml(file), len(config.merged_names)
     with naming(file):
-        coefficients = checked(content.get("coefficients"), dict[str, list[float]], "coefficients")
-        if not coefficients or any(len(values) != count for values in coefficients.values()):
+        if key == MOVED and key not in content:  # of an older version
+            return {}
+        given = checked(content.get(key), dict[str, list[float]], key)
+        if not given or any(len(values) != count for values in given.values()):
             experts = ", ".join(map(str, config.merge.experts))
-            given = f"timesteps.num_ranges={len(config.timesteps.ranges)} and merge.experts=[{experts}]"
-            raise UserError(f"its coefficients are not those of {given}")
-    return coefficients
+            wanted = f"timesteps.num_ranges={len(config.timesteps.ranges)} and merge.experts=[{experts}]"
+            raise UserError(f"its {key} are not those of {wanted}")
+    return given
 
 
 def read_log(file: Path, config: Config) -> TrainingLog:

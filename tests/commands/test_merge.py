@@ -70,6 +70,12 @@ def test_the_merged_folder_is_a_pipeline_of_the_formula(config_file, pretrained,
     assert record["coefficients"] == {"*": [0.5, 0.25]}
     assert [entry["timesteps"] for entry in record["finetuned"]] == ["0000-0500", "0500-1000"]
     assert len(record["pretrained"]["sha256"]) == 64
+    middle = [name for name in first if name.startswith("mid_block.")]  # its projection, too
+    assert "mid_block.projection.weight" in middle
+    like = {name: base.get(name, torch.eye(len(first[name]))[:, :, None, None]) for name in middle}
+    norms = [sum(float((part[name] - like[name]).square().sum()) for name in middle) ** 0.5 for part in (first, second)]
+    assert record["moved"]["mid_block"] == pytest.approx([0.5 * norms[0], 0.25 * norms[1]], rel=1e-4)
+    assert "is complete" in run("merge.py", config_file).stdout
 
 
 def test_networks_of_an_ema_width_are_searched_and_merged(config_file):

@@ -90,6 +90,11 @@ def test_loras_become_one_that_diffusers_loads_as_the_pipeline_with_their_sum(co
     for name, tensor in folder.items():
         torch.testing.assert_close(fused[name], tensor, rtol=1e-4, atol=1e-5)
 
+    model_record = yaml.safe_load((tmp_path / "model" / "merge.yaml").read_text())
+    assert record["moved"].keys() == model_record["moved"].keys() >= {"down_blocks.0", "mid_block", "up_blocks.1"}
+    for block, values in record["moved"].items():
+        assert values == pytest.approx(model_record["moved"][block], rel=1e-4)
+
     layers, before = layers_of(base), load_file(base / "unet" / WEIGHTS)
     changes = [folded(before, read_lora(file, layers)) for file in files]
     for name, tensor in folder.items():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from deme.errors import UserError
 from deme.method.merging.task_arithmetic import TaskArithmetic
 from deme.method.merging.ties import Ties
-from deme.method.task_vectors import merge_tensors
+from deme.method.task_vectors import Moved, merge_method, merge_tensors
 
 numbers = st.floats(-10, 10, width=32)
 tensors = st.lists(numbers, min_size=3, max_size=3).map(torch.tensor)
@@ -113,3 +113,29 @@ def test_methods_describe_themselves():
     """What the record of a merge says of them."""
     assert METHODS[0].describe() == {"method": "task_arithmetic"}
     assert METHODS[1].describe() == {"method": "ties", "ties_fraction": 0.5, "ties_combine": "mean"}
+
+
+def test_what_each_network_moves_is_the_norm_of_its_scaled_task_vector_by_block():
+    """Over parts and all tensors of a block; negative where more is subtracted; blocks in the order of the network."""
+    torch.manual_seed(0)
+    shapes = {"conv_in.weight": (3,), "mid_block.a": (2, 2), "up_blocks.0.a": (700, 800), "down_blocks.10.a": (3,)}
+    shapes |= {"down_blocks.2.a": (3,), "down_blocks.2.b": (2, 5), "text_encoder.text_model.a": (4,)}
+    base = {name: torch.randn(shape).half() for name, shape in shapes.items()}
+    vectors = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(2)]
+    networks = {str(k): {name: base[name].float() + part for name, part in vectors[k].items()} for k in range(2)}
+    weights = {name: [0.5, -2.0] for name in base} | {"down_blocks.2.b": [-3.0, 1.0], "conv_in.weight": [0.0, 1.0]}
+    moved = Moved()
+    merged = dict(merge_tensors(base, networks, weights, merge_method("task_arithmetic", {}), moved))
+    assert merged.keys() == base.keys()
+    rows = moved.by_block
+    assert list(rows) == ["down_blocks.2", "down_blocks.10", "mid_block", "up_blocks.0", "rest", "text_encoder"]
+    for block, names in {
+        "up_blocks.0": ["up_blocks.0.a"],
+        "down_blocks.2": ["down_blocks.2.a", "down_blocks.2.b"],
+    }.items():
+        for k in range(2):
+            parts = [weights[name][k] * vectors[k][name].double().flatten() for name in names]
+            assert abs(rows[block][k]) == pytest.approx(float(torch.cat(parts).norm()), rel=1e-3)
+    assert rows["mid_block"][0] > 0 > rows["mid_block"][1]
+    assert rows["down_blocks.2"][0] < 0  # −3 times a longer vector outweighs 0.5
+    assert rows["rest"][0] == 0

@@ -162,6 +162,21 @@ def test_coefficients_of_self_trained_networks_are_drawn(config):
     assert re.findall("<td>(.*?)</td>", text)[-1] == "-1"
 
 
+def test_what_each_network_moved_is_drawn_where_the_merge_knows_it(config):
+    file = config.paths.merged / "merge.yaml"
+    content = yaml.safe_load(file.read_text())
+    assert "report-moved" not in page(config)["Merging coefficients"]  # an older version's
+    moved = {"down_blocks.0": [0.5, -0.25, 0.0, 1.0], "rest": [0.1] * 4}
+    file.write_text(yaml.safe_dump(content | {"moved": moved}))
+    assert "How far each network moves each block" in page(config)["Merging coefficients"]
+    assert (config.paths.plots / "report-moved.png").is_file()
+    for damaged in ([1], {"rest": ["x"] * 4}, {"rest": [0.1]}):
+        file.write_text(yaml.safe_dump(content | {"moved": damaged}))
+        text = page(config)["Merging coefficients"]
+        assert "How far each network moves" not in text
+        assert "moved" in text
+
+
 @pytest.mark.parametrize("name", ["plots/analysis-a.png", "plots/search-cost.png", "samples/merged/000000.png"])
 def test_a_link_to_a_file_outside_of_the_run_is_not_shown(config, tmp_path, name):
     """A page is sent to others: what somebody's link leads to is not in it. A link within the run is followed."""

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deme.method.task_vectors import MergeMethod
-
-PART = 2**18  # elements merged at a time, so that intermediate results stay in the processor's cache
+from deme.method.task_vectors import PART, MergeMethod
 
 
 @dataclass
