@@ -19,7 +19,8 @@ from types import ModuleType
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.sections import ANALYSES, GRADIENT_PASSES
+from deme.config.sections import ANALYSES
+from deme.config.trainings import GRADIENT_PASSES
 from deme.config.trainings import CONTINUED, DISTILLED, NEON
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder

@@ -16,9 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deme.config.experiment import Config
-from deme.config.networks import RANDOM, TRAJECTORY
+from deme.config.networks import RANDOM, TRAJECTORY, makes_lora
 from deme.config.schedules import other_schedules
-from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF, SOUP
+from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF, SOUP, Finetune
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
@@ -46,6 +46,7 @@ class Size:
     """The sizes behind the estimate: networks, images and models."""
 
     parameters: int
+    trained: int  # parameters of a training
     flops: int  # of a UNet pass per image
     channels: int  # of an image
     coding: float  # operations to encode or decode an image
@@ -63,7 +64,7 @@ def main(config: Config) -> None:
     config.finetune.check_shares(int(from_environment("NUM_PROCESSES", 1)))
     pretrained = find_pretrained(config.paths)
     size = Size(
-        *unet_cost(read_json(denoiser_folder(pretrained) / "config.json")),
+        *unet_cost(read_json(denoiser_folder(pretrained) / "config.json"), config.finetune),
         *encoder_cost(pretrained, config.data.resolution),
         per_step=1 + (takes_text(pretrained) and config.sample.guidance_scale != 1),
         images=len(open_source(config.data)),
@@ -107,20 +108,25 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
     trained += config.self_trained_names * (own_networks(config, size) > 0)
     images = len(size.models) * config.sample.num_images * len(config.schedule_names)
     images += (own_networks(config, size) > 0) * config.self_training.num_images
-    network = FLOAT * size.parameters
+    network, trained_bytes, is_lora = FLOAT * size.parameters, FLOAT * size.trained, makes_lora(config)
+    # at most: merge.lora_rank truncates it; the distilled LoRA is as large
+    merged = min(network, trained_bytes * len(config.merged_names)) if is_lora else network
+    written = sum(merged if name == DISTILLED else trained_bytes for name in trained)
     widths = len(config.search.ema_widths) + (config.merge.ema_width is not None)
     averages = len(config.finetune.ema_profiles) * network
     drawn = size.channels * (config.sample.size_on_disk or data.resolution) ** 2
     return {
         "decoded images": size.images * raw * ASPECT_RATIO * is_cached,
         "encoded images and captions": size.images * size.encoded * data.cached_views * data.cache_latents,
-        "finetuned networks": len(trained) * network,
+        "finetuned networks": written,
         "random directions": (RANDOM in config.merge.experts) * len(config.timesteps.ranges) * network,
         "their snapshots": sum(len(config.snapshots(name)) for name in trained) * (network // 2 + averages),
         # student, EMA, two moments
-        "their checkpoints": (len(trained) * config.finetune.checkpoints_kept + 1) * (4 * network + averages),
+        "their checkpoints": config.finetune.checkpoints_kept * (4 * written + len(trained) * averages)
+        + 4 * trained_bytes
+        + averages,
         "networks of an EMA width": network * len(config.merged_names) * widths,
-        "merged networks": network * (1 + (NEON in size.models)),
+        "merged networks": merged * (1 + (NEON in size.models)),
         "samples": images * max(DISK_BLOCK, drawn * PNG_SHARE),
     }
 
@@ -128,10 +134,11 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
 def operations(config: Config, size: Size) -> dict[str, float]:
     """Operations of every stage, 0 for those left out.
 
-    A backward pass costs two forward passes, the teacher and gradient checkpointing one each.
+    A backward pass costs two forward passes, or one where the weights are frozen but for a LoRA; the teacher and
+    gradient checkpointing cost one each.
     """
     settings, search, flops = config.finetune, config.search, size.flops
-    gradient = 3 + settings.gradient_checkpointing
+    gradient = settings.gradient_passes + settings.gradient_checkpointing
     steps = len(config.timesteps.ranges) * settings.max_steps
     seen = steps * settings.batch_size
     distilled = (DISTILLED in size.models) * config.distill.max_steps * settings.batch_size
@@ -180,11 +187,12 @@ def from_environment(name: str, default: float) -> float:
     return value
 
 
-def unet_cost(config: dict) -> tuple[int, int]:
-    """Parameters and operations per image and forward pass of a UNet of this configuration."""
+def unet_cost(config: dict, finetune: Finetune) -> tuple[int, int, int]:
+    """Parameters, those that are trained, and operations per image and forward pass of a UNet of this configuration."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from deme.models.adapters import new_lora
     from deme.models.denoisers import DENOISER_CLASSES
 
     with torch.device("meta"):
@@ -194,7 +202,8 @@ def unet_cost(config: dict) -> tuple[int, int]:
         condition = {} if width is None else {"encoder_hidden_states": torch.empty(1, TOKENS, width)}
         with FlopCounterMode(display=False) as counter:
             unet(torch.empty(1, unet.config.in_channels, size, size), torch.zeros(1, dtype=torch.int64), **condition)
-    return unet.num_parameters(), counter.get_total_flops()
+        student = unet if finetune.lora_rank is None else new_lora(unet, finetune)
+    return unet.num_parameters(), student.num_parameters(only_trainable=True), counter.get_total_flops()
 
 
 def encoder_cost(pipeline: Path, resolution: int) -> tuple[int, float, int]:

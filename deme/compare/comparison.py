@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from deme.compare.jobs import Job, state_of, state_outside
 from deme.config.experiment import Config
-from deme.config.networks import RANDOM, RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Network, of_word
-from deme.config.paths import DENOISER, for_shell, image_path, with_schedule
+from deme.config.networks import RANDOM, RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Network, makes_lora, of_word
+from deme.config.paths import DENOISER, LORA, for_shell, image_path, with_schedule
 from deme.config.reading import load_config, override
 from deme.config.section import Section, is_folder_name, one_of, setting
 from deme.config.sections import COEFFICIENTS, SCALES
@@ -177,9 +177,8 @@ class Stages:
             own = [override("evaluate.features", judges)] if isinstance(judges, list) else []  # statistics for each
             base = replace(base, config=load_config(file, own), arguments=["--config", for_shell(file), *own])
             caches = []
-        paths = base.config.paths
-        statistics = [paths.reference_in(judge.name) for judge in base.config.evaluate.judges]
-        made = {"output": statistics[0], "parts": [*statistics, paths.classifier]}
+        statistics = [base.config.paths.reference_in(judge.name) for judge in base.config.evaluate.judges]
+        made = {"output": statistics[0], "parts": [*statistics, base.config.paths.classifier]}
         # before scores: what images are compared with
         self.reference = [self._add(base, "statistics", "evaluate.py", "evaluate.samples=[]", after=caches, **made)]
         for run in runs:
@@ -216,7 +215,7 @@ class Stages:
         inputs = [asdict(self.base.config.evaluate), run.models]
         scored = {"output": paths.results, "arguments": arguments, "inputs": inputs}
         told = {"after": [self._add(run, "evaluate", "evaluate.py", **scored, **waits)], "single_process": True}
-        if "merged" in run.models:  # the model card shows the scores
+        if "merged" in run.models and not makes_lora(run.config):  # the model card shows the scores
             self._add(run, "card", "merge.py", output=paths.merged / "README.md", **told)
         if run is self.base:
             pictures = state_of(map(for_shell, paths.plots.glob("analysis-*.png")))
@@ -287,9 +286,10 @@ class Stages:
         return [[str(one.folder), self.state_outside(str(one.folder))] for one in networks if one.word is None]
 
     def _merged(self, run: ComparedRun, stage: str, folder: Path, experts: Sequence[Job], *overrides: str) -> list[Job]:
-        parts = [folder / part for part in ("merge.yaml", DENOISER, "scheduler", "model_index.json")]
-        merge = {"output": parts[0], "parts": parts, "after": list(experts), "single_process": True}
-        return [self._add(run, stage, "merge.py", *overrides, **merge)]
+        of_lora = makes_lora(load_config(run.arguments[1], [*run.arguments[2:], *overrides]))
+        parts = [folder / name for name in ([LORA] if of_lora else [DENOISER, "scheduler", "model_index.json"])]
+        merge = {"output": folder / "merge.yaml", "after": list(experts), "single_process": True}
+        return [self._add(run, stage, "merge.py", *overrides, parts=[merge["output"], *parts], **merge)]
 
     def _trained(self, run: ComparedRun, chosen: str) -> Job:
         """The training of a range, given its number, of a model of NAMED_TRAININGS, on own samples, or of the soup."""

@@ -18,7 +18,6 @@ LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 DDIM = ("ddim", "DDIMScheduler")  # one sampler by two names
 COEFFICIENTS, SCALES = "coefficients", "prediction_scale"  # what can be searched
 SPACINGS = ("leading", "trailing", "linspace")
-GRADIENT_PASSES = 3  # forward passes that an image's gradient costs: one forward, and backward twice as much
 
 
 SINGLE_FILE = ".safetensors"  # how the name of a whole pipeline in one file ends

@@ -14,6 +14,7 @@ SELF = "self"  # trained on samples of the pretrained network, to be subtracted
 SOUP = "soup"  # copies trained on all timesteps, as many as there are ranges
 NEON = "neon"  # the pretrained network minus that task vector, without a search
 NAMED_TRAININGS = (CONTINUED, *BASELINES, DISTILLED)  # of one network each, beside the ranges
+GRADIENT_PASSES = 3  # forward passes that an image's gradient costs: one forward, and backward twice as much
 PRECISIONS = ("no", "fp16", "bf16")
 ATTENTION, ALL_LINEAR = TARGETS = ("attention", "all-linear")  # layers that a LoRA changes
 PREVIEW_PROMPTS = ["a photograph of an astronaut riding a horse", "a red cube on top of a blue sphere"]
@@ -130,6 +131,11 @@ class Finetune(Training):
         self.check("ema_profiles", len(set(widths)) == len(widths) != 1, "must be different widths, at least two")
         kept = not widths or self.snapshot_every is not None
         self.check("ema_profiles", kept, f"needs {self.section}.snapshot_every")
+
+    @property
+    def gradient_passes(self) -> int:
+        """Forward passes that an image's gradient costs: backward costs twice as much, for frozen weights as much."""
+        return GRADIENT_PASSES if self.lora_rank is None else GRADIENT_PASSES - 1
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def load_model(
     config, settings = drawn[0], drawn[0].sample
     with naming("sample.model", settings.model):
         scheduler = load_scheduler(model.pipeline)
-        denoisers = load_denoisers(model.pipeline, model.denoisers)
+        denoisers = list(load_denoisers(model.pipeline, model.denoisers))
         encoder = load_encoder(model.pipeline, denoisers[0])
         for folder, denoiser in zip(model.denoisers, denoisers, strict=True):
             with naming(folder):

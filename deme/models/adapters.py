@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -121,13 +121,14 @@ def lora_of(network: nn.Module) -> dict[str, Factors]:
     return found
 
 
-def load_denoisers(pipeline: Path, paths: Sequence[Path]) -> list[nn.Module]:
-    """The denoisers in folders, or with LoRAs from their files: float32, in eval mode.
+def load_denoisers(pipeline: Path, paths: Sequence[Path]) -> Iterator[nn.Module]:
+    """Load the denoisers in folders, or with LoRAs from their files, one by one: float32, in eval mode.
 
     LoRAs share one base in memory, the pipeline's denoiser; a single one is added to its weights.
     """
     if not any(map(is_lora, paths)):
-        return [load_denoiser(folder) for folder in paths]
+        yield from map(load_denoiser, paths)
+        return
     base, loras = load_denoiser(denoiser_folder(pipeline)), read_loras(pipeline, paths)
     if len(paths) == 1:
         with naming(paths[0]):
@@ -135,9 +136,9 @@ def load_denoisers(pipeline: Path, paths: Sequence[Path]) -> list[nn.Module]:
             changed = folded(tensors, *loras.values())
             for name in changed.lora:
                 tensors[name].copy_(changed[name])
-        return [base]
-    networks = []
+        yield base
+        return
     for file, lora in loras.items():
         with naming(file):
-            networks.append(with_trained_lora(base, lora))
-    return networks
+            network = with_trained_lora(base, lora)
+        yield network

@@ -10,7 +10,6 @@ from typing import Any
 from deme.config.experiment import Config
 from deme.config.networks import RANGES, of_word
 from deme.config.paths import sampler_and_steps, with_schedule, without_schedule
-from deme.config.sections import GRADIENT_PASSES
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF, SOUP
 from deme.errors import UserError, naming, one_line
 from deme.job.files import checked, read_json, read_yaml
@@ -128,7 +127,9 @@ def read_log(file: Path, config: Config) -> TrainingLog:
             before = line.step
     is_expert = name in config.timesteps.names
     has_teacher = name == DISTILLED or (is_expert and config.finetune.consistency_weight > 0)
-    return TrainingLog(name, steps, losses, seconds, before * batch_size * (GRADIENT_PASSES + has_teacher))
+    return TrainingLog(
+        name, steps, losses, seconds, before * batch_size * (config.finetune.gradient_passes + has_teacher)
+    )
 
 
 def missing_stages(run: Run) -> Iterator[tuple[str, str]]:
@@ -136,10 +137,10 @@ def missing_stages(run: Run) -> Iterator[tuple[str, str]]:
     trained = {log.name for log in run.logs}
     paths = run.config.paths
     for k, name in enumerate(run.config.timesteps.names):
-        if name not in trained and not paths.experts[k].is_dir():
+        if name not in trained and not paths.experts[k].exists():
             yield f"the expert of timesteps {name}", f"finetune.py finetune.range={k}"
     for name in (CONTINUED, DISTILLED, NEON):
-        if not made_denoisers(name, paths)[0].is_dir():
+        if not made_denoisers(name, paths)[0].exists():
             yield name, MAKERS[name]
     if run.search is None and SEARCH not in run.unreadable:
         yield "the search for coefficients", "search.py"

@@ -14,7 +14,8 @@ from torch import nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deme.config.sections import GRADIENT_PASSES, Search
+from deme.config.sections import Search
+from deme.config.trainings import GRADIENT_PASSES
 from deme.errors import UserError
 from deme.job.processes import Processes, in_main_process
 from deme.job.records import read_arrays, write_arrays

@@ -54,11 +54,13 @@ def load_networks(inputs: ModelFiles, key: str, source: str, settings: Finetune 
     Errors name the setting `key` and its value, which the pipeline comes from. If `settings` are those of a LoRA, the
     denoiser is frozen, in finetune.base_precision, but for a LoRA that it has.
     """
+    loading = load_denoisers(inputs.pipeline, inputs.denoisers)
     with naming(key, source):
-        denoiser, *experts = load_denoisers(inputs.pipeline, inputs.denoisers)
+        denoiser = next(loading)
         scheduler = load_scheduler(inputs.pipeline)
         encoder = load_encoder(inputs.pipeline, denoiser)
         try_out(denoiser, scheduler, encoder)
+    experts = list(loading)
     for path, expert in zip(inputs.denoisers[1:], experts, strict=True):
         with naming(path):
             try_out(expert, scheduler, encoder)

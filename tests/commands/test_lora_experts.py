@@ -4,14 +4,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SMALL_SEARCH, run
+from conftest import REPOSITORY, SMALL_SEARCH, run
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_text_to_image import images, losses, text_config, text_to_image  # noqa: F401  fixtures
 
+from deme.compare.comparison import Stages, load_comparison
 from deme.config.paths import LORA
+from deme.config.reading import load_config
 from deme.job.files import sha256
 from deme.models.pipelines import WEIGHTS
+from scripts.estimate import Size, disk_space, operations
 
 RANGES = ("0000-0500", "0500-1000")
 
@@ -106,3 +109,31 @@ def test_mistakes_are_one_line(lora_config, tmp_path, script, overrides, message
     assert message in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "tiny" / "finetuned").exists()
+
+
+def test_the_estimate_counts_the_lora_alone():
+    """And a backward pass through frozen weights as one pass, not two."""
+    loras = ["finetune.lora_rank=2", "model.projection=false", "finetune.checkpoints_kept=1"]
+    found = []
+    for overrides, trained in (([], 1_000_000), (loras, 10_000)):
+        config = load_config(REPOSITORY / "configs" / "digits.yaml", [*overrides, "merge.coefficients=null"])
+        size = Size(1_000_000, trained, 1e9, 1, 0.0, 0, 1, 1797, ["pretrained", "merged"])
+        found.append((disk_space(config, size), operations(config, size)))
+    (whole, slow), (small, fast) = found
+    assert whole["finetuned networks"] == 4 * 4 * 1_000_000
+    assert small["finetuned networks"] == small["merged networks"] == 4 * 4 * 10_000
+    assert small["their checkpoints"] == 5 * 4 * 4 * 10_000  # student, EMA, two moments; one more while it is written
+    assert whole["merged networks"] == 4 * 1_000_000
+    name = next(key for key in slow if key.startswith("finetuning"))
+    assert fast[name] == slow[name] * 3 / 4  # with the teacher
+
+
+def test_a_comparison_of_loras_needs_no_pipeline():
+    """A merged LoRA has no card; the run with another rank merges the LoRAs of the first."""
+    comparison, runs = load_comparison(REPOSITORY / "configs" / "comparison" / "lora.yaml", [])
+    jobs = {job.name: job for job in Stages(comparison, runs).jobs}
+    merges = [job for job in jobs.values() if job.stage == "merge"]
+    assert [[path.name for path in job.parts] for job in merges] == [["merge.yaml", LORA]] * 2
+    assert not any(job.stage == "card" for job in jobs.values())
+    trained = [path.name for job in jobs.values() if job.stage == "train" for path in job.parts]
+    assert trained == [LORA] * 5

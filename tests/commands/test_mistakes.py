@@ -1240,8 +1240,8 @@ def test_merged_weights_that_are_no_longer_those_are_merged_again(start, config_
 
 RACES = {  # what reads the file that another program writes meanwhile
     "merge.py": ("deme.models.merging.load_tensors", WEIGHTS),
-    "finetune.py": ("deme.training.state.load_denoiser", WEIGHTS),
-    "sample_ddp.py": ("deme.data.drawing.load_denoiser", WEIGHTS),
+    "finetune.py": ("deme.models.adapters.load_denoiser", WEIGHTS),
+    "sample_ddp.py": ("deme.models.adapters.load_denoiser", WEIGHTS),
     "evaluate.py": ("deme.data.samples.read_images", "000001.png"),
 }
 

@@ -134,7 +134,7 @@ def test_loras_from_files_share_one_base_and_predict_as_merged_weights(tmp_path,
         write_lora(files[-1], lora_of(network), {})
         with torch.no_grad():
             expected.append(network(images, times).sample)
-    networks = load_denoisers(pipeline, files)
+    networks = list(load_denoisers(pipeline, files))
     [alone] = load_denoisers(pipeline, files[:1])
     merged = tiny_unet()
     merged.load_state_dict(folded(merged.state_dict(), read_lora(files[1], layers_of(pipeline))))
@@ -166,9 +166,9 @@ def test_a_lora_of_another_base_is_refused_by_its_hash(tmp_path, pipeline):
         write_lora(file, lora, {"pretrained": given})
         if refused:
             with pytest.raises(UserError, match=r"a\.safetensors: its header names another base .* 0{64}"):
-                load_denoisers(pipeline, [file])
+                list(load_denoisers(pipeline, [file]))
         else:
-            load_denoisers(pipeline, [file])
+            assert len(list(load_denoisers(pipeline, [file]))) == 1
 
 
 @pytest.mark.parametrize(
