@@ -27,14 +27,6 @@ class Factors:
     down: torch.Tensor  # A: float32, shape (r, in) or (r, in, height, width)
     up: torch.Tensor  # s B: float32, shape (out, r)
 
-    @classmethod
-    def of(cls, change: torch.Tensor) -> Self:
-        """ΔW itself beside an identity, of the smaller of its two ranks."""
-        rows, columns = len(change), change[0].numel()
-        if rows <= columns:
-            return cls(change, torch.eye(rows))
-        return cls(torch.eye(columns).reshape(columns, *change.shape[1:]), change.flatten(1))
-
     @property
     def rank(self) -> int:
         """r, the number of columns of `up`."""
@@ -79,6 +71,24 @@ class Factors:
         return Factors(down.to(self.down.dtype).reshape(-1, *self.down.shape[1:]), up.to(self.up.dtype)), error
 
 
+def nearest(change: torch.Tensor, rank: int) -> tuple[Factors, float | None]:
+    """The nearest change of at most this rank to that of a weight, and its distance; None where the rank holds all.
+
+    The singular vectors are the eigenvectors of the smaller of M Mᵀ and Mᵀ M, ten times as fast as a decomposition of
+    M; float64 keeps the eight digits that float32 holds.
+    """
+    matrix = change.flatten(1).double()
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.T if is_wide else matrix.T @ matrix)  # rising
+    kept, values = vectors[:, -rank:], squares[-rank:]
+    roots = torch.where(values > 0, values, 1.0) ** 0.25  # both factors get those of the singular values
+    up, down = (
+        (kept * roots, kept.T @ matrix / roots[:, None]) if is_wide else (matrix @ kept / roots, (kept * roots).T)
+    )
+    error = float(squares[:-rank].clamp(min=0).sum().sqrt()) if rank < len(squares) else None
+    return Factors(down.float().reshape(-1, *change.shape[1:]), up.float()), error
+
+
 def weighted_sum(terms: Iterable[tuple[float, Factors]]) -> Factors | None:
     """Σ_k w_k ΔW_k of one layer, exact up to the rounding of the products w_k B_k; None if all w_k are 0."""
     terms = [(coefficient, factors) for coefficient, factors in terms if coefficient != 0]
@@ -111,15 +121,18 @@ class Changed(Mapping[str, torch.Tensor]):
         return len(self.pretrained)
 
 
-def merge_loras(
-    loras: Mapping[str, Lora], coefficients: Coefficients, rank: int | None = None
-) -> tuple[dict[str, Factors], dict[str, float]]:
-    """The LoRA Σ_k w_k LoRA_k, truncated to a rank, and the relative errors as of `truncate`.
+Merged = tuple[dict[str, Factors], dict[str, float]]  # and the relative error of each layer that is truncated
+
+
+def merge_loras(loras: Mapping[str, Lora], coefficients: Coefficients, rank: int | None = None) -> Merged:
+    """The LoRA Σ_k w_k LoRA_k, truncated to a rank.
 
     `loras` are named for messages. A layer that a LoRA does not have is unchanged by it.
     """
     sums = weighted_sums(loras, coefficients)
-    return (dict(sums), {}) if rank is None else truncate(sums, dict.fromkeys(coefficients, rank))
+    if rank is None:
+        return dict(sums), {}
+    return told((layer, *(whole.truncated(rank) if whole.rank > rank else (whole, None))) for layer, whole in sums)
 
 
 def merge_by(
@@ -128,14 +141,29 @@ def merge_by(
     loras: Mapping[str, Lora],
     coefficients: Coefficients,
     rank: int | None = None,
-) -> tuple[dict[str, Factors], dict[str, float]]:
+) -> Merged:
     """What a merge method makes of weights that LoRAs change, less the pretrained ones, truncated to a rank.
 
     Without a rank a layer's is the sum of those of the LoRAs. All names are those of the weights, which `pretrained`
-    has. Returns the relative errors, too, as of `truncate`.
+    has.
     """
     ranks = {layer: rank or sum(f.rank for _, f in having) for layer, having in by_layer(loras).items()}
-    return truncate(changes_by(method, pretrained, loras, coefficients), ranks)
+    changes = changes_by(method, pretrained, loras, coefficients)
+    return told((layer, *nearest(change, ranks[layer])) for layer, change in changes)
+
+
+def told(truncated: Iterable[tuple[str, Factors, float | None]]) -> Merged:
+    """Layers and the relative errors of those that have lost something; under ALL that of all layers together."""
+    layers, errors, squares = {}, {}, np.zeros(2)
+    for layer, factors, error in truncated:
+        norm = float(np.hypot(factors.norm(), error or 0))
+        if error is not None:
+            errors[layer] = error / norm if norm > 0 else 0.0
+        squares += (error or 0) ** 2, norm**2
+        layers[layer] = factors
+    if errors:
+        errors[ALL] = float((squares[0] / squares[1]) ** 0.5) if squares[1] > 0 else 0.0
+    return layers, errors
 
 
 def by_layer(loras: Mapping[str, Lora]) -> dict[str, list[tuple[str, Factors]]]:
@@ -161,7 +189,7 @@ def weighted_sums(loras: Mapping[str, Lora], coefficients: Coefficients) -> Iter
 
 def changes_by(
     method: MergeMethod, pretrained: Tensors, loras: Mapping[str, Lora], coefficients: Coefficients
-) -> Iterator[tuple[str, Factors]]:
+) -> Iterator[tuple[str, torch.Tensor]]:
     """What a merge method changes in each layer, one of them in memory at a time."""
     layers = {layer: pretrained[layer] for layer in by_layer(loras)}
     changed = [Changed(layers, lora) for lora in loras.values()]
@@ -172,26 +200,7 @@ def changes_by(
         if not torch.isfinite(change).all():
             raise too_large(layer, coefficients)
         if change.any():
-            yield layer, Factors.of(change)
-
-
-def truncate(
-    layers: Iterable[tuple[str, Factors]], ranks: Mapping[str, int]
-) -> tuple[dict[str, Factors], dict[str, float]]:
-    """Layers of at most these ranks, and the relative error of each that this changes; under ALL that of all."""
-    truncated, errors, squares = {}, {}, np.zeros(2)
-    for layer, factors in layers:
-        error, is_longer = 0.0, factors.rank > ranks[layer]
-        if is_longer:
-            factors, error = factors.truncated(ranks[layer])
-        norm = float(np.hypot(factors.norm(), error))
-        if is_longer:
-            errors[layer] = error / norm if norm > 0 else 0.0
-        squares += error**2, norm**2
-        truncated[layer] = factors
-    if errors:
-        errors[ALL] = float((squares[0] / squares[1]) ** 0.5) if squares[1] > 0 else 0.0
-    return truncated, errors
+            yield layer, change
 
 
 def too_large(layer: str, coefficients: Coefficients) -> UserError:

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deme.errors import UserError
-from deme.method.lora import ALL, Factors, merge_by, merge_loras, weighted_sum
+from deme.method.lora import ALL, Factors, merge_by, merge_loras, nearest, weighted_sum
 from deme.method.task_vectors import merge_method, merge_tensors
 
 LINEAR, CONV = (7, 5), (6, 4, 3, 3)  # shapes of weights
@@ -79,11 +79,17 @@ def test_the_relative_error_of_truncated_layers_is_told():
     torch.testing.assert_close(merged["x"].change(), torch.diag(torch.tensor([0.0, 4.0, 12.0])))
 
 
-@pytest.mark.parametrize("shape", [LINEAR, CONV])
-def test_a_change_is_a_lora_of_the_smaller_of_its_ranks(shape):
-    change = random_factors(0, 9, shape).change()
-    assert Factors.of(change).rank == min(shape[0], change[0].numel())
-    torch.testing.assert_close(Factors.of(change).change(), change)
+@settings(deadline=None, max_examples=40)
+@given(shape=st.sampled_from([LINEAR, LINEAR[::-1], CONV]), rank=st.integers(1, 12), kept=st.integers(1, 14))
+def test_the_nearest_lora_of_a_change_is_that_of_its_singular_values(shape, rank, kept):
+    change = random_factors(rank, rank, shape).change()
+    factors, error = nearest(change, kept)
+    values = torch.linalg.svdvals(change.double().flatten(1))
+    assert (error is None) == (kept >= len(values))
+    lost = float(values[kept:].square().sum().sqrt())
+    assert (error or 0) == pytest.approx(lost, abs=1e-6 * float(values[0]))
+    assert (factors.shape, factors.rank) == (shape, min(kept, len(values)))
+    assert float((factors.change() - change).norm()) == pytest.approx(lost, abs=1e-5 * float(values[0]))
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "tsv", "slerp"])
