@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from deme.config.experiment import Config
+from deme.config.networks import is_lora
 from deme.data.decoding import Source
 from deme.data.examples import load_examples
 from deme.errors import naming
@@ -24,6 +25,7 @@ from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import Tensors, check_compatible, check_finite
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoders import load_encoder, try_out
+from deme.models.merging import load_changed
 from deme.models.pipelines import denoiser_folder, load_tensors, weights_hash
 from deme.models.variants import common_architecture
 
@@ -37,7 +39,7 @@ class Material:
     config: Config
     processes: Processes
     pretrained: Path  # pipeline folder
-    networks: dict[str, Path]  # denoiser folders by name: "pretrained", the experts, other models
+    networks: dict[str, Path]  # denoiser folders, or LoRAs, by name: "pretrained", the experts, other models
     source: Source
     made_of: dict[str, str]  # hashes of the data, the noise schedule and the encoders
 
@@ -50,7 +52,8 @@ class Material:
         self.timesteps = self.config.analyzed_timesteps
         inside = [[low <= timestep < high for timestep in self.timesteps] for low, high in self.ranges]
         self.inside = np.array(inside)  # masks (ranges, timesteps)
-        self.architecture = common_architecture(list(self.networks.values()))  # a folder
+        # a folder; a LoRA has that of the pretrained network
+        self.architecture = common_architecture([path for path in self.networks.values() if not is_lora(path)])
         self.measured_on = "held-out" if self.config.data.held_out_images > 0 else "training"  # images, for losses
 
     def keep(self, name: str, networks: list[str], make: Callable[[Keep], Arrays]) -> Arrays:
@@ -83,7 +86,7 @@ class Material:
         """A network's weights, with identity projections if only other networks have projections."""
         folder = self.networks[name]
         like = load_tensors(self.architecture)
-        tensors = with_identity_projections(load_tensors(folder), like)
+        tensors = with_identity_projections(load_changed(self.pretrained, folder), like)
         with naming(folder):
             check_compatible(like, tensors, name)
         for key, tensor in tensors.items():

@@ -32,6 +32,11 @@ def load_merged(pipeline: Path, networks: Sequence[Path]) -> tuple[Path, Tensors
     return architecture, base, dict(zip(map(str, networks), others, strict=True))
 
 
+def load_changed(pipeline: Path, network: Path) -> Tensors:
+    """The tensors of a network's folder, or those of the pipeline's denoiser with a LoRA's changes."""
+    return load_merged(pipeline, [network])[2][str(network)] if network.is_file() else load_tensors(network)
+
+
 def changed_parts(pretrained: Tensors, networks: Mapping[str, Tensors]) -> tuple[Tensors, Mapping[str, Tensors]]:
     """The tensors that a merge can change, of the pretrained network and of the others: of LoRAs only their layers.
 

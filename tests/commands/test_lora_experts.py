@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY, SMALL_SEARCH, run
@@ -70,8 +71,8 @@ def test_the_whole_recipe(lora_config, text_to_image, tmp_path):  # noqa: F811
     assert all(abs(drawn[name] - whole[name]).max() <= 1 for name in whole)
 
 
-def test_match_finds_the_coefficients_of_the_same_networks(lora_config, tmp_path):
-    """As those of the experts that are merged into the pipeline one by one."""
+def test_loras_are_searched_and_analysed_as_the_same_networks(lora_config, tmp_path):
+    """Match finds the coefficients that it finds for the experts when each is merged into the pipeline."""
     run("finetune.py", lora_config)
     networks = []
     for name, edges in zip(RANGES, ([0, 500], [500, 1000]), strict=True):
@@ -80,11 +81,17 @@ def test_match_finds_the_coefficients_of_the_same_networks(lora_config, tmp_path
         run("merge.py", lora_config, *given)
         networks.append(f"{{path: {output / 'unet'}, timesteps: {edges}}}")
     search = ["search.method=closed_form", *SMALL_SEARCH, "search.report_images=0"]
-    found = []
+    found, measured = [], []
     for output, given in (("loras", []), ("networks", [f"merge.experts=[{','.join(networks)}]"])):
         run("search.py", lora_config, *search, *given, f"search.output={tmp_path / output}")
         found.append(yaml.safe_load((tmp_path / output / "best.yaml").read_text())["coefficients"]["*"])
+        analyses = ["analyze.analyses=[task_vectors,loss_by_timestep]", f"analyze.output={tmp_path / output}-analysis"]
+        run("analyze.py", lora_config, *analyses, "analyze.timesteps=4", "analyze.images=8", *given)
+        measured.append(np.load(tmp_path / f"{output}-analysis" / "task_vectors.npz"))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+    names = [name for name in measured[0].files if measured[0][name].dtype.kind == "f"]
+    assert all(np.allclose(measured[0][name], measured[1][name], rtol=1e-3, equal_nan=True) for name in names)
+    assert len(names) > 0
     run("merge.py", lora_config, f"merge.coefficients={tmp_path / 'loras' / 'best.yaml'}")
 
 
