@@ -59,7 +59,8 @@ def make_networks(config: Config, encoders: Path | None) -> "Networks":
     import torch
 
     from deme.models.denoisers import load_scheduler
-    from deme.models.encoders import Pixels, load_encoder, try_out
+    from deme.models.encoder_loading import load_encoder, try_out
+    from deme.models.encoders import Pixels
     from deme.training.state import Networks
 
     settings = config.pretrain

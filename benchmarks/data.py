@@ -22,8 +22,9 @@ from benchmarks.measure import alternate, parse, ratios, seconds, spread
 from benchmarks.report import save
 from benchmarks.unets import CHURCH
 from deme.config.sections import Data
+from deme.data.crops import CroppedImages
 from deme.data.decoding import ahead, available_threads
-from deme.data.examples import CroppedImages, load_training_images
+from deme.data.examples import load_training_images
 from deme.data.opening import open_source
 from deme.report.tables import markdown_table
 from scripts.estimate import GPU_TFLOPS, unet_cost

@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
 from deme.config.trainings import Finetune, Training
-from deme.data.examples import CroppedImages, Examples, TrainingImages
+from deme.data.crops import CroppedImages
+from deme.data.examples import Examples, TrainingImages
 from deme.job.records import RUN, Record
 from deme.models.adapters import freeze_base
 from deme.models.denoisers import with_projections

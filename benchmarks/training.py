@@ -36,7 +36,7 @@ from benchmarks.report import save
 from benchmarks.trainers import make_accelerator, make_trainer
 from benchmarks.unets import CHURCH, SMALL
 from deme.config.trainings import Finetune
-from deme.data.examples import CroppedImages
+from deme.data.crops import CroppedImages
 from deme.job.processes import peak_memory
 from deme.models.denoisers import with_projections
 from deme.report.tables import markdown_table

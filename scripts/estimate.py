@@ -22,7 +22,7 @@ from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF, SOUP, Finetu
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
-from deme.models.pipelines import denoiser_folder, takes_text
+from deme.models.pipelines import denoiser_folder, is_xl, takes_text
 from deme.models.variants import find_pretrained
 
 GPU_TFLOPS = 50.0  # a guess for an A100 in half precision
@@ -30,6 +30,7 @@ INCEPTION_FLOPS = 11.4e9  # per image
 FLOAT = 4  # bytes
 HALF = 2  # bytes, of latents that a GPU encodes
 TOKENS = 77  # of a caption
+SIZES = 6  # numbers with which Stable Diffusion XL describes a crop
 PNG_SHARE = 0.75  # of the raw pixels
 DISK_BLOCK = 4096  # bytes: the least that a file takes
 REPORTED = 6  # models that a search's report compares, at most
@@ -200,6 +201,9 @@ def unet_cost(config: dict, finetune: Finetune) -> tuple[int, int, int]:
         size = unet.config.sample_size
         width = unet.config.get("cross_attention_dim")
         condition = {} if width is None else {"encoder_hidden_states": torch.empty(1, TOKENS, width)}
+        if is_xl(config):
+            pooled = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
+            condition["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, SIZES)}
         with FlopCounterMode(display=False) as counter:
             unet(torch.empty(1, unet.config.in_channels, size, size), torch.zeros(1, dtype=torch.int64), **condition)
         student = unet if finetune.lora_rank is None else new_lora(unet, finetune)
@@ -221,7 +225,7 @@ def encoder_cost(pipeline: Path, resolution: int) -> tuple[int, float, int]:
         with FlopCounterMode(display=False) as counter:
             latents = vae.encode(torch.empty(1, channels, resolution, resolution)).latent_dist.parameters
             vae.decode(latents[:, : vae.config.latent_channels])
-    size = HALF * (latents.numel() + TOKENS * unet["cross_attention_dim"])
+    size = HALF * (latents.numel() + (TOKENS + is_xl(unet)) * unet["cross_attention_dim"])
     return channels, counter.get_total_flops() / 2, size
 
 

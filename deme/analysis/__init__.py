@@ -24,7 +24,7 @@ from deme.measure.noisy import ENCODED_AT_ONCE, Batch, CleanImages, Noiser, draw
 from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import Tensors, check_compatible, check_finite
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
-from deme.models.encoders import load_encoder, try_out
+from deme.models.encoder_loading import load_encoder, try_out
 from deme.models.merging import load_changed
 from deme.models.pipelines import denoiser_folder, load_tensors, weights_hash
 from deme.models.variants import common_architecture

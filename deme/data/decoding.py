@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 from deme.config.sections import Data
@@ -24,6 +24,7 @@ from deme.job.records import digest_of
 
 SAME_LEVEL = 2  # of 255: a profile that changes no colour by more is taken for sRGB
 TRANSPARENT_LEVEL = {"L;2": 85, "L;4": 17}  # PIL scales such pixels to 8 bits, but not the transparent one among them
+TURNED = range(5, 9)  # EXIF orientations that exchange height and width
 LEAST_THREADED_RESOLUTION = 64  # pixels; below it, Python's own work on an image takes longer than the decoding
 
 
@@ -86,6 +87,11 @@ class Source(Sequence):
             in_files = pc.is_null(pc.struct_field(column, "bytes"))
             paths = [path for path in pc.struct_field(column, "path").filter(in_files).to_pylist() if path]
         return self.images._fingerprint + self.version + (f"-{stamp(paths)}" if paths else "")
+
+    def original_sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Heights and widths of the images in these rows as a viewer shows them, shape (N, 2), without decoding."""
+        wanted = set(rows.tolist())
+        return np.array([original_size(content) for row, content in enumerate(self) if row in wanted])
 
     def decode(self, row: int, channels: int, image: Any = None) -> np.ndarray:
         """The image of a row, its shorter side resized: uint8, shape (H, W, C); `image`, if it was read before."""
@@ -194,17 +200,7 @@ def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
 
     `content` is bytes, a dictionary of `bytes` and `path`, or values (H, W) or (H, W, 1, 3 or 4) as lists.
     """
-    content = read_bytes(content) if isinstance(content, dict) else content
-    if content is None:
-        raise ValueError("no image in this row")
-    if isinstance(content, bytes):
-        image = Image.open(io.BytesIO(content))
-    else:
-        pixels = np.array(content, dtype=np.uint8)
-        if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4)):
-            raise UserError(f"an array of {pixels.dtype}, {pixels.shape}; uint8 (H, W) or (H, W, 1, 3 or 4) is read")
-        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
-    image = as_seen(image, channels)
+    image = as_seen(open_image(content), channels)
     if min(image.size) != resolution:
         scale = resolution / min(image.size)
         width, height = (max(resolution, round(side * scale)) for side in image.size)
@@ -212,6 +208,25 @@ def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:
             raise ValueError(f"{image.width} x {image.height} would become {width} x {height}")
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def open_image(content: Any) -> Image.Image:
+    """An image, not yet decoded where it is given by its bytes."""
+    content = read_bytes(content) if isinstance(content, dict) else content
+    if content is None:
+        raise ValueError("no image in this row")
+    if isinstance(content, bytes):
+        return Image.open(io.BytesIO(content))
+    pixels = np.array(content, dtype=np.uint8)
+    if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4)):
+        raise UserError(f"an array of {pixels.dtype}, {pixels.shape}; uint8 (H, W) or (H, W, 1, 3 or 4) is read")
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
+
+
+def original_size(content: Any) -> tuple[int, int]:
+    """Height and width of an image as a viewer shows it: upright by EXIF."""
+    image = open_image(content)
+    return image.size if image.getexif().get(ExifTags.Base.Orientation, 1) in TURNED else image.size[::-1]
 
 
 def read_bytes(content: dict) -> bytes | None:

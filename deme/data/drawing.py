@@ -19,7 +19,8 @@ from deme.job.records import ENCODER, SAMPLES, SCHEDULE, Record, provenance
 from deme.method.sampling import NetworkAt, ensemble, passed_over, sampler_name, try_sampler
 from deme.models.adapters import load_denoisers
 from deme.models.denoisers import freeze, load_scheduler
-from deme.models.encoders import Drawing, load_encoder, try_out
+from deme.models.encoder_loading import load_encoder, try_out
+from deme.models.encoders import Drawing
 from deme.models.pipelines import weights_hash
 from deme.models.variants import ModelFiles, prediction_scales
 

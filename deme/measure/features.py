@@ -30,7 +30,7 @@ from deme.data.samples import read_images
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file
 from deme.job.processes import Processes, in_main_process
-from deme.models.encoders import check_filled, check_tokenizer
+from deme.models.encoder_loading import check_filled, check_tokenizer
 from deme.models.sources import find_folder, hub_name
 
 HELD_OUT_SHARE = 0.2  # of the data, on which the classifier's accuracy is measured

@@ -17,7 +17,7 @@ from deme.config.judges import Judge
 from deme.config.section import one_of
 from deme.config.sections import LEAST_CLASSIFIED
 from deme.errors import UserError, naming, one_line
-from deme.models.encoders import check_filled
+from deme.models.encoder_loading import check_filled
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of the channels
 WITH_TRANSFORM = {"transform_input": True, "init_weights": False}  # as published weights are built

@@ -38,15 +38,30 @@ def projected_class(unet_class: type[ModelMixin]) -> type[ModelMixin]:
 UNETS = (UNet2DModel, UNet2DConditionModel)
 ProjectedUNet2DModel, ProjectedUNet2DConditionModel = PROJECTED_UNETS = tuple(map(projected_class, UNETS))
 DENOISER_CLASSES = {kind.__name__: kind for kind in (*UNETS, *PROJECTED_UNETS)}
+ADDED = ("text_embeds", "time_ids")  # arguments of Stable Diffusion XL's network, which it takes in a dictionary
 LATENT_SCHEDULE = {"clip_sample": False, "steps_offset": 1}  # as StableDiffusionPipeline enforces
 
 
 def with_projections(unet: nn.Module) -> nn.Module:
     """A projected copy of a UNet, its projections identities."""
     name = f"{PROJECTED}{type(unet).__name__.removeprefix(PROJECTED)}"
-    projected = DENOISER_CLASSES[name].from_config(dict(unet.config) | {"_class_name": name})
+    projected = make_denoiser(dict(unet.config) | {"_class_name": name})
     projected.load_state_dict(unet.state_dict(), strict=False)
     return projected.train(unet.training)
+
+
+def make_denoiser(settings: dict[str, Any]) -> nn.Module:
+    """A denoiser with random weights; that of Stable Diffusion XL takes all of its condition as named arguments."""
+    denoiser = DENOISER_CLASSES[settings["_class_name"]].from_config(settings)
+    if pipelines.is_xl(settings):
+        denoiser.register_forward_pre_hook(_gather_added, with_kwargs=True)
+    return denoiser
+
+
+def _gather_added(_: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    added = {key: named[key] for key in ADDED if key in named}
+    rest = {key: value for key, value in named.items() if key not in added}
+    return args, rest | ({"added_cond_kwargs": added} if added else {})
 
 
 def load_denoiser(folder: Path) -> nn.Module:
@@ -57,7 +72,7 @@ def load_denoiser(folder: Path) -> nn.Module:
     if not name.startswith(PROJECTED) and any(key.endswith(PROJECTION_SUFFIX) for key in tensors):
         raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED}{name}")
     with blaming(folder):
-        denoiser = DENOISER_CLASSES[name].from_config(settings)
+        denoiser = make_denoiser(settings)
     parameters = denoiser.state_dict()
     given, expected = ({(key, tensor.shape) for key, tensor in all_.items()} for all_ in (tensors, parameters))
     if odd := sorted({key for key, _ in given ^ expected}):

@@ -4,21 +4,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
+from torch.nn import functional
 
-from deme.config.paths import DENOISER
 from deme.config.sections import Sample
-from deme.errors import RunError, UserError, blaming, one_line
-from deme.method.losses import prediction_target
+from deme.errors import RunError, UserError
 from deme.method.sampling import NetworkAt, guided, sample_images, scaled
 from deme.models.denoisers import AUTOCAST_TYPES, memory_format
-from deme.models.pipelines import check_settings, has_full_precision, is_xl, latent_factor, takes_text
 
 CHANNELS = (1, 3)  # of images: grayscale and RGB
 CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
@@ -32,13 +29,15 @@ class Captioned(NamedTuple):
 
     pixels: torch.Tensor  # uint8, shape (B, C, H, W)
     captions: list[str]
+    sizes: torch.Tensor | None = None  # of the crops, as `CroppedImages.crops` gives them, shape (B, 6)
 
 
 class Encoded(NamedTuple):
     """Captioned images that were encoded before."""
 
     moments: torch.Tensor  # mean and log variance of the VAE's posterior, shape (B, 2 · latent channels, h, w)
-    embeddings: torch.Tensor  # of the captions, shape (B, tokens, D)
+    embeddings: torch.Tensor  # of the captions, shape (B, tokens, D), as the encoder's `embed` gives them
+    sizes: torch.Tensor | None = None  # of the crops, shape (B, 6)
 
 
 def to_unit_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -57,7 +56,7 @@ def to_bytes(images: torch.Tensor) -> torch.Tensor:
 class Pixels:
     """Images in [−1, 1], grayscale or RGB, without a condition."""
 
-    takes_text = False
+    takes_text = takes_sizes = False
     decode = staticmethod(to_bytes)
 
     def __init__(self, channels: int):
@@ -81,16 +80,18 @@ class Pixels:
         """No condition."""
         return {}
 
+    negative = condition
+
 
 class LatentsAndText:
     """Latents of an AutoencoderKL, and a CLIPTextModel's embeddings of captions (Rombach et al. 2022)."""
 
-    takes_text = True
+    takes_text, takes_sizes = True, False
 
-    def __init__(self, vae: nn.Module, text_encoder: nn.Module, tokenizer: Any):
+    def __init__(self, vae: nn.Module, text_encoders: Sequence[nn.Module], tokenizers: Sequence[Any]):
         self.vae = vae.eval().requires_grad_(False)
-        self.text_encoder = text_encoder.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.text_encoders = [part.eval().requires_grad_(False) for part in text_encoders]
+        self.tokenizers = tokenizers
         self.channels, self.image_channels = vae.config.latent_channels, vae.config.in_channels
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.has_warned = os.environ.get("RANK", "0") != "0"  # one process does
@@ -102,7 +103,7 @@ class LatentsAndText:
 
     def rest(self) -> None:
         """Free the device's memory until the next use."""
-        for part in (self.vae, self.text_encoder):
+        for part in (self.vae, *self.text_encoders):
             nn.Module.to(part, "cpu")
 
     def _ready(self, part: nn.Module) -> nn.Module:
@@ -112,138 +113,105 @@ class LatentsAndText:
     def encode(self, examples: Captioned | Encoded) -> tuple[torch.Tensor, Condition]:
         """Scaled samples of the posterior, float32 (B, C, h, w), drawn from torch's generator, and the embeddings."""
         if isinstance(examples, Captioned):
-            examples = Encoded(self.moments(examples.pixels), self.embed(examples.captions))
+            examples = Encoded(self.moments(examples.pixels), self.embed(examples.captions), examples.sizes)
         moments = examples.moments.to(self.device, non_blocking=True).float().contiguous()
         latents = DiagonalGaussianDistribution(moments).sample() * self.vae.config.scaling_factor
         embeddings = examples.embeddings.to(self.device, non_blocking=True)
-        return latents.to(memory_format=memory_format(self.device)), {"encoder_hidden_states": embeddings}
+        sizes = None if examples.sizes is None else examples.sizes.to(self.device, non_blocking=True)
+        return latents.to(memory_format=memory_format(self.device)), self._as_condition(embeddings, sizes)
 
     @torch.no_grad()
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 images (B, C, H, W) to the posterior's mean and log variance, (B, 2 · latent channels, h, w)."""
         vae = self._ready(self.vae)
-        parts = to_unit_range(pixels, self.device).to(self.dtype).split(CODED_AT_ONCE)
+        parts = to_unit_range(pixels, self.device).to(vae.dtype).split(CODED_AT_ONCE)
         return torch.cat([vae.encode(part).latent_dist.parameters for part in parts])
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """The text encoder's last hidden states, (B, tokens, D); texts that are too long are cut, with one warning."""
-        length = self.tokenizer.model_max_length
-        too_long = (text for text in texts if len(text) > length and len(self.tokenizer(text).input_ids) > length)
+        return self._ready(self.text_encoders[0])(self._tokens(texts, self.tokenizers[0]))[0]
+
+    def _tokens(self, texts: Sequence[str], tokenizer: Any) -> torch.Tensor:
+        length = tokenizer.model_max_length
+        too_long = (text for text in texts if len(text) > length and len(tokenizer(text).input_ids) > length)
         if not self.has_warned and (text := next(too_long, None)) is not None:
             print(f"cut to {length} tokens, as all such texts: {text[:200]}")
             self.has_warned = True
-        tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return self._ready(self.text_encoder)(tokens.to(self.device))[0]
+        tokens = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
+        return tokens.input_ids.to(self.device)
+
+    def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
+        return {"encoder_hidden_states": embeddings}
 
     def condition(self, texts: Sequence[str]) -> Condition:
-        """The embeddings of these texts."""
-        return {"encoder_hidden_states": self.embed(texts)}
+        """The network's further arguments for these texts."""
+        return self._as_condition(self.embed(texts), None)
+
+    def negative(self, texts: Sequence[str]) -> Condition:
+        """The same for texts that guidance leads away from."""
+        return self.condition(texts)
 
     @torch.no_grad()
     def decode(self, tensors: torch.Tensor) -> torch.Tensor:
         """Latents to uint8 images on the CPU; RunError if they are NaN or infinite, as some are in half precision."""
         vae = self._ready(self.vae)
-        latents = (tensors / vae.config.scaling_factor).to(self.dtype)
+        latents = (tensors / vae.config.scaling_factor).to(vae.dtype)
         images = []  # of bytes: a batch in float32 would take four times the device's memory
         for part in latents.split(CODED_AT_ONCE):
             decoded = vae.decode(part).sample.float()
             if not decoded.isfinite().all():
-                raise RunError(f"the VAE, in {self.dtype}, decodes to NaN or infinite values")
+                raise RunError(f"the VAE, in {vae.dtype}, decodes to NaN or infinite values")
             images.append(to_bytes(decoded))
         return torch.cat(images)
 
 
+class LatentsAndTwoTexts(LatentsAndText):
+    """The same for Stable Diffusion XL (Podell et al. 2023): two text encoders, a pooled text, the sizes of crops.
+
+    The hidden states before the last of both encoders lie side by side. Sizes are the height and width of the image,
+    the top and left edge of the crop, and its height and width. The VAE is in float32 where its settings say so, as
+    half precision overflows.
+    """
+
+    takes_sizes = True
+
+    def __init__(self, *parts: Any, side: int, zeros_for_empty: bool):
+        super().__init__(*parts)
+        self.side = side  # pixels of the images that are drawn
+        self.zeros_for_empty = zeros_for_empty  # an empty negative prompt is all zeros
+        self.pooled = self.text_encoders[-1].config.projection_dim
+
+    def _ready(self, part: nn.Module) -> nn.Module:
+        whole = part is self.vae and part.config.force_upcast
+        return nn.Module.to(part, self.device, torch.float32) if whole else super()._ready(part)
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """The hidden states of both encoders, (B, tokens, D), and as another token the pooled text, filled with 0."""
+        states = []
+        for text_encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
+            output = self._ready(text_encoder)(self._tokens(texts, tokenizer), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+        both = torch.cat(states, dim=-1)
+        pooled = functional.pad(output.text_embeds, (0, both.shape[-1] - self.pooled))
+        return torch.cat([both, pooled[:, None]], dim=1)
+
+    def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
+        if sizes is None:  # the whole image
+            sizes = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]], device=embeddings.device)
+        parts = {"encoder_hidden_states": embeddings[:, :-1], "text_embeds": embeddings[:, -1, : self.pooled]}
+        return parts | {"time_ids": sizes.to(embeddings.dtype).expand(len(embeddings), -1)}
+
+    def negative(self, texts: Sequence[str]) -> Condition:
+        """The same, or zeros for empty texts where the pipeline says so."""
+        found = self.condition(texts)
+        if not (self.zeros_for_empty and not any(texts)):
+            return found
+        return {name: value if name == "time_ids" else torch.zeros_like(value) for name, value in found.items()}
+
+
 Encoder = Pixels | LatentsAndText  # the same methods
-
-
-@torch.no_grad()
-def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
-    """The encoder of a pipeline, each of its parts tried once."""
-    width = denoiser.config.get("cross_attention_dim")  # None where the network takes no text
-    if (width is not None) != takes_text(pipeline):
-        wants = "takes no text" if width is None else "needs a text encoder, which the folder lacks"
-        raise UserError(f"{pipeline}: its network, a {type(denoiser).__name__}, {wants}")
-    if width is None:
-        return Pixels(denoiser.config.in_channels)
-    if is_xl(denoiser.config):
-        raise UserError(f"{pipeline}: a network of Stable Diffusion XL is merged alone, neither trained nor sampled")
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # errors are told below, in one line
-    vae = _load_network(pipeline / "vae", AutoencoderKL, torch_dtype=torch.float32)
-    text_encoder = _load_network(pipeline / "text_encoder", CLIPTextModel, dtype=torch.float32)
-    with blaming(pipeline / "tokenizer"):
-        tokenizer = CLIPTokenizer.from_pretrained(str(pipeline / "tokenizer"), local_files_only=True)
-        check_tokenizer(tokenizer, text_encoder.config.vocab_size)
-        length = tokenizer.model_max_length  # 1e30 where the folder names none
-        if not isinstance(length, (int, float)) or not length >= LEAST_LENGTH:
-            raise UserError(f"model_max_length={length}: must be a number of at least {LEAST_LENGTH}")
-        tokenizer.model_max_length = int(min(length, text_encoder.config.max_position_embeddings))
-        tokenizer("", padding="max_length")  # fails without a token for it
-    encoder = LatentsAndText(vae, text_encoder, tokenizer)
-    with blaming(pipeline / "text_encoder"):
-        entries = encoder.embed([""]).shape[2]
-        if isinstance(width, int) and entries != width:
-            raise UserError(f"its embeddings have {entries} entries, the network's cross_attention_dim is {width}")
-    with blaming(pipeline / "vae"):
-        if encoder.image_channels not in CHANNELS:
-            raise UserError(f"in_channels={encoder.image_channels}: images have 1 or 3 channels")
-        side = 2 * latent_factor(pipeline)
-        pixels = torch.zeros(1, encoder.image_channels, side, side, dtype=torch.uint8)
-        decoded = encoder.decode(encoder.moments(pixels).chunk(2, dim=1)[0])
-        if decoded.shape != pixels.shape:
-            raise UserError(f"encodes and decodes {tuple(pixels.shape)} to {tuple(decoded.shape)}")
-    return encoder
-
-
-def _load_network(folder: Path, kind: Any, **dtype: torch.dtype) -> Any:
-    """A part of this class, all of its tensors in its file and finite."""
-    with blaming(folder):
-        variant = None if has_full_precision(folder) else "fp16"
-        options = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True, **dtype}
-        part, report = kind.from_pretrained(str(folder), variant=variant, **options)
-        check_filled(report)
-        for name, tensor in part.state_dict().items():
-            if not tensor.isfinite().all():
-                raise UserError(f"tensor {name} holds NaN or infinite values")
-        return part
-
-
-def check_filled(report: dict) -> None:
-    """Check in diffusers' or transformers' report on a network that its file held every tensor."""
-    if missing := [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]:
-        raise UserError(f"weights and config.json do not fit each other ({', '.join(sorted(missing)[:3])} …)")
-
-
-def check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
-    """Check that a tokenizer has the tokens of the text encoder's vocabulary; transformers may make an empty one."""
-    if not LEAST_VOCABULARY <= len(tokenizer) <= vocabulary:
-        raise UserError(f"its tokenizer is missing or another model's: {len(tokenizer)} tokens, not {vocabulary}")
-
-
-def try_out(denoiser: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None:
-    """Predict once and take one step, so that parts that do not fit are found before anything is written."""
-    channels, size = denoiser.config.in_channels, denoiser.config.sample_size
-    check_settings(DENOISER, denoiser.config)  # it may have been made from settings, and not loaded
-    check_settings("scheduler", scheduler.config)
-    if channels != encoder.channels:
-        raise UserError(f"in_channels={channels}: the encoder gives {encoder.channels}")
-    condition = encoder.condition([""])  # load_encoder has tried it
-    try:
-        images = torch.zeros(1, channels, size, size)
-        last = torch.tensor([scheduler.config.num_train_timesteps - 1])
-        with torch.no_grad():
-            prediction = denoiser(images, last, **condition).sample
-        target = prediction_target(scheduler, images, images, last)
-        if prediction.shape != target.shape:
-            raise UserError(f"the network maps {tuple(target.shape)} to {tuple(prediction.shape)}")
-        scheduler.step(prediction, int(last), images)
-    except Exception as error:  # torch and diffusers raise anything
-        raise UserError(one_line(error)) from None
 
 
 @dataclass(frozen=True)
@@ -259,7 +227,7 @@ class Drawing:
 
     @cached_property
     def _negative(self) -> Condition:
-        return self.encoder.condition([self.settings.negative_prompt])
+        return self.encoder.negative([self.settings.negative_prompt])
 
     @property
     def passes(self) -> int:

@@ -34,7 +34,7 @@ INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 PROJECTED = "Projected"  # prefix of the classes with projections
 ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
-XL = "StableDiffusionXLPipeline"  # is merged alone, neither trained nor sampled
+XL = "StableDiffusionXLPipeline"
 XL_ENCODERS = (*ENCODERS, "text_encoder_2", "tokenizer_2")
 PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written where a folder names none
     "DDPMPipeline": "UNet2DModel",

@@ -24,7 +24,8 @@ from deme.method.sampling import NetworkAt, ensemble, scaled, try_sampler
 from deme.method.task_vectors import Candidates, pattern_of, patterns_of
 from deme.models.adapters import load_denoisers
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
-from deme.models.encoders import Drawing, load_encoder, try_out
+from deme.models.encoder_loading import load_encoder, try_out
+from deme.models.encoders import Drawing
 from deme.models.merging import load_merged
 from deme.models.variants import prediction_scales
 from deme.search.distance import FrechetDistance

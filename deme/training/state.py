@@ -28,7 +28,8 @@ from deme.method.losses import Experts
 from deme.method.posthoc_ema import decay
 from deme.models.adapters import freeze_base, load_denoisers, new_lora, sharing_weights
 from deme.models.denoisers import load_scheduler
-from deme.models.encoders import Encoder, load_encoder, try_out
+from deme.models.encoder_loading import load_encoder, try_out
+from deme.models.encoders import Encoder
 from deme.models.variants import ModelFiles
 from deme.training.session import Objective
 

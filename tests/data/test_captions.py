@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from deme.config.sections import Data
+from deme.data.crops import CroppedImages, choose_caption
 from deme.data.decoding import flat_images
-from deme.data.examples import CroppedImages, choose_caption, load_training_images
+from deme.data.examples import load_training_images
 from deme.data.opening import data_hashes, open_source
 from deme.data.samples import PROMPTS, claim_prompts, load_prompts, read_prompts
 from deme.errors import UserError

@@ -12,8 +12,9 @@ from sklearn.datasets import load_digits
 
 from deme.config.sections import Data
 from deme.data import opening
+from deme.data.crops import CroppedImages
 from deme.data.decoding import as_seen
-from deme.data.examples import CroppedImages, load_evaluation_images, load_training_images
+from deme.data.examples import load_evaluation_images, load_training_images
 from deme.data.opening import data_hashes, open_source
 from deme.errors import UserError
 from deme.job.records import CONTENTS, DATA
@@ -74,6 +75,27 @@ def test_crops_and_flips_follow_the_generator():
     assert draws == {tuple(w.flatten().tolist()) for window in windows for w in (window, window.flip(-1))}
     again = [cropped.batch(np.array([0]), np.random.default_rng(3)) for _ in range(2)]
     assert torch.equal(*again)
+
+
+def test_sizes_of_crops_are_those_of_the_original_and_of_the_place(folder, tmp_path):
+    """Height and width of the file, upright by EXIF; the crop's corner in the image as it is seen, flipped or not."""
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90 degrees
+    pixels = np.arange(12 * 6, dtype=np.uint8).reshape(6, 12)
+    Image.fromarray(pixels).save(f"{folder}/train/cat/a.png")
+    Image.fromarray(pixels).save(f"{folder}/train/cat/b.jpg", exif=turned)
+    data = Data(name=folder, resolution=4, random_flip=True)
+    images = load_training_images(open_source(data), 1, tmp_path, takes_sizes=True).training
+    known = {tuple(row) for row in images.originals.tolist()}
+    assert {(6, 12), (12, 6)} <= known
+    for number, original in enumerate(images.originals.tolist()):
+        for seed in range(8):
+            crop, sizes = images.crops([number], np.random.default_rng(seed))
+            height, width, top, left, *size = sizes[0].tolist()
+            assert ([height, width], size) == (original, [4, 4])
+            whole = torch.from_numpy(images.images[number])[..., 0]
+            windows = [image[top : top + 4, left : left + 4] for image in (whole, whole.flip(-1))]
+            assert any(torch.equal(crop[0, 0], window) for window in windows)
 
 
 def test_centre_crop_without_flip_ignores_the_generator():

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deme.config.trainings import Finetune
+from deme.data.crops import CroppedImages
 from deme.data.decoding import Images, ahead, flat_images
-from deme.data.examples import CroppedImages, MicroBatch, micro_batches
+from deme.data.examples import MicroBatch, micro_batches
 from deme.data.opening import batch_indices
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 9, 12, 3), dtype=np.uint8)

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from deme.config.sections import Data
-from deme.data.examples import EMPTY, INDEX, CachedLatents, load_training_images, write_latents
+from deme.data.examples import load_training_images
+from deme.data.latents import EMPTY, INDEX, CachedLatents, write_latents
 from deme.data.opening import contents_hash, open_source
 from deme.errors import UserError
 
@@ -20,6 +21,7 @@ ENCODER = SimpleNamespace(
     moments=lambda pixels: pixels.float().mean((1, 2, 3))[:, None, None, None].expand(-1, 8, 2, 2),
     embed=lambda texts: torch.tensor([len(text) for text in texts]).float()[:, None, None].expand(-1, 3, 4),
     rest=lambda: None,
+    takes_sizes=False,
 )
 ALONE = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1, wait_for_everyone=lambda: None)
 
@@ -27,7 +29,7 @@ ALONE = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1, 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The first 20 digits, 8 images in a part."""
-    monkeypatch.setattr("deme.data.examples.PART", 8)
+    monkeypatch.setattr("deme.data.latents.PART", 8)
     data = Data(split="train", caption_column="caption")
     images = load_training_images(open_source(data), 1, tmp_path).training
     images.chosen = images.chosen[:20]
@@ -37,7 +39,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def read_all(folder):
-    return CachedLatents(folder, dropout=1.0).batch(range(20), np.random.default_rng(0))
+    return CachedLatents(folder, 1.0, False).batch(range(20), np.random.default_rng(0))
 
 
 def change(file, name, change):
@@ -49,6 +51,25 @@ def change(file, name, change):
 def flip_a_bit(tensor):
     tensor.view(torch.uint8).view(-1)[0] ^= 4
     return tensor
+
+
+def test_every_view_has_the_sizes_of_its_crop(tmp_path):
+    """Those of the same draws, next to its moments; a flipped bit in them is found."""
+    data = Data(split="train", caption_column="caption", random_flip=True)
+    images = load_training_images(open_source(data), 1, tmp_path, takes_sizes=True).training
+    images.chosen, images.resolution = images.chosen[:3], 6  # of 8 pixels
+    write_latents(tmp_path, images, 2, SimpleNamespace(**vars(ENCODER) | {"takes_sizes": True}), ALONE)
+    latents = CachedLatents(tmp_path, 0.0, True)
+    expected = {
+        (number, *images.crops([number], np.random.default_rng((number, view)))[1][0].tolist())
+        for number in range(3)
+        for view in range(2)
+    }
+    drawn = [latents.batch(range(3), np.random.default_rng(seed)) for seed in range(20)]
+    assert {(number, *row) for batch in drawn for number, row in enumerate(batch.sizes.tolist())} == expected
+    change(tmp_path / "part-000000.safetensors", "sizes", flip_a_bit)
+    with pytest.raises(UserError, match="image 0 is not what was written"):
+        CachedLatents(tmp_path, 0.0, True).batch([0])
 
 
 @pytest.mark.parametrize("name", ["moments", "embeddings", "first", "crc32"])
@@ -77,7 +98,7 @@ def test_other_tensors_are_found(folder, file, name, change_of):
 def test_another_count_is_found(folder, count):
     (folder / INDEX).write_text(json.dumps({"images": count}))
     with pytest.raises(UserError, match="delete the folder, it is made again"):
-        CachedLatents(folder, dropout=0.0)
+        CachedLatents(folder, 0.0, False)
 
 
 def test_the_images_that_were_encoded_are_told_by_their_content(tmp_path):

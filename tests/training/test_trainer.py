@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.trainers import make_trainer
 from deme.config.trainings import Finetune, Pretrain
-from deme.data.examples import CroppedImages
+from deme.data.crops import CroppedImages
 from deme.errors import RunError, UserError
 from deme.method.posthoc_ema import combination, combine
 from deme.models.denoisers import load_denoiser, with_projections

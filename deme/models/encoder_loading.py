@@ -1,0 +1,121 @@
+"""Loads the encoder of a pipeline's folder, and tries it, and a network with it, before anything is written."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from deme.config.paths import DENOISER
+from deme.errors import UserError, blaming, one_line
+from deme.job.files import read_json
+from deme.method.losses import prediction_target
+from deme.models.encoders import CHANNELS, Encoder, LatentsAndText, LatentsAndTwoTexts, Pixels
+from deme.models.pipelines import INDEX, check_settings, has_full_precision, is_xl, latent_factor, takes_text
+
+LEAST_VOCABULARY = 256  # tokens: one for each byte
+LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
+
+
+@torch.no_grad()
+def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
+    """The encoder of a pipeline, each of its parts tried once."""
+    width = denoiser.config.get("cross_attention_dim")  # None where the network takes no text
+    if (width is not None) != takes_text(pipeline):
+        wants = "takes no text" if width is None else "needs a text encoder, which the folder lacks"
+        raise UserError(f"{pipeline}: its network, a {type(denoiser).__name__}, {wants}")
+    if width is None:
+        return Pixels(denoiser.config.in_channels)
+    from diffusers import AutoencoderKL
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # errors are told below, in one line
+    vae = _load_network(pipeline / "vae", AutoencoderKL, torch_dtype=torch.float32)
+    has_two = is_xl(denoiser.config)
+    texts = [_load_text(pipeline, suffix) for suffix in (("", "_2") if has_two else ("",))]
+    encoder, parts = LatentsAndText, (vae, *map(list, zip(*texts, strict=True)))
+    if has_two:
+        side = denoiser.config.sample_size * latent_factor(pipeline)
+        index = read_json(pipeline / INDEX) if (pipeline / INDEX).is_file() else {}
+        zeros = index.get("force_zeros_for_empty_prompt", True)  # the pipeline's default
+        encoder = partial(LatentsAndTwoTexts, side=side, zeros_for_empty=zeros)
+    encoder = encoder(*parts)
+    with blaming(pipeline / "text_encoder"):
+        entries = encoder.condition([""])["encoder_hidden_states"].shape[2]
+        if isinstance(width, int) and entries != width:
+            raise UserError(f"its embeddings have {entries} entries, the network's cross_attention_dim is {width}")
+    with blaming(pipeline / "vae"):
+        if encoder.image_channels not in CHANNELS:
+            raise UserError(f"in_channels={encoder.image_channels}: images have 1 or 3 channels")
+        side = 2 * latent_factor(pipeline)
+        pixels = torch.zeros(1, encoder.image_channels, side, side, dtype=torch.uint8)
+        decoded = encoder.decode(encoder.moments(pixels).chunk(2, dim=1)[0])
+        if decoded.shape != pixels.shape:
+            raise UserError(f"encodes and decodes {tuple(pixels.shape)} to {tuple(decoded.shape)}")
+    return encoder
+
+
+def _load_text(pipeline: Path, suffix: str) -> tuple[nn.Module, Any]:
+    """A text encoder and its tokenizer; the suffix is "_2" for the second."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder, kind = pipeline / f"tokenizer{suffix}", CLIPTextModelWithProjection if suffix else CLIPTextModel
+    text_encoder = _load_network(pipeline / f"text_encoder{suffix}", kind, dtype=torch.float32)
+    with blaming(folder):
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        check_tokenizer(tokenizer, text_encoder.config.vocab_size)
+        length = tokenizer.model_max_length  # 1e30 where the folder names none
+        if not isinstance(length, (int, float)) or not length >= LEAST_LENGTH:
+            raise UserError(f"model_max_length={length}: must be a number of at least {LEAST_LENGTH}")
+        tokenizer.model_max_length = int(min(length, text_encoder.config.max_position_embeddings))
+        tokenizer("", padding="max_length")  # fails without a token for it
+    return text_encoder, tokenizer
+
+
+def _load_network(folder: Path, kind: Any, **dtype: torch.dtype) -> Any:
+    """A part of this class, all of its tensors in its file and finite."""
+    with blaming(folder):
+        variant = None if has_full_precision(folder) else "fp16"
+        options = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True, **dtype}
+        part, report = kind.from_pretrained(str(folder), variant=variant, **options)
+        check_filled(report)
+        for name, tensor in part.state_dict().items():
+            if not tensor.isfinite().all():
+                raise UserError(f"tensor {name} holds NaN or infinite values")
+        return part
+
+
+def check_filled(report: dict) -> None:
+    """Check in diffusers' or transformers' report on a network that its file held every tensor."""
+    if missing := [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]:
+        raise UserError(f"weights and config.json do not fit each other ({', '.join(sorted(missing)[:3])} …)")
+
+
+def check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
+    """Check that a tokenizer has the tokens of the text encoder's vocabulary; transformers may make an empty one."""
+    if not LEAST_VOCABULARY <= len(tokenizer) <= vocabulary:
+        raise UserError(f"its tokenizer is missing or another model's: {len(tokenizer)} tokens, not {vocabulary}")
+
+
+def try_out(denoiser: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None:
+    """Predict once and take one step, so that parts that do not fit are found before anything is written."""
+    channels, size = denoiser.config.in_channels, denoiser.config.sample_size
+    check_settings(DENOISER, denoiser.config)  # it may have been made from settings, and not loaded
+    check_settings("scheduler", scheduler.config)
+    if channels != encoder.channels:
+        raise UserError(f"in_channels={channels}: the encoder gives {encoder.channels}")
+    condition = encoder.condition([""])  # load_encoder has tried it
+    try:
+        images = torch.zeros(1, channels, size, size)
+        last = torch.tensor([scheduler.config.num_train_timesteps - 1])
+        with torch.no_grad():
+            prediction = denoiser(images, last, **condition).sample
+        target = prediction_target(scheduler, images, images, last)
+        if prediction.shape != target.shape:
+            raise UserError(f"the network maps {tuple(target.shape)} to {tuple(prediction.shape)}")
+        scheduler.step(prediction, int(last), images)
+    except Exception as error:  # torch and diffusers raise anything
+        raise UserError(one_line(error)) from None
