@@ -13,20 +13,8 @@ from safetensors.torch import save_file
 from deme.errors import UserError, blaming, naming, one_line, shown
 from deme.job.files import atomic_file, atomic_folder, locked, read_json, sha256
 from deme.job.records import digest_of
+from deme.models import pipelines
 from deme.models.original_names import open_clip_name, unet_names, vae_names
-from deme.models.pipelines import (
-    NEVER_RUN,
-    SETTINGS_FILES,
-    STEMS,
-    XL,
-    check_pipeline,
-    denoiser_class,
-    denoiser_folder,
-    is_projected,
-    is_xl,
-    load_tensors,
-    schedule_file,
-)
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."  # how the names of a part's tensors begin
 V1_TEXT = "cond_stage_model.transformer."
@@ -44,19 +32,19 @@ PROJECTION = re.compile(r"(.+)\.self_attn\.([qkv])_proj\.(weight|bias)")  # of a
 def check_original(pipeline: Path, denoiser: Path) -> None:
     """Check that a pipeline with this denoiser can be one file, and that programs would take it for what it is."""
     settings = read_json(denoiser / "config.json")
-    kind = denoiser_class(settings)
+    kind = pipelines.denoiser_class(settings)
     if kind != "UNet2DConditionModel":
         raise UserError(f"the format is known for Stable Diffusion 1 and XL, not for a {kind}")
-    if is_projected(denoiser):
+    if pipelines.is_projected(denoiser):
         raise UserError("the format has no projections: finetune with model.projection=false")
     for key, known in BLOCKS.items():
         if odd := sorted(set(settings.get(key, [])) - known):
             raise UserError(f"the format has no {key} {odd[0]}")
     if not isinstance(settings.get("layers_per_block", 2), int):
         raise UserError(f"the format has one layers_per_block, not {shown(settings['layers_per_block'])}")
-    if settings.get("use_linear_projection", False) != is_xl(settings):
+    if settings.get("use_linear_projection", False) != pipelines.is_xl(settings):
         raise UserError("the format is known for Stable Diffusion 1 and XL, not for 2")
-    schedule = schedule_file(pipeline)
+    schedule = pipelines.schedule_file(pipeline)
     predicts = read_json(schedule).get("prediction_type", "epsilon")
     if predicts != "epsilon":
         raise UserError(f"programs take the network for one that predicts noise, but {schedule} has {predicts}")
@@ -64,17 +52,17 @@ def check_original(pipeline: Path, denoiser: Path) -> None:
 
 def original_tensors(pipeline: Path) -> dict[str, torch.Tensor]:
     """All tensors of a pipeline's folder under their original names, memory-mapped but for a few."""
-    xl = is_xl(read_json(denoiser_folder(pipeline) / "config.json"))
-    tensors = load_tensors(denoiser_folder(pipeline))
+    xl = pipelines.is_xl(read_json(pipelines.denoiser_folder(pipeline) / "config.json"))
+    tensors = pipelines.load_tensors(pipelines.denoiser_folder(pipeline))
     found = {UNET + name: tensors[ours] for ours, name in unet_names(tensors).items()}
-    tensors = load_tensors(pipeline / "vae")
+    tensors = pipelines.load_tensors(pipeline / "vae")
     for ours, name in vae_names(tensors).items():
         is_matrix = "mid.attn_1" in name and tensors[ours].dim() == 2  # a 1×1 convolution there
         found[VAE + name] = tensors[ours][..., None, None] if is_matrix else tensors[ours]
-    for name, tensor in load_tensors(pipeline / "text_encoder", STEMS["text_encoder"]).items():
+    for name, tensor in pipelines.load_tensors(pipeline / "text_encoder", pipelines.STEMS["text_encoder"]).items():
         found[f"{XL_TEXT if xl else V1_TEXT}text_model.{name.removeprefix('text_model.')}"] = tensor
     if xl:
-        found |= open_clip(load_tensors(pipeline / "text_encoder_2", STEMS["text_encoder_2"]))
+        found |= open_clip(pipelines.load_tensors(pipeline / "text_encoder_2", pipelines.STEMS["text_encoder_2"]))
     return found
 
 
@@ -111,8 +99,8 @@ def open_single_file(file: Path, config: Path | None, folders: Path) -> Path:
     made_from = {"file": sha256(file)}
     if config is not None:
         with naming("model.config", config):
-            check_pipeline(config)
-        files = sorted(path for pattern in SETTINGS_FILES for path in config.glob(pattern))
+            pipelines.check_pipeline(config)
+        files = sorted(path for pattern in pipelines.SETTINGS_FILES for path in config.glob(pattern))
         made_from |= {str(path.relative_to(config)): sha256(path) for path in files}
     folder = folders / f"{file.stem}-{digest_of(made_from)}"
     if not folder.is_dir():
@@ -121,7 +109,7 @@ def open_single_file(file: Path, config: Path | None, folders: Path) -> Path:
                 with atomic_folder(folder) as temporary:
                     convert(file, config, temporary)
                 print(f"{file}: its pipeline is in {folder}")
-    return check_pipeline(folder)
+    return pipelines.check_pipeline(folder)
 
 
 def convert(file: Path, config: Path | None, folder: Path) -> None:
@@ -134,9 +122,10 @@ def convert(file: Path, config: Path | None, folder: Path) -> None:
     names = {name for name in types if name.startswith(PREFIXES) and not NOT_TRAINED.search(name)}
     if f"{UNET}input_blocks.0.0.weight" not in names:
         raise UserError("holds no network of Stable Diffusion under its original names")
-    kind = XL if any(name.startswith(XL_TEXT_2) for name in names) else "StableDiffusionPipeline"
-    unused = NEVER_RUN if kind != XL else NEVER_RUN[1:]  # the first of them is the safety checker
-    options = {"requires_safety_checker": False} if kind != XL else {}
+    is_xl = any(name.startswith(XL_TEXT_2) for name in names)
+    kind = pipelines.XL if is_xl else "StableDiffusionPipeline"
+    unused = [part for part in pipelines.NEVER_RUN if not (is_xl and part == "safety_checker")]
+    options = {} if is_xl else {"requires_safety_checker": False}
     given = {types[name] for name in names}  # a mixture is read in float32, which holds all of them
     dtype = HALF.get(given.pop(), torch.float32) if len(given) == 1 else torch.float32
     diffusers.utils.logging.set_verbosity_error()  # errors are told below, in one line
@@ -154,3 +143,8 @@ def convert(file: Path, config: Path | None, folder: Path) -> None:
     odd = {name for name in original_tensors(folder) if not NOT_TRAINED.search(name)} ^ names
     if odd:
         raise UserError(f"{min(odd)}: is in the file or in the network that its configuration describes, not in both")
+    predicts = read_json(pipelines.schedule_file(folder)).get("prediction_type", "epsilon")
+    if "v_pred" in types and predicts != "v_prediction":  # ComfyUI's mark
+        raise UserError(
+            f"v_pred: says that the network predicts v, but its configuration has prediction_type={predicts}"
+        )

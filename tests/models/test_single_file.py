@@ -121,6 +121,7 @@ def test_a_file_that_is_no_whole_pipeline_is_refused_by_name(place, tmp_path):
         ),
         ("more", tensors | {"first_stage_model.other": torch.ones(1)}, r"first_stage_model\.other: is in the file or"),
         ("other", tensors | {text: torch.ones(3)}, "model.config="),
+        ("v", tensors | {"v_pred": torch.ones(1)}, "v_pred: says that .* but its configuration has .*=epsilon"),
     ):
         save_file(changed, tmp_path / f"{name}.safetensors")
         with pytest.raises(UserError, match=message):
