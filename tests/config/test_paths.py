@@ -29,6 +29,9 @@ def test_everything_of_a_run_lies_below_its_folder():
         "finetuned": "\n".join(
             f"out/a/finetuned/{edges}/unet" for edges in ("0000-0250", "0250-0500", "0500-0750", "0750-1000")
         ),
+        "searched": "\n".join(
+            f"out/a/finetuned/{edges}/unet" for edges in ("0000-0250", "0250-0500", "0500-0750", "0750-1000")
+        ),
         "experts": "\n".join(
             f"out/a/finetuned/{edges}/unet" for edges in ("0000-0250", "0250-0500", "0500-0750", "0750-1000")
         ),
