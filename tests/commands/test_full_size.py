@@ -5,8 +5,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
+from benchmarks.text_to_image_memory import count_lora_parts, ensemble_bytes
 from benchmarks.trainers import make_trainer
-from benchmarks.unets import CHURCH, CIFAR10
+from benchmarks.unets import CHURCH, CIFAR10, STABLE_DIFFUSION
 from deme.config.trainings import Finetune
 from deme.method.sampling import sample_images
 
@@ -42,3 +43,13 @@ def test_one_step_and_one_image(tmp_path, settings, millions, projected_millions
     image = sample_images(lambda _: student.eval(), DDPMScheduler(), [0], (3, size, size), "cpu", num_inference_steps=1)
     assert image.shape == (1, 3, size, size)
     assert image.std() > 0
+
+
+def test_loras_on_stable_diffusion_hold_one_base():
+    """860 million parameters in bf16, once for student and teacher, once for an ensemble; on the meta device."""
+    finetune = Finetune(lora_rank=16, mixed_precision="bf16", base_precision="bf16")
+    base, lora, *others = count_lora_parts(STABLE_DIFFUSION, finetune).values()
+    assert base == pytest.approx(2 * 859.5e6, rel=1e-3)
+    assert lora == 4 * 3_188_736  # the Hub's LoRAs of this rank on Stable Diffusion 1 have as many
+    assert sum(others) == 4 * lora
+    assert ensemble_bytes(STABLE_DIFFUSION, finetune) == base + 4 * lora

@@ -67,6 +67,8 @@ def test_the_whole_recipe(lora_config, text_to_image, tmp_path):  # noqa: F811
 
     run("merge.py", lora_config, "merge.into=model", f"merge.output={tmp_path / 'model'}")
     run("sample_ddp.py", lora_config, f"sample.model={tmp_path / 'model'}", f"sample.output={tmp_path / 'of-model'}")
+    mixed = ["finetune.range=distilled", f"merge.output={tmp_path / 'model'}"]
+    assert "a LoRA is distilled from LoRAs" in run("finetune.py", lora_config, *mixed, status=2).stderr
     drawn, whole = images(tmp_path / "drawn" / "merged"), images(tmp_path / "of-model")
     assert all(abs(drawn[name] - whole[name]).max() <= 1 for name in whole)
 
