@@ -26,7 +26,8 @@ from deme.compare.jobs import MADE, Job, Jobs, Ledger, places
 from deme.config.paths import Paths
 from deme.errors import RunError, UserError
 from deme.job.command import ended_in_one_line
-from deme.job.files import REPOSITORY, atomic_file, locked, make_folder
+from deme.job.files import atomic_file, locked, make_folder
+from deme.job.repository import REPOSITORY
 
 
 def number_given(name: str) -> int:

@@ -19,7 +19,7 @@ from deme.config.section import Section, is_folder_name, one_of, setting
 from deme.config.sections import COEFFICIENTS, SCALES
 from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF, SOUP
 from deme.errors import UserError, naming, shown
-from deme.job.files import REPOSITORY
+from deme.job.repository import found_path
 from deme.models.variants import ORDER
 
 OWN_KEYS = ("base", "seeds", "reference")  # overrides of the comparison; all others are the experiment's
@@ -84,7 +84,8 @@ def load_comparison(file: str | Path, overrides: list[str]) -> tuple[Comparison,
     if not is_folder_name(Path(file).stem):
         raise UserError(f"--config {file}: no folder, such as its table's, can have this name")
     own = [text for text in overrides if text.partition("=")[0] in OWN_KEYS]
-    comparison = load_config(file, own, Comparison)
+    comparison = load_config(found_path(file), own, Comparison)
+    comparison = replace(comparison, base=str(found_path(comparison.base)))
     others = [*comparison.overrides, *(text for text in overrides if text not in own)]
     return comparison, list(_compared_runs(comparison, others))
 
@@ -317,8 +318,7 @@ def outside(config: Config, script: str) -> list[str]:
         given += [network.folder for network in config.merged_networks if network.word is None]
     pipelines = [config.model.pretrained, config.model.config]
     pipelines += [config.pretrain.encoders] * (script == "pretrain.py")
-    for source in filter(None, pipelines):  # as find_pipeline looks for them
-        given += [path for path in (source, REPOSITORY / source) if os.path.exists(path)][:1]
+    given += map(found_path, filter(None, pipelines))
     given += [config.merge.coefficients] * (script in ("merge.py", "search.py") and not config.needs_search)
     if config.sample.prediction_scale != "search":
         given += [config.sample.prediction_scale] * (script in ("sample_ddp.py", "search.py"))

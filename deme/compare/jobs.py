@@ -14,7 +14,8 @@ from pathlib import Path
 
 from deme.config.paths import for_shell
 from deme.job.command import Interrupted, end_with_parent, noted_signals
-from deme.job.files import REPOSITORY, atomic_file, make_folder, sha256
+from deme.job.files import atomic_file, make_folder, sha256
+from deme.job.repository import REPOSITORY
 
 POLLED_EVERY = 0.2  # seconds
 LINKED = ("vae", "text_encoder")  # parts of a pipeline whose weights merge.py gives another name

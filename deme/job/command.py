@@ -18,7 +18,8 @@ from typing import Any, TextIO
 from deme.config.experiment import Config
 from deme.config.reading import load_config
 from deme.errors import RunError, UserError, one_line
-from deme.job.files import REPOSITORY, to_yaml
+from deme.job.files import to_yaml
+from deme.job.repository import REPOSITORY, found_path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # preemption and Ctrl-C
 LAUNCHER_NEEDS = 30.0  # seconds at most, until it has seen that the main process has ended
@@ -44,7 +45,7 @@ def run_script(description: str, plan: Callable[[Config], str], main: Callable[[
         arguments = parser.parse_intermixed_args()
         if "TORCHELASTIC_RUN_ID" in os.environ:  # a worker of torch's launcher
             end_with_parent()
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(found_path(arguments.config), arguments.overrides)
         run_folder.append(config.paths.run_folder)
         if arguments.path is not None:
             print(*dict.fromkeys(one.paths.lines(arguments.path) for one in config.drawn), sep="\n")

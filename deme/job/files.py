@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from deme.config.reading import read_yaml_text
 from deme.errors import RunError, UserError, naming, one_line
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TEMPORARY = ".writing-"  # prefix of unfinished siblings; they have no suffix, as pytorch_fid takes every *.png
 REPLACED = ".replaced-"  # prefix of a folder that is set aside while another one takes its name
 SUFFIX_LENGTH = 8  # random characters that tempfile appends

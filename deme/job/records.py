@@ -16,7 +16,8 @@ import numpy as np
 
 from deme.config.experiment import Config
 from deme.errors import UserError, naming, one_line, shown
-from deme.job.files import REPOSITORY, atomic_file, checked, make_folder, read_yaml, write_yaml
+from deme.job.files import atomic_file, checked, make_folder, read_yaml, write_yaml
+from deme.job.repository import REPOSITORY
 
 Arrays = dict[str, np.ndarray]
 Keep = Callable[[str, Callable[[], Arrays]], Arrays]  # name, what makes the arrays → the same, perhaps from a file

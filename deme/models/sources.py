@@ -7,13 +7,14 @@ from deme.config.networks import HUB_ID
 from deme.config.paths import DENOISER
 from deme.config.sections import SINGLE_FILE
 from deme.errors import UserError, one_line
-from deme.job.files import REPOSITORY
+from deme.job.repository import found_path
 from deme.models.pipelines import FORMS, SETTINGS_FILES, STEM, STEMS, check_pipeline, has_weights, weights_files
 
 
 def find_folder(source: str) -> Path | None:
     """A folder relative to the working directory, or else to the repository; None if there is none."""
-    return next((folder for folder in (Path(source), REPOSITORY / source) if folder.is_dir()), None)
+    folder = found_path(source)
+    return folder if folder.is_dir() else None
 
 
 def hub_name(source: str) -> str | None:
