@@ -245,13 +245,6 @@ def test_a_whole_pipeline_is_written_in_one_file_that_diffusers_draws_with(confi
     assert file.exists()
 
 
-def test_xl_is_not_sampled(config, xl):
-    values = [f"model.pretrained={xl}", "sample.model=pretrained", "sample.prompts=[a]", "sample.num_images=1"]
-    error = run("sample_ddp.py", config, *values, "data.resolution=8", status=2).stderr
-    assert "a network of Stable Diffusion XL is merged alone, neither trained nor sampled" in error
-    assert len(error.splitlines()) == 1
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
