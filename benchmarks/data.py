@@ -22,6 +22,7 @@ from benchmarks.measure import alternate, parse, ratios, seconds, spread
 from benchmarks.report import save
 from benchmarks.unets import CHURCH
 from deme.config.sections import Data
+from deme.config.trainings import Finetune
 from deme.data.crops import CroppedImages
 from deme.data.decoding import ahead, available_threads
 from deme.data.examples import load_training_images
@@ -66,7 +67,7 @@ def main() -> None:
 
 def cores_of_a_gpu(rows: list[dict]) -> str:
     """One line: how many cores decode images for one GPU that finetunes Church's network."""
-    _, flops = unet_cost(CHURCH)
+    *_, flops = unet_cost(CHURCH, Finetune())
     passes = 4  # a backward pass costs two forward passes, the teacher one
     needed = GPU_TFLOPS * 1e12 / (passes * flops)
     [alone] = [row for row in rows if row.get("threads") == 1 and "256×256" in row["data"]]

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import parse, spread
 from benchmarks.report import save
 from benchmarks.unets import CIFAR10, SMALL
+from deme.config.trainings import Finetune
 from deme.report.tables import markdown_table
 from scripts.estimate import FLOAT, unet_cost
 
@@ -83,7 +84,7 @@ def main() -> None:
         ]
         for row in rows
     ]
-    parameters, _ = unet_cost(network | {"_class_name": "ProjectedUNet2DModel"})
+    parameters, *_ = unet_cost(network | {"_class_name": "ProjectedUNet2DModel"}, Finetune())
     exchange = exchanged(rows, batch, FLOAT * parameters)
     save("scaling", arguments.device, rows, f"{markdown_table(titles, lines)}\n\n{exchange}")
 

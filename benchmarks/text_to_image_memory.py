@@ -147,7 +147,7 @@ class EncodedNoise:
 def step_peak(settings: dict, finetune: Finetune, device: str) -> int:
     """Bytes at the peak of two optimizer steps: AdamW's moments exist from the first one on."""
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16")
-    encoder = LatentsAndText(AutoencoderKL(latent_channels=4), nn.Identity(), None)  # of which only settings are used
+    encoder = LatentsAndText(AutoencoderKL(latent_channels=4), [], [])  # of which only settings are used
     if finetune.lora_rank is None:
         teacher = UNet2DConditionModel(**settings)
         networks = Networks(with_projections(teacher), teacher, DDPMScheduler(), encoder)
