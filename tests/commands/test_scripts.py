@@ -84,7 +84,7 @@ def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_co
         run(script, config, *options, *few)
     page = check_html(tmp_path / "with space" / "digits" / "report.html")
     assert re.findall("<h2>(.*)</h2>", page) == [*expected[:5], "Analyses", expected[5]]
-    assert page.count("<img") == 4 + 1 + 4 + 11  # results, samples twice, training; coefficients; search; analyses
+    assert page.count("<img") == 4 + 2 + 4 + 11  # results, samples, training; coefficients, moved; search; analyses
     browse(tmp_path / "with space" / "digits" / "report.html")
 
 
