@@ -43,6 +43,15 @@ def no_accelerator_is_left():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture
+def one_thread():
+    """torch computes in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory) -> Path:
     """A pipeline folder with a small random UNet and a scheduler whose betas are not diffusers' defaults."""

@@ -99,10 +99,8 @@ def of_word(config: Any, word: str) -> Iterator[Network]:
     """The networks that a word of WORDS stands for; their folders lie in merge.finetuned."""
     run = Path(config.output_dir) / config.name / "finetuned"
     trainings = run if config.merge.finetuned is None else Path(config.merge.finetuned)
-    ranges, product = (
-        list(zip(config.timesteps.names, config.timesteps.ranges, strict=True)),
-        product_of(config.finetune),
-    )
+    ranges = list(zip(config.timesteps.names, config.timesteps.ranges, strict=True))
+    product = product_of(config.finetune)
     if word == RANGES:
         for number, (name, edges) in enumerate(ranges):
             folder = trainings / name

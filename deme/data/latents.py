@@ -71,11 +71,11 @@ class CachedLatents:
         draws_view = random is not None and len(images[0][0]) > 1
         chosen = [random.integers(len(image[0])) if draws_view else 0 for image in images]
         embeddings = [choose_caption(image[1], self.empty, self.dropout, random) for image in images]
-        moments, *sizes = (
-            torch.stack([values[view] for values, view in zip(kind, chosen, strict=True)])
-            for kind in zip(*(image[:1] + image[2:] for image in images), strict=True)
-        )
-        return Encoded(moments, torch.stack(embeddings), *sizes)
+
+        def of_views(place: int) -> torch.Tensor:
+            return torch.stack([image[place][view] for image, view in zip(images, chosen, strict=True)])
+
+        return Encoded(of_views(0), torch.stack(embeddings), of_views(2) if len(images[0]) > 2 else None)
 
     def _read_image(self, number: int) -> tuple[torch.Tensor, ...]:
         """The moments (views, C, h, w), embeddings (captions, tokens, D) and sizes, if any, of an image, checked."""

@@ -52,9 +52,9 @@ class Result:
     @property
     def at_bounds(self) -> list[str]:
         """The best coefficients that lie at a bound, as name=value."""
-        pairs = zip(self.bounds.items(), self.coefficients.ravel().tolist(), strict=True)
-        found = [f"{name}={value:g}" for (name, bounds), value in pairs if is_at(value, *bounds) != (False, False)]
-        return [text for text in found if not text.startswith(EMA_WIDTH)]
+        rows = zip(self.bounds.items(), self.coefficients.ravel().tolist(), strict=True)
+        found = {name: value for (name, bounds), value in rows if is_at(value, *bounds) != (False, False)}
+        return [f"{name}={value:g}" for name, value in found.items() if name != EMA_WIDTH]
 
 
 def find(problem: Problem, folder: Path, digest: str) -> Result:

@@ -25,13 +25,7 @@ from deme.training.trainer import Trainer
 OBJECTIVE = Objective("test", (0, 2, 250, 500), [(250, 500)], global_probability=0.3, consistency_weight=1.0)
 SETTINGS = {"max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-2, "log_every": 1}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trainer(folder, **settings) -> Trainer:

@@ -34,15 +34,7 @@ OBJECTIVE = Objective(
 LEARNED = Objective("test", stream=(0, 1), ranges=[(0, 500), (500, 1000)], uncertainty_learning_rate=0.025)
 SETTINGS = {"max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "log_every": 1}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Equal bit for bit needs equal thread counts; accelerate's state is global."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("one_thread")  # equal bit for bit needs equal thread counts
 
 
 def trainer(
