@@ -21,7 +21,7 @@ from deme.job.command import run_script
 from deme.job.files import Watched, write_yaml
 from deme.job.records import provenance
 from deme.models.pipelines import check_pipeline, latent_factor, takes_text
-from deme.models.sources import find_folder
+from deme.job.repository import found_folder
 from deme.models.variants import ModelFiles, write_pipeline_files
 from deme.training.session import Objective, Session
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def find_encoders(config: Config) -> Path:
     """The pipeline folder whose encoders and noise schedule are taken."""
-    pipeline = find_folder(config.pretrain.encoders)
+    pipeline = found_folder(config.pretrain.encoders)
     if pipeline is None:
         raise UserError("no such folder")
     if not takes_text(pipeline):

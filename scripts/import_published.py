@@ -18,8 +18,7 @@ from deme.config.paths import DENOISER
 from deme.errors import UserError, naming
 from deme.job.command import ended_in_one_line
 from deme.job.files import atomic_folder, make_folder, read_json
-from deme.models.pipelines import PROJECTED, denoiser_folder
-from deme.models.sources import find_pipeline
+from deme.models.pipelines import PROJECTED, denoiser_folder, find_pipeline
 from deme.models.variants import write_denoiser, write_pipeline_files
 
 

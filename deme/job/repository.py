@@ -14,6 +14,12 @@ def found_path(source: str | Path) -> Path:
     return next((path for path in (Path(source), REPOSITORY / source) if path.exists()), Path(source))
 
 
+def found_folder(source: str) -> Path | None:
+    """The same if it is a folder."""
+    folder = found_path(source)
+    return folder if folder.is_dir() else None
+
+
 def main() -> None:
     """Replace this process by the script that the first argument names, in NUM_PROCESSES processes."""
     names = sorted(path.stem for path in REPOSITORY.glob("*.py"))

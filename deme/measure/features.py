@@ -30,8 +30,9 @@ from deme.data.samples import read_images
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file
 from deme.job.processes import Processes, in_main_process
+from deme.job.repository import found_folder
 from deme.models.encoder_loading import check_filled, check_tokenizer
-from deme.models.sources import find_folder, hub_name
+from deme.models.pipelines import hub_name
 
 HELD_OUT_SHARE = 0.2  # of the data, on which the classifier's accuracy is measured
 LARGEST = 32  # pixels: the sides of larger images are halved before the classifier's first stage
@@ -105,7 +106,7 @@ class ClipScores(nn.Module):
         from transformers.utils import logging
 
         super().__init__()
-        folder = find_folder(source)
+        folder = found_folder(source)
         if folder is None and hub_name(source) is None:
             raise UserError("no such folder")
         if folder is not None and not (folder / "config.json").is_file():  # transformers would take OpenAI's settings

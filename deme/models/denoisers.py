@@ -17,6 +17,7 @@ from deme.method.sampling import SCHEDULE
 from deme.method.task_vectors import FLOATS
 from deme.models import pipelines
 from deme.models.pipelines import PROJECTED
+from deme.models.variants import default_settings
 
 LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution; below, packing gains nothing
 AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -89,7 +90,7 @@ def load_scheduler(pipeline: Path) -> DDPMScheduler:
     """The pretrained noise schedule as a DDPMScheduler, with the defaults of the class that its file names."""
     file = pipelines.schedule_file(pipeline)
     settings = pipelines.read_part("scheduler", file, pipelines.read_index(pipeline).get("scheduler"))
-    defaults = pipelines.default_settings(settings["_class_name"])
+    defaults = default_settings(settings["_class_name"])
     settings = {key: defaults[key] for key in SCHEDULE if key in defaults} | settings
     with blaming(file):
         return DDPMScheduler.from_config(settings | (LATENT_SCHEDULE if pipelines.takes_text(pipeline) else {}))

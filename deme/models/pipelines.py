@@ -1,4 +1,4 @@
-"""diffusers pipelines in folders: the supported classes and settings, and where the parts lie.
+"""diffusers pipelines, in folders or on the Hub: the supported classes and settings, and where the parts lie.
 
 A pipeline has `unet/` and `scheduler/`, or is flat, with `config.json`, `scheduler_config.json` and the weights side by
 side (google/ddpm-*). What the tables do not list is refused by name. To support another denoiser, add its class to
@@ -7,17 +7,19 @@ PIPELINES and DENOISERS here and to DENOISER_CLASSES in denoisers.py. Only readi
 
 import functools
 import hashlib
-import inspect
 import re
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from deme.config.networks import HUB_ID
 from deme.config.paths import DENOISER
 from deme.config.section import is_finite
-from deme.errors import UserError, blaming, naming, shown
+from deme.config.sections import SINGLE_FILE
+from deme.errors import UserError, blaming, naming, one_line, shown
 from deme.job.files import checked, read_json, sha256
+from deme.job.repository import found_folder
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
@@ -82,6 +84,56 @@ SETTINGS = {  # supported values; diffusers' default, where a file leaves a sett
 }
 SETTINGS_FILES = [INDEX, "config.json", SCHEDULER_CONFIG, f"scheduler/{SCHEDULER_CONFIG}"]  # read beside the weights
 SETTINGS_FILES += [*(f"{part}/config.json" for part in STEMS), "tokenizer*/*.json", "tokenizer*/*.txt"]
+
+
+def hub_name(source: str) -> str | None:
+    """owner/name of a pipeline, model or data set on the Hub, without its @revision; None for a folder or file."""
+    match = re.fullmatch(rf"({HUB_ID})(@.+)?", source)
+    is_local = found_folder(source) is not None or source.endswith(SINGLE_FILE)
+    return match[1] if match is not None and not is_local else None
+
+
+def find_pipeline(source: str) -> Path:
+    """The folder of a pipeline: a local one, or owner/name[@revision] in the Hub's cache.
+
+    Only files that are read are downloaded, none without a connection.
+    """
+    if (folder := found_folder(source)) is not None:
+        return check_pipeline(folder)
+    if (name := hub_name(source)) is None:
+        raise UserError("no such folder")
+    from huggingface_hub import snapshot_download
+
+    reasons = []  # why the Hub could not be reached
+
+    def fetch(revision: str | None, patterns: list[str]) -> Path:
+        offline = bool(reasons)
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
+        except Exception as error:  # network, name and permission errors have no common class
+            reasons.append(one_line(error))
+            if not offline:
+                return fetch(revision, patterns)  # from the cache
+            if not hasattr(error, "snapshot_path"):  # the cache has nothing of it
+                raise UserError(f"neither a pipeline folder nor a reachable Hub id: {reasons[0]}") from None
+            return Path(error.snapshot_path)
+
+    folder = fetch(source.removeprefix(name).removeprefix("@") or None, SETTINGS_FILES)
+    try:
+        check_pipeline(folder)
+        parts = [part for part in STEMS if (folder / part).is_dir()]
+        for part in parts if DENOISER in parts else [""]:
+            stem = STEMS.get(part, STEM)
+            for form in FORMS if part in (DENOISER, "") else FORMS[:-1]:
+                # config.json is asked for too: the Hub's client warns where no file fits
+                fetch(folder.name, [str(Path(part, file)) for file in ("config.json", *(stem + end for end in form))])
+                if has_weights(folder / part, stem):
+                    break
+            weights_files(folder / part, stem)
+    except UserError as error:
+        why = f"; the Hub's cache does not hold all of it, and the rest cannot be had: {reasons[0]}" if reasons else ""
+        raise UserError(f"{error}{why}") from None
+    return folder
 
 
 def read_index(pipeline: Path) -> dict[str, Any]:
@@ -200,15 +252,6 @@ def encoder_files(pipeline: Path) -> dict[str, Path]:
                 name = path.name if "-of-" in path.name else path.name.replace(".fp16", "")
                 files[f"{part}/{name}"] = path
     return files
-
-
-@functools.cache
-def default_settings(name: str) -> dict[str, Any]:
-    """The default settings of a class of diffusers, as in a config.json."""
-    import diffusers
-
-    values = {key: given.default for key, given in inspect.signature(getattr(diffusers, name)).parameters.items()}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def is_projected(folder: Path) -> bool:

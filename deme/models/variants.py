@@ -1,6 +1,8 @@
 """The models of a run that can be sampled (sample.model), what identifies and makes them, and searched coefficients."""
 
+import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -21,8 +23,7 @@ from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, checked, read_json, read_yaml, sha256
 from deme.job.records import BASE, ENCODER, SCHEDULE
 from deme.models import pipelines
-from deme.models.pipelines import denoiser_folder, encoder_files, schedule_file
-from deme.models.sources import find_pipeline
+from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
 
 # the models of a table's rows, in this order; others follow by name
 ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED, NEON)
@@ -162,6 +163,15 @@ def find_pretrained(paths: Paths) -> Path:
         return open_single_file(Path(paths.pretrained), paths.pretrained_config, paths.single_files)
 
 
+@functools.cache
+def default_settings(name: str) -> dict[str, Any]:
+    """The default settings of a class of diffusers, as in a config.json."""
+    import diffusers
+
+    values = {key: given.default for key, given in inspect.signature(getattr(diffusers, name)).parameters.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
 def common_architecture(folders: Sequence[Path]) -> Path:
     """The denoiser folder with the architecture of all of them, which must agree but for projections.
 
@@ -176,7 +186,7 @@ def common_architecture(folders: Sequence[Path]) -> Path:
             raise UserError(f"{file}: _class_name={pipelines.denoiser_class(given)}, but {kind} in {first}")
         differing = {key for key in {*given, *expected} if given.get(key, ...) != expected.get(key, ...)}
         for key in sorted(differing - UNCOMPARED):
-            default = pipelines.default_settings(kind).get(key, ...)  # diffusers ignores other keys
+            default = default_settings(kind).get(key, ...)  # diffusers ignores other keys
             values = given.get(key, default), expected.get(key, default)
             if default is not ... and values[0] != values[1]:
                 raise UserError(f"{file}: {key}={shown(values[0])}, but {shown(values[1])} in {first}")

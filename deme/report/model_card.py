@@ -9,8 +9,7 @@ from deme.config.paths import DENOISER, without_schedule
 from deme.config.trainings import SELF, SOUP
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_spaces
-from deme.models.pipelines import WEIGHTS, is_projected, read_index, takes_text
-from deme.models.sources import hub_name
+from deme.models.pipelines import WEIGHTS, hub_name, is_projected, read_index, takes_text
 from deme.report.tables import distances, markdown_table, render
 
 FROM = "copies of one pretrained network, "

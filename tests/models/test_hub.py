@@ -13,8 +13,7 @@ from text_to_image import tiny_pipeline
 
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser
-from deme.models.pipelines import WEIGHTS, denoiser_folder, encoder_files, weights_files
-from deme.models.sources import find_pipeline
+from deme.models.pipelines import WEIGHTS, denoiser_folder, encoder_files, find_pipeline, weights_files
 
 COMMIT = "a" * 40
 UNET, HALF = f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.fp16.safetensors"

@@ -13,8 +13,7 @@ from deme.errors import UserError
 from deme.models import encoders
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
 from deme.models.encoder_loading import load_encoder
-from deme.models.pipelines import DENOISERS, PIPELINES, SCHEDULERS, SETTINGS
-from deme.models.sources import find_pipeline
+from deme.models.pipelines import DENOISERS, PIPELINES, SCHEDULERS, SETTINGS, find_pipeline
 from deme.models.variants import common_architecture, write_pipeline_files
 
 NO_CLASSES = ("SchedulerMixin", "KarrasDiffusionSchedulers")

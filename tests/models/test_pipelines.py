@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from deme.config.reading import load_config
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
-from deme.models.pipelines import WEIGHTS, denoiser_folder, load_tensors
-from deme.models.sources import find_pipeline
+from deme.models.pipelines import WEIGHTS, denoiser_folder, find_pipeline, load_tensors
 from deme.models.variants import find_model, prediction_scales
 from deme.projection import ProjectedUNet2DModel
 

@@ -90,7 +90,7 @@ def pipeline(choose: random.Random, folder: Path) -> Readers:
     from deme.method.sampling import try_sampler
     from deme.models.denoisers import load_denoiser, load_scheduler
     from deme.models.encoder_loading import load_encoder, try_out
-    from deme.models.sources import find_pipeline
+    from deme.models.pipelines import find_pipeline
     from deme.models.variants import ModelFiles, write_pipeline_files
 
     make_pipeline(folder)
