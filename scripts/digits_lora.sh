@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LoRAs of timestep ranges on the embedded digits, text-to-image: the pretrained network, one LoRA of all timesteps, the
-# ensemble of LoRAs, the merged LoRA, and the same at rank 4; a table and a page. No network, no GPU, 7 minutes of
-# CPU time. Run again, it skips what is complete.
+# ensemble of LoRAs, the merged LoRA, and the same at rank 4; a table and a page. No network, no GPU, 4 minutes on
+# 2 cores. Run again, it skips what is complete.
 #
 #   bash scripts/digits_lora.sh
 #   bash scripts/digits_lora.sh finetune.lora_rank=2 name=mine    # overrides go to every step
