@@ -1,12 +1,20 @@
 """Tiny real text-to-image parts that the tests make: random weights, a vocabulary of single bytes, no download."""
 
 from pathlib import Path
+from string import printable
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -19,6 +27,12 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -61,7 +75,7 @@ def tiny_conditional_unet(seed: int = 0, **settings) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(blocks | settings)).eval()  # 4 channels is diffusers' default
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(**settings) -> AutoencoderKL:
     """An autoencoder of 8×8 grayscale images."""
     torch.manual_seed(1)
     return AutoencoderKL(
@@ -74,6 +88,7 @@ def tiny_vae() -> AutoencoderKL:
         up_block_types=["UpDecoderBlock2D"] * 2,
         norm_num_groups=4,
         scaling_factor=0.5,
+        **settings,
     )
 
 
@@ -124,3 +139,40 @@ def tiny_xl_pipeline() -> StableDiffusionXLPipeline:
     schedule = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     encoders = CLIPTextModel(text), CLIPTextModelWithProjection(text_2), tokenizer, tokenizer
     return StableDiffusionXLPipeline(tiny_vae(), *encoders, unet, schedule, add_watermarker=False)
+
+
+def tiny_sd3_pipeline(has_t5: bool = True, **settings) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3 with CLIPs of the widths 16 and 32, and T5; two blocks of a width of 16."""
+    torch.manual_seed(0)
+    shape = {"sample_size": 4, "patch_size": 2, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 8}
+    shape |= {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
+    transformer = SD3Transformer2DModel(**shape, joint_attention_dim=56, pooled_projection_dim=48, **settings).eval()
+    texts = [tiny_text_config(tiny_tokenizer(), width, projection_dim=width) for width in (16, 32)]
+    clips = [part for text in texts for part in (CLIPTextModelWithProjection(text), tiny_tokenizer())]
+    extra = 256 - len(printable)
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((one, -3.0) for one in printable.strip())]
+    tokenizer = T5Tokenizer(vocab=[*words, *((f"<extra_id_{i}>", 0.0) for i in range(extra))], extra_ids=extra)
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=56, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
+    third = (T5EncoderModel(t5).eval(), tokenizer) if has_t5 else (None, None)
+    vae, scheduler = tiny_vae(shift_factor=0.2), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return StableDiffusion3Pipeline(transformer, scheduler, vae, *clips, *third)
+
+
+def tiny_sana_pipeline() -> SanaPipeline:
+    """SANA with a Gemma of the width 16 and an autoencoder of 32×32 grayscale images, whose latents are 16×16."""
+    torch.manual_seed(0)
+    shape = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 2, "caption_channels": 16}
+    heads = {"num_attention_heads": 2, "num_cross_attention_heads": 2, "attention_head_dim": 8}
+    widths = {"cross_attention_head_dim": 8, "cross_attention_dim": 16}
+    transformer = SanaTransformer2DModel(**shape, **heads, **widths).eval()
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    vocabulary = {name: i for i, name in enumerate([*names, *printable.strip()])}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    gemma = Gemma2Config(vocab_size=len(tokenizer), num_attention_heads=2, num_key_value_heads=2, **sizes)
+    coder = {"block_types": ["ResBlock", "EfficientViTBlock"], "block_out_channels": [8, 8]}
+    coder |= {"layers_per_block": [1, 1], "qkv_multiscales": [[], [5]]}
+    coder = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in coder.items()}
+    vae = AutoencoderDC(in_channels=1, latent_channels=4, attention_head_dim=2, scaling_factor=0.41407, **coder).eval()
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return SanaPipeline(tokenizer, Gemma2Model(gemma).eval(), vae, transformer, scheduler)

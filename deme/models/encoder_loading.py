@@ -52,7 +52,7 @@ def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
             raise UserError(f"in_channels={encoder.image_channels}: images have 1 or 3 channels")
         side = 2 * latent_factor(pipeline)
         pixels = torch.zeros(1, encoder.image_channels, side, side, dtype=torch.uint8)
-        decoded = encoder.decode(encoder.moments(pixels).chunk(2, dim=1)[0])
+        decoded = encoder.decode(encoder.moments(pixels)[:, : encoder.channels])
         if decoded.shape != pixels.shape:
             raise UserError(f"encodes and decodes {tuple(pixels.shape)} to {tuple(decoded.shape)}")
     return encoder

@@ -1,7 +1,7 @@
 """Between images and what a network works on: pixels, or latents and text. Nothing else knows the difference."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ CHANNELS = (1, 3)  # of images: grayscale and RGB
 CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
 LEAST_VOCABULARY = 256  # tokens: one for each byte
 LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
+T5_LENGTH, GEMMA_LENGTH = 256, 300  # tokens, as diffusers' pipelines take by default
+NOT_IN_FP16 = ("T5EncoderModel", "Gemma2Model")  # overflow in it
 Condition = dict[str, torch.Tensor]  # a network's further arguments, by name
 
 
@@ -93,6 +95,7 @@ class LatentsAndText:
         self.text_encoders = [part.eval().requires_grad_(False) for part in text_encoders]
         self.tokenizers = tokenizers
         self.channels, self.image_channels = vae.config.latent_channels, vae.config.in_channels
+        self.scale, self.shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0  # of latents
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.has_warned = os.environ.get("RANK", "0") != "0"  # one process does
 
@@ -107,39 +110,62 @@ class LatentsAndText:
             nn.Module.to(part, "cpu")
 
     def _ready(self, part: nn.Module) -> nn.Module:
-        return nn.Module.to(part, self.device, self.dtype)  # diffusers' own warns of every change of the type
+        overflows = self.dtype is torch.float16 and type(part).__name__ in NOT_IN_FP16
+        dtype = torch.bfloat16 if overflows else self.dtype
+        return nn.Module.to(part, self.device, dtype)  # diffusers' own warns of every change of the type
 
     @torch.no_grad()
     def encode(self, examples: Captioned | Encoded) -> tuple[torch.Tensor, Condition]:
-        """Scaled samples of the posterior, float32 (B, C, h, w), drawn from torch's generator, and the embeddings."""
+        """Scaled latents, float32 (B, C, h, w), and the embeddings.
+
+        Latents are samples of the posterior, drawn from torch's generator, if the VAE has one.
+        """
         if isinstance(examples, Captioned):
             examples = Encoded(self.moments(examples.pixels), self.embed(examples.captions), examples.sizes)
         moments = examples.moments.to(self.device, non_blocking=True).float().contiguous()
-        latents = DiagonalGaussianDistribution(moments).sample() * self.vae.config.scaling_factor
+        is_sure = moments.shape[1] == self.channels
+        latents = moments if is_sure else DiagonalGaussianDistribution(moments).sample()
+        latents = (latents - self.shift) * self.scale
         embeddings = examples.embeddings.to(self.device, non_blocking=True)
         sizes = None if examples.sizes is None else examples.sizes.to(self.device, non_blocking=True)
         return latents.to(memory_format=memory_format(self.device)), self._as_condition(embeddings, sizes)
 
     @torch.no_grad()
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 images (B, C, H, W) to the posterior's mean and log variance, (B, 2 · latent channels, h, w)."""
+        """uint8 images (B, C, H, W) to the posterior's mean and log variance, (B, 2 · latent channels, h, w).
+
+        A VAE without a posterior gives latents, (B, latent channels, h, w).
+        """
         vae = self._ready(self.vae)
         parts = to_unit_range(pixels, self.device).to(vae.dtype).split(CODED_AT_ONCE)
-        return torch.cat([vae.encode(part).latent_dist.parameters for part in parts])
+        encoded = map(vae.encode, parts)
+        return torch.cat([out.latent if "latent" in out else out.latent_dist.parameters for out in encoded])
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """The text encoder's last hidden states, (B, tokens, D); texts that are too long are cut, with one warning."""
-        return self._ready(self.text_encoders[0])(self._tokens(texts, self.tokenizers[0]))[0]
+        return self._ready(self.text_encoders[0])(self._tokens(texts, self.tokenizers[0]).input_ids)[0]
 
-    def _tokens(self, texts: Sequence[str], tokenizer: Any) -> torch.Tensor:
-        length = tokenizer.model_max_length
-        too_long = (text for text in texts if len(text) > length and len(tokenizer(text).input_ids) > length)
+    def _of_clips(self, texts: Sequence[str]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The hidden states before the last of the first two text encoders, side by side, and their pooled texts."""
+        parts = list(zip(self.text_encoders, self.tokenizers, strict=True))[:2]
+        tokens = [self._tokens(texts, tokenizer).input_ids for _, tokenizer in parts]
+        found = [
+            self._ready(part)(ids, output_hidden_states=True) for (part, _), ids in zip(parts, tokens, strict=True)
+        ]
+        pooled = [output.text_embeds for output in found if "text_embeds" in output]
+        return torch.cat([output.hidden_states[-2] for output in found], dim=-1), pooled
+
+    def _tokens(self, texts: Sequence[str], tokenizer: Any, begin: str = "") -> Mapping[str, torch.Tensor]:
+        """The tokens of texts, which all begin with another one, and their attention mask."""
+        most = tokenizer.model_max_length
+        length = most + (len(tokenizer.encode(begin)) - 2 if begin else 0)  # two of `begin` are counted already
+        too_long = (text for text in texts if len(text) > most and len(tokenizer(begin + text).input_ids) > length)
         if not self.has_warned and (text := next(too_long, None)) is not None:
-            print(f"cut to {length} tokens, as all such texts: {text[:200]}")
+            print(f"cut to {most} tokens, as all such texts: {text[:200]}")
             self.has_warned = True
-        tokens = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
-        return tokens.input_ids.to(self.device)
+        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        return tokenizer([begin + text for text in texts], **options).to(self.device)
 
     def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
         return {"encoder_hidden_states": embeddings}
@@ -156,7 +182,7 @@ class LatentsAndText:
     def decode(self, tensors: torch.Tensor) -> torch.Tensor:
         """Latents to uint8 images on the CPU; RunError if they are NaN or infinite, as some are in half precision."""
         vae = self._ready(self.vae)
-        latents = (tensors / vae.config.scaling_factor).to(vae.dtype)
+        latents = (tensors / self.scale + self.shift).to(vae.dtype)
         images = []  # of bytes: a batch in float32 would take four times the device's memory
         for part in latents.split(CODED_AT_ONCE):
             decoded = vae.decode(part).sample.float()
@@ -189,13 +215,8 @@ class LatentsAndTwoTexts(LatentsAndText):
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """The hidden states of both encoders, (B, tokens, D), and as another token the pooled text, filled with 0."""
-        states = []
-        for text_encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
-            output = self._ready(text_encoder)(self._tokens(texts, tokenizer), output_hidden_states=True)
-            states.append(output.hidden_states[-2])
-        both = torch.cat(states, dim=-1)
-        pooled = functional.pad(output.text_embeds, (0, both.shape[-1] - self.pooled))
-        return torch.cat([both, pooled[:, None]], dim=1)
+        both, pooled = self._of_clips(texts)
+        return torch.cat([both, functional.pad(pooled[-1], (0, both.shape[-1] - self.pooled))[:, None]], dim=1)
 
     def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
         if sizes is None:  # the whole image
@@ -209,6 +230,67 @@ class LatentsAndTwoTexts(LatentsAndText):
         if not (self.zeros_for_empty and not any(texts)):
             return found
         return {name: value if name == "time_ids" else torch.zeros_like(value) for name, value in found.items()}
+
+
+class LatentsAndThreeTexts(LatentsAndText):
+    """The same for Stable Diffusion 3 (Esser et al. 2024): two CLIPs, a pooled text, and T5 if it is there.
+
+    The CLIPs' hidden states lie side by side, filled with 0 to the width of T5's, which follow as further tokens.
+    Without T5 these are zeros.
+    """
+
+    def __init__(self, *parts: Any, width: int):
+        super().__init__(*parts)
+        self.width = width  # of an embedding
+        self.pooled = sum(part.config.projection_dim for part in self.text_encoders[:2])
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """The hidden states, (B, tokens, D), and as another token the pooled texts, filled with 0; no zeros for T5."""
+        both, pooled = self._of_clips(texts)
+        parts = [both, torch.cat(pooled, dim=-1)[:, None]]
+        tokens = [functional.pad(part, (0, self.width - part.shape[-1])) for part in parts]
+        for text_encoder, tokenizer in zip(self.text_encoders[2:], self.tokenizers[2:], strict=True):
+            states = self._ready(text_encoder)(self._tokens(texts, tokenizer).input_ids)[0]
+            tokens.insert(1, states.to(both.dtype))
+        return torch.cat(tokens, dim=1)
+
+    def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
+        missing = T5_LENGTH if len(self.text_encoders) == 2 else 0
+        states = functional.pad(embeddings[:, :-1], (0, 0, 0, missing))
+        return {"encoder_hidden_states": states, "pooled_projections": embeddings[:, -1, : self.pooled]}
+
+
+class LatentsAndInstructedText(LatentsAndText):
+    """The same for SANA (Xie et al. 2024): Gemma reads each text after an instruction.
+
+    As in the pipeline, texts are in lower case, and texts that guidance leads away from have no instruction. Neither
+    has the empty caption, which stands for them in training.
+    """
+
+    def __init__(self, *parts: Any, instruction: str):
+        super().__init__(*parts)
+        self.instruction = instruction
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str], instruct: bool = True) -> torch.Tensor:
+        """The last hidden states of each text, and in another column the attention mask, (B, tokens, D + 1)."""
+        [tokenizer], text_encoder, found = self.tokenizers, self._ready(*self.text_encoders), []
+        kept = [0, *range(1 - tokenizer.model_max_length, 0)]  # the first token and the text's, not the instruction's
+        for text in texts:
+            begin = self.instruction if instruct and text else ""
+            tokens = self._tokens([text.lower().strip()], tokenizer, begin)
+            states = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+            mask = tokens.attention_mask[..., None].to(states.dtype)
+            found.append(torch.cat([states, mask], dim=-1)[:, kept])
+        return torch.cat(found)
+
+    def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
+        return {"encoder_hidden_states": embeddings[..., :-1], "encoder_attention_mask": embeddings[..., -1]}
+
+    def negative(self, texts: Sequence[str]) -> Condition:
+        """The same for texts that guidance leads away from."""
+        return self._as_condition(self.embed(texts, instruct=False), None)
 
 
 Encoder = Pixels | LatentsAndText  # the same methods

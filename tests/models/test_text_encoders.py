@@ -1,0 +1,100 @@
+"""The encoders of Stable Diffusion 3 and SANA give what diffusers' pipelines compute."""
+
+import inspect
+
+import pytest
+import torch
+from diffusers import SanaPipeline
+from text_to_image import tiny_sana_pipeline, tiny_sd3_pipeline
+
+from deme.models.encoders import (
+    GEMMA_LENGTH,
+    T5_LENGTH,
+    Captioned,
+    LatentsAndInstructedText,
+    LatentsAndThreeTexts,
+    Pixels,
+)
+
+TEXTS = ["A handwritten Three ", "", "é" * 400]
+INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+def three_texts(pipeline) -> LatentsAndThreeTexts:
+    encoders = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
+    tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3]
+    if pipeline.tokenizer_3 is None:
+        encoders, tokenizers = encoders[:2], tokenizers[:2]
+    else:
+        tokenizers[2].model_max_length = T5_LENGTH
+    return LatentsAndThreeTexts(pipeline.vae, encoders, tokenizers, width=56)
+
+
+def instructed(pipeline) -> LatentsAndInstructedText:
+    tokenizer = pipeline.tokenizer
+    tokenizer.model_max_length, tokenizer.padding_side = GEMMA_LENGTH, "right"
+    return LatentsAndInstructedText(
+        pipeline.vae, [pipeline.text_encoder], [tokenizer], instruction="\n".join(INSTRUCTION)
+    )
+
+
+@pytest.mark.parametrize("has_t5", [True, False])
+@torch.no_grad()
+def test_stable_diffusion_3s_texts(has_t5):
+    """Two CLIPs, pooled texts, and T5 or zeros; texts that are too long are cut."""
+    pipeline = tiny_sd3_pipeline(has_t5)
+    states, negative, pooled, negative_pooled = pipeline.encode_prompt(TEXTS, None, None, negative_prompt="blurred")
+    encoder = three_texts(pipeline)
+    torch.testing.assert_close(
+        encoder.condition(TEXTS), {"encoder_hidden_states": states, "pooled_projections": pooled}
+    )
+    found = encoder.negative(["blurred"])
+    torch.testing.assert_close(found["encoder_hidden_states"], negative[:1])
+    torch.testing.assert_close(found["pooled_projections"], negative_pooled[:1])
+    assert encoder.embed(TEXTS).shape == (3, 77 + T5_LENGTH * has_t5 + 1, 56)  # no zeros in the cache
+
+
+@torch.no_grad()
+def test_sanas_texts():
+    """After the instruction, with the attention mask; a negative text and the empty caption have no instruction."""
+    pipeline = tiny_sana_pipeline()
+    texts = [TEXTS[0], TEXTS[2]]
+    states, mask, negative, negative_mask = pipeline.encode_prompt(
+        texts, negative_prompt="Blurred", complex_human_instruction=INSTRUCTION
+    )
+    encoder = instructed(pipeline)
+    for found, expected, its_mask in (
+        (encoder.condition(texts), states, mask),
+        (encoder.negative(["Blurred"] * 2), negative, negative_mask),
+    ):
+        torch.testing.assert_close(found["encoder_hidden_states"], expected)
+        assert torch.equal(found["encoder_attention_mask"], its_mask.float())
+    empty = encoder.condition([""])
+    torch.testing.assert_close(empty, encoder.negative([""]))
+    assert empty["encoder_attention_mask"].sum() == 1
+
+
+@pytest.mark.parametrize(("make", "wrap"), [(tiny_sd3_pipeline, three_texts), (tiny_sana_pipeline, instructed)])
+@torch.no_grad()
+def test_latents_are_shifted_and_scaled(make, wrap):
+    """(z − shift) · scale, and back; SANA's autoencoder has no posterior."""
+    pipeline = make()
+    encoder, vae = wrap(pipeline), pipeline.vae
+    pixels = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(5)
+    latents, _ = encoder.encode(Captioned(pixels, TEXTS[:2]))
+    torch.manual_seed(5)
+    plain, _ = Pixels(1).encode(pixels)
+    raw = vae.encode(plain)
+    raw = raw.latent if make is tiny_sana_pipeline else raw.latent_dist.sample()
+    shift = vae.config.get("shift_factor", 0)
+    torch.testing.assert_close(latents, (raw - shift) * vae.config.scaling_factor)
+    decoded = pipeline.image_processor.postprocess(vae.decode(raw).sample, output_type="pt")
+    assert ((decoded * 255).round() - encoder.decode(latents)).abs().max() <= 1
+
+
+def test_large_text_encoders_are_never_in_fp16():
+    """T5 and Gemma overflow in it."""
+    encoder = three_texts(tiny_sd3_pipeline())
+    encoder.dtype = torch.float16
+    assert [encoder._ready(part).dtype for part in encoder.text_encoders] == [torch.float16] * 2 + [torch.bfloat16]
