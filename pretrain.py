@@ -58,6 +58,7 @@ def make_networks(config: Config, encoders: Path | None) -> "Networks":
     import diffusers
     import torch
 
+    from deme.method.process import process_of
     from deme.models.denoisers import load_scheduler
     from deme.models.encoder_loading import load_encoder, try_out
     from deme.models.encoders import Pixels
@@ -81,8 +82,9 @@ def make_networks(config: Config, encoders: Path | None) -> "Networks":
         except Exception as error:  # diffusers and torch raise whatever a wrong value leads to
             raise UserError(one_line(error)) from None
         encoder = Pixels(unet.config.in_channels) if encoders is None else load_encoder(encoders, unet)
-        try_out(unet, scheduler, encoder)
-    return Networks(unet, None, scheduler, encoder)
+        process = process_of(scheduler)
+        try_out(unet, process, encoder)
+    return Networks(unet, None, process, encoder)
 
 
 def write_pipeline(config: Config, networks: "Networks", encoders: Path | None, folder: Path) -> None:
@@ -90,7 +92,7 @@ def write_pipeline(config: Config, networks: "Networks", encoders: Path | None, 
     import diffusers
 
     if encoders is None:
-        diffusers.DDPMPipeline(networks.student, networks.scheduler).save_pretrained(folder)
+        diffusers.DDPMPipeline(networks.student, networks.process.scheduler).save_pretrained(folder)
     else:
         networks.student.save_pretrained(folder / DENOISER)
         write_pipeline_files(folder, encoders)

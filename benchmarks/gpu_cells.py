@@ -25,6 +25,7 @@ from deme.config.sections import Sample
 from deme.config.trainings import Finetune
 from deme.data.drawing import draw
 from deme.method.losses import decoupled_loss
+from deme.method.process import process_of
 from deme.method.sampling import sample_images
 from deme.models.denoisers import AUTOCAST_TYPES, freeze, load_denoiser, load_scheduler
 from deme.models.encoders import Drawing, Pixels, to_bytes
@@ -105,7 +106,7 @@ class Machine:
 
     def compare_gradients(self, precision: str) -> dict:
         """Loss and gradient of the same tensors as on the CPU in float32: each device draws its own random numbers."""
-        scheduler, unet = load_scheduler(DIGITS), load_denoiser(DIGITS / "unet")
+        process, unet = process_of(load_scheduler(DIGITS)), load_denoiser(DIGITS / "unet")
         generator = torch.Generator().manual_seed(0)
         clean, noise = (torch.randn(32, unet.config.in_channels, 8, 8, generator=generator) for _ in range(2))
         timesteps = torch.randint(0, 1000, (32,), generator=generator)
@@ -115,7 +116,7 @@ class Machine:
             teacher = freeze(copy.deepcopy(unet), device, precision)
             inputs = (tensor.to(device) for tensor in (clean, noise, timesteps))
             with make_accelerator(device, precision).autocast():
-                loss, _ = decoupled_loss(student, teacher, copy.deepcopy(scheduler), *inputs, {})
+                loss, _ = decoupled_loss(student, teacher, copy.deepcopy(process), *inputs, {})
             loss.backward()
             return loss.item(), torch.cat([p.grad.flatten().double().cpu() for p in student.parameters()])
 

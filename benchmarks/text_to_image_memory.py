@@ -30,6 +30,7 @@ from benchmarks.trainers import OBJECTIVE, bare_run
 from benchmarks.unets import STABLE_DIFFUSION
 from deme.config.trainings import Finetune
 from deme.data.examples import TrainingImages
+from deme.method.process import process_of
 from deme.models.adapters import new_lora, sharing_weights
 from deme.models.denoisers import with_projections
 from deme.models.encoders import Encoded, LatentsAndText
@@ -150,9 +151,9 @@ def step_peak(settings: dict, finetune: Finetune, device: str) -> int:
     encoder = LatentsAndText(AutoencoderKL(latent_channels=4), [], [])  # of which only settings are used
     if finetune.lora_rank is None:
         teacher = UNet2DConditionModel(**settings)
-        networks = Networks(with_projections(teacher), teacher, DDPMScheduler(), encoder)
+        networks = Networks(with_projections(teacher), teacher, process_of(DDPMScheduler()), encoder)
     else:
-        start = Networks(frozen_base(settings), None, DDPMScheduler(), encoder)
+        start = Networks(frozen_base(settings), None, process_of(DDPMScheduler()), encoder)
         networks = with_new_lora(start, finetune, OBJECTIVE)
     with tempfile.TemporaryDirectory() as folder:
         run = bare_run(OBJECTIVE, finetune, Path(folder))

@@ -14,6 +14,7 @@ from deme.config.trainings import Finetune, Training
 from deme.data.crops import CroppedImages
 from deme.data.examples import Examples, TrainingImages
 from deme.job.records import RUN, Record
+from deme.method.process import process_of
 from deme.models.adapters import freeze_base
 from deme.models.denoisers import with_projections
 from deme.models.encoders import Pixels
@@ -54,7 +55,7 @@ def make_trainer(
     """
     pixels = [image.permute(1, 2, 0).numpy() for image in pixels]
     images = CroppedImages(pixels, pretrained.config.sample_size, center_crop=False, random_flip=random_flip)
-    networks = Networks(pretrained, None, DDPMScheduler(), Pixels(pretrained.config.in_channels))
+    networks = Networks(pretrained, None, process_of(DDPMScheduler()), Pixels(pretrained.config.in_channels))
     if isinstance(settings, Finetune) and settings.lora_rank is not None:
         freeze_base(pretrained, settings)
         networks = with_new_lora(networks, settings, objective)

@@ -10,6 +10,7 @@ from torch import nn
 
 from deme.config.sections import Search
 from deme.measure.noisy import Batch, Noiser, draw_probes
+from deme.method.process import DDPM
 from deme.method.task_vectors import Candidates
 from deme.models.encoders import Pixels
 from deme.search.least_squares import Squares
@@ -51,7 +52,7 @@ def linear_candidates() -> Candidates:
 
 
 def noiser(accelerator) -> Noiser:
-    return Noiser(Images(), Pixels(1), DDPMScheduler(), accelerator)
+    return Noiser(Images(), Pixels(1), DDPM(DDPMScheduler()), accelerator)
 
 
 def probes(accelerator, places: range = range(30), ranges=RANGES, batch_size: int = 8) -> list[Batch]:

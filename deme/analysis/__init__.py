@@ -21,6 +21,7 @@ from deme.errors import naming
 from deme.job.processes import Processes, kept
 from deme.job.records import Arrays, Keep
 from deme.measure.noisy import ENCODED_AT_ONCE, Batch, CleanImages, Noiser, draw_probes, regrouped
+from deme.method.process import process_of
 from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import Tensors, check_compatible, check_finite
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
@@ -106,13 +107,14 @@ class Material:
     def noisers(self) -> dict[str, Noiser]:
         """What adds noise to the training images, and to the held-out ones."""
         config, processes = self.config, self.processes
-        network, scheduler = load_denoiser(denoiser_folder(self.pretrained)), load_scheduler(self.pretrained)
+        network = load_denoiser(denoiser_folder(self.pretrained))
+        process = process_of(load_scheduler(self.pretrained))
         encoder = load_encoder(self.pretrained, network)
-        try_out(network, scheduler, encoder)
+        try_out(network, process, encoder)
         encoder.prepare(processes.device, "no")
         data = load_examples(config, config.finetune, self.source, encoder, self.made_of, processes)
         parts = {"training": data.training, "held-out": data.held_out}
-        return {name: Noiser(images, encoder, scheduler, processes) for name, images in parts.items()}
+        return {name: Noiser(images, encoder, process, processes) for name, images in parts.items()}
 
     def clean(self, images: str, number: int) -> CleanImages:
         """`analyze.images` of the training or the held-out images, or all of fewer; `number` seeds the draws."""

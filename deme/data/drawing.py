@@ -16,6 +16,7 @@ from deme.errors import RunError, naming
 from deme.job.files import Watched
 from deme.job.processes import Processes, in_main_process, locked_by_all
 from deme.job.records import ENCODER, SAMPLES, SCHEDULE, Record, provenance
+from deme.method.process import process_of
 from deme.method.sampling import NetworkAt, ensemble, passed_over, sampler_name, try_sampler
 from deme.models.adapters import load_denoisers
 from deme.models.denoisers import freeze, load_scheduler
@@ -75,7 +76,7 @@ def load_model(
         encoder = load_encoder(model.pipeline, denoisers[0])
         for folder, denoiser in zip(model.denoisers, denoisers, strict=True):
             with naming(folder):
-                try_out(denoiser, scheduler, encoder)
+                try_out(denoiser, process_of(scheduler), encoder)
     size = denoisers[0].config.sample_size
     shape = (denoisers[0].config.in_channels, size, size)
     for one in (other.sample for other in drawn):

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 
 from deme.data.examples import Examples
 from deme.data.opening import Stream, batch_indices, torch_seed
 from deme.job.processes import Processes
-from deme.method.losses import prediction_target
+from deme.method.process import Process
 from deme.models.encoders import Condition, Encoder
 
 # "clean", on the device: images as the network sees them, shape (B, C, H, W); "condition": its further arguments
@@ -38,10 +37,10 @@ class Batch:
     """One process's share of a batch of noisy images; B of them."""
 
     noisy: torch.Tensor  # shape (B, C, H, W)
-    timesteps: torch.Tensor  # int64, shape (B,)
+    timesteps: torch.Tensor  # shape (B,)
     condition: Condition  # of the network
     ranges: torch.Tensor  # int64, shape (B,): index of the timestep's range
-    target: torch.Tensor  # shape (B, C, H, W): noise, x₀ or v, as the network predicts
+    target: torch.Tensor  # shape (B, C, H, W): what the network should predict
     weights: torch.Tensor  # shape (B,); of the squared distances, such that their sum is the objective
 
     def predict(self, network: nn.Module) -> torch.Tensor:
@@ -69,7 +68,7 @@ class Noiser:
 
     images: Examples
     encoder: Encoder
-    scheduler: DDPMScheduler
+    process: Process
     processes: Processes
 
     def encode(self, indices: np.ndarray, random: np.random.Generator) -> Encoded:
@@ -80,8 +79,8 @@ class Noiser:
     def batch(self, encoded: Encoded, noise: torch.Tensor, timesteps: torch.Tensor, ranges: torch.Tensor) -> Batch:
         """Images with noise (B, C, H, W) at timesteps (B,); all weights are 1."""
         clean = encoded["clean"]
-        noisy = self.scheduler.add_noise(clean, noise, timesteps)
-        target = prediction_target(self.scheduler, clean, noise, timesteps)
+        noisy = self.process.noisy(clean, noise, timesteps)
+        target = self.process.target(clean, noise, timesteps)
         weights = torch.ones(len(clean), device=clean.device)
         return Batch(noisy, timesteps, encoded["condition"], ranges, target, weights)
 
@@ -120,8 +119,10 @@ class CleanImages:
         inside = ((self.places >= among.start) & (self.places < among.stop)).nonzero().flatten()
         for chosen in inside.split(self.batch_size):
             if len(chosen) > 0:  # the share may be empty
-                timesteps, ranges = torch.full_like(chosen, timestep), torch.zeros_like(chosen)
-                batch = self.noiser.batch(rows_of(self.encoded, chosen), noise[chosen], timesteps, ranges)
+                timesteps = torch.full_like(chosen, timestep, dtype=self.noiser.process.dtype)
+                batch = self.noiser.batch(
+                    rows_of(self.encoded, chosen), noise[chosen], timesteps, torch.zeros_like(chosen)
+                )
                 yield self.places[chosen], batch
 
 
@@ -136,7 +137,7 @@ def draw_probes(
     count = len(places)
     random = np.random.default_rng((*stream, places.start, count))
     numbers = np.arange(count) % len(ranges)
-    timesteps = np.empty(count, dtype=np.int64)
+    timesteps = np.empty(count)
     for number, (low, high) in enumerate(ranges):
         mine = numbers == number
         strata = random.permutation(mine.sum())
@@ -150,6 +151,6 @@ def draw_probes(
         device = encoded["clean"].device
         noise = _noise(encoded["clean"].shape, random).to(device)
         at, number = (torch.from_numpy(values[part][share]).to(device) for values in (timesteps, numbers))
-        batches.append(noiser.batch(rows_of(encoded, share), noise[share], at, number))
+        batches.append(noiser.batch(rows_of(encoded, share), noise[share], at.to(noiser.process.dtype), number))
     noiser.encoder.rest()
     return batches

@@ -1,59 +1,28 @@
-"""The training objective: timesteps, the denoising loss and its weightings, the consistency loss to a teacher."""
+"""The training objective: the denoising loss and its weightings, the consistency loss to a teacher."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from torch import nn
 
 from deme.errors import UserError
-
-Range = tuple[int, int]  # [low, high) of timesteps
-SMALLEST = 1e-100  # stands for 0 in ᾱ and 1 − ᾱ, so that quotients have their limits
-
-
-# --- timesteps: the paper's probabilistic sampling strategy, with antithetic pairs
+from deme.method.process import Process, Range
 
 
 def choose_ranges(ranges: Sequence[Range], total: int, global_probability: float, uniform: float) -> Sequence[Range]:
-    """The ranges of one micro-batch: all of [0, T) if one draw from [0, 1) is below p, else `ranges`."""
-    return [(0, total)] if uniform < global_probability else ranges
+    """The ranges of one micro-batch, the paper's probabilistic sampling strategy.
 
-
-def spread_timesteps(
-    batch_size: int, ranges: Sequence[Range], device: torch.device | str, antithetic: bool = True
-) -> torch.Tensor:
-    """Timesteps of a batch whose parts, those of tensor_split, each have their own range: int64, shape (batch_size,).
-
-    The first ⌈n/2⌉ of a part are uniform; the others mirror them, t' = low + high − 1 − t, so that each pair's mean is
-    the range's. With antithetic=False all are uniform and independent.
+    All of [0, T) if one draw from [0, 1) is below p, else `ranges`.
     """
-    timesteps = torch.empty(batch_size, dtype=torch.int64, device=device)
-    for part, (low, high) in zip(timesteps.tensor_split(len(ranges)), ranges, strict=True):
-        mirrored = len(part) // 2 if antithetic else 0
-        uniform = torch.randint(low, high, (len(part) - mirrored,), device=device)
-        torch.cat([uniform, low + high - 1 - uniform[:mirrored]], out=part)
-    return timesteps
-
-
-# --- losses
-
-
-def prediction_target(
-    scheduler: DDPMScheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-) -> torch.Tensor:
-    """What the network should predict, by the scheduler's `prediction_type`: the noise, x₀ or v, shape (B, C, H, W)."""
-    if scheduler.config.prediction_type == "v_prediction":
-        return scheduler.get_velocity(clean, noise, timesteps)
-    return {"epsilon": noise, "sample": clean}[scheduler.config.prediction_type]
+    return [(0, total)] if uniform < global_probability else ranges
 
 
 def decoupled_loss(
     student: nn.Module,
     teacher: nn.Module | None,
-    scheduler: DDPMScheduler,
+    process: Process,
     clean: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
@@ -66,9 +35,9 @@ def decoupled_loss(
     both networks. `weighting` makes the denoising loss of each image's squared error, shape (B,), and timesteps;
     without it the loss is their mean.
     """
-    noisy = scheduler.add_noise(clean, noise, timesteps)
+    noisy = process.noisy(clean, noise, timesteps)
     prediction = student(noisy, timesteps, **condition, return_dict=False)[0].float()
-    target = prediction_target(scheduler, clean, noise, timesteps)
+    target = process.target(clean, noise, timesteps)
     if weighting is None:
         denoising = F.mse_loss(prediction, target)
     else:
@@ -83,7 +52,7 @@ def decoupled_loss(
 class Experts(nn.Module):
     """Experts, lowest range first, that predict as one network: the k-th part of a batch is the k-th expert's.
 
-    The teacher of the distilled network, which is ours, not the paper's. `spread_timesteps` draws each part's timesteps
+    The teacher of the distilled network, which is ours, not the paper's. `Process.draw` draws each part's timesteps
     from its expert's range.
     """
 
@@ -105,35 +74,39 @@ class Experts(nn.Module):
 
 # --- weightings of the denoising loss by timestep: the baselines that the paper compares with (table 1)
 #
-# With the signal-to-noise ratio SNR(t) = ᾱ/(1 − ᾱ), the squared error of the noise is SNR times that of x₀, and that of
-# v is SNR + 1 times it. So a weighting is one function of the error of x₀, whatever the network predicts.
-# To add one, add a line to `of_v`, and its name and its parameters to deme/config/trainings.py.
+# What a network predicts determines its squared error from that of x₀. So a weighting is one function of the error of
+# x₀ by the signal-to-noise ratio, SNR(t) = signal/noise, which holds for DDPM and for flow matching.
+# To add one, add a line to `of_image`, and its name and its parameters to deme/config/trainings.py.
 
 
-def loss_weights(weighting: str, alphas_cumprod: torch.Tensor, prediction_type: str, settings: Any) -> torch.Tensor:
-    """The factor of the prediction's squared error at each timestep, from ᾱ of shape (T,): float32, shape (T,).
+def loss_weights(weighting: str, process: Process, settings: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function from timesteps (B,) to the factors of the prediction's squared errors: float32, shape (B,).
 
     The weightings of x₀'s error: constant (DDPM, SNR), snr_plus_one (SNR + 1) and truncated_snr (max(SNR, 1); Salimans
     and Ho 2022), min_snr (min(SNR, γ); Hang et al. 2023), p2 (SNR/(k + SNR)^γ; Choi et al. 2022). A training's settings
     have their parameters.
     """
-    signal = alphas_cumprod.double().clamp(min=SMALLEST)
-    noise = (1 - alphas_cumprod.double()).clamp(min=SMALLEST)
-    of_v = {  # the weight of x₀'s error over SNR + 1, that is times 1 − ᾱ: always finite
-        "constant": signal,
-        "snr_plus_one": torch.ones_like(signal),
-        "truncated_snr": torch.maximum(signal, noise),
-        "min_snr": torch.minimum(signal, settings.min_snr_gamma * noise),
-        "p2": signal * (noise / (settings.p2_k * noise + signal)) ** settings.p2_gamma,
-    }[weighting]
-    per_error_of_v = {"epsilon": signal, "sample": noise, "v_prediction": torch.ones_like(signal)}
-    weights = of_v / per_error_of_v[prediction_type]
-    for timestep in (~weights.float().isfinite()).nonzero().flatten().tolist():
-        ratio = float(signal[timestep] / noise[timestep])
-        raise UserError(f"{weighting} of {prediction_type}: infinite at timestep {timestep}, whose SNR is {ratio:.3g}")
-    if settings.normalize_loss_weighting:
-        weights = weights / weights.mean()
-    return weights.float()
+
+    def raw(timesteps: torch.Tensor) -> torch.Tensor:
+        signal, noise = process.signal_and_noise(timesteps)
+        of_image = {  # times `noise`: always finite
+            "constant": signal,
+            "snr_plus_one": signal + noise,
+            "truncated_snr": torch.maximum(signal, noise),
+            "min_snr": torch.minimum(signal, settings.min_snr_gamma * noise),
+            "p2": signal * (noise / (settings.p2_k * noise + signal)) ** settings.p2_gamma,
+        }[weighting]
+        return of_image / process.error_scale(signal, noise)
+
+    every = process.quantiles()
+    weights = raw(every)
+    for timestep in every[~weights.float().isfinite()][:1]:
+        signal, noise = process.signal_and_noise(timestep)
+        raise UserError(
+            f"{weighting} of {process.predicts}: infinite at timestep {timestep}, whose SNR is {signal / noise:.3g}"
+        )
+    mean = float(weights.mean()) if settings.normalize_loss_weighting else 1.0
+    return lambda timesteps: (raw(timesteps) / mean).float()
 
 
 class UncertaintyWeights(nn.Module):
@@ -146,5 +119,5 @@ class UncertaintyWeights(nn.Module):
 
     def forward(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """A scalar, which may be negative."""
-        log_variances = self.log_variances[torch.bucketize(timesteps, self.starts, right=True)]
+        log_variances = self.log_variances[torch.bucketize(timesteps, self.starts.to(timesteps.dtype), right=True)]
         return (torch.exp(-log_variances) * errors + log_variances).mean()

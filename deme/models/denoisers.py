@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch import nn
 
 from deme.config.paths import DENOISER
@@ -17,6 +24,7 @@ from deme.method.sampling import SCHEDULE
 from deme.method.task_vectors import FLOATS
 from deme.models import pipelines
 from deme.models.pipelines import PROJECTED
+from deme.models.schedules import FLOW, prediction_type
 from deme.models.variants import default_settings
 
 LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution; below, packing gains nothing
@@ -86,12 +94,19 @@ def load_denoiser(folder: Path) -> nn.Module:
     return denoiser.eval()
 
 
-def load_scheduler(pipeline: Path) -> DDPMScheduler:
-    """The pretrained noise schedule as a DDPMScheduler, with the defaults of the class that its file names."""
+def load_scheduler(pipeline: Path) -> SchedulerMixin:
+    """The pretrained noise schedule with the defaults of the class that its file names.
+
+    It is a DDPMScheduler, or for flow matching a FlowMatchEulerDiscreteScheduler, whichever samplers it was saved with.
+    """
     file = pipelines.schedule_file(pipeline)
-    settings = pipelines.read_part("scheduler", file, pipelines.read_index(pipeline).get("scheduler"))
+    settings = pipelines.read_schedule(pipeline)
     defaults = default_settings(settings["_class_name"])
     settings = {key: defaults[key] for key in SCHEDULE if key in defaults} | settings
+    if prediction_type(settings) == FLOW:
+        shift = {"shift": settings["flow_shift"]} if "flow_shift" in settings else {}
+        with blaming(file):
+            return FlowMatchEulerDiscreteScheduler.from_config(settings | shift)
     with blaming(file):
         return DDPMScheduler.from_config(settings | (LATENT_SCHEDULE if pipelines.takes_text(pipeline) else {}))
 

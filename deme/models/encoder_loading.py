@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 
 from deme.config.paths import DENOISER
 from deme.errors import UserError, blaming, one_line
 from deme.job.files import read_json
-from deme.method.losses import prediction_target
+from deme.method.process import Process
 from deme.models.encoders import CHANNELS, Encoder, LatentsAndText, LatentsAndTwoTexts, Pixels
 from deme.models.pipelines import INDEX, check_settings, has_full_precision, is_xl, latent_factor, takes_text
 
@@ -100,22 +99,22 @@ def check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
         raise UserError(f"its tokenizer is missing or another model's: {len(tokenizer)} tokens, not {vocabulary}")
 
 
-def try_out(denoiser: nn.Module, scheduler: DDPMScheduler, encoder: Encoder) -> None:
+def try_out(denoiser: nn.Module, process: Process, encoder: Encoder) -> None:
     """Predict once and take one step, so that parts that do not fit are found before anything is written."""
     channels, size = denoiser.config.in_channels, denoiser.config.sample_size
     check_settings(DENOISER, denoiser.config)  # it may have been made from settings, and not loaded
-    check_settings("scheduler", scheduler.config)
+    check_settings("scheduler", process.scheduler.config)
     if channels != encoder.channels:
         raise UserError(f"in_channels={channels}: the encoder gives {encoder.channels}")
     condition = encoder.condition([""])  # load_encoder has tried it
     try:
         images = torch.zeros(1, channels, size, size)
-        last = torch.tensor([scheduler.config.num_train_timesteps - 1])
+        last = torch.tensor([process.total - 1], dtype=process.dtype)
         with torch.no_grad():
             prediction = denoiser(images, last, **condition).sample
-        target = prediction_target(scheduler, images, images, last)
+        target = process.target(images, images, last)
         if prediction.shape != target.shape:
             raise UserError(f"the network maps {tuple(target.shape)} to {tuple(prediction.shape)}")
-        scheduler.step(prediction, int(last), images)
+        process.scheduler.step(prediction, process.scheduler.timesteps[0], images)
     except Exception as error:  # torch and diffusers raise anything
         raise UserError(one_line(error)) from None

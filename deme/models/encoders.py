@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import SchedulerMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 from torch.nn import functional
@@ -300,7 +300,7 @@ Encoder = Pixels | LatentsAndText  # the same methods
 class Drawing:
     """How images are drawn: a batch of seeds, from noise to pixels."""
 
-    scheduler: DDPMScheduler
+    scheduler: SchedulerMixin  # the pretrained one
     encoder: Encoder
     settings: Sample
     shape: tuple[int, int, int]  # (C, H, W) of what the network works on

@@ -20,6 +20,7 @@ from deme.config.sections import SINGLE_FILE
 from deme.errors import UserError, blaming, naming, one_line, shown
 from deme.job.files import checked, read_json, sha256
 from deme.job.repository import found_folder
+from deme.models.schedules import FLOW, FLOW_SCHEDULERS, SCHEDULERS, prediction_type
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
@@ -46,16 +47,10 @@ PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written
     XL: "UNet2DConditionModel",
 }
 DENOISERS = {"UNet2DModel": (), "UNet2DConditionModel": ENCODERS}  # the parts between images and the network
-SCHEDULERS = (  # their configurations say the same of the noise: betas, and what is predicted
-    *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler"),
-    *("LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
-    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler"),
-    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
-)
 CLASSES = {  # that a model_index.json may name
     "_class_name": PIPELINES,
     DENOISER: (*DENOISERS, *(f"{PROJECTED}{name}" for name in DENOISERS)),
-    "scheduler": SCHEDULERS,
+    "scheduler": (*SCHEDULERS, *FLOW_SCHEDULERS),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -74,8 +69,9 @@ SETTINGS = {  # supported values; diffusers' default, where a file leaves a sett
         "center_input_sample": (False,),
     },
     "scheduler": {
-        "prediction_type": ("epsilon", "sample", "v_prediction"),
-        "use_flow_sigmas": (False, None),
+        "prediction_type": ("epsilon", "sample", "v_prediction", FLOW),
+        "use_dynamic_shifting": (False, None),  # by the number of pixels
+        "invert_sigmas": (False,),
         "timestep_type": ("discrete",),
         "timestep_spacing": ("leading", "trailing", "linspace"),
     },
@@ -210,7 +206,14 @@ def read_part(part: str, file: Path, named: str | None = None) -> dict[str, Any]
     _look_up(f"{file}: _class_name", settings["_class_name"], CLASSES[part])
     with naming(file):
         check_settings(part, settings)
+        if part == "scheduler":
+            prediction_type(settings)
     return settings
+
+
+def read_schedule(pipeline: Path) -> dict[str, Any]:
+    """The settings of a pipeline's noise schedule, looked up."""
+    return read_part("scheduler", schedule_file(pipeline), read_index(pipeline).get("scheduler"))
 
 
 def check_settings(part: str, settings: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from deme.job.files import atomic_file, atomic_folder, locked, read_json, sha256
 from deme.job.records import digest_of
 from deme.models import pipelines
 from deme.models.original_names import open_clip_name, unet_names, vae_names
+from deme.models.schedules import prediction_type
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."  # how the names of a part's tensors begin
 V1_TEXT = "cond_stage_model.transformer."
@@ -45,7 +46,7 @@ def check_original(pipeline: Path, denoiser: Path) -> None:
     if settings.get("use_linear_projection", False) != pipelines.is_xl(settings):
         raise UserError("the format is known for Stable Diffusion 1 and XL, not for 2")
     schedule = pipelines.schedule_file(pipeline)
-    predicts = read_json(schedule).get("prediction_type", "epsilon")
+    predicts = prediction_type(pipelines.read_schedule(pipeline))
     if predicts != "epsilon":
         raise UserError(f"programs take the network for one that predicts noise, but {schedule} has {predicts}")
 
@@ -143,7 +144,7 @@ def convert(file: Path, config: Path | None, folder: Path) -> None:
     odd = {name for name in original_tensors(folder) if not NOT_TRAINED.search(name)} ^ names
     if odd:
         raise UserError(f"{min(odd)}: is in the file or in the network that its configuration describes, not in both")
-    predicts = read_json(pipelines.schedule_file(folder)).get("prediction_type", "epsilon")
+    predicts = prediction_type(pipelines.read_schedule(folder))
     if "v_pred" in types and predicts != "v_prediction":  # ComfyUI's mark
         raise UserError(
             f"v_pred: says that the network predicts v, but its configuration has prediction_type={predicts}"

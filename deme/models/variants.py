@@ -24,6 +24,7 @@ from deme.job.files import Watched, checked, read_json, read_yaml, sha256
 from deme.job.records import BASE, ENCODER, SCHEDULE
 from deme.models import pipelines
 from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
+from deme.models.schedules import prediction_type
 
 # the models of a table's rows, in this order; others follow by name
 ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED, NEON)
@@ -65,7 +66,7 @@ class ModelFiles:
     def check_noise_is_predicted(self, section: Section, key: str) -> None:
         """Refuse a setting that scales predicted noise where networks predict x₀ or v."""
         schedule = schedule_file(self.pipeline)
-        predicts = read_json(schedule).get("prediction_type", "epsilon")
+        predicts = prediction_type(pipelines.read_schedule(self.pipeline))
         section.check(
             key, predicts == "epsilon", f"scales predicted noise, but {schedule} has prediction_type={predicts}"
         )

@@ -63,7 +63,9 @@ class Squares:
                         batch.target[chosen] = batch.part(chosen).predict(network)
         else:
             count = LOSS_BINS
-            batches = [replace(batch, ranges=batch.timesteps * count // num_train_timesteps) for batch in probes]
+            batches = [
+                replace(batch, ranges=(batch.timesteps * count // num_train_timesteps).long()) for batch in probes
+            ]
         candidates.form(network, torch.zeros(candidates.shape))
         sums = torch.zeros(2, count, dtype=torch.float64, device=processes.device)
         for batch in batches:

@@ -20,6 +20,7 @@ from deme.errors import RunError, UserError, naming
 from deme.job.processes import Processes, kept, locked_by_all
 from deme.measure.noisy import Noiser, draw_probes
 from deme.measure.reference import load_feature_space
+from deme.method.process import process_of
 from deme.method.sampling import NetworkAt, ensemble, scaled, try_sampler
 from deme.method.task_vectors import Candidates, pattern_of, patterns_of
 from deme.models.adapters import load_denoisers
@@ -63,10 +64,10 @@ class Problem:
             self.names = [f"{pattern} {name}" for pattern in self.patterns for name in merged]
         self.bounds = config.intervals * len(self.patterns)  # of the coefficients
 
-        self.scheduler = load_scheduler(pretrained)
+        self.process = process_of(load_scheduler(pretrained))
         network = load_denoiser(self.architecture)
         self.encoder = load_encoder(pretrained, network)
-        try_out(network, self.scheduler, self.encoder)
+        try_out(network, self.process, self.encoder)
         self.encoder.prepare(processes.device, config.sample.mixed_precision)
         self.network = freeze(network, processes.device, "no", may_pack=False)
 
@@ -108,7 +109,7 @@ class Problem:
         made_of = (self.data, self.encoder, self.hashes, self.processes)
         images = load_examples(config, config.finetune, *made_of).training
         self.encoder.prepare(self.processes.device, config.sample.mixed_precision)  # the cache is in finetune's
-        return Noiser(images, self.encoder, self.scheduler, self.processes)
+        return Noiser(images, self.encoder, self.process, self.processes)
 
     def _draw_squares(self, name: str, role: str = "fit") -> Squares:
         """Match or loss; the images of the roles fit, held-out and fresh differ if the data has enough."""
@@ -182,7 +183,7 @@ class Problem:
         for sample in drawn:
             with naming(key, sample.schedule if key != "sample.scheduler" else sample.scheduler):
                 sampler = (sample.scheduler, sample.num_inference_steps, self.drawn_shape, sample.timestep_spacing)
-                stepper = type(try_sampler(self.scheduler, *sampler)), sample.num_inference_steps
+                stepper = type(try_sampler(self.process.scheduler, *sampler)), sample.num_inference_steps
                 if stepper in steppers:
                     raise UserError("is listed before, under another name")
                 steppers.add(stepper)
@@ -208,7 +209,7 @@ class Problem:
         with naming("evaluate.reference", config.evaluate.reference):
             space.reference.check_size(resolution, resolution)
         scales = [] if config.searches_scales else prediction_scales(config)
-        drawing = Drawing(self.scheduler, self.encoder, sample, self.drawn_shape, self.processes.device, scales)
+        drawing = Drawing(self.process.scheduler, self.encoder, sample, self.drawn_shape, self.processes.device, scales)
         return FrechetDistance(self.processes, drawing, space, prompts)
 
     @cached_property

@@ -147,7 +147,7 @@ def wandb_tracker(folder: Path, settings: Training) -> WandBTracker:
 @torch.no_grad()
 def held_out_loss(networks: Networks, images: Examples, batch_size: int, accelerator: Accelerator) -> float:
     """The student's denoising loss on all images, over all processes, always with the same timesteps and noise."""
-    total_timesteps = networks.scheduler.config.num_train_timesteps
+    process = networks.process
     starts = range(0, len(images), batch_size)[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros((), device=accelerator.device)
     generator = torch.Generator()
@@ -159,19 +159,19 @@ def held_out_loss(networks: Networks, images: Examples, batch_size: int, acceler
             torch.manual_seed(torch_seed(random))  # for the encoder's draws
             clean, condition = networks.encoder.encode(images.batch(batch))
             # evenly spread over [0, T): few images then give a steady mean
-            timesteps = torch.arange(start, batch.stop) * total_timesteps // len(images)
+            timesteps = torch.arange(start, batch.stop) * process.total // len(images)
             noise = torch.randn(clean.shape, generator=generator)
-            inputs = (clean, noise.to(accelerator.device), timesteps.to(accelerator.device), condition)
-            total += decoupled_loss(networks.student, None, networks.scheduler, *inputs)[0] * len(batch)
+            inputs = (clean, noise.to(accelerator.device), timesteps.to(accelerator.device, process.dtype), condition)
+            total += decoupled_loss(networks.student, None, process, *inputs)[0] * len(batch)
     return float(accelerator.reduce(total, "sum")) / len(images)
 
 
 def save_preview(networks: Networks, prompts: Sequence[str], batch_size: int, path: Path) -> None:
     """Save a grid of the student's images, one per prompt if it takes text, drawn from the same seeds each time."""
-    student, scheduler, encoder = networks.student, networks.scheduler, networks.encoder
+    student, process, encoder = networks.student, networks.process, networks.encoder
     shape = (student.config.in_channels, student.config.sample_size, student.config.sample_size)
-    settings = Sample(num_inference_steps=min(PREVIEW_STEPS, scheduler.config.num_train_timesteps))
-    drawing = Drawing(scheduler, encoder, settings, shape, student.device)
+    settings = Sample(num_inference_steps=min(PREVIEW_STEPS, process.total))
+    drawing = Drawing(process.scheduler, encoder, settings, shape, student.device)
     seeds = range(len(prompts) if encoder.takes_text else PREVIEW_IMAGES)
     parts = [slice(start, start + batch_size) for start in seeds[::batch_size]]
     images = torch.cat([drawing.images(lambda _: student, seeds[part], prompts[part]) for part in parts])

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -26,6 +25,7 @@ from deme.errors import RunError, UserError, naming, one_line
 from deme.job import files
 from deme.method.losses import Experts
 from deme.method.posthoc_ema import decay
+from deme.method.process import Process, process_of
 from deme.models.adapters import freeze_base, load_denoisers, new_lora, sharing_weights
 from deme.models.denoisers import load_scheduler
 from deme.models.encoder_loading import load_encoder, try_out
@@ -45,7 +45,7 @@ class Networks:
 
     student: nn.Module  # trained in place; float32, but for the frozen base of a LoRA
     teacher: nn.Module | None  # the pretrained network, or all experts as one; the trainer freezes it
-    scheduler: DDPMScheduler  # the noise schedule
+    process: Process  # the noise
     encoder: Encoder
 
 
@@ -58,16 +58,16 @@ def load_networks(inputs: ModelFiles, key: str, source: str, settings: Finetune 
     loading = load_denoisers(inputs.pipeline, inputs.denoisers)
     with naming(key, source):
         denoiser = next(loading)
-        scheduler = load_scheduler(inputs.pipeline)
+        process = process_of(load_scheduler(inputs.pipeline))
         encoder = load_encoder(inputs.pipeline, denoiser)
-        try_out(denoiser, scheduler, encoder)
+        try_out(denoiser, process, encoder)
     experts = list(loading)
     for path, expert in zip(inputs.denoisers[1:], experts, strict=True):
         with naming(path):
-            try_out(expert, scheduler, encoder)
+            try_out(expert, process, encoder)
     if settings is not None and settings.lora_rank is not None:
         freeze_base(denoiser, settings)
-    return Networks(denoiser, Experts(experts) if experts else None, scheduler, encoder)
+    return Networks(denoiser, Experts(experts) if experts else None, process, encoder)
 
 
 def with_new_lora(start: Networks, settings: Finetune, objective: Objective) -> Networks:

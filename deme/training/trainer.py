@@ -28,7 +28,7 @@ from deme.job import processes
 from deme.job.command import Interrupted, noted_signals
 from deme.job.files import Watched, atomic_file, atomic_folder, make_folder, remove_leftovers
 from deme.job.records import SNAPSHOT, Record
-from deme.method.losses import UncertaintyWeights, choose_ranges, decoupled_loss, loss_weights, spread_timesteps
+from deme.method.losses import UncertaintyWeights, choose_ranges, decoupled_loss, loss_weights
 from deme.models.denoisers import freeze, memory_format
 from deme.models.variants import write_denoiser
 from deme.training.progress import Meter, RunLog, held_out_loss, save_preview
@@ -86,10 +86,9 @@ class Trainer:
         learned = None if rate is None else UncertaintyWeights(objective.ranges).to(self.device)
         self.weighting = learned  # each image's squared error and timesteps → the denoising loss; None: the mean error
         if learned is None and settings.loss_weighting is not None:
-            noise = networks.scheduler.alphas_cumprod, networks.scheduler.config.prediction_type
             with naming(f"{settings.section}.loss_weighting", settings.loss_weighting):
-                weights = loss_weights(settings.loss_weighting, *noise, settings).to(self.device)
-            self.weighting = lambda errors, timesteps: (weights[timesteps] * errors).mean()
+                weights = loss_weights(settings.loss_weighting, networks.process, settings)
+            self.weighting = lambda errors, timesteps: (weights(timesteps) * errors).mean()
         self.state = TrainingState(self.student, settings, accelerator.scaler, learned, rate)
         self.model, self.optimizer = accelerator.prepare(self.student, self.state.optimizer)
 
@@ -199,13 +198,12 @@ class Trainer:
 
     def losses(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Denoising and consistency loss of one micro-batch, float32 scalars."""
-        objective, scheduler = self.objective, self.networks.scheduler
-        total = scheduler.config.num_train_timesteps
-        ranges = choose_ranges(objective.ranges, total, objective.global_probability, batch.uniform)
+        objective, process = self.objective, self.networks.process
+        ranges = choose_ranges(objective.ranges, process.total, objective.global_probability, batch.uniform)
         torch.manual_seed(batch.seed)  # for the draws on the device: dropout takes no generator
         clean, condition = self.networks.encoder.encode(batch.examples)
-        timesteps = spread_timesteps(len(clean), ranges, self.device, antithetic=self.settings.antithetic)
-        inputs = (scheduler, clean, torch.randn_like(clean), timesteps, condition)
+        timesteps = process.draw(len(clean), ranges, self.device, antithetic=self.settings.antithetic)
+        inputs = (process, clean, torch.randn_like(clean), timesteps, condition)
         return decoupled_loss(self.model, self.teacher, *inputs, self.weighting)
 
     def save(self, last: bool = False) -> None:

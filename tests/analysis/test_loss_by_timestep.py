@@ -11,6 +11,7 @@ from noisy_images import noiser
 from deme.analysis.loss_by_timestep import losses_by_timestep, measure, relative_loss, relative_means
 from deme.measure.noisy import CleanImages
 from deme.method.losses import decoupled_loss
+from deme.method.process import DDPM
 
 TIMESTEPS = [100, 400, 600, 900]
 INSIDE = np.array([[True, True, False, False], [False, False, True, True]])  # two ranges
@@ -40,7 +41,7 @@ def test_the_losses_are_those_that_training_sees():
         noise = batch.target
         with torch.no_grad():
             parts = (images.encoded["clean"], noise, batch.timesteps, {})
-            expected, _ = decoupled_loss(tiny_unet(1), None, DDPMScheduler(), *parts)
+            expected, _ = decoupled_loss(tiny_unet(1), None, DDPM(DDPMScheduler()), *parts)
         assert row.mean() == pytest.approx(float(expected), rel=1e-5)
 
 

@@ -7,7 +7,8 @@ from diffusers import DDPMScheduler
 from text_to_image import tiny_conditional_unet
 from torch import nn
 
-from deme.method.losses import Experts, decoupled_loss, spread_timesteps
+from deme.method.losses import Experts, decoupled_loss
+from deme.method.process import DDPM
 
 RANGES = [(0, 300), (300, 600), (600, 1000)]
 
@@ -42,14 +43,14 @@ def test_the_loss_is_the_mean_over_every_image_and_its_ranges_expert(takes_text)
     """Equal to one written by hand, image by image; no gradient reaches an expert."""
     make, channels, size = (tiny_conditional_unet, 4, 4) if takes_text else (tiny_unet, 1, 8)
     student, *experts = (make(seed) for seed in range(4))
-    scheduler = DDPMScheduler()
+    process = DDPM(DDPMScheduler())
     torch.manual_seed(0)
-    timesteps = spread_timesteps(7, RANGES, "cpu")
+    timesteps = process.draw(7, RANGES, "cpu")
     clean, noise = torch.randn(2, 7, channels, size, size, generator=torch.Generator().manual_seed(1))
     condition = {"encoder_hidden_states": torch.randn(7, 6, 16)} if takes_text else {}
-    _, loss = decoupled_loss(student, Experts(experts), scheduler, clean, noise, timesteps, condition)
+    _, loss = decoupled_loss(student, Experts(experts), process, clean, noise, timesteps, condition)
 
-    noisy = scheduler.add_noise(clean, noise, timesteps)
+    noisy = process.scheduler.add_noise(clean, noise, timesteps)
     distances = []
     for i, timestep in enumerate(timesteps):
         expert = next(experts[k] for k, (low, high) in enumerate(RANGES) if low <= timestep < high)
@@ -67,6 +68,6 @@ def test_the_loss_is_the_mean_over_every_image_and_its_ranges_expert(takes_text)
 def test_a_student_that_is_the_only_expert_has_no_loss():
     student = tiny_unet()
     clean, noise = torch.randn(2, 4, 1, 8, 8)
-    inputs = (DDPMScheduler(), clean, noise, torch.tensor([0, 10, 500, 999]), {})
+    inputs = (DDPM(DDPMScheduler()), clean, noise, torch.tensor([0, 10, 500, 999]), {})
     _, loss = decoupled_loss(student, Experts([copy.deepcopy(student)]), *inputs)
     assert loss == 0

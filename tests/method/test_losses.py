@@ -3,6 +3,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from deme.method.losses import decoupled_loss
+from deme.method.process import DDPM
 
 CLEAN = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 NOISE = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(1))
@@ -21,7 +22,7 @@ def test_the_target_follows_the_prediction_type(prediction_type):
     scheduler = DDPMScheduler(prediction_type=prediction_type)
     constant = 0.5
     denoising, consistency = decoupled_loss(
-        lambda x, t, return_dict: (torch.full_like(x, constant),), None, scheduler, CLEAN, NOISE, TIMESTEPS, {}
+        lambda x, t, return_dict: (torch.full_like(x, constant),), None, DDPM(scheduler), CLEAN, NOISE, TIMESTEPS, {}
     )
     torch.testing.assert_close(denoising, (constant - targets(scheduler)[prediction_type]).square().mean())
     assert consistency == 0
@@ -37,7 +38,7 @@ def test_consistency_is_the_distance_to_the_teacher_on_the_same_input():
 
         return predict
 
-    _, consistency = decoupled_loss(network(0.0), network(0.25), scheduler, CLEAN, NOISE, TIMESTEPS, {})
+    _, consistency = decoupled_loss(network(0.0), network(0.25), DDPM(scheduler), CLEAN, NOISE, TIMESTEPS, {})
     torch.testing.assert_close(consistency, torch.tensor(0.0625))
     (student_input, student_t), (teacher_input, teacher_t) = seen
     assert torch.equal(student_input, teacher_input)
@@ -50,7 +51,7 @@ def test_no_gradient_reaches_the_teacher():
     terms = decoupled_loss(
         lambda x, t, return_dict: (weight["student"] * x,),
         lambda x, t, return_dict: (2 * weight["teacher"] * x,),
-        DDPMScheduler(),
+        DDPM(DDPMScheduler()),
         CLEAN,
         NOISE,
         TIMESTEPS,

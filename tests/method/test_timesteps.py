@@ -1,14 +1,16 @@
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deme.method.losses import choose_ranges, spread_timesteps
+from deme.method.losses import choose_ranges
+from deme.method.process import DDPM
 
 
 def seeded(seed: int, batch: int, ranges: list[tuple[int, int]]) -> torch.Tensor:
     torch.manual_seed(seed)
-    return spread_timesteps(batch, ranges, "cpu")
+    return DDPM(DDPMScheduler()).draw(batch, ranges, "cpu")
 
 
 @given(batch=st.integers(1, 50), low=st.integers(0, 900), width=st.integers(1, 300), seed=st.integers(0, 99))

@@ -10,10 +10,12 @@ from text_to_image import tiny_pipeline
 
 from deme.config.sections import Sample
 from deme.errors import UserError
+from deme.method.process import process_of
 from deme.models import encoders
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
 from deme.models.encoder_loading import load_encoder
-from deme.models.pipelines import DENOISERS, PIPELINES, SCHEDULERS, SETTINGS, find_pipeline
+from deme.models.pipelines import DENOISERS, PIPELINES, SETTINGS, find_pipeline
+from deme.models.schedules import FLOW_SCHEDULERS, SCHEDULERS
 from deme.models.variants import common_architecture, write_pipeline_files
 
 NO_CLASSES = ("SchedulerMixin", "KarrasDiffusionSchedulers")
@@ -47,17 +49,53 @@ def refused(folder: Path, *words: str) -> None:
 
 
 def test_every_scheduler_of_diffusers_is_known_or_refused_by_name(copy):
-    """Also those of flow matching, of SDEs, of EDM and of consistency models, whatever diffusers adds."""
+    """Also those of SDEs, of EDM and of consistency models, whatever diffusers adds."""
     names = {name for name in dir(diffusers) if name.endswith("Scheduler")}
-    assert set(SCHEDULERS) < names
+    known = {*SCHEDULERS, *FLOW_SCHEDULERS}
+    assert known < names
     for name in sorted(names):
         edit(copy / "scheduler" / "scheduler_config.json", _class_name=name)
-        if name in SCHEDULERS:
+        if name in known:
             load_scheduler(find_pipeline(str(copy)))
         else:
             refused(copy, f"scheduler_config.json: _class_name={name}: not one of DDPMScheduler, DDIMScheduler")
             with pytest.raises(UserError, match=f"_class_name={name}: not one of"):
                 load_scheduler(copy)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500, shift=3.0),
+        diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=500, shift=3.0),
+        diffusers.UniPCMultistepScheduler(
+            num_train_timesteps=500, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+        ),
+        diffusers.DPMSolverMultistepScheduler(
+            num_train_timesteps=500, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+        ),
+    ],
+)
+def test_flow_matching_is_known_by_the_scheduler_whatever_sampler_it_was_saved_with(copy, schedule):
+    schedule.save_pretrained(copy / "scheduler")
+    found = load_scheduler(find_pipeline(str(copy)))
+    assert type(found) is diffusers.FlowMatchEulerDiscreteScheduler
+    assert (found.config.num_train_timesteps, found.config.shift) == (500, 3.0)
+    process = process_of(found)
+    assert (process.total, process.predicts) == (500, "flow_prediction")
+
+
+@pytest.mark.parametrize("key", ["use_flow_sigmas", "prediction_type"])
+def test_a_scheduler_that_says_flow_and_noise_at_once_is_refused(copy, key):
+    settings = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    edit(copy / "scheduler" / "scheduler_config.json", _class_name="UniPCMultistepScheduler", **{key: settings[key]})
+    refused(copy, "prediction_type=", "does not fit use_flow_sigmas=")
+
+
+@pytest.mark.parametrize("settings", [{"use_dynamic_shifting": True}, {"invert_sigmas": True}])
+def test_a_flow_whose_timesteps_are_not_its_noise_levels_is_refused(copy, settings):
+    edit(copy / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler", **settings)
+    refused(copy, next(iter(settings)))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -1,0 +1,138 @@
+"""The noise process: which timesteps are drawn, how noise is added, what a network predicts.
+
+DDPM (Ho et al. 2020) and flow matching (Lipman et al. 2023, Liu et al. 2023) have the same methods, so that losses,
+measurements and searches hold for both. The scheduler's class decides.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+
+from deme.errors import UserError
+
+Range = tuple[int, int]  # [low, high) of timesteps
+SMALLEST = 1e-100  # stands for 0 in squared factors of signal and noise, so that quotients have their limits
+
+
+class Process:
+    """What both processes share. `scheduler` is the pretrained one, which samplers are made from."""
+
+    dtype: torch.dtype  # of timesteps
+
+    def __init__(self, scheduler: SchedulerMixin):
+        self.scheduler = scheduler
+
+    @property
+    def total(self) -> int:
+        """T: all timesteps lie in [0, T)."""
+        return self.scheduler.config.num_train_timesteps
+
+    def draw(
+        self, batch_size: int, ranges: Sequence[Range], device: torch.device | str, antithetic: bool = True
+    ) -> torch.Tensor:
+        """Timesteps of a batch whose parts, those of tensor_split, each have their own range: shape (batch_size,).
+
+        The first ⌈n/2⌉ of a part are independent; the others mirror them within the range. With antithetic=False all
+        are independent.
+        """
+        timesteps = torch.empty(batch_size, dtype=self.dtype, device=device)
+        for part, timestep_range in zip(timesteps.tensor_split(len(ranges)), ranges, strict=True):
+            mirrored = len(part) // 2 if antithetic else 0
+            self._draw(part, timestep_range, mirrored)
+        return timesteps
+
+
+class DDPM(Process):
+    """x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε at integer timesteps; networks predict the noise ε, x₀ or v."""
+
+    dtype = torch.int64
+
+    @property
+    def predicts(self) -> str:
+        """What a network predicts, as diffusers calls it: epsilon, sample or v_prediction."""
+        return self.scheduler.config.prediction_type
+
+    def _draw(self, part: torch.Tensor, timestep_range: Range, mirrored: int) -> None:
+        """The mirror image of t is low + high − 1 − t, so that each pair's mean is the range's."""
+        low, high = timestep_range
+        uniform = torch.randint(low, high, (len(part) - mirrored,), device=part.device)
+        torch.cat([uniform, low + high - 1 - uniform[:mirrored]], out=part)
+
+    def noisy(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Images with noise, shape (B, C, H, W)."""
+        return self.scheduler.add_noise(clean, noise, timesteps)
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the network should predict, shape (B, C, H, W)."""
+        if self.predicts == "v_prediction":
+            return self.scheduler.get_velocity(clean, noise, timesteps)
+        return {"epsilon": noise, "sample": clean}[self.predicts]
+
+    def signal_and_noise(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The squared factors of x₀ and of the noise, whose quotient is the signal-to-noise ratio: float64."""
+        alphas_cumprod = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps].double()
+        return alphas_cumprod.clamp(min=SMALLEST), (1 - alphas_cumprod).clamp(min=SMALLEST)
+
+    def error_scale(self, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The squared error of the prediction over that of x₀, times the squared factor of the noise."""
+        return {"epsilon": signal, "sample": noise, "v_prediction": torch.ones_like(signal)}[self.predicts]
+
+    def quantiles(self) -> torch.Tensor:
+        """Timesteps at equal shares of the training's density: all of them."""
+        return torch.arange(len(self.scheduler.alphas_cumprod))
+
+
+class FlowMatching(Process):
+    """x_σ = (1 − σ) x₀ + σ ε at the timesteps T σ, which are continuous; networks predict ε − x₀."""
+
+    dtype, predicts = torch.float32, "flow_prediction"
+
+    def _draw(self, part: torch.Tensor, timestep_range: Range, mirrored: int) -> None:
+        """The mirror image of a quantile p is 1 − p."""
+        shares = torch.rand(len(part) - mirrored, dtype=torch.float64, device=part.device)
+        part.copy_(self._quantile(torch.cat([shares, 1 - shares[:mirrored]]), timestep_range))
+
+    def _quantile(self, shares: torch.Tensor, timestep_range: Range) -> torch.Tensor:
+        """The timesteps of [low, high) below which these shares of its draws lie."""
+        low, high = timestep_range
+        ends = torch.tensor([low, high], dtype=self.dtype)
+        below_end = float(torch.nextafter(ends[1], ends[0]))
+        return (low + (high - low) * shares).to(self.dtype).clamp(low, below_end)
+
+    def _sigmas(self, timesteps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        return (timesteps / self.total).to(images.dtype).view(-1, *[1] * (images.ndim - 1))
+
+    def noisy(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Images with noise, shape (B, C, H, W)."""
+        sigmas = self._sigmas(timesteps, clean)
+        return (1 - sigmas) * clean + sigmas * noise
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the network should predict, shape (B, C, H, W): dx_σ/dσ, the same at all timesteps."""
+        return noise - clean
+
+    def signal_and_noise(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The squared factors of x₀ and of the noise, whose quotient is the signal-to-noise ratio: float64."""
+        sigmas = timesteps.double() / self.total
+        return (1 - sigmas).square().clamp(min=SMALLEST), sigmas.square().clamp(min=SMALLEST)
+
+    def error_scale(self, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The squared error of the prediction over that of x₀, times σ²: 1, as x₀ = x_σ − σ (ε − x₀)."""
+        return torch.ones_like(signal)
+
+    def quantiles(self) -> torch.Tensor:
+        """Timesteps at equal shares of the training's density, T of them."""
+        shares = (torch.arange(self.total, dtype=torch.float64) + 0.5) / self.total
+        return self._quantile(shares, (0, self.total))
+
+
+PROCESSES = {DDPMScheduler: DDPM, FlowMatchEulerDiscreteScheduler: FlowMatching}
+
+
+def process_of(scheduler: SchedulerMixin) -> DDPM | FlowMatching:
+    """The noise process of a pretrained scheduler, as `load_scheduler` gives it."""
+    kind = type(scheduler)
+    if kind not in PROCESSES:
+        raise UserError(f"{kind.__name__}: not one of {', '.join(known.__name__ for known in PROCESSES)}")
+    return PROCESSES[kind](scheduler)
