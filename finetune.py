@@ -30,8 +30,9 @@ from deme.config.experiment import Config
 from deme.config.networks import is_lora
 from deme.config.trainings import ANT_UW, BASELINES, CONTINUED, DISTILLED, SELF, SOUP, Finetune
 from deme.job.command import run_script
-from deme.job.files import sha256
+from deme.job.files import read_json, sha256
 from deme.job.records import ARCHITECTURE, BASE
+from deme.models.kinds import subfolder_of
 from deme.models.pipelines import weights_hash
 from deme.models.variants import ModelFiles, check_trained, find_model
 from deme.training.session import Objective, Session, TrainingRun
@@ -146,14 +147,16 @@ def source_of(task: Task, config: Config) -> tuple[str, str]:
     return "model.pretrained", config.paths.pretrained
 
 
-def run_of(session: Session, task: Task, hashes: dict[str, str]) -> TrainingRun:
+def run_of(session: Session, task: Task, subfolder: str, hashes: dict[str, str]) -> TrainingRun:
     """The run of a task.
 
     Args:
+        subfolder: the name of the trained network's folder.
         hashes: of the networks that it starts from and is held to.
     """
     paths = session.config.paths
     folder, output = paths.finetuning(task.name), paths.trained(task.name)
+    output = output if is_lora(output) else output.with_name(subfolder)
     made_from = {"finetune.range": task.name, "model.projection": task.is_projected, **hashes}
     if task.objective.uncertainty_learning_rate is not None:
         made_from["timestep ranges"] = [list(edges) for edges in task.objective.ranges]
@@ -203,7 +206,8 @@ def main(config: Config) -> None:
         ARCHITECTURE: sha256(inputs.folders[0] / "config.json"),
         **inputs.hashes(),
     }
-    runs = [(task, run_of(session, task, hashes)) for task in tasks]
+    subfolder = subfolder_of(read_json(inputs.folders[0] / "config.json"))
+    runs = [(task, run_of(session, task, subfolder, hashes)) for task in tasks]
     runs = [(task, run) for task, run in runs if not session.is_complete(run)]
     if not runs:
         return

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from deme.config.experiment import Config
 from deme.config.networks import RANGES, makes_lora, of_loras
-from deme.config.paths import DENOISER, LORA
+from deme.config.paths import LORA, denoiser_in
 from deme.config.trainings import SELF
 from deme.errors import UserError, blaming, naming
 from deme.job.command import run_script
@@ -143,8 +143,8 @@ def is_complete(output: Path, wanted: Record, is_lora: bool) -> bool:
     if not record.fits(wanted, output):
         return False
     try:
-        weights = sha256(output / (LORA if is_lora else Path(DENOISER, WEIGHTS)))
-        parts = {} if is_lora else ModelFiles(output, [output / DENOISER]).hashes()
+        weights = sha256(output / LORA if is_lora else denoiser_in(output) / WEIGHTS)
+        parts = {} if is_lora else ModelFiles(output, [denoiser_in(output)]).hashes()
         if weights == record.beside.get(WEIGHTS_HASH) and wanted.made_from | parts == wanted.made_from:
             return True
     except (OSError, UserError):  # a file is missing
@@ -177,10 +177,10 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
             merged = {**pretrained, **dict(merge_tensors(base, finetuned, coefficients, method, moved))}
         except OverflowError as error:
             raise UserError(f"merge.coefficients={error}") from None
-        variants.write_denoiser(temporary / DENOISER, merged, architecture_settings)
+        variants.write_denoiser(temporary, merged, architecture_settings)
         variants.write_pipeline_files(temporary, inputs.pipeline)
         watched.check()
-        beside = {WEIGHTS_HASH: sha256(temporary / DENOISER / WEIGHTS), MOVED: moved.by_block}
+        beside = {WEIGHTS_HASH: sha256(denoiser_in(temporary) / WEIGHTS), MOVED: moved.by_block}
         replace(record, beside=record.beside | beside).write(temporary)
 
 
@@ -204,7 +204,8 @@ def write_lora(config: Config, inputs: ModelFiles, groups: Groups, record: Recor
         print(f"{settings.method} is truncated to {rank}: relative error {errors[ALL]:.3g} of the merged LoRA")
     with atomic_folder(config.paths.merged) as temporary:
         made_from = {key: record.made_from[key] for key in IN_HEADER}
-        names = lora.kohya_names(lora.layers_of(inputs.pipeline)) if settings.lora_format == "kohya" else None
+        with naming("merge.lora_format", settings.lora_format):
+            names = lora.kohya_names(lora.layers_of(inputs.pipeline)) if settings.lora_format == "kohya" else None
         lora.write_lora(temporary / LORA, merged, made_from, names)
         watched.check()
         beside = {WEIGHTS_HASH: sha256(temporary / LORA), LORA_ERRORS: errors, MOVED: moved.by_block}

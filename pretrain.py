@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.config.paths import DENOISER
+from deme.config.paths import UNET
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, write_yaml
@@ -94,7 +94,7 @@ def write_pipeline(config: Config, networks: "Networks", encoders: Path | None, 
     if encoders is None:
         diffusers.DDPMPipeline(networks.student, networks.process.scheduler).save_pretrained(folder)
     else:
-        networks.student.save_pretrained(folder / DENOISER)
+        networks.student.save_pretrained(folder / UNET)
         write_pipeline_files(folder, encoders)
     write_yaml(folder / "pretrain.yaml", provenance(config))
 

@@ -22,7 +22,8 @@ from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF, SOUP, Finetu
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
-from deme.models.pipelines import denoiser_folder, is_xl, takes_text
+from deme.models.kinds import is_xl
+from deme.models.pipelines import denoiser_folder, takes_text
 from deme.models.variants import find_pretrained
 
 GPU_TFLOPS = 50.0  # a guess for an A100 in half precision

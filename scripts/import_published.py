@@ -14,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deme.config.paths import DENOISER
+from deme.config.paths import UNET
 from deme.errors import UserError, naming
 from deme.job.command import ended_in_one_line
 from deme.job.files import atomic_folder, make_folder, read_json
-from deme.models.pipelines import PROJECTED, denoiser_folder, find_pipeline
+from deme.models.kinds import PROJECTED
+from deme.models.pipelines import denoiser_folder, find_pipeline
 from deme.models.variants import write_denoiser, write_pipeline_files
 
 
@@ -53,7 +54,7 @@ def main(weights: Path, pretrained: str, output: Path) -> None:
         except UserError as error:
             raise UserError(f"--weights={weights}: {str(error).replace(str(temporary), '')}") from None
         shutil.rmtree(folder)
-        unet.save_pretrained(temporary / DENOISER)
+        unet.save_pretrained(temporary / UNET)
         write_pipeline_files(temporary, pipeline)
     print(f"wrote {output}: {unet.num_parameters():,} parameters")
 

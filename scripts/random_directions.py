@@ -16,7 +16,6 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 
 from deme.config.experiment import Config
 from deme.config.networks import RANDOM, of_word
-from deme.config.paths import DENOISER
 from deme.job.command import run_script
 from deme.job.files import atomic_folder, locked, make_folder, read_json
 from deme.models.variants import check_trained, find_pretrained, write_denoiser
@@ -45,7 +44,7 @@ def main(config: Config) -> None:
         tensors = dict(random_directions(base, expert, (config.seed, STREAM, number)))
         make_folder(output.parent, "output_dir")
         with locked(output, "output_dir"), atomic_folder(output) as temporary:
-            write_denoiser(temporary / DENOISER, tensors, settings)
+            write_denoiser(temporary, tensors, settings)
         print(f"wrote {network.folder}")
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from deme.compare.jobs import Job, state_of, state_outside
 from deme.config.experiment import Config
 from deme.config.networks import RANDOM, RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Network, makes_lora, of_word
-from deme.config.paths import DENOISER, LORA, for_shell, image_path, with_schedule
+from deme.config.paths import LORA, UNET, for_shell, image_path, with_schedule
 from deme.config.reading import load_config, override
 from deme.config.section import Section, is_folder_name, one_of, setting
 from deme.config.sections import COEFFICIENTS, SCALES
@@ -168,7 +168,7 @@ class Stages:
         self.pretrained: list[Job] = []  # make the pretrained network
         base, paths = self.base, self.base.config.paths
         if paths.pretrained == str(paths.pretrained_here):
-            parts = [paths.pretrained_here / part for part in (DENOISER, "scheduler", "pretrain.yaml")]
+            parts = [paths.pretrained_here / part for part in (UNET, "scheduler", "pretrain.yaml")]
             # not the encoders, which merge.py may hard-link
             self.pretrained = [self._add(base, "pretrain", "pretrain.py", output=paths.pretrained_here, parts=parts)]
         caches = [self._add(base, "cache", "scripts/cache.py", output=None, after=self.pretrained)] if has_cache else []
@@ -288,7 +288,7 @@ class Stages:
 
     def _merged(self, run: ComparedRun, stage: str, folder: Path, experts: Sequence[Job], *overrides: str) -> list[Job]:
         of_lora = makes_lora(load_config(run.arguments[1], [*run.arguments[2:], *overrides]))
-        parts = [folder / name for name in ([LORA] if of_lora else [DENOISER, "scheduler", "model_index.json"])]
+        parts = [folder / name for name in ([LORA] if of_lora else [UNET, "scheduler", "model_index.json"])]
         merge = {"output": folder / "merge.yaml", "after": list(experts), "single_process": True}
         return [self._add(run, stage, "merge.py", *overrides, parts=[merge["output"], *parts], **merge)]
 

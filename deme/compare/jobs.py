@@ -12,7 +12,7 @@ from functools import cache
 from glob import glob
 from pathlib import Path
 
-from deme.config.paths import for_shell
+from deme.config.paths import for_shell, is_made, places_of
 from deme.job.command import Interrupted, end_with_parent, noted_signals
 from deme.job.files import atomic_file, make_folder, sha256
 from deme.job.repository import REPOSITORY
@@ -52,7 +52,8 @@ class Job:
     @property
     def made(self) -> list[str]:
         """The files and folders that the job makes."""
-        return [for_shell(path) for path in self.parts or filter(None, [self.output])]
+        parts = self.parts or filter(None, [self.output])
+        return [for_shell(place) for path in parts for place in places_of(path)]
 
     @property
     def waits_for(self) -> list["Job"]:
@@ -109,7 +110,7 @@ class Ledger:
 
         The jobs before it are taken to be done.
         """
-        if not self.entry(job) or (job.output is not None and not job.output.exists()):
+        if not self.entry(job) or (job.output is not None and not is_made(job.output)):
             return False
         return self.entry(job) == as_lines([job.key, self.made_of(job), state_of(job.made)])
 
@@ -216,7 +217,7 @@ class Jobs:
                 continue
             del self.running[job]
             self.free.append(place)
-            if status == 0 and (job.output is None or job.output.exists()):
+            if status == 0 and (job.output is None or is_made(job.output)):
                 job.state = "done"
                 self.ledger.note(job, made_of)
                 print(f"{job.name}: done in {time.monotonic() - since:.0f} s", flush=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from deme.config import networks, sections, trainings
 from deme.config.judges import Judge
 from deme.config.networks import RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Merge, Network, networks_of, of_word
-from deme.config.paths import DENOISER, Paths, snapshot_path, with_schedule
+from deme.config.paths import Paths, denoiser_in, snapshot_path, usual_denoiser, with_schedule
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
 from deme.config.trainings import ANT_UW, CONTINUED, DISTILLED, EMA_WIDTH, NAMED_TRAININGS, SELF, SOUP
 from deme.errors import UserError, naming
@@ -194,7 +194,8 @@ class Config(Section):
     def snapshots(self, training: str) -> list[Path]:
         """The folders of the networks that a training of finetune.py keeps on its way, in the order of their steps."""
         every, steps, folder = self.finetune.snapshot_every, self.steps_of(training), self.paths.finetuning(training)
-        return [snapshot_path(folder, step) / DENOISER for step in range(every, steps + 1, every)] if every else []
+        kept = range(every, steps + 1, every) if every else ()
+        return [denoiser_in(snapshot_path(folder, step), usual_denoiser(self)) for step in kept]
 
     @property
     def own_sample_passes(self) -> int:

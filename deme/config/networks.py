@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deme.config.paths import DENOISER, LORA, product_of, snapshot_path
+from deme.config.paths import LORA, SUBFOLDERS, denoiser_in, product_of, snapshot_path, usual_denoiser
 from deme.config.section import Section, is_one_line, one_of, setting
 from deme.config.trainings import BASELINES, CONTINUED, NAMED_TRAININGS, NEON, SELF, SOUP, WIDTH_RULE, is_width
 
@@ -18,7 +18,7 @@ WORDS = (RANGES, SELF, SOUP, TRAJECTORY, RANDOM, CONTINUED, *BASELINES)  # of me
 RANDOM_DIRECTIONS = "scripts/random_directions.py"
 TRAIN = "train it with finetune.py finetune.range"
 MODELS = ("pretrained", "ensemble", "merged", NEON, *NAMED_TRAININGS)  # other networks that tables name
-TELLING_NOTHING = (DENOISER, LORA, "finetuned", "/")  # parts of a folder's path
+TELLING_NOTHING = (*SUBFOLDERS, LORA, "finetuned", "/")  # parts of a folder's path
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Network:
     """A network whose task vector is added, with a coefficient of its own."""
 
     name: str  # in tables and pictures
-    folder: Path  # of the UNet; or the file of a LoRA
+    folder: Path  # of the network; or the file of a LoRA
     word: str | None = None  # of WORDS; None: a folder that was given
     remedy: str = "merge.experts must name the folder of a UNet, or the file of a LoRA"  # where it is missing
     training: Path | None = None  # the folder of the training whose cost is this network's, if it is known
@@ -100,26 +100,26 @@ def of_word(config: Any, word: str) -> Iterator[Network]:
     run = Path(config.output_dir) / config.name / "finetuned"
     trainings = run if config.merge.finetuned is None else Path(config.merge.finetuned)
     ranges = list(zip(config.timesteps.names, config.timesteps.ranges, strict=True))
-    product = product_of(config.finetune)
+    usual = usual_denoiser(config)
     if word == RANGES:
         for number, (name, edges) in enumerate(ranges):
             folder = trainings / name
-            yield Network(name, folder / product, word, f"{TRAIN}={number}", folder, edges)
+            yield Network(name, product_of(config, folder), word, f"{TRAIN}={number}", folder, edges)
     elif word == RANDOM:
         for name, _ in ranges:
-            folder = trainings / f"{RANDOM}-{name}" / DENOISER
+            folder = denoiser_in(trainings / f"{RANDOM}-{name}", usual)
             yield Network(f"{RANDOM}-{name}", folder, word, f"make it with {RANDOM_DIRECTIONS}", trainings / name)
     elif word == TRAJECTORY:
         every = config.finetune.snapshot_every
         training = trainings / CONTINUED
         remedy = f"{TRAIN}={CONTINUED} finetune.snapshot_every={every}; delete {training} if that has no snapshots"
         for step in range(every, config.steps_of(CONTINUED) + 1, every):
-            folder = snapshot_path(training, step) / DENOISER
+            folder = denoiser_in(snapshot_path(training, step), usual)
             yield Network(f"{CONTINUED}-{step}", folder, word, remedy, training)
     else:
         for name in {SELF: config.self_trained_names, SOUP: config.soup_names}.get(word, [word]):
             folder = trainings / name
-            yield Network(name, folder / product, word, f"{TRAIN}={word}", folder)
+            yield Network(name, product_of(config, folder), word, f"{TRAIN}={word}", folder)
 
 
 def path_of(item: str | dict[str, Any]) -> Path:

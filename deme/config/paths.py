@@ -4,12 +4,13 @@ python finetune.py --path merged        # prints one, for shell scripts
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deme.config.trainings import CONTINUED, DISTILLED
 
-DENOISER = "unet"  # the sub-folder of the network, as diffusers' pipelines call it
+UNET, TRANSFORMER = SUBFOLDERS = ("unet", "transformer")  # of the network, as diffusers' pipelines call it
 LORA = "pytorch_lora_weights.safetensors"  # a LoRA's file, as load_lora_weights of diffusers looks for it
 SNAPSHOTS = "snapshots"  # the sub-folder of a training that holds its EMA weights of earlier steps
 
@@ -18,7 +19,7 @@ class Paths:
     """The paths of a Config; `--path` takes their `names`."""
 
     def __init__(self, config: Any):
-        self._evaluate, self._model, self._product = config.evaluate, config.model, product_of(config.finetune)
+        self._evaluate, self._model, self._product = config.evaluate, config.model, partial(product_of, config)
         outputs, run = Path(config.output_dir), Path(config.output_dir) / config.name
 
         def output(given: str | None, name: str) -> Path:
@@ -32,9 +33,9 @@ class Paths:
         self.pretrained_here = run / "pretrained"  # the pipeline folder that pretrain.py makes
         # the pipeline that finetuning starts from: a folder or a Hub id
         self.pretrained = str(self.pretrained_here) if config.model.pretrained is None else config.model.pretrained
-        self.continued = self.trained(CONTINUED)  # the control's UNet folder
+        self.continued = self.trained(CONTINUED)  # the control's network
         self.distilled = self.trained(DISTILLED)  # of the network that is distilled from the experts
-        self.finetuned = [network.folder for network in config.merged_networks]  # the UNet folders that are merged
+        self.finetuned = [network.folder for network in config.merged_networks]  # the networks that are merged
         if config.merge.ema_width is not None:
             self.finetuned = self.averaged(config.merge.ema_width)
         self.searched = sum(map(self.averaged, config.search.ema_widths), self.finetuned)  # whose merge is searched
@@ -59,7 +60,7 @@ class Paths:
 
     def averaged(self, width: float) -> list[Path]:
         """The folders of the networks that are merged, at an EMA width."""
-        return [folder.parent / average_name(width) / DENOISER for folder in self.finetuned]
+        return [denoiser_in(folder.parent / average_name(width), folder.name) for folder in self.finetuned]
 
     @property
     def pretrained_config(self) -> Path | None:
@@ -85,7 +86,7 @@ class Paths:
 
     def trained(self, name: str) -> Path:
         """The folder of the network that finetune.py writes under this name, or the file of the LoRA."""
-        return self.finetuning(name) / self._product
+        return self._product(self.finetuning(name))
 
     def search_picture(self, name: str) -> Path:
         """A picture of search.py, named after the search's folder."""
@@ -111,9 +112,30 @@ def for_shell(path: str | Path) -> str:
     return str(path) if re.match(r"[\w/.]", str(path)) else f"./{path}"
 
 
-def product_of(finetune: Any) -> str:
-    """The name of what a training writes: the folder of a network, or the file of a LoRA."""
-    return DENOISER if finetune.lora_rank is None else LORA
+def denoiser_in(folder: Path, usual: str = UNET) -> Path:
+    """The sub-folder of the network in a pipeline's folder or a training's: the one that is there, or the usual one."""
+    return next((folder / name for name in SUBFOLDERS if (folder / name).is_dir()), folder / usual)
+
+
+def usual_denoiser(config: Any) -> str:
+    """The name of that sub-folder in an experiment, as far as a configuration can tell; it does not ask the Hub."""
+    own = Path(config.output_dir) / config.name / "pretrained"
+    return denoiser_in(own if config.model.pretrained is None else Path(config.model.pretrained)).name
+
+
+def product_of(config: Any, training: Path) -> Path:
+    """What a training writes into its folder: the folder of a network, or the file of a LoRA."""
+    return denoiser_in(training, usual_denoiser(config)) if config.finetune.lora_rank is None else training / LORA
+
+
+def places_of(output: Path) -> list[Path]:
+    """Where an output may lie: a network in any of SUBFOLDERS, as the Hub alone may know which it will be."""
+    return [output.with_name(name) for name in SUBFOLDERS] if output.name in SUBFOLDERS else [output]
+
+
+def is_made(output: Path) -> bool:
+    """True if it is there."""
+    return any(place.exists() for place in places_of(output))
 
 
 def average_name(width: float) -> str:

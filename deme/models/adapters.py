@@ -12,12 +12,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from deme.config.networks import is_lora
-from deme.config.paths import DENOISER
 from deme.config.trainings import ALL_LINEAR, ATTENTION, Finetune
 from deme.errors import UserError, naming
 from deme.method.lora import Factors, Lora
 from deme.models.denoisers import AUTOCAST_TYPES, load_denoiser
-from deme.models.lora import folded, read_loras
+from deme.models.kinds import subfolder_of
+from deme.models.lora import folded, in_denoiser, read_loras
 from deme.models.pipelines import denoiser_folder
 
 ADAPTER = "default"  # peft's name of it
@@ -95,9 +95,10 @@ def with_lora(base: nn.Module, ranks: Mapping[str, int], scale: float = 1.0) -> 
 
 def with_trained_lora(base: nn.Module, lora: Lora) -> nn.Module:
     """A network that shares the weights of a base and has this LoRA of its layers."""
-    mine = {layer.removeprefix(f"{DENOISER}."): factors for layer, factors in lora.items()}
-    if others := [layer for layer in lora if not layer.startswith(f"{DENOISER}.")]:
-        raise UserError(f"changes {others[0]}, which is not of the {DENOISER}: merge.into=lora keeps it")
+    mine = {in_denoiser(layer): factors for layer, factors in lora.items()}
+    if None in mine:
+        other = next(layer for layer in lora if in_denoiser(layer) is None)
+        raise UserError(f"changes {other}, which is not of the denoiser: merge.into=lora keeps it")
     network = with_lora(base, {name: factors.rank for name, factors in mine.items()})
     with torch.no_grad():
         for name, module in lora_layers(network).items():
@@ -114,10 +115,10 @@ def lora_layers(network: nn.Module) -> dict[str, LoraLayer]:
 
 def lora_of(network: nn.Module) -> dict[str, Factors]:
     """The LoRA that a network has: float32, on the CPU, with its scale in `up`."""
-    found = {}
+    found, subfolder = {}, subfolder_of({"_class_name": type(network).__name__})
     for name, module in lora_layers(network).items():
         down, up = (part[ADAPTER].weight.detach().float().cpu() for part in (module.lora_A, module.lora_B))
-        found[f"{DENOISER}.{name}"] = Factors(down.clone(), module.scaling[ADAPTER] * up.flatten(1))
+        found[f"{subfolder}.{name}"] = Factors(down.clone(), module.scaling[ADAPTER] * up.flatten(1))
     return found
 
 

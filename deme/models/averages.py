@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.paths import DENOISER, SNAPSHOTS, average_name, snapshot_path
+from deme.config.paths import SNAPSHOTS, average_name, denoiser_in, snapshot_path
 from deme.config.reading import override
 from deme.config.trainings import LARGEST_WIDTH, LEAST_WIDTH
 from deme.errors import UserError, naming
@@ -39,7 +39,7 @@ def write_average(training: Path, width: float, key: str) -> Path:
             if record is None or not record.fits(wanted, output):
                 _write(kept, wanted, output)
                 print(f"wrote {output}")
-    return output / DENOISER
+    return denoiser_in(output)
 
 
 def recorded_average(network: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def find_averages(training: Path) -> tuple[Kept, dict[str, Any]]:
     usual = every if every <= last else max(1, last // 16)
     remedy = f"delete {training} and train again: {command} finetune.snapshot_every={usual} '{profiles}'"
     kept = {
-        (step, width): snapshot_path(training, step) / average_name(width) / DENOISER
+        (step, width): denoiser_in(snapshot_path(training, step) / average_name(width))
         for step in range(every, last + 1, every)
         for width in widths
     }
@@ -108,6 +108,6 @@ def _write(kept: Kept, record: Record, output: Path) -> None:
         check_compatible(first, tensors, str(folder))
     with atomic_folder(output) as temporary:
         settings = read_json(next(iter(used)) / "config.json")
-        write_denoiser(temporary / DENOISER, combine(snapshots, list(used.values())), settings)
+        write_denoiser(temporary, combine(snapshots, list(used.values())), settings)
         watched.check()
         Record(AVERAGE, record.made_from, {"snapshots": hashes}).write(temporary)

@@ -16,14 +16,14 @@ from diffusers import (
 )
 from torch import nn
 
-from deme.config.paths import DENOISER
+from deme.config.paths import UNET
 from deme.errors import UserError, blaming
 from deme.job.processes import can_pack
 from deme.method.projection import PROJECTION_SUFFIX, add_projections
 from deme.method.sampling import SCHEDULE
 from deme.method.task_vectors import FLOATS
-from deme.models import pipelines
-from deme.models.pipelines import PROJECTED
+from deme.models import kinds, pipelines
+from deme.models.kinds import PROJECTED
 from deme.models.schedules import FLOW, prediction_type
 from deme.models.variants import default_settings
 
@@ -62,7 +62,7 @@ def with_projections(unet: nn.Module) -> nn.Module:
 def make_denoiser(settings: dict[str, Any]) -> nn.Module:
     """A denoiser with random weights; that of Stable Diffusion XL takes all of its condition as named arguments."""
     denoiser = DENOISER_CLASSES[settings["_class_name"]].from_config(settings)
-    if pipelines.is_xl(settings):
+    if kinds.is_xl(settings):
         denoiser.register_forward_pre_hook(_gather_added, with_kwargs=True)
     return denoiser
 
@@ -75,7 +75,7 @@ def _gather_added(_: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[tup
 
 def load_denoiser(folder: Path) -> nn.Module:
     """The denoiser in a folder: float32, in eval mode, with projections if its config.json says so."""
-    settings = pipelines.read_part(DENOISER, folder / "config.json")
+    settings = kinds.read_part(UNET, folder / "config.json")
     name = settings["_class_name"]
     file, tensors = pipelines.weights_files(folder)[0], pipelines.load_tensors(folder)
     if not name.startswith(PROJECTED) and any(key.endswith(PROJECTION_SUFFIX) for key in tensors):

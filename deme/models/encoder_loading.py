@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from deme.config.paths import DENOISER
+from deme.config.paths import UNET
 from deme.errors import UserError, blaming, one_line
 from deme.job.files import read_json
 from deme.method.process import Process
 from deme.models.encoders import CHANNELS, Encoder, LatentsAndText, LatentsAndTwoTexts, Pixels
-from deme.models.pipelines import INDEX, check_settings, has_full_precision, is_xl, latent_factor, takes_text
+from deme.models.kinds import check_settings, is_xl
+from deme.models.pipelines import INDEX, has_full_precision, latent_factor, takes_text
 
 LEAST_VOCABULARY = 256  # tokens: one for each byte
 LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
@@ -102,7 +103,8 @@ def check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
 def try_out(denoiser: nn.Module, process: Process, encoder: Encoder) -> None:
     """Predict once and take one step, so that parts that do not fit are found before anything is written."""
     channels, size = denoiser.config.in_channels, denoiser.config.sample_size
-    check_settings(DENOISER, denoiser.config)  # it may have been made from settings, and not loaded
+    # it may have been made from settings, and not loaded
+    check_settings(UNET, {"_class_name": type(denoiser).__name__, **denoiser.config})
     check_settings("scheduler", process.scheduler.config)
     if channels != encoder.channels:
         raise UserError(f"in_channels={channels}: the encoder gives {encoder.channels}")

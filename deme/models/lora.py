@@ -1,6 +1,7 @@
 """LoRA files: read under the key names of diffusers, PEFT and kohya; written for diffusers, or for ComfyUI and A1111.
 
-Layers are named as in a pipeline's folder: unet.down_blocks.0.attentions.0… or text_encoder.text_model.encoder…
+Layers are named as in a pipeline's folder: unet.down_blocks.0.attentions.0…, transformer.transformer_blocks.0… or
+text_encoder.text_model.encoder…
 """
 
 import functools
@@ -16,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from deme.config.paths import DENOISER
+from deme.config.paths import SUBFOLDERS, UNET
 from deme.errors import UserError, blaming, naming
 from deme.job.files import checked, read_json
 from deme.method.lora import Changed, Factors, Lora
@@ -47,7 +48,7 @@ OTHERS = {  # what no sum of products of two factors is
 }
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's initializations that also change the network itself
 KOHYA = {
-    DENOISER: ("lora_unet_",),
+    UNET: ("lora_unet_",),
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }  # prefixes
@@ -60,11 +61,11 @@ def weights_of(pipeline: Path) -> dict[str, torch.Tensor]:
     """The weights that a LoRA can change, of a pipeline's denoiser and text encoders, by layer, memory-mapped."""
     found = {}
     for part, stem in STEMS.items():
-        if part in KOHYA and (pipeline / part).is_dir():
-            tensors = load_tensors(denoiser_folder(pipeline) if part == DENOISER else pipeline / part, stem)
+        if part != "vae" and (pipeline / part).is_dir():
+            tensors = load_tensors(pipeline / part, stem)
             for name, tensor in tensors.items():
                 if name.endswith(".weight") and tensor.dim() > 1:
-                    is_bare = part != DENOISER and not name.startswith((TEXT_MODEL, "text_projection."))
+                    is_bare = part not in SUBFOLDERS and not name.startswith((TEXT_MODEL, "text_projection."))
                     found[f"{part}.{TEXT_MODEL * is_bare}{name.removesuffix('.weight')}"] = tensor
     return found
 
@@ -74,9 +75,15 @@ def layers_of(pipeline: Path) -> dict[str, tuple[int, ...]]:
     return {layer: tuple(tensor.shape) for layer, tensor in weights_of(pipeline).items()}
 
 
+def in_denoiser(layer: str) -> str | None:
+    """A layer's name in the denoiser; None if it is of another part."""
+    part, _, name = layer.partition(".")
+    return name if part in SUBFOLDERS else None
+
+
 def tensor_of(layer: str) -> str:
     """The name of a layer's weight, as name patterns fit it: without the denoiser's folder."""
-    return f"{layer.removeprefix(f'{DENOISER}.')}.weight"
+    return f"{in_denoiser(layer) or layer}.weight"
 
 
 def by_tensor(layers: Mapping[str, T]) -> dict[str, T]:
@@ -88,7 +95,7 @@ def folded(pretrained: Tensors, lora: Lora) -> Changed:
     """The denoiser's tensors with a LoRA's changes added."""
     changes = by_tensor(lora)
     if others := changes.keys() - pretrained.keys():
-        raise UserError(f"changes {min(others)}, which is not of the {DENOISER}: merge.into=lora keeps it")
+        raise UserError(f"changes {min(others)}, which is not of the denoiser: merge.into=lora keeps it")
     return Changed(pretrained, changes)
 
 
@@ -213,9 +220,9 @@ def names_in_files(layers: Iterable[str]) -> dict[str, str]:
     for layer in layers:
         part, _, rest = layer.partition(".")
         names = [f"{part}.{rest.removeprefix(TEXT_MODEL)}", layer]
-        names += [begin + rest.replace(".", "_") for begin in KOHYA[part]]
-        if part == DENOISER:
-            names += [rest, KOHYA[part][0] + original[layer].replace(".", "_")]
+        names += [begin + rest.replace(".", "_") for begin in KOHYA.get(part, ())]
+        names += [rest] if part in SUBFOLDERS else []
+        names += [KOHYA[part][0] + original[layer].replace(".", "_")] if part == UNET else []
         answers |= dict.fromkeys(names, layer)
     return answers
 
@@ -228,13 +235,15 @@ def kohya_names(layers: Iterable[str]) -> dict[str, str]:
     found = {}
     for layer in layers:
         part, _, rest = layer.partition(".")
+        if part not in KOHYA:
+            raise UserError(f"has no known name for {layer}, which is of no UNet")
         found[layer] = KOHYA[part][-1 if is_xl else 0] + original.get(layer, rest).replace(".", "_")
     return found
 
 
 def original_names(layers: Iterable[str]) -> dict[str, str]:
     """The original names of a UNet's layers."""
-    rests = {layer: layer.removeprefix(f"{DENOISER}.") for layer in layers if layer.startswith(f"{DENOISER}.")}
+    rests = {layer: layer.removeprefix(f"{UNET}.") for layer in layers if layer.startswith(f"{UNET}.")}
     names = unet_names(rests.values())
     return {layer: names[rest] for layer, rest in rests.items()}
 

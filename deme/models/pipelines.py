@@ -1,26 +1,37 @@
-"""diffusers pipelines, in folders or on the Hub: the supported classes and settings, and where the parts lie.
+"""diffusers pipelines, in folders or on the Hub: where the parts lie, and their weights.
 
-A pipeline has `unet/` and `scheduler/`, or is flat, with `config.json`, `scheduler_config.json` and the weights side by
-side (google/ddpm-*). What the tables do not list is refused by name. To support another denoiser, add its class to
-PIPELINES and DENOISERS here and to DENOISER_CLASSES in denoisers.py. Only reading tensors imports torch.
+A pipeline has `unet/` or `transformer/`, and `scheduler/`, or is flat, with `config.json`, `scheduler_config.json` and
+the weights side by side (google/ddpm-*). Only reading tensors imports torch.
 """
 
 import functools
 import hashlib
 import re
 import zipfile
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from deme.config.networks import HUB_ID
-from deme.config.paths import DENOISER
-from deme.config.section import is_finite
+from deme.config.paths import SUBFOLDERS, denoiser_in
 from deme.config.sections import SINGLE_FILE
-from deme.errors import UserError, blaming, naming, one_line, shown
+from deme.errors import UserError, blaming, one_line, shown
 from deme.job.files import checked, read_json, sha256
 from deme.job.repository import found_folder
-from deme.models.schedules import FLOW, FLOW_SCHEDULERS, SCHEDULERS, prediction_type
+from deme.models.kinds import (
+    CLASSES,
+    DENOISERS,
+    ENCODERS,
+    NEVER_RUN,
+    PIPELINES,
+    PROJECTED,
+    XL,
+    XL_ENCODERS,
+    denoiser_class,
+    is_xl,
+    look_up,
+    parts_between,
+    read_part,
+)
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
@@ -29,55 +40,13 @@ FORMS = (  # in order of preference, after the stem: a file, or an index of shar
     (".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16-*-of-*.safetensors", "-*-of-*.fp16.safetensors"),
     (".bin", ".bin.index.json", "-*-of-*.bin"),
 )
-STEMS = {DENOISER: STEM, "vae": STEM, "text_encoder": "model", "text_encoder_2": "model"}  # of parts with weights
+# of parts with weights
+STEMS = {**dict.fromkeys(SUBFOLDERS, STEM), "vae": STEM, "text_encoder": "model", "text_encoder_2": "model"}
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # up to diffusers 0.15
 OLD_ATTENTION_NAME = re.compile(rf"(?<=\.)({'|'.join(ATTENTION_NAMES)})(?=\.(weight|bias)$)")
 todays_name = functools.partial(OLD_ATTENTION_NAME.sub, lambda match: ATTENTION_NAMES[match[1]])
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
-PROJECTED = "Projected"  # prefix of the classes with projections
-ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
-XL = "StableDiffusionXLPipeline"
-XL_ENCODERS = (*ENCODERS, "text_encoder_2", "tokenizer_2")
-PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written where a folder names none
-    "DDPMPipeline": "UNet2DModel",
-    "DDIMPipeline": "UNet2DModel",
-    "PNDMPipeline": "UNet2DModel",
-    "StableDiffusionPipeline": "UNet2DConditionModel",
-    XL: "UNet2DConditionModel",
-}
-DENOISERS = {"UNet2DModel": (), "UNet2DConditionModel": ENCODERS}  # the parts between images and the network
-CLASSES = {  # that a model_index.json may name
-    "_class_name": PIPELINES,
-    DENOISER: (*DENOISERS, *(f"{PROJECTED}{name}" for name in DENOISERS)),
-    "scheduler": (*SCHEDULERS, *FLOW_SCHEDULERS),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
-NEVER_RUN = ("safety_checker", "feature_extractor", "image_encoder")  # no image depends on them
-SETTINGS = {  # supported values; diffusers' default, where a file leaves a setting out, is one of them
-    DENOISER: {
-        **dict.fromkeys(("class_embed_type", "num_class_embeds"), (None,)),  # labels
-        "time_cond_proj_dim": (None,),  # guidance, as in latent consistency models
-        "addition_embed_type": (None, "text_time"),  # sizes and a second text, as in Stable Diffusion XL
-        **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type"), (None,)),
-        "attention_type": ("default",),  # boxes
-        "time_embedding_type": ("positional", "learned"),  # else a noise level in place of the timestep
-        "center_input_sample": (False,),
-    },
-    "scheduler": {
-        "prediction_type": ("epsilon", "sample", "v_prediction", FLOW),
-        "use_dynamic_shifting": (False, None),  # by the number of pixels
-        "invert_sigmas": (False,),
-        "timestep_type": ("discrete",),
-        "timestep_spacing": ("leading", "trailing", "linspace"),
-    },
-    # StableDiffusionPipeline ignores all three
-    "vae": {"latents_mean": (None,), "latents_std": (None,), "shift_factor": (None, 0)},
-}
 SETTINGS_FILES = [INDEX, "config.json", SCHEDULER_CONFIG, f"scheduler/{SCHEDULER_CONFIG}"]  # read beside the weights
 SETTINGS_FILES += [*(f"{part}/config.json" for part in STEMS), "tokenizer*/*.json", "tokenizer*/*.txt"]
 
@@ -118,9 +87,9 @@ def find_pipeline(source: str) -> Path:
     try:
         check_pipeline(folder)
         parts = [part for part in STEMS if (folder / part).is_dir()]
-        for part in parts if DENOISER in parts else [""]:
+        for part in parts if not {*SUBFOLDERS}.isdisjoint(parts) else [""]:
             stem = STEMS.get(part, STEM)
-            for form in FORMS if part in (DENOISER, "") else FORMS[:-1]:
+            for form in FORMS if part in (*SUBFOLDERS, "") else FORMS[:-1]:
                 # config.json is asked for too: the Hub's client warns where no file fits
                 fetch(folder.name, [str(Path(part, file)) for file in ("config.json", *(stem + end for end in form))])
                 if has_weights(folder / part, stem):
@@ -142,29 +111,15 @@ def read_index(pipeline: Path) -> dict[str, Any]:
     }
 
 
-def denoiser_class(settings: dict[str, Any]) -> str:
-    """The denoiser's class by its config.json, without projections; old files name none."""
-    return str(settings.get("_class_name", "UNet2DModel")).removeprefix(PROJECTED)
-
-
-def is_xl(settings: Mapping[str, Any]) -> bool:
-    """True if a denoiser is of Stable Diffusion XL, by its config.json."""
-    return settings.get("addition_embed_type") == "text_time"
-
-
-def parts_between(settings: dict[str, Any]) -> tuple[str, ...]:
-    """The parts between images and a denoiser, by its config.json."""
-    return XL_ENCODERS if is_xl(settings) else DENOISERS[denoiser_class(settings)]
-
-
 def denoiser_folder(pipeline: Path) -> Path:
     """The folder of a pipeline's denoiser: its sub-folder, or the pipeline itself if that is flat."""
-    return pipeline / DENOISER if (pipeline / DENOISER).is_dir() else pipeline
+    found = denoiser_in(pipeline)
+    return found if found.is_dir() else pipeline
 
 
 def schedule_file(pipeline: Path) -> Path:
     """The file of a pipeline's noise schedule: in scheduler/, or in the pipeline itself if that is flat."""
-    has_parts = any((pipeline / part).is_dir() for part in (DENOISER, "scheduler"))
+    has_parts = any((pipeline / part).is_dir() for part in (*SUBFOLDERS, "scheduler"))
     return (pipeline / "scheduler" if has_parts else pipeline) / SCHEDULER_CONFIG
 
 
@@ -175,61 +130,35 @@ def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
     """
     file, index = pipeline / INDEX, read_index(pipeline)
     for part, name in ({"_class_name": None} | index if index else {}).items():
-        _look_up(f"{file}: the part", part, CLASSES)
-        _look_up(f"{file}: {part}", name, CLASSES[part])
+        look_up(f"{file}: the part", part, CLASSES)
+        look_up(f"{file}: {part}", name, CLASSES[part])
     denoiser, vae = denoiser_folder(pipeline) / "config.json", pipeline / "vae" / "config.json"
-    files = {DENOISER: denoiser, "scheduler": schedule_file(pipeline), "vae": vae}
+    subfolder = denoiser_in(pipeline).name
+    files = {subfolder: denoiser, "scheduler": schedule_file(pipeline), "vae": vae}
     settings = {part: read_part(part, path, index.get(part)) for part, path in files.items() if path.is_file()}
-    for part in (DENOISER, "scheduler") if is_whole else ():
+    for part in (subfolder, "scheduler") if is_whole else ():
         if part not in settings:
             raise UserError(f"not a pipeline folder: {files[part]} is missing")
-    if DENOISER not in settings:
+    if subfolder not in settings:
         return pipeline
-    kind = denoiser_class(settings[DENOISER])
+    given = settings[subfolder]
+    kind = denoiser_class(given)
     if PIPELINES.get(index.get("_class_name"), kind) != kind:
         raise UserError(f"{file}: _class_name={index['_class_name']}: its network is a {kind}")
-    if index and (index.get("_class_name") == XL) != is_xl(settings[DENOISER]):
-        given = shown(settings[DENOISER].get("addition_embed_type"))
-        raise UserError(f"{file}: _class_name={index['_class_name']}: its network has addition_embed_type={given}")
+    if index and (index.get("_class_name") == XL) != is_xl(given):
+        added = shown(given.get("addition_embed_type"))
+        raise UserError(f"{file}: _class_name={index['_class_name']}: its network has addition_embed_type={added}")
     present = {path.parent.name for path in pipeline.glob("*/config.json")}
     if index:  # says which folders count; but for these, which would be passed over
         present = (present | index.keys()) & {"vqvae", *XL_ENCODERS}
-    for part in sorted(present - {DENOISER, "scheduler", *NEVER_RUN, *parts_between(settings[DENOISER])}):
+    for part in sorted(present - {subfolder, "scheduler", *NEVER_RUN, *parts_between(given)}):
         raise UserError(f"{pipeline / part}: a {kind} is supported without one")
     return pipeline
-
-
-def read_part(part: str, file: Path, named: str | None = None) -> dict[str, Any]:
-    """The settings in the file of a part of SETTINGS, looked up; `named` is its class where the file names none."""
-    default = named or ("UNet2DModel" if part == DENOISER else None)
-    settings = {"_class_name": default} | read_json(file)
-    _look_up(f"{file}: _class_name", settings["_class_name"], CLASSES[part])
-    with naming(file):
-        check_settings(part, settings)
-        if part == "scheduler":
-            prediction_type(settings)
-    return settings
 
 
 def read_schedule(pipeline: Path) -> dict[str, Any]:
     """The settings of a pipeline's noise schedule, looked up."""
     return read_part("scheduler", schedule_file(pipeline), read_index(pipeline).get("scheduler"))
-
-
-def check_settings(part: str, settings: Mapping[str, Any]) -> None:
-    """Look up the settings of a part of SETTINGS."""
-    for key, supported in SETTINGS[part].items():
-        if key in settings:
-            _look_up(key, settings[key], supported)
-    scale = settings.get("scaling_factor", 1)  # of latents
-    if part == "vae" and not (is_finite(scale) and scale != 0):
-        raise UserError(f"scaling_factor={shown(scale)}: must be a finite number other than 0")
-
-
-def _look_up(what: str, given: Any, supported: Collection[Any]) -> None:
-    if isinstance(given, (list, dict)) or given not in supported:
-        names = [shown(value) for value in supported if not str(value).startswith(PROJECTED)]
-        raise UserError(f"{what}={shown(given)}: not {'one of ' * (len(names) > 1)}{', '.join(names)}")
 
 
 def has_full_precision(part: Path) -> bool:
@@ -265,8 +194,8 @@ def is_projected(folder: Path) -> bool:
 def takes_text(pipeline: Path) -> bool:
     """True if a pipeline is text-to-image: it has a text encoder, or a network that needs one."""
     config = denoiser_folder(pipeline) / "config.json"
-    needs_text = config.is_file() and bool(DENOISERS.get(denoiser_class(read_json(config))))
-    return (pipeline / "text_encoder").is_dir() or needs_text
+    denoiser = DENOISERS.get(denoiser_class(read_json(config))) if config.is_file() else None
+    return (pipeline / "text_encoder").is_dir() or (denoiser is not None and "text_encoder" in denoiser.encoders)
 
 
 def latent_factor(pipeline: Path) -> int:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from deme.errors import UserError, blaming, naming, one_line, shown
 from deme.job.files import atomic_file, atomic_folder, locked, read_json, sha256
 from deme.job.records import digest_of
-from deme.models import pipelines
+from deme.models import kinds, pipelines
 from deme.models.original_names import open_clip_name, unet_names, vae_names
 from deme.models.schedules import prediction_type
 
@@ -33,7 +33,7 @@ PROJECTION = re.compile(r"(.+)\.self_attn\.([qkv])_proj\.(weight|bias)")  # of a
 def check_original(pipeline: Path, denoiser: Path) -> None:
     """Check that a pipeline with this denoiser can be one file, and that programs would take it for what it is."""
     settings = read_json(denoiser / "config.json")
-    kind = pipelines.denoiser_class(settings)
+    kind = kinds.denoiser_class(settings)
     if kind != "UNet2DConditionModel":
         raise UserError(f"the format is known for Stable Diffusion 1 and XL, not for a {kind}")
     if pipelines.is_projected(denoiser):
@@ -43,7 +43,7 @@ def check_original(pipeline: Path, denoiser: Path) -> None:
             raise UserError(f"the format has no {key} {odd[0]}")
     if not isinstance(settings.get("layers_per_block", 2), int):
         raise UserError(f"the format has one layers_per_block, not {shown(settings['layers_per_block'])}")
-    if settings.get("use_linear_projection", False) != pipelines.is_xl(settings):
+    if settings.get("use_linear_projection", False) != kinds.is_xl(settings):
         raise UserError("the format is known for Stable Diffusion 1 and XL, not for 2")
     schedule = pipelines.schedule_file(pipeline)
     predicts = prediction_type(pipelines.read_schedule(pipeline))
@@ -53,7 +53,7 @@ def check_original(pipeline: Path, denoiser: Path) -> None:
 
 def original_tensors(pipeline: Path) -> dict[str, torch.Tensor]:
     """All tensors of a pipeline's folder under their original names, memory-mapped but for a few."""
-    xl = pipelines.is_xl(read_json(pipelines.denoiser_folder(pipeline) / "config.json"))
+    xl = kinds.is_xl(read_json(pipelines.denoiser_folder(pipeline) / "config.json"))
     tensors = pipelines.load_tensors(pipelines.denoiser_folder(pipeline))
     found = {UNET + name: tensors[ours] for ours, name in unet_names(tensors).items()}
     tensors = pipelines.load_tensors(pipeline / "vae")
@@ -124,8 +124,8 @@ def convert(file: Path, config: Path | None, folder: Path) -> None:
     if f"{UNET}input_blocks.0.0.weight" not in names:
         raise UserError("holds no network of Stable Diffusion under its original names")
     is_xl = any(name.startswith(XL_TEXT_2) for name in names)
-    kind = pipelines.XL if is_xl else "StableDiffusionPipeline"
-    unused = [part for part in pipelines.NEVER_RUN if not (is_xl and part == "safety_checker")]
+    kind = kinds.XL if is_xl else "StableDiffusionPipeline"
+    unused = [part for part in kinds.NEVER_RUN if not (is_xl and part == "safety_checker")]
     options = {} if is_xl else {"requires_safety_checker": False}
     given = {types[name] for name in names}  # a mixture is read in float32, which holds all of them
     dtype = HALF.get(given.pop(), torch.float32) if len(given) == 1 else torch.float32

@@ -15,14 +15,14 @@ from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.networks import Network, is_lora
-from deme.config.paths import DENOISER, LORA, Paths, sampler_and_steps, without_schedule
+from deme.config.paths import LORA, Paths, denoiser_in, sampler_and_steps, without_schedule
 from deme.config.section import Section, is_finite
 from deme.config.sections import COEFFICIENTS, DDIM, SCALES, SINGLE_FILE, Sample
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, checked, read_json, read_yaml, sha256
 from deme.job.records import BASE, ENCODER, SCHEDULE
-from deme.models import pipelines
+from deme.models import kinds, pipelines
 from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
 from deme.models.schedules import prediction_type
 
@@ -117,15 +117,15 @@ def find_model(model: str, paths: Paths) -> ModelFiles:
     for file in (folder, folder / LORA):
         if is_lora(file) and file.is_file():
             return ModelFiles(find_pretrained(paths), [file])
-    if (folder / DENOISER).is_dir():
+    if (found := denoiser_in(folder)).is_dir():
         has_scheduler = (folder / "scheduler").is_dir()
-        return ModelFiles(find_pipeline(model) if has_scheduler else find_pretrained(paths), [folder / DENOISER])
+        return ModelFiles(find_pipeline(model) if has_scheduler else find_pretrained(paths), [found])
     if (folder / "config.json").is_file():
         return ModelFiles(find_pretrained(paths), [folder])
     if "/" not in model and paths.trained(model).exists():
         return ModelFiles(find_pretrained(paths), [paths.trained(model)])
     names = f"{', '.join(ORDER)}, a training's folder in finetuned/"
-    raise UserError(f"not {names}, a folder that holds a UNet, or the file of a LoRA")
+    raise UserError(f"not {names}, a folder that holds a network, or the file of a LoRA")
 
 
 def made_denoisers(model: str, paths: Paths) -> list[Path]:
@@ -135,7 +135,7 @@ def made_denoisers(model: str, paths: Paths) -> list[Path]:
     merged = merged_pipeline(model, paths)
     if merged is None:
         return [paths.trained(model)]
-    return [merged / LORA if (merged / LORA).is_file() else merged / DENOISER]
+    return [merged / LORA if (merged / LORA).is_file() else denoiser_in(merged)]
 
 
 def merged_pipeline(model: str, paths: Paths) -> Path | None:
@@ -180,11 +180,11 @@ def common_architecture(folders: Sequence[Path]) -> Path:
     """
     first, *others = (folder / "config.json" for folder in folders)
     expected = read_json(first)
-    kind = pipelines.denoiser_class(expected)
+    kind = kinds.denoiser_class(expected)
     for file in others:
         given = read_json(file)
-        if pipelines.denoiser_class(given) != kind:
-            raise UserError(f"{file}: _class_name={pipelines.denoiser_class(given)}, but {kind} in {first}")
+        if kinds.denoiser_class(given) != kind:
+            raise UserError(f"{file}: _class_name={kinds.denoiser_class(given)}, but {kind} in {first}")
         differing = {key for key in {*given, *expected} if given.get(key, ...) != expected.get(key, ...)}
         for key in sorted(differing - UNCOMPARED):
             default = default_settings(kind).get(key, ...)  # diffusers ignores other keys
@@ -195,10 +195,11 @@ def common_architecture(folders: Sequence[Path]) -> Path:
     return next(filter(pipelines.is_projected, by_preference), by_preference[0])
 
 
-def write_denoiser(folder: Path, tensors: dict[str, Any], config: dict) -> None:
-    """Write a denoiser's folder: weights and config.json."""
+def write_denoiser(parent: Path, tensors: dict[str, Any], config: dict) -> None:
+    """Write a denoiser's folder into a pipeline's or a training's: weights and config.json."""
     from safetensors.torch import save_file
 
+    folder = parent / kinds.subfolder_of(config)
     folder.mkdir(parents=True)
     save_file(tensors, folder / pipelines.WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -210,24 +211,25 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
     The index is written anew: it names only classes that are known, and no safety checker. Weights are hard links if
     possible; settings are not, as other programs write them in place.
     """
-    settings, given = read_json(folder / DENOISER / "config.json"), pipelines.read_index(pretrained)
-    kind, schedule = pipelines.denoiser_class(settings), schedule_file(pretrained)
-    fitting = [name for name, denoiser in pipelines.PIPELINES.items() if denoiser == kind]
-    fitting = [name for name in fitting if (name == pipelines.XL) == pipelines.is_xl(settings)]
-    library = "deme.projection" if pipelines.is_projected(folder / DENOISER) else "diffusers"
+    denoiser, given = denoiser_in(folder), pipelines.read_index(pretrained)
+    settings = read_json(denoiser / "config.json")
+    kind, schedule = kinds.denoiser_class(settings), schedule_file(pretrained)
+    fitting = [name for name, denoiser in kinds.PIPELINES.items() if denoiser == kind]
+    fitting = [name for name in fitting if (name == kinds.XL) == kinds.is_xl(settings)]
+    library = "deme.projection" if pipelines.is_projected(denoiser) else "diffusers"
     index = {
         "_class_name": given["_class_name"] if given.get("_class_name") in fitting else fitting[0],
         "scheduler": ["diffusers", read_json(schedule).get("_class_name", given.get("scheduler"))],
-        DENOISER: [library, settings.get("_class_name", kind)],
+        denoiser.name: [library, settings.get("_class_name", kind)],
     }
-    for part in pipelines.parts_between(settings):
-        index[part] = ["diffusers" if part == "vae" else "transformers", pipelines.CLASSES[part][0]]
-    if pipelines.is_xl(settings):
+    for part in kinds.parts_between(settings):
+        index[part] = ["diffusers" if part == "vae" else "transformers", kinds.CLASSES[part][0]]
+    if kinds.is_xl(settings):
         key = "force_zeros_for_empty_prompt"  # of an empty negative prompt
         index |= {key: read_json(pretrained / pipelines.INDEX).get(key, True)}
         index |= {part: [None, None] for part in ("feature_extractor", "image_encoder")}
-    elif pipelines.DENOISERS[kind]:
-        index |= {"requires_safety_checker": False, **{part: [None, None] for part in pipelines.NEVER_RUN}}
+    elif kinds.DENOISERS[kind].encoders:
+        index |= {"requires_safety_checker": False, **{part: [None, None] for part in kinds.NEVER_RUN}}
     (folder / pipelines.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     for name, source in {**encoder_files(pretrained), f"scheduler/{schedule.name}": schedule}.items():
         target = folder / name

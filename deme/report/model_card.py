@@ -5,7 +5,7 @@ from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.networks import RANDOM, RANGES, TRAJECTORY
-from deme.config.paths import DENOISER, without_schedule
+from deme.config.paths import denoiser_in, without_schedule
 from deme.config.trainings import SELF, SOUP
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_spaces
@@ -29,13 +29,13 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
     Scores in results.json are those of this network if their images were drawn from its weights.
     """
     merged, repository = config.paths.merged, config.merge.push_to_hub
-    is_of_text, projected = takes_text(merged), is_projected(merged / DENOISER)
+    is_of_text, projected = takes_text(merged), is_projected(denoiser_in(merged))
     method, networks = made_from["method"], config.merged_networks
     names = [f"timesteps {name}" * (name == config.timesteps.names[0]) or name for name in config.merged_names]
     settings = [f"{key} {value}" for key, value in made_from.items() if key.startswith(f"{method}_")]
     coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in made_from["coefficients"].items()]
     spaces = load_spaces(config.paths.results) if config.paths.results.exists() else {}
-    weights = [sha256(merged / DENOISER / WEIGHTS)] if spaces else []
+    weights = [sha256(denoiser_in(merged) / WEIGHTS)] if spaces else []
     own = [(name, row) for name, rows in spaces.items() for row in rows if row.weights == weights]
     return render(
         "model_card.md",

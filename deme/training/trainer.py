@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from deme.config.networks import is_lora
-from deme.config.paths import DENOISER, SNAPSHOTS, average_name, snapshot_path
+from deme.config.paths import SNAPSHOTS, average_name, snapshot_path
 from deme.config.trainings import Pretrain
 from deme.data.examples import MicroBatch, TrainingImages, load_examples, micro_batches
 from deme.errors import RunError, naming
@@ -265,9 +265,9 @@ class Trainer:
             self._fail(self.meter.fault(self.state.step) or rule)
         make_folder(path.parent, "output_dir")
         with atomic_folder(path) as temporary:
-            write_denoiser(temporary / DENOISER, halves, settings)
+            write_denoiser(temporary, halves, settings)
             for width in self.state.profiles:
-                write_denoiser(temporary / average_name(width) / DENOISER, averaged(width, torch.float32), settings)
+                write_denoiser(temporary / average_name(width), averaged(width, torch.float32), settings)
             Record(SNAPSHOT, self.made_from | {"step": self.state.step}).write(temporary)
 
     def _delete_snapshots(self) -> None:

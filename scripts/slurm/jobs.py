@@ -17,6 +17,7 @@ import shlex
 from contextlib import nullcontext
 
 from deme.compare.comparison import LAST, ComparedRun, Stages, load_comparison
+from deme.config.paths import is_made
 from deme.config.reading import override, read_mapping
 from deme.errors import RunError
 from deme.job.command import ended_in_one_line
@@ -96,7 +97,7 @@ def progress(job: Job) -> str:
     images = sum(1 for _ in folder.glob("[0-9]*.png"))
     if images:
         return f"{images} images"
-    if job.output.exists():
+    if is_made(job.output):
         return "not checked"  # made by other means; the job itself finds out
     training = folder.with_name("pretraining") if job.stage == "pretrain" else folder.parent
     steps = checkpoint_steps(training / "checkpoints")

@@ -6,6 +6,7 @@ from conftest import REPOSITORY
 
 from deme.config.experiment import Config
 from deme.config.networks import Merge
+from deme.config.paths import is_made
 from deme.config.sections import Evaluate, Model, Sample, Search
 from deme.config.trainings import Distill, Finetune
 
@@ -83,6 +84,21 @@ def test_settings_move_what_they_name():
     assert str(paths.merged) == "elsewhere/merged"
     assert str(paths.samples) == "runs/digits/samples/data-other-model"
     assert (str(paths.reference), str(paths.results)) == ("a.npz", "b.json")
+
+
+def test_a_transformers_copies_lie_in_transformer(tmp_path):
+    """As soon as the pretrained pipeline is there; of a pipeline on the Hub, when one of them is written."""
+    config = Config(output_dir=str(tmp_path))
+    (tmp_path / "digits" / "pretrained" / "transformer").mkdir(parents=True)
+    paths = [*config.paths.finetuned, config.paths.continued, *config.paths.averaged(0.1)]
+    assert {path.name for path in paths} == {"transformer"}
+    config = Config(output_dir=str(tmp_path), model=Model(pretrained="owner/name"))
+    output = config.paths.continued
+    assert output.name == "unet"
+    assert not is_made(output)
+    (output.parent / "transformer").mkdir(parents=True)
+    assert is_made(output)
+    assert config.paths.continued.name == "transformer"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

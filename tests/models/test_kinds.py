@@ -14,7 +14,8 @@ from deme.method.process import process_of
 from deme.models import encoders
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
 from deme.models.encoder_loading import load_encoder
-from deme.models.pipelines import DENOISERS, PIPELINES, SETTINGS, find_pipeline
+from deme.models.kinds import DENOISERS, PIPELINES, SETTINGS
+from deme.models.pipelines import find_pipeline
 from deme.models.schedules import FLOW_SCHEDULERS, SCHEDULERS
 from deme.models.variants import common_architecture, write_pipeline_files
 
@@ -112,10 +113,10 @@ def test_the_noise_schedule_is_that_of_the_class_that_the_file_names(copy, name)
         assert found.config.prediction_type == schedule.config.prediction_type
 
 
-@pytest.mark.parametrize("part", SETTINGS)
+@pytest.mark.parametrize("part", ["unet", *SETTINGS])
 def test_settings_that_change_what_an_input_means_are_refused_by_name(text_to_image, tmp_path, part):
     """Labels, guidance, sizes, boxes; flow matching behind a known scheduler's name; latents that are normalised."""
-    for key in SETTINGS[part]:
+    for key in DENOISERS["UNet2DConditionModel"].settings if part == "unet" else SETTINGS[part]:
         folder = shutil.copytree(text_to_image, tmp_path / key)
         file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         edit(file, **{key: "another"})

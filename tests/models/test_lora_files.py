@@ -10,7 +10,7 @@ from text_to_image import tiny_conditional_unet, tiny_pipeline
 from deme.config.paths import LORA
 from deme.errors import UserError
 from deme.method.lora import Factors, merge_loras, weighted_sum
-from deme.models.lora import folded, kohya_names, read_lora, write_lora
+from deme.models.lora import folded, kohya_names, names_in_files, read_lora, write_lora
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -196,8 +196,15 @@ def test_a_file_that_is_no_lora_of_the_network_is_refused_by_the_name_of_the_ten
 
 def test_a_text_encoders_layer_cannot_be_folded_into_the_denoiser():
     layer = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
-    with pytest.raises(UserError, match=rf"changes {layer}\.weight, which is not of the unet: merge\.into=lora keeps"):
+    with pytest.raises(UserError, match=rf"changes {layer}\.weight, which is not of the denoiser: merge\.into=lora"):
         folded({}, {layer: Factors(torch.ones(1, 2), torch.ones(3, 1))})
+
+
+def test_a_transformers_layers_are_read_with_and_without_their_prefix_and_have_no_kohya_names():
+    layer = "transformer.transformer_blocks.0.attn1.to_q"
+    assert names_in_files([layer]) == {layer: layer, layer.partition(".")[2]: layer}
+    with pytest.raises(UserError, match=f"has no known name for {layer}"):
+        kohya_names([layer])
 
 
 def test_a_merge_of_files_in_different_names_is_that_of_the_dense_changes(tmp_path, layers):

@@ -1,0 +1,121 @@
+"""The classes and settings of diffusers that are supported, in tables; what they do not list is refused by name.
+
+To support another denoiser, add its class to PIPELINES and DENOISERS here and to DENOISER_CLASSES in denoisers.py.
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deme.config.paths import SUBFOLDERS, UNET
+from deme.config.section import is_finite
+from deme.errors import UserError, naming, shown
+from deme.job.files import read_json
+from deme.models.schedules import FLOW, FLOW_SCHEDULERS, SCHEDULERS, prediction_type
+
+PROJECTED = "Projected"  # prefix of the classes with projections
+ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
+XL = "StableDiffusionXLPipeline"
+XL_ENCODERS = (*ENCODERS, "text_encoder_2", "tokenizer_2")
+PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written where a folder names none
+    "DDPMPipeline": "UNet2DModel",
+    "DDIMPipeline": "UNet2DModel",
+    "PNDMPipeline": "UNet2DModel",
+    "StableDiffusionPipeline": "UNet2DConditionModel",
+    XL: "UNet2DConditionModel",
+}
+OF_UNETS = {  # supported settings; diffusers' default, where a file leaves one out, is among the values
+    **dict.fromkeys(("class_embed_type", "num_class_embeds"), (None,)),  # labels
+    "time_cond_proj_dim": (None,),  # guidance, as in latent consistency models
+    "addition_embed_type": (None, "text_time"),  # sizes and a second text, as in Stable Diffusion XL
+    **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type"), (None,)),
+    "attention_type": ("default",),  # boxes
+    "time_embedding_type": ("positional", "learned"),  # else a noise level in place of the timestep
+    "center_input_sample": (False,),
+}
+
+
+class Denoiser(NamedTuple):
+    """What there is to know of a class of denoisers without loading one."""
+
+    subfolder: str  # of SUBFOLDERS
+    encoders: tuple[str, ...]  # the parts between images and the network
+    settings: Mapping[str, tuple]  # supported values
+
+
+DENOISERS = {"UNet2DModel": Denoiser(UNET, (), OF_UNETS), "UNet2DConditionModel": Denoiser(UNET, ENCODERS, OF_UNETS)}
+CLASSES = {  # that a model_index.json may name
+    "_class_name": PIPELINES,
+    **dict.fromkeys(SUBFOLDERS, (*DENOISERS, *(f"{PROJECTED}{name}" for name in DENOISERS))),
+    "scheduler": (*SCHEDULERS, *FLOW_SCHEDULERS),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+NEVER_RUN = ("safety_checker", "feature_extractor", "image_encoder")  # no image depends on them
+SETTINGS = {  # supported values, as of a denoiser's
+    "scheduler": {
+        "prediction_type": ("epsilon", "sample", "v_prediction", FLOW),
+        "use_dynamic_shifting": (False, None),  # by the number of pixels
+        "invert_sigmas": (False,),
+        "timestep_type": ("discrete",),
+        "timestep_spacing": ("leading", "trailing", "linspace"),
+    },
+    # StableDiffusionPipeline ignores all three
+    "vae": {"latents_mean": (None,), "latents_std": (None,), "shift_factor": (None, 0)},
+}
+
+
+def denoiser_class(settings: Mapping[str, Any]) -> str:
+    """The denoiser's class by its config.json, without projections; old files name none."""
+    return str(settings.get("_class_name", "UNet2DModel")).removeprefix(PROJECTED)
+
+
+def subfolder_of(settings: Mapping[str, Any]) -> str:
+    """The name of a denoiser's sub-folder, by the class in its config.json."""
+    return DENOISERS[denoiser_class(settings)].subfolder
+
+
+def is_xl(settings: Mapping[str, Any]) -> bool:
+    """True if a denoiser is of Stable Diffusion XL, by its config.json."""
+    return settings.get("addition_embed_type") == "text_time"
+
+
+def parts_between(settings: dict[str, Any]) -> tuple[str, ...]:
+    """The parts between images and a denoiser, by its config.json."""
+    return XL_ENCODERS if is_xl(settings) else DENOISERS[denoiser_class(settings)].encoders
+
+
+def read_part(part: str, file: Path, named: str | None = None) -> dict[str, Any]:
+    """The settings in the file of a denoiser or of a part of SETTINGS, looked up.
+
+    `named` is its class where the file names none.
+    """
+    default = named or ("UNet2DModel" if part in SUBFOLDERS else None)
+    settings = {"_class_name": default} | read_json(file)
+    look_up(f"{file}: _class_name", settings["_class_name"], CLASSES[part])
+    with naming(file):
+        check_settings(part, settings)
+        if part == "scheduler":
+            prediction_type(settings)
+    return settings
+
+
+def check_settings(part: str, settings: Mapping[str, Any]) -> None:
+    """Look up the settings of a denoiser or of a part of SETTINGS."""
+    known = DENOISERS[denoiser_class(settings)].settings if part in SUBFOLDERS else SETTINGS[part]
+    for key, supported in known.items():
+        if key in settings:
+            look_up(key, settings[key], supported)
+    scale = settings.get("scaling_factor", 1)  # of latents
+    if part == "vae" and not (is_finite(scale) and scale != 0):
+        raise UserError(f"scaling_factor={shown(scale)}: must be a finite number other than 0")
+
+
+def look_up(what: str, given: Any, supported: Collection[Any]) -> None:
+    """Raise an error that lists the supported values unless the given one is among them."""
+    if isinstance(given, (list, dict)) or given not in supported:
+        names = [shown(value) for value in supported if not str(value).startswith(PROJECTED)]
+        raise UserError(f"{what}={shown(given)}: not {'one of ' * (len(names) > 1)}{', '.join(names)}")
