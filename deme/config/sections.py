@@ -202,7 +202,7 @@ class Sample(Section):
     seed_offset: int = setting(0, "all_runs", least=0, below=2**63)  # first image's seed; files are named by seed
     batch_size: int = setting(256, "free", above=0)  # images per network call; on a CPU 16 to 32 for large networks
     num_inference_steps: int = setting(50, "samples", above=0)
-    scheduler: str = setting("ddim", "samples search")  # pndm, dpmsolver++, unipc, euler, or a class of diffusers
+    scheduler: str = setting("ddim", "samples search")  # or a class of diffusers; docs/sampling.md has the names
     # draw a folder with each, such as {steps: 20, scheduler: euler}; what an item leaves out is as above
     schedules: list[Any] = setting([], "all_runs")
     timestep_spacing: str | None = setting(None, "samples search omit_default", choices=SPACINGS)  # null: as trained

@@ -19,6 +19,7 @@ class Process:
     """What both processes share. `scheduler` is the pretrained one, which samplers are made from."""
 
     dtype: torch.dtype  # of timesteps
+    usual_sampler: str  # its short name
 
     def __init__(self, scheduler: SchedulerMixin):
         self.scheduler = scheduler
@@ -46,7 +47,7 @@ class Process:
 class DDPM(Process):
     """x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε at integer timesteps; networks predict the noise ε, x₀ or v."""
 
-    dtype = torch.int64
+    dtype, usual_sampler = torch.int64, "ddim"
 
     @property
     def predicts(self) -> str:
@@ -86,7 +87,8 @@ class DDPM(Process):
 class FlowMatching(Process):
     """x_σ = (1 − σ) x₀ + σ ε at the timesteps T σ, which are continuous; networks predict ε − x₀."""
 
-    dtype, predicts = torch.float32, "flow_prediction"
+    dtype, usual_sampler = torch.float32, "euler"
+    predicts = "flow_prediction"
 
     def _draw(self, part: torch.Tensor, timestep_range: Range, mirrored: int) -> None:
         """The mirror image of a quantile p is 1 − p."""

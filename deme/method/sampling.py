@@ -1,9 +1,11 @@
-"""Sampling, one network call per step and one seed per image: DDIM (Song et al. 2021, eq. 12) or others."""
+"""Sampling, one seed per image: DDIM (Song et al. 2021, eq. 12), Euler for flow matching, or others of diffusers."""
 
 import functools
 import inspect
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
+import diffusers
 import torch
 from diffusers import SchedulerMixin
 from torch import nn
@@ -21,19 +23,32 @@ SHORT_NAMES = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
+FLOW_NAMES = {  # the samplers of networks that were trained by flow matching
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+}
+OF_EULER = (  # settings of a flow schedule that only Euler follows
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "shift_terminal", "stochastic_sampling"),
+)
 
 
 def sampler_name(name: str) -> str:
     """A sampler's short name, if it has one."""
-    return {kind: short for short, kind in SHORT_NAMES.items()}.get(name, name)
+    short_names = {kind: short for names in (SHORT_NAMES, FLOW_NAMES) for short, kind in names.items()}
+    return short_names.get(name, name)
 
 
 def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | None = None) -> SchedulerMixin:
     """A sampler of diffusers, by its class or short name, with the pretrained betas, clipping and prediction type.
 
     Without a timestep_spacing (leading, trailing or linspace) it is the pretrained one. If that names none, DDIM has
-    "leading" (3 steps of 1000 visit t = 666, 333, 0), others their own.
+    "leading" (3 steps of 1000 visit t = 666, 333, 0), others their own. A flow schedule has samplers of its own, with
+    the pretrained shift.
     """
+    if isinstance(pretrained, diffusers.FlowMatchEulerDiscreteScheduler):
+        return _make_flow_sampler(pretrained, name, timestep_spacing)
     fitting = {kind.__name__: kind for kind in pretrained.compatibles if "beta_schedule" in _parameters(kind.__init__)}
     class_name = SHORT_NAMES.get(name, name)
     if class_name not in fitting:
@@ -54,6 +69,38 @@ def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | 
         raise UserError(one_line(error)) from None
 
 
+def _make_flow_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | None) -> SchedulerMixin:
+    class_name = FLOW_NAMES.get(name, name)
+    if class_name not in FLOW_NAMES.values():
+        names = ", ".join([*FLOW_NAMES, *FLOW_NAMES.values()])
+        raise UserError(f"must be one of {names}: the network was trained by flow matching")
+    kind = getattr(diffusers, class_name)
+    config = pretrained.config
+    lacking = ["timestep_spacing"] if timestep_spacing is not None else []
+    lacking += [key for key in OF_EULER if config.get(key) and class_name != FLOW_NAMES["euler"]]
+    lacking += [key for key in ("thresholding",) if config.get(key) and key not in _parameters(kind.__init__)]
+    if lacking:
+        raise UserError(f"{class_name} has no {', '.join(lacking)}")
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config.shift}
+    taken = _parameters(kind.__init__)
+    return kind.from_config(config, **{key: value for key, value in flow.items() if key in taken})
+
+
+def network_calls(
+    pretrained: SchedulerMixin, name: str, num_inference_steps: int, timestep_spacing: str | None = None
+) -> int:
+    """How often a sampler calls the network for an image: once per step, unless it is of a higher order."""
+    stepper = make_sampler(pretrained, name, timestep_spacing)
+    stepper.set_timesteps(num_inference_steps)
+    return len(stepper.timesteps)
+
+
+def _network_input(stepper: SchedulerMixin, images: torch.Tensor, timestep: float) -> torch.Tensor:
+    """The images as the network sees them, which samplers of flow matching alone do not scale."""
+    scale = getattr(stepper, "scale_model_input", None)
+    return images if scale is None else scale(images, timestep)
+
+
 def passed_over(pretrained: SchedulerMixin, sampler: SchedulerMixin) -> list[str]:
     """Settings of the pretrained schedule for sampling that the sampler does not have, as key=value."""
     lacking = {"clip_sample", "steps_offset"} - _parameters(type(sampler).__init__)
@@ -69,7 +116,7 @@ def try_sampler(
     with blaming(f"{steps} steps of {type(stepper).__name__}"):
         stepper.set_timesteps(steps)
         timestep = stepper.timesteps.tolist()[0]
-        stepper.step(stepper.scale_model_input(images, timestep), timestep, images)
+        stepper.step(_network_input(stepper, images, timestep), timestep, images)
     return stepper
 
 
@@ -97,11 +144,11 @@ def sample_images(
     taken = _parameters(stepper.step)
     randomness = {key: value for key, value in (("eta", eta), ("generator", generators)) if key in taken}
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    images = (noise * stepper.init_noise_sigma).to(device)
+    images = (noise * getattr(stepper, "init_noise_sigma", 1.0)).to(device)
     first_bad = torch.full((len(seeds),), -1, device=device)  # step after which an image is not finite; read once
     timesteps_on_device = stepper.timesteps.to(device)  # a Python number would be copied there, and waited for
     for step, (timestep, on_device) in enumerate(zip(stepper.timesteps.tolist(), timesteps_on_device, strict=True)):
-        inputs = stepper.scale_model_input(images, timestep)
+        inputs = _network_input(stepper, images, timestep)
         prediction = network_at(timestep)(inputs, on_device, return_dict=False)[0].float()
         images = stepper.step(prediction, timestep, images, **randomness).prev_sample
         bad = ~images.isfinite().flatten(1).all(dim=1)
@@ -150,9 +197,13 @@ def scaled(network_at: NetworkAt, scales: Sequence[tuple[int, int, float]]) -> N
 
 
 def ensemble(experts: Sequence[nn.Module], ranges: Sequence[tuple[int, int]]) -> NetworkAt:
-    """The experts before merging: at each timestep the one that was finetuned on its range [low, high)."""
+    """The experts before merging: at each timestep the one that was finetuned on its range [low, high).
+
+    The ranges rise from 0 to T. The last one includes T, where sampling by flow matching begins.
+    """
     pairs = list(zip(experts, ranges, strict=True))
-    return lambda timestep: next(expert for expert, (low, high) in pairs if low <= timestep < high)
+    starts = [low for _, (low, _) in pairs[1:]]
+    return lambda timestep: pairs[bisect_right(starts, timestep)][0]
 
 
 def _parameters(function: Callable) -> set[str]:

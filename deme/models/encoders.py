@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from deme.config.sections import Sample
 from deme.errors import RunError, UserError
-from deme.method.sampling import NetworkAt, guided, sample_images, scaled
+from deme.method.sampling import NetworkAt, guided, network_calls, sample_images, scaled
 from deme.models.denoisers import AUTOCAST_TYPES, memory_format
 
 CHANNELS = (1, 3)  # of images: grayscale and RGB
@@ -315,7 +315,9 @@ class Drawing:
     def passes(self) -> int:
         """Passes through the network for each image."""
         is_guided = self.encoder.takes_text and self.settings.guidance_scale != 1
-        return self.settings.num_inference_steps * (1 + is_guided)
+        settings = self.settings
+        sampler = (settings.scheduler, settings.num_inference_steps, settings.timestep_spacing)
+        return network_calls(self.scheduler, *sampler) * (1 + is_guided)
 
     def images(self, network_at: NetworkAt, seeds: Sequence[int], prompts: Sequence[str]) -> torch.Tensor:
         """The images of these seeds, each with its prompt if there are prompts: uint8, (B, C', H', W'), on the CPU."""

@@ -170,7 +170,7 @@ def save_preview(networks: Networks, prompts: Sequence[str], batch_size: int, pa
     """Save a grid of the student's images, one per prompt if it takes text, drawn from the same seeds each time."""
     student, process, encoder = networks.student, networks.process, networks.encoder
     shape = (student.config.in_channels, student.config.sample_size, student.config.sample_size)
-    settings = Sample(num_inference_steps=min(PREVIEW_STEPS, process.total))
+    settings = Sample(num_inference_steps=min(PREVIEW_STEPS, process.total), scheduler=process.usual_sampler)
     drawing = Drawing(process.scheduler, encoder, settings, shape, student.device)
     seeds = range(len(prompts) if encoder.takes_text else PREVIEW_IMAGES)
     parts = [slice(start, start + batch_size) for start in seeds[::batch_size]]

@@ -1,18 +1,21 @@
 from itertools import pairwise
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_unet
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, LDMPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline
 
 from deme.errors import RunError, UserError
 from deme.method.sampling import (
+    FLOW_NAMES,
     SHORT_NAMES,
     ensemble,
     guided,
     make_sampler,
+    network_calls,
     sample_images,
     scaled,
     try_sampler,
@@ -124,7 +127,74 @@ def test_a_stochastic_sampler_equals_diffusers_pipeline_with_it():
     assert np.abs(drawn - (expected * 255).round().astype(np.int16)).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["foo", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+@pytest.mark.parametrize(("name", "calls"), [("euler", 5), ("heun", 9), ("unipc", 5), ("dpmsolver++", 5)])
+def test_every_sampler_of_a_flow_equals_diffusers_loop_with_it(name, calls):
+    """With the sampler that diffusers' own class makes of the shift, from the same noise."""
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    kind = getattr(diffusers, FLOW_NAMES[name])
+    stepper = kind(**(flow if name in ("unipc", "dpmsolver++") else {"shift": 3.0}))
+    stepper.set_timesteps(5)
+    unet, seen = tiny_unet(), []
+    expected = torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in range(4)])
+    with torch.no_grad():
+        for timestep in stepper.timesteps:
+            expected = stepper.step(unet(expected, timestep).sample, timestep, expected).prev_sample
+    unet.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[1])))
+    drawn = sample_images(single(unet), FLOW, range(4), SHAPE, "cpu", 5, sampler=name)
+    torch.testing.assert_close(drawn, expected)
+    assert seen == stepper.timesteps.tolist()
+    assert len(seen) == calls == network_calls(FLOW, name, 5)
+
+
+def test_a_flow_to_one_image_is_followed_to_it():
+    """The velocity (x_σ − x₀)/σ of a single image x₀ leads any noise to it, by each sampler."""
+    image = torch.rand(SHAPE)
+
+    def network(images, timestep, return_dict):
+        return ((images - image) / (timestep / 1000),)
+
+    for name in ("euler", "heun"):
+        found = sample_images(lambda _: network, FLOW, [0, 1], SHAPE, "cpu", 3, sampler=name)
+        torch.testing.assert_close(found, image.expand_as(found))
+
+
+def test_the_ensemble_of_a_flow_chooses_by_the_continuous_timestep():
+    """It begins at T = 1000, the end of the last range."""
+    calls = []
+    experts = [Recorder("low", calls), Recorder("high", calls)]
+    plain = FlowMatchEulerDiscreteScheduler()
+    sample_images(ensemble(experts, [(0, 500), (500, 1000)]), plain, [0], SHAPE, "cpu", 3, sampler="euler")
+    assert calls == [("high", 1000), ("high", 500), ("low", 1)]  # 500.5 is written down as 500
+    stepper = make_sampler(plain, "euler")
+    stepper.set_timesteps(3)
+    assert stepper.timesteps.tolist() == pytest.approx([1000.0, 500.5, 1.0])
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm", "EulerDiscreteScheduler", "DDPMScheduler", "foo"])
+def test_samplers_of_ddpm_are_refused_for_a_flow(name):
+    with pytest.raises(
+        UserError, match=r"^must be one of euler, heun, unipc, dpmsolver.*: the network was trained by flow"
+    ):
+        make_sampler(FLOW, name)
+
+
+@pytest.mark.parametrize("name", ["heun", "unipc", "dpmsolver++"])
+@pytest.mark.parametrize("key", ["use_karras_sigmas", "stochastic_sampling"])
+def test_a_flow_sampler_that_would_pass_over_a_setting_of_the_schedule_is_refused(name, key):
+    with pytest.raises(UserError, match=f"^{FLOW_NAMES[name]} has no {key}$"):
+        make_sampler(FlowMatchEulerDiscreteScheduler(**{key: True}), name)
+    assert make_sampler(FlowMatchEulerDiscreteScheduler(**{key: True}), "euler").config[key]
+
+
+def test_a_flow_has_no_timestep_spacing():
+    with pytest.raises(UserError, match=r"^UniPCMultistepScheduler has no timestep_spacing$"):
+        make_sampler(FLOW, "unipc", "trailing")
+
+
+@pytest.mark.parametrize("name", ["heun", "foo", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
 def test_samplers_that_can_not_take_the_noise_schedule_are_refused(name):
     with pytest.raises(UserError, match=r"must be one of ddim, pndm, dpmsolver\+\+, unipc, euler, DDIMScheduler, "):
         make_sampler(SCHEDULER, name)
