@@ -20,6 +20,7 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
 from deme.config.networks import RANGES, makes_lora, of_loras
@@ -32,6 +33,9 @@ from deme.job.records import LORA_ERRORS, MERGED, MOVED, WEIGHTS_HASH, Record, p
 from deme.models import averages, variants
 from deme.models.pipelines import WEIGHTS, denoiser_folder, weights_hash
 from deme.models.variants import ModelFiles, Searched
+
+if TYPE_CHECKING:
+    from deme.method.task_vectors import MergeMethod
 
 NAMED_BY = dict.fromkeys((RANGES, SELF), "timesteps")  # keys of merge.yaml that are older than other networks
 IN_HEADER = ("pretrained", "finetuned", "coefficients")  # of a file: keys of merge.yaml
@@ -72,6 +76,7 @@ def main(config: Config) -> None:
 
         method = merge_method(config.merge.method, config.merge.settings)
         hashes = list(hashing)
+    method.check_inputs(hashes[1:], config.paths.merge_statistics)
     if config.merge.single_file:
         from deme.models.single_file import check_original
 
@@ -102,7 +107,7 @@ def main(config: Config) -> None:
         if is_complete(output, wanted, is_lora):
             print(f"{output} is complete")
         else:
-            (write_lora if is_lora else write_merged)(config, inputs, groups, wanted, watched)
+            (write_lora if is_lora else write_merged)(config, inputs, groups, method, wanted, watched)
             print(f"wrote {output}")
         if not is_lora:
             write_card(config, wanted)
@@ -153,14 +158,16 @@ def is_complete(output: Path, wanted: Record, is_lora: bool) -> bool:
     return False
 
 
-def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Record, watched: Watched) -> None:
+def write_merged(
+    config: Config, inputs: ModelFiles, groups: Groups, method: "MergeMethod", record: Record, watched: Watched
+) -> None:
     """Merge denoisers into a pipeline folder; their weights are memory-mapped, only the result is held in memory.
 
     Args:
         inputs: the pretrained denoiser, then the finetuned ones in the order of the coefficients.
         watched: the files that the record names by their hashes.
     """
-    from deme.method.task_vectors import Moved, merge_method, merge_tensors, pattern_of
+    from deme.method.task_vectors import Moved, merge_tensors, pattern_of
     from deme.models.merging import changed_parts, load_merged
 
     architecture, pretrained, networks = load_merged(inputs.pipeline, inputs.denoisers[1:])
@@ -168,7 +175,7 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
     with naming("merge.coefficients", groups):
         coefficients = {name: groups[pattern_of(name, groups)] for name in base}
 
-    method, moved = merge_method(config.merge.method, config.merge.settings), Moved()
+    moved = Moved()
     architecture_settings = read_json(architecture / "config.json")
     architecture_settings.pop("_name_or_path", None)  # a path of the machine that trained it
 
@@ -184,18 +191,18 @@ def write_merged(config: Config, inputs: ModelFiles, groups: Groups, record: Rec
         replace(record, beside=record.beside | beside).write(temporary)
 
 
-def write_lora(config: Config, inputs: ModelFiles, groups: Groups, record: Record, watched: Watched) -> None:
+def write_lora(
+    config: Config, inputs: ModelFiles, groups: Groups, method: "MergeMethod", record: Record, watched: Watched
+) -> None:
     """Merge LoRAs into one: a sum exactly, unless merge.lora_rank truncates it, all else truncated.
 
     The errors of a truncation are printed and recorded.
     """
     from deme.method.lora import ALL
-    from deme.method.task_vectors import merge_method
     from deme.models import lora
     from deme.models.merging import merge_lora_files
 
     settings = config.merge
-    method = merge_method(settings.method, settings.settings)
     files = inputs.denoisers[1:]
     merged, errors, moved = merge_lora_files(inputs.pipeline, files, groups, method, settings.lora_rank)
     settings.check("coefficients", len(merged) > 0, "leave nothing to write")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -10,9 +9,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
-from deme.compare.jobs import Job, state_of, state_outside
+from deme.compare.jobs import Job, outside, state_of, state_outside
 from deme.config.experiment import Config
-from deme.config.networks import RANDOM, RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Network, makes_lora, of_word
+from deme.config.networks import (
+    MERGE_STATISTICS,
+    RANDOM,
+    RANDOM_DIRECTIONS,
+    RANGES,
+    TRAJECTORY,
+    WITH_STATISTICS,
+    Network,
+    makes_lora,
+    of_word,
+)
 from deme.config.paths import LORA, UNET, for_shell, image_path, with_schedule
 from deme.config.reading import load_config, override
 from deme.config.section import Section, is_folder_name, one_of, setting
@@ -252,9 +261,11 @@ class Stages:
         experts = self._networks(run, run.config.experts if model == "ensemble" else run.config.merged_networks)
         if model == "ensemble":
             return experts
-        if run.config.needs_search:
-            experts = [self._searched(run, COEFFICIENTS, experts)]
-        return self._merged(run, "merge", paths.merged, experts)
+        before = [self._searched(run, COEFFICIENTS, experts)] if run.config.needs_search else experts
+        if run.config.merge.method in WITH_STATISTICS:
+            measured = {"output": paths.merge_statistics, "inputs": self._given(run.config.merged_networks)}
+            before = [*before, self._add(run, "merge-statistics", MERGE_STATISTICS, after=experts, **measured)]
+        return self._merged(run, "merge", paths.merged, before)
 
     def _searched(self, run: ComparedRun, over: str, before: Sequence[Job]) -> Job:
         """The search of a run, which has to be one over this."""
@@ -309,22 +320,3 @@ class Stages:
 def sample_folders(run: ComparedRun, model: str) -> list[Path]:
     """The folders of a model's images, one for each schedule."""
     return [run.config.paths.all_samples / with_schedule(model, name) for name in run.config.schedule_names]
-
-
-def outside(config: Config, script: str) -> list[str]:
-    """Files and folders that a script reads and no job makes; the script runs again when they change."""
-    given: list[Any] = [] if script in ("merge.py", "sample_ddp.py", RANDOM_DIRECTIONS) else [config.data.name]
-    if script in ("merge.py", "search.py"):
-        given += [network.folder for network in config.merged_networks if network.word is None]
-    pipelines = [config.model.pretrained, config.model.config]
-    pipelines += [config.pretrain.encoders] * (script == "pretrain.py")
-    given += map(found_path, filter(None, pipelines))
-    given += [config.merge.coefficients] * (script in ("merge.py", "search.py") and not config.needs_search)
-    if config.sample.prediction_scale != "search":
-        given += [config.sample.prediction_scale] * (script in ("sample_ddp.py", "search.py"))
-    given += [config.sample.prompts] * (script in ("sample_ddp.py", "search.py"))
-    given += [config.evaluate.clip_model] * (script in ("evaluate.py", "search.py"))
-    given += config.search.start if script == "search.py" else []
-    judges = config.evaluate.judges[: None if script == "evaluate.py" else 1]
-    given += [judge.path for judge in judges] if script in ("evaluate.py", "search.py") else []
-    return [str(path) for path in given if isinstance(path, str | Path) and os.path.exists(path)]

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from glob import glob
 from pathlib import Path
+from typing import Any
 
+from deme.config.experiment import Config
+from deme.config.networks import RANDOM_DIRECTIONS
 from deme.config.paths import for_shell, is_made, places_of
 from deme.job.command import Interrupted, end_with_parent, noted_signals
 from deme.job.files import atomic_file, make_folder, sha256
-from deme.job.repository import REPOSITORY
+from deme.job.repository import REPOSITORY, found_path
 
 POLLED_EVERY = 0.2  # seconds
 LINKED = ("vae", "text_encoder")  # parts of a pipeline whose weights merge.py gives another name
@@ -140,6 +143,25 @@ def state_outside(path: str) -> str:
         return state_of([for_shell(path)])
     others = {Path(path, name) for name in glob("**", root_dir=path, recursive=True, include_hidden=True)} - set(linked)
     return " ".join([state_of(for_shell(file) for file in others if file.is_file()), *map(sha256, linked)])
+
+
+def outside(config: Config, script: str) -> list[str]:
+    """Files and folders that a script reads and no job makes; the script runs again when they change."""
+    given: list[Any] = [] if script in ("merge.py", "sample_ddp.py", RANDOM_DIRECTIONS) else [config.data.name]
+    if script in ("merge.py", "search.py"):
+        given += [network.folder for network in config.merged_networks if network.word is None]
+    pipelines = [config.model.pretrained, config.model.config]
+    pipelines += [config.pretrain.encoders] * (script == "pretrain.py")
+    given += map(found_path, filter(None, pipelines))
+    given += [config.merge.coefficients] * (script in ("merge.py", "search.py") and not config.needs_search)
+    if config.sample.prediction_scale != "search":
+        given += [config.sample.prediction_scale] * (script in ("sample_ddp.py", "search.py"))
+    given += [config.sample.prompts] * (script in ("sample_ddp.py", "search.py"))
+    given += [config.evaluate.clip_model] * (script in ("evaluate.py", "search.py"))
+    given += config.search.start if script == "search.py" else []
+    judges = config.evaluate.judges[: None if script == "evaluate.py" else 1]
+    given += [judge.path for judge in judges] if script in ("evaluate.py", "search.py") else []
+    return [str(path) for path in given if isinstance(path, str | Path) and os.path.exists(path)]
 
 
 def as_lines(parts: Iterable[str]) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,9 @@ def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
 
 class MergeMethod(ABC):
     """Base of the dataclasses in deme/method/merging/, which make one network of a pretrained one and its copies."""
+
+    def check_inputs(self, weights: Sequence[str], statistics: Path) -> None:  # noqa: B027  not every method needs it
+        """Look for what it needs beside the networks, whose weights have these SHA-256, before anything is merged."""
 
     def prepare(self, pretrained: Tensors, finetuned: Sequence[Tensors]) -> None:  # noqa: B027  not every method needs it
         """Look at the whole models once, before their tensors are merged one by one."""

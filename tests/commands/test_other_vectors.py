@@ -94,6 +94,23 @@ def test_random_directions_are_as_long_as_the_task_vectors_in_each_tensor(expert
     run("merge.py", config_file, "merge.experts=[random]", "merge.coefficients=null")
 
 
+def test_networks_are_merged_by_statistics_that_are_measured_once(experts, config_file, pretrained):
+    given = ["merge.method=fisher", "merge.coefficients=null"]
+    missing = run("merge.py", config_file, *given, status=2).stderr
+    assert "merge.method=fisher: " in missing
+    assert "is missing; scripts/merge_statistics.py makes it" in missing
+    run("scripts/merge_statistics.py", config_file, "search.images=6")
+    merged, first = experts.parent / "merged", tensors(experts / "0000-0500")
+    for method in ("fisher", "regmean"):
+        run("merge.py", config_file, f"merge.method={method}", "merge.coefficients=[1,0]")
+        merged_tensors = tensors(merged)  # the first expert, to rounding
+        for key, tensor in first.items():
+            torch.testing.assert_close(merged_tensors[key], tensor, rtol=1e-3, atol=1e-3)
+    assert len(yaml.safe_load((merged / "merge.yaml").read_text())["statistics"]) == 2
+    again = run("scripts/merge_statistics.py", config_file, "search.images=6").stdout
+    assert again.count("is complete") == 2
+
+
 def test_folders_with_timesteps_are_searched_by_match_like_experts(experts, config_file):
     """The same answer, bit for bit."""
     names = ("0-500", "500-1000")

@@ -93,6 +93,14 @@ def test_runs_with_equal_trainings_share_them(tmp_path):
     assert changed == {"statistics", "search", "merge", "merge-neon", "evaluate", "card", "report"}
 
 
+def test_a_merge_by_statistics_waits_for_their_job():
+    comparison = load_comparison("configs/comparison/merge_methods.yaml", ["seeds=[0]"])
+    jobs = {job.name: job for job in Stages(*comparison).jobs}
+    [measured] = [job for job in jobs["digits-fisher-ones merge"].after if job.stage == "merge-statistics"]
+    assert {job.name for job in measured.after} == {f"digits train finetune.range={k}" for k in range(4)}
+    assert not [name for name in jobs if "ties" in name and "merge-statistics" in name]
+
+
 def test_jobs_of_an_array_wait_for_the_same_jobs(tmp_path):
     """Also where a later run adds a training to an earlier one's."""
     waits: dict = {}

@@ -18,6 +18,8 @@ DEFAULTS = {
     "dare_linear": {"density": 0.5, "seed": 0},
     "dare_ties": {"density": 0.5, "seed": 0, "combine": "mean"},
     "della": {"density": 0.5, "epsilon": 0.2, "seed": 0, "combine": "mean"},
+    "fisher": {"floor": 1e-6},
+    "regmean": {"shrink": 0.9},
 }
 
 
