@@ -15,9 +15,7 @@ share the candidates.
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +29,7 @@ from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
 from deme.models.averages import merged_folders
 from deme.models.pipelines import denoiser_folder, takes_text, weights_hash
-from deme.models.variants import OF_PRETRAINED, SECONDS, ModelFiles, find_pretrained, prediction_scales, read_searched
+from deme.models.variants import OF_PRETRAINED, ModelFiles, find_pretrained, prediction_scales, read_searched, timed
 
 if TYPE_CHECKING:
     from deme.search.problem import Problem
@@ -75,12 +73,12 @@ def main(config: Config) -> None:
     problem = Problem(config, accelerator, model.pipeline, source, made_of, output)
     watched.check()  # what was hashed was read
     with locked_by_all(accelerator, output / "claim", "search.output", wait=True):
-        in_main_process(accelerator, lambda: claim(output, wanted))
+        in_main_process(accelerator, lambda: claim(config, wanted))
 
     # --- search
     if draws_images(config):
         _ = problem.plain_distance, problem.reported  # weights, labels or samplers that can't be had are told now
-    with timed(output) if accelerator.is_main_process else nullcontext():
+    with timed(config.paths.search_seconds) if accelerator.is_main_process else nullcontext():
         result = find(problem, output, digest_of(wanted.made_from))
     answer = answer_of(problem, result, finetuned) | {"pretrained": pretrained}
     with locked_by_all(accelerator, output / "best", "search.output", wait=True):
@@ -184,29 +182,18 @@ def searched(config: Config) -> dict[str, Any]:
     return {"seed": config.seed, "timesteps": [list(edges) for edges in config.timesteps.ranges], **values}
 
 
-def claim(output: Path, wanted: Record) -> None:
+def claim(config: Config, wanted: Record) -> None:
     """Create the search's folder, or make sure that what stands there is the same search."""
+    output = config.paths.search
     make_folder(output, "search.output")
     found = read_record(SEARCH, output)
     has_begun = any(output.glob("*.npz")) or (output / "study.db").exists()
     if found is None or not has_begun:  # such as after running out of memory
         wanted.write(output)
-        (output / SECONDS).write_text("")
+        config.paths.search_seconds.write_text("")
         return
     with naming("search.output", output):
         found.fits(wanted, output, "set them back, name another folder, or delete this one")
-
-
-@contextmanager
-def timed(folder: Path) -> Iterator[None]:
-    """Add the block's seconds to a search's SECONDS, if there is one, however the block ends."""
-    begin = time.monotonic()
-    try:
-        yield
-    finally:
-        if (folder / SECONDS).exists():
-            with (folder / SECONDS).open("a", encoding="utf-8") as file:
-                file.write(f"{time.monotonic() - begin:.1f}\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from deme.config.networks import of_word
 from deme.config.paths import sampler_and_steps, with_schedule
 from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF
 from deme.measure.scores import Difference, Score, load_spaces, mean_and_deviation
-from deme.models.variants import read_searched, seconds_of
+from deme.models.variants import read_searched, seconds_in
 from deme.report.run import read_log
 from deme.report.steps import Point
 from deme.report.tables import Table, distances, number, signed
@@ -29,7 +29,7 @@ class Row:
     to_pretrained: list[list[float]]  # difference of each block of images, per training
     to_continued: list[list[float]] | None  # to the control of the same seed, if there is one
     passes: int | None  # UNet passes to make the model, mean over the trainings; None: unknown, of folders as given
-    hours: float | None  # None: unknown, as its search took no notes
+    hours: float | None  # None: unknown, as its search or the drawing of own samples took no notes
     widths: list[float | None]  # of the EMA of the merged networks, per training; None: the training's own
     schedule: str = ""  # of the images, if there are several
 
@@ -115,10 +115,7 @@ def ema_width(run: ComparedRun, model: str) -> float | None:
 
 
 def cost(run: ComparedRun, model: str) -> tuple[int | None, float | None]:
-    """UNet passes and seconds of the trainings and the search that make a model, from their logs.
-
-    The passes that draw own samples are counted; their seconds were not noted.
-    """
+    """UNet passes and seconds of the trainings, the search and the own samples that make a model, from their logs."""
     config = run.config
     is_merged = model in ("merged", DISTILLED)
     networks = config.merged_networks if is_merged else []
@@ -129,14 +126,14 @@ def cost(run: ComparedRun, model: str) -> tuple[int | None, float | None]:
     folders = [network.training for network in networks]
     folders += [config.paths.finetuning(model)] if model in NAMED_TRAININGS else []
     logs = [read_log(folder / "log.jsonl", config) for folder in dict.fromkeys(folders)]
-    passes, seconds = sum(log.passes for log in logs), sum(log.seconds for log in logs)
-    if any(network.word == SELF for network in networks):
+    passes, noted = sum(log.passes for log in logs), [log.seconds for log in logs]
+    for folder in [network.training.parent for network in networks if network.word == SELF][:1]:  # of one run
         passes += config.own_sample_passes
+        noted.append(seconds_in(folder.with_name(config.paths.own_seconds.name)))
     if (is_merged and config.needs_search) or config.sample.prediction_scale == "search":
         passes += read_searched(config.paths.best_coefficients, None).passes or 0
-        searched = seconds_of(config.paths.search)
-        seconds = None if searched is None else seconds + searched
-    return passes, seconds
+        noted.append(seconds_in(config.paths.search_seconds))
+    return passes, None if None in noted else sum(noted)
 
 
 def comparison_table(rows: Sequence[Row], features: str) -> str:

@@ -41,7 +41,9 @@ class Paths:
         self.searched = sum(map(self.averaged, config.search.ema_widths), self.finetuned)  # whose merge is searched
         self.experts = [network.folder for network in config.experts]  # of the ranges
         self.own_samples = run / "own-samples"  # of the pretrained network, for self-training
+        self.own_seconds = run / "own-samples-seconds.txt"  # which drawing them took: a line for each command
         self.search = output(config.search.output, "search")  # the output of search.py
+        self.search_seconds = self.search / "seconds.txt"  # a line for each command
         self.best_coefficients = self.search / "best.yaml"  # the merging coefficients that search.py finds
         self.analysis = output(config.analyze.output, "analysis")  # the output of analyze.py
         self.plots = run / "plots"  # pictures

@@ -7,8 +7,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ MAKERS = {name: f"finetune.py finetune.range={name}" for name in NAMED_TRAININGS
 MAKERS |= {"ensemble": "finetune.py", "merged": "merge.py"}
 MAKERS[NEON] = "merge.py merge.experts=[self] merge.coefficients=null merge.output=$(python merge.py --path neon)"
 UNCOMPARED = {"_class_name", "_diffusers_version", "_name_or_path", "dropout"}  # the last one is of training alone
-SECONDS = "seconds.txt"  # in the search's folder: a line for each command
 OF_PRETRAINED = "value of the pretrained network"
 
 
@@ -298,10 +298,22 @@ def prediction_scales(config: Config) -> list[tuple[int, int, float]]:
     return [] if given is None else [(0, config.timesteps.num_train_timesteps, float(given))]
 
 
-def seconds_of(folder: Path) -> float | None:
-    """The seconds of all commands of a search; None if they are not known."""
+@contextmanager
+def timed(notes: Path) -> Iterator[None]:
+    """Add the block's seconds to a file, if there is one, however the block ends."""
+    begin = time.monotonic()
     try:
-        taken = [float(line) for line in (folder / SECONDS).read_text(encoding="utf-8").split()]
+        yield
+    finally:
+        if notes.exists():
+            with notes.open("a", encoding="utf-8") as file:
+                file.write(f"{time.monotonic() - begin:.1f}\n")
+
+
+def seconds_in(notes: Path) -> float | None:
+    """The seconds of all commands that a file of `timed` tells of; None if they are not known."""
+    try:
+        taken = [float(line) for line in notes.read_text(encoding="utf-8").split()]
     except (OSError, ValueError):
         return None
     return sum(taken) if all(0 <= seconds < math.inf for seconds in taken) else None

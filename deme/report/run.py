@@ -15,7 +15,7 @@ from deme.errors import UserError, naming, one_line
 from deme.job.files import checked, read_json, read_yaml
 from deme.job.records import MERGED, MOVED
 from deme.measure.scores import Score, load_scores, load_spaces
-from deme.models.variants import MAKERS, ORDER, made_denoisers, read_searched, seconds_of
+from deme.models.variants import MAKERS, ORDER, made_denoisers, read_searched, seconds_in
 from deme.report.tables import Table, distances, number, signed
 
 RESULTS, TRAINING, MERGING, SEARCH = "Results", "Training", "Merging coefficients", "Search"  # titles of sections
@@ -67,7 +67,7 @@ class Run:
         self.moved = {} if self.coefficients is None else self._read(MERGING, read_merge, merge, config, MOVED) or {}
         self.search = self._read(SEARCH, read_searched, paths.best_coefficients, None)
         self.search_features, self.search_scores = self._read(SEARCH, load_scores, report) or (None, [])
-        self.search_seconds = seconds_of(paths.search)
+        self.search_seconds = seconds_in(paths.search_seconds)
         self.schedule = config.schedule_names[0]  # of the samples that are shown, and told of in words
         folders = [paths.all_samples / with_schedule(name, self.schedule) for name in ORDER]
         self.samples = [folder for folder in folders if folder.is_dir()]
@@ -182,7 +182,8 @@ def cost_table(run: Run) -> Table:
     """The cost of each stage, in images through the UNet and in minutes of training as logged."""
     rows = [[f"training {log.name}", f"{log.passes:,}", f"{log.seconds / 60:.1f}"] for log in run.logs]
     if any(log.name in run.config.self_trained_names for log in run.logs):
-        rows.append(["drawing the own samples", f"{run.config.own_sample_passes:,}", "-"])
+        minutes = number(seconds_in(run.config.paths.own_seconds), form=".1f", scale=1 / 60)
+        rows.append(["drawing the own samples", f"{run.config.own_sample_passes:,}", minutes])
     if run.search is not None and run.search.passes is not None:
         minutes = number(run.search_seconds, form=".1f", scale=1 / 60)
         rows.append(["search, without its report", f"{run.search.passes:,}", minutes])

@@ -3,6 +3,7 @@
 What a network learns from its own samples leads away from the data. So the merge subtracts it.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -14,9 +15,10 @@ from deme.data.drawing import draw_samples
 from deme.data.opening import open_source
 from deme.data.samples import list_images, load_prompts, read_prompts
 from deme.errors import naming
+from deme.job.files import make_folder
 from deme.job.processes import Processes, in_main_process
 from deme.models.pipelines import takes_text
-from deme.models.variants import find_model
+from deme.models.variants import find_model, timed
 
 
 def training_config(config: Config) -> Config:
@@ -37,7 +39,12 @@ def own_samples(config: Config, processes: Processes) -> Source:
     drawn = {"model": "pretrained", "output": str(folder), "prompts": None, "size_on_disk": None, "overwrite": False}
     drawn |= {"num_images": settings.num_images, "seed_offset": settings.seed_offset, "blocks": 1, "block": None}
     drawn |= {"num_inference_steps": config.own_sample_steps, "schedules": [], "prediction_scale": None}
-    draw_samples(replace(config, sample=replace(config.sample, **drawn)), model, watched, texts, processes)
+    notes = config.paths.own_seconds
+    if processes.is_main_process and not folder.exists():
+        make_folder(notes.parent, "output_dir")
+        notes.write_text("")
+    with timed(notes) if processes.is_main_process else nullcontext():
+        draw_samples(replace(config, sample=replace(config.sample, **drawn)), model, watched, texts, processes)
     data = training_config(config).data
     source = replace(open_source(replace(data, caption_column=None)), data=data)
     prompts = read_prompts(folder, list_images(folder)) if data.caption_column is not None else None

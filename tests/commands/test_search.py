@@ -28,7 +28,7 @@ from deme.method.lora import Factors
 from deme.models.denoisers import with_projections
 from deme.models.lora import layers_of, write_lora
 from deme.models.pipelines import WEIGHTS, weights_hash
-from deme.models.variants import SECONDS, find_pretrained, seconds_of
+from deme.models.variants import find_pretrained, seconds_in
 from deme.search.problem import Problem
 
 SMALL = ["search.images=32", "search.batch_size=16", "search.num_images=8", "search.num_inference_steps=2"]
@@ -109,10 +109,10 @@ def test_what_is_found_is_what_merge_py_merges(method, config_file, root):
     assert "candidate" not in again.stdout
     assert best(folder) == found
     assert report(folder) == rows
-    taken = [float(line) for line in (folder / SECONDS).read_text().split()]
+    taken = [float(line) for line in (folder / "seconds.txt").read_text().split()]
     assert len(taken) == 2
     assert taken[0] > taken[1]
-    assert seconds_of(folder) == sum(taken)
+    assert seconds_in(folder / "seconds.txt") == sum(taken)
     assert {file: file.read_bytes() for file in folder.glob("*.npz")} == before
     if method == "multi_fidelity":  # a second judge is not even looked for
         candidates = trials(folder)

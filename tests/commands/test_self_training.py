@@ -52,6 +52,7 @@ def test_it_trains_plainly_on_samples_of_the_pretrained_network(root, config_fil
     again = run("finetune.py", config_file, *OWN, "data.name=absent")
     assert "5 of 12 images to draw" in again.stdout
     assert all(torch.equal(weight, trained[name]) for name, weight in weights(root, "self").items())
+    assert len((root / "tiny" / "own-samples-seconds.txt").read_text().split()) == 3
 
 
 def test_a_network_for_each_range(config_file):

@@ -80,7 +80,10 @@ def test_the_rows_of_a_schedule_stand_together_and_are_compared_with_each_other(
         log = runs[0].config.paths.finetuning(name) / "log.jsonl"
         log.parent.mkdir(parents=True)
         log.write_text('{"step": 1, "loss": 1, "images_per_second": 1}\n')
+    assert compared_rows(runs, "classifier")[1].hours is None  # drawing own samples took no notes
+    runs[0].config.paths.own_seconds.write_text("30.0\n6.5\n")
     found = compared_rows(runs, "classifier")
+    assert found[1].hours == pytest.approx((runs[0].config.finetune.batch_size + 36.5) / 3600)
     assert compared_rows(runs, "inception") == []
     assert [(row.schedule, row.name, row.pooled) for row in found] == [
         ("ddim-20", "pretrained", 3.0),
