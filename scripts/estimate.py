@@ -1,4 +1,4 @@
-"""Estimate the disk space below output_dir and the GPU hours of a benchmark before it starts.
+"""Estimate the disk space below output_dir, a GPU's memory and the GPU hours of a benchmark before it starts.
 
     python scripts/estimate.py --config configs/lsun_church.yaml
 
@@ -7,11 +7,14 @@ Environment variables: GPU_TFLOPS, the 10¹² operations per second that one GPU
 which must be able to share a step; MODELS, the models that are compared (default: "pretrained merged").
 """
 
+import math
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,8 +25,8 @@ from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF, SOUP, Finetu
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
-from deme.models.kinds import is_xl
-from deme.models.pipelines import denoiser_folder, takes_text
+from deme.models.kinds import is_xl, text_width
+from deme.models.pipelines import denoiser_folder, parts_of, takes_text
 from deme.models.variants import find_pretrained
 
 GPU_TFLOPS = 50.0  # a guess for an A100 in half precision
@@ -49,10 +52,12 @@ class Size:
 
     parameters: int
     trained: int  # parameters of a training
+    buffers: int  # numbers of the network that are no parameters, as embeddings of positions
     flops: int  # of a UNet pass per image
     channels: int  # of an image
     coding: float  # operations to encode or decode an image
     encoded: int  # bytes of an encoded image with its caption
+    coders: int  # parameters of the VAE and the text encoders
     per_step: int  # UNet passes per sampling step
     images: int  # of the data
     models: list[str]
@@ -81,6 +86,8 @@ def main(config: Config) -> None:
     existing = next(place for place in (folder, *folder.resolve().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     print(f"{sum(disk.values()) / 1e9:9.1f} GB  together; {free / 1e9:,.1f} GB are free at {config.output_dir}")
+    for name, taken in gpu_memory(config.finetune, size, config.data.cache_latents).items():
+        print(f"{taken / 1e9:9.1f} GB  of each GPU's memory: {name}")
 
     work = {name: flops / rate / 3600 for name, flops in operations(config, size).items() if flops > 0}
     for name, hours in work.items():
@@ -131,6 +138,20 @@ def disk_space(config: Config, size: Size) -> dict[str, float]:
         "merged networks": merged * (1 + (NEON in size.models)),
         "samples": images * max(DISK_BLOCK, drawn * PNG_SHARE),
     }
+
+
+def gpu_memory(settings: Finetune, size: Size, is_cached: bool) -> dict[str, float]:
+    """Bytes that finetuning holds on each GPU beside activations, which depend on the micro-batch."""
+    half = FLOAT if settings.mixed_precision == "no" else HALF
+    is_lora = settings.lora_rank is not None
+    base = is_lora * (size.parameters * (FLOAT if settings.base_precision is None else HALF) + FLOAT * size.buffers)
+    teacher = 0 if is_lora or settings.consistency_weight == 0 else half * size.parameters  # a LoRA's is its base
+    held = {
+        "frozen weights": base + teacher,
+        "trained weights, gradient, EMA and AdamW's two moments": 5 * FLOAT * size.trained,
+        "VAE and text encoders" + ", while a preview is drawn" * is_cached: half * size.coders,
+    }
+    return {name: taken for name, taken in held.items() if taken > 0}
 
 
 def operations(config: Config, size: Size) -> dict[str, float]:
@@ -189,45 +210,71 @@ def from_environment(name: str, default: float) -> float:
     return value
 
 
-def unet_cost(config: dict, finetune: Finetune) -> tuple[int, int, int]:
-    """Parameters, those that are trained, and operations per image and forward pass of a UNet of this configuration."""
+def unet_cost(config: dict, finetune: Finetune) -> tuple[int, int, int, int]:
+    """Parameters, those that are trained, buffers, and operations per image and pass of a network's configuration."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from deme.models.adapters import new_lora
-    from deme.models.denoisers import DENOISER_CLASSES
+    from deme.models.denoisers import make_denoiser
 
     with torch.device("meta"):
-        unet = DENOISER_CLASSES[config.get("_class_name", "UNet2DModel")].from_config(config)
+        unet = make_denoiser({"_class_name": "UNet2DModel"} | config)
         size = unet.config.sample_size
-        width = unet.config.get("cross_attention_dim")
-        condition = {} if width is None else {"encoder_hidden_states": torch.empty(1, TOKENS, width)}
-        if is_xl(config):
-            pooled = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
-            condition["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, SIZES)}
+        condition = {
+            name: torch.empty(1, *shape) for name, shape in condition_shapes({**unet.config, **config}).items()
+        }
         with FlopCounterMode(display=False) as counter:
             unet(torch.empty(1, unet.config.in_channels, size, size), torch.zeros(1, dtype=torch.int64), **condition)
         student = unet if finetune.lora_rank is None else new_lora(unet, finetune)
-    return unet.num_parameters(), student.num_parameters(only_trainable=True), counter.get_total_flops()
+    buffers = sum(buffer.numel() for buffer in unet.buffers())
+    return unet.num_parameters(), student.num_parameters(only_trainable=True), buffers, counter.get_total_flops()
 
 
-def encoder_cost(pipeline: Path, resolution: int) -> tuple[int, float, int]:
-    """Channels of an image, operations to encode or decode it, and bytes of it encoded, with a caption."""
-    unet = read_json(denoiser_folder(pipeline) / "config.json")
+def condition_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network's further arguments for an image, by name."""
+    from deme.models.encoders import GEMMA, LENGTHS, T5
+
+    width = text_width(settings)
+    if "joint_attention_dim" in settings:
+        pooled = {"pooled_projections": (settings["pooled_projection_dim"],)}
+        return {"encoder_hidden_states": (TOKENS + LENGTHS[T5], width)} | pooled
+    if "caption_channels" in settings:
+        length = LENGTHS[GEMMA]
+        return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
+    if is_xl(settings):
+        pooled = settings["projection_class_embeddings_input_dim"] - SIZES * settings["addition_time_embed_dim"]
+        return {"encoder_hidden_states": (TOKENS, width), "text_embeds": (pooled,), "time_ids": (SIZES,)}
+    return {} if width is None else {"encoder_hidden_states": (TOKENS, width)}
+
+
+def encoder_cost(pipeline: Path, resolution: int) -> tuple[int, float, int, int]:
+    """Channels of an image, operations to encode or decode it, bytes of it encoded, with a caption, and parameters."""
+    settings = read_json(denoiser_folder(pipeline) / "config.json")
     if not takes_text(pipeline):
-        return unet["in_channels"], 0.0, 0
+        return settings["in_channels"], 0.0, 0, 0
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL
+    import transformers
     from torch.utils.flop_counter import FlopCounterMode
 
+    from deme.models.encoders import LENGTHS, T5
+
+    parts = parts_of(pipeline, settings)
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(read_json(pipeline / "vae" / "config.json"))
+        vae = getattr(diffusers, parts["vae"]).from_config(read_json(pipeline / "vae" / "config.json"))
+        texts = {part: getattr(transformers, kind) for part, kind in parts.items() if part.startswith("text_encoder")}
+        texts = [kind(kind.config_class.from_pretrained(pipeline / part)) for part, kind in texts.items()]
         channels = vae.config.in_channels
         with FlopCounterMode(display=False) as counter:
-            latents = vae.encode(torch.empty(1, channels, resolution, resolution)).latent_dist.parameters
+            encoded = vae.encode(torch.empty(1, channels, resolution, resolution))
+            latents = encoded.latent if "latent" in encoded else encoded.latent_dist.parameters
             vae.decode(latents[:, : vae.config.latent_channels])
-    size = HALF * (latents.numel() + (TOKENS + is_xl(unet)) * unet["cross_attention_dim"])
-    return channels, counter.get_total_flops() / 2, size
+    shapes = condition_shapes(settings)
+    entries = latents.numel() + sum(map(math.prod, shapes.values()))
+    if "pooled_projections" in shapes and "text_encoder_3" not in parts:
+        entries -= LENGTHS[T5] * shapes["encoder_hidden_states"][1]  # zeros, which are not cached
+    return channels, counter.get_total_flops() / 2, HALF * entries, sum(part.num_parameters() for part in (vae, *texts))
 
 
 if __name__ == "__main__":

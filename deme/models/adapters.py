@@ -21,7 +21,7 @@ from deme.models.lora import folded, in_denoiser, read_loras
 from deme.models.pipelines import denoiser_folder
 
 ADAPTER = "default"  # peft's name of it
-ATTENTION_LAYER = re.compile(r"\.to_(q|k|v|out\.0)$")
+ATTENTION_LAYER = re.compile(r"\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)$")  # add: of the text, beside the image
 
 
 def chosen_layers(network: nn.Module, settings: Finetune) -> list[str]:

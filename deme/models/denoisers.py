@@ -10,13 +10,15 @@ from diffusers import (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     ModelMixin,
+    SanaTransformer2DModel,
     SchedulerMixin,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from torch import nn
 
-from deme.config.paths import UNET
+from deme.config.paths import TRANSFORMER, UNET
 from deme.errors import UserError, blaming
 from deme.job.processes import can_pack
 from deme.method.projection import PROJECTION_SUFFIX, add_projections
@@ -46,8 +48,10 @@ def projected_class(unet_class: type[ModelMixin]) -> type[ModelMixin]:
 
 UNETS = (UNet2DModel, UNet2DConditionModel)
 ProjectedUNet2DModel, ProjectedUNet2DConditionModel = PROJECTED_UNETS = tuple(map(projected_class, UNETS))
-DENOISER_CLASSES = {kind.__name__: kind for kind in (*UNETS, *PROJECTED_UNETS)}
+TRANSFORMERS = (SD3Transformer2DModel, SanaTransformer2DModel)
+DENOISER_CLASSES = {kind.__name__: kind for kind in (*UNETS, *PROJECTED_UNETS, *TRANSFORMERS)}
 ADDED = ("text_embeds", "time_ids")  # arguments of Stable Diffusion XL's network, which it takes in a dictionary
+OF_TEXT = ("encoder_hidden_states", "pooled_projections")  # arguments in the type of the weights
 LATENT_SCHEDULE = {"clip_sample": False, "steps_offset": 1}  # as StableDiffusionPipeline enforces
 
 
@@ -60,11 +64,19 @@ def with_projections(unet: nn.Module) -> nn.Module:
 
 
 def make_denoiser(settings: dict[str, Any]) -> nn.Module:
-    """A denoiser with random weights; that of Stable Diffusion XL takes all of its condition as named arguments."""
+    """A denoiser with random weights, which is called with images, timesteps and its condition as named arguments."""
     denoiser = DENOISER_CLASSES[settings["_class_name"]].from_config(settings)
     if kinds.is_xl(settings):
         denoiser.register_forward_pre_hook(_gather_added, with_kwargs=True)
+    if kinds.subfolder_of(settings) == TRANSFORMER:
+        denoiser.register_forward_pre_hook(_name_timesteps, with_kwargs=True)
     return denoiser
+
+
+def _name_timesteps(_: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Transformers take timesteps by name, one for each image."""
+    images, timesteps = args
+    return (images,), named | {"timestep": timesteps.expand(len(images))}
 
 
 def _gather_added(_: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -157,13 +169,13 @@ def compute_in(dtype: torch.dtype, network: nn.Module, whole: bool) -> None:
 
 
 def _predict(
-    forward: Callable, dtype: torch.dtype, whole: bool, images: torch.Tensor, timesteps: torch.Tensor, **named: Any
+    forward: Callable, dtype: torch.dtype, whole: bool, images: torch.Tensor, *timesteps: torch.Tensor, **named: Any
 ) -> Any:
     if whole:
         images = images.to(dtype)
-        named = {name: value.to(dtype) if name == "encoder_hidden_states" else value for name, value in named.items()}
+        named = {name: value.to(dtype) if name in OF_TEXT else value for name, value in named.items()}
     with torch.autocast(images.device.type, dtype, enabled=not whole):
-        return forward(images, timesteps, **named)
+        return forward(images, *timesteps, **named)
 
 
 class PackedConv2d(nn.Module):

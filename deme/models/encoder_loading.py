@@ -1,9 +1,12 @@
 """Loads the encoder of a pipeline's folder, and tries it, and a network with it, before anything is written."""
 
+import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
@@ -11,9 +14,18 @@ from deme.config.paths import UNET
 from deme.errors import UserError, blaming, one_line
 from deme.job.files import read_json
 from deme.method.process import Process
-from deme.models.encoders import CHANNELS, Encoder, LatentsAndText, LatentsAndTwoTexts, Pixels
-from deme.models.kinds import check_settings, is_xl
-from deme.models.pipelines import INDEX, has_full_precision, latent_factor, takes_text
+from deme.models.encoders import (
+    CHANNELS,
+    LENGTHS,
+    Encoder,
+    LatentsAndInstructedText,
+    LatentsAndText,
+    LatentsAndThreeTexts,
+    LatentsAndTwoTexts,
+    Pixels,
+)
+from deme.models.kinds import DENOISERS, SANA, SD3, check_settings, denoiser_class, is_xl, text_width
+from deme.models.pipelines import INDEX, has_full_precision, latent_factor, parts_of, takes_text
 
 LEAST_VOCABULARY = 256  # tokens: one for each byte
 LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
@@ -22,31 +34,26 @@ LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
 @torch.no_grad()
 def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
     """The encoder of a pipeline, each of its parts tried once."""
-    width = denoiser.config.get("cross_attention_dim")  # None where the network takes no text
+    config = {**denoiser.config, "_class_name": type(denoiser).__name__}
+    width = text_width(config)
     if (width is not None) != takes_text(pipeline):
         wants = "takes no text" if width is None else "needs a text encoder, which the folder lacks"
         raise UserError(f"{pipeline}: its network, a {type(denoiser).__name__}, {wants}")
     if width is None:
         return Pixels(denoiser.config.in_channels)
-    from diffusers import AutoencoderKL
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # errors are told below, in one line
-    vae = _load_network(pipeline / "vae", AutoencoderKL, torch_dtype=torch.float32)
-    has_two = is_xl(denoiser.config)
-    texts = [_load_text(pipeline, suffix) for suffix in (("", "_2") if has_two else ("",))]
-    encoder, parts = LatentsAndText, (vae, *map(list, zip(*texts, strict=True)))
-    if has_two:
-        side = denoiser.config.sample_size * latent_factor(pipeline)
-        index = read_json(pipeline / INDEX) if (pipeline / INDEX).is_file() else {}
-        zeros = index.get("force_zeros_for_empty_prompt", True)  # the pipeline's default
-        encoder = partial(LatentsAndTwoTexts, side=side, zeros_for_empty=zeros)
-    encoder = encoder(*parts)
+    parts = parts_of(pipeline, config)
+    vae = _load_network(pipeline / "vae", getattr(diffusers, parts["vae"]), torch_dtype=torch.float32)
+    texts = [_load_text(pipeline, part, parts) for part in parts if part.startswith("text_encoder")]
+    encoder = _encoder_of(pipeline, config)(vae, *map(list, zip(*texts, strict=True)))
     with blaming(pipeline / "text_encoder"):
         entries = encoder.condition([""])["encoder_hidden_states"].shape[2]
         if isinstance(width, int) and entries != width:
-            raise UserError(f"its embeddings have {entries} entries, the network's cross_attention_dim is {width}")
+            key = DENOISERS[denoiser_class(config)].text_width
+            raise UserError(f"its embeddings have {entries} entries, the network's {key} is {width}")
     with blaming(pipeline / "vae"):
         if encoder.image_channels not in CHANNELS:
             raise UserError(f"in_channels={encoder.image_channels}: images have 1 or 3 channels")
@@ -58,19 +65,37 @@ def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
     return encoder
 
 
-def _load_text(pipeline: Path, suffix: str) -> tuple[nn.Module, Any]:
-    """A text encoder and its tokenizer; the suffix is "_2" for the second."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+def _encoder_of(pipeline: Path, config: Mapping[str, Any]) -> Callable[..., LatentsAndText]:
+    """What makes an encoder of a VAE, text encoders and tokenizers, by the denoiser's settings."""
+    if is_xl(config):
+        index = read_json(pipeline / INDEX) if (pipeline / INDEX).is_file() else {}
+        zeros = index.get("force_zeros_for_empty_prompt", True)  # the pipeline's default
+        side = config["sample_size"] * latent_factor(pipeline)
+        return partial(LatentsAndTwoTexts, side=side, zeros_for_empty=zeros)
+    if denoiser_class(config) == SD3:
+        return partial(LatentsAndThreeTexts, width=text_width(config))
+    if denoiser_class(config) == SANA:
+        call = inspect.signature(diffusers.SanaPipeline.__call__)
+        lines = call.parameters["complex_human_instruction"].default
+        return partial(LatentsAndInstructedText, instruction="\n".join(lines))
+    return LatentsAndText
 
-    folder, kind = pipeline / f"tokenizer{suffix}", CLIPTextModelWithProjection if suffix else CLIPTextModel
-    text_encoder = _load_network(pipeline / f"text_encoder{suffix}", kind, dtype=torch.float32)
+
+def _load_text(pipeline: Path, part: str, parts: Mapping[str, str]) -> tuple[nn.Module, Any]:
+    """A text encoder, a part of the pipeline, and its tokenizer."""
+    import transformers
+
+    folder, kind = pipeline / part.replace("text_encoder", "tokenizer"), parts[part]
+    text_encoder = _load_network(pipeline / part, getattr(transformers, kind), dtype=torch.float32)
     with blaming(folder):
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        options = {"local_files_only": True, "padding_side": "right"}
+        tokenizer = getattr(transformers, parts[folder.name]).from_pretrained(str(folder), **options)
         check_tokenizer(tokenizer, text_encoder.config.vocab_size)
-        length = tokenizer.model_max_length  # 1e30 where the folder names none
+        length = LENGTHS.get(kind, tokenizer.model_max_length)  # 1e30 where the folder names none
         if not isinstance(length, (int, float)) or not length >= LEAST_LENGTH:
             raise UserError(f"model_max_length={length}: must be a number of at least {LEAST_LENGTH}")
-        tokenizer.model_max_length = int(min(length, text_encoder.config.max_position_embeddings))
+        most = length if kind in LENGTHS else text_encoder.config.max_position_embeddings
+        tokenizer.model_max_length = int(min(length, most))
         tokenizer("", padding="max_length")  # fails without a token for it
     return text_encoder, tokenizer
 

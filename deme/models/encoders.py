@@ -21,8 +21,8 @@ CHANNELS = (1, 3)  # of images: grayscale and RGB
 CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
 LEAST_VOCABULARY = 256  # tokens: one for each byte
 LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
-T5_LENGTH, GEMMA_LENGTH = 256, 300  # tokens, as diffusers' pipelines take by default
-NOT_IN_FP16 = ("T5EncoderModel", "Gemma2Model")  # overflow in it
+T5, GEMMA = "T5EncoderModel", "Gemma2Model"
+LENGTHS = {T5: 256, GEMMA: 300}  # tokens, as diffusers' pipelines take by default; both overflow in fp16
 Condition = dict[str, torch.Tensor]  # a network's further arguments, by name
 
 
@@ -110,7 +110,7 @@ class LatentsAndText:
             nn.Module.to(part, "cpu")
 
     def _ready(self, part: nn.Module) -> nn.Module:
-        overflows = self.dtype is torch.float16 and type(part).__name__ in NOT_IN_FP16
+        overflows = self.dtype is torch.float16 and type(part).__name__ in LENGTHS
         dtype = torch.bfloat16 if overflows else self.dtype
         return nn.Module.to(part, self.device, dtype)  # diffusers' own warns of every change of the type
 
@@ -256,7 +256,7 @@ class LatentsAndThreeTexts(LatentsAndText):
         return torch.cat(tokens, dim=1)
 
     def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
-        missing = T5_LENGTH if len(self.text_encoders) == 2 else 0
+        missing = LENGTHS[T5] if len(self.text_encoders) == 2 else 0
         states = functional.pad(embeddings[:, :-1], (0, 0, 0, missing))
         return {"encoder_hidden_states": states, "pooled_projections": embeddings[:, -1, : self.pooled]}
 

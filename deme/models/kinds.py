@@ -7,22 +7,29 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deme.config.paths import SUBFOLDERS, UNET
+from deme.config.paths import SUBFOLDERS, TRANSFORMER, UNET
 from deme.config.section import is_finite
 from deme.errors import UserError, naming, shown
 from deme.job.files import read_json
 from deme.models.schedules import FLOW, FLOW_SCHEDULERS, SCHEDULERS, prediction_type
 
 PROJECTED = "Projected"  # prefix of the classes with projections
-ENCODERS = ("vae", "text_encoder", "tokenizer")  # parts of a text-to-image pipeline
 XL = "StableDiffusionXLPipeline"
-XL_ENCODERS = (*ENCODERS, "text_encoder_2", "tokenizer_2")
+SD3, SANA = "SD3Transformer2DModel", "SanaTransformer2DModel"
+POOLED = "CLIPTextModelWithProjection"  # which also gives a text as one vector
+ENCODERS = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
+XL_ENCODERS = ENCODERS | {"text_encoder_2": POOLED, "tokenizer_2": "CLIPTokenizer"}
+T5_PARTS = {"text_encoder_3": "T5EncoderModel", "tokenizer_3": "T5Tokenizer"}  # a pipeline may lack both
+SD3_ENCODERS = XL_ENCODERS | {"text_encoder": POOLED} | T5_PARTS
+SANA_ENCODERS = {"vae": "AutoencoderDC", "text_encoder": "Gemma2Model", "tokenizer": "GemmaTokenizer"}
 PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written where a folder names none
     "DDPMPipeline": "UNet2DModel",
     "DDIMPipeline": "UNet2DModel",
     "PNDMPipeline": "UNet2DModel",
     "StableDiffusionPipeline": "UNet2DConditionModel",
     XL: "UNet2DConditionModel",
+    "StableDiffusion3Pipeline": SD3,
+    "SanaPipeline": SANA,
 }
 OF_UNETS = {  # supported settings; diffusers' default, where a file leaves one out, is among the values
     **dict.fromkeys(("class_embed_type", "num_class_embeds"), (None,)),  # labels
@@ -39,20 +46,27 @@ class Denoiser(NamedTuple):
     """What there is to know of a class of denoisers without loading one."""
 
     subfolder: str  # of SUBFOLDERS
-    encoders: tuple[str, ...]  # the parts between images and the network
+    encoders: Mapping[str, str]  # the parts between images and the network, with their classes
     settings: Mapping[str, tuple]  # supported values
+    text_width: str | None = None  # the setting that has the entries of an embedding
 
 
-DENOISERS = {"UNet2DModel": Denoiser(UNET, (), OF_UNETS), "UNet2DConditionModel": Denoiser(UNET, ENCODERS, OF_UNETS)}
+OF_SANA = {"guidance_embeds": (False,), "timestep_scale": (1.0,)}  # else it is distilled, as SANA-Sprint
+DENOISERS = {
+    "UNet2DModel": Denoiser(UNET, {}, OF_UNETS),
+    "UNet2DConditionModel": Denoiser(UNET, ENCODERS, OF_UNETS, "cross_attention_dim"),
+    SD3: Denoiser(TRANSFORMER, SD3_ENCODERS, {}, "joint_attention_dim"),
+    SANA: Denoiser(TRANSFORMER, SANA_ENCODERS, OF_SANA, "caption_channels"),
+}
+ENCODER_CLASSES = {
+    part: tuple(dict.fromkeys(all_[part] for all_ in (XL_ENCODERS, SD3_ENCODERS, SANA_ENCODERS) if part in all_))
+    for part in SD3_ENCODERS
+}
 CLASSES = {  # that a model_index.json may name
     "_class_name": PIPELINES,
     **dict.fromkeys(SUBFOLDERS, (*DENOISERS, *(f"{PROJECTED}{name}" for name in DENOISERS))),
     "scheduler": (*SCHEDULERS, *FLOW_SCHEDULERS),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    **ENCODER_CLASSES,
 }
 NEVER_RUN = ("safety_checker", "feature_extractor", "image_encoder")  # no image depends on them
 SETTINGS = {  # supported values, as of a denoiser's
@@ -63,8 +77,7 @@ SETTINGS = {  # supported values, as of a denoiser's
         "timestep_type": ("discrete",),
         "timestep_spacing": ("leading", "trailing", "linspace"),
     },
-    # StableDiffusionPipeline ignores all three
-    "vae": {"latents_mean": (None,), "latents_std": (None,), "shift_factor": (None, 0)},
+    "vae": {"latents_mean": (None,), "latents_std": (None,)},  # the pipelines ignore both
 }
 
 
@@ -83,8 +96,13 @@ def is_xl(settings: Mapping[str, Any]) -> bool:
     return settings.get("addition_embed_type") == "text_time"
 
 
-def parts_between(settings: dict[str, Any]) -> tuple[str, ...]:
-    """The parts between images and a denoiser, by its config.json."""
+def text_width(settings: Mapping[str, Any]) -> Any:
+    """The entries of a text's embedding, by the denoiser's config.json; None if it takes no text."""
+    return settings.get(DENOISERS[denoiser_class(settings)].text_width)
+
+
+def parts_between(settings: Mapping[str, Any]) -> Mapping[str, str]:
+    """The parts between images and a denoiser, by its config.json, with their classes."""
     return XL_ENCODERS if is_xl(settings) else DENOISERS[denoiser_class(settings)].encoders
 
 
@@ -109,9 +127,11 @@ def check_settings(part: str, settings: Mapping[str, Any]) -> None:
     for key, supported in known.items():
         if key in settings:
             look_up(key, settings[key], supported)
-    scale = settings.get("scaling_factor", 1)  # of latents
+    scale, shift = settings.get("scaling_factor", 1), settings.get("shift_factor")  # of latents
     if part == "vae" and not (is_finite(scale) and scale != 0):
         raise UserError(f"scaling_factor={shown(scale)}: must be a finite number other than 0")
+    if part == "vae" and shift is not None and not is_finite(shift):
+        raise UserError(f"shift_factor={shown(shift)}: must be a finite number")
 
 
 def look_up(what: str, given: Any, supported: Collection[Any]) -> None:

@@ -8,11 +8,12 @@ import functools
 import hashlib
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deme.config.networks import HUB_ID
-from deme.config.paths import SUBFOLDERS, denoiser_in
+from deme.config.paths import SUBFOLDERS, TRANSFORMER, denoiser_in
 from deme.config.sections import SINGLE_FILE
 from deme.errors import UserError, blaming, one_line, shown
 from deme.job.files import checked, read_json, sha256
@@ -24,14 +25,16 @@ from deme.models.kinds import (
     NEVER_RUN,
     PIPELINES,
     PROJECTED,
+    SD3,
+    T5_PARTS,
     XL,
-    XL_ENCODERS,
     denoiser_class,
     is_xl,
     look_up,
     parts_between,
     read_part,
 )
+from deme.models.schedules import FLOW, prediction_type
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
@@ -40,15 +43,16 @@ FORMS = (  # in order of preference, after the stem: a file, or an index of shar
     (".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16-*-of-*.safetensors", "-*-of-*.fp16.safetensors"),
     (".bin", ".bin.index.json", "-*-of-*.bin"),
 )
-# of parts with weights
-STEMS = {**dict.fromkeys(SUBFOLDERS, STEM), "vae": STEM, "text_encoder": "model", "text_encoder_2": "model"}
+TOKENIZER_FILES = ("json", "txt", "model")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+STEMS = {**dict.fromkeys((*SUBFOLDERS, "vae"), STEM), **dict.fromkeys(TEXT_ENCODERS, "model")}  # of parts with weights
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # up to diffusers 0.15
 OLD_ATTENTION_NAME = re.compile(rf"(?<=\.)({'|'.join(ATTENTION_NAMES)})(?=\.(weight|bias)$)")
 todays_name = functools.partial(OLD_ATTENTION_NAME.sub, lambda match: ATTENTION_NAMES[match[1]])
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 SETTINGS_FILES = [INDEX, "config.json", SCHEDULER_CONFIG, f"scheduler/{SCHEDULER_CONFIG}"]  # read beside the weights
-SETTINGS_FILES += [*(f"{part}/config.json" for part in STEMS), "tokenizer*/*.json", "tokenizer*/*.txt"]
+SETTINGS_FILES += [*(f"{part}/config.json" for part in STEMS), *(f"tokenizer*/*.{end}" for end in TOKENIZER_FILES)]
 
 
 def hub_name(source: str) -> str | None:
@@ -131,7 +135,7 @@ def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
     file, index = pipeline / INDEX, read_index(pipeline)
     for part, name in ({"_class_name": None} | index if index else {}).items():
         look_up(f"{file}: the part", part, CLASSES)
-        look_up(f"{file}: {part}", name, CLASSES[part])
+        look_up(f"{file}: {part}", without_fast(name), CLASSES[part])
     denoiser, vae = denoiser_folder(pipeline) / "config.json", pipeline / "vae" / "config.json"
     subfolder = denoiser_in(pipeline).name
     files = {subfolder: denoiser, "scheduler": schedule_file(pipeline), "vae": vae}
@@ -139,6 +143,8 @@ def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
     for part in (subfolder, "scheduler") if is_whole else ():
         if part not in settings:
             raise UserError(f"not a pipeline folder: {files[part]} is missing")
+    if "vae" in settings and settings.get(subfolder, {}).get("_class_name") != SD3:
+        look_up(f"{vae}: shift_factor", settings["vae"].get("shift_factor"), (None, 0))  # other pipelines ignore it
     if subfolder not in settings:
         return pipeline
     given = settings[subfolder]
@@ -148,12 +154,34 @@ def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
     if index and (index.get("_class_name") == XL) != is_xl(given):
         added = shown(given.get("addition_embed_type"))
         raise UserError(f"{file}: _class_name={index['_class_name']}: its network has addition_embed_type={added}")
+    between = parts_of(pipeline, given)
     present = {path.parent.name for path in pipeline.glob("*/config.json")}
     if index:  # says which folders count; but for these, which would be passed over
-        present = (present | index.keys()) & {"vqvae", *XL_ENCODERS}
-    for part in sorted(present - {subfolder, "scheduler", *NEVER_RUN, *parts_between(given)}):
-        raise UserError(f"{pipeline / part}: a {kind} is supported without one")
+        present = (present | index.keys()) & {"vqvae", *STEMS}
+    for part in sorted(present - {subfolder, "scheduler", *NEVER_RUN, *between}):
+        why = f"{file.name} does not name it" if part in parts_between(given) else f"a {kind} is supported without one"
+        raise UserError(f"{pipeline / part}: {why}")
+    for part, name in between.items():
+        look_up(f"{file}: {part}", without_fast(index.get(part, name)), (name,))
+    if "vae" in settings:
+        look_up(f"{vae}: _class_name", settings["vae"]["_class_name"], (between["vae"],))
+    if subfolder == TRANSFORMER and "text_encoder" in between and "scheduler" in settings:
+        look_up(f"{files['scheduler']}: what networks predict", prediction_type(settings["scheduler"]), (FLOW,))
     return pipeline
+
+
+def without_fast(name: Any) -> Any:
+    """A class's name without the ending that tokenizers have had in older versions of transformers."""
+    return name.removesuffix("Fast") if isinstance(name, str) else name
+
+
+def parts_of(pipeline: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The parts between images and a pipeline's denoiser, by its settings, with their classes; T5 may be missing."""
+    index = read_index(pipeline)
+    has = {part: part in index if index else (pipeline / part).is_dir() for part in T5_PARTS}
+    if len(set(has.values())) > 1:
+        raise UserError(f"{pipeline}: has {' but no '.join(sorted(has, key=has.get, reverse=True))}")
+    return {part: kind for part, kind in parts_between(settings).items() if has.get(part, True)}
 
 
 def read_schedule(pipeline: Path) -> dict[str, Any]:
@@ -174,7 +202,7 @@ def encoder_files(pipeline: Path) -> dict[str, Path]:
     """
     files = {}
     config = denoiser_folder(pipeline) / "config.json"
-    parts = XL_ENCODERS if config.is_file() and is_xl(read_json(config)) else ENCODERS
+    parts = parts_of(pipeline, read_json(config)) if config.is_file() else ENCODERS
     for part in parts if takes_text(pipeline) else ():
         if not (pipeline / part).is_dir():
             raise UserError(f"{pipeline / part}: missing")
@@ -203,9 +231,11 @@ def latent_factor(pipeline: Path) -> int:
     if not takes_text(pipeline):
         return 1
     file = pipeline / "vae" / "config.json"
-    blocks = read_json(file).get("block_out_channels")
+    settings = read_json(file)
+    key = "encoder_block_out_channels" if "encoder_block_out_channels" in settings else "block_out_channels"
+    blocks = settings.get(key)
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= 16:
-        raise UserError(f"{file}: block_out_channels={blocks}")
+        raise UserError(f"{file}: {key}={blocks}")
     return 2 ** (len(blocks) - 1)
 
 

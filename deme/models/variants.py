@@ -222,13 +222,14 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
         "scheduler": ["diffusers", read_json(schedule).get("_class_name", given.get("scheduler"))],
         denoiser.name: [library, settings.get("_class_name", kind)],
     }
-    for part in kinds.parts_between(settings):
-        index[part] = ["diffusers" if part == "vae" else "transformers", kinds.CLASSES[part][0]]
+    for part, name in pipelines.parts_of(pretrained, settings).items():
+        index[part] = ["diffusers" if part == "vae" else "transformers", name]
+    index |= {part: [None, None] for part in kinds.parts_between(settings) if part not in index}
     if kinds.is_xl(settings):
         key = "force_zeros_for_empty_prompt"  # of an empty negative prompt
         index |= {key: read_json(pretrained / pipelines.INDEX).get(key, True)}
         index |= {part: [None, None] for part in ("feature_extractor", "image_encoder")}
-    elif kinds.DENOISERS[kind].encoders:
+    elif index["_class_name"] == "StableDiffusionPipeline":
         index |= {"requires_safety_checker": False, **{part: [None, None] for part in kinds.NEVER_RUN}}
     (folder / pipelines.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     for name, source in {**encoder_files(pretrained), f"scheduler/{schedule.name}": schedule}.items():

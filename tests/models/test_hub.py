@@ -161,8 +161,8 @@ def test_no_more_is_downloaded_than_is_read(hub, text_to_image, tmp_path):
 def test_nothing_but_settings_is_downloaded_of_a_model_of_another_kind(hub, text_to_image, tmp_path):
     source = shutil.copytree(text_to_image, tmp_path / "source")
     index = json.loads((source / "model_index.json").read_text())
-    (source / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3Pipeline"}))
+    (source / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
     copied = hub(source)
-    with pytest.raises(UserError, match="_class_name=StableDiffusion3Pipeline: not one of"):
+    with pytest.raises(UserError, match="_class_name=FluxPipeline: not one of"):
         find_pipeline("tester/model")
     assert not [name for name in copied if name.endswith(".safetensors")]

@@ -150,7 +150,11 @@ def test_latents_without_a_scale_are_refused(text_to_image, tmp_path, value):
     [
         "LDMPipeline",
         "StableDiffusionXLImg2ImgPipeline",
-        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+        "StableDiffusion3ControlNetPipeline",
+        "SanaSprintPipeline",
+        "FluxPipeline",
         "DiTPipeline",
         "LatentConsistencyModelPipeline",
     ],

@@ -8,8 +8,9 @@ from diffusers import SanaPipeline
 from text_to_image import tiny_sana_pipeline, tiny_sd3_pipeline
 
 from deme.models.encoders import (
-    GEMMA_LENGTH,
-    T5_LENGTH,
+    GEMMA,
+    LENGTHS,
+    T5,
     Captioned,
     LatentsAndInstructedText,
     LatentsAndThreeTexts,
@@ -26,13 +27,13 @@ def three_texts(pipeline) -> LatentsAndThreeTexts:
     if pipeline.tokenizer_3 is None:
         encoders, tokenizers = encoders[:2], tokenizers[:2]
     else:
-        tokenizers[2].model_max_length = T5_LENGTH
+        tokenizers[2].model_max_length = LENGTHS[T5]
     return LatentsAndThreeTexts(pipeline.vae, encoders, tokenizers, width=56)
 
 
 def instructed(pipeline) -> LatentsAndInstructedText:
     tokenizer = pipeline.tokenizer
-    tokenizer.model_max_length, tokenizer.padding_side = GEMMA_LENGTH, "right"
+    tokenizer.model_max_length, tokenizer.padding_side = LENGTHS[GEMMA], "right"
     return LatentsAndInstructedText(
         pipeline.vae, [pipeline.text_encoder], [tokenizer], instruction="\n".join(INSTRUCTION)
     )
@@ -51,7 +52,7 @@ def test_stable_diffusion_3s_texts(has_t5):
     found = encoder.negative(["blurred"])
     torch.testing.assert_close(found["encoder_hidden_states"], negative[:1])
     torch.testing.assert_close(found["pooled_projections"], negative_pooled[:1])
-    assert encoder.embed(TEXTS).shape == (3, 77 + T5_LENGTH * has_t5 + 1, 56)  # no zeros in the cache
+    assert encoder.embed(TEXTS).shape == (3, 77 + LENGTHS[T5] * has_t5 + 1, 56)  # no zeros in the cache
 
 
 @torch.no_grad()

@@ -1,0 +1,189 @@
+"""Stable Diffusion 3 and SANA: transformers of text and latents, trained by flow matching."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, StableDiffusion3Pipeline
+from test_text_to_image import PROMPTS
+from text_to_image import tiny_pipeline, tiny_sana_pipeline, tiny_sd3_pipeline
+
+from deme.config.sections import Sample
+from deme.config.trainings import Finetune
+from deme.errors import UserError
+from deme.models.denoisers import load_denoiser, load_scheduler
+from deme.models.encoder_loading import load_encoder
+from deme.models.encoders import Drawing
+from deme.models.pipelines import INDEX, find_pipeline
+from scripts.estimate import Size, encoder_cost, gpu_memory, unet_cost
+
+SD3_5 = {"qk_norm": "rms_norm", "dual_attention_layers": [0]}
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory) -> Path:
+    """A pipeline's folder."""
+    folder = tmp_path_factory.mktemp("sd3") / "pretrained"
+    tiny_sd3_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sana(tmp_path_factory) -> Path:
+    """A pipeline's folder."""
+    folder = tmp_path_factory.mktemp("sana") / "pretrained"
+    tiny_sana_pipeline().save_pretrained(folder)
+    return folder
+
+
+def drawn(folder: Path, settings: Sample, shape: tuple[int, ...]) -> np.ndarray:
+    network = load_denoiser(find_pipeline(str(folder)) / "transformer")
+    drawing = Drawing(load_scheduler(folder), load_encoder(folder, network), settings, shape, torch.device("cpu"))
+    return drawing.images(lambda _: network, range(6), PROMPTS)[:, 0].numpy()
+
+
+def latents(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(6)])
+
+
+@pytest.mark.parametrize("settings", [{}, {"has_t5": False}, SD3_5], ids=["3", "without T5", "3.5"])
+def test_images_are_those_of_stable_diffusion_3(tmp_path, settings):
+    """From the same latents, prompts and schedule, to one grey level."""
+    tiny_sd3_pipeline(**settings).save_pretrained(tmp_path)
+    shape, guidance = (4, 4, 4), {"guidance_scale": 7.0, "num_inference_steps": 3}
+    found = drawn(tmp_path, Sample(**guidance, scheduler="euler", negative_prompt="blurred"), shape)
+    without = {} if settings.get("has_t5", True) else {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path, **without)
+    expected = pipeline(
+        PROMPTS,
+        height=8,
+        width=8,
+        negative_prompt=["blurred"] * len(PROMPTS),
+        latents=latents(shape),
+        output_type="np",
+        **guidance,
+    ).images
+    assert found.std() > 5
+    assert np.abs(found - np.round(expected[..., 0] * 255)).max() <= 1
+
+
+def test_images_are_those_of_sana(sana):
+    """From the same latents, prompts and schedule, to one grey level."""
+    shape, guidance = (4, 16, 16), {"guidance_scale": 4.5, "num_inference_steps": 3}
+    found = drawn(sana, Sample(**guidance, scheduler="euler", negative_prompt="blurred"), shape)
+    pipeline = SanaPipeline.from_pretrained(sana, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    expected = pipeline(
+        PROMPTS,
+        height=32,
+        width=32,
+        use_resolution_binning=False,
+        negative_prompt=["blurred"] * len(PROMPTS),
+        latents=latents(shape),
+        output_type="np",
+        **guidance,
+    ).images
+    assert found.std() > 5
+    assert np.abs(found - np.round(expected[..., 0] * 255)).max() <= 1
+
+
+def edited(folder: Path, target: Path, file: str, **values) -> Path:
+    """A copy with other settings in a file; ... removes one."""
+    shutil.copytree(folder, target)
+    found = json.loads((target / file).read_text()) | values
+    (target / file).write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "values", "message"),
+    [
+        ("sana", "transformer/config.json", {"guidance_embeds": True}, "guidance_embeds=true: not false"),
+        ("sana", "transformer/config.json", {"timestep_scale": 0.001}, "timestep_scale=0.001: not 1.0"),
+        ("sana", "vae/config.json", {"_class_name": "AutoencoderKL"}, "_class_name=AutoencoderKL: not AutoencoderDC"),
+        ("sd3", "vae/config.json", {"_class_name": "AutoencoderTiny"}, "_class_name=AutoencoderTiny: not one of Auto"),
+        ("sd3", "vae/config.json", {"shift_factor": "large"}, "shift_factor=large: must be a finite number"),
+        ("sd3", INDEX, {"vae": ["diffusers", "AutoencoderDC"]}, "vae=AutoencoderDC: not AutoencoderKL"),
+        (
+            "sd3",
+            INDEX,
+            {"text_encoder": ["transformers", "CLIPTextModel"]},
+            "CLIPTextModel: not CLIPTextModelWithProje",
+        ),
+        ("sd3", INDEX, {"controlnet": ["diffusers", "SD3ControlNetModel"]}, "the part=controlnet: not one of"),
+        ("sd3", INDEX, {"_class_name": "SanaPipeline"}, "its network is a SD3Transformer2DModel"),
+        ("sd3", INDEX, {"tokenizer_3": [None, None]}, "has text_encoder_3 but no tokenizer_3"),
+        (
+            "sd3",
+            INDEX,
+            {"text_encoder_3": ..., "tokenizer_3": ...},
+            "text_encoder_3: model_index.json does not name it",
+        ),
+        ("sd3", "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "predict=epsilon: not flow_pred"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(request, tmp_path, family, file, values, message):
+    folder = edited(request.getfixturevalue(family), tmp_path / "copy", file, **values)
+    with pytest.raises(UserError, match=message) as error:
+        find_pipeline(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_shift_of_latents_that_another_pipeline_would_ignore_is_refused(tmp_path):
+    """StableDiffusionPipeline ignores it."""
+    tiny_pipeline().save_pretrained(tmp_path / "plain")
+    folder = edited(tmp_path / "plain", tmp_path / "copy", "vae/config.json", shift_factor=0.1)
+    with pytest.raises(UserError, match=r"shift_factor=0\.1: not one of null, 0"):
+        find_pipeline(str(folder))
+
+
+PUBLISHED = {  # transformer/config.json where it is not the class's default, parameters, and positions
+    "Stable Diffusion 3 medium": (
+        {"_class_name": "SD3Transformer2DModel", "num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 192}
+        | {"caption_projection_dim": 1536},
+        2_028_328_000,
+        192,
+    ),
+    "Stable Diffusion 3.5 medium": (
+        {"_class_name": "SD3Transformer2DModel", "num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 384}
+        | {"caption_projection_dim": 1536, "qk_norm": "rms_norm", "dual_attention_layers": list(range(13))},
+        2_243_171_520,
+        384,
+    ),
+    "SANA 1.6B": ({"_class_name": "SanaTransformer2DModel"}, 1_604_462_752, 0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_estimate_of_the_published_networks(name):
+    """On the meta device: parameters, and the memory of a LoRA's training with a base in bf16."""
+    config, parameters, positions = PUBLISHED[name]
+    finetune = Finetune(lora_rank=16, base_precision="bf16", mixed_precision="bf16")
+    found, trained, buffers, flops = unet_cost(config, finetune)
+    assert (found, buffers) == (parameters, 1536 * positions**2)
+    size = Size(found, trained, buffers, flops, 3, 0.0, 0, 0, 2, 100, ["merged"])
+    assert sum(gpu_memory(finetune, size, is_cached=True).values()) == 2 * found + 4 * buffers + 20 * trained
+
+
+@pytest.mark.parametrize(("family", "tokens", "resolution"), [("sd3", 77 + 256 + 1, 8), ("sana", 300, 32)])
+def test_the_estimate_counts_texts_and_encoders(request, family, tokens, resolution):
+    folder = request.getfixturevalue(family)
+    network = load_denoiser(folder / "transformer")
+    encoder = load_encoder(folder, network)
+    channels, flops, encoded, parameters = encoder_cost(folder, resolution)
+    pixels = torch.zeros(1, 1, resolution, resolution, dtype=torch.uint8)
+    moments, embedding = encoder.moments(pixels), encoder.embed(["a cat"])
+    assert embedding.shape[1] == tokens
+    assert (channels, encoded) == (1, pytest.approx(2 * (moments.numel() + embedding.numel()), rel=0.01))
+    assert parameters == sum(part.num_parameters() for part in (encoder.vae, *encoder.text_encoders))
+    assert flops > 0
+
+
+def test_texts_of_another_width_are_refused(sd3, sana, tmp_path):
+    folder = shutil.copytree(sana, tmp_path / "copy")
+    shutil.rmtree(folder / "text_encoder")
+    shutil.copytree(sd3 / "text_encoder_3", folder / "text_encoder")
+    with pytest.raises(UserError, match="copy/text_encoder: "):
+        load_encoder(folder, load_denoiser(folder / "transformer"))
