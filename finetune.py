@@ -221,7 +221,7 @@ def main(config: Config) -> None:
 
     merge_method(config.merge.method, config.merge.settings)  # a typo would show only when the training is over
     key, source = source_of(tasks[0], config)
-    load = partial(load_networks, inputs, key, source, tasks[0].settings)
+    load = partial(load_networks, inputs, key, source, config.timesteps, tasks[0].settings)
     accelerator, start, images = open_training(session, load, watched, hashes)
     accelerator.print(
         f"{source}: {start.student.num_parameters():,} parameters; {len(images.training):,} images; "

@@ -58,7 +58,7 @@ def make_networks(config: Config, encoders: Path | None) -> "Networks":
     import diffusers
     import torch
 
-    from deme.method.process import process_of
+    from deme.method.process import new_scheduler, process_of
     from deme.models.denoisers import load_scheduler
     from deme.models.encoder_loading import load_encoder, try_out
     from deme.models.encoders import Pixels
@@ -71,10 +71,7 @@ def make_networks(config: Config, encoders: Path | None) -> "Networks":
         try:
             if encoders is None:
                 unet = diffusers.UNet2DModel(sample_size=config.data.resolution, **settings.unet)
-                scheduler = diffusers.DDPMScheduler(
-                    num_train_timesteps=config.timesteps.num_train_timesteps,  # by name, or diffusers drops it later
-                    **settings.scheduler,
-                )
+                scheduler = new_scheduler(config.timesteps.num_train_timesteps, **settings.scheduler)
             else:
                 size = config.data.resolution // latent_factor(encoders)
                 unet = diffusers.UNet2DConditionModel(sample_size=size, **settings.unet)
@@ -82,9 +79,8 @@ def make_networks(config: Config, encoders: Path | None) -> "Networks":
         except Exception as error:  # diffusers and torch raise whatever a wrong value leads to
             raise UserError(one_line(error)) from None
         encoder = Pixels(unet.config.in_channels) if encoders is None else load_encoder(encoders, unet)
-        process = process_of(scheduler)
-        try_out(unet, process, encoder)
-    return Networks(unet, None, process, encoder)
+        try_out(unet, process_of(scheduler), encoder)
+    return Networks(unet, None, process_of(scheduler, config.timesteps), encoder)
 
 
 def write_pipeline(config: Config, networks: "Networks", encoders: Path | None, folder: Path) -> None:

@@ -35,7 +35,7 @@ def main(config: Config) -> None:
     from deme.training.state import load_networks
     from deme.training.trainer import open_training
 
-    load = partial(load_networks, inputs, "model.pretrained", config.paths.pretrained)
+    load = partial(load_networks, inputs, "model.pretrained", config.paths.pretrained, config.timesteps)
     accelerator, _, images = open_training(Session(config, config.finetune), load, inputs.watched(), inputs.hashes())
     accelerator.print(f"{config.data.name}: {len(images.training):,} images")
 

@@ -17,6 +17,7 @@ CLIP_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # of the paper's text-to-i
 LEAST_CLASSIFIED = 8  # pixels: the classifier halves an image three times
 DDIM = ("ddim", "DDIMScheduler")  # one sampler by two names
 COEFFICIENTS, SCALES = "coefficients", "prediction_scale"  # what can be searched
+RANGE_KEYS = ("num_ranges", "edges")  # of `timesteps`: what only chooses the ranges
 SPACINGS = ("leading", "trailing", "linspace")
 
 
@@ -77,12 +78,25 @@ class Timesteps(Section):
     num_train_timesteps: int = setting(1000, "weights", above=0)  # T; must equal the pretrained scheduler's
     num_ranges: int = setting(4, "weights", above=0)  # N equal ranges, unless edges are given
     edges: list[int] | None = setting(None, "weights")  # rising from 0 to T: range k is [edges[k], edges[k + 1])
+    # flow matching: what training draws timesteps from, restricted to each range, as diffusers' training scripts do
+    density: str = setting("uniform", "weights omit_default", choices=("uniform", "logit_normal"))
+    logit_mean: float = setting(0.0, "weights omit_default", least=-10, most=10)  # above 0: less noise
+    logit_std: float = setting(1.0, "weights omit_default", above=0, most=10)
+    shift: float | None = setting(None, "weights omit_default", above=0)  # above 1: more noise; null: the scheduler's
 
     def check_together(self) -> None:
         total, edges = self.num_train_timesteps, self.edges
         self.check("num_ranges", self.num_ranges <= total, f"must be at most T = {total}")
         rise = edges is None or (edges == sorted(set(edges)) and edges[:1] + edges[-1:] == [0, total])
         self.check("edges", rise, f"must rise from 0 to T = {total}")
+        for key in ("logit_mean", "logit_std"):
+            counts = self.density == "logit_normal" or getattr(self, key) == getattr(type(self), key)
+            self.check(key, counts, "needs timesteps.density=logit_normal")
+
+    @property
+    def drawn_from(self) -> dict[str, Any]:
+        """What determines the draws within ranges, for records: key → value."""
+        return {f"timesteps.{key}": value for key, value in self.tagged("weights").items() if key not in RANGE_KEYS}
 
     @property
     def ranges(self) -> list[tuple[int, int]]:

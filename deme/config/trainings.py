@@ -96,7 +96,8 @@ class Pretrain(Training):
     patience: int | None = setting(None, "weights", above=0)  # stop after so many without a fall by 0.1 % in a row
     encoders: str | None = setting(None, "weights text path")  # pipeline with a text-to-image model's VAE, text encoder
     unet: dict[str, Any] = setting({}, "weights")  # arguments of UNet2DModel, or with encoders of UNet2DConditionModel
-    scheduler: dict[str, Any] = setting({}, "weights")  # arguments of diffusers' DDPMScheduler
+    # arguments of diffusers' DDPMScheduler, or with _class_name: FlowMatchEulerDiscreteScheduler of that
+    scheduler: dict[str, Any] = setting({}, "weights")
 
 
 @dataclass(frozen=True)

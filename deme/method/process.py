@@ -5,6 +5,7 @@ measurements and searches hold for both. The scheduler's class decides.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -49,6 +50,13 @@ class DDPM(Process):
 
     dtype, usual_sampler = torch.int64, "ddim"
 
+    def __init__(self, scheduler: SchedulerMixin, settings: Any = None):
+        super().__init__(scheduler)
+        for key in ("density", "shift"):
+            given = getattr(settings, key, None)
+            if given not in (None, "uniform"):
+                raise UserError(f"timesteps.{key}={given}: the network was not trained by flow matching")
+
     @property
     def predicts(self) -> str:
         """What a network predicts, as diffusers calls it: epsilon, sample or v_prediction."""
@@ -90,17 +98,46 @@ class FlowMatching(Process):
     dtype, usual_sampler = torch.float32, "euler"
     predicts = "flow_prediction"
 
+    def __init__(self, scheduler: SchedulerMixin, settings: Any = None):
+        super().__init__(scheduler)
+        given = None if settings is None else settings.shift
+        self.shift = scheduler.config.shift if given is None else given
+        self.settings = settings if settings is not None and settings.density != "uniform" else None
+
     def _draw(self, part: torch.Tensor, timestep_range: Range, mirrored: int) -> None:
         """The mirror image of a quantile p is 1 − p."""
         shares = torch.rand(len(part) - mirrored, dtype=torch.float64, device=part.device)
         part.copy_(self._quantile(torch.cat([shares, 1 - shares[:mirrored]]), timestep_range))
 
     def _quantile(self, shares: torch.Tensor, timestep_range: Range) -> torch.Tensor:
-        """The timesteps of [low, high) below which these shares of its draws lie."""
+        """The timesteps of [low, high) below which these shares of its draws lie.
+
+        As diffusers draws them with compute_density_for_timestep_sampling, σ is shifted from r = 1 − u by
+        σ = s r/(1 + (s − 1) r), where u is uniform or logit-normal. Here the density is restricted to the range.
+        """
         low, high = timestep_range
-        ends = torch.tensor([low, high], dtype=self.dtype)
-        below_end = float(torch.nextafter(ends[1], ends[0]))
-        return (low + (high - low) * shares).to(self.dtype).clamp(low, below_end)
+        ends = torch.tensor([low, high], dtype=torch.float64) / self.total
+        ends = ends / (self.shift - (self.shift - 1) * ends)  # of r
+        if self.settings is None:
+            unshifted = torch.lerp(*ends.to(shares.device), shares)
+        else:
+            unshifted = self._logit_normal(shares, ends, timestep_range)
+        sigmas = self.shift * unshifted / (1 + (self.shift - 1) * unshifted)
+        below_end = float(torch.nextafter(torch.tensor(high, dtype=self.dtype), torch.tensor(0.0)))
+        return (self.total * sigmas).to(self.dtype).clamp(low, below_end)
+
+    def _logit_normal(self, shares: torch.Tensor, ends: torch.Tensor, timestep_range: Range) -> torch.Tensor:
+        """The quantiles of r between the ends, with logit(r) = −logit(u) ~ N(−logit_mean, logit_std²)."""
+        mean, deviation = -self.settings.logit_mean, self.settings.logit_std
+        scores = (ends.logit() - mean) / deviation
+        is_upper = bool(scores[0] > 0)  # mirrored, as shares of the upper tail are as good as 1
+        scores = -scores.flip(0) if is_upper else scores
+        below = torch.erfc(-scores / 2**0.5) / 2  # torch.special.ndtr has no small values
+        if not below[0] < below[1]:
+            low, high = timestep_range
+            raise UserError(f"timesteps.logit_std={deviation}: as good as no timestep of [{low}, {high}) is drawn")
+        quantiles = torch.special.ndtri(torch.lerp(*below.to(shares.device), 1 - shares if is_upper else shares))
+        return torch.sigmoid(mean + deviation * (-quantiles if is_upper else quantiles))
 
     def _sigmas(self, timesteps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         return (timesteps / self.total).to(images.dtype).view(-1, *[1] * (images.ndim - 1))
@@ -132,9 +169,20 @@ class FlowMatching(Process):
 PROCESSES = {DDPMScheduler: DDPM, FlowMatchEulerDiscreteScheduler: FlowMatching}
 
 
-def process_of(scheduler: SchedulerMixin) -> DDPM | FlowMatching:
-    """The noise process of a pretrained scheduler, as `load_scheduler` gives it."""
+def new_scheduler(num_train_timesteps: int, _class_name: str = "DDPMScheduler", **settings: Any) -> SchedulerMixin:
+    """A scheduler of one of the classes in PROCESSES."""
+    kinds = {kind.__name__: kind for kind in PROCESSES}
+    if _class_name not in kinds:
+        raise UserError(f"_class_name={_class_name}: not one of {', '.join(kinds)}")
+    return kinds[_class_name](num_train_timesteps=num_train_timesteps, **settings)  # by name, or it is not saved
+
+
+def process_of(scheduler: SchedulerMixin, settings: Any = None) -> DDPM | FlowMatching:
+    """The noise process of a pretrained scheduler, as `load_scheduler` gives it.
+
+    `settings` are those of timesteps: the density that a training by flow matching draws them from.
+    """
     kind = type(scheduler)
     if kind not in PROCESSES:
         raise UserError(f"{kind.__name__}: not one of {', '.join(known.__name__ for known in PROCESSES)}")
-    return PROCESSES[kind](scheduler)
+    return PROCESSES[kind](scheduler, settings)

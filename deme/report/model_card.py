@@ -9,7 +9,8 @@ from deme.config.paths import denoiser_in, without_schedule
 from deme.config.trainings import SELF, SOUP
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_spaces
-from deme.models.pipelines import WEIGHTS, hub_name, is_projected, read_index, takes_text
+from deme.models.pipelines import WEIGHTS, hub_name, is_projected, read_index, read_schedule, takes_text
+from deme.models.schedules import FLOW, prediction_type
 from deme.report.tables import distances, markdown_table, render
 
 FROM = "copies of one pretrained network, "
@@ -30,6 +31,7 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
     """
     merged, repository = config.paths.merged, config.merge.push_to_hub
     is_of_text, projected = takes_text(merged), is_projected(denoiser_in(merged))
+    is_flow = prediction_type(read_schedule(merged)) == FLOW
     method, networks = made_from["method"], config.merged_networks
     names = [f"timesteps {name}" * (name == config.timesteps.names[0]) or name for name in config.merged_names]
     settings = [f"{key} {value}" for key, value in made_from.items() if key.startswith(f"{method}_")]
@@ -50,8 +52,9 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
         coefficients=markdown_table(["tensors", *names], coefficients),
         scores=[f"- {score_line(name, row)}" for name, row in own],
         takes_text=is_of_text,
+        kind="text-to-image model" if is_of_text else "flow-matching model" if is_flow else "DDPM",
         projected=projected,
-        pipeline=read_index(merged)["_class_name"] if is_of_text else "DDIMPipeline",
+        pipeline=read_index(merged)["_class_name"] if is_of_text or is_flow else "DDIMPipeline",
         name=merged if repository is None else repository,
         downloads=projected and repository is not None,  # else diffusers would look for the class in the repository
     )

@@ -85,7 +85,7 @@ class Session:
                 name = f"{section.section}.{key}"
                 if key not in unused and name != IMAGE_COLUMN:  # `with_data` adds the one that is read
                     tagged[tag][renamed.get(name, name)] = value
-        fixed = {"seed": self.config.seed, "timesteps.num_train_timesteps": self.config.timesteps.num_train_timesteps}
+        fixed = {"seed": self.config.seed, **self.config.timesteps.drawn_from}
         beside = {"free": tagged["free"], **provenance(self.config)}
         record = Record(RUN, {**fixed, **tagged["weights"], **made_from}, beside)
         return TrainingRun(objective, settings, folder, output, record)

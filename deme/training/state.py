@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deme.config.paths import average_name
+from deme.config.sections import Timesteps
 from deme.config.trainings import Finetune, Training
 from deme.data.opening import torch_seed
 from deme.errors import RunError, UserError, naming, one_line
@@ -49,11 +50,14 @@ class Networks:
     encoder: Encoder
 
 
-def load_networks(inputs: ModelFiles, key: str, source: str, settings: Finetune | None = None) -> Networks:
+def load_networks(
+    inputs: ModelFiles, key: str, source: str, timesteps: Timesteps, settings: Finetune | None = None
+) -> Networks:
     """Load and try out a pipeline, and the experts as its teacher if `inputs` has more than one denoiser.
 
-    Errors name the setting `key` and its value, which the pipeline comes from. If `settings` are those of a LoRA, the
-    denoiser is frozen, in finetune.base_precision, but for a LoRA that it has.
+    Errors name the setting `key` and its value, which the pipeline comes from. `timesteps` has the density that
+    training draws from. If `settings` are those of a LoRA, the denoiser is frozen, in finetune.base_precision, but for
+    a LoRA that it has.
     """
     loading = load_denoisers(inputs.pipeline, inputs.denoisers)
     with naming(key, source):
@@ -67,6 +71,7 @@ def load_networks(inputs: ModelFiles, key: str, source: str, settings: Finetune 
             try_out(expert, process, encoder)
     if settings is not None and settings.lora_rank is not None:
         freeze_base(denoiser, settings)
+    process = process_of(process.scheduler, timesteps)
     return Networks(denoiser, Experts(experts) if experts else None, process, encoder)
 
 
