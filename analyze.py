@@ -24,7 +24,7 @@ from deme.config.trainings import GRADIENT_PASSES
 from deme.config.trainings import CONTINUED, DISTILLED, NEON
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
-from deme.models.pipelines import denoiser_folder, has_weights
+from deme.models.pipelines import denoiser_folder, has_weights, labels_of
 from deme.models.variants import MAKERS, ModelFiles, check_trained, find_pretrained, made_denoisers
 
 OF_RANGES = ("loss_by_timestep", "activation_change")  # analyses of the ranges' experts, whatever is merged
@@ -61,7 +61,7 @@ def main(config: Config) -> None:
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
 
     source = open_source(config.data)
-    made_of = data_hashes(source, paths.image_cache, with_captions=True) | inputs.hashes()
+    made_of = data_hashes(source, paths.image_cache, labels_of(pretrained) > 0, with_captions=True) | inputs.hashes()
     accelerator = make_accelerator("no", "analyze")
     material = Material(config, accelerator, pretrained, networks, source, made_of)
     watched.check()  # what was hashed was read

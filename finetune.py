@@ -33,7 +33,7 @@ from deme.job.command import run_script
 from deme.job.files import read_json, sha256
 from deme.job.records import ARCHITECTURE, BASE
 from deme.models.kinds import subfolder_of
-from deme.models.pipelines import weights_hash
+from deme.models.pipelines import labels_of, weights_hash
 from deme.models.variants import ModelFiles, check_trained, find_model
 from deme.training.session import Objective, Session, TrainingRun
 
@@ -192,6 +192,7 @@ def main(config: Config) -> None:
     session = open_session(config)
     model = tasks[0].start
     variant = find_model(model, config.paths)
+    session.takes_labels = labels_of(variant.pipeline) > 0
     unets = {model: variant.denoisers[0]}
     if model == MERGED:
         unets |= zip(config.timesteps.names, check_trained(config.experts), strict=True)

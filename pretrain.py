@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.config.paths import UNET
 from deme.errors import UserError, naming, one_line
 from deme.job.command import run_script
 from deme.job.files import Watched, write_yaml
 from deme.job.records import provenance
+from deme.models.kinds import subfolder_of
 from deme.models.pipelines import check_pipeline, latent_factor, takes_text
 from deme.job.repository import found_folder
-from deme.models.variants import ModelFiles, write_pipeline_files
+from deme.models.variants import ModelFiles, write_index, write_pipeline_files
 from deme.training.session import Objective, Session
 
 if TYPE_CHECKING:
@@ -59,18 +59,19 @@ def make_networks(config: Config, encoders: Path | None) -> "Networks":
     import torch
 
     from deme.method.process import new_scheduler, process_of
-    from deme.models.denoisers import load_scheduler
-    from deme.models.encoder_loading import load_encoder, try_out
-    from deme.models.encoders import Pixels
+    from deme.models.denoisers import load_scheduler, new_transformer
+    from deme.models.encoder_loading import load_encoder, pixels_of, try_out
     from deme.training.state import Networks
 
     settings = config.pretrain
     torch.manual_seed(config.seed)
-    given = f"pretrain.unet={settings.unet}, pretrain.scheduler={settings.scheduler}, data.resolution"
+    key = "transformer" if settings.transformer else "unet"
+    given = f"pretrain.{key}={getattr(settings, key)}, pretrain.scheduler={settings.scheduler}, data.resolution"
     with naming(given, config.data.resolution):
         try:
             if encoders is None:
-                unet = diffusers.UNet2DModel(sample_size=config.data.resolution, **settings.unet)
+                kind = new_transformer if settings.transformer else diffusers.UNet2DModel
+                unet = kind(sample_size=config.data.resolution, **getattr(settings, key))
                 scheduler = new_scheduler(config.timesteps.num_train_timesteps, **settings.scheduler)
             else:
                 size = config.data.resolution // latent_factor(encoders)
@@ -78,19 +79,20 @@ def make_networks(config: Config, encoders: Path | None) -> "Networks":
                 scheduler = load_scheduler(encoders)
         except Exception as error:  # diffusers and torch raise whatever a wrong value leads to
             raise UserError(one_line(error)) from None
-        encoder = Pixels(unet.config.in_channels) if encoders is None else load_encoder(encoders, unet)
+        encoder = pixels_of(unet) if encoders is None else load_encoder(encoders, unet)
         try_out(unet, process_of(scheduler), encoder)
     return Networks(unet, None, process_of(scheduler, config.timesteps), encoder)
 
 
 def write_pipeline(config: Config, networks: "Networks", encoders: Path | None, folder: Path) -> None:
     """Fill a pipeline folder with the trained network, the noise schedule and the encoders, if there are any."""
-    import diffusers
+    from deme.models.denoisers import settings_of
 
+    networks.student.save_pretrained(folder / subfolder_of(settings_of(networks.student)))
     if encoders is None:
-        diffusers.DDPMPipeline(networks.student, networks.process.scheduler).save_pretrained(folder)
+        networks.process.scheduler.save_pretrained(folder / "scheduler")
+        write_index(folder, folder)
     else:
-        networks.student.save_pretrained(folder / UNET)
         write_pipeline_files(folder, encoders)
     write_yaml(folder / "pretrain.yaml", provenance(config))
 
@@ -100,6 +102,7 @@ def main(config: Config) -> None:
     # --- what is left to do
     settings = config.pretrain
     session = Session(config, settings)
+    session.takes_labels = bool(settings.transformer)
     encoders = None
     hashes = {}
     watched = Watched([])

@@ -19,11 +19,11 @@ import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imp
 from itertools import product
 
 from deme.config.experiment import Config
-from deme.data.samples import prompts_of
+from deme.data.samples import conditions_of, in_turn
 from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import check_apart
-from deme.models.pipelines import takes_text
+from deme.models.pipelines import labels_of, takes_text
 from deme.models.variants import find_model
 
 
@@ -48,7 +48,8 @@ def main(config: Config) -> None:
         check_apart("sample.output", one.paths.samples, model.denoisers)
     watched = model.watched()
     model.check_fits(config)
-    texts = prompts_of(settings, takes_text(model.pipeline))
+    conditions = conditions_of(settings, takes_text(model.pipeline), labels_of(model.pipeline))
+    texts = in_turn(conditions, settings.seeds)
 
     # --- torch is imported after what can be answered without it
     from deme.data.drawing import draw_samples

@@ -28,7 +28,7 @@ from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
 from deme.models.averages import merged_folders
-from deme.models.pipelines import denoiser_folder, takes_text, weights_hash
+from deme.models.pipelines import denoiser_folder, labels_of, takes_text, weights_hash
 from deme.models.variants import OF_PRETRAINED, ModelFiles, find_pretrained, prediction_scales, read_searched, timed
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ def main(config: Config) -> None:
 
     # --- what is searched
     source = open_source(config.data)
-    made_of = data_hashes(source, config.paths.image_cache, with_captions=True) | model.hashes()
+    made_of = (
+        data_hashes(source, config.paths.image_cache, labels_of(model.pipeline) > 0, with_captions=True)
+        | model.hashes()
+    )
     column = {IMAGE_COLUMN: source.data.image_column}
     pretrained, *finetuned = map(weights_hash, model.denoisers)
     weights = {"pretrained": pretrained, "finetuned": finetuned}

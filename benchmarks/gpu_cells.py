@@ -28,7 +28,8 @@ from deme.method.losses import decoupled_loss
 from deme.method.process import process_of
 from deme.method.sampling import sample_images
 from deme.models.denoisers import AUTOCAST_TYPES, freeze, load_denoiser, load_scheduler
-from deme.models.encoders import Drawing, Pixels, to_bytes
+from deme.models.drawing import Drawing
+from deme.models.encoders import Pixels, to_bytes
 
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits"
 PASSES = (

@@ -28,7 +28,8 @@ from deme.config.sections import Sample
 from deme.data.drawing import draw
 from deme.job.files import read_json
 from deme.models.denoisers import freeze
-from deme.models.encoders import Drawing, Pixels
+from deme.models.drawing import Drawing
+from deme.models.encoders import Pixels
 from deme.report.tables import markdown_table
 
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits" / "unet"

@@ -1,4 +1,4 @@
-"""Importing this module is all that `DDIMPipeline.from_pretrained` needs to load a UNet with projections.
+"""Importing this module is all that `DDIMPipeline.from_pretrained` needs to load a network with projections.
 
 Merged folders' model_index.json name it, and diffusers looks for its own base class beside the one that is named: all
 names must stay here.
@@ -6,6 +6,10 @@ names must stay here.
 
 from diffusers import ModelMixin
 
-from deme.models.denoisers import ProjectedUNet2DConditionModel, ProjectedUNet2DModel
+from deme.models.denoisers import DENOISER_CLASSES
 
-__all__ = ["ModelMixin", "ProjectedUNet2DConditionModel", "ProjectedUNet2DModel"]
+ProjectedUNet2DModel = DENOISER_CLASSES["ProjectedUNet2DModel"]
+ProjectedUNet2DConditionModel = DENOISER_CLASSES["ProjectedUNet2DConditionModel"]
+ProjectedDiTTransformer2DModel = DENOISER_CLASSES["ProjectedDiTTransformer2DModel"]
+
+__all__ = ["ModelMixin", "ProjectedDiTTransformer2DModel", "ProjectedUNet2DConditionModel", "ProjectedUNet2DModel"]

@@ -122,8 +122,10 @@ def denoiser_in(folder: Path, usual: str = UNET) -> Path:
 
 def usual_denoiser(config: Any) -> str:
     """The name of that sub-folder in an experiment, as far as a configuration can tell; it does not ask the Hub."""
-    own = Path(config.output_dir) / config.name / "pretrained"
-    return denoiser_in(own if config.model.pretrained is None else Path(config.model.pretrained)).name
+    if config.model.pretrained is None:
+        own = Path(config.output_dir) / config.name / "pretrained"
+        return denoiser_in(own, TRANSFORMER if config.pretrain.transformer else UNET).name
+    return denoiser_in(Path(config.model.pretrained)).name
 
 
 def product_of(config: Any, training: Path) -> Path:

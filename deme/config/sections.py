@@ -227,6 +227,7 @@ class Sample(Section):
     mixed_precision: str = setting("no", "samples search", choices=PRECISIONS)
     prompts: Any = setting(None, "search text path")  # list, or .txt, .csv, .json, … file; seed i: i-th
     prompt_column: str = setting("prompt", "search text")  # of a csv, jsonl or parquet file
+    labels: list[int] | None = setting(None, "samples search omit_default")  # seed i: i-th in turn; null: all in turn
     negative_prompt: str = setting("", "samples search text")  # guidance leads away from it
     guidance_scale: float = setting(7.5, "samples search text", least=0)  # 1: no guidance, half the time
     size_on_disk: int | None = setting(None, "samples search", above=0)  # pixels after shrinking; null: as drawn
@@ -242,6 +243,7 @@ class Sample(Section):
         self.check("overwrite", alone, "other jobs may be drawing into the folder: with sample.block, delete it first")
         texts = self.prompts if isinstance(self.prompts, list) else [self.prompts or ""]
         self.check("prompts", all(isinstance(text, str) for text in texts), "must be a file or a list of texts")
+        self.check("labels", self.labels != [], "must not be empty")
         self.check("eta", self.eta == 0 or self.scheduler in DDIM, "only sample.scheduler=ddim has it")
 
     @property

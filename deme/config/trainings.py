@@ -59,6 +59,8 @@ class Training(Section):
     normalize_loss_weighting: bool = setting(True, "weights", only=("loss_weighting", *WEIGHTINGS))  # to a mean of 1
     antithetic: bool = setting(True, "weights omit_default")  # draw timesteps in mirrored pairs
     caption_dropout: float = setting(0.1, "weights examples text", least=0, most=1)  # chance of an empty caption
+    # chance of no label, for models that take labels
+    label_dropout: float = setting(0.1, "weights examples omit_default", least=0, most=1)
     gradient_checkpointing: bool = setting(False, "free")  # same weights, less memory, up to a third more time
     log_every: int = setting(50, "free", above=0)  # optimizer steps
     log_with: list[str] = setting(["tensorboard"], "free", choices=("tensorboard", "wandb"))  # beside log.jsonl
@@ -96,8 +98,14 @@ class Pretrain(Training):
     patience: int | None = setting(None, "weights", above=0)  # stop after so many without a fall by 0.1 % in a row
     encoders: str | None = setting(None, "weights text path")  # pipeline with a text-to-image model's VAE, text encoder
     unet: dict[str, Any] = setting({}, "weights")  # arguments of UNet2DModel, or with encoders of UNet2DConditionModel
+    transformer: dict[str, Any] = setting({}, "weights omit_default")  # of DiTTransformer2DModel, in place of a UNet
     # arguments of diffusers' DDPMScheduler, or with _class_name: FlowMatchEulerDiscreteScheduler of that
     scheduler: dict[str, Any] = setting({}, "weights")
+
+    def check_together(self) -> None:
+        super().check_together()
+        alone = not self.transformer or (not self.unet and self.encoders is None)
+        self.check("transformer", alone, "works on pixels in place of a UNet: needs no pretrain.unet, no encoders")
 
 
 @dataclass(frozen=True)

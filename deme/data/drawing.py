@@ -20,9 +20,9 @@ from deme.method.process import process_of
 from deme.method.sampling import NetworkAt, ensemble, passed_over, sampler_name, try_sampler
 from deme.models.adapters import load_denoisers
 from deme.models.denoisers import freeze, load_scheduler
+from deme.models.drawing import Drawing
 from deme.models.encoder_loading import load_encoder, try_out
-from deme.models.encoders import Drawing
-from deme.models.pipelines import weights_hash
+from deme.models.pipelines import labels_of, weights_hash
 from deme.models.variants import ModelFiles, prediction_scales
 
 GRID_IMAGES = 100
@@ -30,11 +30,12 @@ Scales = Sequence[tuple[int, int, float]]  # of the predicted noise, as `scaled`
 
 
 def draw_samples(
-    config: Config, model: ModelFiles, watched: Watched, texts: dict[int, str], processes: Processes
+    config: Config, model: ModelFiles, watched: Watched, texts: dict[int, Any], processes: Processes
 ) -> None:
     """Draw the images of `config.sample` that are missing in its folder, or in the folder of each of its schedules.
 
-    `watched` has the model's files, since before they were checked; `texts` each seed's prompt if the model takes text.
+    `watched` has the model's files, since before they were checked; `texts` each seed's prompt or label if
+    the model takes them.
     """
     drawn, settings = config.drawn, config.sample
     scales = prediction_scales(config)
@@ -100,7 +101,7 @@ def identities(drawn: Sequence[Config], model: ModelFiles, scales: Scales) -> li
     hashes, weights = model.hashes(), list(map(weights_hash, model.denoisers))
     schedule, config = hashes.pop(SCHEDULE), drawn[0]
     unused = {"scheduler", "timestep_spacing", "prediction_scale"} | (
-        {} if ENCODER in hashes else config.sample.tagged("text")
+        {} if ENCODER in hashes or labels_of(model.pipeline) else config.sample.tagged("text")
     ).keys()
     return [
         {
@@ -119,7 +120,7 @@ def identities(drawn: Sequence[Config], model: ModelFiles, scales: Scales) -> li
 
 
 def draw(
-    drawing: Drawing, network_at: NetworkAt, seeds: list[int], texts: dict[int, str], output: Path, is_silent: bool
+    drawing: Drawing, network_at: NetworkAt, seeds: list[int], texts: dict[int, Any], output: Path, is_silent: bool
 ) -> None:
     """Draw the images of these seeds; threads write one batch while the next is drawn."""
     settings = drawing.settings

@@ -15,11 +15,11 @@ from deme.data.crops import CroppedImages
 from deme.data.decoding import Source, ahead, load_images
 from deme.data.latents import INDEX, CachedLatents, write_latents
 from deme.data.opening import MICRO_BATCH, Stream, batch_indices, contents_hash, split_held_out, torch_seed
-from deme.errors import UserError, shown
+from deme.errors import UserError, naming, shown
 from deme.job.files import make_folder
 from deme.job.processes import Processes, in_main_process, locked_by_all
 from deme.job.records import CONTENTS, DATA, ENCODER, digest_of
-from deme.models.encoders import Encoder
+from deme.models.encoders import Encoder, Pixels
 
 Examples = CroppedImages | CachedLatents
 
@@ -59,6 +59,21 @@ def load_evaluation_images(source: Source, cache: Path) -> tuple[CroppedImages, 
     return CroppedImages(images, data.resolution, center_crop=True, random_flip=False), classes
 
 
+def labels_for(source: Source, classes: int) -> list[int]:
+    """The number of each row's class, below `classes`: its label, or that label's place among all in their order."""
+    with naming("data.label_column", source.data.label_column):
+        if source.labels is None:
+            raise UserError("the model takes labels")
+        labels = list(source.labels)
+        if all(isinstance(label, str) for label in labels):
+            places = {label: place for place, label in enumerate(sorted(set(labels)))}
+            labels = [places[label] for label in labels]
+        for row, label in enumerate(labels):
+            if type(label) is not int or not 0 <= label < classes:
+                raise UserError(f"row {row} has the label {shown(source.labels[row])}, and the model {classes} classes")
+    return labels
+
+
 def load_examples(
     config: Config, settings: Training, source: Source, encoder: Encoder, made_of: dict[str, str], processes: Processes
 ) -> TrainingImages:
@@ -66,10 +81,14 @@ def load_examples(
     data, cache = source.data, config.paths.image_cache
     rule = "a text-to-image model needs captions" if encoder.takes_text else "the model takes no captions"
     data.check("caption_column", encoder.takes_text == (data.caption_column is not None), rule)
-    data.check("cache_latents", encoder.takes_text or not data.cache_latents, "the model works on pixels")
+    in_pixels = isinstance(encoder, Pixels)
+    data.check("cache_latents", not (in_pixels and data.cache_latents), "the model works on pixels")
+    dropout = settings.caption_dropout
+    if encoder.classes > 0:
+        source = replace(source, captions=[[label] for label in labels_for(source, encoder.classes)])
+        dropout = settings.label_dropout
     if not data.cache_latents:
-        further = settings.caption_dropout, encoder.takes_sizes
-        return load_training_images(source, encoder.image_channels, cache, *further)
+        return load_training_images(source, encoder.image_channels, cache, dropout, encoder.takes_sizes)
 
     encoder.prepare(processes.device, settings.mixed_precision)
     made_from = {key: made_of[key] for key in (DATA, ENCODER)} | {CONTENTS: contents_hash(source, cache)}
@@ -87,7 +106,7 @@ def load_examples(
                 images = load_training_images(source, encoder.image_channels, cache, *further).training
                 images = replace(images, chosen=None)  # all of them, those that are held out too
                 write_latents(folder, images, data.cached_views, encoder, processes)
-    latents = CachedLatents(folder, settings.caption_dropout, encoder.takes_sizes)
+    latents = CachedLatents(folder, dropout, encoder.takes_sizes)
     return TrainingImages(*map(latents.of, split_held_out(data, len(latents))))
 
 

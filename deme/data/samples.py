@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -52,11 +52,11 @@ def check_apart_from_other_jobs(folder: Path, seeds: range) -> None:
                 raise InUse(message) from None
 
 
-def claim_samples(folder: Path, wanted: Record, settings: Sample, block: range, texts: dict[int, str]) -> None:
+def claim_samples(folder: Path, wanted: Record, settings: Sample, block: range, texts: dict[int, Any]) -> None:
     """Create a sample folder, or check that an existing one belongs to the same model, settings, seeds and prompts.
 
     `settings.overwrite` deletes what does not belong instead of refusing it. `block` has the seeds of this job, while
-    other jobs may draw the rest; `texts` the prompt of each seed, if the model takes text.
+    other jobs may draw the rest; `texts` the prompt or label of each seed, if the model takes them.
     """
     seeds = settings.seeds
     check_apart_from_other_jobs(folder, block)
@@ -79,7 +79,7 @@ def claim_samples(folder: Path, wanted: Record, settings: Sample, block: range, 
     for path in surplus:
         path.unlink()
     wanted.write(folder)
-    if texts:
+    if any(isinstance(text, str) for text in texts.values()):  # labels follow from the settings in the record
         claim_prompts(folder, texts, settings.overwrite)
 
 
@@ -203,15 +203,22 @@ def load_prompts(source: str | list[str], column: str) -> list[str]:
     return prompts
 
 
-def prompts_of(settings: Sample, takes_text: bool) -> dict[int, str]:
-    """Seed → prompt, the prompts in turn; empty where the model takes none."""
+def conditions_of(settings: Sample, takes_text: bool, classes: int) -> list[str] | list[int]:
+    """The prompts, or labels of a model with classes, that seeds take in turn; empty where the model takes none."""
     rule = f"sample.model={settings.model} {'needs prompts' if takes_text else 'takes none'}"
     settings.check("prompts", takes_text == (settings.prompts is not None), rule)
+    known = range(classes)
+    rule = f"must be of 0 … {classes - 1}, which the model knows" if classes else f"{settings.model} takes none"
+    settings.check("labels", settings.labels is None or {*settings.labels} <= {*known}, rule)
     if not takes_text:
-        return {}
+        return list(known if settings.labels is None else settings.labels)
     with naming("sample.prompts", settings.prompts):
-        prompts = load_prompts(settings.prompts, settings.prompt_column)
-    return {seed: prompts[seed % len(prompts)] for seed in settings.seeds}
+        return load_prompts(settings.prompts, settings.prompt_column)
+
+
+def in_turn(conditions: Sequence, seeds: range) -> dict[int, Any]:
+    """Seed → prompt or label."""
+    return {seed: conditions[seed % len(conditions)] for seed in seeds if conditions}
 
 
 def claim_prompts(folder: Path, texts: dict[int, str], overwrite: bool) -> None:

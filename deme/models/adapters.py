@@ -15,7 +15,7 @@ from deme.config.networks import is_lora
 from deme.config.trainings import ALL_LINEAR, ATTENTION, Finetune
 from deme.errors import UserError, naming
 from deme.method.lora import Factors, Lora
-from deme.models.denoisers import AUTOCAST_TYPES, load_denoiser
+from deme.models.denoisers import AUTOCAST_TYPES, load_denoiser, settings_of
 from deme.models.kinds import subfolder_of
 from deme.models.lora import folded, in_denoiser, read_loras
 from deme.models.pipelines import denoiser_folder
@@ -115,7 +115,7 @@ def lora_layers(network: nn.Module) -> dict[str, LoraLayer]:
 
 def lora_of(network: nn.Module) -> dict[str, Factors]:
     """The LoRA that a network has: float32, on the CPU, with its scale in `up`."""
-    found, subfolder = {}, subfolder_of({"_class_name": type(network).__name__})
+    found, subfolder = {}, subfolder_of(settings_of(network))
     for name, module in lora_layers(network).items():
         down, up = (part[ADAPTER].weight.detach().float().cpu() for part in (module.lora_A, module.lora_B))
         found[f"{subfolder}.{name}"] = Factors(down.clone(), module.scaling[ADAPTER] * up.flatten(1))

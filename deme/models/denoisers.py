@@ -5,17 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    ModelMixin,
-    SanaTransformer2DModel,
-    SchedulerMixin,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
+from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
 from deme.config.paths import TRANSFORMER, UNET
@@ -33,50 +26,89 @@ LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution; below, p
 AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def projected_class(unet_class: type[ModelMixin]) -> type[ModelMixin]:
-    """A UNet class with a channel-wise projection after every block; saved and loaded like any diffusers model."""
+def projected_class(plain: type[ModelMixin]) -> type[ModelMixin]:
+    """A class with a channel-wise projection after every block; saved and loaded like any diffusers model."""
 
-    # diffusers reads a model's settings from the signature of __init__; wraps() gives it the UNet's
-    @functools.wraps(unet_class.__init__)
+    # diffusers reads a model's settings from the signature of __init__; wraps() gives it the plain class's
+    @functools.wraps(plain.__init__)
     def __init__(self: ModelMixin, *args: object, **kwargs: object) -> None:
-        unet_class.__init__(self, *args, **kwargs)
+        plain.__init__(self, *args, **kwargs)
         add_projections(self)
 
     members = {"__init__": __init__, "__module__": "deme.projection"}  # diffusers writes it into model_index.json
-    return type(f"{PROJECTED}{unet_class.__name__}", (unet_class,), members)
+    return type(f"{PROJECTED}{plain.__name__}", (plain,), members)
 
 
-UNETS = (UNet2DModel, UNet2DConditionModel)
-ProjectedUNet2DModel, ProjectedUNet2DConditionModel = PROJECTED_UNETS = tuple(map(projected_class, UNETS))
-TRANSFORMERS = (SD3Transformer2DModel, SanaTransformer2DModel)
-DENOISER_CLASSES = {kind.__name__: kind for kind in (*UNETS, *PROJECTED_UNETS, *TRANSFORMERS)}
+PLAIN = {name: getattr(diffusers, name) for name in kinds.DENOISERS}
+DENOISER_CLASSES = PLAIN | {f"{PROJECTED}{name}": projected_class(kind) for name, kind in PLAIN.items()}
 ADDED = ("text_embeds", "time_ids")  # arguments of Stable Diffusion XL's network, which it takes in a dictionary
 OF_TEXT = ("encoder_hidden_states", "pooled_projections")  # arguments in the type of the weights
 LATENT_SCHEDULE = {"clip_sample": False, "steps_offset": 1}  # as StableDiffusionPipeline enforces
 
 
-def with_projections(unet: nn.Module) -> nn.Module:
-    """A projected copy of a UNet, its projections identities."""
-    name = f"{PROJECTED}{type(unet).__name__.removeprefix(PROJECTED)}"
-    projected = make_denoiser(dict(unet.config) | {"_class_name": name})
-    projected.load_state_dict(unet.state_dict(), strict=False)
-    return projected.train(unet.training)
+def with_projections(denoiser: nn.Module) -> nn.Module:
+    """A projected copy of a denoiser, its projections identities."""
+    name = f"{PROJECTED}{type(denoiser).__name__.removeprefix(PROJECTED)}"
+    projected = make_denoiser(settings_of(denoiser) | {"_class_name": name})
+    projected.load_state_dict(denoiser.state_dict(), strict=False)
+    return projected.train(denoiser.training)
 
 
 def make_denoiser(settings: dict[str, Any]) -> nn.Module:
-    """A denoiser with random weights, which is called with images, timesteps and its condition as named arguments."""
-    denoiser = DENOISER_CLASSES[settings["_class_name"]].from_config(settings)
+    """A denoiser with random weights."""
+    name = settings["_class_name"]
+    return _adapted(DENOISER_CLASSES[kinds.RENAMED.get(name, name)].from_config(settings))
+
+
+def new_transformer(**settings: Any) -> nn.Module:
+    """A DiT to be trained from nothing, whose blocks are identities at first (Peebles and Xie 2023, adaLN-Zero)."""
+    network = _adapted(diffusers.DiTTransformer2DModel(**settings))
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias") or "norm1.linear" in name or name.startswith("proj_out"):
+            nn.init.zeros_(parameter)
+        elif "embedder" in name:  # of labels and timesteps
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.xavier_uniform_(parameter.data.flatten(1))
+    return network
+
+
+def _adapted(denoiser: nn.Module) -> nn.Module:
+    """Make a denoiser one that is called as network(images, timesteps, **condition), in place.
+
+    The condition are named arguments. Of a learned variance, which follows the prediction, nothing is returned: no loss
+    here trains it. Labels are not dropped by the network, which would do so in each block for itself.
+    """
+    settings = settings_of(denoiser)
     if kinds.is_xl(settings):
         denoiser.register_forward_pre_hook(_gather_added, with_kwargs=True)
     if kinds.subfolder_of(settings) == TRANSFORMER:
         denoiser.register_forward_pre_hook(_name_timesteps, with_kwargs=True)
+    if denoiser.config.out_channels == 2 * denoiser.config.in_channels:
+        denoiser.register_forward_hook(_without_variance)
+    for module in denoiser.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
     return denoiser
 
 
+def settings_of(denoiser: nn.Module) -> dict[str, Any]:
+    """A denoiser's settings, as its config.json has them."""
+    return {**denoiser.config, "_class_name": type(denoiser).__name__}
+
+
 def _name_timesteps(_: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Transformers take timesteps by name, one for each image."""
+    """Transformers want a timestep for each image, and have other arguments before it."""
     images, timesteps = args
     return (images,), named | {"timestep": timesteps.expand(len(images))}
+
+
+def _without_variance(denoiser: nn.Module, _: tuple, output: Any) -> Any:
+    channels = denoiser.config.in_channels
+    if isinstance(output, tuple):
+        return (output[0][:, :channels], *output[1:])
+    output.sample = output.sample[:, :channels]
+    return output
 
 
 def _gather_added(_: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -14,18 +14,21 @@ from deme.config.paths import UNET
 from deme.errors import UserError, blaming, one_line
 from deme.job.files import read_json
 from deme.method.process import Process
+from deme.models.denoisers import settings_of
 from deme.models.encoders import (
     CHANNELS,
     LENGTHS,
     Encoder,
+    LabelledLatents,
+    LabelledPixels,
     LatentsAndInstructedText,
     LatentsAndText,
     LatentsAndThreeTexts,
     LatentsAndTwoTexts,
     Pixels,
 )
-from deme.models.kinds import DENOISERS, SANA, SD3, check_settings, denoiser_class, is_xl, text_width
-from deme.models.pipelines import INDEX, has_full_precision, latent_factor, parts_of, takes_text
+from deme.models.kinds import DENOISERS, SANA, SD3, check_settings, denoiser_class, is_xl, num_classes, text_width
+from deme.models.pipelines import INDEX, has_full_precision, has_latents, latent_factor, parts_of, takes_text
 
 LEAST_VOCABULARY = 256  # tokens: one for each byte
 LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
@@ -39,14 +42,16 @@ def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
     if (width is not None) != takes_text(pipeline):
         wants = "takes no text" if width is None else "needs a text encoder, which the folder lacks"
         raise UserError(f"{pipeline}: its network, a {type(denoiser).__name__}, {wants}")
-    if width is None:
-        return Pixels(denoiser.config.in_channels)
+    if not has_latents(pipeline):
+        return pixels_of(denoiser)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # errors are told below, in one line
     parts = parts_of(pipeline, config)
     vae = _load_network(pipeline / "vae", getattr(diffusers, parts["vae"]), torch_dtype=torch.float32)
+    if classes := num_classes(config):
+        return _tried(LabelledLatents(vae, classes), pipeline)
     texts = [_load_text(pipeline, part, parts) for part in parts if part.startswith("text_encoder")]
     encoder = _encoder_of(pipeline, config)(vae, *map(list, zip(*texts, strict=True)))
     with blaming(pipeline / "text_encoder"):
@@ -54,6 +59,17 @@ def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
         if isinstance(width, int) and entries != width:
             key = DENOISERS[denoiser_class(config)].text_width
             raise UserError(f"its embeddings have {entries} entries, the network's {key} is {width}")
+    return _tried(encoder, pipeline)
+
+
+def pixels_of(denoiser: nn.Module) -> Pixels:
+    """The encoder of a network that works on pixels."""
+    channels, classes = denoiser.config.in_channels, num_classes(settings_of(denoiser))
+    return LabelledPixels(channels, classes) if classes else Pixels(channels)
+
+
+def _tried(encoder: LatentsAndText, pipeline: Path) -> LatentsAndText:
+    """The encoder, once its VAE has encoded and decoded an image."""
     with blaming(pipeline / "vae"):
         if encoder.image_channels not in CHANNELS:
             raise UserError(f"in_channels={encoder.image_channels}: images have 1 or 3 channels")
@@ -129,7 +145,7 @@ def try_out(denoiser: nn.Module, process: Process, encoder: Encoder) -> None:
     """Predict once and take one step, so that parts that do not fit are found before anything is written."""
     channels, size = denoiser.config.in_channels, denoiser.config.sample_size
     # it may have been made from settings, and not loaded
-    check_settings(UNET, {"_class_name": type(denoiser).__name__, **denoiser.config})
+    check_settings(UNET, settings_of(denoiser))
     check_settings("scheduler", process.scheduler.config)
     if channels != encoder.channels:
         raise UserError(f"in_channels={channels}: the encoder gives {encoder.channels}")

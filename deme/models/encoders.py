@@ -2,35 +2,28 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import SchedulerMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 from torch.nn import functional
 
-from deme.config.sections import Sample
 from deme.errors import RunError, UserError
-from deme.method.sampling import NetworkAt, guided, network_calls, sample_images, scaled
 from deme.models.denoisers import AUTOCAST_TYPES, memory_format
 
 CHANNELS = (1, 3)  # of images: grayscale and RGB
 CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
-LEAST_VOCABULARY = 256  # tokens: one for each byte
-LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
 T5, GEMMA = "T5EncoderModel", "Gemma2Model"
 LENGTHS = {T5: 256, GEMMA: 300}  # tokens, as diffusers' pipelines take by default; both overflow in fp16
 Condition = dict[str, torch.Tensor]  # a network's further arguments, by name
 
 
 class Captioned(NamedTuple):
-    """Images with a caption each."""
+    """Images with a caption or a label each."""
 
     pixels: torch.Tensor  # uint8, shape (B, C, H, W)
-    captions: list[str]
+    captions: list[str | int]  # an empty one stands for no label, too
     sizes: torch.Tensor | None = None  # of the crops, as `CroppedImages.crops` gives them, shape (B, 6)
 
 
@@ -58,7 +51,7 @@ def to_bytes(images: torch.Tensor) -> torch.Tensor:
 class Pixels:
     """Images in [−1, 1], grayscale or RGB, without a condition."""
 
-    takes_text = takes_sizes = False
+    takes_text, takes_sizes, classes = False, False, 0  # the number of labels that the network takes
     decode = staticmethod(to_bytes)
 
     def __init__(self, channels: int):
@@ -82,13 +75,36 @@ class Pixels:
         """No condition."""
         return {}
 
-    negative = condition
+    def negative(self, texts: Sequence[str]) -> Condition:
+        """The same for what guidance leads away from."""
+        return self.condition(texts)
+
+
+class LabelledPixels(Pixels):
+    """The same with a label each."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__(channels)
+        self.classes = classes
+
+    def encode(self, examples: Captioned) -> tuple[torch.Tensor, Condition]:
+        """uint8 images (B, C, H, W) to [−1, 1] on the device, same shape, and the labels."""
+        return to_unit_range(examples.pixels, self.device), self.condition(examples.captions)
+
+    def condition(self, texts: Sequence[str | int]) -> Condition:
+        """The network's further argument for these labels, shape (B,)."""
+        return {"class_labels": as_labels(texts, self.classes, self.device)}
+
+
+def as_labels(labels: Sequence[str | int], classes: int, device: torch.device) -> torch.Tensor:
+    """Labels as a network takes them: int64, shape (B,), where an empty one is the one after all classes."""
+    return torch.tensor([classes if label == "" else label for label in labels], device=device)
 
 
 class LatentsAndText:
     """Latents of an AutoencoderKL, and a CLIPTextModel's embeddings of captions (Rombach et al. 2022)."""
 
-    takes_text, takes_sizes = True, False
+    takes_text, takes_sizes, classes = True, False, 0
 
     def __init__(self, vae: nn.Module, text_encoders: Sequence[nn.Module], tokenizers: Sequence[Any]):
         self.vae = vae.eval().requires_grad_(False)
@@ -293,36 +309,21 @@ class LatentsAndInstructedText(LatentsAndText):
         return self._as_condition(self.embed(texts, instruct=False), None)
 
 
+class LabelledLatents(LatentsAndText):
+    """Latents of an AutoencoderKL with a label each (Peebles and Xie 2023)."""
+
+    takes_text = False
+
+    def __init__(self, vae: nn.Module, classes: int):
+        super().__init__(vae, [], [])
+        self.classes = classes
+
+    def embed(self, texts: Sequence[str | int]) -> torch.Tensor:
+        """The labels, shape (B,)."""
+        return as_labels(texts, self.classes, self.device)
+
+    def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
+        return {"class_labels": embeddings}
+
+
 Encoder = Pixels | LatentsAndText  # the same methods
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How images are drawn: a batch of seeds, from noise to pixels."""
-
-    scheduler: SchedulerMixin  # the pretrained one
-    encoder: Encoder
-    settings: Sample
-    shape: tuple[int, int, int]  # (C, H, W) of what the network works on
-    device: torch.device
-    scales: Sequence[tuple[int, int, float]] = ()  # of the predicted noise, as `scaled` takes them
-
-    @cached_property
-    def _negative(self) -> Condition:
-        return self.encoder.negative([self.settings.negative_prompt])
-
-    @property
-    def passes(self) -> int:
-        """Passes through the network for each image."""
-        is_guided = self.encoder.takes_text and self.settings.guidance_scale != 1
-        settings = self.settings
-        sampler = (settings.scheduler, settings.num_inference_steps, settings.timestep_spacing)
-        return network_calls(self.scheduler, *sampler) * (1 + is_guided)
-
-    def images(self, network_at: NetworkAt, seeds: Sequence[int], prompts: Sequence[str]) -> torch.Tensor:
-        """The images of these seeds, each with its prompt if there are prompts: uint8, (B, C', H', W'), on the CPU."""
-        settings = self.settings
-        scaled_at = scaled(network_at, self.scales)
-        network = guided(scaled_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
-        sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, settings.timestep_spacing)
-        return self.encoder.decode(sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler))

@@ -1,6 +1,6 @@
 """The classes and settings of diffusers that are supported, in tables; what they do not list is refused by name.
 
-To support another denoiser, add its class to PIPELINES and DENOISERS here and to DENOISER_CLASSES in denoisers.py.
+To support another denoiser, add its class to DENOISERS, and its pipelines to PIPELINES.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,7 +15,7 @@ from deme.models.schedules import FLOW, FLOW_SCHEDULERS, SCHEDULERS, prediction_
 
 PROJECTED = "Projected"  # prefix of the classes with projections
 XL = "StableDiffusionXLPipeline"
-SD3, SANA = "SD3Transformer2DModel", "SanaTransformer2DModel"
+DIT, SD3, SANA = "DiTTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel"
 POOLED = "CLIPTextModelWithProjection"  # which also gives a text as one vector
 ENCODERS = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
 XL_ENCODERS = ENCODERS | {"text_encoder_2": POOLED, "tokenizer_2": "CLIPTokenizer"}
@@ -30,7 +30,9 @@ PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written
     XL: "UNet2DConditionModel",
     "StableDiffusion3Pipeline": SD3,
     "SanaPipeline": SANA,
+    "DiTPipeline": DIT,
 }
+RENAMED = {"Transformer2DModel": DIT}  # in files of diffusers before 0.28
 OF_UNETS = {  # supported settings; diffusers' default, where a file leaves one out, is among the values
     **dict.fromkeys(("class_embed_type", "num_class_embeds"), (None,)),  # labels
     "time_cond_proj_dim": (None,),  # guidance, as in latent consistency models
@@ -49,12 +51,15 @@ class Denoiser(NamedTuple):
     encoders: Mapping[str, str]  # the parts between images and the network, with their classes
     settings: Mapping[str, tuple]  # supported values
     text_width: str | None = None  # the setting that has the entries of an embedding
+    classes: str | None = None  # the setting that has the number of labels; the network may work on pixels, too
 
 
 OF_SANA = {"guidance_embeds": (False,), "timestep_scale": (1.0,)}  # else it is distilled, as SANA-Sprint
+OF_DIT = {"norm_type": ("ada_norm_zero",)}
 DENOISERS = {
     "UNet2DModel": Denoiser(UNET, {}, OF_UNETS),
     "UNet2DConditionModel": Denoiser(UNET, ENCODERS, OF_UNETS, "cross_attention_dim"),
+    DIT: Denoiser(TRANSFORMER, {"vae": "AutoencoderKL"}, OF_DIT, classes="num_embeds_ada_norm"),
     SD3: Denoiser(TRANSFORMER, SD3_ENCODERS, {}, "joint_attention_dim"),
     SANA: Denoiser(TRANSFORMER, SANA_ENCODERS, OF_SANA, "caption_channels"),
 }
@@ -64,7 +69,7 @@ ENCODER_CLASSES = {
 }
 CLASSES = {  # that a model_index.json may name
     "_class_name": PIPELINES,
-    **dict.fromkeys(SUBFOLDERS, (*DENOISERS, *(f"{PROJECTED}{name}" for name in DENOISERS))),
+    **dict.fromkeys(SUBFOLDERS, (*DENOISERS, *(f"{PROJECTED}{name}" for name in DENOISERS), *RENAMED)),
     "scheduler": (*SCHEDULERS, *FLOW_SCHEDULERS),
     **ENCODER_CLASSES,
 }
@@ -82,13 +87,20 @@ SETTINGS = {  # supported values, as of a denoiser's
 
 
 def denoiser_class(settings: Mapping[str, Any]) -> str:
-    """The denoiser's class by its config.json, without projections; old files name none."""
-    return str(settings.get("_class_name", "UNet2DModel")).removeprefix(PROJECTED)
+    """The denoiser's class by its config.json, without projections; old files name none, or an older one."""
+    name = str(settings.get("_class_name", "UNet2DModel")).removeprefix(PROJECTED)
+    return RENAMED.get(name, name)
 
 
 def subfolder_of(settings: Mapping[str, Any]) -> str:
     """The name of a denoiser's sub-folder, by the class in its config.json."""
     return DENOISERS[denoiser_class(settings)].subfolder
+
+
+def num_classes(settings: Mapping[str, Any]) -> int:
+    """How many labels a denoiser takes, by its config.json; 0 if it takes none. One more stands for no label."""
+    key = DENOISERS[denoiser_class(settings)].classes
+    return 0 if key is None else settings.get(key) or 0
 
 
 def is_xl(settings: Mapping[str, Any]) -> bool:

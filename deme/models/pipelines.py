@@ -31,6 +31,7 @@ from deme.models.kinds import (
     denoiser_class,
     is_xl,
     look_up,
+    num_classes,
     parts_between,
     read_part,
 )
@@ -176,9 +177,13 @@ def without_fast(name: Any) -> Any:
 
 
 def parts_of(pipeline: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """The parts between images and a pipeline's denoiser, by its settings, with their classes; T5 may be missing."""
+    """The parts between images and a pipeline's denoiser, by its settings, with their classes.
+
+    T5 may be missing, and the VAE of a network that takes labels.
+    """
     index = read_index(pipeline)
-    has = {part: part in index if index else (pipeline / part).is_dir() for part in T5_PARTS}
+    optional = {"vae"} if num_classes(settings) else T5_PARTS
+    has = {part: part in index if index else (pipeline / part).is_dir() for part in optional}
     if len(set(has.values())) > 1:
         raise UserError(f"{pipeline}: has {' but no '.join(sorted(has, key=has.get, reverse=True))}")
     return {part: kind for part, kind in parts_between(settings).items() if has.get(part, True)}
@@ -203,7 +208,7 @@ def encoder_files(pipeline: Path) -> dict[str, Path]:
     files = {}
     config = denoiser_folder(pipeline) / "config.json"
     parts = parts_of(pipeline, read_json(config)) if config.is_file() else ENCODERS
-    for part in parts if takes_text(pipeline) else ():
+    for part in parts if has_latents(pipeline) else ():
         if not (pipeline / part).is_dir():
             raise UserError(f"{pipeline / part}: missing")
         is_full = has_full_precision(pipeline / part)
@@ -226,9 +231,20 @@ def takes_text(pipeline: Path) -> bool:
     return (pipeline / "text_encoder").is_dir() or (denoiser is not None and "text_encoder" in denoiser.encoders)
 
 
+def labels_of(pipeline: Path) -> int:
+    """How many labels a pipeline's network takes; 0 if it takes none."""
+    config = denoiser_folder(pipeline) / "config.json"
+    return num_classes(read_json(config)) if config.is_file() else 0
+
+
+def has_latents(pipeline: Path) -> bool:
+    """True if a pipeline's network works on latents, not on pixels."""
+    return takes_text(pipeline) or (pipeline / "vae").is_dir()
+
+
 def latent_factor(pipeline: Path) -> int:
     """Pixels per entry of a latent, along each side; 1 if the network works on pixels."""
-    if not takes_text(pipeline):
+    if not has_latents(pipeline):
         return 1
     file = pipeline / "vae" / "config.json"
     settings = read_json(file)

@@ -205,12 +205,8 @@ def write_denoiser(parent: Path, tensors: dict[str, Any], config: dict) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def write_pipeline_files(folder: Path, pretrained: Path) -> None:
-    """Make a denoiser's folder a pipeline: add the index, and a pretrained pipeline's noise schedule and encoders.
-
-    The index is written anew: it names only classes that are known, and no safety checker. Weights are hard links if
-    possible; settings are not, as other programs write them in place.
-    """
+def write_index(folder: Path, pretrained: Path) -> None:
+    """Write model_index.json beside a denoiser: it names only classes that are known, and no safety checker."""
     denoiser, given = denoiser_in(folder), pipelines.read_index(pretrained)
     settings = read_json(denoiser / "config.json")
     kind, schedule = kinds.denoiser_class(settings), schedule_file(pretrained)
@@ -232,6 +228,15 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
     elif index["_class_name"] == "StableDiffusionPipeline":
         index |= {"requires_safety_checker": False, **{part: [None, None] for part in kinds.NEVER_RUN}}
     (folder / pipelines.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def write_pipeline_files(folder: Path, pretrained: Path) -> None:
+    """Make a denoiser's folder a pipeline: add the index, and a pretrained pipeline's noise schedule and encoders.
+
+    Weights are hard links if possible; settings are not, as other programs write them in place.
+    """
+    write_index(folder, pretrained)
+    schedule = schedule_file(pretrained)
     for name, source in {**encoder_files(pretrained), f"scheduler/{schedule.name}": schedule}.items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from deme.job.processes import Processes
 from deme.measure.features import extract
 from deme.measure.scores import FeatureSpace, frechet_distance, statistics
 from deme.method.sampling import NetworkAt
-from deme.models.encoders import Drawing
+from deme.models.drawing import Drawing
 
 JACKKNIFE = 8  # parts of the images (Quenouille 1956)
 
@@ -32,7 +32,7 @@ class FrechetDistance:
     processes: Processes
     drawing: Drawing
     space: FeatureSpace
-    prompts: Sequence[str]  # seed i takes the i-th, in turn; empty if the model takes none
+    conditions: Sequence[str | int]  # prompts or labels, which seeds take in turn; empty if the model takes none
     control: np.ndarray | None = None  # features of the pretrained network's images of the first seeds, shape (M, D)
     lucks: dict[int, float] = field(default_factory=dict)  # by number of images, as it takes long to compute
 
@@ -49,7 +49,7 @@ class FrechetDistance:
 
         def draw(part: slice) -> torch.Tensor:
             chosen = list(seeds[part])
-            prompts = [self.prompts[seed % len(self.prompts)] for seed in chosen if self.prompts]
+            prompts = [self.conditions[seed % len(self.conditions)] for seed in chosen if self.conditions]
             try:
                 return as_read(self.drawing.images(network_at, chosen, prompts), settings.size_on_disk)
             except RunError as error:  # the other processes don't know yet

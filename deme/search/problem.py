@@ -15,7 +15,7 @@ from deme.config.schedules import other_schedules
 from deme.config.sections import Sample
 from deme.data.decoding import Source
 from deme.data.examples import load_examples
-from deme.data.samples import load_prompts
+from deme.data.samples import conditions_of
 from deme.errors import RunError, UserError, naming
 from deme.job.processes import Processes, kept, locked_by_all
 from deme.measure.noisy import Noiser, draw_probes
@@ -25,8 +25,8 @@ from deme.method.sampling import NetworkAt, ensemble, scaled, try_sampler
 from deme.method.task_vectors import Candidates, pattern_of, patterns_of
 from deme.models.adapters import load_denoisers
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
+from deme.models.drawing import Drawing
 from deme.models.encoder_loading import load_encoder, try_out
-from deme.models.encoders import Drawing
 from deme.models.merging import load_merged
 from deme.models.variants import prediction_scales
 from deme.search.distance import FrechetDistance
@@ -201,16 +201,13 @@ class Problem:
         sample = drawn[0]
         self._try(drawn, "search.schedules" if self.settings.schedules else "sample.scheduler")
         space = load_feature_space(config, self.processes, config.evaluate.judges[0])
-        prompts = []
-        if self.encoder.takes_text:
-            with naming("sample.prompts", sample.prompts):
-                prompts = load_prompts(sample.prompts, sample.prompt_column)
+        conditions = conditions_of(sample, self.encoder.takes_text, self.encoder.classes)
         resolution = sample.size_on_disk or config.data.resolution
         with naming("evaluate.reference", config.evaluate.reference):
             space.reference.check_size(resolution, resolution)
         scales = [] if config.searches_scales else prediction_scales(config)
         drawing = Drawing(self.process.scheduler, self.encoder, sample, self.drawn_shape, self.processes.device, scales)
-        return FrechetDistance(self.processes, drawing, space, prompts)
+        return FrechetDistance(self.processes, drawing, space, conditions)
 
     @cached_property
     def sampled_network(self) -> nn.Module:

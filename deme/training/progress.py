@@ -21,7 +21,7 @@ from deme.data.samples import save_grid
 from deme.errors import UserError, one_line
 from deme.job.files import atomic_file, make_folder, writing
 from deme.method.losses import decoupled_loss
-from deme.models.encoders import Drawing
+from deme.models.drawing import Drawing
 from deme.training.state import Networks
 
 MAX_SKIPPED_STEPS = 50  # fp16: steps without finite gradients in a row that stop the run
@@ -167,12 +167,15 @@ def held_out_loss(networks: Networks, images: Examples, batch_size: int, acceler
 
 
 def save_preview(networks: Networks, prompts: Sequence[str], batch_size: int, path: Path) -> None:
-    """Save a grid of the student's images, one per prompt if it takes text, drawn from the same seeds each time."""
+    """Save a grid of the student's images, drawn from the same seeds each time: of each prompt, or of all labels."""
     student, process, encoder = networks.student, networks.process, networks.encoder
     shape = (student.config.in_channels, student.config.sample_size, student.config.sample_size)
-    settings = Sample(num_inference_steps=min(PREVIEW_STEPS, process.total), scheduler=process.usual_sampler)
+    steps = min(PREVIEW_STEPS, process.total)
+    scale = Sample.guidance_scale if encoder.takes_text else 1.0
+    settings = Sample(num_inference_steps=steps, scheduler=process.usual_sampler, guidance_scale=scale)
     drawing = Drawing(process.scheduler, encoder, settings, shape, student.device)
     seeds = range(len(prompts) if encoder.takes_text else PREVIEW_IMAGES)
+    prompts = [seed % encoder.classes for seed in seeds] if encoder.classes > 0 else prompts
     parts = [slice(start, start + batch_size) for start in seeds[::batch_size]]
     images = torch.cat([drawing.images(lambda _: student, seeds[part], prompts[part]) for part in parts])
     encoder.rest()

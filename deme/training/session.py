@@ -66,6 +66,7 @@ class Session:
 
     def __init__(self, config: Config, settings: Training):
         self.config, self.settings = config, settings
+        self.takes_labels = False  # the network does
         is_installed = "wandb" not in settings.log_with or find_spec("wandb") is not None
         settings.check("log_with", is_installed, "Weights & Biases is not installed: pip install wandb")
         self.deadline = time.monotonic() + 60 * (settings.max_minutes or math.inf)
@@ -99,10 +100,10 @@ class Session:
 
     @cached_property
     def data_hashes(self) -> dict[str, str]:
-        """SHA-256 of the images and captions. Imports torch, as nothing else reads images."""
+        """SHA-256 of the images with what is read beside them. Imports torch, as nothing else reads images."""
         from deme.data.opening import data_hashes
 
-        return data_hashes(self.source, self.config.paths.image_cache, with_captions=True)
+        return data_hashes(self.source, self.config.paths.image_cache, self.takes_labels, with_captions=True)
 
     def with_data(self, run: TrainingRun) -> TrainingRun:
         """The run with the hashes of the data in its record."""

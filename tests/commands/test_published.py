@@ -15,7 +15,8 @@ from robustness.forked import Run
 
 from deme.errors import UserError
 from deme.method.projection import PROJECTION_SUFFIX
-from deme.models.denoisers import ProjectedUNet2DModel, load_denoiser, with_projections
+from deme.models.denoisers import load_denoiser, with_projections
+from deme.projection import ProjectedUNet2DModel
 from scripts.published import read_published, rename_projections
 
 FORK = """

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from text_to_image import tiny_clip, tiny_conditional_unet, tiny_pipeline
 
-import deme.projection  # noqa: F401  for loading what has projections
-from deme.models.denoisers import ProjectedUNet2DConditionModel
 from deme.models.pipelines import WEIGHTS
+from deme.projection import ProjectedUNet2DConditionModel
 
 PROMPTS = ["a handwritten three", "zero", "a red cube", "nine", "a cat", "the end"]
 LONG = " ".join(["word"] * 100)

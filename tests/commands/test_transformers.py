@@ -15,8 +15,8 @@ from deme.config.sections import Sample
 from deme.config.trainings import Finetune
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser, load_scheduler
+from deme.models.drawing import Drawing
 from deme.models.encoder_loading import load_encoder
-from deme.models.encoders import Drawing
 from deme.models.pipelines import INDEX, find_pipeline
 from scripts.estimate import Size, encoder_cost, gpu_memory, unet_cost
 

@@ -17,8 +17,9 @@ from text_to_image import tiny_xl_pipeline
 
 from deme.config.sections import Sample
 from deme.models.denoisers import load_denoiser, load_scheduler
+from deme.models.drawing import Drawing
 from deme.models.encoder_loading import load_encoder
-from deme.models.encoders import Captioned, Drawing
+from deme.models.encoders import Captioned
 from deme.models.pipelines import INDEX
 
 

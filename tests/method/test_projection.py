@@ -9,8 +9,8 @@ from diffusers.models import ModelMixin
 from text_to_image import tiny_conditional_unet
 
 from deme.method.projection import PROJECTION_SUFFIX, with_identity_projections
-from deme.models.denoisers import ProjectedUNet2DConditionModel, load_denoiser, with_projections
-from deme.projection import ProjectedUNet2DModel
+from deme.models.denoisers import load_denoiser, with_projections
+from deme.projection import ProjectedUNet2DConditionModel, ProjectedUNet2DModel
 
 INPUT = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 TIMESTEPS = torch.tensor([1, 500, 999])

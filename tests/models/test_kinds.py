@@ -13,6 +13,7 @@ from deme.errors import UserError
 from deme.method.process import process_of
 from deme.models import encoders
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
+from deme.models.drawing import Drawing
 from deme.models.encoder_loading import load_encoder
 from deme.models.kinds import DENOISERS, PIPELINES, SETTINGS
 from deme.models.pipelines import find_pipeline
@@ -155,7 +156,8 @@ def test_latents_without_a_scale_are_refused(text_to_image, tmp_path, value):
         "StableDiffusion3ControlNetPipeline",
         "SanaSprintPipeline",
         "FluxPipeline",
-        "DiTPipeline",
+        "WanPipeline",
+        "StableDiffusionInpaintPipeline",
         "LatentConsistencyModelPipeline",
     ],
 )
@@ -273,7 +275,7 @@ def test_a_batch_is_decoded_in_parts_and_the_negative_prompt_embedded_once(text_
     monkeypatch.setattr(encoder, "embed", lambda texts: embedded.extend(texts) or embed(texts))
     monkeypatch.setattr(encoders, "to_bytes", lambda images: decoded.append(len(images)) or to_bytes(images))
     settings = Sample(num_inference_steps=1, negative_prompt="grey")
-    drawing = encoders.Drawing(load_scheduler(text_to_image), encoder, settings, (4, 4, 4), torch.device("cpu"))
+    drawing = Drawing(load_scheduler(text_to_image), encoder, settings, (4, 4, 4), torch.device("cpu"))
     for seeds in (range(6), range(6, 8)):
         images = drawing.images(lambda _: network, seeds, ["a cat"] * len(seeds))
         assert images.shape == (len(seeds), 1, 8, 8)

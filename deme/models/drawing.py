@@ -1,0 +1,44 @@
+"""Draws a batch of images, from noise to pixels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from diffusers import SchedulerMixin
+
+from deme.config.sections import Sample
+from deme.method.sampling import NetworkAt, guided, network_calls, sample_images, scaled
+from deme.models.encoders import Condition, Encoder
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn: a batch of seeds, from noise to pixels."""
+
+    scheduler: SchedulerMixin  # the pretrained one
+    encoder: Encoder
+    settings: Sample
+    shape: tuple[int, int, int]  # (C, H, W) of what the network works on
+    device: torch.device
+    scales: Sequence[tuple[int, int, float]] = ()  # of the predicted noise, as `scaled` takes them
+
+    @cached_property
+    def _negative(self) -> Condition:
+        return self.encoder.negative([self.settings.negative_prompt])
+
+    @property
+    def passes(self) -> int:
+        """Passes through the network for each image."""
+        is_guided = (self.encoder.takes_text or self.encoder.classes > 0) and self.settings.guidance_scale != 1
+        settings = self.settings
+        sampler = (settings.scheduler, settings.num_inference_steps, settings.timestep_spacing)
+        return network_calls(self.scheduler, *sampler) * (1 + is_guided)
+
+    def images(self, network_at: NetworkAt, seeds: Sequence[int], prompts: Sequence[str | int]) -> torch.Tensor:
+        """The images of these seeds, each of its prompt or label, if any: uint8, (B, C', H', W'), on the CPU."""
+        settings = self.settings
+        scaled_at = scaled(network_at, self.scales)
+        network = guided(scaled_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
+        sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, settings.timestep_spacing)
+        return self.encoder.decode(sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler))

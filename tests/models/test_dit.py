@@ -1,0 +1,158 @@
+"""DiT: labels, a learned variance, latents or pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from text_to_image import tiny_vae
+
+from deme.config.sections import Data, Sample
+from deme.config.trainings import Finetune
+from deme.data.crops import CroppedImages
+from deme.data.decoding import Images, Source
+from deme.data.examples import labels_for
+from deme.data.samples import conditions_of, in_turn
+from deme.errors import UserError
+from deme.models.denoisers import load_denoiser, load_scheduler, make_denoiser, new_transformer, settings_of
+from deme.models.drawing import Drawing
+from deme.models.encoder_loading import load_encoder, pixels_of
+from deme.models.encoders import LabelledLatents
+from deme.models.pipelines import find_pipeline, labels_of, latent_factor
+
+TINY = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "patch_size": 2}
+CLASSES = 1000  # DiTPipeline takes 1000 for no label
+
+
+def tiny_dit(seed: int = 0, **settings) -> DiTTransformer2DModel:
+    torch.manual_seed(seed)
+    return DiTTransformer2DModel(**(TINY | {"sample_size": 4, "in_channels": 4, "out_channels": 8} | settings)).eval()
+
+
+@pytest.fixture(scope="module")
+def latent_dit(tmp_path_factory) -> Path:
+    """A DiT's folder with a VAE, whose images are 8×8."""
+    folder = tmp_path_factory.mktemp("dit") / "pipeline"
+    DiTPipeline(tiny_dit(), tiny_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_images_are_those_of_diffusers_pipeline(latent_dit, scale):
+    """From the same latents, labels and guidance; its own pixels are rounded down, ours to the nearest."""
+    pipeline = find_pipeline(str(latent_dit))
+    network = load_denoiser(pipeline / "transformer")
+    encoder = load_encoder(pipeline, network)
+    assert isinstance(encoder, LabelledLatents)
+    assert (labels_of(pipeline), latent_factor(pipeline)) == (CLASSES, 2)
+    settings = Sample(num_inference_steps=4, guidance_scale=scale, labels=[3, 7])
+    drawing = Drawing(load_scheduler(pipeline), encoder, settings, (4, 4, 4), torch.device("cpu"))
+    assert drawing.passes == (4 if scale == 1 else 8)
+    labels = in_turn(conditions_of(settings, False, CLASSES), range(5, 8))
+    assert labels == {5: 7, 6: 3, 7: 7}
+    found = drawing.images(lambda _: network, list(labels), list(labels.values()))
+    theirs = DiTPipeline.from_pretrained(pipeline)
+    theirs.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in labels]
+    drawn = theirs([*labels.values()], scale, generators, 4, output_type="np").images
+    expected = (255 * drawn).round().transpose(0, 3, 1, 2).astype(int)
+    assert np.abs(found.numpy().astype(int) - expected).max() <= 1
+    assert len({image.tobytes() for image in found.numpy()}) == 3
+
+
+def test_labels_count_and_the_network_drops_none_by_itself():
+    """diffusers' module draws whether to drop a label in each block anew, in train mode."""
+    network = make_denoiser(settings_of(tiny_dit(num_embeds_ada_norm=3))).train()
+    images, timesteps = torch.randn(64, 4, 4, 4), torch.full((64,), 9)
+    first, again, other, none = (
+        network(images, timesteps, class_labels=torch.full((64,), label)).sample for label in (0, 0, 1, 3)
+    )
+    assert torch.equal(first, again)
+    assert not (first == other).all(dim=3).any()
+    assert not (first == none).all(dim=3).any()
+
+
+def test_the_first_half_of_a_learned_variance_is_the_prediction():
+    """Of a tuple and of an output with names, and at one timestep for all images."""
+    plain = tiny_dit()
+    network = make_denoiser(settings_of(plain))
+    network.load_state_dict(plain.state_dict())
+    images, labels = torch.randn(2, 4, 4, 4), torch.tensor([1, 2])
+    expected = plain(images, torch.tensor([5, 5]), labels).sample
+    assert expected.shape == (2, 8, 4, 4)
+    for given in (torch.tensor(5), torch.tensor([5, 5])):
+        assert torch.equal(network(images, given, class_labels=labels).sample, expected[:, :4])
+        assert torch.equal(network(images, given, class_labels=labels, return_dict=False)[0], expected[:, :4])
+
+
+def test_a_new_network_predicts_zero_and_its_blocks_are_identities():
+    network = new_transformer(sample_size=8, in_channels=1, num_embeds_ada_norm=10, **TINY)
+    passed = []
+    for block in network.transformer_blocks:
+        block.register_forward_hook(lambda _, given, output: passed.append(torch.equal(given[0], output)))
+    prediction = network(torch.randn(2, 1, 8, 8), torch.tensor(3), class_labels=torch.tensor([0, 10])).sample
+    assert prediction.shape == (2, 1, 8, 8)
+    assert not prediction.any()
+    assert passed == [True, True]
+    with pytest.raises(TypeError, match="layers"):
+        new_transformer(sample_size=8, layers=3)
+
+
+def source(labels: list | None) -> Source:
+    return Source(Data(label_column="kind"), range(len(labels or [])), labels, None, "")
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers"), [([2, 0, 1, 2], [2, 0, 1, 2]), (["dog", "cat", "dog"], [1, 0, 1])], ids=["numbers", "names"]
+)
+def test_labels_are_numbers_or_names_in_their_order(labels, numbers):
+    assert labels_for(source(labels), 3) == numbers
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 3], "row 2 has the label 3, and the model 3 classes"),
+        ([0, -1], "row 1 has the label -1, and the model 3 classes"),
+        ([0, None], "row 1 has the label null, and the model 3 classes"),
+        (["a", "b", "d", "c"], "row 2 has the label d, and the model 3 classes"),
+        ([0, "a"], "row 1 has the label a, and the model 3 classes"),
+        (None, "the model takes labels"),
+    ],
+)
+def test_labels_that_the_model_does_not_know_are_refused(labels, message):
+    with pytest.raises(UserError, match=f"^data.label_column=kind: {message}"):
+        labels_for(source(labels), 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "classes", "message"),
+    [
+        ({"labels": [0, 3]}, 3, r"sample\.labels=\[0, 3\]: must be of 0 … 2, which the model knows"),
+        ({"labels": [-1]}, 3, r"sample\.labels=\[-1\]: must be of 0 … 2"),
+        ({"labels": [0]}, 0, r"sample\.labels=\[0\]: merged takes none"),
+        ({"prompts": ["a cat"]}, 3, r"sample\.prompts=.*: sample\.model=merged takes none"),
+    ],
+)
+def test_labels_and_prompts_that_a_model_does_not_take_are_refused(settings, classes, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        conditions_of(Sample(**settings), False, classes)
+
+
+def test_without_a_list_all_labels_take_turns():
+    assert in_turn(conditions_of(Sample(), False, 3), range(4, 8)) == {4: 1, 5: 2, 6: 0, 7: 1}
+    assert in_turn(conditions_of(Sample(), False, 0), range(4, 8)) == {}
+
+
+def test_some_labels_are_dropped_from_a_batch_and_stand_for_none():
+    images = Images(lambda _: np.zeros((8, 8, 1), np.uint8), np.arange(400))
+    data = CroppedImages(images, 8, True, False, None, [[row % 3] for row in range(400)], Finetune().label_dropout)
+    batch = data.batch(range(400), np.random.default_rng(0))
+    encoder = pixels_of(make_denoiser(settings_of(tiny_dit(in_channels=1, num_embeds_ada_norm=3))))
+    clean, condition = encoder.encode(batch)
+    assert clean.shape == (400, 1, 8, 8)
+    labels, given = condition["class_labels"], torch.arange(400) % 3
+    assert ((labels == given) | (labels == 3)).all()
+    assert 20 < (labels == 3).sum() < 60
+    assert torch.equal(encoder.encode(data.batch(range(400)))[1]["class_labels"], given)
