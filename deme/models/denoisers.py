@@ -1,6 +1,7 @@
 """Denoisers and noise schedules of a pipeline folder: loaded, given projections, frozen for inference."""
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from deme.models.kinds import PROJECTED
 from deme.models.schedules import FLOW, prediction_type
 from deme.models.variants import default_settings
 
+# a flow schedule is made of the settings of any sampler, of which diffusers names those that it passes over each time
+logging.getLogger("diffusers.configuration_utils").addFilter(
+    lambda record: "DiscreteScheduler, but are not expected" not in record.getMessage()
+)
 LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution; below, packing gains nothing
 AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -191,7 +191,7 @@ def linearized(batch: Batch, candidates: Candidates, network: nn.Module) -> tupl
     With the residual r_i = y_i − ε(x_i) and the columns J_i of derivatives by the coefficients, it is Σ c_i J_iᵀ J_i
     and Σ c_i J_iᵀ r_i: float64, shapes (P, P) and (P,), P = groups · ranges in row-major order.
     """
-    parameters = dict(network.named_parameters())
+    parameters = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     keywords = {**batch.condition, "return_dict": False}
 
     def predict(some: dict[str, torch.Tensor]) -> torch.Tensor:

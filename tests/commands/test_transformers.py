@@ -1,16 +1,24 @@
 """Stable Diffusion 3 and SANA: transformers of text and latents, trained by flow matching."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import REPOSITORY, run
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, StableDiffusion3Pipeline
-from test_text_to_image import PROMPTS
+from PIL import Image
+from safetensors.torch import load_file
+from test_text_to_image import PROMPTS, images, losses
 from text_to_image import tiny_pipeline, tiny_sana_pipeline, tiny_sd3_pipeline
 
+from deme.config.paths import LORA
 from deme.config.sections import Sample
 from deme.config.trainings import Finetune
 from deme.errors import UserError
@@ -137,6 +145,95 @@ def test_a_shift_of_latents_that_another_pipeline_would_ignore_is_refused(tmp_pa
     folder = edited(tmp_path / "plain", tmp_path / "copy", "vae/config.json", shift_factor=0.1)
     with pytest.raises(UserError, match=r"shift_factor=0\.1: not one of null, 0"):
         find_pipeline(str(folder))
+
+
+DRAW = """
+import json, sys
+import diffusers, numpy, torch
+kind, folder, lora, output, options = sys.argv[1:]
+pipeline = getattr(diffusers, kind).from_pretrained(folder)
+pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+options = json.loads(options)
+shape = options.pop("shape")
+options["latents"] = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(6)])
+images = []
+for file in ("", lora):
+    if file:
+        pipeline.load_lora_weights(file)
+    images.append(pipeline(output_type="np", **options).images[..., 0])
+numpy.save(output, numpy.stack(images))
+assert not any(name.partition(".")[0] == "deme" for name in sys.modules)
+"""
+FAMILIES = {  # pixels along an image's side, and what a pipeline is called with
+    "sd3": (8, {"shape": [4, 4, 4]}, "StableDiffusion3Pipeline"),
+    "sana": (32, {"shape": [4, 16, 16], "use_resolution_binning": False}, "SanaPipeline"),
+}
+
+
+@pytest.fixture
+def own_images(tmp_path) -> Path:
+    """Images with a caption each."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    lines = ["file_name,text"]
+    for number, prompt in enumerate(PROMPTS):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{prompt}")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_whole_recipe(request, config_file, own_images, tmp_path, family):
+    """LoRAs by flow matching from cached texts and latents; plain diffusers draws the same with the merged one."""
+    folder, (side, call, kind) = request.getfixturevalue(family), FAMILIES[family]
+    config = yaml.safe_load(config_file.read_text())
+    config["model"] = {"pretrained": str(folder), "projection": False}
+    config["data"] = {"name": str(own_images), "caption_column": "text", "label_column": None, "resolution": side}
+    config["data"] |= {"center_crop": True, "cache_latents": True}
+    config["timesteps"] |= {"density": "logit_normal"}
+    config["finetune"] |= {"lora_rank": 2, "learning_rate": 0.05, "max_steps": 4, "batch_size": 4}
+    config["sample"] |= {"prompts": PROMPTS, "scheduler": "euler", "guidance_scale": 4.5}
+    config_file.write_text(yaml.safe_dump(config))
+    run("finetune.py", config_file)
+    cached = losses(tmp_path)
+    if family == "sd3":
+        shutil.rmtree(tmp_path / "tiny" / "finetuned")
+        run("finetune.py", config_file, "data.cache_latents=false")
+        assert losses(tmp_path) == pytest.approx(cached, rel=1e-4)
+        objective = ["search.method=closed_form", "search.objective=match", "search.images=6", "search.report_images=0"]
+        run("search.py", config_file, *objective)
+        best = yaml.safe_load((tmp_path / "tiny" / "search" / "best.yaml").read_text())
+        assert best["value"] < best["value of the pretrained network"]
+    run("merge.py", config_file)
+    run("sample_ddp.py", config_file)
+    found = np.stack(list(images(tmp_path / "tiny" / "samples" / "merged").values()))
+
+    lora, output = tmp_path / "tiny" / "merged" / LORA, tmp_path / "plain.npy"
+    assert all(key.startswith("transformer.transformer_blocks.") for key in load_file(lora))
+    call = call | {"prompt": PROMPTS, "height": side, "width": side, "num_inference_steps": 3, "guidance_scale": 4.5}
+    command = [sys.executable, "-c", DRAW, kind, str(folder), str(lora), str(output), json.dumps(call)]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    without, expected = np.round(np.load(output) * 255)
+    assert np.abs(found - without).max() > 2
+    assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_script_makes_one_lora(request, own_images, tmp_path, family):
+    """On a tiny pipeline: one LoRA of four ranges."""
+    folder, (side, *_) = request.getfixturevalue(family), FAMILIES[family]
+    options = [f"model.pretrained={folder}", f"data.name={own_images}", f"data.resolution={side}"]
+    options += ["finetune={max_steps: 2, lora_rank: 2, batch_size: 2, mixed_precision: no, base_precision: null}"]
+    command = ["bash", str(REPOSITORY / "scripts/sd3_lora.sh"), *options, f"output_dir={tmp_path}"]
+    environment = os.environ | {"AS_IT_IS": "1", "CONFIG": f"configs/{family}_lora.yaml"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    tensors = load_file(tmp_path / f"{family}_lora" / "merged" / LORA)
+    assert {len(tensor) for name, tensor in tensors.items() if name.endswith("lora_A.weight")} == {8}
+    assert "of each GPU's memory" in result.stdout
 
 
 PUBLISHED = {  # transformer/config.json where it is not the class's default, parameters, and positions
