@@ -11,5 +11,7 @@ from deme.models.denoisers import DENOISER_CLASSES
 ProjectedUNet2DModel = DENOISER_CLASSES["ProjectedUNet2DModel"]
 ProjectedUNet2DConditionModel = DENOISER_CLASSES["ProjectedUNet2DConditionModel"]
 ProjectedDiTTransformer2DModel = DENOISER_CLASSES["ProjectedDiTTransformer2DModel"]
+ProjectedSD3Transformer2DModel = DENOISER_CLASSES["ProjectedSD3Transformer2DModel"]
+ProjectedSanaTransformer2DModel = DENOISER_CLASSES["ProjectedSanaTransformer2DModel"]
 
-__all__ = ["ModelMixin", "ProjectedDiTTransformer2DModel", "ProjectedUNet2DConditionModel", "ProjectedUNet2DModel"]
+__all__ = ["ModelMixin", *(name for name in DENOISER_CLASSES if name.startswith("Projected"))]

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import deme.job.early  # noqa: F401  Ctrl-C may come while the rest is imported
 from deme.config.experiment import Config
 from deme.job.command import run_script
-from deme.models.pipelines import denoiser_folder
+from deme.models.pipelines import denoiser_folder, labels_of
 from deme.models.variants import ModelFiles, find_pretrained
 from deme.training.session import Session
 
@@ -36,7 +36,9 @@ def main(config: Config) -> None:
     from deme.training.trainer import open_training
 
     load = partial(load_networks, inputs, "model.pretrained", config.paths.pretrained, config.timesteps)
-    accelerator, _, images = open_training(Session(config, config.finetune), load, inputs.watched(), inputs.hashes())
+    session = Session(config, config.finetune)
+    session.takes_labels = labels_of(pipeline) > 0
+    accelerator, _, images = open_training(session, load, inputs.watched(), inputs.hashes())
     accelerator.print(f"{config.data.name}: {len(images.training):,} images")
 
 

@@ -25,8 +25,8 @@ from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF, SOUP, Finetu
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
-from deme.models.kinds import is_xl, text_width
-from deme.models.pipelines import denoiser_folder, parts_of, takes_text
+from deme.models.kinds import is_xl, num_classes, text_width
+from deme.models.pipelines import denoiser_folder, has_latents, labels_of, parts_of, takes_text
 from deme.models.variants import find_pretrained
 
 GPU_TFLOPS = 50.0  # a guess for an A100 in half precision
@@ -73,7 +73,7 @@ def main(config: Config) -> None:
     size = Size(
         *unet_cost(read_json(denoiser_folder(pretrained) / "config.json"), config.finetune),
         *encoder_cost(pretrained, config.data.resolution),
-        per_step=1 + (takes_text(pretrained) and config.sample.guidance_scale != 1),
+        per_step=1 + ((takes_text(pretrained) or labels_of(pretrained) > 0) and config.sample.guidance_scale != 1),
         images=len(open_source(config.data)),
         models=os.environ.get("MODELS", "pretrained merged").split(),
     )
@@ -224,6 +224,8 @@ def unet_cost(config: dict, finetune: Finetune) -> tuple[int, int, int, int]:
         condition = {
             name: torch.empty(1, *shape) for name, shape in condition_shapes({**unet.config, **config}).items()
         }
+        if num_classes({**unet.config, **config}):
+            condition["class_labels"] = torch.zeros(1, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             unet(torch.empty(1, unet.config.in_channels, size, size), torch.zeros(1, dtype=torch.int64), **condition)
         student = unet if finetune.lora_rank is None else new_lora(unet, finetune)
@@ -251,7 +253,7 @@ def condition_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def encoder_cost(pipeline: Path, resolution: int) -> tuple[int, float, int, int]:
     """Channels of an image, operations to encode or decode it, bytes of it encoded, with a caption, and parameters."""
     settings = read_json(denoiser_folder(pipeline) / "config.json")
-    if not takes_text(pipeline):
+    if not has_latents(pipeline):
         return settings["in_channels"], 0.0, 0, 0
     import diffusers
     import torch

@@ -22,7 +22,7 @@ from deme.config.experiment import Config
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
 from deme.models.averages import merged_folders
-from deme.models.pipelines import denoiser_folder
+from deme.models.pipelines import denoiser_folder, labels_of
 from deme.models.variants import ModelFiles, find_pretrained
 
 STREAM = 8  # of the draws, apart from those of trainings and analyses
@@ -51,7 +51,7 @@ def main(config: Config) -> None:
     from deme.models.lora import read_header
 
     source = open_source(config.data)
-    made_of = data_hashes(source, config.paths.image_cache, with_captions=True) | inputs.hashes()
+    made_of = data_hashes(source, config.paths.image_cache, labels_of(pretrained) > 0, True) | inputs.hashes()
     accelerator = make_accelerator("no", "search")
     networks = dict(zip(["pretrained", *config.merged_names], inputs.denoisers, strict=True))
     material = Material(config, accelerator, pretrained, networks, source, made_of)
@@ -75,7 +75,7 @@ def main(config: Config) -> None:
 def made_from(config: Config, weights: str, edges: Range, made_of: dict[str, str]) -> dict[str, Any]:
     """What statistics depend on."""
     examples = {f"data.{key}": value for key, value in config.data.tagged("examples").items()}
-    dropout = {"finetune.caption_dropout": config.finetune.caption_dropout}
+    dropout = {f"finetune.{key}": value for key, value in config.finetune.tagged("examples").items()}
     settings = {"seed": config.seed, "timesteps": edges, "search.images": config.search.images}
     return {"weights": weights, **settings, **examples, **dropout, **made_of}
 

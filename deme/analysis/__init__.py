@@ -69,7 +69,7 @@ class Material:
             "ranges": self.ranges,
             **{f"analyze.{key}": value for key, value in self.settings.tagged(name.partition("-")[0]).items()},
             **{f"data.{key}": value for key, value in config.data.tagged("examples").items()},
-            "finetune.caption_dropout": config.finetune.caption_dropout,
+            **{f"finetune.{key}": value for key, value in config.finetune.tagged("examples").items()},
             "weights": [self.hashes[network] for network in networks],
             **self.made_of,
         }

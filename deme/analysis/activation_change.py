@@ -12,8 +12,8 @@ from deme.analysis import Material
 from deme.job.processes import Processes
 from deme.job.records import Arrays, Keep
 from deme.measure.noisy import Batch
-from deme.method.projection import PROJECTION_SUFFIX
-from deme.method.task_vectors import BLOCK, Tensors
+from deme.method.projection import PROJECTION_SUFFIX, blocks_of, place_of_images
+from deme.method.task_vectors import Tensors
 from deme.report.figures import BLUE, GREY, PINK, grid, model_style, name_rows
 from deme.report.tables import headed_table, mean_of, number
 
@@ -43,13 +43,6 @@ def measure(material: Material) -> Arrays:
     return material.keep("activation_change", ["pretrained", *material.range_names], make)
 
 
-def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a UNet by name, in the order of the forward pass: down, mid, up."""
-    blocks = {name: module for name, module in network.named_modules() if BLOCK.fullmatch(f"{name}.")}
-    # as numbers: down_blocks.10 follows down_blocks.9
-    return dict(sorted(blocks.items(), key=lambda item: (item[0].partition(".")[0], len(item[0]), item[0])))
-
-
 def split_squares(activations: torch.Tensor) -> torch.Tensor:
     """The squares of activations (B, C, H, W), split into four parts in the order of PARTS: float64, shape (4,).
 
@@ -75,10 +68,12 @@ def squared_change(
         Of the pretrained network's activations, and of the change, split as PARTS: float64, shape (blocks, 2, 4).
         Numbers of channels and of positions after each block, shape (blocks, 2).
     """
-    outputs: list[torch.Tensor] = []  # after each block and its projection, float32, shape (B, C, H, W)
+    outputs: list[torch.Tensor] = []  # after each block and its projection, float32, (B, C, H, W) or (B, C, tokens)
 
-    def append(_block: nn.Module, _inputs: tuple, output: torch.Tensor | tuple) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output).float())
+    def append(block: nn.Module, _inputs: tuple, output: torch.Tensor | tuple) -> None:
+        place = place_of_images(block, output)
+        images = (output if place is None else output[place]).float()
+        outputs.append(images.transpose(1, 2) if images.dim() == 3 else images)
 
     blocks = [block for network in (pretrained, finetuned) for block in blocks_of(network).values()]
     count = len(blocks) // 2
@@ -103,7 +98,7 @@ def projection_distance(network: Tensors, block: str) -> float:
     """Frobenius distance ‖P − I‖ / ‖I‖ of a block's projection P from the identity; NaN if it has none."""
     if f"{block}{PROJECTION_SUFFIX}" not in network:
         return np.nan
-    projection = network[f"{block}{PROJECTION_SUFFIX}"][:, :, 0, 0].float()
+    projection = network[f"{block}{PROJECTION_SUFFIX}"].flatten(1).float()
     identity = torch.eye(len(projection), device=projection.device)
     return float((projection - identity).norm() / identity.norm())
 
@@ -147,7 +142,7 @@ def report(arrays: Arrays, material: Material) -> tuple[str, dict[str, Figure]]:
     parts[0].set_xlim(right=100)
     pictures = {"activation-change": (left, profiles[0]), "activation-shares": (right, parts[0])}
     if np.isfinite(projections).any():
-        note, label = "P: the 1×1 convolution after a block, I: the identity", "‖P − I‖ / ‖I‖, %"
+        note, label = "P: the projection after a block, I: the identity", "‖P − I‖ / ‖I‖, %"
         figure, [axes] = grid(1, (6.5, 1.5 + height), note, label, "projection after")
         for k, name in enumerate(names):
             style = {"linestyle": "", "markersize": 7} | model_style(name, k)

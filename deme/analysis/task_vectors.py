@@ -1,5 +1,6 @@
 """Task vectors: norms, cosines, signs and values of what finetuning added to the weights (the paper's figure 6b)."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -63,8 +64,8 @@ def statistics(pretrained: Tensors, networks: Sequence[Tensors]) -> Arrays:
 
 
 def names_by_block(names: Iterable[str]) -> dict[str, list[str]]:
-    """Tensors' names by block: down, mid, up, and the rest outside of all blocks."""
-    patterns = patterns_of("block", sorted(names))
+    """Tensors' names by block: down, mid, up, or those of a transformer, and the rest outside of all blocks."""
+    patterns = patterns_of("block", sorted(names, key=lambda name: re.sub(r"\d+", lambda n: n[0].zfill(6), name)))
     pattern = {name: pattern_of(name, patterns) for name in names}
     return {p.removesuffix(".*").replace("*", "rest"): [name for name in names if pattern[name] == p] for p in patterns}
 

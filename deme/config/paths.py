@@ -125,7 +125,8 @@ def usual_denoiser(config: Any) -> str:
     if config.model.pretrained is None:
         own = Path(config.output_dir) / config.name / "pretrained"
         return denoiser_in(own, TRANSFORMER if config.pretrain.transformer else UNET).name
-    return denoiser_in(Path(config.model.pretrained)).name
+    trained = any(Path(config.output_dir, config.name, "finetuned").glob(f"*/{TRANSFORMER}"))
+    return denoiser_in(Path(config.model.pretrained), TRANSFORMER if trained else UNET).name
 
 
 def product_of(config: Any, training: Path) -> Path:

@@ -74,7 +74,9 @@ class Noiser:
     def encode(self, indices: np.ndarray, random: np.random.Generator) -> Encoded:
         torch.manual_seed(torch_seed(random))  # for the encoder's draws
         clean, condition = self.encoder.encode(self.images.batch(indices, random))
-        return {"clean": clean, "condition": on_tensors(torch.Tensor.float, condition)}  # half precision on a GPU
+        # half precision on a GPU; labels stay numbers
+        named = {name: value.float() if value.is_floating_point() else value for name, value in condition.items()}
+        return {"clean": clean, "condition": named}
 
     def batch(self, encoded: Encoded, noise: torch.Tensor, timesteps: torch.Tensor, ranges: torch.Tensor) -> Batch:
         """Images with noise (B, C, H, W) at timesteps (B,); all weights are 1."""

@@ -22,8 +22,9 @@ Tensors = Mapping[str, torch.Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PUBLISHED = (0.1, 0.1, 0.2, 0.5)  # the paper's coefficients for LSUN-Church, of four equal ranges, lowest first
 PART = 2**18  # elements worked on at a time, so that intermediate results stay in the processor's cache
-BLOCKS = ("down_blocks", "mid_block", "up_blocks", "rest", "text_encoder", "text_encoder_2")  # in this order
-BLOCK = re.compile(r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")  # how the names of a block's tensors begin
+REST = "rest"  # outside of all blocks
+BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", REST, "text_encoder", "text_encoder_2")
+BLOCK = re.compile(r"(?:(?:down|up|transformer)_blocks\.\d+|mid_block)\.")  # how the names of a block's tensors begin
 
 
 def pattern_of(name: str, patterns: Iterable[str]) -> str:
@@ -116,7 +117,7 @@ class Moved:
     def add(self, name: str, lengths: Sequence[float], coefficients: Sequence[float]) -> None:
         """Add a tensor's task vectors by their norms."""
         match = BLOCK.match(name)
-        outside = name.partition(".")[0] if name.startswith("text_encoder") else BLOCKS[3]
+        outside = name.partition(".")[0] if name.startswith("text_encoder") else REST
         moved = np.square(np.multiply(lengths, coefficients))
         block = outside if match is None else match[0].removesuffix(".")
         self.squares[block] = self.squares.get(block, 0) + np.stack([moved, moved * np.sign(coefficients)])

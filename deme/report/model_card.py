@@ -9,7 +9,16 @@ from deme.config.paths import denoiser_in, without_schedule
 from deme.config.trainings import SELF, SOUP
 from deme.job.files import sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_spaces
-from deme.models.pipelines import WEIGHTS, hub_name, is_projected, read_index, read_schedule, takes_text
+from deme.models.pipelines import (
+    WEIGHTS,
+    has_latents,
+    hub_name,
+    is_projected,
+    labels_of,
+    read_index,
+    read_schedule,
+    takes_text,
+)
 from deme.models.schedules import FLOW, prediction_type
 from deme.report.tables import distances, markdown_table, render
 
@@ -30,14 +39,14 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
     Scores in results.json are those of this network if their images were drawn from its weights.
     """
     merged, repository = config.paths.merged, config.merge.push_to_hub
-    is_of_text, projected = takes_text(merged), is_projected(denoiser_in(merged))
-    is_flow = prediction_type(read_schedule(merged)) == FLOW
+    network = denoiser_in(merged)
+    projected = is_projected(network)
     method, networks = made_from["method"], config.merged_networks
     names = [f"timesteps {name}" * (name == config.timesteps.names[0]) or name for name in config.merged_names]
     settings = [f"{key} {value}" for key, value in made_from.items() if key.startswith(f"{method}_")]
     coefficients = [[f"`{pattern}`", *map(str, values)] for pattern, values in made_from["coefficients"].items()]
     spaces = load_spaces(config.paths.results) if config.paths.results.exists() else {}
-    weights = [sha256(denoiser_in(merged) / WEIGHTS)] if spaces else []
+    weights = [sha256(network / WEIGHTS)] if spaces else []
     own = [(name, row) for name, rows in spaces.items() for row in rows if row.weights == weights]
     return render(
         "model_card.md",
@@ -51,13 +60,24 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
         method=", ".join([method, *settings]),
         coefficients=markdown_table(["tensors", *names], coefficients),
         scores=[f"- {score_line(name, row)}" for name, row in own],
-        takes_text=is_of_text,
-        kind="text-to-image model" if is_of_text else "flow-matching model" if is_flow else "DDPM",
+        **use_of(merged),
         projected=projected,
-        pipeline=read_index(merged)["_class_name"] if is_of_text or is_flow else "DDIMPipeline",
+        network=read_index(merged)[network.name],
         name=merged if repository is None else repository,
         downloads=projected and repository is not None,  # else diffusers would look for the class in the repository
     )
+
+
+def use_of(merged: Path) -> dict[str, str]:
+    """What a model is, in words; the pipeline that loads it, empty where diffusers has none; and its arguments."""
+    is_flow = prediction_type(read_schedule(merged)) == FLOW
+    kind, pipeline = "flow-matching model" if is_flow else "DDPM", read_index(merged)["_class_name"]
+    if takes_text(merged):
+        return {"kind": "text-to-image model", "pipeline": pipeline, "arguments": '"a prompt"'}
+    if labels_of(merged):
+        loads = pipeline if has_latents(merged) else ""
+        return {"kind": f"class-conditional {kind}", "pipeline": loads, "arguments": "class_labels=[0, 1]"}
+    return {"kind": kind, "pipeline": pipeline if is_flow else "DDIMPipeline", "arguments": "batch_size=16"}
 
 
 def header(config: Config) -> dict[str, Any]:

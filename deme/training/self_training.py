@@ -13,11 +13,11 @@ from deme.config.experiment import Config
 from deme.data.decoding import Source
 from deme.data.drawing import draw_samples
 from deme.data.opening import open_source
-from deme.data.samples import list_images, load_prompts, read_prompts
+from deme.data.samples import in_turn, list_images, load_prompts, read_prompts
 from deme.errors import naming
 from deme.job.files import make_folder
 from deme.job.processes import Processes, in_main_process
-from deme.models.pipelines import takes_text
+from deme.models.pipelines import labels_of, takes_text
 from deme.models.variants import find_model, timed
 
 
@@ -35,8 +35,12 @@ def own_samples(config: Config, processes: Processes) -> Source:
     settings, folder = config.self_training, config.paths.own_samples
     model = find_model("pretrained", config.paths)
     watched = model.watched()
-    texts = in_main_process(processes, partial(drawn_captions, config)) if takes_text(model.pipeline) else {}
+    seeds, labels = range(settings.seed_offset, settings.seed_offset + settings.num_images), labels_of(model.pipeline)
+    texts = in_turn(range(labels), seeds)
+    if takes_text(model.pipeline):
+        texts = in_main_process(processes, partial(drawn_captions, config))
     drawn = {"model": "pretrained", "output": str(folder), "prompts": None, "size_on_disk": None, "overwrite": False}
+    drawn |= {"labels": None}  # all take turns
     drawn |= {"num_images": settings.num_images, "seed_offset": settings.seed_offset, "blocks": 1, "block": None}
     drawn |= {"num_inference_steps": config.own_sample_steps, "schedules": [], "prediction_scale": None}
     notes = config.paths.own_seconds
@@ -47,6 +51,8 @@ def own_samples(config: Config, processes: Processes) -> Source:
         draw_samples(replace(config, sample=replace(config.sample, **drawn)), model, watched, texts, processes)
     data = training_config(config).data
     source = replace(open_source(replace(data, caption_column=None)), data=data)
+    if labels:
+        return replace(source, labels=list(texts.values()))
     prompts = read_prompts(folder, list_images(folder)) if data.caption_column is not None else None
     return source if prompts is None else replace(source, captions=[[prompt] for prompt in prompts])
 

@@ -5,7 +5,8 @@ from accelerate import Accelerator
 from conftest import tiny_unet
 from noisy_images import probes
 
-from deme.analysis.activation_change import blocks_of, changes, projection_distance, split_squares, squared_change
+from deme.analysis.activation_change import changes, projection_distance, split_squares, squared_change
+from deme.method.projection import blocks_of
 from deme.models.denoisers import with_projections
 
 BLOCKS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]

@@ -1,13 +1,17 @@
 """DiT: labels, a learned variance, latents or pixels."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from text_to_image import tiny_vae
 
+from deme.analysis.activation_change import changes, projection_distance, squared_change
+from deme.analysis.task_vectors import names_by_block
 from deme.config.sections import Data, Sample
 from deme.config.trainings import Finetune
 from deme.data.crops import CroppedImages
@@ -15,11 +19,23 @@ from deme.data.decoding import Images, Source
 from deme.data.examples import labels_for
 from deme.data.samples import conditions_of, in_turn
 from deme.errors import UserError
-from deme.models.denoisers import load_denoiser, load_scheduler, make_denoiser, new_transformer, settings_of
+from deme.measure.noisy import Batch
+from deme.method.projection import PROJECTION_SUFFIX, blocks_of, with_identity_projections
+from deme.method.task_vectors import Moved, patterns_of
+from deme.models.denoisers import (
+    load_denoiser,
+    load_scheduler,
+    make_denoiser,
+    new_transformer,
+    settings_of,
+    with_projections,
+)
 from deme.models.drawing import Drawing
 from deme.models.encoder_loading import load_encoder, pixels_of
 from deme.models.encoders import LabelledLatents
 from deme.models.pipelines import find_pipeline, labels_of, latent_factor
+from deme.models.variants import write_denoiser, write_pipeline_files
+from deme.projection import ProjectedDiTTransformer2DModel
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "patch_size": 2}
 CLASSES = 1000  # DiTPipeline takes 1000 for no label
@@ -156,3 +172,70 @@ def test_some_labels_are_dropped_from_a_batch_and_stand_for_none():
     assert ((labels == given) | (labels == 3)).all()
     assert 20 < (labels == 3).sum() < 60
     assert torch.equal(encoder.encode(data.batch(range(400)))[1]["class_labels"], given)
+
+
+# --- blocks and projections
+
+
+def test_blocks_of_a_transformer_are_told_apart_in_the_order_of_the_forward_pass():
+    network = tiny_dit(num_layers=11)
+    assert list(blocks_of(network)) == [f"transformer_blocks.{number}" for number in range(11)]
+    names = [*network.state_dict()]
+    assert patterns_of("block", names) == [*(f"transformer_blocks.{number}.*" for number in range(11)), "*"]
+    assert list(names_by_block(names)) == [*blocks_of(network), "rest"]
+    moved = Moved()
+    for name in reversed(names):
+        moved.add(name, [1.0], [1.0])
+    assert list(moved.by_block) == [*blocks_of(network), "rest"]
+
+
+def test_projections_of_a_transformer_are_identities_on_each_token_and_are_trained_saved_and_loaded(tmp_path):
+    plain = make_denoiser(settings_of(tiny_dit()))
+    inputs = torch.randn(2, 4, 4, 4), torch.tensor([5, 900])
+    labels = {"class_labels": torch.tensor([1, 2]), "return_dict": False}
+    projected = with_projections(plain)
+    assert torch.equal(projected(*inputs, **labels)[0], plain(*inputs, **labels)[0])
+    weights = {name: weight for name, weight in projected.named_parameters() if name.endswith(PROJECTION_SUFFIX)}
+    assert {name: tuple(weight.shape) for name, weight in weights.items()} == {
+        f"transformer_blocks.{number}{PROJECTION_SUFFIX}": (16, 16) for number in range(2)
+    }
+    projected(*inputs, **labels)[0].square().mean().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in weights.values())
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.mul_(0.5)
+    changed = projected(*inputs, **labels)[0]
+    assert not torch.allclose(changed, plain(*inputs, **labels)[0])
+    projected.save_pretrained(tmp_path / "transformer")
+    assert torch.equal(load_denoiser(tmp_path / "transformer")(*inputs, **labels)[0], changed)
+    base = with_identity_projections(plain.state_dict(), projected.state_dict())
+    assert all(torch.equal(base[name], torch.eye(16)) for name in weights)
+    assert projection_distance(projected.state_dict(), "transformer_blocks.0") == pytest.approx(0.5)
+
+
+def test_a_projected_dit_is_loaded_by_diffusers(latent_dit, tmp_path):
+    network = with_projections(load_denoiser(latent_dit / "transformer"))
+    write_denoiser(tmp_path, network.state_dict(), settings_of(network))
+    write_pipeline_files(tmp_path, latent_dit)
+    loaded = DiTPipeline.from_pretrained(tmp_path)
+    assert isinstance(loaded.transformer, ProjectedDiTTransformer2DModel)
+    assert find_pipeline(str(tmp_path)) == tmp_path
+
+
+def test_channels_of_tokens_and_their_places_are_the_two_factors_of_a_change():
+    """A bias after a block changes the channels alike at every place."""
+    before = make_denoiser(settings_of(tiny_dit(num_layers=1)))
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.transformer_blocks[0].ff.net[2].bias.add_(torch.arange(16.0))
+        for network in (before, after):  # the gate of the feed-forward layers
+            network.transformer_blocks[0].norm1.linear.bias[-16:] = 1.0
+            network.transformer_blocks[0].norm1.linear.weight[-16:] = 0.0
+    noisy, condition = torch.randn(3, 4, 4, 4), {"class_labels": torch.tensor([0, 1, 2])}
+    times = torch.tensor([1, 500, 999])
+    batch = Batch(noisy, times, condition, torch.zeros(3), noisy, torch.ones(3))
+    squares, shapes = squared_change(before, after, [batch], Accelerator(cpu=True))
+    assert shapes.tolist() == [[16, 4]]
+    shares = changes(squares)[1][0]
+    assert shares[:2].sum() == pytest.approx(1)
+    assert shares[1] > 0.2
