@@ -3,8 +3,8 @@
     accelerate launch scripts/merge_statistics.py
     python merge.py merge.method=regmean merge.output=runs/digits/merged-regmean
 
-Writes a file for each network to runs/<name>/merge-statistics/. The expert of a range sees search.images images at
-timesteps of its range, other networks at all timesteps. A file that is up to date is not measured again.
+Writes a file for each network to runs/<name>/finetuned/merge-statistics/. The expert of a range sees search.images
+images at timesteps of its range, other networks at all timesteps. A file that is up to date is not measured again.
 """
 
 import sys
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
 
     # --- each network
     whole = (0, config.timesteps.num_train_timesteps)
-    with locked_by_all(accelerator, config.paths.merge_statistics, "output_dir"):
+    with locked_by_all(accelerator, config.paths.merge_statistics, "output_dir", wait=True):
         in_main_process(accelerator, partial(make_folder, config.paths.merge_statistics, "output_dir"))
         for network in config.merged_networks:
             file = statistics_file(config.paths.merge_statistics, material.hashes[network.name])

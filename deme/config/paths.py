@@ -49,7 +49,8 @@ class Paths:
         self.plots = run / "plots"  # pictures
         self.report = run / "report.html"  # the page that report.py writes, beside the same as Markdown
         self.merged = output(config.merge.output, "merged")  # the pipeline folder that merge.py makes
-        self.merge_statistics = run / "merge-statistics"  # of networks, for merge methods that need them
+        trainings = run / "finetuned" if config.merge.finetuned is None else Path(config.merge.finetuned)
+        self.merge_statistics = trainings / "merge-statistics"  # of networks, for merge methods that need them
         self.merged_file = self.merged / f"{config.name}.safetensors"  # of merge.single_file
         self.neon = run / "neon"  # the pipeline folder of the model neon
         self.all_samples = run / "samples"  # the folder of the sample folders

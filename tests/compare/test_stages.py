@@ -93,12 +93,14 @@ def test_runs_with_equal_trainings_share_them(tmp_path):
     assert changed == {"statistics", "search", "merge", "merge-neon", "evaluate", "card", "report"}
 
 
-def test_a_merge_by_statistics_waits_for_their_job():
+def test_merges_by_statistics_share_their_job():
     comparison = load_comparison("configs/comparison/merge_methods.yaml", ["seeds=[0]"])
     jobs = {job.name: job for job in Stages(*comparison).jobs}
-    [measured] = [job for job in jobs["digits-fisher-ones merge"].after if job.stage == "merge-statistics"]
-    assert {job.name for job in measured.after} == {f"digits train finetune.range={k}" for k in range(4)}
-    assert not [name for name in jobs if "ties" in name and "merge-statistics" in name]
+    [measured] = [name for name in jobs if "merge-statistics" in name]
+    assert measured == 'digits merge-statistics merge.experts=["ranges"]'
+    assert {job.name for job in jobs[measured].after} == {f"digits train finetune.range={k}" for k in range(4)}
+    waiting = {job.run for job in jobs.values() if jobs[measured] in job.after}
+    assert waiting == {f"digits-{method}-{row}" for method in ("fisher", "regmean") for row in ("uniform", "ones")}
 
 
 def test_jobs_of_an_array_wait_for_the_same_jobs(tmp_path):
