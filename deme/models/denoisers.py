@@ -156,6 +156,8 @@ def load_scheduler(pipeline: Path) -> SchedulerMixin:
         shift = {"shift": settings["flow_shift"]} if "flow_shift" in settings else {}
         with blaming(file):
             return FlowMatchEulerDiscreteScheduler.from_config(settings | shift)
+    if str(settings.get("variance_type")).startswith("learned"):  # networks here return none
+        settings["variance_type"] = "fixed_small"
     with blaming(file):
         return DDPMScheduler.from_config(settings | (LATENT_SCHEDULE if pipelines.takes_text(pipeline) else {}))
 

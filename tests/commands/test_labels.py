@@ -11,6 +11,7 @@ from conftest import run
 from PIL import Image
 from safetensors.torch import load_file
 
+from deme.config.paths import LORA
 from deme.models.pipelines import WEIGHTS
 
 TRANSFORMER = {"in_channels": 1, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
@@ -54,6 +55,28 @@ def test_a_transformer_is_pretrained_decoupled_merged_and_sampled_by_label(dit_c
     run("sample_ddp.py", dit_config, *SAMPLES, "sample.labels=[0,1]", "sample.output=" + str(root / "by-label"))
     by_label = [np.array(Image.open(path)) for path in sorted((root / "by-label").glob("0*.png"))]
     assert [np.array_equal(*pair) for pair in zip(of_all, by_label, strict=True)] == [True, True, False, False]
+
+
+def test_loras_of_a_transformer_are_trained_merged_and_drawn(dit_config):
+    root, lora = dit_config.parent / "tiny", "finetune.lora_rank=2"
+    run("pretrain.py", dit_config)
+    run("finetune.py", dit_config, lora, "finetune.lora_targets=all-linear")
+    run("merge.py", dit_config, lora)
+    names = [*load_file(root / "merged" / LORA)]
+    assert all(name.startswith("transformer.") for name in names)
+    assert "transformer.transformer_blocks.1.ff.net.0.proj.lora_A.weight" in names
+    run("sample_ddp.py", dit_config, lora, *SAMPLES)
+    whole = ["merge.into=model", "merge.output=" + str(root / "whole")]
+    run("merge.py", dit_config, lora, *whole)
+    run("sample_ddp.py", dit_config, lora, *SAMPLES, *whole, "sample.output=" + str(root / "by-whole"))
+    drawn, expected = (
+        [np.array(Image.open(path)).astype(int) for path in sorted((root / folder).glob("0*.png"))]
+        for folder in ("samples/merged", "by-whole")
+    )
+    assert len(drawn) == 4
+    assert np.abs(np.subtract(drawn, expected)).max() <= 1
+    refused = run("merge.py", dit_config, lora, "merge.lora_format=kohya", "merge.output=kohya", status=2)
+    assert "merge.lora_format=kohya: has no known name for transformer." in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,23 @@
 """DiT: labels, a learned variance, latents or pixels."""
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from conftest import tiny_unet
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DModel,
+)
 from text_to_image import tiny_vae
 
 from deme.analysis.activation_change import changes, projection_distance, squared_change
@@ -20,6 +30,7 @@ from deme.data.examples import labels_for
 from deme.data.samples import conditions_of, in_turn
 from deme.errors import UserError
 from deme.measure.noisy import Batch
+from deme.method.process import process_of
 from deme.method.projection import PROJECTION_SUFFIX, blocks_of, with_identity_projections
 from deme.method.task_vectors import Moved, patterns_of
 from deme.models.denoisers import (
@@ -31,8 +42,9 @@ from deme.models.denoisers import (
     with_projections,
 )
 from deme.models.drawing import Drawing
-from deme.models.encoder_loading import load_encoder, pixels_of
+from deme.models.encoder_loading import load_encoder, pixels_of, try_out
 from deme.models.encoders import LabelledLatents
+from deme.models.kinds import DIT, SD3
 from deme.models.pipelines import find_pipeline, labels_of, latent_factor
 from deme.models.variants import write_denoiser, write_pipeline_files
 from deme.projection import ProjectedDiTTransformer2DModel
@@ -52,6 +64,22 @@ def latent_dit(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dit") / "pipeline"
     DiTPipeline(tiny_dit(), tiny_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(folder)
     return folder
+
+
+def test_networks_of_other_families_are_refused_by_name(latent_dit, tmp_path):
+    folder = shutil.copytree(latent_dit, tmp_path / "copy")
+    (folder / "model_index.json").unlink()
+    file = folder / "transformer" / "config.json"
+    settings = json.loads(file.read_text())
+    for name in ("FluxTransformer2DModel", "WanTransformer3DModel", "PixArtTransformer2DModel"):
+        file.write_text(json.dumps(settings | {"_class_name": name}))
+        with pytest.raises(UserError, match=f"config.json: _class_name={name}: not one of .*{DIT}, {SD3}"):
+            find_pipeline(str(folder))
+    file.write_text(json.dumps(settings | {"norm_type": "ada_norm_single"}))
+    with pytest.raises(UserError, match="norm_type=ada_norm_single: not ada_norm_zero"):
+        find_pipeline(str(folder))
+    file.write_text(json.dumps(settings | {"_class_name": "Transformer2DModel"}))  # as it was published
+    assert isinstance(load_denoiser(find_pipeline(str(folder)) / "transformer"), DiTTransformer2DModel)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -102,6 +130,21 @@ def test_the_first_half_of_a_learned_variance_is_the_prediction():
         assert torch.equal(network(images, given, class_labels=labels, return_dict=False)[0], expected[:, :4])
 
 
+def test_a_unet_with_a_learned_variance_is_drawn_from_by_its_prediction(tmp_path):
+    """DDPM's sampler, which its schedule has made for such a variance, takes the fixed one."""
+    schedule = DDPMScheduler(variance_type="learned_range", num_train_timesteps=10)
+    DDPMPipeline(tiny_unet(out_channels=2), schedule).save_pretrained(tmp_path)
+    network, encoder = load_denoiser(tmp_path / "unet"), pixels_of(tiny_unet())
+    process = process_of(load_scheduler(find_pipeline(str(tmp_path))))
+    try_out(network, process, encoder)
+    settings = Sample(num_inference_steps=3, scheduler="DDPMScheduler")
+    drawing = Drawing(process.scheduler, encoder, settings, (1, 8, 8), torch.device("cpu"))
+    assert drawing.images(lambda _: network, [0, 1], []).shape == (2, 1, 8, 8)
+    whole = UNet2DModel.from_pretrained(tmp_path / "unet").eval()
+    inputs = torch.randn(2, 1, 8, 8), torch.tensor([3, 7])
+    assert torch.equal(network(*inputs).sample, whole(*inputs).sample[:, :1])
+
+
 def test_a_new_network_predicts_zero_and_its_blocks_are_identities():
     network = new_transformer(sample_size=8, in_channels=1, num_embeds_ada_norm=10, **TINY)
     passed = []
@@ -147,7 +190,7 @@ def test_labels_that_the_model_does_not_know_are_refused(labels, message):
     [
         ({"labels": [0, 3]}, 3, r"sample\.labels=\[0, 3\]: must be of 0 … 2, which the model knows"),
         ({"labels": [-1]}, 3, r"sample\.labels=\[-1\]: must be of 0 … 2"),
-        ({"labels": [0]}, 0, r"sample\.labels=\[0\]: merged takes none"),
+        ({"labels": [0]}, 0, r"sample\.labels=\[0\]: sample\.model=merged takes none"),
         ({"prompts": ["a cat"]}, 3, r"sample\.prompts=.*: sample\.model=merged takes none"),
     ],
 )
