@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deme.config.paths import UNET
-from deme.errors import UserError, blaming, one_line
+from deme.errors import UserError, blaming, naming, one_line
 from deme.job.files import read_json
 from deme.method.process import Process
 from deme.models.denoisers import settings_of
@@ -27,7 +27,17 @@ from deme.models.encoders import (
     LatentsAndTwoTexts,
     Pixels,
 )
-from deme.models.kinds import DENOISERS, SANA, SD3, check_settings, denoiser_class, is_xl, num_classes, text_width
+from deme.models.kinds import (
+    DENOISERS,
+    SANA,
+    SD3,
+    check_settings,
+    check_shift,
+    denoiser_class,
+    is_xl,
+    num_classes,
+    text_width,
+)
 from deme.models.pipelines import INDEX, has_full_precision, has_latents, latent_factor, parts_of, takes_text
 
 LEAST_VOCABULARY = 256  # tokens: one for each byte
@@ -37,7 +47,7 @@ LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
 @torch.no_grad()
 def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
     """The encoder of a pipeline, each of its parts tried once."""
-    config = {**denoiser.config, "_class_name": type(denoiser).__name__}
+    config = settings_of(denoiser)
     width = text_width(config)
     if (width is not None) != takes_text(pipeline):
         wants = "takes no text" if width is None else "needs a text encoder, which the folder lacks"
@@ -50,6 +60,8 @@ def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
     logging.set_verbosity_error()  # errors are told below, in one line
     parts = parts_of(pipeline, config)
     vae = _load_network(pipeline / "vae", getattr(diffusers, parts["vae"]), torch_dtype=torch.float32)
+    with naming(pipeline / "vae" / "config.json"):
+        check_shift(config, vae.config)
     if classes := num_classes(config):
         return _tried(LabelledLatents(vae, classes), pipeline)
     texts = [_load_text(pipeline, part, parts) for part in parts if part.startswith("text_encoder")]

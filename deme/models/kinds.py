@@ -146,6 +146,12 @@ def check_settings(part: str, settings: Mapping[str, Any]) -> None:
         raise UserError(f"shift_factor={shown(shift)}: must be a finite number")
 
 
+def check_shift(denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """Refuse a shift of latents, by both config.json, where the denoiser's pipeline would ignore it."""
+    if denoiser.get("_class_name") != SD3:
+        look_up("shift_factor", vae.get("shift_factor"), (None, 0))
+
+
 def look_up(what: str, given: Any, supported: Collection[Any]) -> None:
     """Raise an error that lists the supported values unless the given one is among them."""
     if isinstance(given, (list, dict)) or given not in supported:

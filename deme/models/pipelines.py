@@ -15,7 +15,7 @@ from typing import Any
 from deme.config.networks import HUB_ID
 from deme.config.paths import SUBFOLDERS, TRANSFORMER, denoiser_in
 from deme.config.sections import SINGLE_FILE
-from deme.errors import UserError, blaming, one_line, shown
+from deme.errors import UserError, blaming, naming, one_line, shown
 from deme.job.files import checked, read_json, sha256
 from deme.job.repository import found_folder
 from deme.models.kinds import (
@@ -25,9 +25,9 @@ from deme.models.kinds import (
     NEVER_RUN,
     PIPELINES,
     PROJECTED,
-    SD3,
     T5_PARTS,
     XL,
+    check_shift,
     denoiser_class,
     is_xl,
     look_up,
@@ -144,8 +144,9 @@ def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
     for part in (subfolder, "scheduler") if is_whole else ():
         if part not in settings:
             raise UserError(f"not a pipeline folder: {files[part]} is missing")
-    if "vae" in settings and settings.get(subfolder, {}).get("_class_name") != SD3:
-        look_up(f"{vae}: shift_factor", settings["vae"].get("shift_factor"), (None, 0))  # other pipelines ignore it
+    if "vae" in settings:
+        with naming(vae):
+            check_shift(settings.get(subfolder, {}), settings["vae"])
     if subfolder not in settings:
         return pipeline
     given = settings[subfolder]
@@ -162,8 +163,6 @@ def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
     for part in sorted(present - {subfolder, "scheduler", *NEVER_RUN, *between}):
         why = f"{file.name} does not name it" if part in parts_between(given) else f"a {kind} is supported without one"
         raise UserError(f"{pipeline / part}: {why}")
-    for part, name in between.items():
-        look_up(f"{file}: {part}", without_fast(index.get(part, name)), (name,))
     if "vae" in settings:
         look_up(f"{vae}: _class_name", settings["vae"]["_class_name"], (between["vae"],))
     if subfolder == TRANSFORMER and "text_encoder" in between and "scheduler" in settings:
@@ -186,7 +185,10 @@ def parts_of(pipeline: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     has = {part: part in index if index else (pipeline / part).is_dir() for part in optional}
     if len(set(has.values())) > 1:
         raise UserError(f"{pipeline}: has {' but no '.join(sorted(has, key=has.get, reverse=True))}")
-    return {part: kind for part, kind in parts_between(settings).items() if has.get(part, True)}
+    found = {part: kind for part, kind in parts_between(settings).items() if has.get(part, True)}
+    for part, name in found.items():
+        look_up(f"{pipeline / INDEX}: {part}", without_fast(index.get(part, name)), (name,))
+    return found
 
 
 def read_schedule(pipeline: Path) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def write_index(folder: Path, pretrained: Path) -> None:
         denoiser.name: [library, settings.get("_class_name", kind)],
     }
     for part, name in pipelines.parts_of(pretrained, settings).items():
-        index[part] = ["diffusers" if part == "vae" else "transformers", name]
+        index[part] = ["diffusers" if part == "vae" else "transformers", given.get(part, name)]
     index |= {part: [None, None] for part in kinds.parts_between(settings) if part not in index}
     if kinds.is_xl(settings):
         key = "force_zeros_for_empty_prompt"  # of an empty negative prompt

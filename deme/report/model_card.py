@@ -7,9 +7,10 @@ from deme.config.experiment import Config
 from deme.config.networks import RANDOM, RANGES, TRAJECTORY
 from deme.config.paths import denoiser_in, without_schedule
 from deme.config.trainings import SELF, SOUP
-from deme.job.files import sha256, to_yaml
+from deme.job.files import read_json, sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_spaces
 from deme.models.pipelines import (
+    INDEX,
     WEIGHTS,
     has_latents,
     hub_name,
@@ -62,6 +63,7 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
         scores=[f"- {score_line(name, row)}" for name, row in own],
         **use_of(merged),
         projected=projected,
+        lacks_t5=read_json(merged / INDEX).get("text_encoder_3") == [None, None],
         network=read_index(merged)[network.name],
         name=merged if repository is None else repository,
         downloads=projected and repository is not None,  # else diffusers would look for the class in the repository

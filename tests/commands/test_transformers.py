@@ -12,20 +12,21 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, run
-from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 from test_text_to_image import PROMPTS, images, losses
-from text_to_image import tiny_pipeline, tiny_sana_pipeline, tiny_sd3_pipeline
+from text_to_image import tiny_conditional_unet, tiny_pipeline, tiny_sana_pipeline, tiny_sd3_pipeline
 
 from deme.config.paths import LORA
 from deme.config.sections import Sample
 from deme.config.trainings import Finetune
 from deme.errors import UserError
-from deme.models.denoisers import load_denoiser, load_scheduler
+from deme.models import variants
+from deme.models.denoisers import compute_in, load_denoiser, load_scheduler, with_projections
 from deme.models.drawing import Drawing
 from deme.models.encoder_loading import load_encoder
-from deme.models.pipelines import INDEX, find_pipeline
+from deme.models.pipelines import INDEX, find_pipeline, load_tensors
 from scripts.estimate import Size, encoder_cost, gpu_memory, unet_cost
 
 SD3_5 = {"qk_norm": "rms_norm", "dual_attention_layers": [0]}
@@ -137,6 +138,49 @@ def test_what_is_not_supported_is_refused_by_name(request, tmp_path, family, fil
     with pytest.raises(UserError, match=message) as error:
         find_pipeline(str(folder))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd3 without T5", "sana"])
+def test_merged_folders_are_pipelines_that_diffusers_loads(request, tmp_path, family):
+    """With the encoders and the classes of the pretrained one, also those that older versions named."""
+    if family == "sd3 without T5":
+        tiny_sd3_pipeline(has_t5=False).save_pretrained(tmp_path / "copy")
+    else:
+        name = "GemmaTokenizerFast" if family == "sana" else "CLIPTokenizerFast"
+        edited(request.getfixturevalue(family), tmp_path / "copy", INDEX, tokenizer=["transformers", name])
+    pretrained, merged = find_pipeline(str(tmp_path / "copy")), tmp_path / "merged"
+    folder = pretrained / "transformer"
+    variants.write_denoiser(merged, load_tensors(folder), json.loads((folder / "config.json").read_text()))
+    variants.write_pipeline_files(merged, pretrained)
+    before, after = (json.loads((folder / INDEX).read_text()) for folder in (pretrained, find_pipeline(str(merged))))
+    unused = ("_diffusers_version", "feature_extractor", "image_encoder")
+    assert after == {key: value for key, value in before.items() if key not in unused}
+    without = dict.fromkeys(("text_encoder_3", "tokenizer_3")) if family == "sd3 without T5" else {}
+    assert type(DiffusionPipeline.from_pretrained(merged, **without)).__name__ == before["_class_name"]
+
+
+@pytest.mark.parametrize("family", ["sd3", "sana"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_bf16_changes_predictions_by_rounding_alone(request, family, whole):
+    """Whole networks, as on a GPU, and linear layers and convolutions alone, as on a CPU; also with projections."""
+    folder = request.getfixturevalue(family)
+    network = load_denoiser(folder / "transformer")
+    encoder = load_encoder(folder, network)
+    inputs = torch.randn(2, 4, 16, 16) if family == "sana" else torch.randn(2, 4, 4, 4)
+    condition = encoder.condition(PROMPTS[:2])
+    with torch.no_grad():
+        expected = network(inputs, torch.tensor(700.5), **condition).sample
+        projected = with_projections(network)
+        torch.testing.assert_close(projected(inputs, torch.tensor(700.5), **condition).sample, expected)
+        compute_in(torch.bfloat16, projected, whole)
+        found = projected(inputs, torch.tensor(700.5), **condition).sample.float()
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_encoders_of_another_family_are_refused(sd3):
+    """A UNet that is trained from nothing between them, whose pipeline would ignore the shift of latents."""
+    with pytest.raises(UserError, match="text_encoder=CLIPTextModelWithProjection: not CLIPTextModel"):
+        load_encoder(sd3, tiny_conditional_unet())
 
 
 def test_a_shift_of_latents_that_another_pipeline_would_ignore_is_refused(tmp_path):

@@ -9,10 +9,11 @@ from conftest import PICKLED_WEIGHTS
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from text_to_image import tiny_pipeline
+from text_to_image import tiny_pipeline, tiny_sd3_pipeline
 
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser
+from deme.models.encoder_loading import load_encoder
 from deme.models.pipelines import WEIGHTS, denoiser_folder, encoder_files, find_pipeline, weights_files
 
 COMMIT = "a" * 40
@@ -98,6 +99,25 @@ def test_a_text_to_image_pipeline_is_found_offline_part_by_part(cached, text_to_
         [*here, UNET, "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"], here
     )
     assert find_pipeline("tester/model") == folder
+
+
+def test_t5_is_found_offline_in_shards(cached, tmp_path):
+    """Beside its form in half precision, of which the Hub has shards, too."""
+    pipeline = tiny_sd3_pipeline()
+    pipeline.save_pretrained(tmp_path / "made")
+    (tmp_path / "made" / "text_encoder_3" / "model.safetensors").unlink()
+    pipeline.text_encoder_3.save_pretrained(tmp_path / "made" / "text_encoder_3", max_shard_size="40KB")
+    here = files(tmp_path / "made")
+    shards = [name for name in here if name.startswith("text_encoder_3/model-")]
+    assert len(shards) > 1
+    half = ["text_encoder_3/model.safetensors.index.fp16.json", "text_encoder_3/model.fp16-00001-of-00002.safetensors"]
+    folder = cached([*here, *half], here)
+    assert find_pipeline("tester/model") == folder
+    assert set(shards) < encoder_files(folder).keys()
+    load_encoder(folder, load_denoiser(folder / "transformer"))
+    (folder / shards[0]).unlink()
+    with pytest.raises(UserError, match=f"{Path(shards[0]).name}: missing"):
+        find_pipeline("tester/model")
 
 
 def test_a_flat_pipeline_is_found_offline(cached, pretrained):
