@@ -250,6 +250,8 @@ def test_the_whole_recipe(request, config_file, own_images, tmp_path, family):
         run("search.py", config_file, *objective)
         best = yaml.safe_load((tmp_path / "tiny" / "search" / "best.yaml").read_text())
         assert best["value"] < best["value of the pretrained network"]
+        refused = run("merge.py", config_file, "merge.lora_format=kohya", status=2).stderr
+        assert "merge.lora_format=kohya: has no known name for transformer." in refused
     run("merge.py", config_file)
     run("sample_ddp.py", config_file)
     found = np.stack(list(images(tmp_path / "tiny" / "samples" / "merged").values()))
