@@ -88,6 +88,17 @@ def test_the_digits_script_runs_from_pretrained_to_pictures_and_skips_what_is_co
     browse(tmp_path / "with space" / "digits" / "report.html")
 
 
+def test_the_flow_script_takes_a_transformer_through_the_whole_method(tmp_path, forked_python):
+    """From the embedded pipeline, made short by overrides: one row for each model."""
+    options = [f"output_dir={tmp_path}", "finetune.max_steps=2", "distill.max_steps=2", "timesteps.num_ranges=2"]
+    options += ["sample.num_images=20", "sample.num_inference_steps=2", "self_training.num_images=64"]
+    options += ["evaluate.blocks=2", "evaluate.classifier_epochs=1", *SMALL_SEARCH]
+    table = run_script("digits_flow.sh", *options, PATH=forked_python)
+    rows = re.findall(r"^\| (\w+) \| 20 \| \d", table, flags=re.MULTILINE)
+    assert rows == ["pretrained", "continued", "ensemble", "merged", "distilled", "neon"]
+    assert (tmp_path / "digits_flow" / "finetuned" / "0000-0500" / "transformer").is_dir()
+
+
 @pytest.mark.long
 def test_signals_to_a_shell_script_reach_every_process_and_mistakes_are_answered_first(tmp_path):
     """SIGTERM, then Ctrl-C after the resume: all save checkpoints, the status is the signal's."""
