@@ -27,7 +27,7 @@ TAGS = {  # what a setting influences: records, caches, comparisons and jobs rea
     "all_runs": "the rows of a comparison, so all of its runs have the same",
     "one_run": "a place or a share of the work that each run of a comparison has for itself",
     "path": "it may name a file or folder: ~ is expanded",
-    "text": "nothing, unless images have captions",
+    "text": "nothing, unless images have captions, or labels that the network takes",
     "omit_default": "left out of records where it has its default",
 }
 LARGEST_COUNT = 10**9

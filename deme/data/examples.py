@@ -60,13 +60,15 @@ def load_evaluation_images(source: Source, cache: Path) -> tuple[CroppedImages, 
 
 
 def labels_for(source: Source, classes: int) -> list[int]:
-    """The number of each row's class, below `classes`: its label, or that label's place among all in their order."""
+    """The number of each row's class, below `classes`: its label, or that label's place among as many names."""
     with naming("data.label_column", source.data.label_column):
         if source.labels is None:
             raise UserError("the model takes labels")
         labels = list(source.labels)
         if all(isinstance(label, str) for label in labels):
             places = {label: place for place, label in enumerate(sorted(set(labels)))}
+            if len(places) != classes:  # the places of a part would be other classes' numbers
+                raise UserError(f"holds {len(places)} names, and the model has {classes} classes: give their numbers")
             labels = [places[label] for label in labels]
         for row, label in enumerate(labels):
             if type(label) is not int or not 0 <= label < classes:

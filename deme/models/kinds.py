@@ -100,7 +100,7 @@ def subfolder_of(settings: Mapping[str, Any]) -> str:
 def num_classes(settings: Mapping[str, Any]) -> int:
     """How many labels a denoiser takes, by its config.json; 0 if it takes none. One more stands for no label."""
     key = DENOISERS[denoiser_class(settings)].classes
-    return 0 if key is None else settings.get(key) or 0
+    return 0 if key is None else settings.get(key, 1000)  # diffusers' default
 
 
 def is_xl(settings: Mapping[str, Any]) -> bool:

@@ -81,7 +81,8 @@ class Session:
         """
         tagged: dict[str, dict[str, Any]] = {"weights": {}, "free": {}}
         for section, tag in product((self.config.data, settings), tagged):
-            unused = section.tagged("text") if self.config.data.caption_column is None else {}
+            is_plain = self.config.data.caption_column is None and not self.takes_labels
+            unused = section.tagged("text") if is_plain else {}
             for key, value in section.tagged(tag).items():
                 name = f"{section.section}.{key}"
                 if key not in unused and name != IMAGE_COLUMN:  # `with_data` adds the one that is read

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from deme.compare.comparison import Stages, load_comparison
-from deme.compare.jobs import state_outside
+from deme.compare.jobs import Ledger, state_outside
 from deme.config.paths import image_path
 from deme.config.reading import load_config, override
 from deme.errors import UserError
@@ -316,3 +316,20 @@ def test_a_block_s_output_is_its_images(tmp_path):
     folder = tmp_path / "digits" / "samples" / "pretrained"
     made = [jobs[f"sample-pretrained sample.block={block}"].made for block in (0, 1)]
     assert made == [[str(image_path(folder, seed)) for seed in seeds] for seeds in ((0, 1), (2, 3))]
+
+
+def test_a_transformers_training_is_done_when_its_network_is_there(tmp_path):
+    """What the Hub's pipeline is, and so what the folder of a copy is called, shows only then."""
+    given = ["model.pretrained=owner/name", f"output_dir={tmp_path}", "seeds=[0]"]
+    job = next(job for job in stages(tmp_path, *given, runs=MODELS).values() if job.stage == "train")
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.note(job, ledger.made_of(job))
+    assert not ledger.is_done(job)
+    network = job.output.with_name("transformer") / "config.json"
+    network.parent.mkdir(parents=True)
+    network.write_text("{}")
+    assert not ledger.is_done(job)  # it is another state than what was noted
+    ledger.note(job, ledger.made_of(job))
+    assert ledger.is_done(job)
+    network.write_text("{ }")
+    assert not ledger.is_done(job)

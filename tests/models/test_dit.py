@@ -63,6 +63,8 @@ def latent_dit(tmp_path_factory) -> Path:
     """A DiT's folder with a VAE, whose images are 8×8."""
     folder = tmp_path_factory.mktemp("dit") / "pipeline"
     DiTPipeline(tiny_dit(), tiny_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": {"7": "owl, barn owl"}}))
     return folder
 
 
@@ -163,7 +165,9 @@ def source(labels: list | None) -> Source:
 
 
 @pytest.mark.parametrize(
-    ("labels", "numbers"), [([2, 0, 1, 2], [2, 0, 1, 2]), (["dog", "cat", "dog"], [1, 0, 1])], ids=["numbers", "names"]
+    ("labels", "numbers"),
+    [([2, 0, 1, 2], [2, 0, 1, 2]), (["dog", "cat", "eel", "cat"], [1, 0, 2, 0])],
+    ids=["numbers", "names"],
 )
 def test_labels_are_numbers_or_names_in_their_order(labels, numbers):
     assert labels_for(source(labels), 3) == numbers
@@ -175,7 +179,8 @@ def test_labels_are_numbers_or_names_in_their_order(labels, numbers):
         ([0, 1, 3], "row 2 has the label 3, and the model 3 classes"),
         ([0, -1], "row 1 has the label -1, and the model 3 classes"),
         ([0, None], "row 1 has the label null, and the model 3 classes"),
-        (["a", "b", "d", "c"], "row 2 has the label d, and the model 3 classes"),
+        (["a", "b", "d", "c"], "holds 4 names, and the model has 3 classes: give their numbers"),
+        (["a", "b"], "holds 2 names, and the model has 3 classes: give their numbers"),
         ([0, "a"], "row 1 has the label a, and the model 3 classes"),
         (None, "the model takes labels"),
     ],
@@ -262,6 +267,7 @@ def test_a_projected_dit_is_loaded_by_diffusers(latent_dit, tmp_path):
     write_pipeline_files(tmp_path, latent_dit)
     loaded = DiTPipeline.from_pretrained(tmp_path)
     assert isinstance(loaded.transformer, ProjectedDiTTransformer2DModel)
+    assert loaded.labels == DiTPipeline.from_pretrained(latent_dit).labels == {"barn owl": 7, "owl": 7}
     assert find_pipeline(str(tmp_path)) == tmp_path
 
 
