@@ -148,7 +148,7 @@ def check_settings(part: str, settings: Mapping[str, Any]) -> None:
 
 def check_shift(denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
     """Refuse a shift of latents, by both config.json, where the denoiser's pipeline would ignore it."""
-    if denoiser.get("_class_name") != SD3:
+    if denoiser_class(denoiser) != SD3:
         look_up("shift_factor", vae.get("shift_factor"), (None, 0))
 
 

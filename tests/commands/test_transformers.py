@@ -150,13 +150,17 @@ def test_merged_folders_are_pipelines_that_diffusers_loads(request, tmp_path, fa
         edited(request.getfixturevalue(family), tmp_path / "copy", INDEX, tokenizer=["transformers", name])
     pretrained, merged = find_pipeline(str(tmp_path / "copy")), tmp_path / "merged"
     folder = pretrained / "transformer"
-    variants.write_denoiser(merged, load_tensors(folder), json.loads((folder / "config.json").read_text()))
+    config = json.loads((folder / "config.json").read_text())
+    variants.write_denoiser(merged, load_tensors(folder), config)
     variants.write_pipeline_files(merged, pretrained)
     before, after = (json.loads((folder / INDEX).read_text()) for folder in (pretrained, find_pipeline(str(merged))))
     unused = ("_diffusers_version", "feature_extractor", "image_encoder")
     assert after == {key: value for key, value in before.items() if key not in unused}
     without = dict.fromkeys(("text_encoder_3", "tokenizer_3")) if family == "sd3 without T5" else {}
     assert type(DiffusionPipeline.from_pretrained(merged, **without)).__name__ == before["_class_name"]
+    edited(merged, tmp_path / "projected", "transformer/config.json", _class_name=f"Projected{config['_class_name']}")
+    variants.write_pipeline_files(tmp_path / "projected", pretrained)
+    assert find_pipeline(str(tmp_path / "projected"))
 
 
 @pytest.mark.parametrize("family", ["sd3", "sana"])
@@ -171,6 +175,7 @@ def test_bf16_changes_predictions_by_rounding_alone(request, family, whole):
     with torch.no_grad():
         expected = network(inputs, torch.tensor(700.5), **condition).sample
         projected = with_projections(network)
+        torch.testing.assert_close(load_encoder(folder, projected).condition(PROMPTS[:2]), condition)
         torch.testing.assert_close(projected(inputs, torch.tensor(700.5), **condition).sample, expected)
         compute_in(torch.bfloat16, projected, whole)
         found = projected(inputs, torch.tensor(700.5), **condition).sample.float()
