@@ -50,7 +50,7 @@ def main(weights: Path, pretrained: str, output: Path) -> None:
         folder = temporary / "published"
         write_denoiser(folder, {name: tensor.float().contiguous() for name, tensor in tensors.items()}, settings)
         try:
-            unet = load_denoiser(folder)
+            unet = load_denoiser(folder / UNET)
         except UserError as error:
             raise UserError(f"--weights={weights}: {str(error).replace(str(temporary), '')}") from None
         shutil.rmtree(folder)

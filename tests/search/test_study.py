@@ -321,9 +321,9 @@ def test_the_report_says_whether_the_gain_carries_over_to_other_schedules():
 
 def test_other_searches_are_where_a_study_starts(tmp_path):
     """One network's coefficients hold for every group; both files together are tried, too."""
-    folders = [tmp_path / name for name in ("expert", "own")]
+    folders = [tmp_path / name / "unet" for name in ("expert", "own")]
     for seed, folder in enumerate(folders):
-        write_denoiser(folder, {"weight": torch.full((2,), float(seed))}, {})
+        write_denoiser(folder.parent, {"weight": torch.full((2,), float(seed))}, {})
     expert, own = map(weights_hash, folders)
 
     def start(*files: dict, grows: bool = False) -> list[list[list[float]]]:
