@@ -27,6 +27,7 @@ from benchmarks.measure import alternate, ratios, spread
 from benchmarks.report import save
 from benchmarks.unets import CHURCH, SMALL
 from deme.config.experiment import Config
+from deme.config.paths import denoiser_in
 from deme.config.reading import load_config
 from deme.data.opening import open_source
 from deme.job.files import atomic_file, read_json
@@ -81,7 +82,7 @@ def forming(arguments: Namespace) -> None:
             place = folder / str(number_)
             noise = {key: tensor + 1e-3 * torch.randn_like(tensor) for key, tensor in unet.state_dict().items()}
             write_denoiser(place, noise, {})
-            models.append(load_tensors(place))
+            models.append(load_tensors(denoiser_in(place)))
         device = torch.device(arguments.device)
         experts = {str(k): tensors for k, tensors in enumerate(models[1:])}
         candidates = Candidates(models[0], experts, dict.fromkeys(models[0], 0), device)
