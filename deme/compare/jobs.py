@@ -19,9 +19,10 @@ from deme.config.paths import for_shell, is_made, places_of
 from deme.job.command import Interrupted, end_with_parent, noted_signals
 from deme.job.files import atomic_file, make_folder, sha256
 from deme.job.repository import REPOSITORY, found_path
+from deme.models.pipelines import TEXT_ENCODERS
 
 POLLED_EVERY = 0.2  # seconds
-LINKED = ("vae", "text_encoder")  # parts of a pipeline whose weights merge.py gives another name
+LINKED = ("vae", *TEXT_ENCODERS)  # parts of a pipeline whose weights merge.py gives another name
 MADE = ("done", "unchanged")  # states of a job that has succeeded, now or earlier
 
 

@@ -60,11 +60,16 @@ def load_evaluation_images(source: Source, cache: Path) -> tuple[CroppedImages, 
 
 
 def labels_for(source: Source, classes: int) -> list[int]:
-    """The number of each row's class, below `classes`: its label, or that label's place among as many names."""
+    """The number of each row's class, below `classes`: its label, or that label's place among as many names.
+
+    Names that are numbers, as of folders, are those numbers.
+    """
     with naming("data.label_column", source.data.label_column):
         if source.labels is None:
             raise UserError("the model takes labels")
         labels = list(source.labels)
+        if all(isinstance(label, str) and label.isdecimal() for label in labels):  # such as names of folders
+            labels = [int(label) for label in labels]
         if all(isinstance(label, str) for label in labels):
             places = {label: place for place, label in enumerate(sorted(set(labels)))}
             if len(places) != classes:  # the places of a part would be other classes' numbers

@@ -207,12 +207,11 @@ def conditions_of(settings: Sample, takes_text: bool, classes: int) -> list[str]
     """The prompts, or labels of a model with classes, that seeds take in turn; empty where the model takes none."""
     rule = f"sample.model={settings.model} {'needs prompts' if takes_text else 'takes none'}"
     settings.check("prompts", takes_text == (settings.prompts is not None), rule)
+    rule = f"sample.model={settings.model} takes no text"
+    settings.check("negative_prompt", takes_text or settings.negative_prompt == "", rule)
     known = range(classes)
-    rule = (
-        f"must be of 0 … {classes - 1}, which the model knows"
-        if classes
-        else f"sample.model={settings.model} takes none"
-    )
+    knows = f"must be of 0 … {classes - 1}, which the model knows"
+    rule = knows if classes else f"sample.model={settings.model} takes none"
     settings.check("labels", settings.labels is None or {*settings.labels} <= {*known}, rule)
     if not takes_text:
         return list(known if settings.labels is None else settings.labels)

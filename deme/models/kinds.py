@@ -139,6 +139,9 @@ def check_settings(part: str, settings: Mapping[str, Any]) -> None:
     for key, supported in known.items():
         if key in settings:
             look_up(key, settings[key], supported)
+    for key in ("shift", "flow_shift") if part == "scheduler" else ():
+        if not (is_finite(settings.get(key, 1)) and settings.get(key, 1) > 0):
+            raise UserError(f"{key}={shown(settings[key])}: must be a finite number above 0")
     scale, shift = settings.get("scaling_factor", 1), settings.get("shift_factor")  # of latents
     if part == "vae" and not (is_finite(scale) and scale != 0):
         raise UserError(f"scaling_factor={shown(scale)}: must be a finite number other than 0")

@@ -39,9 +39,18 @@ from deme.models.schedules import FLOW, prediction_type
 
 STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
+VARIANTS = ("fp16", "bf16")  # of half precision, in files' names
 FORMS = (  # in order of preference, after the stem: a file, or an index of shards and their names
     (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors"),
-    (".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16-*-of-*.safetensors", "-*-of-*.fp16.safetensors"),
+    *(
+        (
+            f".{half}.safetensors",
+            f".safetensors.index.{half}.json",
+            f".{half}-*-of-*.safetensors",
+            f"-*-of-*.{half}.safetensors",
+        )
+        for half in VARIANTS
+    ),
     (".bin", ".bin.index.json", "-*-of-*.bin"),
 )
 TOKENIZER_FILES = ("json", "txt", "model")
@@ -196,16 +205,21 @@ def read_schedule(pipeline: Path) -> dict[str, Any]:
     return read_part("scheduler", schedule_file(pipeline), read_index(pipeline).get("scheduler"))
 
 
-def has_full_precision(part: Path) -> bool:
-    """True unless a pipeline's part has weights of the variant fp16 alone."""
-    names = [path.name for path in part.glob("*.safetensors")]
-    return not names or any(".fp16" not in name for name in names)
+def variant_of(part: Path) -> str | None:
+    """The variant of the weights of a pipeline's part, fp16 or bf16, None for others; they must be safetensors."""
+    file = weights_files(part, STEMS[part.name])[0]
+    if file.suffix != ".safetensors":
+        rule = (
+            "weights that are pickles are read of unet or transformer alone; diffusers' save_pretrained writes others"
+        )
+        raise UserError(f"{file}: {rule}")
+    return next((variant for variant in VARIANTS if f".{variant}" in file.name), None)
 
 
 def encoder_files(pipeline: Path) -> dict[str, Path]:
     """The files that are read of a pipeline's encoders, by name: settings, and one form of the weights, never pickles.
 
-    A name leaves out the variant fp16, except for shards, which an index names. Empty if the network works on pixels.
+    A name leaves out the variant, except for shards, which an index names. Empty if the network works on pixels.
     """
     files = {}
     config = denoiser_folder(pipeline) / "config.json"
@@ -213,10 +227,12 @@ def encoder_files(pipeline: Path) -> dict[str, Path]:
     for part in parts if has_latents(pipeline) else ():
         if not (pipeline / part).is_dir():
             raise UserError(f"{pipeline / part}: missing")
-        is_full = has_full_precision(pipeline / part)
+        variant = variant_of(pipeline / part) if part in STEMS else None
+        weights = weights_files(pipeline / part, STEMS[part]) if part in STEMS else []
         for path in sorted((pipeline / part).iterdir()):
-            if path.suffix in (".json", ".txt", ".safetensors", ".model") and not (is_full and ".fp16" in path.name):
-                name = path.name if "-of-" in path.name else path.name.replace(".fp16", "")
+            is_other = any(f".{other}" in path.name for other in VARIANTS if other != variant)
+            if path in weights or (path.suffix in (".json", ".txt", ".model") and not is_other):
+                name = path.name if "-of-" in path.name else path.name.replace(f".{variant}", "")
                 files[f"{part}/{name}"] = path
     return files
 

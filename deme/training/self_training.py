@@ -6,10 +6,12 @@ What a network learns from its own samples leads away from the data. So the merg
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from deme.config.experiment import Config
+from deme.config.sections import Data
 from deme.data.decoding import Source
 from deme.data.drawing import draw_samples
 from deme.data.opening import open_source
@@ -49,11 +51,16 @@ def own_samples(config: Config, processes: Processes) -> Source:
         notes.write_text("")
     with timed(notes) if processes.is_main_process else nullcontext():
         draw_samples(replace(config, sample=replace(config.sample, **drawn)), model, watched, texts, processes)
-    data = training_config(config).data
+    return as_data(training_config(config).data, folder, texts if labels else {})
+
+
+def as_data(data: Data, folder: Path, labels: dict[int, int]) -> Source:
+    """A sample folder as data, with its prompts, or with the label of each seed."""
     source = replace(open_source(replace(data, caption_column=None)), data=data)
+    images = sorted(list_images(folder), key=lambda path: path.name)  # as data are, where 1000000 is before 999999
     if labels:
-        return replace(source, labels=list(texts.values()))
-    prompts = read_prompts(folder, list_images(folder)) if data.caption_column is not None else None
+        return replace(source, labels=[labels[int(path.stem)] for path in images])
+    prompts = read_prompts(folder, images) if data.caption_column is not None else None
     return source if prompts is None else replace(source, captions=[[prompt] for prompt in prompts])
 
 

@@ -12,10 +12,14 @@ import torch
 import yaml
 from conftest import REPOSITORY, SMALL_SEARCH, environment, run, tiny_unet
 from diffusers import DDPMPipeline, DDPMScheduler
+from PIL import Image
 from safetensors.torch import load_file
 from test_text_to_image import text_config, text_to_image  # noqa: F401  fixtures
 
+from deme.config.sections import Data
+from deme.data.decoding import load_images
 from deme.models.pipelines import WEIGHTS
+from deme.training.self_training import as_data
 
 OWN = ["finetune.range=self", "self_training.num_images=12"]
 
@@ -53,6 +57,16 @@ def test_it_trains_plainly_on_samples_of_the_pretrained_network(root, config_fil
     assert "5 of 12 images to draw" in again.stdout
     assert all(torch.equal(weight, trained[name]) for name, weight in weights(root, "self").items())
     assert len((root / "tiny" / "own-samples-seconds.txt").read_text().split()) == 3
+
+
+def test_own_samples_have_their_labels_where_seeds_gain_a_digit(tmp_path):
+    seeds = range(999_998, 1_000_003)
+    for seed in seeds:
+        Image.new("L", (8, 8), seed % 5).save(tmp_path / f"{seed:06d}.png")
+    data = Data(name=str(tmp_path), image_column="image", label_column=None, caption_column=None, resolution=8)
+    source = as_data(data, tmp_path, {seed: seed % 5 for seed in seeds})
+    images = load_images(source, 1, tmp_path / "cache")
+    assert [int(image[0, 0, 0]) for image in images] == source.labels
 
 
 def test_a_network_for_each_range(config_file):

@@ -277,8 +277,9 @@ def test_what_no_job_makes_counts_for_the_jobs_that_read_it(tmp_path):
         assert concerned["flat/weights"] == {name.split()[0] for name in before}
 
 
-def test_a_second_name_of_an_encoder_s_weights_is_no_change(tmp_path):
-    file = tmp_path / "pipeline" / "vae" / "a.safetensors"
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_3"])
+def test_a_second_name_of_an_encoder_s_weights_is_no_change(tmp_path, part):
+    file = tmp_path / "pipeline" / part / "a.safetensors"
     file.parent.mkdir(parents=True)
     file.write_text("before")
     before = state_outside(str(tmp_path / "pipeline"))

@@ -166,8 +166,8 @@ def source(labels: list | None) -> Source:
 
 @pytest.mark.parametrize(
     ("labels", "numbers"),
-    [([2, 0, 1, 2], [2, 0, 1, 2]), (["dog", "cat", "eel", "cat"], [1, 0, 2, 0])],
-    ids=["numbers", "names"],
+    [([2, 0, 1, 2], [2, 0, 1, 2]), (["dog", "cat", "eel", "cat"], [1, 0, 2, 0]), (["2", "00"], [2, 0])],
+    ids=["numbers", "names", "names that are numbers"],
 )
 def test_labels_are_numbers_or_names_in_their_order(labels, numbers):
     assert labels_for(source(labels), 3) == numbers
@@ -197,6 +197,7 @@ def test_labels_that_the_model_does_not_know_are_refused(labels, message):
         ({"labels": [-1]}, 3, r"sample\.labels=\[-1\]: must be of 0 … 2"),
         ({"labels": [0]}, 0, r"sample\.labels=\[0\]: sample\.model=merged takes none"),
         ({"prompts": ["a cat"]}, 3, r"sample\.prompts=.*: sample\.model=merged takes none"),
+        ({"negative_prompt": "ugly"}, 3, r"sample\.negative_prompt=ugly: sample\.model=merged takes no text"),
     ],
 )
 def test_labels_and_prompts_that_a_model_does_not_take_are_refused(settings, classes, message):

@@ -68,7 +68,7 @@ def test_what_is_read_is_enough_offline(cached, pretrained, listing):
     assert find_pipeline("tester/model") == folder
 
 
-@pytest.mark.parametrize("form", ["half", "sharded", "pickled", "sharded pickles"])
+@pytest.mark.parametrize("form", ["half", "half bf16", "sharded", "pickled", "sharded pickles"])
 def test_weights_of_any_form_are_enough_offline(cached, pretrained, tmp_path, form):
     """As from_pretrained(variant="fp16") leaves the cache, while the Hub has full precision, too."""
     import torch
@@ -79,6 +79,8 @@ def test_weights_of_any_form_are_enough_offline(cached, pretrained, tmp_path, fo
     made.mkdir()
     if form == "half":
         save_file(tensors, made / Path(HALF).name)
+    elif form == "half bf16":
+        save_file(tensors, made / Path(HALF).name.replace("fp16", "bf16"))
     elif form == "pickled":
         torch.save(tensors, made / PICKLED_WEIGHTS)
     else:
@@ -99,6 +101,22 @@ def test_a_text_to_image_pipeline_is_found_offline_part_by_part(cached, text_to_
         [*here, UNET, "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"], here
     )
     assert find_pipeline("tester/model") == folder
+
+
+def test_variants_of_encoders_are_read_where_they_stand_alone(text_to_image, tmp_path):
+    """Beside full precision they are not hashed, or linked into what is merged; pickles have a remedy."""
+    folder = shutil.copytree(text_to_image, tmp_path / "copy")
+    before = encoder_files(folder)
+    full, half = folder / "vae" / WEIGHTS, folder / "vae" / "diffusion_pytorch_model.bf16.safetensors"
+    shutil.copy(full, half)
+    shutil.copy(full, folder / "vae" / "diffusion_pytorch_model.int4.safetensors")
+    assert encoder_files(folder) == before
+    full.unlink()
+    assert encoder_files(folder) == before | {f"vae/{WEIGHTS}": half}
+    load_encoder(folder, load_denoiser(folder / "unet"))
+    half.rename(folder / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"vae/diffusion_pytorch_model.bin: weights that are pickles are read of unet"):
+        encoder_files(folder)
 
 
 def test_t5_is_found_offline_in_shards(cached, tmp_path):

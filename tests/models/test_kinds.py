@@ -94,7 +94,9 @@ def test_a_scheduler_that_says_flow_and_noise_at_once_is_refused(copy, key):
     refused(copy, "prediction_type=", "does not fit use_flow_sigmas=")
 
 
-@pytest.mark.parametrize("settings", [{"use_dynamic_shifting": True}, {"invert_sigmas": True}])
+@pytest.mark.parametrize(
+    "settings", [{"use_dynamic_shifting": True}, {"invert_sigmas": True}, {"shift": 0}, {"flow_shift": -1.0}]
+)
 def test_a_flow_whose_timesteps_are_not_its_noise_levels_is_refused(copy, settings):
     edit(copy / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler", **settings)
     refused(copy, next(iter(settings)))
