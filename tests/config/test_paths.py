@@ -36,8 +36,11 @@ def test_everything_of_a_run_lies_below_its_folder():
         "experts": "\n".join(
             f"out/a/finetuned/{edges}/unet" for edges in ("0000-0250", "0250-0500", "0500-0750", "0750-1000")
         ),
+        "merge_statistics": "out/a/finetuned/merge-statistics",
         "own_samples": "out/a/own-samples",
+        "own_seconds": "out/a/own-samples-seconds.txt",
         "search": "out/a/search",
+        "search_seconds": "out/a/search/seconds.txt",
         "best_coefficients": "out/a/search/best.yaml",
         "report": "out/a/report.html",
         "analysis": "out/a/analysis",
