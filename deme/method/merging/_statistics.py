@@ -1,14 +1,16 @@
 """Merge methods that weight task vectors by what scripts/merge_statistics.py measured on the training images."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
 
 from deme.errors import UserError, blaming
+from deme.method.merging._steps import task_vectors, weighted_sum
 from deme.method.task_vectors import MergeMethod
 
 FISHER, PRODUCTS = "fisher.", "products."  # of the files' tensors, before the name of the weight
@@ -23,6 +25,8 @@ def statistics_file(folder: Path, weights: str) -> Path:
 
 class WithStatistics(MergeMethod):
     """Base of methods with statistics of each network, which are memory-mapped."""
+
+    kind: ClassVar[str]  # FISHER or PRODUCTS
 
     def check_inputs(self, weights: Sequence[str], statistics: Path) -> None:
         """Find the networks' statistics by the hashes of their weights."""
@@ -40,11 +44,19 @@ class WithStatistics(MergeMethod):
         """The method, its settings, and what its statistics were measured on."""
         return super().describe() | ({"statistics": self.made_from} if hasattr(self, "made_from") else {})
 
-    def statistics(self, kind: str, name: str, coefficients: Sequence[float]) -> list[torch.Tensor] | None:
-        """w_k times each network's statistics of a weight, float32; None if they were not measured for it."""
+    def merge_tensor(
+        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
+    ) -> torch.Tensor:
+        """The merged tensor, in float32: the sum, where nothing was measured for it."""
         if min(coefficients) < 0:
             rule = "its coefficients are weights of a mean, which must not be negative"
             raise UserError(f"merge.method={self.describe()['method']}: {list(coefficients)}: {rule}")
-        if not all(f"{kind}{name}" in file.keys() for file in self.files):  # noqa: SIM118  a file is no dictionary
-            return None
-        return [w * file.get_tensor(f"{kind}{name}") for w, file in zip(coefficients, self.files, strict=True)]
+        vectors, base, key = task_vectors(pretrained, finetuned), pretrained.float(), f"{self.kind}{name}"
+        if sum(coefficients) == 0 or not all(key in file.keys() for file in self.files):  # noqa: SIM118  no dictionary
+            return base + weighted_sum(vectors, coefficients)
+        found = [w * file.get_tensor(key) for w, file in zip(coefficients, self.files, strict=True)]
+        return base + sum(coefficients) * self.mean(vectors, torch.stack(found).to(vectors.device), coefficients)
+
+    @abstractmethod
+    def mean(self, vectors: torch.Tensor, statistics: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+        """The mean of task vectors (N, …), float32, by their statistics, which are multiplied by the coefficients."""

@@ -6,28 +6,21 @@ from dataclasses import dataclass
 import torch
 
 from deme.method.merging._statistics import FISHER, WithStatistics
-from deme.method.merging._steps import task_vectors, weighted_sum
-from deme.method.task_vectors import MergeMethod
+from deme.method.merging._steps import column
 
 
 @dataclass
-class Fisher(WithStatistics, MergeMethod):
+class Fisher(WithStatistics):
     """pretrained + (Σ_k w_k) (Σ_k w_k F_k τ_k) / (Σ_k w_k F_k), the paper's with Σ_k w_k = 1.
 
     F_k is the mean square of the gradient of the denoising loss, of one image at a time. With equal F_k it is the sum.
     """
 
+    kind = FISHER
     floor: float = 1e-6  # added to F_k, relative to its mean over the tensor and the networks
 
-    def merge_tensor(
-        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
-    ) -> torch.Tensor:
-        """The merged tensor, in float32."""
-        vectors, base = task_vectors(pretrained, finetuned), pretrained.float()
-        weighted = self.statistics(FISHER, name, coefficients)
-        if weighted is None or sum(coefficients) == 0:
-            return base + weighted_sum(vectors, coefficients)
-        squares = torch.stack(weighted).to(vectors.device)
-        least = self.floor * float(squares.mean()) or 1.0  # no network has a gradient: equal weights
-        squares += least * squares.new_tensor(coefficients).view(-1, *[1] * base.dim())
-        return base + sum(coefficients) * (squares * vectors).sum(dim=0) / squares.sum(dim=0)
+    def mean(self, vectors: torch.Tensor, statistics: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+        """The mean, number by number."""
+        least = self.floor * float(statistics.mean()) or 1.0  # no network has a gradient: equal weights
+        weights = statistics + least * column(coefficients, vectors)
+        return (weights * vectors).sum(dim=0) / weights.sum(dim=0)
