@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from itertools import zip_longest
@@ -219,7 +219,7 @@ def conditions_of(settings: Sample, takes_text: bool, classes: int) -> list[str]
         return load_prompts(settings.prompts, settings.prompt_column)
 
 
-def in_turn(conditions: Sequence, seeds: range) -> dict[int, Any]:
+def in_turn(conditions: Sequence, seeds: Iterable[int]) -> dict[int, Any]:
     """Seed → prompt or label."""
     return {seed: conditions[seed % len(conditions)] for seed in seeds if conditions}
 

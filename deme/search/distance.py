@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from deme.config.sections import LEAST_CLASSIFIED, Sample
-from deme.data.samples import as_read
+from deme.data.samples import as_read, in_turn
 from deme.errors import RunError
 from deme.job.processes import Processes
 from deme.measure.features import extract
@@ -49,7 +49,7 @@ class FrechetDistance:
 
         def draw(part: slice) -> torch.Tensor:
             chosen = list(seeds[part])
-            prompts = [self.conditions[seed % len(self.conditions)] for seed in chosen if self.conditions]
+            prompts = [*in_turn(self.conditions, chosen).values()]
             try:
                 return as_read(self.drawing.images(network_at, chosen, prompts), settings.size_on_disk)
             except RunError as error:  # the other processes don't know yet

@@ -58,6 +58,13 @@ def latents(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(6)])
 
 
+def assert_drawn_alike(found: np.ndarray, pipeline: DiffusionPipeline, **given) -> None:
+    """The images are those of diffusers' pipeline, to one grey level."""
+    expected = pipeline(PROMPTS, negative_prompt=["blurred"] * len(PROMPTS), output_type="np", **given).images
+    assert found.std() > 5
+    assert np.abs(found - np.round(expected[..., 0] * 255)).max() <= 1
+
+
 @pytest.mark.parametrize("settings", [{}, {"has_t5": False}, SD3_5], ids=["3", "without T5", "3.5"])
 def test_images_are_those_of_stable_diffusion_3(tmp_path, settings):
     """From the same latents, prompts and schedule, to one grey level."""
@@ -66,17 +73,7 @@ def test_images_are_those_of_stable_diffusion_3(tmp_path, settings):
     found = drawn(tmp_path, Sample(**guidance, scheduler="euler", negative_prompt="blurred"), shape)
     without = {} if settings.get("has_t5", True) else {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path, **without)
-    expected = pipeline(
-        PROMPTS,
-        height=8,
-        width=8,
-        negative_prompt=["blurred"] * len(PROMPTS),
-        latents=latents(shape),
-        output_type="np",
-        **guidance,
-    ).images
-    assert found.std() > 5
-    assert np.abs(found - np.round(expected[..., 0] * 255)).max() <= 1
+    assert_drawn_alike(found, pipeline, height=8, width=8, latents=latents(shape), **guidance)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmsolver++"])
@@ -87,18 +84,8 @@ def test_images_are_those_of_sana(sana, sampler):
     pipeline = SanaPipeline.from_pretrained(sana)
     if sampler == "euler":
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    expected = pipeline(
-        PROMPTS,
-        height=32,
-        width=32,
-        use_resolution_binning=False,
-        negative_prompt=["blurred"] * len(PROMPTS),
-        latents=latents(shape),
-        output_type="np",
-        **guidance,
-    ).images
-    assert found.std() > 5
-    assert np.abs(found - np.round(expected[..., 0] * 255)).max() <= 1
+    given = {"height": 32, "width": 32, "use_resolution_binning": False, "latents": latents(shape)}
+    assert_drawn_alike(found, pipeline, **given, **guidance)
 
 
 def edited(folder: Path, target: Path, file: str, **values) -> Path:
