@@ -142,6 +142,13 @@ def parents(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    """The command line; empty once the process has ended."""
+    with suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
 def pid_in(file: Path) -> int:
     wait_for(lambda: file.exists() and file.read_text().strip(), 10)
     return int(file.read_text())

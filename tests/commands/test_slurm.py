@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from conftest import REPOSITORY, environment, run
-from slurm import cluster, wait_for  # noqa: F401  a fixture
+from slurm import cluster, command_of, wait_for  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.long
 
@@ -62,7 +62,7 @@ def freeze(cluster, job: str, training: Path) -> psutil.Process:  # noqa: F811
 
     def python() -> list[psutil.Process]:
         found = cluster.processes_of({"SLURM_ARRAY_JOB_ID": number, "SLURM_ARRAY_TASK_ID": task})
-        return [process for process in found if process.cmdline()[1:2] == ["finetune.py"]]
+        return [process for process in found if command_of(process)[1:2] == ["finetune.py"]]
 
     wait_for(python, 120)
     [process] = python()
