@@ -73,7 +73,7 @@ def main(config: Config) -> None:
     made_from = searched(config) | column | model.spacing(config.sample) | weights | made_of
     wanted = Record(SEARCH, made_from, provenance(config))
     accelerator = make_accelerator(config.sample.mixed_precision, "sample.mixed_precision")
-    problem = Problem(config, accelerator, model.pipeline, source, made_of, output)
+    problem = Problem(config, accelerator, model.pipeline, source, made_of)
     watched.check()  # what was hashed was read
     with locked_by_all(accelerator, output / "claim", "search.output", wait=True):
         in_main_process(accelerator, lambda: claim(config, wanted))

@@ -120,10 +120,8 @@ class Bench:
             settings = replace(settings, images=32, num_images=16, finalist_images=32, num_inference_steps=2)
             settings = replace(settings, control_images=64)
         settings = replace(settings, **changed, seed_offset=settings.seed_offset + 1_000_000 * seed)
-        folder = self.folder / str(seed)  # searches of one seed share the images of their control
-        folder.mkdir(exist_ok=True)
         source = open_source(self.config.data)
-        return Problem(replace(self.config, search=settings), self.accelerator, self.pretrained, source, {}, folder)
+        return Problem(replace(self.config, search=settings), self.accelerator, self.pretrained, source, {})
 
     def blocks(self, name: str, network_at: "NetworkAt") -> list[float]:
         """The distance of each block of the fresh seeds; kept in a file.

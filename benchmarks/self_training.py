@@ -68,7 +68,7 @@ def sweep(config: Config, arguments: Namespace) -> list[dict]:
     file = folder / f"self-training-benchmark{'-quick' * arguments.quick}.json"
     known = read_json(file) if file.exists() else {}
     source = open_source(config.data)
-    problem = Problem(config, processes, find_pretrained(config.paths), source, {}, folder / "search-self")
+    problem = Problem(config, processes, find_pretrained(config.paths), source, {})
     plain = problem.plain_distance
     seeds = range(FRESH_SEED, FRESH_SEED + arguments.images // BLOCKS * BLOCKS)
     rows = []

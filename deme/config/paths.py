@@ -28,6 +28,7 @@ class Paths:
         self.run_folder = run  # everything that belongs to this experiment alone
         self.image_cache = outputs / "image-cache"  # decoded images that do not fit into memory, for all runs
         self.latent_cache = outputs / "latent-cache"  # encoded images and captions, for all runs
+        self.control_features = outputs / "control-features"  # of the images that searches compare with, for all runs
         self.single_files = outputs / "single-files"  # folders of pipelines that were given as one file, for all runs
         self.pretraining = run / "pretraining"  # checkpoints, logs and previews of pretrain.py
         self.pretrained_here = run / "pretrained"  # the pipeline folder that pretrain.py makes

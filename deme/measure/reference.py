@@ -53,7 +53,7 @@ def load_feature_space(config: Config, processes: Processes, judge: Judge) -> Fe
             network = LocalNetwork(judge).to(processes.device)
             features |= {"weights (SHA-256)": judge.digest, "preprocessing": str(network.prepare)}
         reference = reference_statistics(config, processes, network, features, open_data)
-    return FeatureSpace(name, network, reference, accuracy)
+    return FeatureSpace(name, network, reference, accuracy, features)
 
 
 def reference_statistics(

@@ -7,7 +7,7 @@ they are called classifier FD and classifier KID.
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ class FeatureSpace:
     network: nn.Module  # as `features.extract` takes it, on the device
     reference: Reference
     accuracy: float | None  # of the classifier, on images that it was not trained on
+    made_from: dict[str, str] = field(default_factory=dict)  # what determines the features of an image
 
     def distance(self, features: np.ndarray) -> float:
         """The Fréchet distance of features (N, D); FID by pytorch_fid's code, to agree with `python -m pytorch_fid`."""

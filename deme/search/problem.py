@@ -1,11 +1,14 @@
 """What is searched: the candidates of a run, and the objectives that tell them apart."""
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -17,7 +20,8 @@ from deme.data.decoding import Source
 from deme.data.examples import load_examples
 from deme.data.samples import conditions_of
 from deme.errors import RunError, UserError, naming
-from deme.job.processes import Processes, kept, locked_by_all
+from deme.job.processes import Processes, in_main_process, kept, locked_by_all
+from deme.job.records import digest_of
 from deme.measure.noisy import Noiser, draw_probes
 from deme.measure.reference import load_feature_space
 from deme.method.process import process_of
@@ -28,7 +32,8 @@ from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.drawing import Drawing
 from deme.models.encoder_loading import load_encoder, try_out
 from deme.models.merging import load_merged
-from deme.models.variants import prediction_scales
+from deme.models.pipelines import denoiser_folder, weights_hash
+from deme.models.variants import UNCOMPARED, ModelFiles, prediction_scales
 from deme.search.distance import FrechetDistance
 from deme.search.least_squares import Squares
 
@@ -39,15 +44,14 @@ PROBES = 3  # what the stream is for, beside those of pretraining and finetuning
 class Problem:
     """A run's candidates and objectives; what an objective needs is loaded when it is first asked for.
 
-    `pretrained` is a pipeline's folder, `folder` keeps what was drawn once, `hashes` are those of data and encoders for
-    the cache of latents.
+    `pretrained` is a pipeline's folder, `hashes` are those of data and encoders for the cache of latents.
     """
 
-    def __init__(
-        self, config: Config, processes: Processes, pretrained: Path, data: Source, hashes: dict[str, str], folder: Path
-    ):
+    def __init__(self, config: Config, processes: Processes, pretrained: Path, data: Source, hashes: dict[str, str]):
         self.config, self.settings, self.processes = config, config.search, processes
-        self.pipeline, self.data, self.hashes, self.folder = pretrained, data, hashes, folder
+        self.pipeline, self.data, self.hashes = pretrained, data, hashes
+        self.files = ModelFiles(pretrained, [denoiser_folder(pretrained)])
+        self.watched = self.files.watched()
         # what all random draws follow from; another seed_offset is another search
         self.stream = (config.seed, PROBES, config.search.seed_offset)
         self.squares = cache(self._draw_squares)
@@ -143,20 +147,47 @@ class Problem:
 
     @cached_property
     def distances(self) -> list[FrechetDistance]:
-        """The objective fd, with each of the candidates' schedules; a control is drawn once and kept in a file."""
-        found, seeds = [], self.seeds(self.settings.control_images)
+        """The objective fd, with each of the candidates' schedules; a control is drawn once for all searches."""
+        found, seeds, processes = [], self.seeds(self.settings.control_images), self.processes
+        known = in_main_process(processes, self._pretrained_from)
         for sample in self.config.schedules_of(self.config.search):
             plain = self.plain_distance.by(sample)
-            file = self.folder / (f"control-{sample.schedule}.npz" if self.settings.schedules else "control.npz")
-            with locked_by_all(self.processes, file, "search.output", wait=True):  # the folder has the record
+            made_from = known | self._drawn_from(plain, seeds)
+            file = self.config.paths.control_features / f"{digest_of(made_from)}.npz"
+            with locked_by_all(processes, file, "output_dir", wait=True):
                 make = partial(self._of_pretrained, plain, seeds)
-                found.append(replace(plain, control=kept(self.processes, file, {}, make)["features"]))
+                found.append(replace(plain, control=kept(processes, file, made_from, make)["features"]))
             if self.settings.schedules and not found[-1].of_control > 0:
                 raise UserError(f"search.schedules: by {sample.schedule} the pretrained network's distance is 0")
         return found
 
     def _of_pretrained(self, plain: FrechetDistance, seeds: range) -> dict[str, np.ndarray]:
         return {"features": plain.features(self.merged(np.zeros(self.shape)), seeds)}
+
+    def _pretrained_from(self) -> dict[str, Any]:
+        """What determines the pretrained network, with the experts' projections if they have any, and its pipeline."""
+        [network], settings = self.files.denoisers, sorted(self.network.config.items())
+        unread = {*UNCOMPARED, "_use_default_values"}
+        made_from = {
+            "pretrained": weights_hash(network),
+            "class": type(self.network).__name__,
+            "architecture": {key: value for key, value in settings if key not in unread},
+            **self.files.hashes(),
+        }
+        self.watched.check()  # what was hashed was read
+        return made_from
+
+    def _drawn_from(self, plain: FrechetDistance, seeds: range) -> dict[str, Any]:
+        """What else determines the features of these seeds' images, bit for bit."""
+        drawing, processes = plain.drawing, self.processes
+        conditions = hashlib.sha256(json.dumps(plain.conditions).encode()).hexdigest()
+        return {
+            "seeds": [seeds.start, seeds.stop],
+            "sample": drawing.settings.tagged("samples") | {"prediction_scale": list(drawing.scales)},
+            "prompts or labels (SHA-256)": conditions,
+            "rounding": [drawing.settings.batch_size, processes.num_processes, processes.device.type],
+            **plain.space.made_from,
+        }
 
     @cached_property
     def reported(self) -> list[Sample]:

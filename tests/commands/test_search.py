@@ -4,6 +4,8 @@ import json
 import random
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ import merge
 from deme.config.reading import load_config
 from deme.data.opening import open_source
 from deme.errors import UserError
-from deme.job.files import sha256
+from deme.job.files import sha256, stamp
 from deme.method.lora import Factors
 from deme.models.denoisers import with_projections
 from deme.models.lora import layers_of, write_lora
@@ -49,6 +51,12 @@ def disturbed(network, seed: int):
         for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return network
+
+
+def problem_of(config_file: Path, *options: str) -> Problem:
+    images = ["search.control_images=12", "search.num_images=8", "search.finalist_images=12"]
+    config = load_config(config_file, [*images, *options])
+    return Problem(config, Accelerator(cpu=True), find_pretrained(config.paths), open_source(config.data), {})
 
 
 @pytest.fixture
@@ -122,7 +130,7 @@ def test_what_is_found_is_what_merge_py_merges(method, config_file, root):
     run("merge.py", config_file, "merge.coefficients=search")
     merged = load_file(root / "tiny" / "merged" / "unet" / WEIGHTS)
     config = load_config(config_file, options)
-    problem = Problem(config, Accelerator(cpu=True), find_pretrained(config.paths), open_source(config.data), {}, root)
+    problem = Problem(config, Accelerator(cpu=True), find_pretrained(config.paths), open_source(config.data), {})
     problem.candidates.form(problem.network, list(found["coefficients"].values()))
     expected = problem.network.state_dict()
     assert merged.keys() == expected.keys()
@@ -224,28 +232,62 @@ SCHEDULES = "search.schedules=[{steps: 2}, {steps: 4}, {steps: 2, scheduler: dpm
 
 def test_a_candidate_of_several_schedules_has_the_mean_of_its_relative_distances(config_file, root):
     """Each relative to the pretrained network's with the same schedule and the same control."""
-
-    def problem_of(name: str, *options: str) -> Problem:
-        (root / name).mkdir()
-        config = load_config(
-            config_file, ["search.control_images=12", "search.num_images=8", "search.finalist_images=12", *options]
-        )
-        made_from = find_pretrained(config.paths), open_source(config.data), {}, root / name
-        return Problem(config, Accelerator(cpu=True), *made_from)
-
     coefficients, ratios = np.array([[0.5, 1.0]]), []
     for steps, scheduler in ((2, "ddim"), (4, "ddim"), (2, "dpmsolver++")):
         own = [f"search.num_inference_steps={steps}", f"sample.scheduler={scheduler}"]
-        alone = problem_of(f"{scheduler}-{steps}", *own)
+        alone = problem_of(config_file, *own)
         values = [alone.value("fd", one, 8) for one in (coefficients, np.zeros((1, 2)))]
         assert [passes for _, passes in values] == [8 * steps, 0]
         ratios.append(values[0][0] / values[1][0])
-    together = problem_of("together", SCHEDULES)
+    controls = {file: stamp(file) for file in (root / "control-features").glob("*.npz")}
+    assert len(controls) == 3
+    together = problem_of(config_file, SCHEDULES)
     assert together.value("fd", np.zeros((1, 2)), 8) == (1, 0)
     assert together.value("fd", coefficients, 8) == (pytest.approx(np.mean(ratios), rel=1e-9), 8 * 8)
     assert len(set(ratios)) == 3
-    names = {file.name for file in (root / "together").glob("*.npz")}
-    assert names == {"control-ddim-2.npz", "control-ddim-4.npz", "control-dpmsolver++-2.npz"}
+    assert {file: stamp(file) for file in (root / "control-features").glob("*.npz")} == controls
+
+
+def test_a_control_is_drawn_once_for_the_searches_of_all_runs(config_file, root, pretrained, monkeypatch, capsys):
+    """One at a time, and again if the file is damaged; anything that it depends on is another control."""
+    drawn, draw = [], Problem._of_pretrained
+
+    def drawing(*given) -> dict[str, np.ndarray]:
+        drawn.append(1)
+        time.sleep(0.5)  # the other thread comes to it
+        return draw(*given)
+
+    monkeypatch.setattr(Problem, "_of_pretrained", drawing)
+
+    def control_of(*options: str) -> np.ndarray:
+        [distance] = problem_of(config_file, "search.num_inference_steps=2", *options).distances
+        return distance.control
+
+    of_another_run = ["name=other", f"merge.finetuned={root / 'tiny' / 'finetuned'}", "search.seed_offset=10000000"]
+    with ThreadPoolExecutor() as threads:
+        first, second = threads.map(lambda options: control_of(*options), [[], ["search.trials=9"]])
+    assert len(drawn) == 1
+    assert np.array_equal(first, second)
+    assert np.array_equal(first, control_of(*of_another_run))
+    assert len(drawn) == 1
+    [file] = (root / "control-features").glob("*.npz")
+    file.write_bytes(file.read_bytes()[:-100])
+    assert np.array_equal(first, control_of())
+    assert f"{file}: unreadable, made anew" in capsys.readouterr().out
+
+    other = root / "base"
+    shutil.copytree(pretrained, other)
+    disturbed(tiny_unet(), 5).save_pretrained(other / "unet")
+    scheduler = root / "schedule"
+    shutil.copytree(pretrained, scheduler)
+    written = scheduler / "scheduler" / "scheduler_config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"beta_end": 0.01}))
+    others = [f"model.pretrained={other}", f"model.pretrained={scheduler}", "search.seed_offset=20000000"]
+    others += ["search.control_images=13", "sample.batch_size=5", "sample.eta=0.5", "sample.prediction_scale=1.1"]
+    others += ["evaluate.classifier_width=8", "search.over=prediction_scale"]  # the last one without projections
+    found = [control_of(option) for option in others]
+    assert len(drawn) == 2 + len(others)
+    assert len({control.tobytes() for control in (first, *found)}) == 1 + len(others) - 2  # rounding may be the same
 
 
 def test_several_schedules_are_searched_and_reported_with_others(config_file, root):
@@ -423,9 +465,7 @@ def test_the_search_chooses_the_ema_width(config_file, monkeypatch):
 
     monkeypatch.chdir(config_file.parent)
     config = load_config(config_file, searched)
-    problem = Problem(
-        config, Accelerator(cpu=True), find_pretrained(config.paths), open_source(config.data), {}, folder
-    )
+    problem = Problem(config, Accelerator(cpu=True), find_pretrained(config.paths), open_source(config.data), {})
     found, merging = best(folder), ["merge.coefficients=search"]
     for place, width in enumerate([None, 0.05, 0.1]):
         networks = config.paths.finetuned if width is None else config.paths.averaged(width)

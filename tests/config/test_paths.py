@@ -21,6 +21,7 @@ def test_everything_of_a_run_lies_below_its_folder():
         "run_folder": "out/a",
         "image_cache": "out/image-cache",
         "latent_cache": "out/latent-cache",
+        "control_features": "out/control-features",
         "single_files": "out/single-files",
         "pretraining": "out/a/pretraining",
         "pretrained_here": "out/a/pretrained",
