@@ -32,6 +32,7 @@ PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written
     "SanaPipeline": SANA,
     "DiTPipeline": DIT,
 }
+OF_NOISE = ("DDIMPipeline", "PNDMPipeline")  # they replace the scheduler by one that takes velocities for noise
 RENAMED = {"Transformer2DModel": DIT}  # in files of diffusers before 0.28
 OF_UNETS = {  # supported settings; diffusers' default, where a file leaves one out, is among the values
     **dict.fromkeys(("class_embed_type", "num_class_embeds"), (None,)),  # labels

@@ -23,6 +23,7 @@ from deme.models.kinds import (
     DENOISERS,
     ENCODERS,
     NEVER_RUN,
+    OF_NOISE,
     PIPELINES,
     PROJECTED,
     T5_PARTS,
@@ -174,8 +175,11 @@ def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
         raise UserError(f"{pipeline / part}: {why}")
     if "vae" in settings:
         look_up(f"{vae}: _class_name", settings["vae"]["_class_name"], (between["vae"],))
-    if subfolder == TRANSFORMER and "text_encoder" in between and "scheduler" in settings:
-        look_up(f"{files['scheduler']}: what networks predict", prediction_type(settings["scheduler"]), (FLOW,))
+    predicts = prediction_type(settings["scheduler"]) if "scheduler" in settings else None
+    if predicts == FLOW and index.get("_class_name") in OF_NOISE:
+        raise UserError(f"{file}: _class_name={index['_class_name']}: replaces the scheduler, one of flow matching")
+    if predicts is not None and subfolder == TRANSFORMER and "text_encoder" in between:
+        look_up(f"{files['scheduler']}: what networks predict", predicts, (FLOW,))
     return pipeline
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DModel
 from text_to_image import tiny_pipeline
 
 from deme.config.sections import Sample
@@ -85,6 +85,19 @@ def test_flow_matching_is_known_by_the_scheduler_whatever_sampler_it_was_saved_w
     assert (found.config.num_train_timesteps, found.config.shift) == (500, 3.0)
     process = process_of(found)
     assert (process.total, process.predicts) == (500, "flow_prediction")
+
+
+@pytest.mark.parametrize("name", ["DDPMPipeline", "DDIMPipeline", "PNDMPipeline"])
+def test_a_flow_is_refused_where_diffusers_takes_its_velocities_for_noise(pretrained, tmp_path, name):
+    """Only a pipeline that keeps the scheduler draws images from it."""
+    shutil.copytree(pretrained, tmp_path / "copy")
+    schedule = diffusers.FlowMatchEulerDiscreteScheduler()
+    schedule.save_pretrained(tmp_path / "copy" / "scheduler")
+    edit(tmp_path / "copy" / "model_index.json", _class_name=name, scheduler=["diffusers", type(schedule).__name__])
+    if type(DiffusionPipeline.from_pretrained(tmp_path / "copy").scheduler) is type(schedule):
+        find_pipeline(str(tmp_path / "copy"))
+    else:
+        refused(tmp_path / "copy", f"model_index.json: _class_name={name}: replaces the scheduler")
 
 
 @pytest.mark.parametrize("key", ["use_flow_sigmas", "prediction_type"])
