@@ -11,8 +11,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from deme.config.experiment import Config
 from deme.config.networks import RANDOM, TRAJECTORY, makes_lora
 from deme.config.schedules import other_schedules
+from deme.config.sections import Sample
 from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF, SOUP, Finetune
 from deme.errors import UserError
 from deme.job.command import run_script
@@ -58,7 +60,7 @@ class Size:
     coding: float  # operations to encode or decode an image
     encoded: int  # bytes of an encoded image with its caption
     coders: int  # parameters of the VAE and the text encoders
-    per_step: int  # UNet passes per sampling step
+    passes: Callable[[Sample], int]  # through the UNet for an image that is drawn
     images: int  # of the data
     models: list[str]
 
@@ -73,7 +75,7 @@ def main(config: Config) -> None:
     size = Size(
         *unet_cost(read_json(denoiser_folder(pretrained) / "config.json"), config.finetune),
         *encoder_cost(pretrained, config.data.resolution),
-        per_step=1 + ((takes_text(pretrained) or labels_of(pretrained) > 0) and config.sample.guidance_scale != 1),
+        passes=passes_through(pretrained),
         images=len(open_source(config.data)),
         models=os.environ.get("MODELS", "pretrained merged").split(),
     )
@@ -178,23 +180,24 @@ def operations(config: Config, size: Size) -> dict[str, float]:
     reported = config.needs_search * search.report_images * REPORTED
     others = other_schedules(config)
     also = [*schedules, *others] if search.schedules or others else []
-    pairs = 2 * config.needs_search * search.report_images * sum(one.num_inference_steps for one in also)
-    steps_drawn = [one.num_inference_steps for one in config.schedules_of(config.sample)]
+    pairs = 2 * config.needs_search * search.report_images * sum(map(size.passes, also))
+    of_sample = config.schedules_of(config.sample)
     of_schedule = len(size.models) * config.sample.num_images
-    drawn = of_schedule * len(steps_drawn)
-    image = config.sample.num_inference_steps * size.per_step * flops + size.coding
-    candidate = config.search_steps * size.per_step * flops + len(schedules) * size.coding
+    drawn = of_schedule * len(of_sample)
+    own_sample = replace(config.sample, num_inference_steps=config.own_sample_steps)
+    image = size.passes(config.sample) * flops + size.coding
+    candidate = sum(map(size.passes, schedules)) * flops + len(schedules) * size.coding
     expert = gradient + (settings.consistency_weight > 0)
     return {
         f"finetuning, {steps:,} steps of {settings.batch_size} images": seen * expert * flops,
         "training on all timesteps": control * gradient * flops,
         "distilling, each image through its expert": distilled * (gradient + 1) * flops,
-        "drawing own samples": (own > 0) * config.own_sample_passes * flops,
+        "drawing own samples": (own > 0) * config.self_training.num_images * size.passes(own_sample) * flops,
         "training on them": own * gradient * flops,
         "encoding images": coded * size.coding,
         f"searching, {searched:,} images of candidates": searched * candidate,
-        f"reporting on the search, {reported:,} images": reported * image + pairs * size.per_step * flops,
-        f"drawing {drawn:,} images": of_schedule * sum(steps_drawn) * size.per_step * flops + drawn * size.coding,
+        f"reporting on the search, {reported:,} images": reported * image + pairs * flops,
+        f"drawing {drawn:,} images": of_schedule * sum(map(size.passes, of_sample)) * flops + drawn * size.coding,
         "statistics and FID": (size.images + drawn + searched + reported) * INCEPTION_FLOPS,
     }
 
@@ -208,6 +211,21 @@ def from_environment(name: str, default: float) -> float:
     if value <= 0:
         raise UserError(f"{name}={os.environ[name]}: must be a number above 0")
     return value
+
+
+def passes_through(pipeline: Path) -> Callable[[Sample], int]:
+    """How many passes through a pipeline's network an image takes; none by a sampler that the noise schedule lacks."""
+    from deme.models.denoisers import load_scheduler
+    from deme.models.drawing import passes_of
+
+    scheduler, takes_condition = load_scheduler(pipeline), takes_text(pipeline) or labels_of(pipeline) > 0
+
+    def passes(settings: Sample) -> int:
+        with suppress(UserError):
+            return passes_of(settings, scheduler, takes_condition)
+        return 0
+
+    return passes
 
 
 def unet_cost(config: dict, finetune: Finetune) -> tuple[int, int, int, int]:

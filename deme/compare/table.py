@@ -10,6 +10,7 @@ from deme.compare.comparison import PRETRAINED, ComparedRun
 from deme.config.networks import of_word
 from deme.config.paths import sampler_and_steps, with_schedule
 from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF
+from deme.job.records import drawing_passes
 from deme.measure.scores import Difference, Score, load_spaces, mean_and_deviation
 from deme.models.variants import read_searched, seconds_in
 from deme.report.run import read_log
@@ -126,14 +127,14 @@ def cost(run: ComparedRun, model: str) -> tuple[int | None, float | None]:
     folders = [network.training for network in networks]
     folders += [config.paths.finetuning(model)] if model in NAMED_TRAININGS else []
     logs = [read_log(folder / "log.jsonl", config) for folder in dict.fromkeys(folders)]
-    passes, noted = sum(log.passes for log in logs), [log.seconds for log in logs]
+    passes, noted = [log.passes for log in logs], [log.seconds for log in logs]
     for folder in [network.training.parent for network in networks if network.word == SELF][:1]:  # of one run
-        passes += config.own_sample_passes
+        passes.append(drawing_passes(folder.with_name(config.paths.own_samples.name)))
         noted.append(seconds_in(folder.with_name(config.paths.own_seconds.name)))
     if (is_merged and config.needs_search) or config.sample.prediction_scale == "search":
-        passes += read_searched(config.paths.best_coefficients, None).passes or 0
+        passes.append(read_searched(config.paths.best_coefficients, None).passes or 0)
         noted.append(seconds_in(config.paths.search_seconds))
-    return passes, None if None in noted else sum(noted)
+    return tuple(None if None in parts else sum(parts) for parts in (passes, noted))
 
 
 def comparison_table(rows: Sequence[Row], features: str) -> str:

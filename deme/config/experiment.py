@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from deme.config import networks, sections, trainings
 from deme.config.judges import Judge
 from deme.config.networks import RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Merge, Network, networks_of, of_word
-from deme.config.paths import TRANSFORMER, Paths, denoiser_in, snapshot_path, usual_denoiser, with_schedule
+from deme.config.paths import Paths, denoiser_in, snapshot_path, usual_denoiser, with_schedule
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
 from deme.config.trainings import ANT_UW, CONTINUED, DISTILLED, EMA_WIDTH, NAMED_TRAININGS, SELF, SOUP
 from deme.errors import UserError, naming
@@ -196,13 +196,6 @@ class Config(Section):
         every, steps, folder = self.finetune.snapshot_every, self.steps_of(training), self.paths.finetuning(training)
         kept = range(every, steps + 1, every) if every else ()
         return [denoiser_in(snapshot_path(folder, step), usual_denoiser(self)) for step in kept]
-
-    @property
-    def own_sample_passes(self) -> int:
-        """Network passes that draw the own samples; of captions or labels they are guided, at two passes a step."""
-        has_condition = self.data.caption_column is not None or usual_denoiser(self) == TRANSFORMER
-        is_guided = has_condition and self.sample.guidance_scale != 1
-        return self.self_training.num_images * self.own_sample_steps * (1 + is_guided)
 
     @property
     def own_sample_steps(self) -> int:

@@ -15,7 +15,7 @@ from deme.data import samples
 from deme.errors import RunError, naming
 from deme.job.files import Watched
 from deme.job.processes import Processes, in_main_process, locked_by_all
-from deme.job.records import ENCODER, SAMPLES, SCHEDULE, Record, provenance
+from deme.job.records import ENCODER, PASSES, SAMPLES, SCHEDULE, Record, provenance
 from deme.method.process import process_of
 from deme.method.sampling import NetworkAt, ensemble, passed_over, sampler_name, try_sampler
 from deme.models.adapters import load_denoisers
@@ -49,8 +49,9 @@ def draw_samples(
     lock = partial(locked_by_all, processes, key="sample.output")
     lock_folder = partial(lock, wait=True) if shares_folder else nullcontext
     with ExitStack() as locks:
-        for one, identity in zip(drawn, made_from, strict=True):  # all are refused before any is drawn
-            output, wanted = one.paths.samples, Record(SAMPLES, identity, beside | provenance(one))
+        for one, drawing, identity in zip(drawn, drawings, made_from, strict=True):  # all, before any is drawn
+            told = beside | {PASSES: drawing.passes} | provenance(one)
+            output, wanted = one.paths.samples, Record(SAMPLES, identity, told)
             locks.enter_context(lock(samples.block_of(output, block) if shares_folder else output))
             with lock_folder(output), naming("sample.output", output):
                 in_main_process(processes, partial(samples.claim_samples, output, wanted, settings, block, texts))

@@ -51,6 +51,7 @@ WEIGHTS_HASH = "weights (SHA-256)"  # of a merged network, beside its record
 LORA_ERRORS = "relative errors"  # of a truncated LoRA's layers, beside its record
 MOVED = "moved"  # block → norm of coefficient × task vector of each network, beside a merge's record
 OF_RESULT = (WEIGHTS_HASH, LORA_ERRORS, MOVED)  # of a merge
+PASSES = "passes"  # through the network for each image, beside a record of samples; older versions wrote none
 PROVENANCE = ("git_commit", "versions", "processor", "config")  # beside every record, for the reader; never compared
 
 OF_DATA = (DATA, CONTENTS, IMAGE_COLUMN)
@@ -58,7 +59,7 @@ RUN = Kind("a run", "config.yaml", "trained_from", {"free": dict[str, Any]}, OF_
 MERGED = Kind("a merged network", "merge.yaml")
 SNAPSHOT = Kind("a snapshot", "snapshot.yaml")  # that of its run, and the step
 AVERAGE = Kind("an average", "ema.yaml", "averaged", {"snapshots": dict[str, str]})  # of an EMA width
-SAMPLES = Kind("samples", "samples.yaml", "identity", {"num_images": int}, is_precious=True)
+SAMPLES = Kind("samples", "samples.yaml", "identity", {"num_images": int, PASSES: int | None}, is_precious=True)
 SEARCH = Kind("a search", "search.yaml", "searched", is_precious=True)
 
 
@@ -104,6 +105,14 @@ def read_record(kind: Kind, folder: Path) -> Record | None:
         for key, expected in kind.beside.items():
             checked(beside.get(key), expected, key)
     return record
+
+
+def drawing_passes(folder: Path) -> int | None:
+    """The passes through the network that drew a sample folder; None if its record does not tell."""
+    record = read_record(SAMPLES, folder)
+    if record is None or record.beside.get(PASSES) is None:
+        return None
+    return record.beside[PASSES] * record.beside["num_images"]
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], later: tuple[str, ...] = ()) -> list[str]:

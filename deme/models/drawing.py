@@ -12,6 +12,12 @@ from deme.method.sampling import NetworkAt, guided, network_calls, sample_images
 from deme.models.encoders import Condition, Encoder
 
 
+def passes_of(settings: Sample, scheduler: SchedulerMixin, takes_condition: bool) -> int:
+    """Passes through the network for each image; guidance by texts or labels takes two at each call."""
+    sampler = (settings.scheduler, settings.num_inference_steps, settings.timestep_spacing)
+    return network_calls(scheduler, *sampler) * (1 + (takes_condition and settings.guidance_scale != 1))
+
+
 @dataclass(frozen=True)
 class Drawing:
     """How images are drawn: a batch of seeds, from noise to pixels."""
@@ -30,10 +36,7 @@ class Drawing:
     @property
     def passes(self) -> int:
         """Passes through the network for each image."""
-        is_guided = (self.encoder.takes_text or self.encoder.classes > 0) and self.settings.guidance_scale != 1
-        settings = self.settings
-        sampler = (settings.scheduler, settings.num_inference_steps, settings.timestep_spacing)
-        return network_calls(self.scheduler, *sampler) * (1 + is_guided)
+        return passes_of(self.settings, self.scheduler, self.encoder.takes_text or self.encoder.classes > 0)
 
     def images(self, network_at: NetworkAt, seeds: Sequence[int], prompts: Sequence[str | int]) -> torch.Tensor:
         """The images of these seeds, each of its prompt or label, if any: uint8, (B, C', H', W'), on the CPU."""

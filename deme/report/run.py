@@ -1,6 +1,7 @@
 """What the files of a run hold, read for its page."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -9,11 +10,11 @@ from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.networks import RANGES, of_word
-from deme.config.paths import sampler_and_steps, with_schedule, without_schedule
+from deme.config.paths import with_schedule
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF, SOUP
 from deme.errors import UserError, naming, one_line
 from deme.job.files import checked, read_json, read_yaml
-from deme.job.records import MERGED, MOVED
+from deme.job.records import MERGED, MOVED, SAMPLES, drawing_passes
 from deme.measure.scores import Score, load_scores, load_spaces
 from deme.models.variants import MAKERS, ORDER, made_denoisers, read_searched, seconds_in
 from deme.report.tables import Table, distances, number, signed
@@ -82,10 +83,15 @@ class Run:
     def _read(self, section: str, reader: Callable[..., Any], file: Path, *more: Any) -> Any:
         """What `reader` returns for a file, or None if it is missing or unreadable; the reason is noted."""
         try:
-            return reader(file, *more) if file.is_file() else None
+            return reader(file, *more) if os.path.isfile(file) else None  # false where a name is too long
         except UserError as error:
             self.unreadable.setdefault(section, []).append(str(error))
             return None
+
+    def passes_to_draw(self, folder: Path) -> str:
+        """The UNet passes that drew a sample folder, by its record."""
+        passes = self._read(RESULTS, lambda file: drawing_passes(file.parent), folder / SAMPLES.file)
+        return "-" if passes is None else f"{passes:,}"
 
 
 def read_provenance(file: Path, read: Callable[[Path], dict]) -> Provenance:
@@ -183,13 +189,11 @@ def cost_table(run: Run) -> Table:
     rows = [[f"training {log.name}", f"{log.passes:,}", f"{log.seconds / 60:.1f}"] for log in run.logs]
     if any(log.name in run.config.self_trained_names for log in run.logs):
         minutes = number(seconds_in(run.config.paths.own_seconds), form=".1f", scale=1 / 60)
-        rows.append(["drawing the own samples", f"{run.config.own_sample_passes:,}", minutes])
+        rows.append(["drawing the own samples", run.passes_to_draw(run.config.paths.own_samples), minutes])
     if run.search is not None and run.search.passes is not None:
         minutes = number(run.search_seconds, form=".1f", scale=1 / 60)
         rows.append(["search, without its report", f"{run.search.passes:,}", minutes])
     for row in run.scores:
-        name = Path(row.samples).name
-        _, steps = sampler_and_steps(without_schedule(name)[1])
-        rows.append([f"drawing {name}", f"{row.images * (steps or run.config.sample.num_inference_steps):,}", "-"])
+        rows.append([f"drawing {Path(row.samples).name}", run.passes_to_draw(Path(row.samples)), "-"])
     note = "A training step counts 3 passes for the trained network, forward and backward, and 1 for its teacher."
     return Table(["stage", "UNet passes", "minutes of its steps"], rows, note)

@@ -126,7 +126,7 @@ def test_the_estimate_counts_the_lora_alone():
     found = []
     for overrides, trained in (([], 1_000_000), (loras, 10_000)):
         config = load_config(REPOSITORY / "configs" / "digits.yaml", [*overrides, "merge.coefficients=null"])
-        size = Size(1_000_000, trained, 0, 1e9, 1, 0.0, 0, 0, 1, 1797, ["pretrained", "merged"])
+        size = Size(1_000_000, trained, 0, 1e9, 1, 0.0, 0, 0, lambda _: 1, 1797, ["pretrained", "merged"])
         found.append((disk_space(config, size), operations(config, size)))
     (whole, slow), (small, fast) = found
     assert whole["finetuned networks"] == 4 * 4 * 1_000_000

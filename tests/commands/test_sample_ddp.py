@@ -91,6 +91,7 @@ def test_several_schedules_of_a_model_are_drawn_into_folders_of_their_own(config
         assert all(np.array_equal(twins[name], image) for name, image in images(expected).items())
         one, other = (yaml.safe_load((folder / "samples.yaml").read_text()) for folder in (expected, found))
         assert one["identity"] == other["identity"]
+        assert one["passes"] == other["passes"] == one["identity"]["num_inference_steps"]
         assert found.with_name(f"grid-{found.name}.png").is_file()
     shutil.copytree(folders[1], output.with_name("merged@dpmsolver++-2"))
     assert "6 of 6" not in run("sample_ddp.py", config_file, MODEL, schedules).stdout

@@ -301,7 +301,7 @@ def test_the_estimate_of_the_published_networks(name):
     finetune = Finetune(lora_rank=16, base_precision="bf16", mixed_precision="bf16")
     found, trained, buffers, flops = unet_cost(config, finetune)
     assert (found, buffers) == (parameters, 1536 * positions**2)
-    size = Size(found, trained, buffers, flops, 3, 0.0, 0, 0, 2, 100, ["merged"])
+    size = Size(found, trained, buffers, flops, 3, 0.0, 0, 0, lambda _: 1, 100, ["merged"])
     assert sum(gpu_memory(finetune, size, is_cached=True).values()) == 2 * found + 4 * buffers + 20 * trained
 
 

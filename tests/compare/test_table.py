@@ -6,6 +6,7 @@ import yaml
 
 from deme.compare.comparison import load_comparison
 from deme.compare.table import Row, compared_rows, comparison_table, difference, points_of_rows
+from deme.job.records import SAMPLES, Record
 from deme.measure.scores import Difference
 
 
@@ -80,9 +81,14 @@ def test_the_rows_of_a_schedule_stand_together_and_are_compared_with_each_other(
         log = runs[0].config.paths.finetuning(name) / "log.jsonl"
         log.parent.mkdir(parents=True)
         log.write_text('{"step": 1, "loss": 1, "images_per_second": 1}\n')
-    assert compared_rows(runs, "classifier")[1].hours is None  # drawing own samples took no notes
+    unknown = compared_rows(runs, "classifier")[1]
+    assert (unknown.passes, unknown.hours) == (None, None)  # drawing own samples took no notes
     runs[0].config.paths.own_seconds.write_text("30.0\n6.5\n")
+    runs[0].config.paths.own_samples.mkdir()
+    Record(SAMPLES, {}, {"num_images": 7, "passes": 19}).write(runs[0].config.paths.own_samples)
     found = compared_rows(runs, "classifier")
+    trained = len(runs[0].config.self_trained_names) * 3 * runs[0].config.finetune.batch_size
+    assert found[1].passes == trained + 7 * 19
     assert found[1].hours == pytest.approx((runs[0].config.finetune.batch_size + 36.5) / 3600)
     assert compared_rows(runs, "inception") == []
     assert [(row.schedule, row.name, row.pooled) for row in found] == [

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ from deme.models.kinds import DIT, SD3
 from deme.models.pipelines import find_pipeline, labels_of, latent_factor
 from deme.models.variants import write_denoiser, write_pipeline_files
 from deme.projection import ProjectedDiTTransformer2DModel
+from scripts.estimate import passes_through
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "patch_size": 2}
 CLASSES = 1000  # DiTPipeline takes 1000 for no label
@@ -95,6 +97,8 @@ def test_images_are_those_of_diffusers_pipeline(latent_dit, scale):
     settings = Sample(num_inference_steps=4, guidance_scale=scale, labels=[3, 7])
     drawing = Drawing(load_scheduler(pipeline), encoder, settings, (4, 4, 4), torch.device("cpu"))
     assert drawing.passes == (4 if scale == 1 else 8)
+    higher_order = replace(drawing, settings=replace(settings, scheduler="HeunDiscreteScheduler"))
+    assert higher_order.passes == passes_through(pipeline)(higher_order.settings) == (7 if scale == 1 else 14)
     labels = in_turn(conditions_of(settings, False, CLASSES), range(5, 8))
     assert labels == {5: 7, 6: 3, 7: 7}
     found = drawing.images(lambda _: network, list(labels), list(labels.values()))

@@ -9,9 +9,10 @@ from robustness.damaged_runs import make_run
 
 import report
 from deme.errors import UserError
+from deme.job.records import SAMPLES, Record
 from deme.measure.scores import load_scores, load_spaces, save_spaces
 from deme.models.variants import read_searched
-from deme.report.run import Run
+from deme.report.run import Run, cost_table
 
 PLACES = {  # file of a run → title of the section that tells of it
     "results.json": "Results",
@@ -234,3 +235,16 @@ def test_a_run_that_is_read_tells_its_numbers(config):
     assert (run.search.value, run.search.value_of_pretrained, run.search.passes) == (0.5, 1.0, 10)
     assert (run.features, run.search_features, run.search_seconds) == ("classifier", "classifier", 3.5)
     assert run.provenance.versions == {"torch": "2"}
+
+
+def test_the_passes_of_a_drawing_are_those_of_its_record(config):
+    """Not steps, which a sampler of higher order and guidance double; '-' where nothing tells."""
+    folder = config.paths.all_samples / "merged"
+    content = json.loads(config.paths.results.read_text())
+    config.paths.results.write_text(json.dumps(replaced(content, ["rows", 1, "samples"], str(folder))))
+    Record(SAMPLES, {}, {"num_images": 4, "passes": 9}).write(folder)
+    assert cost_table(Run(config)).rows[-2:] == [["drawing pretrained", "-", "-"], ["drawing merged", "36", "-"]]
+    Record(SAMPLES, {}, {"num_images": 4, "passes": "x"}).write(folder)
+    assert f"Unreadable: {folder / 'samples.yaml'}: not the record of samples: passes" in page(config)["Results"]
+    config.paths.results.write_text(json.dumps(replaced(content, ["rows", 1, "samples"], "a" * 5000)))
+    assert cost_table(Run(config)).rows[-1][1] == "-"
