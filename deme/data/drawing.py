@@ -17,10 +17,10 @@ from deme.job.files import Watched
 from deme.job.processes import Processes, in_main_process, locked_by_all
 from deme.job.records import ENCODER, PASSES, SAMPLES, SCHEDULE, Record, provenance
 from deme.method.process import process_of
-from deme.method.sampling import NetworkAt, ensemble, passed_over, sampler_name, try_sampler
+from deme.method.sampling import NetworkAt, ensemble, passed_over, sampler_name
 from deme.models.adapters import load_denoisers
 from deme.models.denoisers import freeze, load_scheduler
-from deme.models.drawing import Drawing
+from deme.models.drawing import Drawing, try_samplers
 from deme.models.encoder_loading import load_encoder, try_out
 from deme.models.pipelines import labels_of, weights_hash
 from deme.models.variants import ModelFiles, prediction_scales
@@ -81,14 +81,13 @@ def load_model(
                 try_out(denoiser, process_of(scheduler), encoder)
     size = denoisers[0].config.sample_size
     shape = (denoisers[0].config.in_channels, size, size)
-    for one in (other.sample for other in drawn):
-        with naming("sample.scheduler", one.scheduler):
-            stepper = try_sampler(scheduler, one.scheduler, one.num_inference_steps, shape, one.timestep_spacing)
+    schedules, key = [one.sample for one in drawn], "sample.schedules" if len(drawn) > 1 else "sample.scheduler"
+    for one, stepper in zip(schedules, try_samplers(schedules, scheduler, shape, key), strict=True):
         if ignored := passed_over(scheduler, stepper):
             processes.print(f"sample.scheduler={one.scheduler} has no {', '.join(ignored)} of the noise schedule")
     denoisers = [freeze(denoiser, processes.device, settings.mixed_precision) for denoiser in denoisers]
     encoder.prepare(processes.device, settings.mixed_precision)
-    drawings = [Drawing(scheduler, encoder, one.sample, shape, processes.device, scales) for one in drawn]
+    drawings = [Drawing(scheduler, encoder, one, shape, processes.device, scales) for one in schedules]
     return drawings, ensemble(denoisers, ranges_of(config, model))
 
 

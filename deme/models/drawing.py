@@ -8,7 +8,8 @@ import torch
 from diffusers import SchedulerMixin
 
 from deme.config.sections import Sample
-from deme.method.sampling import NetworkAt, guided, network_calls, sample_images, scaled
+from deme.errors import UserError, naming
+from deme.method.sampling import NetworkAt, guided, network_calls, sample_images, scaled, try_sampler
 from deme.models.encoders import Condition, Encoder
 
 
@@ -16,6 +17,20 @@ def passes_of(settings: Sample, scheduler: SchedulerMixin, takes_condition: bool
     """Passes through the network for each image; guidance by texts or labels takes two at each call."""
     sampler = (settings.scheduler, settings.num_inference_steps, settings.timestep_spacing)
     return network_calls(scheduler, *sampler) * (1 + (takes_condition and settings.guidance_scale != 1))
+
+
+def try_samplers(
+    drawn: Sequence[Sample], scheduler: SchedulerMixin, shape: tuple[int, int, int], key: str
+) -> list[SchedulerMixin]:
+    """The sampler of each schedule, after one step; no two may be the same. `key` is the setting that names them."""
+    found = {}
+    for one in drawn:
+        with naming(key, one.scheduler if key == "sample.scheduler" else one.schedule):
+            sampler = try_sampler(scheduler, one.scheduler, one.num_inference_steps, shape, one.timestep_spacing)
+            if (type(sampler), one.num_inference_steps) in found:
+                raise UserError("is listed before, under another name")
+            found[type(sampler), one.num_inference_steps] = sampler
+    return list(found.values())
 
 
 @dataclass(frozen=True)

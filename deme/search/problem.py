@@ -25,11 +25,11 @@ from deme.job.records import digest_of
 from deme.measure.noisy import Noiser, draw_probes
 from deme.measure.reference import load_feature_space
 from deme.method.process import process_of
-from deme.method.sampling import NetworkAt, ensemble, scaled, try_sampler
+from deme.method.sampling import NetworkAt, ensemble, scaled
 from deme.method.task_vectors import Candidates, pattern_of, patterns_of
 from deme.models.adapters import load_denoisers
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
-from deme.models.drawing import Drawing
+from deme.models.drawing import Drawing, try_samplers
 from deme.models.encoder_loading import load_encoder, try_out
 from deme.models.merging import load_merged
 from deme.models.pipelines import denoiser_folder, weights_hash
@@ -193,12 +193,15 @@ class Problem:
     def reported(self) -> list[Sample]:
         """The schedules of the report beside that of sample: searched ones, and others; none unless either is set.
 
-        Of the others by default, those count that the noise schedule allows.
+        Of the others by default, those count that the noise schedule allows; what is left out is told.
         """
         searched = [one for one in self.config.schedules_of(self.config.search) if self.config.search.by_images]
         others, key = other_schedules(self.config), "search.report_schedules"
         if self.settings.report_schedules is None:
-            others = [one for one in others if self._allows(one)]
+            allowed = [one for one in others if self._allows(one)]
+            if left_out := [one.schedule for one in others if one not in allowed]:
+                self.processes.print(f"{key}=null: not {', '.join(left_out)}, which the noise schedule does not allow")
+            others = allowed
         self._try(others, key)
         return [*searched, *others] if self.settings.schedules or others else []
 
@@ -209,15 +212,7 @@ class Problem:
         return False
 
     def _try(self, drawn: Sequence[Sample], key: str) -> None:
-        """Make sure that there are samplers for these, no two of them the same."""
-        steppers = set()
-        for sample in drawn:
-            with naming(key, sample.schedule if key != "sample.scheduler" else sample.scheduler):
-                sampler = (sample.scheduler, sample.num_inference_steps, self.drawn_shape, sample.timestep_spacing)
-                stepper = type(try_sampler(self.process.scheduler, *sampler)), sample.num_inference_steps
-                if stepper in steppers:
-                    raise UserError("is listed before, under another name")
-                steppers.add(stepper)
+        try_samplers(drawn, self.process.scheduler, self.drawn_shape, key)
 
     @property
     def drawn_shape(self) -> tuple[int, int, int]:

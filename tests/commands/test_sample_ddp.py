@@ -79,7 +79,7 @@ def test_several_schedules_of_a_model_are_drawn_into_folders_of_their_own(config
     assert f"sample.output={folders[1]}: holds samples of other settings: size_on_disk=4" in refused.stderr
     assert images(folders[0]) == {}
     refused = run("sample_ddp.py", config_file, MODEL, "sample.schedules=[{}, {scheduler: heun}]", status=2)
-    assert "sample.scheduler=heun: must be one of ddim, pndm," in refused.stderr
+    assert "sample.schedules=heun-3: must be one of ddim, pndm," in refused.stderr
     shutil.rmtree(folders[0])
     result = run("sample_ddp.py", config_file, MODEL, schedules)
     assert f"{folders[0]}: 6 of 6 images to draw" in result.stdout

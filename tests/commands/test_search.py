@@ -15,7 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import run, tiny_unet
-from diffusers import UNet2DConditionModel
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 from robustness.forked import Run
 from safetensors.torch import load_file
@@ -27,6 +27,7 @@ from deme.data.opening import open_source
 from deme.errors import UserError
 from deme.job.files import sha256, stamp
 from deme.method.lora import Factors
+from deme.method.process import process_of
 from deme.models.denoisers import with_projections
 from deme.models.lora import layers_of, write_lora
 from deme.models.pipelines import WEIGHTS, weights_hash
@@ -324,6 +325,15 @@ def test_several_schedules_are_searched_and_reported_with_others(config_file, ro
     changed = run("search.py", config_file, *options, "search.schedules=[{steps: 2}]", status=2).stderr
     assert "holds a search of other settings: " in changed
     assert "search.schedules" in changed
+
+
+def test_what_the_report_of_a_flow_leaves_out_is_told(config_file, root, capsys):
+    """By default another kind of sampler is scored, which may be one that a flow does not have."""
+    problem = problem_of(config_file, "search.schedules=[{steps: 2}]", "sample.scheduler=euler")
+    problem.process = process_of(FlowMatchEulerDiscreteScheduler())
+    assert [one.schedule for one in problem.reported] == ["euler-2", "euler-1", "euler-4"]
+    line = "search.report_schedules=null: not ddim-2, which the noise schedule does not allow\n"
+    assert capsys.readouterr().out == line
 
 
 @pytest.mark.long
