@@ -65,7 +65,8 @@ class MergeMethod(ABC):
     ) -> torch.Tensor:
         """The merged tensor of this name, in float32, contiguous; it is stored in the pretrained tensor's type.
 
-        The tensors are of any floating-point type and of one shape; each finetuned one has its coefficient.
+        The tensors are of any floating-point type and of one shape, of at least one dimension; each finetuned one has
+        its coefficient.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -156,7 +157,8 @@ def merge_tensors(
     method.prepare(pretrained, list(finetuned.values()))
     for key, base in pretrained.items():
         experts = [tensors[key] for tensors in finetuned.values()]
-        merged = method.merge_tensor(key, base, experts, coefficients[key]).to(base.dtype)
+        first, *others = torch.atleast_1d(base, *experts)  # a scalar is a vector with one entry
+        merged = method.merge_tensor(key, first, others, coefficients[key]).to(base.dtype).reshape(base.shape)
         if not torch.isfinite(merged.sum()):  # one pass over the result finds any input that is not finite
             for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
                 check_finite(name, key, tensors[key])

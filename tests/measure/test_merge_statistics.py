@@ -93,6 +93,9 @@ def test_fisher_weights_number_by_number(tmp_path):
     torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-4)
     tensor = merged(tmp_path, "fisher", statistics, base, experts, [1, 3])
     torch.testing.assert_close(tensor[0], torch.tensor(1 + 4 * (3 * 1 + 3 * 1 * 4) / (3 + 3)))
+    scalars = [{key: value[0] for key, value in each.items()} for each in statistics]
+    scalar = merged(tmp_path, "fisher", scalars, base[0], [each[0] for each in experts], [1, 3])
+    torch.testing.assert_close(scalar, tensor[0])
 
 
 @pytest.mark.parametrize("name", ["fisher", "regmean"])

@@ -13,7 +13,7 @@ from deme.method.task_vectors import merge_method, merge_tensors
 
 TWO = [0.5, 0.5]
 METHODS = sorted({*MERGE_METHODS} - {*WITH_STATISTICS})  # tests/measure/test_merge_statistics.py has the others
-SHAPES = [(7,), (4, 6), (3, 2, 3, 3)]
+SHAPES = [(), (1,), (7,), (2, 3), (4, 6), (3, 2, 3, 3)]
 NOTHING = {"dare_ties": {"density": 1}, "della": {"density": 1, "epsilon": 0}}  # is dropped
 
 
@@ -26,7 +26,7 @@ def merged(name, base, experts, coefficients, key="w", **given):
 
 
 @settings(deadline=None, max_examples=60)
-@given(name=st.sampled_from(METHODS), seed=st.integers(0, 999), shape=st.sampled_from([(7,), (4, 6), (3, 2, 3, 3)]))
+@given(name=st.sampled_from(METHODS), seed=st.integers(0, 999), shape=st.sampled_from(SHAPES))
 def test_networks_that_equal_the_pretrained_one_merge_to_it(name, seed, shape):
     base = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     tensor = merged(name, base, [base, base], TWO)
@@ -36,12 +36,22 @@ def test_networks_that_equal_the_pretrained_one_merge_to_it(name, seed, shape):
 
 
 @settings(deadline=None, max_examples=60)
-@given(name=st.sampled_from(METHODS), seed=st.integers(0, 999), shape=st.sampled_from([(7,), (4, 6), (3, 2, 3, 3)]))
+@given(name=st.sampled_from(METHODS), seed=st.integers(0, 999), shape=st.sampled_from(SHAPES))
 def test_the_same_merge_twice_gives_the_same_bits(name, seed, shape):
     base, *experts = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
     first, second = (merged(name, base, experts, TWO) for _ in range(2))
     assert torch.equal(first, second)
     assert torch.isfinite(first).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(name=st.sampled_from(METHODS), seed=st.integers(0, 999))
+def test_a_scalar_is_a_vector_with_one_entry(name, seed):
+    """Such as a logit_scale."""
+    base, *experts = torch.randn(3, 1, generator=torch.Generator().manual_seed(seed))
+    scalar = merged(name, base[0], [expert[0] for expert in experts], TWO)
+    assert scalar.shape == ()
+    assert torch.equal(scalar, merged(name, base, experts, TWO)[0])
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class WithStatistics(MergeMethod):
         vectors, base, key = task_vectors(pretrained, finetuned), pretrained.float(), f"{self.kind}{name}"
         if sum(coefficients) == 0 or not all(key in file.keys() for file in self.files):  # noqa: SIM118  no dictionary
             return base + weighted_sum(vectors, coefficients)
-        found = [w * file.get_tensor(key) for w, file in zip(coefficients, self.files, strict=True)]
+        found = [w * torch.atleast_1d(file.get_tensor(key)) for w, file in zip(coefficients, self.files, strict=True)]
         return base + sum(coefficients) * self.mean(vectors, torch.stack(found).to(vectors.device), coefficients)
 
     @abstractmethod
