@@ -176,12 +176,14 @@ class LatentsAndText:
         """The tokens of texts, which all begin with another one, and their attention mask."""
         most = tokenizer.model_max_length
         length = most + (len(tokenizer.encode(begin)) - 2 if begin else 0)  # two of `begin` are counted already
-        too_long = (text for text in texts if len(text) > most and len(tokenizer(begin + text).input_ids) > length)
+        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        tokens = tokenizer([begin + text for text in texts], **options)
+        filled = zip(texts, tokens.attention_mask.all(dim=1), strict=True)  # the rest was not cut
+        too_long = (text for text, full in filled if full and len(tokenizer(begin + text).input_ids) > length)
         if not self.has_warned and (text := next(too_long, None)) is not None:
             print(f"cut to {most} tokens, as all such texts: {text[:200]}")
             self.has_warned = True
-        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-        return tokenizer([begin + text for text in texts], **options).to(self.device)
+        return tokens.to(self.device)
 
     def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
         return {"encoder_hidden_states": embeddings}

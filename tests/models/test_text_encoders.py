@@ -55,6 +55,16 @@ def test_stable_diffusion_3s_texts(has_t5):
     assert encoder.embed(TEXTS).shape == (3, 77 + LENGTHS[T5] * has_t5 + 1, 56)  # no zeros in the cache
 
 
+@pytest.mark.parametrize(("letter", "most"), [("a", 75), ("é", 37)])
+def test_what_is_cut_is_told(letter, most, capsys):
+    """By tokens, of which the tiny tokenizer has one for each byte, and two that begin and end the text."""
+    encoder = three_texts(tiny_sd3_pipeline(has_t5=False))
+    encoder.embed(["", letter * most])
+    assert capsys.readouterr().out == ""
+    encoder.embed(["", letter * (most + 1)])
+    assert capsys.readouterr().out == f"cut to 77 tokens, as all such texts: {letter * (most + 1)}\n"
+
+
 @torch.no_grad()
 def test_sanas_texts():
     """After the instruction, with the attention mask; a negative text and the empty caption have no instruction."""
