@@ -38,7 +38,16 @@ from deme.models.kinds import (
     num_classes,
     text_width,
 )
-from deme.models.pipelines import INDEX, has_latents, latent_factor, parts_of, takes_text, variant_of
+from deme.models.pipelines import (
+    INDEX,
+    STEMS,
+    has_latents,
+    latent_factor,
+    parts_of,
+    takes_text,
+    variant_of,
+    weights_files,
+)
 
 LEAST_VOCABULARY = 256  # tokens: one for each byte
 LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
@@ -131,7 +140,7 @@ def _load_text(pipeline: Path, part: str, parts: Mapping[str, str]) -> tuple[nn.
 def _load_network(folder: Path, kind: Any, **dtype: torch.dtype) -> Any:
     """A part of this class, all of its tensors in its file and finite."""
     with blaming(folder):
-        variant = variant_of(folder)
+        variant = variant_of(weights_files(folder, STEMS[folder.name])[0])
         options = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True, **dtype}
         part, report = kind.from_pretrained(str(folder), variant=variant, **options)
         check_filled(report)

@@ -209,9 +209,8 @@ def read_schedule(pipeline: Path) -> dict[str, Any]:
     return read_part("scheduler", schedule_file(pipeline), read_index(pipeline).get("scheduler"))
 
 
-def variant_of(part: Path) -> str | None:
-    """The variant of the weights of a pipeline's part, fp16 or bf16, None for others; they must be safetensors."""
-    file = weights_files(part, STEMS[part.name])[0]
+def variant_of(file: Path) -> str | None:
+    """The variant of a file of an encoder's weights, fp16 or bf16, None for others; it must be safetensors."""
     if file.suffix != ".safetensors":
         rule = (
             "weights that are pickles are read of unet or transformer alone; diffusers' save_pretrained writes others"
@@ -231,8 +230,8 @@ def encoder_files(pipeline: Path) -> dict[str, Path]:
     for part in parts if has_latents(pipeline) else ():
         if not (pipeline / part).is_dir():
             raise UserError(f"{pipeline / part}: missing")
-        variant = variant_of(pipeline / part) if part in STEMS else None
         weights = weights_files(pipeline / part, STEMS[part]) if part in STEMS else []
+        variant = variant_of(weights[0]) if weights else None
         for path in sorted((pipeline / part).iterdir()):
             is_other = any(f".{other}" in path.name for other in VARIANTS if other != variant)
             if path in weights or (path.suffix in (".json", ".txt", ".model") and not is_other):
