@@ -182,15 +182,19 @@ class Stages:
             self.pretrained = [self._add(base, "pretrain", "pretrain.py", output=paths.pretrained_here, parts=parts)]
         caches = [self._add(base, "cache", "scripts/cache.py", output=None, after=self.pretrained)] if has_cache else []
         self.first = [*self.pretrained, *caches]  # before trainings
+        judges = base.config.evaluate.features
         if (file := comparison.reference) is not None:
-            judges = base.config.evaluate.features
-            own = [override("evaluate.features", judges)] if isinstance(judges, list) else []  # statistics for each
-            base = replace(base, config=load_config(file, own), arguments=["--config", for_shell(file), *own])
-            caches = []
-        statistics = [base.config.paths.reference_in(judge.name) for judge in base.config.evaluate.judges]
-        made = {"output": statistics[0], "parts": [*statistics, base.config.paths.classifier]}
-        # before scores: what images are compared with
-        self.reference = [self._add(base, "statistics", "evaluate.py", "evaluate.samples=[]", after=caches, **made)]
+            base, caches = replace(base, arguments=["--config", for_shell(file)]), []
+        # before scores: what images are compared with; the first judge's has a job of its own, for searches
+        self.reference: list[Job] = []
+        for some in [judges[0], *filter(None, [judges[1:]])] if isinstance(judges, list) else [None]:
+            given = base.arguments + [override("evaluate.features", some)] * (some is not None)
+            run = replace(base, config=load_config(given[1], given[2:]), arguments=given)
+            names, paths = [judge.name for judge in run.config.evaluate.judges], run.config.paths
+            made = [*map(paths.reference_in, names), *[paths.classifier] * ("classifier" in names)]
+            job = {"output": made[0], "parts": made, "after": [*caches, *self.reference]}
+            stage = "further-statistics" if self.reference else "statistics"
+            self.reference.append(self._add(run, stage, "evaluate.py", "evaluate.samples=[]", **job))
         for run in runs:
             self._add_rows(run)
         self.jobs = list(self.by_name.values())
@@ -277,7 +281,7 @@ class Stages:
         # the search's report has a row of the control if it is trained
         has_control = CONTINUED in run.models and search.report_images > 0
         controls = [self._trained(run, CONTINUED)] if has_control else []
-        waits = {"after": [*before, *self.reference], "after_all": controls}
+        waits = {"after": [*before, *self.reference[:1]], "after_all": controls}
         return self._add(run, "search", "search.py", output=config.paths.best_coefficients, **waits)
 
     def _networks(self, run: ComparedRun, networks: Sequence[Network]) -> list[Job]:

@@ -213,10 +213,8 @@ def test_images_may_be_compared_with_those_of_another_experiment(tmp_path):
     for user in ("search", "evaluate"):
         assert f"evaluate.reference={job.output}" in jobs[user].arguments_after(jobs[user].after_all)
     several = stages(tmp_path, f"reference={reference}", "evaluate.features=[inception, classifier]")
-    assert several["other statistics"].arguments[2:] == [
-        'evaluate.features=["inception", "classifier"]',
-        "evaluate.samples=[]",
-    ]
+    for name, features in (("statistics", "inception"), ("further-statistics", '["classifier"]')):
+        assert several[f"other {name}"].arguments[2:] == [f"evaluate.features={features}", "evaluate.samples=[]"]
 
 
 def test_a_second_judge_concerns_scores_alone(tmp_path):
@@ -228,15 +226,14 @@ def test_a_second_judge_concerns_scores_alone(tmp_path):
     given.append(f"evaluate.features=[classifier, torchvision:resnet18={file}]")
     after = stages(tmp_path, *given)
     changed = {name.split()[0] for name in before if before[name].key != after[name].key}
-    assert changed == {"statistics", "merge", "merge-neon", "evaluate", "card", "report"}
-    assert [path.name.partition("-")[0] for path in after["statistics"].parts] == [
-        "classifier.npz",
-        "torchvision",
-        "classifier.safetensors",
-    ]
+    assert changed == {"merge", "merge-neon", "evaluate", "card", "report"}
+    assert names(after["search"].after) == names(before["search"].after)
+    assert names(after["evaluate"].after) == {"statistics", "further-statistics"}
+    assert [path.name for path in after["statistics"].parts] == ["classifier.npz", "classifier.safetensors"]
+    assert [path.name.partition("-")[0] for path in after["further-statistics"].parts] == ["torchvision"]
     file.write_bytes(b"bb")
     again = stages(tmp_path, *given)
-    assert {name for name in after if after[name].key != again[name].key} == {"statistics", "evaluate"}
+    assert {name for name in after if after[name].key != again[name].key} == {"further-statistics", "evaluate"}
 
 
 def test_what_no_job_makes_counts_for_the_jobs_that_read_it(tmp_path):
