@@ -164,11 +164,9 @@ class LatentsAndText:
 
     def _of_clips(self, texts: Sequence[str]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The hidden states before the last of the first two text encoders, side by side, and their pooled texts."""
-        parts = list(zip(self.text_encoders, self.tokenizers, strict=True))[:2]
-        tokens = [self._tokens(texts, tokenizer).input_ids for _, tokenizer in parts]
-        found = [
-            self._ready(part)(ids, output_hidden_states=True) for (part, _), ids in zip(parts, tokens, strict=True)
-        ]
+        found = []
+        for part, tokenizer in list(zip(self.text_encoders, self.tokenizers, strict=True))[:2]:
+            found.append(self._ready(part)(self._tokens(texts, tokenizer).input_ids, output_hidden_states=True))
         pooled = [output.text_embeds for output in found if "text_embeds" in output]
         return torch.cat([output.hidden_states[-2] for output in found], dim=-1), pooled
 
