@@ -24,7 +24,8 @@ from deme.config.trainings import GRADIENT_PASSES
 from deme.config.trainings import CONTINUED, DISTILLED, NEON
 from deme.job.command import run_script
 from deme.job.files import atomic_file, make_folder
-from deme.models.pipelines import denoiser_folder, has_weights, labels_of
+from deme.models.pipelines import denoiser_folder, labels_of
+from deme.models.weights import has_weights
 from deme.models.variants import MAKERS, ModelFiles, check_trained, find_pretrained, made_denoisers
 
 OF_RANGES = ("loss_by_timestep", "activation_change")  # analyses of the ranges' experts, whatever is merged

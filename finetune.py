@@ -33,7 +33,8 @@ from deme.job.command import run_script
 from deme.job.files import read_json, sha256
 from deme.job.records import ARCHITECTURE, BASE
 from deme.models.kinds import subfolder_of
-from deme.models.pipelines import labels_of, weights_hash
+from deme.models.pipelines import labels_of
+from deme.models.weights import weights_hash
 from deme.models.variants import ModelFiles, check_trained, find_model
 from deme.training.session import Objective, Session, TrainingRun
 

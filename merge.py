@@ -31,8 +31,10 @@ from deme.job.command import run_script
 from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, locked, read_json, sha256
 from deme.job.records import LORA_ERRORS, MERGED, MOVED, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models import averages, variants
-from deme.models.pipelines import WEIGHTS, denoiser_folder, weights_hash
-from deme.models.variants import ModelFiles, Searched
+from deme.models.pipelines import denoiser_folder
+from deme.models.weights import WEIGHTS, weights_hash
+from deme.models.variants import ModelFiles
+from deme.models.searched import Searched, read_searched
 
 if TYPE_CHECKING:
     from deme.method.task_vectors import MergeMethod
@@ -135,7 +137,7 @@ def find_searched(config: Config) -> Searched | None:
     if config.merge.method != "task_arithmetic":
         print(f"{file}: found for the sum of task vectors, used with merge.method={config.merge.method}")
     with naming("merge.coefficients", config.merge.coefficients):
-        return variants.read_searched(file)
+        return read_searched(file)
 
 
 def is_complete(output: Path, wanted: Record, is_lora: bool) -> bool:

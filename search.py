@@ -28,8 +28,10 @@ from deme.job.command import run_script
 from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
 from deme.models.averages import merged_folders
-from deme.models.pipelines import denoiser_folder, labels_of, takes_text, weights_hash
-from deme.models.variants import OF_PRETRAINED, ModelFiles, find_pretrained, prediction_scales, read_searched, timed
+from deme.models.pipelines import denoiser_folder, labels_of, takes_text
+from deme.models.weights import weights_hash
+from deme.models.variants import ModelFiles, find_pretrained, timed
+from deme.models.searched import OF_PRETRAINED, prediction_scales, read_searched
 
 if TYPE_CHECKING:
     from deme.search.problem import Problem

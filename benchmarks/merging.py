@@ -25,7 +25,7 @@ from benchmarks.measure import parse, ratios, spread
 from benchmarks.report import save
 from benchmarks.unets import CHURCH, SMALL
 from deme.config.reading import load_config
-from deme.models.pipelines import ATTENTION_NAMES, todays_name
+from deme.models.weights import ATTENTION_NAMES, todays_name
 from deme.report.tables import markdown_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -36,8 +36,8 @@ from deme.measure.scores import paired_difference
 from deme.method.sampling import NetworkAt
 from deme.method.task_vectors import PUBLISHED, Candidates
 from deme.models.denoisers import freeze, load_denoiser
-from deme.models.pipelines import load_tensors
 from deme.models.variants import find_pretrained, write_denoiser
+from deme.models.weights import load_tensors
 from deme.report.tables import markdown_table, number
 from deme.search.problem import Problem
 from deme.search.ways import find

@@ -157,7 +157,8 @@ def step_peak(settings: dict, finetune: Finetune, device: str) -> int:
         networks = with_new_lora(start, finetune, OBJECTIVE)
     with tempfile.TemporaryDirectory() as folder:
         run = bare_run(OBJECTIVE, finetune, Path(folder))
-        trainer = Trainer(accelerator, networks, TrainingImages(EncodedNoise(settings), []), run)
+        images = TrainingImages(EncodedNoise(settings), [], 8 * settings["sample_size"])
+        trainer = Trainer(accelerator, networks, images, run)
         for _ in range(2):
             trainer.step()
     return memory_taken(device)

@@ -63,5 +63,5 @@ def make_trainer(
         student = with_projections(pretrained) if projected else copy.deepcopy(pretrained)
         teacher = copy.deepcopy(pretrained) if objective.consistency_weight > 0 else None
         networks = replace(networks, student=student, teacher=teacher)
-    data = TrainingImages(images, held_out or [])
+    data = TrainingImages(images, held_out or [], pretrained.config.sample_size)
     return Trainer(accelerator, networks, data, bare_run(objective, settings, folder))

@@ -13,5 +13,6 @@ ProjectedUNet2DConditionModel = DENOISER_CLASSES["ProjectedUNet2DConditionModel"
 ProjectedDiTTransformer2DModel = DENOISER_CLASSES["ProjectedDiTTransformer2DModel"]
 ProjectedSD3Transformer2DModel = DENOISER_CLASSES["ProjectedSD3Transformer2DModel"]
 ProjectedSanaTransformer2DModel = DENOISER_CLASSES["ProjectedSanaTransformer2DModel"]
+ProjectedWanTransformer3DModel = DENOISER_CLASSES["ProjectedWanTransformer3DModel"]
 
 __all__ = ["ModelMixin", *(name for name in DENOISER_CLASSES if name.startswith("Projected"))]

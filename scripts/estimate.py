@@ -27,8 +27,8 @@ from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF, SOUP, Finetu
 from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import read_json
-from deme.models.kinds import is_xl, num_classes, text_width
-from deme.models.pipelines import denoiser_folder, has_latents, labels_of, parts_of, takes_text
+from deme.models.kinds import WAN, denoiser_class, is_xl, num_classes, text_width
+from deme.models.pipelines import denoiser_folder, has_latents, labels_of, latent_factor, parts_of, takes_text
 from deme.models.variants import find_pretrained
 
 GPU_TFLOPS = 50.0  # a guess for an A100 in half precision
@@ -73,7 +73,11 @@ def main(config: Config) -> None:
     config.finetune.check_shares(int(from_environment("NUM_PROCESSES", 1)))
     pretrained = find_pretrained(config.paths)
     size = Size(
-        *unet_cost(read_json(denoiser_folder(pretrained) / "config.json"), config.finetune),
+        *unet_cost(
+            read_json(denoiser_folder(pretrained) / "config.json"),
+            config.finetune,
+            config.data.resolution // latent_factor(pretrained),
+        ),
         *encoder_cost(pretrained, config.data.resolution),
         passes=passes_through(pretrained),
         images=len(open_source(config.data)),
@@ -228,8 +232,11 @@ def passes_through(pipeline: Path) -> Callable[[Sample], int]:
     return passes
 
 
-def unet_cost(config: dict, finetune: Finetune) -> tuple[int, int, int, int]:
-    """Parameters, those that are trained, buffers, and operations per image and pass of a network's configuration."""
+def unet_cost(config: dict, finetune: Finetune, size: int | None = None) -> tuple[int, int, int, int]:
+    """Parameters, those that are trained, buffers, and operations per image and pass of a network's configuration.
+
+    `size` are the entries along a side that it works on, by default `sample_size`.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -238,7 +245,7 @@ def unet_cost(config: dict, finetune: Finetune) -> tuple[int, int, int, int]:
 
     with torch.device("meta"):
         unet = make_denoiser({"_class_name": "UNet2DModel"} | config)
-        size = unet.config.sample_size
+        size = size or unet.config.sample_size
         condition = {
             name: torch.empty(1, *shape) for name, shape in condition_shapes({**unet.config, **config}).items()
         }
@@ -253,7 +260,7 @@ def unet_cost(config: dict, finetune: Finetune) -> tuple[int, int, int, int]:
 
 def condition_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's further arguments for an image, by name."""
-    from deme.models.encoders import GEMMA, LENGTHS, T5
+    from deme.models.encoders import GEMMA, LENGTHS, T5, UMT5
 
     width = text_width(settings)
     if "joint_attention_dim" in settings:
@@ -262,6 +269,8 @@ def condition_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     if "caption_channels" in settings:
         length = LENGTHS[GEMMA]
         return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
+    if "text_dim" in settings:
+        return {"encoder_hidden_states": (LENGTHS[UMT5], width)}
     if is_xl(settings):
         pooled = settings["projection_class_embeddings_input_dim"] - SIZES * settings["addition_time_embed_dim"]
         return {"encoder_hidden_states": (TOKENS, width), "text_embeds": (pooled,), "time_ids": (SIZES,)}
@@ -286,10 +295,11 @@ def encoder_cost(pipeline: Path, resolution: int) -> tuple[int, float, int, int]
         texts = {part: getattr(transformers, kind) for part, kind in parts.items() if part.startswith("text_encoder")}
         texts = [kind(kind.config_class.from_pretrained(pipeline / part)) for part, kind in texts.items()]
         channels = vae.config.in_channels
+        frames = [1] * (denoiser_class(settings) == WAN)  # a video's axis
         with FlopCounterMode(display=False) as counter:
-            encoded = vae.encode(torch.empty(1, channels, resolution, resolution))
+            encoded = vae.encode(torch.empty(1, channels, *frames, resolution, resolution))
             latents = encoded.latent if "latent" in encoded else encoded.latent_dist.parameters
-            vae.decode(latents[:, : vae.config.latent_channels])
+            vae.decode(latents if "latent" in encoded else encoded.latent_dist.mean)
     shapes = condition_shapes(settings)
     entries = latents.numel() + sum(map(math.prod, shapes.values()))
     if "pooled_projections" in shapes and "text_encoder_3" not in parts:

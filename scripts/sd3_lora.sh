@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stable Diffusion 3 or SANA: finetune a LoRA for each timestep range on your captioned images and merge them into one LoRA,
+# Stable Diffusion 3, SANA or Wan: finetune a LoRA for each timestep range on your captioned images and merge them into one LoRA,
 # which diffusers loads.
 #
 #   bash scripts/sd3_lora.sh data.name=FOLDER                          # images and metadata.csv (file_name, text)

@@ -7,6 +7,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLWan,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -18,6 +19,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from transformers import (
     CLIPConfig,
@@ -33,6 +37,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -141,6 +147,13 @@ def tiny_xl_pipeline() -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(tiny_vae(), *encoders, unet, schedule, add_watermarker=False)
 
 
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    """T5's tokenizer with a token for each printable character."""
+    extra = 200
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((one, -3.0) for one in printable.strip())]
+    return T5Tokenizer(vocab=[*words, *((f"<extra_id_{i}>", 0.0) for i in range(extra))], extra_ids=extra)
+
+
 def tiny_sd3_pipeline(has_t5: bool = True, **settings) -> StableDiffusion3Pipeline:
     """Stable Diffusion 3 with CLIPs of the widths 16 and 32, and T5; two blocks of a width of 16."""
     torch.manual_seed(0)
@@ -149,9 +162,7 @@ def tiny_sd3_pipeline(has_t5: bool = True, **settings) -> StableDiffusion3Pipeli
     transformer = SD3Transformer2DModel(**shape, joint_attention_dim=56, pooled_projection_dim=48, **settings).eval()
     texts = [tiny_text_config(tiny_tokenizer(), width, projection_dim=width) for width in (16, 32)]
     clips = [part for text in texts for part in (CLIPTextModelWithProjection(text), tiny_tokenizer())]
-    extra = 200
-    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((one, -3.0) for one in printable.strip())]
-    tokenizer = T5Tokenizer(vocab=[*words, *((f"<extra_id_{i}>", 0.0) for i in range(extra))], extra_ids=extra)
+    tokenizer = tiny_t5_tokenizer()
     t5 = T5Config(vocab_size=len(tokenizer), d_model=56, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
     third = (T5EncoderModel(t5).eval(), tokenizer) if has_t5 else (None, None)
     vae, scheduler = tiny_vae(shift_factor=0.2), FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -176,3 +187,21 @@ def tiny_sana_pipeline() -> SanaPipeline:
     vae = AutoencoderDC(in_channels=1, latent_channels=4, attention_head_dim=2, scaling_factor=0.41407, **coder).eval()
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return SanaPipeline(tokenizer, Gemma2Model(gemma).eval(), vae, transformer, scheduler)
+
+
+def tiny_wan_pipeline(experts: int = 1) -> WanPipeline:
+    """Wan with a UMT5 of the width 16 and an autoencoder of grayscale videos; a second expert is that of low noise."""
+    torch.manual_seed(0)
+    shape = {"in_channels": 4, "out_channels": 4, "num_layers": 2, "text_dim": 16, "freq_dim": 8, "ffn_dim": 32}
+    transformers = [
+        WanTransformer3DModel(**shape, num_attention_heads=2, attention_head_dim=8).eval() for _ in range(experts)
+    ]
+    tokenizer = tiny_t5_tokenizer()
+    text = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.0, 0.5, 2.0, 1.5]}
+    coder = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]}
+    coder |= {"in_channels": 1, "out_channels": 1, "scale_factor_spatial": 2, "scale_factor_temporal": 1}
+    vae = AutoencoderKLWan(**coder, **statistics).eval()
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    given = (tokenizer, UMT5EncoderModel(text).eval(), vae, scheduler, *transformers)
+    return WanPipeline(*given, boundary_ratio=0.875 if experts == 2 else None)

@@ -27,8 +27,9 @@ from deme.method.task_vectors import Tensors, check_compatible, check_finite
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.encoder_loading import load_encoder, try_out
 from deme.models.merging import load_changed
-from deme.models.pipelines import denoiser_folder, load_tensors, weights_hash
+from deme.models.pipelines import denoiser_folder
 from deme.models.variants import common_architecture
+from deme.models.weights import load_tensors, weights_hash
 
 STREAM = 4  # of the analyses' random draws, apart from those of training and of the search
 

@@ -13,7 +13,7 @@ from deme.analysis import Material
 from deme.config.networks import RANGES
 from deme.job.records import Arrays, Keep
 from deme.method.task_vectors import PUBLISHED, Candidates
-from deme.models.variants import read_searched
+from deme.models.searched import read_searched
 from deme.report.figures import COLOURS, MARKERS, grid
 from deme.report.tables import headed_table, number
 

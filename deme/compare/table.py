@@ -12,7 +12,8 @@ from deme.config.paths import sampler_and_steps, with_schedule
 from deme.config.trainings import CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF
 from deme.job.records import drawing_passes
 from deme.measure.scores import Difference, Score, load_spaces, mean_and_deviation
-from deme.models.variants import read_searched, seconds_in
+from deme.models.searched import read_searched
+from deme.models.variants import seconds_in
 from deme.report.run import read_log
 from deme.report.steps import Point
 from deme.report.tables import Table, distances, number, signed

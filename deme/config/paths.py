@@ -53,6 +53,7 @@ class Paths:
         trainings = run / "finetuned" if config.merge.finetuned is None else Path(config.merge.finetuned)
         self.merge_statistics = trainings / "merge-statistics"  # of networks, for merge methods that need them
         self.merged_file = self.merged / f"{config.name}.safetensors"  # of merge.single_file
+        self.two_experts = run / "two-experts"  # the pipeline folder of an ensemble that plain diffusers draws from
         self.neon = run / "neon"  # the pipeline folder of the model neon
         self.all_samples = run / "samples"  # the folder of the sample folders
         model = "-".join(part for part in Path(config.sample.model).parts if part not in ("/", ".", ".."))

@@ -22,8 +22,10 @@ from deme.models.adapters import load_denoisers
 from deme.models.denoisers import freeze, load_scheduler
 from deme.models.drawing import Drawing, try_samplers
 from deme.models.encoder_loading import load_encoder, try_out
-from deme.models.pipelines import labels_of, weights_hash
-from deme.models.variants import ModelFiles, prediction_scales
+from deme.models.pipelines import labels_of
+from deme.models.searched import prediction_scales
+from deme.models.variants import ModelFiles
+from deme.models.weights import weights_hash
 
 GRID_IMAGES = 100
 Scales = Sequence[tuple[int, int, float]]  # of the predicted noise, as `scaled` takes them
@@ -79,8 +81,7 @@ def load_model(
         for folder, denoiser in zip(model.denoisers, denoisers, strict=True):
             with naming(folder):
                 try_out(denoiser, process_of(scheduler), encoder)
-    size = denoisers[0].config.sample_size
-    shape = (denoisers[0].config.in_channels, size, size)
+    shape = encoder.shape_of(config.data.resolution)
     schedules, key = [one.sample for one in drawn], "sample.schedules" if len(drawn) > 1 else "sample.scheduler"
     for one, stepper in zip(schedules, try_samplers(schedules, scheduler, shape, key), strict=True):
         if ignored := passed_over(scheduler, stepper):
@@ -92,7 +93,9 @@ def load_model(
 
 
 def ranges_of(config: Config, model: ModelFiles) -> list[tuple[int, int]]:
-    """The timesteps of each denoiser: the configured ranges for an ensemble, all of them for a single network."""
+    """The timesteps of each denoiser: its pipeline's or the configured ranges, all of them for a single network."""
+    if model.ranges:
+        return list(model.ranges)
     return config.timesteps.ranges if len(model.denoisers) > 1 else [(0, config.timesteps.num_train_timesteps)]
 
 

@@ -25,10 +25,11 @@ Examples = CroppedImages | CachedLatents
 
 
 class TrainingImages(NamedTuple):
-    """The data in two parts."""
+    """The data in two parts, of images with this many pixels along each side."""
 
     training: Examples
     held_out: Examples
+    resolution: int
 
 
 def load_training_images(
@@ -42,6 +43,7 @@ def load_training_images(
     return TrainingImages(
         CroppedImages(images, data.resolution, data.center_crop, data.random_flip, trained, *captions),
         CroppedImages(images, data.resolution, True, False, held_out, *captions),
+        data.resolution,
     )
 
 
@@ -114,7 +116,7 @@ def load_examples(
                 images = replace(images, chosen=None)  # all of them, those that are held out too
                 write_latents(folder, images, data.cached_views, encoder, processes)
     latents = CachedLatents(folder, dropout, encoder.takes_sizes)
-    return TrainingImages(*map(latents.of, split_held_out(data, len(latents))))
+    return TrainingImages(*map(latents.of, split_held_out(data, len(latents))), data.resolution)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PUBLISHED = (0.1, 0.1, 0.2, 0.5)  # the paper's coefficients for LSUN-Church, of four equal ranges, lowest first
 PART = 2**18  # elements worked on at a time, so that intermediate results stay in the processor's cache
 REST = "rest"  # outside of all blocks
-BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", REST, "text_encoder", "text_encoder_2")
-BLOCK = re.compile(r"(?:(?:down|up|transformer)_blocks\.\d+|mid_block)\.")  # how the names of a block's tensors begin
+BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "blocks", REST)  # of a denoiser, in order
+BLOCKS += ("text_encoder", "text_encoder_2")
+BLOCK = re.compile(r"(?:(?:(?:down|up|transformer)_)?blocks\.\d+|mid_block)\.")  # how its tensors' names begin
 
 
 def pattern_of(name: str, patterns: Iterable[str]) -> str:

@@ -11,8 +11,8 @@ from deme.config.trainings import LARGEST_WIDTH, LEAST_WIDTH
 from deme.errors import UserError, naming
 from deme.job.files import Watched, atomic_folder, checked, locked, read_json
 from deme.job.records import AVERAGE, RUN, SNAPSHOT, Record, changes, read_record
-from deme.models.pipelines import has_weights, load_tensors, weights_files, weights_hash
 from deme.models.variants import check_trained, write_denoiser
+from deme.models.weights import has_weights, load_tensors, weights_files, weights_hash
 
 Kept = dict[tuple[int, float], Path]  # (step, width) → the network's folder of an average
 LARGEST_ERROR = 0.1  # of a combined power function, relative to its norm

@@ -22,6 +22,7 @@ from deme.models import kinds, pipelines
 from deme.models.kinds import PROJECTED
 from deme.models.schedules import FLOW, prediction_type
 from deme.models.variants import default_settings
+from deme.models.weights import load_tensors, weights_files
 
 # a flow schedule is made of the settings of any sampler, of which diffusers names those that it passes over each time
 logging.getLogger("diffusers.configuration_utils").addFilter(
@@ -89,6 +90,9 @@ def _adapted(denoiser: nn.Module) -> nn.Module:
         denoiser.register_forward_pre_hook(_gather_added, with_kwargs=True)
     if kinds.subfolder_of(settings) == TRANSFORMER:
         denoiser.register_forward_pre_hook(_name_timesteps, with_kwargs=True)
+    if kinds.denoiser_class(settings) == kinds.WAN:
+        denoiser.register_forward_pre_hook(lambda _, args: (args[0][:, :, None],))
+        denoiser.register_forward_hook(_of_one_frame)
     if denoiser.config.out_channels == 2 * denoiser.config.in_channels:
         denoiser.register_forward_hook(_without_variance)
     for module in denoiser.modules():
@@ -106,6 +110,14 @@ def _name_timesteps(_: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[t
     """Transformers want a timestep for each image, and have other arguments before it."""
     images, timesteps = args
     return (images,), named | {"timestep": timesteps.expand(len(images))}
+
+
+def _of_one_frame(_: nn.Module, __: tuple, output: Any) -> Any:
+    """The images of Wan's output, which are videos of one frame."""
+    if isinstance(output, tuple):
+        return (output[0][:, :, 0], *output[1:])
+    output.sample = output.sample[:, :, 0]
+    return output
 
 
 def _without_variance(denoiser: nn.Module, _: tuple, output: Any) -> Any:
@@ -126,7 +138,7 @@ def load_denoiser(folder: Path) -> nn.Module:
     """The denoiser in a folder: float32, in eval mode, with projections if its config.json says so."""
     settings = kinds.read_part(UNET, folder / "config.json")
     name = settings["_class_name"]
-    file, tensors = pipelines.weights_files(folder)[0], pipelines.load_tensors(folder)
+    file, tensors = weights_files(folder)[0], load_tensors(folder)
     if not name.startswith(PROJECTED) and any(key.endswith(PROJECTION_SUFFIX) for key in tensors):
         raise UserError(f"{folder}: holds projections, but its config.json does not name {PROJECTED}{name}")
     with blaming(folder):
@@ -199,11 +211,17 @@ def freeze(
 def compute_in(dtype: torch.dtype, network: nn.Module, whole: bool) -> None:
     """Make a network compute in fp16 or bf16, in place: the whole of it, or its convolutions and linear layers.
 
-    The latter runs under autocast, with normalizations in float32. Timesteps are not cast: bf16 has no 999.
+    The latter runs under autocast, with normalizations in float32. Timesteps are not cast: bf16 has no 999. Neither is
+    what the network's class keeps in float32.
     """
+    kept = {*(getattr(network, "_keep_in_fp32_modules", None) or ())}
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    kept_data = [(tensor, tensor.data) for name, tensor in tensors if not kept.isdisjoint(name.split("."))]
     for module in network.modules():
-        if whole or isinstance(module, (nn.Conv2d, nn.Linear)):
+        if whole or isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)):
             nn.Module.to(module, dtype)  # diffusers' own warns
+    for tensor, data in kept_data:
+        tensor.data = data
     network.forward = functools.partial(_predict, network.forward, dtype, whole)
 
 

@@ -21,16 +21,15 @@ from deme.models.encoders import (
     Encoder,
     LabelledLatents,
     LabelledPixels,
-    LatentsAndInstructedText,
     LatentsAndText,
-    LatentsAndThreeTexts,
-    LatentsAndTwoTexts,
     Pixels,
 )
+from deme.models.families import FramesAndText, LatentsAndInstructedText, LatentsAndThreeTexts, LatentsAndTwoTexts
 from deme.models.kinds import (
     DENOISERS,
     SANA,
     SD3,
+    WAN,
     check_settings,
     check_shift,
     denoiser_class,
@@ -50,6 +49,7 @@ from deme.models.pipelines import (
 )
 
 LEAST_VOCABULARY = 256  # tokens: one for each byte
+TRIED_SIZE = 4  # entries along a side, for networks that take any size
 LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
 
 
@@ -94,7 +94,7 @@ def _tried(encoder: LatentsAndText, pipeline: Path) -> LatentsAndText:
     with blaming(pipeline / "vae"):
         if encoder.image_channels not in CHANNELS:
             raise UserError(f"in_channels={encoder.image_channels}: images have 1 or 3 channels")
-        side = 2 * latent_factor(pipeline)
+        side = 2 * encoder.factor
         pixels = torch.zeros(1, encoder.image_channels, side, side, dtype=torch.uint8)
         decoded = encoder.decode(encoder.moments(pixels)[:, : encoder.channels])
         if decoded.shape != pixels.shape:
@@ -115,7 +115,7 @@ def _encoder_of(pipeline: Path, config: Mapping[str, Any]) -> Callable[..., Late
         call = inspect.signature(diffusers.SanaPipeline.__call__)
         lines = call.parameters["complex_human_instruction"].default
         return partial(LatentsAndInstructedText, instruction="\n".join(lines))
-    return LatentsAndText
+    return FramesAndText if denoiser_class(config) == WAN else LatentsAndText
 
 
 def _load_text(pipeline: Path, part: str, parts: Mapping[str, str]) -> tuple[nn.Module, Any]:
@@ -164,7 +164,8 @@ def check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
 
 def try_out(denoiser: nn.Module, process: Process, encoder: Encoder) -> None:
     """Predict once and take one step, so that parts that do not fit are found before anything is written."""
-    channels, size = denoiser.config.in_channels, denoiser.config.sample_size
+    channels = denoiser.config.in_channels
+    size = denoiser.config.get("sample_size") or TRIED_SIZE
     # it may have been made from settings, and not loaded
     check_settings(UNET, settings_of(denoiser))
     check_settings("scheduler", process.scheduler.config)

@@ -7,15 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
-from torch.nn import functional
 
 from deme.errors import RunError, UserError
 from deme.models.denoisers import AUTOCAST_TYPES, memory_format
 
 CHANNELS = (1, 3)  # of images: grayscale and RGB
 CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
-T5, GEMMA = "T5EncoderModel", "Gemma2Model"
-LENGTHS = {T5: 256, GEMMA: 300}  # tokens, as diffusers' pipelines take by default; both overflow in fp16
+T5, GEMMA, UMT5 = "T5EncoderModel", "Gemma2Model", "UMT5EncoderModel"
+LENGTHS = {T5: 256, GEMMA: 300, UMT5: 512}  # tokens, as diffusers' pipelines take by default; all overflow in fp16
 Condition = dict[str, torch.Tensor]  # a network's further arguments, by name
 
 
@@ -52,6 +51,7 @@ class Pixels:
     """Images in [−1, 1], grayscale or RGB, without a condition."""
 
     takes_text, takes_sizes, classes = False, False, 0  # the number of labels that the network takes
+    factor = 1  # pixels for each entry that the network works on, along each side
     decode = staticmethod(to_bytes)
 
     def __init__(self, channels: int):
@@ -70,6 +70,10 @@ class Pixels:
     def encode(self, examples: torch.Tensor) -> tuple[torch.Tensor, Condition]:
         """uint8 images (B, C, H, W) to [−1, 1] on the device, same shape, and no condition."""
         return to_unit_range(examples, self.device), {}
+
+    def shape_of(self, resolution: int) -> tuple[int, int, int]:
+        """(C, H, W) of what the network works on, for images with this many pixels along each side."""
+        return self.channels, resolution // self.factor, resolution // self.factor
 
     def condition(self, texts: Sequence[str]) -> Condition:
         """No condition."""
@@ -110,10 +114,16 @@ class LatentsAndText:
         self.vae = vae.eval().requires_grad_(False)
         self.text_encoders = [part.eval().requires_grad_(False) for part in text_encoders]
         self.tokenizers = tokenizers
-        self.channels, self.image_channels = vae.config.latent_channels, vae.config.in_channels
-        self.scale, self.shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0  # of latents
+        self.image_channels = vae.config.in_channels
+        self._set_latents(vae.config)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.has_warned = os.environ.get("RANK", "0") != "0"  # one process does
+
+    def _set_latents(self, settings: Mapping[str, Any]) -> None:
+        """Set the latents' channels, size and scale by the VAE's settings."""
+        self.channels = settings["latent_channels"]
+        self.scale, self.shift = settings["scaling_factor"], settings.get("shift_factor") or 0.0
+        self.factor = 2 ** (len(settings.get("encoder_block_out_channels", settings.get("block_out_channels"))) - 1)
 
     def prepare(self, device: torch.device, mixed_precision: str) -> None:
         """Set the device and, on a GPU, the type. Parts move there when they are used."""
@@ -154,8 +164,11 @@ class LatentsAndText:
         """
         vae = self._ready(self.vae)
         parts = to_unit_range(pixels, self.device).to(vae.dtype).split(CODED_AT_ONCE)
-        encoded = map(vae.encode, parts)
-        return torch.cat([out.latent if "latent" in out else out.latent_dist.parameters for out in encoded])
+        return torch.cat([self._moments(part) for part in parts])
+
+    def _moments(self, images: torch.Tensor) -> torch.Tensor:
+        encoded = self.vae.encode(images)
+        return encoded.latent if "latent" in encoded else encoded.latent_dist.parameters
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
@@ -183,6 +196,8 @@ class LatentsAndText:
             self.has_warned = True
         return tokens.to(self.device)
 
+    shape_of = Pixels.shape_of
+
     def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
         return {"encoder_hidden_states": embeddings}
 
@@ -201,112 +216,14 @@ class LatentsAndText:
         latents = (tensors / self.scale + self.shift).to(vae.dtype)
         images = []  # of bytes: a batch in float32 would take four times the device's memory
         for part in latents.split(CODED_AT_ONCE):
-            decoded = vae.decode(part).sample.float()
+            decoded = self._decoded(part).float()
             if not decoded.isfinite().all():
                 raise RunError(f"the VAE, in {vae.dtype}, decodes to NaN or infinite values")
             images.append(to_bytes(decoded))
         return torch.cat(images)
 
-
-class LatentsAndTwoTexts(LatentsAndText):
-    """The same for Stable Diffusion XL (Podell et al. 2023): two text encoders, a pooled text, the sizes of crops.
-
-    The hidden states before the last of both encoders lie side by side. Sizes are the height and width of the image,
-    the top and left edge of the crop, and its height and width. The VAE is in float32 where its settings say so, as
-    half precision overflows.
-    """
-
-    takes_sizes = True
-
-    def __init__(self, *parts: Any, side: int, zeros_for_empty: bool):
-        super().__init__(*parts)
-        self.side = side  # pixels of the images that are drawn
-        self.zeros_for_empty = zeros_for_empty  # an empty negative prompt is all zeros
-        self.pooled = self.text_encoders[-1].config.projection_dim
-
-    def _ready(self, part: nn.Module) -> nn.Module:
-        whole = part is self.vae and part.config.force_upcast
-        return nn.Module.to(part, self.device, torch.float32) if whole else super()._ready(part)
-
-    @torch.no_grad()
-    def embed(self, texts: Sequence[str]) -> torch.Tensor:
-        """The hidden states of both encoders, (B, tokens, D), and as another token the pooled text, filled with 0."""
-        both, pooled = self._of_clips(texts)
-        return torch.cat([both, functional.pad(pooled[-1], (0, both.shape[-1] - self.pooled))[:, None]], dim=1)
-
-    def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
-        if sizes is None:  # the whole image
-            sizes = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]], device=embeddings.device)
-        parts = {"encoder_hidden_states": embeddings[:, :-1], "text_embeds": embeddings[:, -1, : self.pooled]}
-        return parts | {"time_ids": sizes.to(embeddings.dtype).expand(len(embeddings), -1)}
-
-    def negative(self, texts: Sequence[str]) -> Condition:
-        """The same, or zeros for empty texts where the pipeline says so."""
-        found = self.condition(texts)
-        if not (self.zeros_for_empty and not any(texts)):
-            return found
-        return {name: value if name == "time_ids" else torch.zeros_like(value) for name, value in found.items()}
-
-
-class LatentsAndThreeTexts(LatentsAndText):
-    """The same for Stable Diffusion 3 (Esser et al. 2024): two CLIPs, a pooled text, and T5 if it is there.
-
-    The CLIPs' hidden states lie side by side, filled with 0 to the width of T5's, which follow as further tokens.
-    Without T5 these are zeros.
-    """
-
-    def __init__(self, *parts: Any, width: int):
-        super().__init__(*parts)
-        self.width = width  # of an embedding
-        self.pooled = sum(part.config.projection_dim for part in self.text_encoders[:2])
-
-    @torch.no_grad()
-    def embed(self, texts: Sequence[str]) -> torch.Tensor:
-        """The hidden states, (B, tokens, D), and as another token the pooled texts, filled with 0; no zeros for T5."""
-        both, pooled = self._of_clips(texts)
-        parts = [both, torch.cat(pooled, dim=-1)[:, None]]
-        tokens = [functional.pad(part, (0, self.width - part.shape[-1])) for part in parts]
-        for text_encoder, tokenizer in zip(self.text_encoders[2:], self.tokenizers[2:], strict=True):
-            states = self._ready(text_encoder)(self._tokens(texts, tokenizer).input_ids)[0]
-            tokens.insert(1, states.to(both.dtype))
-        return torch.cat(tokens, dim=1)
-
-    def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
-        missing = LENGTHS[T5] if len(self.text_encoders) == 2 else 0
-        states = functional.pad(embeddings[:, :-1], (0, 0, 0, missing))
-        return {"encoder_hidden_states": states, "pooled_projections": embeddings[:, -1, : self.pooled]}
-
-
-class LatentsAndInstructedText(LatentsAndText):
-    """The same for SANA (Xie et al. 2024): Gemma reads each text after an instruction.
-
-    As in the pipeline, texts are in lower case, and texts that guidance leads away from have no instruction. Neither
-    has the empty caption, which stands for them in training.
-    """
-
-    def __init__(self, *parts: Any, instruction: str):
-        super().__init__(*parts)
-        self.instruction = instruction
-
-    @torch.no_grad()
-    def embed(self, texts: Sequence[str], instruct: bool = True) -> torch.Tensor:
-        """The last hidden states of each text, and in another column the attention mask, (B, tokens, D + 1)."""
-        [tokenizer], text_encoder, found = self.tokenizers, self._ready(*self.text_encoders), []
-        kept = [0, *range(1 - tokenizer.model_max_length, 0)]  # the first token and the text's, not the instruction's
-        for text in texts:
-            begin = self.instruction if instruct and text else ""
-            tokens = self._tokens([text.lower().strip()], tokenizer, begin)
-            states = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-            mask = tokens.attention_mask[..., None].to(states.dtype)
-            found.append(torch.cat([states, mask], dim=-1)[:, kept])
-        return torch.cat(found)
-
-    def _as_condition(self, embeddings: torch.Tensor, sizes: torch.Tensor | None) -> Condition:
-        return {"encoder_hidden_states": embeddings[..., :-1], "encoder_attention_mask": embeddings[..., -1]}
-
-    def negative(self, texts: Sequence[str]) -> Condition:
-        """The same for texts that guidance leads away from."""
-        return self._as_condition(self.embed(texts, instruct=False), None)
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latents).sample
 
 
 class LabelledLatents(LatentsAndText):

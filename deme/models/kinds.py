@@ -3,6 +3,7 @@
 To support another denoiser, add its class to DENOISERS, and its pipelines to PIPELINES.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,18 +11,21 @@ from typing import Any, NamedTuple
 from deme.config.paths import SUBFOLDERS, TRANSFORMER, UNET
 from deme.config.section import is_finite
 from deme.errors import UserError, naming, shown
-from deme.job.files import read_json
+from deme.job.files import checked, read_json
 from deme.models.schedules import FLOW, FLOW_SCHEDULERS, SCHEDULERS, prediction_type
 
 PROJECTED = "Projected"  # prefix of the classes with projections
 XL = "StableDiffusionXLPipeline"
 DIT, SD3, SANA = "DiTTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel"
+WAN = "WanTransformer3DModel"
+SECOND = "transformer_2"  # the sub-folder of a second denoiser of a Wan pipeline, for low timesteps
 POOLED = "CLIPTextModelWithProjection"  # which also gives a text as one vector
 ENCODERS = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
 XL_ENCODERS = ENCODERS | {"text_encoder_2": POOLED, "tokenizer_2": "CLIPTokenizer"}
 T5_PARTS = {"text_encoder_3": "T5EncoderModel", "tokenizer_3": "T5Tokenizer"}  # a pipeline may lack both
 SD3_ENCODERS = XL_ENCODERS | {"text_encoder": POOLED} | T5_PARTS
 SANA_ENCODERS = {"vae": "AutoencoderDC", "text_encoder": "Gemma2Model", "tokenizer": "GemmaTokenizer"}
+WAN_ENCODERS = {"vae": "AutoencoderKLWan", "text_encoder": "UMT5EncoderModel", "tokenizer": "T5Tokenizer"}
 PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written where a folder names none
     "DDPMPipeline": "UNet2DModel",
     "DDIMPipeline": "UNet2DModel",
@@ -30,6 +34,7 @@ PIPELINES = {  # the pipeline's denoiser; a denoiser's first pipeline is written
     XL: "UNet2DConditionModel",
     "StableDiffusion3Pipeline": SD3,
     "SanaPipeline": SANA,
+    "WanPipeline": WAN,
     "DiTPipeline": DIT,
 }
 OF_NOISE = ("DDIMPipeline", "PNDMPipeline")  # they replace the scheduler by one that takes velocities for noise
@@ -56,6 +61,7 @@ class Denoiser(NamedTuple):
 
 
 OF_SANA = {"guidance_embeds": (False,), "timestep_scale": (1.0,)}  # else it is distilled, as SANA-Sprint
+OF_WAN = dict.fromkeys(("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"), (None,))  # of a first frame
 OF_DIT = {"norm_type": ("ada_norm_zero",)}
 DENOISERS = {
     "UNet2DModel": Denoiser(UNET, {}, OF_UNETS),
@@ -63,14 +69,15 @@ DENOISERS = {
     DIT: Denoiser(TRANSFORMER, {"vae": "AutoencoderKL"}, OF_DIT, classes="num_embeds_ada_norm"),
     SD3: Denoiser(TRANSFORMER, SD3_ENCODERS, {}, "joint_attention_dim"),
     SANA: Denoiser(TRANSFORMER, SANA_ENCODERS, OF_SANA, "caption_channels"),
+    WAN: Denoiser(TRANSFORMER, WAN_ENCODERS, OF_WAN, "text_dim"),
 }
+ALL_ENCODERS = (XL_ENCODERS, SD3_ENCODERS, SANA_ENCODERS, WAN_ENCODERS)
 ENCODER_CLASSES = {
-    part: tuple(dict.fromkeys(all_[part] for all_ in (XL_ENCODERS, SD3_ENCODERS, SANA_ENCODERS) if part in all_))
-    for part in SD3_ENCODERS
+    part: tuple(dict.fromkeys(known[part] for known in ALL_ENCODERS if part in known)) for part in SD3_ENCODERS
 }
 CLASSES = {  # that a model_index.json may name
     "_class_name": PIPELINES,
-    **dict.fromkeys(SUBFOLDERS, (*DENOISERS, *(f"{PROJECTED}{name}" for name in DENOISERS), *RENAMED)),
+    **dict.fromkeys((*SUBFOLDERS, SECOND), (*DENOISERS, *(f"{PROJECTED}{name}" for name in DENOISERS), *RENAMED)),
     "scheduler": (*SCHEDULERS, *FLOW_SCHEDULERS),
     **ENCODER_CLASSES,
 }
@@ -85,6 +92,8 @@ SETTINGS = {  # supported values, as of a denoiser's
     },
     "vae": {"latents_mean": (None,), "latents_std": (None,)},  # the pipelines ignore both
 }
+WAN_PATCH = [1, 2, 2]  # frames, height and width of a patch by default
+OF_WAN_VAE = {"patch_size": (None,)}  # else it is that of Wan 2.2's 5 B parameters
 
 
 def denoiser_class(settings: Mapping[str, Any]) -> str:
@@ -102,6 +111,11 @@ def num_classes(settings: Mapping[str, Any]) -> int:
     """How many labels a denoiser takes, by its config.json; 0 if it takes none. One more stands for no label."""
     key = DENOISERS[denoiser_class(settings)].classes
     return 0 if key is None else settings.get(key, 1000)  # diffusers' default
+
+
+def patch_side(settings: Mapping[str, Any]) -> int:
+    """The side of a patch, by the config.json of a denoiser that takes latents of any size; 0 for others."""
+    return settings.get("patch_size", WAN_PATCH)[1] if denoiser_class(settings) == WAN else 0
 
 
 def is_xl(settings: Mapping[str, Any]) -> bool:
@@ -137,9 +151,16 @@ def read_part(part: str, file: Path, named: str | None = None) -> dict[str, Any]
 def check_settings(part: str, settings: Mapping[str, Any]) -> None:
     """Look up the settings of a denoiser or of a part of SETTINGS."""
     known = DENOISERS[denoiser_class(settings)].settings if part in SUBFOLDERS else SETTINGS[part]
+    if settings.get("_class_name") == WAN_ENCODERS["vae"]:
+        known = OF_WAN_VAE
+        check_statistics(settings)
     for key, supported in known.items():
         if key in settings:
             look_up(key, settings[key], supported)
+    if part in SUBFOLDERS and denoiser_class(settings) == WAN:
+        patch = settings.get("patch_size", WAN_PATCH)
+        if not (checked(patch, list[int], "patch_size")[:1] == [1] and len(patch) == 3 and patch[1] == patch[2] > 0):
+            raise UserError(f"patch_size={shown(patch)}: must be [1, n, n], as images are videos of one frame")
     for key in ("shift", "flow_shift") if part == "scheduler" else ():
         if not (is_finite(settings.get(key, 1)) and settings.get(key, 1) > 0):
             raise UserError(f"{key}={shown(settings[key])}: must be a finite number above 0")
@@ -148,6 +169,16 @@ def check_settings(part: str, settings: Mapping[str, Any]) -> None:
         raise UserError(f"scaling_factor={shown(scale)}: must be a finite number other than 0")
     if part == "vae" and shift is not None and not is_finite(shift):
         raise UserError(f"shift_factor={shown(shift)}: must be a finite number")
+
+
+def check_statistics(vae: Mapping[str, Any]) -> None:
+    """Check the mean and the standard deviation of each channel of Wan's latents, by the VAE's config.json."""
+    for key, least in (("latents_mean", -math.inf), ("latents_std", 0)):
+        values = vae.get(key)
+        rows = values if isinstance(values, list) and len(values) == vae.get("z_dim") else [None]
+        if not all(is_finite(value) and value > least for value in rows):
+            above = "" if least < 0 else " above 0"
+            raise UserError(f"{key}={shown(values)}: must be z_dim={vae.get('z_dim')} finite numbers{above}")
 
 
 def check_shift(denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> None:

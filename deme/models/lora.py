@@ -23,7 +23,8 @@ from deme.job.files import checked, read_json
 from deme.method.lora import Changed, Factors, Lora
 from deme.method.task_vectors import FLOATS, Tensors
 from deme.models.original_names import unet_names
-from deme.models.pipelines import STEMS, denoiser_folder, load_tensors, weights_hash
+from deme.models.pipelines import STEMS, denoiser_folder
+from deme.models.weights import load_tensors, weights_hash
 
 FACTORS = {  # how the names of a layer's tensors end
     ".lora_A.weight": "down",  # PEFT, and diffusers since

@@ -9,8 +9,9 @@ from deme.method.merging.task_arithmetic import TaskArithmetic
 from deme.method.projection import with_identity_projections
 from deme.method.task_vectors import MergeMethod, Moved, Tensors, pattern_of
 from deme.models.lora import by_tensor, folded, read_loras, tensor_of, weights_of
-from deme.models.pipelines import denoiser_folder, load_tensors
+from deme.models.pipelines import denoiser_folder
 from deme.models.variants import common_architecture
+from deme.models.weights import load_tensors
 
 
 def load_merged(pipeline: Path, networks: Sequence[Path]) -> tuple[Path, Tensors, dict[str, Tensors]]:

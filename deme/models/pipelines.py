@@ -4,19 +4,17 @@ A pipeline has `unet/` or `transformer/`, and `scheduler/`, or is flat, with `co
 the weights side by side (google/ddpm-*). Only reading tensors imports torch.
 """
 
-import functools
-import hashlib
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deme.config.networks import HUB_ID
 from deme.config.paths import SUBFOLDERS, TRANSFORMER, denoiser_in
+from deme.config.section import is_finite
 from deme.config.sections import SINGLE_FILE
-from deme.errors import UserError, blaming, naming, one_line, shown
-from deme.job.files import checked, read_json, sha256
+from deme.errors import UserError, naming, one_line, shown
+from deme.job.files import read_json
 from deme.job.repository import found_folder
 from deme.models.kinds import (
     CLASSES,
@@ -26,7 +24,9 @@ from deme.models.kinds import (
     OF_NOISE,
     PIPELINES,
     PROJECTED,
+    SECOND,
     T5_PARTS,
+    WAN,
     XL,
     check_shift,
     denoiser_class,
@@ -37,30 +37,14 @@ from deme.models.kinds import (
     read_part,
 )
 from deme.models.schedules import FLOW, prediction_type
+from deme.models.weights import FORMS, STEM, VARIANTS, has_weights, weights_files
 
-STEM = "diffusion_pytorch_model"  # the files' names begin with it
-WEIGHTS = f"{STEM}.safetensors"
-VARIANTS = ("fp16", "bf16")  # of half precision, in files' names
-FORMS = (  # in order of preference, after the stem: a file, or an index of shards and their names
-    (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors"),
-    *(
-        (
-            f".{half}.safetensors",
-            f".safetensors.index.{half}.json",
-            f".{half}-*-of-*.safetensors",
-            f"-*-of-*.{half}.safetensors",
-        )
-        for half in VARIANTS
-    ),
-    (".bin", ".bin.index.json", "-*-of-*.bin"),
-)
+OF_BLOCKS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")  # settings of VAEs with an entry for each
 TOKENIZER_FILES = ("json", "txt", "model")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 STEMS = {**dict.fromkeys((*SUBFOLDERS, "vae"), STEM), **dict.fromkeys(TEXT_ENCODERS, "model")}  # of parts with weights
-ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # up to diffusers 0.15
-OLD_ATTENTION_NAME = re.compile(rf"(?<=\.)({'|'.join(ATTENTION_NAMES)})(?=\.(weight|bias)$)")
-todays_name = functools.partial(OLD_ATTENTION_NAME.sub, lambda match: ATTENTION_NAMES[match[1]])
 INDEX = "model_index.json"
+RATIO = "boundary_ratio"  # in it: from which share of all timesteps on the first of two experts predicts
 SCHEDULER_CONFIG = "scheduler_config.json"
 SETTINGS_FILES = [INDEX, "config.json", SCHEDULER_CONFIG, f"scheduler/{SCHEDULER_CONFIG}"]  # read beside the weights
 SETTINGS_FILES += [*(f"{part}/config.json" for part in STEMS), *(f"tokenizer*/*.{end}" for end in TOKENIZER_FILES)]
@@ -100,7 +84,7 @@ def find_pipeline(source: str) -> Path:
 
     folder = fetch(source.removeprefix(name).removeprefix("@") or None, SETTINGS_FILES)
     try:
-        check_pipeline(folder)
+        check_has_one_network(check_pipeline(folder))
         parts = [part for part in STEMS if (folder / part).is_dir()]
         for part in parts if not {*SUBFOLDERS}.isdisjoint(parts) else [""]:
             stem = STEMS.get(part, STEM)
@@ -124,6 +108,31 @@ def read_index(pipeline: Path) -> dict[str, Any]:
         for part, entry in index.items()
         if (part in CLASSES or isinstance(entry, list)) and entry != [None, None] and part not in NEVER_RUN
     }
+
+
+def has_two_experts(pipeline: Path) -> bool:
+    """True if a pipeline has a second network for low timesteps, as Wan 2.2."""
+    return SECOND in read_index(pipeline)
+
+
+def experts_in(pipeline: Path) -> list[tuple[Path, tuple[int, int]]]:
+    """The denoisers of a pipeline with two experts, each with its range [low, high) of timesteps; none of others."""
+    if not has_two_experts(pipeline):
+        return []
+    ratio, total = read_json(pipeline / INDEX).get(RATIO), read_schedule(pipeline).get("num_train_timesteps", 1000)
+    boundary = round(ratio * total) if is_finite(ratio) and 0 < ratio < 1 else 0
+    if not 0 < boundary < total or abs(boundary - ratio * total) > 1e-6:
+        rule = f"must be in (0, 1), and a whole number of {total} timesteps"
+        raise UserError(f"{pipeline / INDEX}: {RATIO}={shown(ratio)}: {rule}")
+    return [(pipeline / SECOND, (0, boundary)), (denoiser_folder(pipeline), (boundary, total))]
+
+
+def check_has_one_network(pipeline: Path) -> Path:
+    """Refuse a pipeline with two experts where one network is wanted."""
+    if has_two_experts(pipeline):
+        rule = "merge.experts and sample.model take them, but they are no pretrained network"
+        raise UserError(f"{pipeline / INDEX}: {SECOND} makes it two experts: {rule}")
+    return pipeline
 
 
 def denoiser_folder(pipeline: Path) -> Path:
@@ -169,7 +178,11 @@ def check_pipeline(pipeline: Path, is_whole: bool = True) -> Path:
     between = parts_of(pipeline, given)
     present = {path.parent.name for path in pipeline.glob("*/config.json")}
     if index:  # says which folders count; but for these, which would be passed over
-        present = (present | index.keys()) & {"vqvae", *STEMS}
+        present = (present | index.keys()) & {"vqvae", SECOND, *STEMS}
+    if kind == WAN:
+        expanded = read_json(file).get("expand_timesteps", False) if index else False
+        look_up(f"{file}: expand_timesteps", expanded, (False,))
+        between |= {SECOND: kind} if has_two_experts(pipeline) else {}
     for part in sorted(present - {subfolder, "scheduler", *NEVER_RUN, *between}):
         why = f"{file.name} does not name it" if part in parts_between(given) else f"a {kind} is supported without one"
         raise UserError(f"{pipeline / part}: {why}")
@@ -269,57 +282,8 @@ def latent_factor(pipeline: Path) -> int:
         return 1
     file = pipeline / "vae" / "config.json"
     settings = read_json(file)
-    key = "encoder_block_out_channels" if "encoder_block_out_channels" in settings else "block_out_channels"
+    key = next((key for key in OF_BLOCKS if key in settings), OF_BLOCKS[0])
     blocks = settings.get(key)
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= 16:
         raise UserError(f"{file}: {key}={blocks}")
     return 2 ** (len(blocks) - 1)
-
-
-# --- weights, in every form that the Hub has them, read without running code
-
-
-def weights_files(folder: Path, stem: str = STEM) -> list[Path]:
-    """The files of the weights in a network's folder: one, or the shards that an index names; or a file itself."""
-    if folder.is_file():
-        return [folder]
-    for name, index_name, *_ in FORMS:
-        file, index = folder / f"{stem}{name}", folder / f"{stem}{index_name}"
-        if index.is_file():
-            if file.is_file():
-                raise UserError(f"{index}: stands beside {file.name}; delete the one that does not count")
-            shards = checked(read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
-            files = [folder / Path(shard).name for shard in sorted(set(shards.values()))]
-            if missing := [file for file in files if not file.is_file()]:
-                raise UserError(f"{missing[0]}: missing; {index.name} names it")
-            return files
-        if file.is_file():
-            return [file]
-    raise UserError(f"{folder / stem}.safetensors: missing")
-
-
-def has_weights(folder: Path, stem: str = STEM) -> bool:
-    """True if a network's folder has weights in any form, also damaged or incomplete ones, or if a file is there."""
-    return folder.is_file() or any((folder / f"{stem}{name}").is_file() for form in FORMS for name in form[:2])
-
-
-def weights_hash(folder: Path) -> str:
-    """SHA-256 of the weights in a network's folder: of the file, or of its shards' SHA-256."""
-    hashes = [sha256(file) for file in weights_files(folder)]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def load_tensors(folder: Path, stem: str = STEM) -> dict[str, Any]:
-    """The tensors of a network's folder under today's names, memory-mapped."""
-    import torch
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Any] = {}
-    for file in weights_files(folder, stem):
-        with blaming(f"{file}: cannot be read"):
-            if file.suffix == ".safetensors":
-                content = load_file(file)
-            else:
-                content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-            tensors |= {todays_name(name): tensor for name, tensor in content.items()}
-    return tensors

@@ -16,6 +16,7 @@ from deme.job.records import digest_of
 from deme.models import kinds, pipelines
 from deme.models.original_names import open_clip_name, unet_names, vae_names
 from deme.models.schedules import prediction_type
+from deme.models.weights import load_tensors
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."  # how the names of a part's tensors begin
 V1_TEXT = "cond_stage_model.transformer."
@@ -54,16 +55,16 @@ def check_original(pipeline: Path, denoiser: Path) -> None:
 def original_tensors(pipeline: Path) -> dict[str, torch.Tensor]:
     """All tensors of a pipeline's folder under their original names, memory-mapped but for a few."""
     xl = kinds.is_xl(read_json(pipelines.denoiser_folder(pipeline) / "config.json"))
-    tensors = pipelines.load_tensors(pipelines.denoiser_folder(pipeline))
+    tensors = load_tensors(pipelines.denoiser_folder(pipeline))
     found = {UNET + name: tensors[ours] for ours, name in unet_names(tensors).items()}
-    tensors = pipelines.load_tensors(pipeline / "vae")
+    tensors = load_tensors(pipeline / "vae")
     for ours, name in vae_names(tensors).items():
         is_matrix = "mid.attn_1" in name and tensors[ours].dim() == 2  # a 1×1 convolution there
         found[VAE + name] = tensors[ours][..., None, None] if is_matrix else tensors[ours]
-    for name, tensor in pipelines.load_tensors(pipeline / "text_encoder", pipelines.STEMS["text_encoder"]).items():
+    for name, tensor in load_tensors(pipeline / "text_encoder", pipelines.STEMS["text_encoder"]).items():
         found[f"{XL_TEXT if xl else V1_TEXT}text_model.{name.removeprefix('text_model.')}"] = tensor
     if xl:
-        found |= open_clip(pipelines.load_tensors(pipeline / "text_encoder_2", pipelines.STEMS["text_encoder_2"]))
+        found |= open_clip(load_tensors(pipeline / "text_encoder_2", pipelines.STEMS["text_encoder_2"]))
     return found
 
 

@@ -10,22 +10,23 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.networks import Network, is_lora
 from deme.config.paths import LORA, Paths, denoiser_in, sampler_and_steps, without_schedule
-from deme.config.section import Section, is_finite
-from deme.config.sections import COEFFICIENTS, DDIM, SCALES, SINGLE_FILE, Sample
+from deme.config.section import Section
+from deme.config.sections import DDIM, SINGLE_FILE, Sample
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.errors import UserError, naming, shown
-from deme.job.files import Watched, checked, read_json, read_yaml, sha256
+from deme.job.files import Watched, read_json, sha256
 from deme.job.records import BASE, ENCODER, SCHEDULE
 from deme.models import kinds, pipelines
 from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
 from deme.models.schedules import prediction_type
+from deme.models.weights import WEIGHTS, has_weights, weights_files, weights_hash
 
 # the models of a table's rows, in this order; others follow by name
 ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED, NEON)
@@ -33,7 +34,6 @@ MAKERS = {name: f"finetune.py finetune.range={name}" for name in NAMED_TRAININGS
 MAKERS |= {"ensemble": "finetune.py", "merged": "merge.py"}
 MAKERS[NEON] = "merge.py merge.experts=[self] merge.coefficients=null merge.output=$(python merge.py --path neon)"
 UNCOMPARED = {"_class_name", "_diffusers_version", "_name_or_path", "dropout"}  # the last one is of training alone
-OF_PRETRAINED = "value of the pretrained network"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class ModelFiles:
 
     pipeline: Path  # its noise schedule and encoders are used; it is the base of LoRAs
     denoisers: list[Path]  # folders or the files of LoRAs: one, or one per timestep range
+    ranges: Sequence[tuple[int, int]] = ()  # of the denoisers, if the pipeline says so itself
 
     @property
     def folders(self) -> list[Path]:
@@ -54,9 +55,13 @@ class ModelFiles:
         factor, schedule = pipelines.latent_factor(self.pipeline), schedule_file(self.pipeline)
         data, timesteps = config.data, config.timesteps
         for folder in self.folders:
-            size = read_json(folder / "config.json").get("sample_size")
+            settings = read_json(folder / "config.json")
+            if (multiple := kinds.patch_side(settings) * factor) > 0:
+                data.check("resolution", data.resolution % multiple == 0, f"must be a multiple of {multiple}")
+                continue
+            size = settings.get("sample_size")
             pixels = size * factor if isinstance(size, int) else size
-            data.check("resolution", pixels == data.resolution, f"the UNet in {folder} has sample_size={pixels}")
+            data.check("resolution", pixels == data.resolution, f"the network in {folder} has sample_size={pixels}")
         total = read_json(schedule).get("num_train_timesteps", 1000)  # diffusers' default
         fits = total == timesteps.num_train_timesteps
         timesteps.check("num_train_timesteps", fits, f"the scheduler in {schedule} has {total}")
@@ -73,14 +78,14 @@ class ModelFiles:
 
     def watched(self, *more: Path) -> Watched:
         """The files whose hash and content are read, and `more`."""
-        weights = [file for path in {*self.denoisers, *self.folders} for file in pipelines.weights_files(path)]
+        weights = [file for path in {*self.denoisers, *self.folders} for file in weights_files(path)]
         return Watched([*weights, schedule_file(self.pipeline), *encoder_files(self.pipeline).values(), *more])
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the noise schedule, of encoders and of a base that is not among the denoisers, as records say."""
         hashes = {SCHEDULE: sha256(schedule_file(self.pipeline))}
         for base in set(self.folders) - set(self.denoisers):
-            hashes[BASE] = pipelines.weights_hash(base)
+            hashes[BASE] = weights_hash(base)
         if files := encoder_files(self.pipeline):
             lines = "\n".join(f"{name} {sha256(path)}" for name, path in files.items())
             hashes[ENCODER] = hashlib.sha256(lines.encode()).hexdigest()
@@ -119,7 +124,11 @@ def find_model(model: str, paths: Paths) -> ModelFiles:
             return ModelFiles(find_pretrained(paths), [file])
     if (found := denoiser_in(folder)).is_dir():
         has_scheduler = (folder / "scheduler").is_dir()
-        return ModelFiles(find_pipeline(model) if has_scheduler else find_pretrained(paths), [found])
+        if not has_scheduler:
+            return ModelFiles(find_pretrained(paths), [found])
+        pipeline = find_pipeline(model)
+        experts = pipelines.experts_in(pipeline)
+        return ModelFiles(pipeline, [folder for folder, _ in experts] or [found], [edges for _, edges in experts])
     if (folder / "config.json").is_file():
         return ModelFiles(find_pretrained(paths), [folder])
     if "/" not in model and paths.trained(model).exists():
@@ -146,8 +155,8 @@ def merged_pipeline(model: str, paths: Paths) -> Path | None:
 def check_trained(networks: Sequence[Network]) -> list[Path]:
     """The folders of networks that are merged or are experts, each with its weights; or the files of LoRAs."""
     for network in networks:
-        if not pipelines.has_weights(network.folder):
-            file = network.folder if is_lora(network.folder) else network.folder / pipelines.WEIGHTS
+        if not has_weights(network.folder):
+            file = network.folder if is_lora(network.folder) else network.folder / WEIGHTS
             raise UserError(f"{file}: missing; {network.remedy}")
     return [network.folder for network in networks]
 
@@ -158,7 +167,7 @@ def find_pretrained(paths: Paths) -> Path:
         raise UserError(f"model.pretrained=null: {paths.pretrained} is missing; pretrain.py makes it")
     with naming("model.pretrained", paths.pretrained):
         if not paths.pretrained.endswith(SINGLE_FILE):
-            return find_pipeline(paths.pretrained)
+            return pipelines.check_has_one_network(find_pipeline(paths.pretrained))
         from deme.models.single_file import open_single_file
 
         return open_single_file(Path(paths.pretrained), paths.pretrained_config, paths.single_files)
@@ -195,13 +204,13 @@ def common_architecture(folders: Sequence[Path]) -> Path:
     return next(filter(pipelines.is_projected, by_preference), by_preference[0])
 
 
-def write_denoiser(parent: Path, tensors: dict[str, Any], config: dict) -> None:
+def write_denoiser(parent: Path, tensors: dict[str, Any], config: dict, subfolder: str | None = None) -> None:
     """Write a denoiser's folder into a pipeline's or a training's: weights and config.json."""
     from safetensors.torch import save_file
 
-    folder = parent / kinds.subfolder_of(config)
+    folder = parent / (subfolder or kinds.subfolder_of(config))
     folder.mkdir(parents=True)
-    save_file(tensors, folder / pipelines.WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
@@ -221,6 +230,7 @@ def write_index(folder: Path, pretrained: Path) -> None:
     for part, name in pipelines.parts_of(pretrained, settings).items():
         index[part] = ["diffusers" if part == "vae" else "transformers", given.get(part, name)]
     index |= {part: [None, None] for part in kinds.parts_between(settings) if part not in index}
+    index |= {kinds.SECOND: [None, None]} if kind == kinds.WAN else {}
     if kinds.is_xl(settings):
         key = "force_zeros_for_empty_prompt"  # of an empty negative prompt
         index |= {key: read_json(pretrained / pipelines.INDEX).get(key, True)}
@@ -248,63 +258,6 @@ def write_pipeline_files(folder: Path, pretrained: Path) -> None:
                 os.link(source.resolve(), target)
                 continue
         shutil.copy(source, target)
-
-
-@dataclass(frozen=True)
-class Searched:
-    """What a best.yaml holds; a hand-written one may hold the coefficients alone."""
-
-    file: str
-    coefficients: dict[str, list[float]]  # by name pattern
-    pretrained: str | None  # SHA-256 of the networks' weights
-    finetuned: list[str] | None
-    objective: str | None
-    value: float | None  # of the objective
-    value_of_pretrained: float | None
-    passes: int | None  # through the UNet
-    over: str | None = None  # null: coefficients
-    timesteps: list[list[int]] | None = None  # the ranges, where scales were searched
-    ema_width: float | None = None  # of the networks, where it was searched
-
-    def width(self, config: Config) -> float | None:
-        """The EMA width of the networks that are merged; None: their training's EMA."""
-        given = config.merge.ema_width
-        config.merge.check("ema_width", None in (given, self.ema_width), f"{self.file} was found with its own")
-        return given if self.ema_width is None else self.ema_width
-
-    def groups(self, config: Config) -> dict[str, list[float]]:
-        """Name pattern → coefficients, one per range."""
-        with naming(self.file):
-            merge = replace(config.merge, coefficients=self.coefficients)
-            return replace(config, merge=merge).coefficient_groups
-
-
-def read_searched(file: Path, over: str | None = COEFFICIENTS) -> Searched:
-    """Read a best.yaml, which must hold coefficients or what else is asked for; None takes both."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing; search.py makes it")
-    content = read_yaml(file)
-    with naming(file), naming("not the coefficients of search.py"):
-        found = checked(content | {"file": str(file), "value_of_pretrained": content.get(OF_PRETRAINED)}, Searched)
-    if over is not None and (found.over or COEFFICIENTS) != over:
-        raise UserError(f"{file}: found with search.over={found.over or COEFFICIENTS}, not {over}")
-    return found
-
-
-def prediction_scales(config: Config) -> list[tuple[int, int, float]]:
-    """The scales of sample.prediction_scale, each with its range [low, high) of timesteps; none where it is null."""
-    given, ranges = config.sample.prediction_scale, config.timesteps.ranges
-    if isinstance(given, str):
-        with naming("sample.prediction_scale", given):
-            found = read_searched(config.paths.best_coefficients if given == "search" else Path(given), SCALES)
-            values = [1 + c for row in found.coefficients.values() for c in row]
-            positive = all(is_finite(value) and value > 0 for value in values)
-            if found.timesteps != list(map(list, ranges)) or len(values) != len(ranges) or not positive:
-                raise UserError(f"{found.file}: its scales are not positive numbers of the configured timestep ranges")
-            given = values
-    if isinstance(given, list):
-        return [(*edges, float(scale)) for edges, scale in zip(ranges, given, strict=True)]
-    return [] if given is None else [(0, config.timesteps.num_train_timesteps, float(given))]
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from deme.job.files import read_json, sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_spaces
 from deme.models.pipelines import (
     INDEX,
-    WEIGHTS,
     has_latents,
     hub_name,
     is_projected,
@@ -21,6 +20,7 @@ from deme.models.pipelines import (
     takes_text,
 )
 from deme.models.schedules import FLOW, prediction_type
+from deme.models.weights import WEIGHTS
 from deme.report.tables import distances, markdown_table, render
 
 FROM = "copies of one pretrained network, "

@@ -16,7 +16,8 @@ from deme.errors import UserError, naming, one_line
 from deme.job.files import checked, read_json, read_yaml
 from deme.job.records import MERGED, MOVED, SAMPLES, drawing_passes
 from deme.measure.scores import Score, load_scores, load_spaces
-from deme.models.variants import MAKERS, ORDER, made_denoisers, read_searched, seconds_in
+from deme.models.searched import read_searched
+from deme.models.variants import MAKERS, ORDER, made_denoisers, seconds_in
 from deme.report.tables import Table, distances, number, signed
 
 RESULTS, TRAINING, MERGING, SEARCH = "Results", "Training", "Merging coefficients", "Search"  # titles of sections

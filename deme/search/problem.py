@@ -32,8 +32,10 @@ from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.drawing import Drawing, try_samplers
 from deme.models.encoder_loading import load_encoder, try_out
 from deme.models.merging import load_merged
-from deme.models.pipelines import denoiser_folder, weights_hash
-from deme.models.variants import UNCOMPARED, ModelFiles, prediction_scales
+from deme.models.pipelines import denoiser_folder
+from deme.models.searched import prediction_scales
+from deme.models.variants import UNCOMPARED, ModelFiles
+from deme.models.weights import weights_hash
 from deme.search.distance import FrechetDistance
 from deme.search.least_squares import Squares
 
@@ -72,6 +74,7 @@ class Problem:
         network = load_denoiser(self.architecture)
         self.encoder = load_encoder(pretrained, network)
         try_out(network, self.process, self.encoder)
+        self.shape_drawn = self.encoder.shape_of(config.data.resolution)
         self.encoder.prepare(processes.device, config.sample.mixed_precision)
         self.network = freeze(network, processes.device, "no", may_pack=False)
 
@@ -212,13 +215,7 @@ class Problem:
         return False
 
     def _try(self, drawn: Sequence[Sample], key: str) -> None:
-        try_samplers(drawn, self.process.scheduler, self.drawn_shape, key)
-
-    @property
-    def drawn_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network works on."""
-        size = self.network.config.sample_size
-        return self.network.config.in_channels, size, size
+        try_samplers(drawn, self.process.scheduler, self.shape_drawn, key)
 
     @cached_property
     def plain_distance(self) -> FrechetDistance:
@@ -232,7 +229,7 @@ class Problem:
         with naming("evaluate.reference", config.evaluate.reference):
             space.reference.check_size(resolution, resolution)
         scales = [] if config.searches_scales else prediction_scales(config)
-        drawing = Drawing(self.process.scheduler, self.encoder, sample, self.drawn_shape, self.processes.device, scales)
+        drawing = Drawing(self.process.scheduler, self.encoder, sample, self.shape_drawn, self.processes.device, scales)
         return FrechetDistance(self.processes, drawing, space, conditions)
 
     @cached_property

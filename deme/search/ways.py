@@ -21,8 +21,8 @@ from deme.job.processes import in_main_process, locked_by_all
 from deme.measure.scores import Difference, Score, compared, load_scores, save_scores, score
 from deme.method.sampling import NetworkAt
 from deme.method.task_vectors import PUBLISHED
-from deme.models.pipelines import weights_hash
-from deme.models.variants import read_searched
+from deme.models.searched import read_searched
+from deme.models.weights import weights_hash
 from deme.search.least_squares import Evaluated, closed_form, gradient_descent
 from deme.search.problem import Problem
 from deme.search.study import Study, distinct, is_at, open_by_all

@@ -166,10 +166,10 @@ def held_out_loss(networks: Networks, images: Examples, batch_size: int, acceler
     return float(accelerator.reduce(total, "sum")) / len(images)
 
 
-def save_preview(networks: Networks, prompts: Sequence[str], batch_size: int, path: Path) -> None:
+def save_preview(networks: Networks, resolution: int, prompts: Sequence[str], batch_size: int, path: Path) -> None:
     """Save a grid of the student's images, drawn from the same seeds each time: of each prompt, or of all labels."""
     student, process, encoder = networks.student, networks.process, networks.encoder
-    shape = (student.config.in_channels, student.config.sample_size, student.config.sample_size)
+    shape = encoder.shape_of(resolution)
     steps = min(PREVIEW_STEPS, process.total)
     scale = Sample.guidance_scale if encoder.takes_text else 1.0
     settings = Sample(num_inference_steps=steps, scheduler=process.usual_sampler, guidance_scale=scale)

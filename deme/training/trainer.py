@@ -67,7 +67,7 @@ class Trainer:
     def __init__(self, accelerator: Accelerator, networks: Networks, images: TrainingImages, run: TrainingRun):
         objective, settings = run.objective, run.settings
         self.accelerator, self.device = accelerator, accelerator.device
-        self.networks = networks
+        self.networks, self.resolution = networks, images.resolution
         self.held_out = images.held_out if isinstance(settings, Pretrain) else None
         self.objective, self.settings = objective, settings
         self.folder, self.checkpoints = run.folder, run.folder / "checkpoints"
@@ -245,7 +245,7 @@ class Trainer:
     def _preview(self) -> None:
         path = self.folder / "previews" / f"step-{self.state.step:08d}.png"
         with self.state.ema_weights():
-            save_preview(self.networks, self.settings.preview_prompts, self.micro_batch_size, path)
+            save_preview(self.networks, self.resolution, self.settings.preview_prompts, self.micro_batch_size, path)
 
     def _snapshot(self) -> None:
         """Write the EMA weights in half precision, and the averages of `ema_profiles`: folders as of trained networks.

@@ -17,7 +17,7 @@ from robustness.forked import Run
 from safetensors.torch import load_file
 
 from deme.job.files import lock_file, locked
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 
 pytestmark = pytest.mark.long
 

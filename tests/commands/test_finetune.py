@@ -8,7 +8,7 @@ from conftest import run, tiny_unet
 from safetensors.torch import load_file
 
 from deme.models.denoisers import with_projections
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 
 DISTILLED = ["finetune.range=distilled", "distill.max_steps=6"]
 PROJECTIONS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from deme.config.paths import LORA
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 
 TRANSFORMER = {"in_channels": 1, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
 SAMPLES = ["sample.num_images=4", "sample.guidance_scale=2"]

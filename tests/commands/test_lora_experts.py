@@ -14,7 +14,7 @@ from deme.compare.comparison import Stages, load_comparison
 from deme.config.paths import LORA
 from deme.config.reading import load_config
 from deme.job.files import sha256
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 from scripts.estimate import Size, disk_space, operations
 
 RANGES = ("0000-0500", "0500-1000")

@@ -21,7 +21,7 @@ from deme.job.files import sha256
 from deme.measure.scores import Score, save_scores
 from deme.method.projection import PROJECTION_SUFFIX
 from deme.models.denoisers import load_denoiser, with_projections
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from deme.config.paths import LORA
 from deme.job.files import sha256
 from deme.method.lora import Factors
 from deme.models.lora import folded, kohya_names, layers_of, read_lora, tensor_of, weights_of, write_lora
-from deme.models.pipelines import WEIGHTS
 from deme.models.single_file import write_single_file
+from deme.models.weights import WEIGHTS
 
 LOADED = """
 import sys, torch

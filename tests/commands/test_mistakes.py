@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from deme.job.command import SIGNALS
 from deme.models.denoisers import with_projections
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 
 
 @pytest.fixture

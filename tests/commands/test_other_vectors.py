@@ -11,7 +11,7 @@ from conftest import SMALL_SEARCH, run, tiny_unet
 from safetensors.torch import load_file, save_file
 
 from deme.models.denoisers import with_projections
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 
 
 def tensors(folder) -> dict[str, torch.Tensor]:

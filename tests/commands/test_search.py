@@ -30,8 +30,8 @@ from deme.method.lora import Factors
 from deme.method.process import process_of
 from deme.models.denoisers import with_projections
 from deme.models.lora import layers_of, write_lora
-from deme.models.pipelines import WEIGHTS, weights_hash
 from deme.models.variants import find_pretrained, seconds_in
+from deme.models.weights import WEIGHTS, weights_hash
 from deme.search.problem import Problem
 
 SMALL = ["search.images=32", "search.batch_size=16", "search.num_images=8", "search.num_inference_steps=2"]

@@ -18,7 +18,7 @@ from test_text_to_image import text_config, text_to_image  # noqa: F401  fixture
 
 from deme.config.sections import Data
 from deme.data.decoding import load_images
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 from deme.training.self_training import as_data
 
 OWN = ["finetune.range=self", "self_training.num_images=12"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from text_to_image import tiny_clip, tiny_conditional_unet, tiny_pipeline
 
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 from deme.projection import ProjectedUNet2DConditionModel
 
 PROMPTS = ["a handwritten three", "zero", "a red cube", "nine", "a cat", "the end"]

@@ -48,6 +48,7 @@ def test_everything_of_a_run_lies_below_its_folder():
         "plots": "out/a/plots",
         "merged": "out/a/merged",
         "merged_file": "out/a/merged/a.safetensors",
+        "two_experts": "out/a/two-experts",
         "neon": "out/a/neon",
         "all_samples": "out/a/samples",
         "samples": "out/a/samples/merged",

@@ -13,7 +13,7 @@ from deme.errors import UserError
 from deme.job.records import AVERAGE, RUN, Record, read_record
 from deme.models.averages import recorded_average, write_average
 from deme.models.denoisers import load_denoiser
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 
 KEY = "merge.ema_width"
 MADE_FROM = {"seed": 0, "finetune.range": "continued", "finetune.max_steps": 16, "finetune.ema_profiles": [0.05, 0.1]}

@@ -75,7 +75,7 @@ def test_networks_of_other_families_are_refused_by_name(latent_dit, tmp_path):
     (folder / "model_index.json").unlink()
     file = folder / "transformer" / "config.json"
     settings = json.loads(file.read_text())
-    for name in ("FluxTransformer2DModel", "WanTransformer3DModel", "PixArtTransformer2DModel"):
+    for name in ("FluxTransformer2DModel", "QwenImageTransformer2DModel", "PixArtTransformer2DModel"):
         file.write_text(json.dumps(settings | {"_class_name": name}))
         with pytest.raises(UserError, match=f"config.json: _class_name={name}: not one of .*{DIT}, {SD3}"):
             find_pipeline(str(folder))

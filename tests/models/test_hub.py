@@ -14,7 +14,8 @@ from text_to_image import tiny_pipeline, tiny_sd3_pipeline
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser
 from deme.models.encoder_loading import load_encoder
-from deme.models.pipelines import WEIGHTS, denoiser_folder, encoder_files, find_pipeline, weights_files
+from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline
+from deme.models.weights import WEIGHTS, weights_files
 
 COMMIT = "a" * 40
 UNET, HALF = f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.fp16.safetensors"

@@ -171,7 +171,7 @@ def test_latents_without_a_scale_are_refused(text_to_image, tmp_path, value):
         "StableDiffusion3ControlNetPipeline",
         "SanaSprintPipeline",
         "FluxPipeline",
-        "WanPipeline",
+        "WanImageToVideoPipeline",
         "StableDiffusionInpaintPipeline",
         "LatentConsistencyModelPipeline",
     ],

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from deme.config.reading import load_config
 from deme.errors import UserError
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
-from deme.models.pipelines import WEIGHTS, denoiser_folder, find_pipeline, load_tensors
-from deme.models.variants import find_model, prediction_scales
+from deme.models.pipelines import denoiser_folder, find_pipeline
+from deme.models.searched import prediction_scales
+from deme.models.variants import find_model
+from deme.models.weights import WEIGHTS, load_tensors
 from deme.projection import ProjectedUNet2DModel
 
 

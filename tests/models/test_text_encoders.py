@@ -5,17 +5,10 @@ import inspect
 import pytest
 import torch
 from diffusers import SanaPipeline
-from text_to_image import tiny_sana_pipeline, tiny_sd3_pipeline
+from text_to_image import tiny_sana_pipeline, tiny_sd3_pipeline, tiny_wan_pipeline
 
-from deme.models.encoders import (
-    GEMMA,
-    LENGTHS,
-    T5,
-    Captioned,
-    LatentsAndInstructedText,
-    LatentsAndThreeTexts,
-    Pixels,
-)
+from deme.models.encoders import GEMMA, LENGTHS, T5, UMT5, Captioned, Pixels
+from deme.models.families import FramesAndText, LatentsAndInstructedText, LatentsAndThreeTexts
 
 TEXTS = ["A handwritten Three ", "", "é" * 400]
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
@@ -29,6 +22,11 @@ def three_texts(pipeline) -> LatentsAndThreeTexts:
     else:
         tokenizers[2].model_max_length = LENGTHS[T5]
     return LatentsAndThreeTexts(pipeline.vae, encoders, tokenizers, width=56)
+
+
+def of_frames(pipeline) -> FramesAndText:
+    pipeline.tokenizer.model_max_length = LENGTHS[UMT5]
+    return FramesAndText(pipeline.vae, [pipeline.text_encoder], [pipeline.tokenizer])
 
 
 def instructed(pipeline) -> LatentsAndInstructedText:
@@ -83,6 +81,34 @@ def test_sanas_texts():
     empty = encoder.condition([""])
     torch.testing.assert_close(empty, encoder.negative([""]))
     assert empty["encoder_attention_mask"].sum() == 1
+
+
+@torch.no_grad()
+def test_wans_texts():
+    """Whitespace and HTML entities are replaced, and what follows a text is zeros."""
+    pipeline, texts = tiny_wan_pipeline(), ["a  &amp;amp; b\n c ", "", "x" * 600]
+    states, negative = pipeline.encode_prompt(texts, ["blurred"] * 3, max_sequence_length=LENGTHS[UMT5])
+    encoder = of_frames(pipeline)
+    torch.testing.assert_close(encoder.condition(texts), {"encoder_hidden_states": states})
+    torch.testing.assert_close(encoder.negative(["blurred"]), {"encoder_hidden_states": negative[:1]})
+
+
+@torch.no_grad()
+def test_the_channels_of_wans_latents_have_mean_and_deviation():
+    """As its pipeline decodes them, and the same encoded; a frame alone is encoded as it is in a video."""
+    pipeline = tiny_wan_pipeline()
+    encoder, settings = of_frames(pipeline), pipeline.vae.config
+    pixels = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(5)
+    latents, _ = encoder.encode(Captioned(pixels, TEXTS[:2]))
+    assert latents.shape[1:] == encoder.shape_of(8) == (4, 4, 4)
+    torch.manual_seed(5)
+    plain, _ = Pixels(1).encode(pixels)
+    raw = pipeline.vae.encode(plain[:, :, None]).latent_dist.sample()
+    mean, deviation = (torch.tensor(settings[key])[:, None, None] for key in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(latents, (raw[:, :, 0] - mean) / deviation)
+    decoded = pipeline.video_processor.postprocess_video(pipeline.vae.decode(raw).sample, output_type="pt")[:, 0]
+    assert ((decoded * 255).round() - encoder.decode(latents)).abs().max() <= 1
 
 
 @pytest.mark.parametrize(("make", "wrap"), [(tiny_sd3_pipeline, three_texts), (tiny_sana_pipeline, instructed)])

@@ -11,7 +11,7 @@ import report
 from deme.errors import UserError
 from deme.job.records import SAMPLES, Record
 from deme.measure.scores import load_scores, load_spaces, save_spaces
-from deme.models.variants import read_searched
+from deme.models.searched import read_searched
 from deme.report.run import Run, cost_table
 
 PLACES = {  # file of a run → title of the section that tells of it

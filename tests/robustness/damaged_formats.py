@@ -119,7 +119,7 @@ def safetensors(choose: random.Random, folder: Path) -> Readers:
     from deme.method.merging.task_arithmetic import TaskArithmetic
     from deme.method.task_vectors import merge_tensors
     from deme.models.denoisers import load_denoiser
-    from deme.models.pipelines import WEIGHTS, load_tensors
+    from deme.models.weights import WEIGHTS, load_tensors
 
     make_pipeline(folder)
     classifier = folder / "classifier.safetensors"
@@ -306,7 +306,7 @@ def png(choose: random.Random, folder: Path) -> Readers:
 
 def pickles(choose: random.Random, folder: Path) -> Readers:
     """A published file, and pretrained weights that torch.save wrote."""
-    from deme.models.pipelines import load_tensors
+    from deme.models.weights import load_tensors
     from scripts.published import read_published, rename_projections
 
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))

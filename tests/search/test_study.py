@@ -17,8 +17,8 @@ from deme.config.paths import with_schedule
 from deme.config.sections import Sample, Search
 from deme.errors import RunError, UserError
 from deme.measure.scores import Score, compared
-from deme.models.pipelines import weights_hash
 from deme.models.variants import write_denoiser
+from deme.models.weights import weights_hash
 from deme.search.least_squares import Evaluated
 from deme.search.study import Study, grown, open_storage
 from deme.search.ways import Result, first_candidates, grid, spread, starts, verdict

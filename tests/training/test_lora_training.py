@@ -17,7 +17,8 @@ from deme.errors import UserError
 from deme.method.losses import Experts
 from deme.models.adapters import chosen_layers, load_denoisers, lora_of, new_lora, with_trained_lora
 from deme.models.lora import folded, layers_of, read_lora, write_lora
-from deme.models.pipelines import denoiser_folder, weights_hash
+from deme.models.pipelines import denoiser_folder
+from deme.models.weights import weights_hash
 from deme.training.session import Objective
 from deme.training.state import list_checkpoints
 from deme.training.trainer import Trainer

@@ -22,7 +22,7 @@ from deme.data.crops import CroppedImages
 from deme.errors import RunError, UserError
 from deme.method.posthoc_ema import combination, combine
 from deme.models.denoisers import load_denoiser, with_projections
-from deme.models.pipelines import WEIGHTS
+from deme.models.weights import WEIGHTS
 from deme.training.progress import MAX_SKIPPED_STEPS
 from deme.training.session import Objective
 from deme.training.state import CheckpointWriter, list_checkpoints, load_newest_checkpoint
