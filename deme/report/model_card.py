@@ -7,7 +7,9 @@ from deme.config.experiment import Config
 from deme.config.networks import RANDOM, RANGES, TRAJECTORY
 from deme.config.paths import denoiser_in, without_schedule
 from deme.config.trainings import SELF, SOUP
+from deme.errors import blaming
 from deme.job.files import read_json, sha256, to_yaml
+from deme.job.records import SAMPLES, read_record
 from deme.measure.scores import SCALARS, Score, load_spaces
 from deme.models.pipelines import (
     INDEX,
@@ -98,8 +100,7 @@ def header(config: Config) -> dict[str, Any]:
 def score_line(features_name: str, row: Score) -> str:
     """A network's scores in one line; the KID where it tells anything, the CLIP score where there are prompts."""
     distance, kernel = distances(features_name)
-    _, schedule = without_schedule(Path(row.samples).name)
-    line = f"{row.images:,} images{schedule and f' by {schedule}'}: {distance} {row.pooled:.4f}"
+    line = f"{row.images:,} images{drawn_by(Path(row.samples))}: {distance} {row.pooled:.4f}"
     if row.has_telling_kid:
         line += f", {kernel} {row.kid:.6f}"
     for name in SCALARS:
@@ -108,3 +109,15 @@ def score_line(features_name: str, row: Score) -> str:
     if row.clip is not None:
         line += f", CLIP score {row.clip:.3f}"
     return line
+
+
+def drawn_by(folder: Path) -> str:
+    """The sampler, steps and scales of the predicted noise that drew a folder, by its record, or else by its name."""
+    _, schedule = without_schedule(folder.name)
+    record = read_record(SAMPLES, folder)
+    made_from = {} if record is None else record.made_from
+    with blaming(folder / SAMPLES.file):
+        sampler, steps = map(made_from.get, ("sample.scheduler", "num_inference_steps"))
+        text = f" by {sampler}-{steps}" if sampler else schedule and f" by {schedule}"
+        scales = [f"{scale:g}" for *_, scale in made_from.get("prediction_scale", [])]
+        return text + (f", the predicted noise divided by {', '.join(scales)}" if scales else "")
