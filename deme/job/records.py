@@ -142,7 +142,7 @@ def read_arrays(file: Path, wanted: dict[str, Any]) -> Arrays | None:
         with np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
         made_from = json.loads(str(arrays.pop(MADE_FROM)))
-        if made_from.pop(CONTENT) != _content_hash(arrays):
+        if made_from.pop(CONTENT) != arrays_hash(arrays):
             raise UserError("its arrays are not those that were written")
         as_read = json.loads(json.dumps(wanted))  # tuples become lists
         return arrays if made_from == as_read else None
@@ -154,12 +154,12 @@ def read_arrays(file: Path, wanted: dict[str, Any]) -> Arrays | None:
 def write_arrays(file: Path, arrays: Arrays, made_from: dict[str, Any]) -> None:
     """Write arrays with the record of what they were made from."""
     make_folder(file.parent, "output_dir")
-    record = np.array(json.dumps(made_from | {CONTENT: _content_hash(arrays)}))
+    record = np.array(json.dumps(made_from | {CONTENT: arrays_hash(arrays)}))
     with atomic_file(file) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, **arrays, **{MADE_FROM: record})
 
 
-def _content_hash(arrays: Arrays) -> str:
+def arrays_hash(arrays: Arrays) -> str:
     """SHA-256 of arrays with their names, types and shapes."""
     content = hashlib.sha256()
     for name, array in sorted(arrays.items()):

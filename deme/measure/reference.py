@@ -23,6 +23,7 @@ from deme.data.samples import check_sizes, list_images, read_images
 from deme.errors import UserError, naming, one_line
 from deme.job.files import LARGEST, atomic_file, checked, make_folder, sha256
 from deme.job.processes import Processes, locked_by_all
+from deme.job.records import arrays_hash
 from deme.measure.features import Inception, check_classified, extract, trained_classifier
 from deme.measure.judges import LocalNetwork
 from deme.measure.scores import FeatureSpace, Reference
@@ -53,6 +54,8 @@ def load_feature_space(config: Config, processes: Processes, judge: Judge) -> Fe
             network = LocalNetwork(judge).to(processes.device)
             features |= {"weights (SHA-256)": judge.digest, "preprocessing": str(network.prepare)}
         reference = reference_statistics(config, processes, network, features, open_data)
+    if name == "classifier":  # not of its file, whose header has no certain order: other runs have the same classifier
+        features["classifier"] = arrays_hash({key: value.cpu().numpy() for key, value in network.state_dict().items()})
     return FeatureSpace(name, network, reference, accuracy, features)
 
 

@@ -265,6 +265,7 @@ def test_a_control_is_drawn_once_for_the_searches_of_all_runs(config_file, root,
         return distance.control
 
     of_another_run = ["name=other", f"merge.finetuned={root / 'tiny' / 'finetuned'}", "search.seed_offset=10000000"]
+    _ = problem_of(config_file).plain_distance  # trains the classifier, by torch's generator, which threads share
     with ThreadPoolExecutor() as threads:
         first, second = threads.map(lambda options: control_of(*options), [[], ["search.trials=9"]])
     assert len(drawn) == 1
