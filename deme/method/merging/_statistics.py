@@ -10,8 +10,7 @@ import torch
 from safetensors import safe_open
 
 from deme.errors import UserError, blaming
-from deme.method.merging._steps import task_vectors, weighted_sum
-from deme.method.task_vectors import MergeMethod
+from deme.method.merging._steps import OfTaskVectors, weighted_sum
 
 FISHER, PRODUCTS = "fisher.", "products."  # of the files' tensors, before the name of the weight
 MADE_FROM = "made_from"  # key of the files' headers
@@ -23,7 +22,7 @@ def statistics_file(folder: Path, weights: str) -> Path:
     return folder / f"{weights[:16]}.safetensors"
 
 
-class WithStatistics(MergeMethod):
+class WithStatistics(OfTaskVectors):
     """Base of methods with statistics of each network, which are memory-mapped."""
 
     kind: ClassVar[str]  # FISHER or PRODUCTS
@@ -44,18 +43,16 @@ class WithStatistics(MergeMethod):
         """The method, its settings, and what its statistics were measured on."""
         return super().describe() | ({"statistics": self.made_from} if hasattr(self, "made_from") else {})
 
-    def merge_tensor(
-        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
-    ) -> torch.Tensor:
-        """The merged tensor, in float32: the sum, where nothing was measured for it."""
+    def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+        """What is added to a tensor: the sum, where nothing was measured for it."""
         if min(coefficients) < 0:
             rule = "its coefficients are weights of a mean, which must not be negative"
             raise UserError(f"merge.method={self.describe()['method']}: {list(coefficients)}: {rule}")
-        vectors, base, key = task_vectors(pretrained, finetuned), pretrained.float(), f"{self.kind}{name}"
+        key = f"{self.kind}{name}"
         if sum(coefficients) == 0 or not all(key in file.keys() for file in self.files):  # noqa: SIM118  no dictionary
-            return base + weighted_sum(vectors, coefficients)
+            return weighted_sum(vectors, coefficients)
         found = [w * torch.atleast_1d(file.get_tensor(key)) for w, file in zip(coefficients, self.files, strict=True)]
-        return base + sum(coefficients) * self.mean(vectors, torch.stack(found).to(vectors.device), coefficients)
+        return sum(coefficients) * self.mean(vectors, torch.stack(found).to(vectors.device), coefficients)
 
     @abstractmethod
     def mean(self, vectors: torch.Tensor, statistics: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:

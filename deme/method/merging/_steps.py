@@ -1,20 +1,31 @@
 """Steps that merge methods share, on the task vectors of one tensor: float32, shape (K, *the tensor's)."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
 from deme.errors import UserError
+from deme.method.task_vectors import MergeMethod
 
 Combine = Literal["mean", "sum"]  # of the task vectors that have the elected sign
 
 
-def task_vectors(pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor]) -> torch.Tensor:
-    """finetuned_k − pretrained."""
-    base = pretrained.float()
-    return torch.stack([tensor.float() - base for tensor in finetuned])
+class OfTaskVectors(MergeMethod):
+    """Base of the methods that add something made of the task vectors alone."""
+
+    def merge_tensor(
+        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
+    ) -> torch.Tensor:
+        """The merged tensor, in float32."""
+        base = pretrained.float()
+        return base + self.change(name, torch.stack([tensor.float() - base for tensor in finetuned]), coefficients)
+
+    @abstractmethod
+    def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+        """What is added to the tensor of this name, by its task vectors finetuned_k − pretrained; float32."""
 
 
 def column(values: Sequence[float], vectors: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from deme.errors import UserError
-from deme.method.merging._steps import ranks, task_vectors, weighted_sum
-from deme.method.task_vectors import MergeMethod
+from deme.method.merging._steps import OfTaskVectors, ranks, weighted_sum
 
 
 @dataclass
-class Breadcrumbs(MergeMethod):
+class Breadcrumbs(OfTaskVectors):
     """pretrained + Σ_k w_k (the middle of finetuned_k − pretrained by magnitude), tensor by tensor."""
 
     smallest: float = 0.85  # share of each tensor's task vector that is left out as too small
@@ -24,12 +23,9 @@ class Breadcrumbs(MergeMethod):
         if self.smallest + self.largest >= 1:
             raise UserError(f"largest={self.largest}: leaves nothing beside smallest={self.smallest}")
 
-    def merge_tensor(
-        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
-    ) -> torch.Tensor:
-        """The merged tensor, in float32."""
-        vectors = task_vectors(pretrained, finetuned).flatten(1)
-        count, places = vectors.shape[1], ranks(vectors)
+    def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+        """What is added to a tensor."""
+        flat = vectors.flatten(1)
+        count, places = flat.shape[1], ranks(flat)
         kept = (places >= int(self.smallest * count)) & (places < count - int(self.largest * count))
-        merged = weighted_sum(vectors * kept, coefficients)
-        return pretrained.float() + merged.reshape(pretrained.shape)
+        return weighted_sum(flat * kept, coefficients).reshape(vectors.shape[1:])

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from deme.method.merging._steps import check_fraction, kept_at_random, task_vectors, weighted_sum
-from deme.method.task_vectors import MergeMethod
+from deme.method.merging._steps import OfTaskVectors, check_fraction, kept_at_random, weighted_sum
 
 
 @dataclass
-class DareLinear(MergeMethod):
+class DareLinear(OfTaskVectors):
     """pretrained + Σ_k w_k m_k (finetuned_k − pretrained) / density, m_k random masks."""
 
     density: float = 0.5  # chance of each number of a task vector to be kept; the paper's 1 − p
@@ -19,12 +18,9 @@ class DareLinear(MergeMethod):
     def __post_init__(self):
         check_fraction("density", self.density)
 
-    def merge_tensor(
-        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
-    ) -> torch.Tensor:
-        """The merged tensor, in float32."""
-        vectors = self.dropped(name, task_vectors(pretrained, finetuned))
-        return pretrained.float() + weighted_sum(vectors, coefficients)
+    def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+        """What is added to a tensor."""
+        return weighted_sum(self.dropped(name, vectors), coefficients)
 
     def dropped(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
         """What is left of the task vectors of a tensor, rescaled."""

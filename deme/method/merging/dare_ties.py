@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deme.method.merging._steps import Combine, column, elected, task_vectors
+from deme.method.merging._steps import Combine, column, elected
 from deme.method.merging.dare_linear import DareLinear
 
 
@@ -15,9 +15,6 @@ class DareTies(DareLinear):
 
     combine: Combine = "mean"
 
-    def merge_tensor(
-        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
-    ) -> torch.Tensor:
-        """The merged tensor, in float32."""
-        vectors = self.dropped(name, task_vectors(pretrained, finetuned))
-        return pretrained.float() + elected(vectors * column(coefficients, vectors), self.combine)
+    def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+        """What is added to a tensor."""
+        return elected(self.dropped(name, vectors) * column(coefficients, vectors), self.combine)

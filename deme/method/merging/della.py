@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from deme.errors import UserError
-from deme.method.merging._steps import Combine, check_fraction, column, elected, kept_at_random, ranks, task_vectors
-from deme.method.task_vectors import MergeMethod
+from deme.method.merging._steps import Combine, OfTaskVectors, check_fraction, column, elected, kept_at_random, ranks
 
 
 @dataclass
-class Della(MergeMethod):
+class Della(OfTaskVectors):
     """As DARE with TIES, but within each row a larger number is dropped with a smaller chance.
 
     The chances rise evenly from density − ε/2 for a row's smallest number to density + ε/2 for its largest. A number
@@ -29,14 +28,11 @@ class Della(MergeMethod):
         if half < 0 or self.density - half <= 0 or self.density + half > 1:
             raise UserError(f"epsilon={self.epsilon}: density={self.density} ± epsilon / 2 must lie in (0, 1]")
 
-    def merge_tensor(
-        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
-    ) -> torch.Tensor:
-        """The merged tensor, in float32; a vector is one row, a convolution's weight has a row per output channel."""
-        vectors = task_vectors(pretrained, finetuned)
+    def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+        """What is added to a tensor; a vector is one row, a convolution's weight has a row per output channel."""
         rows = vectors.flatten(2) if vectors.dim() > 2 else vectors.reshape(len(vectors), 1, -1)
         places = ranks(rows) / max(1, rows.shape[2] - 1)  # 0 to 1
         chances = self.density + self.epsilon * (places - 0.5)
         rows = rows * kept_at_random(chances, self.seed, name) / chances
         vectors = rows.reshape(vectors.shape)
-        return pretrained.float() + elected(vectors * column(coefficients, vectors), self.combine)
+        return elected(vectors * column(coefficients, vectors), self.combine)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from deme.method.merging._steps import check_fraction, ranks, task_vectors, weighted_sum
-from deme.method.task_vectors import MergeMethod
+from deme.method.merging._steps import OfTaskVectors, check_fraction, ranks, weighted_sum
 
 
 @dataclass
-class MagnitudePrune(MergeMethod):
+class MagnitudePrune(OfTaskVectors):
     """pretrained + Σ_k w_k (the largest of finetuned_k − pretrained)."""
 
     density: float = 0.5  # of each tensor's task vector that is kept, largest magnitudes first
@@ -19,12 +18,9 @@ class MagnitudePrune(MergeMethod):
     def __post_init__(self):
         check_fraction("density", self.density)
 
-    def merge_tensor(
-        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
-    ) -> torch.Tensor:
-        """The merged tensor, in float32."""
-        vectors = task_vectors(pretrained, finetuned).flatten(1)
-        count = vectors.shape[1]
-        kept = ranks(vectors) >= count - math.ceil(self.density * count)
-        merged = weighted_sum(vectors * kept, coefficients)
-        return pretrained.float() + merged.reshape(pretrained.shape)
+    def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+        """What is added to a tensor."""
+        flat = vectors.flatten(1)
+        count = flat.shape[1]
+        kept = ranks(flat) >= count - math.ceil(self.density * count)
+        return weighted_sum(flat * kept, coefficients).reshape(vectors.shape[1:])

@@ -5,27 +5,23 @@ from dataclasses import dataclass
 
 import torch
 
-from deme.method.merging._steps import task_vectors, weighted_sum
-from deme.method.task_vectors import MergeMethod
+from deme.method.merging._steps import OfTaskVectors, weighted_sum
 
 
 @dataclass
-class ModelStock(MergeMethod):
+class ModelStock(OfTaskVectors):
     """pretrained + t Σ_k w_k (finetuned_k − pretrained), t = N c / (1 + (N − 1) c), the paper's with w_k = 1/N.
 
     c is the mean cosine between two of the tensor's N task vectors. A negative one counts as 0: t lies in [0, 1].
     """
 
-    def merge_tensor(
-        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
-    ) -> torch.Tensor:
-        """The merged tensor, in float32."""
-        vectors, count = task_vectors(pretrained, finetuned), len(finetuned)
-        flat = vectors.flatten(1).double()
+    def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+        """What is added to a tensor."""
+        count, flat = len(vectors), vectors.flatten(1).double()
         units = flat / flat.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         cosine = 1.0
         if count > 1:
             cosines = units @ units.T
             cosine = max(0.0, float(cosines.sum() - cosines.trace()) / (count * (count - 1)))
         share = count * cosine / (1 + (count - 1) * cosine)
-        return pretrained.float() + share * weighted_sum(vectors, coefficients)
+        return share * weighted_sum(vectors, coefficients)

@@ -6,34 +6,28 @@ from dataclasses import dataclass
 
 import torch
 
-from deme.errors import UserError
-from deme.method.merging._steps import Combine, column, elected, task_vectors
-from deme.method.task_vectors import MergeMethod, Tensors
+from deme.method.merging._steps import Combine, OfTaskVectors, check_fraction, column, elected
+from deme.method.task_vectors import Tensors
 
 
 @dataclass
-class Ties(MergeMethod):
+class Ties(OfTaskVectors):
     """Task vectors are trimmed to their largest values and scaled; where they disagree, the sign of their sum wins."""
 
     fraction: float = 0.2  # of each task vector that is kept, largest magnitudes first
     combine: Combine = "mean"  # of the task vectors that have the elected sign
 
     def __post_init__(self):
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"fraction={self.fraction}: must lie in (0, 1]")
+        check_fraction("fraction", self.fraction)
 
     def prepare(self, pretrained: Tensors, finetuned: Sequence[Tensors]) -> None:
         """Find the smallest magnitude that is kept of each task vector."""
         self.thresholds = [magnitude_threshold(pretrained, tensors, self.fraction) for tensors in finetuned]
 
-    def merge_tensor(
-        self, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], coefficients: Sequence[float]
-    ) -> torch.Tensor:
-        """The merged tensor, in float32."""
-        base = pretrained.float()
-        vectors = task_vectors(pretrained, finetuned)
+    def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+        """What is added to a tensor."""
         vectors[vectors.abs() < column(self.thresholds, vectors)] = 0
-        return base + elected(vectors * column(coefficients, vectors), self.combine)
+        return elected(vectors * column(coefficients, vectors), self.combine)
 
 
 def magnitude_threshold(pretrained: Tensors, finetuned: Tensors, fraction: float) -> float:
