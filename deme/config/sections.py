@@ -220,6 +220,7 @@ class Sample(Section):
     # draw a folder with each, such as {steps: 20, scheduler: euler}; what an item leaves out is as above
     schedules: list[Any] = setting([], "all_runs")
     timestep_spacing: str | None = setting(None, "samples search omit_default", choices=SPACINGS)  # null: as trained
+    clip: bool = setting(False, "samples search omit_default")  # clip what is predicted of an image to [−1, 1]
     # divides the predicted noise: a number, one per timestep range, a best.yaml of search.over=prediction_scale, or
     # search, the one of this run; null: 1
     prediction_scale: Any = setting(None, "samples search omit_default path")

@@ -4,6 +4,7 @@ import functools
 import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import diffusers
 import torch
@@ -40,15 +41,17 @@ def sampler_name(name: str) -> str:
     return short_names.get(name, name)
 
 
-def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | None = None) -> SchedulerMixin:
+def make_sampler(
+    pretrained: SchedulerMixin, name: str, timestep_spacing: str | None = None, clip: bool = False
+) -> SchedulerMixin:
     """A sampler of diffusers, by its class or short name, with the pretrained betas, clipping and prediction type.
 
     Without a timestep_spacing (leading, trailing or linspace) it is the pretrained one. If that names none, DDIM has
     "leading" (3 steps of 1000 visit t = 666, 333, 0), others their own. A flow schedule has samplers of its own, with
-    the pretrained shift.
+    the pretrained shift. With `clip` the predicted clean image is clipped to [−1, 1], whatever the schedule says.
     """
     if isinstance(pretrained, diffusers.FlowMatchEulerDiscreteScheduler):
-        return _make_flow_sampler(pretrained, name, timestep_spacing)
+        return _make_flow_sampler(pretrained, name, timestep_spacing, clip)
     fitting = {kind.__name__: kind for kind in pretrained.compatibles if "beta_schedule" in _parameters(kind.__init__)}
     class_name = SHORT_NAMES.get(name, name)
     if class_name not in fitting:
@@ -63,13 +66,27 @@ def make_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | 
     needed = {*schedule, *(key for key in NEEDED if pretrained.config[key])}
     if lacking := needed - taken:
         raise UserError(f"{kind.__name__} has no {', '.join(sorted(lacking))}")
+    clipping = _clipping(kind) if clip else {}
     try:
-        return kind.from_config(pretrained.config, **schedule)
+        return kind.from_config(pretrained.config, **schedule, **clipping)
     except Exception as error:  # diffusers raises anything
         raise UserError(one_line(error)) from None
 
 
-def _make_flow_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: str | None) -> SchedulerMixin:
+def _clipping(kind: type[SchedulerMixin]) -> dict[str, Any]:
+    """The settings with which a sampler clips its prediction of the clean image to [−1, 1]."""
+    taken = _parameters(kind.__init__)
+    if "clip_sample" in taken:
+        clipping = {"clip_sample": True, "clip_sample_range": 1.0, "thresholding": False}
+        return {key: value for key, value in clipping.items() if key in taken}
+    if "thresholding" in taken:  # dynamic (Saharia et al. 2022); with 1 as the greatest value it is static
+        return {"thresholding": True, "sample_max_value": 1.0}
+    raise UserError(f"{kind.__name__} can't clip: set sample.clip=false")
+
+
+def _make_flow_sampler(
+    pretrained: SchedulerMixin, name: str, timestep_spacing: str | None, clip: bool
+) -> SchedulerMixin:
     class_name = FLOW_NAMES.get(name, name)
     if class_name not in FLOW_NAMES.values():
         names = ", ".join([*FLOW_NAMES, *FLOW_NAMES.values()])
@@ -81,7 +98,8 @@ def _make_flow_sampler(pretrained: SchedulerMixin, name: str, timestep_spacing: 
     lacking += [key for key in ("thresholding",) if config.get(key) and key not in _parameters(kind.__init__)]
     if lacking:
         raise UserError(f"{class_name} has no {', '.join(lacking)}")
-    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config.shift}
+    flow = _clipping(kind) if clip else {}
+    flow |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config.shift}
     taken = _parameters(kind.__init__)
     return kind.from_config(config, **{key: value for key, value in flow.items() if key in taken})
 
@@ -103,15 +121,21 @@ def _network_input(stepper: SchedulerMixin, images: torch.Tensor, timestep: floa
 
 def passed_over(pretrained: SchedulerMixin, sampler: SchedulerMixin) -> list[str]:
     """Settings of the pretrained schedule for sampling that the sampler does not have, as key=value."""
-    lacking = {"clip_sample", "steps_offset"} - _parameters(type(sampler).__init__)
+    clips = {"clip_sample"} if sampler.config.get("thresholding") else set()
+    lacking = {"clip_sample", "steps_offset"} - clips - _parameters(type(sampler).__init__)
     return [f"{key}={shown(pretrained.config[key])}" for key in sorted(lacking) if pretrained.config.get(key)]
 
 
 def try_sampler(
-    pretrained: SchedulerMixin, name: str, steps: int, shape: tuple[int, int, int], timestep_spacing: str | None = None
+    pretrained: SchedulerMixin,
+    name: str,
+    steps: int,
+    shape: tuple[int, int, int],
+    timestep_spacing: str | None = None,
+    clip: bool = False,
 ) -> SchedulerMixin:
     """The sampler, after one step from an image of zeros: what does not work shows before anything is written."""
-    stepper = make_sampler(pretrained, name, timestep_spacing)
+    stepper = make_sampler(pretrained, name, timestep_spacing, clip)
     images = torch.zeros(1, *shape)
     with blaming(f"{steps} steps of {type(stepper).__name__}"):
         stepper.set_timesteps(steps)
@@ -131,6 +155,7 @@ def sample_images(
     sampler: str = "ddim",
     eta: float = 0.0,
     timestep_spacing: str | None = None,
+    clip: bool = False,
 ) -> torch.Tensor:
     """One image per seed, as the network sees images: float32 on the device, shape (len(seeds), *shape).
 
@@ -138,7 +163,7 @@ def sample_images(
     its noise from its own generator. The sampler computes in float32. An image that is not finite raises RunError: the
     weights or the noise schedule are broken, or the precision is too low.
     """
-    stepper = make_sampler(scheduler, sampler, timestep_spacing)
+    stepper = make_sampler(scheduler, sampler, timestep_spacing, clip)
     stepper.set_timesteps(num_inference_steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     taken = _parameters(stepper.step)

@@ -26,7 +26,8 @@ def try_samplers(
     found = {}
     for one in drawn:
         with naming(key, one.scheduler if key == "sample.scheduler" else one.schedule):
-            sampler = try_sampler(scheduler, one.scheduler, one.num_inference_steps, shape, one.timestep_spacing)
+            further = one.timestep_spacing, one.clip
+            sampler = try_sampler(scheduler, one.scheduler, one.num_inference_steps, shape, *further)
             if (type(sampler), one.num_inference_steps) in found:
                 raise UserError("is listed before, under another name")
             found[type(sampler), one.num_inference_steps] = sampler
@@ -59,4 +60,5 @@ class Drawing:
         scaled_at = scaled(network_at, self.scales)
         network = guided(scaled_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
         sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, settings.timestep_spacing)
-        return self.encoder.decode(sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler))
+        drawn = sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler, settings.clip)
+        return self.encoder.decode(drawn)

@@ -65,6 +65,8 @@ class ModelFiles:
         total = read_json(schedule).get("num_train_timesteps", 1000)  # diffusers' default
         fits = total == timesteps.num_train_timesteps
         timesteps.check("num_train_timesteps", fits, f"the scheduler in {schedule} has {total}")
+        are_pixels = not pipelines.has_latents(self.pipeline)
+        config.sample.check("clip", are_pixels or not config.sample.clip, "latents have no bounds, only pixels have")
         if config.sample.prediction_scale is not None:
             self.check_noise_is_predicted(config.sample, "prediction_scale")
 

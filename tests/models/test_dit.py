@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import tiny_unet
+from conftest import REPOSITORY, tiny_unet
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -23,6 +23,7 @@ from text_to_image import tiny_vae
 
 from deme.analysis.activation_change import changes, projection_distance, squared_change
 from deme.analysis.task_vectors import names_by_block
+from deme.config.reading import load_config
 from deme.config.sections import Data, Sample
 from deme.config.trainings import Finetune
 from deme.data.crops import CroppedImages
@@ -47,7 +48,7 @@ from deme.models.encoder_loading import load_encoder, pixels_of, try_out
 from deme.models.encoders import LabelledLatents
 from deme.models.kinds import DIT, SD3
 from deme.models.pipelines import find_pipeline, labels_of, latent_factor
-from deme.models.variants import write_denoiser, write_pipeline_files
+from deme.models.variants import ModelFiles, write_denoiser, write_pipeline_files
 from deme.projection import ProjectedDiTTransformer2DModel
 from scripts.estimate import passes_through
 
@@ -84,6 +85,12 @@ def test_networks_of_other_families_are_refused_by_name(latent_dit, tmp_path):
         find_pipeline(str(folder))
     file.write_text(json.dumps(settings | {"_class_name": "Transformer2DModel"}))  # as it was published
     assert isinstance(load_denoiser(find_pipeline(str(folder)) / "transformer"), DiTTransformer2DModel)
+
+
+def test_latents_are_not_clipped(latent_dit):
+    config = load_config(REPOSITORY / "configs" / "digits.yaml", ["sample.clip=true"])
+    with pytest.raises(UserError, match=r"sample\.clip=true: latents have no bounds"):
+        ModelFiles(latent_dit, [latent_dit / "transformer"]).check_fits(config)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])

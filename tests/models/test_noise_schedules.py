@@ -5,9 +5,16 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import run, tiny_unet
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from deme.config.sections import Sample
 from deme.errors import UserError
@@ -88,6 +95,29 @@ def test_samplers_that_lack_what_the_schedule_needs_are_refused(settings, sample
     spacing = "trailing" if lacking == "timestep_spacing" else None
     with pytest.raises(UserError, match=f"Scheduler has no {lacking}$"):
         make_sampler(DDPMScheduler(**settings), sampler, spacing)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "unipc"])
+def test_predictions_are_clipped(sampler):
+    """A network that predicts images of 3 and −0.5 gives such images, or with sample.clip 1 and −0.5."""
+    schedule = DDPMScheduler(clip_sample=False, prediction_type="sample")
+    expected = torch.tensor([3.0, -0.5]).reshape(1, 1, 1, 2)
+
+    def network(images, timestep, return_dict):
+        return (expected.expand_as(images),)
+
+    inputs = (lambda _: network, schedule, [0, 1], (1, 1, 2), "cpu", 10, sampler)
+    torch.testing.assert_close(sample_images(*inputs), expected.expand(2, -1, -1, -1), atol=0.05, rtol=0)
+    clipped = sample_images(*inputs, clip=True)
+    torch.testing.assert_close(clipped, expected.clamp(max=1).expand(2, -1, -1, -1), atol=0.05, rtol=0)
+    assert passed_over(schedule, make_sampler(schedule, sampler, clip=True)) == []
+
+
+def test_what_can_not_clip_is_refused():
+    with pytest.raises(UserError, match=r"PNDMScheduler can't clip: set sample\.clip=false"):
+        make_sampler(DDPMScheduler(), "pndm", clip=True)
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler can't clip"):
+        make_sampler(FlowMatchEulerDiscreteScheduler(), "euler", clip=True)
 
 
 def test_what_a_sampler_passes_over_is_said():
