@@ -7,12 +7,9 @@ names must stay here.
 from diffusers import ModelMixin
 
 from deme.models.denoisers import DENOISER_CLASSES
+from deme.models.kinds import PROJECTED
 
-ProjectedUNet2DModel = DENOISER_CLASSES["ProjectedUNet2DModel"]
-ProjectedUNet2DConditionModel = DENOISER_CLASSES["ProjectedUNet2DConditionModel"]
-ProjectedDiTTransformer2DModel = DENOISER_CLASSES["ProjectedDiTTransformer2DModel"]
-ProjectedSD3Transformer2DModel = DENOISER_CLASSES["ProjectedSD3Transformer2DModel"]
-ProjectedSanaTransformer2DModel = DENOISER_CLASSES["ProjectedSanaTransformer2DModel"]
-ProjectedWanTransformer3DModel = DENOISER_CLASSES["ProjectedWanTransformer3DModel"]
+PROJECTED_CLASSES = {name: kind for name, kind in DENOISER_CLASSES.items() if name.startswith(PROJECTED)}
+globals().update(PROJECTED_CLASSES)
 
-__all__ = ["ModelMixin", *(name for name in DENOISER_CLASSES if name.startswith("Projected"))]
+__all__ = ["ModelMixin", *PROJECTED_CLASSES]
