@@ -23,7 +23,7 @@ from deme.config.sections import ANALYSES
 from deme.config.trainings import GRADIENT_PASSES
 from deme.config.trainings import CONTINUED, DISTILLED, NEON
 from deme.job.command import run_script
-from deme.job.files import atomic_file, make_folder
+from deme.job.files import make_folder, write_text
 from deme.models.pipelines import denoiser_folder, labels_of
 from deme.models.weights import has_weights
 from deme.models.variants import MAKERS, ModelFiles, check_trained, find_pretrained, made_denoisers
@@ -117,8 +117,7 @@ def show(analysis: ModuleType, arrays: dict[str, Any], material: Any) -> None:
     paths = material.config.paths
     table, figures = analysis.report(arrays, material)
     files = [paths.analysis / f"{analysis.__name__.rpartition('.')[2]}.md"]
-    with atomic_file(files[0]) as temporary:
-        temporary.write_text(f"{table}\n", encoding="utf-8")
+    write_text(files[0], f"{table}\n")
     for name, figure in figures.items():
         files.append(paths.plots / f"analysis-{name}.png")
         save_figure(figure, files[-1])

@@ -26,7 +26,7 @@ from deme.compare.jobs import MADE, Job, Jobs, Ledger, places
 from deme.config.paths import Paths
 from deme.errors import RunError, UserError
 from deme.job.command import ended_in_one_line
-from deme.job.files import atomic_file, locked, make_folder
+from deme.job.files import locked, make_folder, write_text
 from deme.job.repository import REPOSITORY
 
 
@@ -98,10 +98,9 @@ def write_table(runs: list[ComparedRun], output: Path) -> None:
     table = "\n\n".join(comparison_table(rows, features) for features, rows in by_space.items())
     make_folder(output, "output_dir")
     for place, (features, rows) in enumerate(by_space.items()):
-        with atomic_file(output / f"rows{f'-{features}' * (place > 0)}.json") as temporary:
-            temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
-    with atomic_file(output / "table.md") as temporary:
-        temporary.write_text(table + "\n", encoding="utf-8")
+        file = output / f"rows{f'-{features}' * (place > 0)}.json"
+        write_text(file, json.dumps([asdict(row) for row in rows], indent=1))
+    write_text(output / "table.md", table + "\n")
     print(f"\n{table}\n{output / 'table.md'}")
     drawn = {features: rows for features, rows in by_space.items() if rows and rows[0].schedule}
     if drawn:

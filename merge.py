@@ -28,7 +28,7 @@ from deme.config.paths import LORA, denoiser_in
 from deme.config.trainings import SELF
 from deme.errors import UserError, blaming, naming
 from deme.job.command import run_script
-from deme.job.files import Watched, atomic_file, atomic_folder, check_apart, locked, read_json, sha256
+from deme.job.files import Watched, atomic_folder, check_apart, locked, read_json, sha256, write_text
 from deme.job.records import LORA_ERRORS, MERGED, MOVED, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models import averages, variants
 from deme.models.pipelines import denoiser_folder
@@ -225,8 +225,7 @@ def write_card(config: Config, record: Record) -> None:
     """Write the merged folder's README.md, with the scores in results.json that belong to its network."""
     from deme.report.model_card import model_card
 
-    with atomic_file(config.paths.merged / "README.md") as temporary:
-        temporary.write_text(model_card(config, record.made_from), encoding="utf-8")
+    write_text(config.paths.merged / "README.md", model_card(config, record.made_from))
 
 
 def write_single_file(config: Config, record: Record) -> None:

@@ -30,7 +30,7 @@ from deme.config.experiment import Config
 from deme.config.paths import denoiser_in
 from deme.config.reading import load_config
 from deme.data.opening import open_source
-from deme.job.files import atomic_file, read_json
+from deme.job.files import read_json, write_text
 from deme.job.processes import make_accelerator
 from deme.measure.scores import paired_difference
 from deme.method.sampling import NetworkAt
@@ -139,8 +139,7 @@ class Bench:
             drawing = replace(drawing, settings=replace(drawing.settings, num_inference_steps=steps))
             features = replace(self.problem.plain_distance, drawing=drawing).features(network_at(), self.seeds)
             known[key] = [space.distance(part) for part in np.split(features, FRESH_BLOCKS)]
-            with atomic_file(file) as temporary:
-                temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+            write_text(file, json.dumps(known, indent=1))
         return known[key]
 
     def difference(self, blocks: list[float], others: list[float] | None = None) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from deme.data.crops import CroppedImages, choose_caption
 from deme.data.decoding import ahead
 from deme.errors import RunError, UserError, one_line
-from deme.job.files import atomic_file, read_json
+from deme.job.files import atomic_file, read_json, write_text
 from deme.job.processes import Processes, in_main_process
 from deme.models.encoders import Encoded, LatentsAndText
 
@@ -122,8 +122,7 @@ def write_latents(
     def write_index() -> None:
         embedding = encoder.embed([""]).cpu()
         _save(folder / EMPTY, {"embedding": embedding, "crc32": torch.tensor([_crc32(embedding)])})
-        with atomic_file(folder / INDEX) as temporary:
-            temporary.write_text(json.dumps({"images": len(images)}), encoding="utf-8")
+        write_text(folder / INDEX, json.dumps({"images": len(images)}))
 
     in_main_process(processes, write_index)
     encoder.rest()

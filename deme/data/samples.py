@@ -20,7 +20,7 @@ from deme.config.sections import Sample
 from deme.data.decoding import as_seen
 from deme.data.files import image_suffixes, read_lines, read_rows
 from deme.errors import UserError, blaming, naming, shown
-from deme.job.files import TEMPORARY, InUse, atomic_file, locked, make_folder, unfinished
+from deme.job.files import TEMPORARY, InUse, atomic_file, locked, make_folder, unfinished, write_text
 from deme.job.records import SAMPLES, Record, read_record
 
 if TYPE_CHECKING:
@@ -237,8 +237,7 @@ def claim_prompts(folder: Path, texts: dict[int, str], overwrite: bool) -> None:
     for name in changed:
         (folder / name).unlink()
     lines = [json.dumps({"file": name, "prompt": prompt}) for name, prompt in prompts.items()]
-    with atomic_file(folder / PROMPTS) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(folder / PROMPTS, "".join(f"{line}\n" for line in lines))
 
 
 def read_prompts(folder: Path, paths: Sequence[Path]) -> list[str] | None:

@@ -252,6 +252,12 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def to_yaml(values: dict) -> str:
     """A mapping as YAML, its keys in their order."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -259,8 +265,7 @@ def to_yaml(values: dict) -> str:
 
 def write_yaml(path: Path, values: dict) -> None:
     """Write a mapping as a YAML file, whole or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(to_yaml(values), encoding="utf-8")
+    write_text(path, to_yaml(values))
 
 
 def read_yaml(path: Path) -> dict:

@@ -20,7 +20,7 @@ from deme.config.judges import FORMS
 from deme.config.paths import with_schedule, without_schedule
 from deme.config.trainings import CONTINUED
 from deme.errors import UserError, naming
-from deme.job.files import atomic_file, checked, read_json
+from deme.job.files import checked, read_json, write_text
 
 KEPT_FEATURES = 10_000  # images whose features are kept, and that precision and recall look at
 KERNEL_SUBSET = 1_000  # images, as Bińkowski et al. 2018
@@ -264,8 +264,7 @@ def save_spaces(path: Path, spaces: dict[str, Sequence[Score]], beside: dict[str
     """Write results.json: scores by feature space, those of the first judge where files of a single one have them."""
     (features, rows), *further = ((name, [asdict(row) for row in scores]) for name, scores in spaces.items())
     content = {"features": features, "rows": rows} | ({"further": dict(further)} if further else {}) | beside
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2))
 
 
 def load_scores(path: Path) -> tuple[str, list[Score]]:

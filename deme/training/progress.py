@@ -19,7 +19,7 @@ from deme.data.examples import Examples
 from deme.data.opening import torch_seed
 from deme.data.samples import save_grid
 from deme.errors import UserError, one_line
-from deme.job.files import atomic_file, make_folder, writing
+from deme.job.files import make_folder, write_text, writing
 from deme.method.losses import decoupled_loss
 from deme.models.drawing import Drawing
 from deme.training.state import Networks
@@ -92,8 +92,7 @@ class RunLog:
         with writing(self.file):
             before = self.file.read_text(encoding="utf-8", errors="replace") if self.file.exists() else ""
         kept = [f"{line}\n" for line in before.splitlines() if 0 < logged_step(line) <= last_step]
-        with atomic_file(self.file) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+        write_text(self.file, "".join(kept))
         self.trackers: list[GeneralTracker] = []
         with writing(folder / "logs"):
             if "tensorboard" in settings.log_with:
@@ -133,8 +132,7 @@ def wandb_tracker(folder: Path, settings: Training) -> WandBTracker:
 
     file = folder / "wandb-id.txt"
     if not file.exists():
-        with atomic_file(file) as temporary:
-            temporary.write_text(secrets.token_hex(8), encoding="utf-8")
+        write_text(file, secrets.token_hex(8))
     run_id = file.read_text(encoding="utf-8").strip()
     tracker = WandBTracker("deme", id=run_id, resume="allow", dir=folder, name=str(folder), config=asdict(settings))
     try:
