@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.errors import UserError, naming, one_line
+from deme.errors import UserError, blaming, naming
 from deme.job.command import run_script
 from deme.job.files import Watched, write_yaml
 from deme.job.records import provenance
@@ -68,7 +68,7 @@ def make_networks(config: Config, encoders: Path | None) -> "Networks":
     key = "transformer" if settings.transformer else "unet"
     given = f"pretrain.{key}={getattr(settings, key)}, pretrain.scheduler={settings.scheduler}, data.resolution"
     with naming(given, config.data.resolution):
-        try:
+        with blaming():
             if encoders is None:
                 kind = new_transformer if settings.transformer else diffusers.UNet2DModel
                 unet = kind(sample_size=config.data.resolution, **getattr(settings, key))
@@ -77,8 +77,6 @@ def make_networks(config: Config, encoders: Path | None) -> "Networks":
                 size = config.data.resolution // latent_factor(encoders)
                 unet = diffusers.UNet2DConditionModel(sample_size=size, **settings.unet)
                 scheduler = load_scheduler(encoders)
-        except Exception as error:  # diffusers and torch raise whatever a wrong value leads to
-            raise UserError(one_line(error)) from None
         encoder = pixels_of(unet) if encoders is None else load_encoder(encoders, unet)
         try_out(unet, process_of(scheduler), encoder)
     return Networks(unet, None, process_of(scheduler, config.timesteps), encoder)

@@ -48,9 +48,9 @@ def naming(name: str | Path, value: object = NOTHING) -> Iterator[None]:
 
 
 @contextmanager
-def blaming(name: str | Path) -> Iterator[None]:
-    """Turn whatever a library raises in the block into a UserError that begins with the name of a setting or a file."""
+def blaming(name: str | Path = "") -> Iterator[None]:
+    """Turn whatever a library raises in the block into a UserError, after the name of a setting or a file if given."""
     try:
         yield
     except Exception as error:
-        raise UserError(f"{name}: {one_line(error)}") from None
+        raise UserError(f"{name and f'{name}: '}{one_line(error)}") from None

@@ -22,7 +22,7 @@ from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Time
 from safetensors import SafetensorError
 
 from deme.config.reading import read_yaml_text
-from deme.errors import RunError, UserError, naming, one_line
+from deme.errors import RunError, UserError, blaming, one_line
 
 TEMPORARY = ".writing-"  # prefix of unfinished siblings; they have no suffix, as pytorch_fid takes every *.png
 REPLACED = ".replaced-"  # prefix of a folder that is set aside while another one takes its name
@@ -238,10 +238,8 @@ def stamp(path: Path) -> tuple[int, ...] | None:
 
 def make_folder(path: Path, key: str) -> None:
     """Create a folder and its parents."""
-    try:
+    with blaming(f"{key}: cannot create the folder {path}"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{key}: cannot create the folder {path}: {one_line(error)}") from None
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -275,11 +273,8 @@ def read_yaml(path: Path) -> dict:
 
 def read_json(path: Path, parse: Callable[[str], Any] = json.loads, name: str = "JSON object") -> dict:
     """The object in a JSON file."""
-    with naming(path):
-        try:
-            values = parse(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(one_line(error)) from None
+    with blaming(path):
+        values = parse(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise UserError(f"not a {name}")
     return values

@@ -27,7 +27,7 @@ from deme.data.decoding import Source, ahead
 from deme.data.examples import load_evaluation_images
 from deme.data.opening import data_hashes
 from deme.data.samples import read_images
-from deme.errors import UserError, one_line
+from deme.errors import UserError, blaming, one_line
 from deme.job.files import atomic_file
 from deme.job.processes import Processes, in_main_process
 from deme.job.repository import found_folder
@@ -113,14 +113,12 @@ class ClipScores(nn.Module):
             raise UserError("not the folder of a CLIP model: config.json is missing")
         logging.set_verbosity_error()  # what does not fit is told below, in one line
         place = folder or source
-        try:
+        with blaming("no CLIP model can be loaded from it"):
             options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
             # sizes that differ are listed in the report, as what is missing
             model, report = CLIPModel.from_pretrained(place, ignore_mismatched_sizes=True, **options)
             self.tokenizer = CLIPTokenizer.from_pretrained(place)
             self.image_processor = CLIPImageProcessor.from_pretrained(place)
-        except Exception as error:  # network, name, permission and format errors have no common class
-            raise UserError(f"no CLIP model can be loaded from it: {one_line(error)}") from None
         check_filled(report)
         check_tokenizer(self.tokenizer, model.config.text_config.vocab_size)
         self.model = model.eval()

@@ -16,7 +16,7 @@ from torchvision.transforms import functional as transforms
 from deme.config.judges import Judge
 from deme.config.section import one_of
 from deme.config.sections import LEAST_CLASSIFIED
-from deme.errors import UserError, naming, one_line
+from deme.errors import UserError, blaming, naming, one_line
 from deme.models.encoder_loading import check_filled
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of the channels
@@ -57,10 +57,8 @@ class LocalNetwork(nn.Module):
         with naming("evaluate.features", judge.text):
             network, self.prepare = load(judge)
             self.network = network.eval().requires_grad_(False)
-            try:
+            with blaming("can't take images"):
                 self.features(torch.zeros(1, 3, LEAST_CLASSIFIED, LEAST_CLASSIFIED, dtype=torch.uint8))
-            except Exception as error:  # whatever a network for other images raises
-                raise UserError(f"can't take images: {one_line(error)}") from None
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 RGB (B, 3, H, W) → float32 (B, D)."""
@@ -126,10 +124,8 @@ def _dinov2(judge: Judge) -> tuple[nn.Module, Preparation]:
 
     logging.set_verbosity_error()  # what does not fit is told below, in one line
     options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
-    try:
+    with blaming("no DINOv2 model can be loaded from it"):
         network, report = Dinov2Model.from_pretrained(judge.path, ignore_mismatched_sizes=True, **options)
-    except Exception as error:  # format errors have no common class
-        raise UserError(f"no DINOv2 model can be loaded from it: {one_line(error)}") from None
     check_filled(report)
     if unread := [name for name in report["unexpected_keys"] if not name.startswith("classifier.")]:
         raise UserError(f"holds the tensor {min(unread)}, which the network of its config.json lacks")

@@ -11,7 +11,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
-from deme.errors import RunError, UserError, blaming, one_line, shown
+from deme.errors import RunError, UserError, blaming, shown
 from deme.method.task_vectors import Tensors
 
 NetworkAt = Callable[[float], Callable]  # timestep → the denoiser that is used there, or what calls it
@@ -67,10 +67,8 @@ def make_sampler(
     if lacking := needed - taken:
         raise UserError(f"{kind.__name__} has no {', '.join(sorted(lacking))}")
     clipping = _clipping(kind) if clip else {}
-    try:
+    with blaming():
         return kind.from_config(pretrained.config, **schedule, **clipping)
-    except Exception as error:  # diffusers raises anything
-        raise UserError(one_line(error)) from None
 
 
 def _clipping(kind: type[SchedulerMixin]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deme.config.paths import UNET
-from deme.errors import UserError, blaming, naming, one_line
+from deme.errors import UserError, blaming, naming
 from deme.job.files import read_json
 from deme.method.process import Process
 from deme.models.denoisers import settings_of
@@ -172,7 +172,7 @@ def try_out(denoiser: nn.Module, process: Process, encoder: Encoder) -> None:
     if channels != encoder.channels:
         raise UserError(f"in_channels={channels}: the encoder gives {encoder.channels}")
     condition = encoder.condition([""])  # load_encoder has tried it
-    try:
+    with blaming():
         images = torch.zeros(1, channels, size, size)
         last = torch.tensor([process.total - 1], dtype=process.dtype)
         with torch.no_grad():
@@ -181,5 +181,3 @@ def try_out(denoiser: nn.Module, process: Process, encoder: Encoder) -> None:
         if prediction.shape != target.shape:
             raise UserError(f"the network maps {tuple(target.shape)} to {tuple(prediction.shape)}")
         process.scheduler.step(prediction, process.scheduler.timesteps[0], images)
-    except Exception as error:  # torch and diffusers raise anything
-        raise UserError(one_line(error)) from None

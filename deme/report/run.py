@@ -12,7 +12,7 @@ from deme.config.experiment import Config
 from deme.config.networks import RANGES, of_word
 from deme.config.paths import with_schedule
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON, SELF, SOUP
-from deme.errors import UserError, naming, one_line
+from deme.errors import UserError, blaming, naming
 from deme.job.files import checked, read_json, read_yaml
 from deme.job.records import MERGED, MOVED, SAMPLES, drawing_passes
 from deme.measure.scores import Score, load_scores, load_spaces
@@ -119,11 +119,8 @@ def read_log(file: Path, config: Config) -> TrainingLog:
     """A training's log.jsonl."""
     name, batch_size = file.parent.name, config.finetune.batch_size
     steps, losses, seconds, before = [], [], 0.0, 0
-    with naming(file), naming("not the log of a training run"):
-        try:
-            lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(one_line(error)) from None
+    with blaming(f"{file}: not the log of a training run"):
+        lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
         for place, content in enumerate(lines, 1):
             line = checked(content, LogLine, f"line {place}")
             if line.step <= before or line.images_per_second <= 0:
