@@ -92,9 +92,10 @@ def _adapted(denoiser: nn.Module) -> nn.Module:
         denoiser.register_forward_pre_hook(_name_timesteps, with_kwargs=True)
     if kinds.denoiser_class(settings) == kinds.WAN:
         denoiser.register_forward_pre_hook(lambda _, args: (args[0][:, :, None],))
-        denoiser.register_forward_hook(_of_one_frame)
-    if denoiser.config.out_channels == 2 * denoiser.config.in_channels:
-        denoiser.register_forward_hook(_without_variance)
+        denoiser.register_forward_hook(_on_images(lambda images: images[:, :, 0]))  # videos of one frame
+    channels = denoiser.config.in_channels
+    if denoiser.config.out_channels == 2 * channels:
+        denoiser.register_forward_hook(_on_images(lambda images: images[:, :channels]))
     for module in denoiser.modules():
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0
@@ -112,20 +113,16 @@ def _name_timesteps(_: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[t
     return (images,), named | {"timestep": timesteps.expand(len(images))}
 
 
-def _of_one_frame(_: nn.Module, __: tuple, output: Any) -> Any:
-    """The images of Wan's output, which are videos of one frame."""
-    if isinstance(output, tuple):
-        return (output[0][:, :, 0], *output[1:])
-    output.sample = output.sample[:, :, 0]
-    return output
+def _on_images(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
+    """A forward hook that changes the images in a network's output."""
 
+    def hook(_network: nn.Module, _inputs: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        output.sample = change(output.sample)
+        return output
 
-def _without_variance(denoiser: nn.Module, _: tuple, output: Any) -> Any:
-    channels = denoiser.config.in_channels
-    if isinstance(output, tuple):
-        return (output[0][:, :channels], *output[1:])
-    output.sample = output.sample[:, :channels]
-    return output
+    return hook
 
 
 def _gather_added(_: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
