@@ -91,7 +91,8 @@ class Source(Sequence):
     def original_sizes(self, rows: np.ndarray) -> np.ndarray:
         """Heights and widths of the images in these rows as a viewer shows them, shape (N, 2), without decoding."""
         wanted = set(rows.tolist())
-        return np.array([original_size(content) for row, content in enumerate(self) if row in wanted])
+        found = [size_as_seen(open_image(content)) for row, content in enumerate(self) if row in wanted]
+        return np.array(found)[:, ::-1]
 
     def decode(self, row: int, channels: int, image: Any = None) -> np.ndarray:
         """The image of a row, its shorter side resized: uint8, shape (H, W, C); `image`, if it was read before."""
@@ -223,10 +224,9 @@ def open_image(content: Any) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
 
 
-def original_size(content: Any) -> tuple[int, int]:
-    """Height and width of an image as a viewer shows it: upright by EXIF."""
-    image = open_image(content)
-    return image.size if image.getexif().get(ExifTags.Base.Orientation, 1) in TURNED else image.size[::-1]
+def size_as_seen(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image as a viewer shows it, upright by EXIF, without decoding."""
+    return image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation) in TURNED else image.size
 
 
 def read_bytes(content: dict) -> bytes | None:

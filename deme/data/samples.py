@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from deme.config.paths import image_path
 from deme.config.sections import Sample
-from deme.data.decoding import as_seen
+from deme.data.decoding import as_seen, size_as_seen
 from deme.data.files import image_suffixes, read_lines, read_rows
 from deme.errors import UserError, blaming, naming, shown
 from deme.job.files import TEMPORARY, InUse, atomic_file, locked, make_folder, unfinished, write_text
@@ -26,7 +26,6 @@ from deme.job.records import SAMPLES, Record, read_record
 if TYPE_CHECKING:
     import torch
 
-TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height
 PROMPTS = "prompts.jsonl"  # in a sample folder: which image was drawn from which prompt
 REMEDY = "choose another folder or set sample.overwrite=true"
 
@@ -150,8 +149,7 @@ def check_sizes(paths: Sequence[Path]) -> tuple[int, int]:
 
     def size_of(path: Path) -> tuple[int, int]:
         with blaming(f"{path}: not a readable image"), Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
-            return image.size[::-1] if turned else image.size
+            return size_as_seen(image)
 
     with ThreadPoolExecutor() as pool:
         sizes = list(pool.map(size_of, paths))
