@@ -19,8 +19,7 @@ from tqdm import tqdm
 from deme.config.sections import Data
 from deme.data.files import read_file, stamp
 from deme.errors import UserError, one_line
-from deme.job.files import atomic_folder, locked
-from deme.job.records import digest_of
+from deme.job.records import digest_of, made_once
 
 SAME_LEVEL = 2  # of 255: a profile that changes no colour by more is taken for sRGB
 TRANSPARENT_LEVEL = {"L;2": 85, "L;4": 17}  # PIL scales such pixels to 8 bits, but not the transparent one among them
@@ -154,7 +153,7 @@ def load_images(source: Source, channels: int, cache: Path) -> Images:
 
     rows = np.arange(len(source))
     if data.skip_unreadable or not streams:
-        folder = cached(cache, made_from, write)
+        folder = made_once(cache / digest_of(made_from), "output_dir", write)
         with np.load(folder / "index.npz", allow_pickle=False) as index:
             sizes, rows = index["sizes"], index["rows"]
     if streams:
@@ -183,17 +182,6 @@ def _decode_all(source: Source, channels: int, file: BinaryIO) -> tuple[np.ndarr
     if not rows:
         raise UserError(f"data.name={data.name}: none of its {count} images can be read")
     return np.array(sizes), np.array(rows)
-
-
-def cached(cache: Path, made_from: dict[str, Any], build: Callable[[Path], None]) -> Path:
-    """The folder in `cache` for `made_from`; the first process that needs it builds it, others wait."""
-    folder = cache / digest_of(made_from)
-    if not folder.exists():
-        with locked(folder, "output_dir", wait=True):
-            if not folder.exists():
-                with atomic_folder(folder) as temporary:
-                    build(temporary)
-    return folder
 
 
 def decode_image(content: Any, resolution: int, channels: int) -> np.ndarray:

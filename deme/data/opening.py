@@ -15,10 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from deme.config.sections import Data
-from deme.data.decoding import Source, ahead, available_threads, cached, decoding_threads, read_bytes
+from deme.data.decoding import Source, ahead, available_threads, decoding_threads, read_bytes
 from deme.data.files import TABLES, File, describe, image_suffixes, list_files, read_folder, stamp
 from deme.errors import UserError, blaming, naming, one_line, shown
-from deme.job.records import CONTENTS, DATA
+from deme.job.records import CONTENTS, DATA, digest_of, made_once
 
 Stream = tuple[int, ...]  # the experiment's seed, then numbers that tell its runs apart
 PERMUTATION, MICRO_BATCH, HELD_OUT_CHOICE = 0, 1, 2  # purposes of a generator
@@ -212,7 +212,7 @@ def contents_hash(source: Source, cache: Path) -> str:
         (folder / "sha256").write_text(digest.hexdigest())
 
     made_from = {"fingerprint": source.fingerprint(), "content": "SHA-256 of all images"}
-    return (cached(cache, made_from, write) / "sha256").read_text()
+    return (made_once(cache / digest_of(made_from), "output_dir", write) / "sha256").read_text()
 
 
 def _stored_bytes(image: Any) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 
 from deme.config.experiment import Config
 from deme.errors import UserError, naming, one_line, shown
-from deme.job.files import atomic_file, checked, make_folder, read_yaml, write_yaml
+from deme.job.files import atomic_file, atomic_folder, checked, locked, make_folder, read_yaml, write_yaml
 from deme.job.repository import REPOSITORY
 
 Arrays = dict[str, np.ndarray]
@@ -132,6 +132,16 @@ def changes(before: dict[str, Any], now: dict[str, Any], later: tuple[str, ...] 
 def digest_of(made_from: dict[str, Any]) -> str:
     """16 hexadecimal digits of a hash of the values, for the name of a cache's folder."""
     return hashlib.sha256(json.dumps(list(made_from.values())).encode()).hexdigest()[:16]
+
+
+def made_once(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
+    """A folder that is filled unless it is there; the first process that needs it does so, others wait."""
+    if not folder.is_dir():
+        with locked(folder, key, wait=True):
+            if not folder.is_dir():
+                with atomic_folder(folder) as temporary:
+                    build(temporary)
+    return folder
 
 
 def read_arrays(file: Path, wanted: dict[str, Any]) -> Arrays | None:

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from deme.errors import UserError, blaming, naming, one_line, shown
-from deme.job.files import atomic_file, atomic_folder, locked, read_json, sha256
-from deme.job.records import digest_of
+from deme.job.files import atomic_file, read_json, sha256
+from deme.job.records import digest_of, made_once
 from deme.models import kinds, pipelines
 from deme.models.original_names import open_clip_name, unet_names, vae_names
 from deme.models.schedules import prediction_type
@@ -105,13 +105,12 @@ def open_single_file(file: Path, config: Path | None, folders: Path) -> Path:
         files = sorted(path for pattern in pipelines.SETTINGS_FILES for path in config.glob(pattern))
         made_from |= {str(path.relative_to(config)): sha256(path) for path in files}
     folder = folders / f"{file.stem}-{digest_of(made_from)}"
-    if not folder.is_dir():
-        with locked(folder, "model.pretrained", wait=True):
-            if not folder.is_dir():
-                with atomic_folder(folder) as temporary:
-                    convert(file, config, temporary)
-                print(f"{file}: its pipeline is in {folder}")
-    return pipelines.check_pipeline(folder)
+
+    def build(temporary: Path) -> None:
+        convert(file, config, temporary)
+        print(f"{file}: its pipeline is in {folder}")
+
+    return pipelines.check_pipeline(made_once(folder, "model.pretrained", build))
 
 
 def convert(file: Path, config: Path | None, folder: Path) -> None:
