@@ -14,39 +14,12 @@ from deme.config.paths import UNET
 from deme.errors import UserError, blaming, naming
 from deme.job.files import read_json
 from deme.method.process import Process
+from deme.models import kinds
 from deme.models.denoisers import settings_of
-from deme.models.encoders import (
-    CHANNELS,
-    LENGTHS,
-    Encoder,
-    LabelledLatents,
-    LabelledPixels,
-    LatentsAndText,
-    Pixels,
-)
+from deme.models.encoders import CHANNELS, LENGTHS, Encoder, LabelledLatents, LabelledPixels, LatentsAndText, Pixels
 from deme.models.families import FramesAndText, LatentsAndInstructedText, LatentsAndThreeTexts, LatentsAndTwoTexts
-from deme.models.kinds import (
-    DENOISERS,
-    SANA,
-    SD3,
-    WAN,
-    check_settings,
-    check_shift,
-    denoiser_class,
-    is_xl,
-    num_classes,
-    text_width,
-)
-from deme.models.pipelines import (
-    INDEX,
-    STEMS,
-    has_latents,
-    latent_factor,
-    parts_of,
-    takes_text,
-    variant_of,
-    weights_files,
-)
+from deme.models.pipelines import INDEX, STEMS, has_latents, latent_factor, parts_of, takes_text, variant_of
+from deme.models.weights import weights_files
 
 LEAST_VOCABULARY = 256  # tokens: one for each byte
 TRIED_SIZE = 4  # entries along a side, for networks that take any size
@@ -57,7 +30,7 @@ LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
 def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
     """The encoder of a pipeline, each of its parts tried once."""
     config = settings_of(denoiser)
-    width = text_width(config)
+    width = kinds.text_width(config)
     if (width is not None) != takes_text(pipeline):
         wants = "takes no text" if width is None else "needs a text encoder, which the folder lacks"
         raise UserError(f"{pipeline}: its network, a {type(denoiser).__name__}, {wants}")
@@ -70,22 +43,22 @@ def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
     parts = parts_of(pipeline, config)
     vae = _load_network(pipeline / "vae", getattr(diffusers, parts["vae"]), torch_dtype=torch.float32)
     with naming(pipeline / "vae" / "config.json"):
-        check_shift(config, vae.config)
-    if classes := num_classes(config):
+        kinds.check_shift(config, vae.config)
+    if classes := kinds.num_classes(config):
         return _tried(LabelledLatents(vae, classes), pipeline)
     texts = [_load_text(pipeline, part, parts) for part in parts if part.startswith("text_encoder")]
     encoder = _encoder_of(pipeline, config)(vae, *map(list, zip(*texts, strict=True)))
     with blaming(pipeline / "text_encoder"):
         entries = encoder.condition([""])["encoder_hidden_states"].shape[2]
         if isinstance(width, int) and entries != width:
-            key = DENOISERS[denoiser_class(config)].text_width
+            key = kinds.DENOISERS[kinds.denoiser_class(config)].text_width
             raise UserError(f"its embeddings have {entries} entries, the network's {key} is {width}")
     return _tried(encoder, pipeline)
 
 
 def pixels_of(denoiser: nn.Module) -> Pixels:
     """The encoder of a network that works on pixels."""
-    channels, classes = denoiser.config.in_channels, num_classes(settings_of(denoiser))
+    channels, classes = denoiser.config.in_channels, kinds.num_classes(settings_of(denoiser))
     return LabelledPixels(channels, classes) if classes else Pixels(channels)
 
 
@@ -104,18 +77,18 @@ def _tried(encoder: LatentsAndText, pipeline: Path) -> LatentsAndText:
 
 def _encoder_of(pipeline: Path, config: Mapping[str, Any]) -> Callable[..., LatentsAndText]:
     """What makes an encoder of a VAE, text encoders and tokenizers, by the denoiser's settings."""
-    if is_xl(config):
+    if kinds.is_xl(config):
         index = read_json(pipeline / INDEX) if (pipeline / INDEX).is_file() else {}
         zeros = index.get("force_zeros_for_empty_prompt", True)  # the pipeline's default
         side = config["sample_size"] * latent_factor(pipeline)
         return partial(LatentsAndTwoTexts, side=side, zeros_for_empty=zeros)
-    if denoiser_class(config) == SD3:
-        return partial(LatentsAndThreeTexts, width=text_width(config))
-    if denoiser_class(config) == SANA:
+    if kinds.denoiser_class(config) == kinds.SD3:
+        return partial(LatentsAndThreeTexts, width=kinds.text_width(config))
+    if kinds.denoiser_class(config) == kinds.SANA:
         call = inspect.signature(diffusers.SanaPipeline.__call__)
         lines = call.parameters["complex_human_instruction"].default
         return partial(LatentsAndInstructedText, instruction="\n".join(lines))
-    return FramesAndText if denoiser_class(config) == WAN else LatentsAndText
+    return FramesAndText if kinds.denoiser_class(config) == kinds.WAN else LatentsAndText
 
 
 def _load_text(pipeline: Path, part: str, parts: Mapping[str, str]) -> tuple[nn.Module, Any]:
@@ -167,8 +140,8 @@ def try_out(denoiser: nn.Module, process: Process, encoder: Encoder) -> None:
     channels = denoiser.config.in_channels
     size = denoiser.config.get("sample_size") or TRIED_SIZE
     # it may have been made from settings, and not loaded
-    check_settings(UNET, settings_of(denoiser))
-    check_settings("scheduler", process.scheduler.config)
+    kinds.check_settings(UNET, settings_of(denoiser))
+    kinds.check_settings("scheduler", process.scheduler.config)
     if channels != encoder.channels:
         raise UserError(f"in_channels={channels}: the encoder gives {encoder.channels}")
     condition = encoder.condition([""])  # load_encoder has tried it

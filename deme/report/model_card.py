@@ -11,16 +11,7 @@ from deme.errors import blaming
 from deme.job.files import read_json, sha256, to_yaml
 from deme.job.records import SAMPLES, read_record
 from deme.measure.scores import SCALARS, Score, load_spaces
-from deme.models.pipelines import (
-    INDEX,
-    has_latents,
-    hub_name,
-    is_projected,
-    labels_of,
-    read_index,
-    read_schedule,
-    takes_text,
-)
+from deme.models import pipelines
 from deme.models.schedules import FLOW, prediction_type
 from deme.models.weights import WEIGHTS
 from deme.report.tables import distances, markdown_table, render
@@ -43,7 +34,7 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
     """
     merged, repository = config.paths.merged, config.merge.push_to_hub
     network = denoiser_in(merged)
-    projected = is_projected(network)
+    projected = pipelines.is_projected(network)
     method, networks = made_from["method"], config.merged_networks
     names = [f"timesteps {name}" * (name == config.timesteps.names[0]) or name for name in config.merged_names]
     settings = [f"{key} {value}" for key, value in made_from.items() if key.startswith(f"{method}_")]
@@ -65,8 +56,8 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
         scores=[f"- {score_line(name, row)}" for name, row in own],
         **use_of(merged),
         projected=projected,
-        lacks_t5=read_json(merged / INDEX).get("text_encoder_3") == [None, None],
-        network=read_index(merged)[network.name],
+        lacks_t5=read_json(merged / pipelines.INDEX).get("text_encoder_3") == [None, None],
+        network=pipelines.read_index(merged)[network.name],
         name=merged if repository is None else repository,
         downloads=projected and repository is not None,  # else diffusers would look for the class in the repository
     )
@@ -74,25 +65,26 @@ def model_card(config: Config, made_from: dict[str, Any]) -> str:
 
 def use_of(merged: Path) -> dict[str, str]:
     """What a model is, in words; the pipeline that loads it, empty where diffusers has none; and its arguments."""
-    is_flow = prediction_type(read_schedule(merged)) == FLOW
-    kind, pipeline = "flow-matching model" if is_flow else "DDPM", read_index(merged)["_class_name"]
-    if takes_text(merged):
+    is_flow = prediction_type(pipelines.read_schedule(merged)) == FLOW
+    kind, pipeline = "flow-matching model" if is_flow else "DDPM", pipelines.read_index(merged)["_class_name"]
+    if pipelines.takes_text(merged):
         return {"kind": "text-to-image model", "pipeline": pipeline, "arguments": '"a prompt"'}
-    if labels_of(merged):
-        loads = pipeline if has_latents(merged) else ""
+    if pipelines.labels_of(merged):
+        loads = pipeline if pipelines.has_latents(merged) else ""
         return {"kind": f"class-conditional {kind}", "pipeline": loads, "arguments": "class_labels=[0, 1]"}
     return {"kind": kind, "pipeline": pipeline if is_flow else "DDIMPipeline", "arguments": "batch_size=16"}
 
 
 def header(config: Config) -> dict[str, Any]:
     """The card's metadata: what the Hub finds it by; of the model and data only what the Hub has."""
+    takes_text = pipelines.takes_text(config.paths.merged)
     values = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image" if takes_text(config.paths.merged) else "unconditional-image-generation",
+        "pipeline_tag": "text-to-image" if takes_text else "unconditional-image-generation",
         "tags": ["decouple-then-merge", "model-merging"],
         "license": config.model.license,
-        "base_model": hub_name(config.paths.pretrained),
-        "datasets": [config.data.name] if hub_name(config.data.name) else None,
+        "base_model": pipelines.hub_name(config.paths.pretrained),
+        "datasets": [config.data.name] if pipelines.hub_name(config.data.name) else None,
     }
     return {key: value for key, value in values.items() if value is not None}
 
