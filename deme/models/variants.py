@@ -120,23 +120,19 @@ def find_model(model: str, paths: Paths) -> ModelFiles:
                 raise UserError(f"{path} is missing; {MAKERS[model]} makes it")
         merged = None if is_lora(denoisers[0]) else merged_pipeline(model, paths)
         return ModelFiles(find_pretrained(paths) if merged is None else find_pipeline(str(merged)), denoisers)
-    folder = Path(model)
-    for file in (folder, folder / LORA):
-        if is_lora(file) and file.is_file():
-            return ModelFiles(find_pretrained(paths), [file])
-    if (found := denoiser_in(folder)).is_dir():
-        has_scheduler = (folder / "scheduler").is_dir()
-        if not has_scheduler:
-            return ModelFiles(find_pretrained(paths), [found])
+    folder, denoiser = Path(model), denoiser_in(Path(model))
+    found = [file for file in (folder, folder / LORA) if is_lora(file) and file.is_file()]
+    if not found and denoiser.is_dir() and (folder / "scheduler").is_dir():
         pipeline = find_pipeline(model)
         experts = pipelines.experts_in(pipeline)
-        return ModelFiles(pipeline, [folder for folder, _ in experts] or [found], [edges for _, edges in experts])
-    if (folder / "config.json").is_file():
-        return ModelFiles(find_pretrained(paths), [folder])
-    if "/" not in model and paths.trained(model).exists():
-        return ModelFiles(find_pretrained(paths), [paths.trained(model)])
-    names = f"{', '.join(ORDER)}, a training's folder in finetuned/"
-    raise UserError(f"not {names}, a folder that holds a network, or the file of a LoRA")
+        return ModelFiles(pipeline, [folder for folder, _ in experts] or [denoiser], [edges for _, edges in experts])
+    found += [denoiser] if denoiser.is_dir() else []
+    found += [folder] if (folder / "config.json").is_file() else []
+    found += [paths.trained(model)] if "/" not in model and paths.trained(model).exists() else []
+    if not found:
+        names = f"{', '.join(ORDER)}, a training's folder in finetuned/"
+        raise UserError(f"not {names}, a folder that holds a network, or the file of a LoRA")
+    return ModelFiles(find_pretrained(paths), found[:1])
 
 
 def made_denoisers(model: str, paths: Paths) -> list[Path]:
