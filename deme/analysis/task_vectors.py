@@ -1,6 +1,5 @@
 """Task vectors: norms, cosines, signs and values of what finetuning added to the weights (the paper's figure 6b)."""
 
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,7 +9,7 @@ from matplotlib.figure import Figure
 from deme.analysis import Material
 from deme.job.processes import in_main_process
 from deme.job.records import Arrays, Keep
-from deme.method.task_vectors import Tensors, pattern_of, patterns_of
+from deme.method.task_vectors import Tensors, block_of, in_order
 from deme.report.figures import COLOURS, SEPARATOR, grid, heat_map, model_style, name_rows, noted
 from deme.report.tables import headed_table, number
 
@@ -65,9 +64,8 @@ def statistics(pretrained: Tensors, networks: Sequence[Tensors]) -> Arrays:
 
 def names_by_block(names: Iterable[str]) -> dict[str, list[str]]:
     """Tensors' names by block: down, mid, up, or those of a transformer, and the rest outside of all blocks."""
-    patterns = patterns_of("block", sorted(names, key=lambda name: re.sub(r"\d+", lambda n: n[0].zfill(6), name)))
-    pattern = {name: pattern_of(name, patterns) for name in names}
-    return {p.removesuffix(".*").replace("*", "rest"): [name for name in names if pattern[name] == p] for p in patterns}
+    blocks = {name: block_of(name) for name in names}
+    return {block: [name for name in names if blocks[name] == block] for block in in_order({*blocks.values()})}
 
 
 def cosines(products: np.ndarray) -> np.ndarray:

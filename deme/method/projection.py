@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deme.method.task_vectors import BLOCK, Tensors
+from deme.method.task_vectors import BLOCK, Tensors, in_order
 
 PROJECTION_SUFFIX = ".projection.weight"  # of the tensors' names
 
@@ -16,8 +16,7 @@ PROJECTION_SUFFIX = ".projection.weight"  # of the tensors' names
 def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
     """The blocks of a denoiser by name, in the order of the forward pass: down, mid, up, or those of a transformer."""
     blocks = {name: module for name, module in network.named_modules() if BLOCK.fullmatch(f"{name}.")}
-    # as numbers: down_blocks.10 follows down_blocks.9
-    return dict(sorted(blocks.items(), key=lambda item: (item[0].partition(".")[0], len(item[0]), item[0])))
+    return {name: blocks[name] for name in in_order(blocks)}
 
 
 def add_projections(network: nn.Module) -> None:

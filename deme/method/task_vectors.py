@@ -28,6 +28,18 @@ BLOCKS += ("text_encoder", "text_encoder_2")
 BLOCK = re.compile(r"(?:(?:(?:down|up|transformer)_)?blocks\.\d+|mid_block)\.")  # how its tensors' names begin
 
 
+def block_of(name: str) -> str:
+    """The block of a tensor by its name; outside of all blocks it is a text encoder, or REST."""
+    match, part = BLOCK.match(name), name.partition(".")[0]
+    outside = part if part.startswith("text_encoder") else REST
+    return outside if match is None else match[0].removesuffix(".")
+
+
+def in_order(blocks: Iterable[str]) -> list[str]:
+    """Blocks in the order of the forward pass, 10 after 9; then what lies outside."""
+    return sorted(blocks, key=lambda block: (BLOCKS.index(block.partition(".")[0]), len(block), block))
+
+
 def pattern_of(name: str, patterns: Iterable[str]) -> str:
     """The first name pattern that fits a tensor's name."""
     for pattern in patterns:
@@ -118,18 +130,14 @@ class Moved:
 
     def add(self, name: str, lengths: Sequence[float], coefficients: Sequence[float]) -> None:
         """Add a tensor's task vectors by their norms."""
-        match = BLOCK.match(name)
-        outside = name.partition(".")[0] if name.startswith("text_encoder") else REST
-        moved = np.square(np.multiply(lengths, coefficients))
-        block = outside if match is None else match[0].removesuffix(".")
+        block, moved = block_of(name), np.square(np.multiply(lengths, coefficients))
         self.squares[block] = self.squares.get(block, 0) + np.stack([moved, moved * np.sign(coefficients)])
 
     @property
     def by_block(self) -> dict[str, list[float]]:
         """The norms by block, to six digits: negative where more is subtracted than added."""
         rows = {block: np.sqrt(total) * np.where(net < 0, -1, 1) for block, (total, net) in self.squares.items()}
-        by_place = sorted(rows, key=lambda block: (BLOCKS.index(block.partition(".")[0]), len(block), block))
-        return {block: [float(f"{value:.6g}") for value in rows[block]] for block in by_place}
+        return {block: [float(f"{value:.6g}") for value in rows[block]] for block in in_order(rows)}
 
 
 def lengths(pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor]) -> np.ndarray:
