@@ -133,12 +133,11 @@ class Bench:
         known = read_json(file) if file.exists() else {}
         key = f"{name}, {len(self.seeds)} images"
         if key not in known:
-            space = self.problem.plain_distance.space
+            plain = self.problem.plain_distance
             steps = 2 if self.arguments.quick else self.config.sample.num_inference_steps
-            drawing = self.problem.plain_distance.drawing
-            drawing = replace(drawing, settings=replace(drawing.settings, num_inference_steps=steps))
-            features = replace(self.problem.plain_distance, drawing=drawing).features(network_at(), self.seeds)
-            known[key] = [space.distance(part) for part in np.split(features, FRESH_BLOCKS)]
+            sample = replace(plain.drawing.settings, num_inference_steps=steps)
+            features = plain.by(sample).features(network_at(), self.seeds)
+            known[key] = [plain.space.distance(part) for part in np.split(features, FRESH_BLOCKS)]
             write_text(file, json.dumps(known, indent=1))
         return known[key]
 

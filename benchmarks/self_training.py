@@ -75,7 +75,7 @@ def sweep(config: Config, arguments: Namespace) -> list[dict]:
     for steps in arguments.steps:
         for sampler in arguments.samplers:
             settings = replace(plain.drawing.settings, scheduler=sampler, num_inference_steps=steps)
-            distance = replace(plain, drawing=replace(plain.drawing, settings=settings))
+            distance = plain.by(settings)
             for coefficient in COEFFICIENTS:
                 key = f"{sampler}, {steps} steps, {coefficient:g}, {len(seeds)} images"
                 if key not in known:
