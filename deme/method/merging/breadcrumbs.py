@@ -24,7 +24,6 @@ class Breadcrumbs(OfTaskVectors):
             raise UserError(f"largest={self.largest}: leaves nothing beside smallest={self.smallest}")
 
     def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
-        """What is added to a tensor."""
         flat = vectors.flatten(1)
         count, places = flat.shape[1], ranks(flat)
         kept = (places >= int(self.smallest * count)) & (places < count - int(self.largest * count))

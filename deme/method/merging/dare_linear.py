@@ -19,7 +19,6 @@ class DareLinear(OfTaskVectors):
         check_fraction("density", self.density)
 
     def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
-        """What is added to a tensor."""
         return weighted_sum(self.dropped(name, vectors), coefficients)
 
     def dropped(self, name: str, vectors: torch.Tensor) -> torch.Tensor:

@@ -16,5 +16,4 @@ class DareTies(DareLinear):
     combine: Combine = "mean"
 
     def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
-        """What is added to a tensor."""
         return elected(self.dropped(name, vectors) * column(coefficients, vectors), self.combine)

@@ -19,7 +19,6 @@ class MagnitudePrune(OfTaskVectors):
         check_fraction("density", self.density)
 
     def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
-        """What is added to a tensor."""
         flat = vectors.flatten(1)
         count = flat.shape[1]
         kept = ranks(flat) >= count - math.ceil(self.density * count)

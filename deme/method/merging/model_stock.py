@@ -16,7 +16,6 @@ class ModelStock(OfTaskVectors):
     """
 
     def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
-        """What is added to a tensor."""
         count, flat = len(vectors), vectors.flatten(1).double()
         units = flat / flat.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         cosine = 1.0

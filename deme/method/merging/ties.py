@@ -25,7 +25,6 @@ class Ties(OfTaskVectors):
         self.thresholds = [magnitude_threshold(pretrained, tensors, self.fraction) for tensors in finetuned]
 
     def change(self, name: str, vectors: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
-        """What is added to a tensor."""
         vectors[vectors.abs() < column(self.thresholds, vectors)] = 0
         return elected(vectors * column(coefficients, vectors), self.combine)
 
