@@ -26,7 +26,7 @@ from deme.config.trainings import Finetune
 from deme.data.drawing import draw
 from deme.method.losses import decoupled_loss
 from deme.method.process import process_of
-from deme.method.sampling import sample_images
+from deme.method.sampling import make_sampler, sample_images
 from deme.models.denoisers import AUTOCAST_TYPES, freeze, load_denoiser, load_scheduler
 from deme.models.drawing import Drawing
 from deme.models.encoders import Pixels, to_bytes
@@ -99,7 +99,8 @@ class Machine:
 
         def drawn(device: str, precision: str) -> torch.Tensor:
             network = freeze(copy.deepcopy(unet), device, precision)
-            return to_bytes(sample_images(lambda _: network, scheduler, seeds, shape, device, 10)).cpu().float()
+            sampler = make_sampler(scheduler, "ddim")
+            return to_bytes(sample_images(lambda _: network, sampler, seeds, shape, device, 10)).cpu().float()
 
         with without_tf32():
             difference = (drawn(self.device, precision) - drawn("cpu", "no")).abs().mean().item()

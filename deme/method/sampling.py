@@ -102,18 +102,15 @@ def _make_flow_sampler(
     return kind.from_config(config, **{key: value for key, value in flow.items() if key in taken})
 
 
-def network_calls(
-    pretrained: SchedulerMixin, name: str, num_inference_steps: int, timestep_spacing: str | None = None
-) -> int:
+def network_calls(sampler: SchedulerMixin, num_inference_steps: int) -> int:
     """How often a sampler calls the network for an image: once per step, unless it is of a higher order."""
-    stepper = make_sampler(pretrained, name, timestep_spacing)
-    stepper.set_timesteps(num_inference_steps)
-    return len(stepper.timesteps)
+    sampler.set_timesteps(num_inference_steps)
+    return len(sampler.timesteps)
 
 
-def _network_input(stepper: SchedulerMixin, images: torch.Tensor, timestep: float) -> torch.Tensor:
+def _network_input(sampler: SchedulerMixin, images: torch.Tensor, timestep: float) -> torch.Tensor:
     """The images as the network sees them, which samplers of flow matching alone do not scale."""
-    scale = getattr(stepper, "scale_model_input", None)
+    scale = getattr(sampler, "scale_model_input", None)
     return images if scale is None else scale(images, timestep)
 
 
@@ -124,61 +121,48 @@ def passed_over(pretrained: SchedulerMixin, sampler: SchedulerMixin) -> list[str
     return [f"{key}={shown(pretrained.config[key])}" for key in sorted(lacking) if pretrained.config.get(key)]
 
 
-def try_sampler(
-    pretrained: SchedulerMixin,
-    name: str,
-    steps: int,
-    shape: tuple[int, int, int],
-    timestep_spacing: str | None = None,
-    clip: bool = False,
-) -> SchedulerMixin:
-    """The sampler, after one step from an image of zeros: what does not work shows before anything is written."""
-    stepper = make_sampler(pretrained, name, timestep_spacing, clip)
+def try_sampler(sampler: SchedulerMixin, num_inference_steps: int, shape: tuple[int, int, int]) -> None:
+    """Take one step from an image of zeros: what does not work shows before anything is written."""
     images = torch.zeros(1, *shape)
-    with blaming(f"{steps} steps of {type(stepper).__name__}"):
-        stepper.set_timesteps(steps)
-        timestep = stepper.timesteps.tolist()[0]
-        stepper.step(_network_input(stepper, images, timestep), timestep, images)
-    return stepper
+    with blaming(f"{num_inference_steps} steps of {type(sampler).__name__}"):
+        sampler.set_timesteps(num_inference_steps)
+        timestep = sampler.timesteps.tolist()[0]
+        sampler.step(_network_input(sampler, images, timestep), timestep, images)
 
 
 @torch.inference_mode()
 def sample_images(
     network_at: NetworkAt,
-    scheduler: SchedulerMixin,
+    sampler: SchedulerMixin,
     seeds: Sequence[int],
     shape: tuple[int, int, int],
     device: torch.device | str,
     num_inference_steps: int,
-    sampler: str = "ddim",
     eta: float = 0.0,
-    timestep_spacing: str | None = None,
-    clip: bool = False,
 ) -> torch.Tensor:
     """One image per seed, as the network sees images: float32 on the device, shape (len(seeds), *shape).
 
     An image depends on its seed alone, not on the batch or the device: random samplers, and DDIM with eta above 0, draw
     its noise from its own generator. The sampler computes in float32. An image that is not finite raises RunError: the
-    weights or the noise schedule are broken, or the precision is too low.
+    weights or the noise schedule are broken, or the precision is too low. `sampler` is a new one of `make_sampler`.
     """
-    stepper = make_sampler(scheduler, sampler, timestep_spacing, clip)
-    stepper.set_timesteps(num_inference_steps)
+    sampler.set_timesteps(num_inference_steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    taken = _parameters(stepper.step)
+    taken = _parameters(sampler.step)
     randomness = {key: value for key, value in (("eta", eta), ("generator", generators)) if key in taken}
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    images = (noise * getattr(stepper, "init_noise_sigma", 1.0)).to(device)
+    images = (noise * getattr(sampler, "init_noise_sigma", 1.0)).to(device)
     first_bad = torch.full((len(seeds),), -1, device=device)  # step after which an image is not finite; read once
-    timesteps_on_device = stepper.timesteps.to(device)  # a Python number would be copied there, and waited for
-    for step, (timestep, on_device) in enumerate(zip(stepper.timesteps.tolist(), timesteps_on_device, strict=True)):
-        inputs = _network_input(stepper, images, timestep)
+    timesteps_on_device = sampler.timesteps.to(device)  # a Python number would be copied there, and waited for
+    for step, (timestep, on_device) in enumerate(zip(sampler.timesteps.tolist(), timesteps_on_device, strict=True)):
+        inputs = _network_input(sampler, images, timestep)
         prediction = network_at(timestep)(inputs, on_device, return_dict=False)[0].float()
-        images = stepper.step(prediction, timestep, images, **randomness).prev_sample
+        images = sampler.step(prediction, timestep, images, **randomness).prev_sample
         bad = ~images.isfinite().flatten(1).all(dim=1)
         first_bad = torch.where((first_bad < 0) & bad, step, first_bad)
     for seed, step in zip(seeds, first_bad.tolist(), strict=True):
         if step >= 0:
-            raise RunError(f"seed {seed}: NaN or infinite after step {step + 1} of {len(stepper.timesteps)}")
+            raise RunError(f"seed {seed}: NaN or infinite after step {step + 1} of {len(sampler.timesteps)}")
     return images
 
 

@@ -9,14 +9,19 @@ from diffusers import SchedulerMixin
 
 from deme.config.sections import Sample
 from deme.errors import UserError, naming
-from deme.method.sampling import NetworkAt, guided, network_calls, sample_images, scaled, try_sampler
+from deme.method.sampling import NetworkAt, guided, make_sampler, network_calls, sample_images, scaled, try_sampler
 from deme.models.encoders import Condition, Encoder
+
+
+def sampler_of(settings: Sample, scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The sampler of a schedule, with the pretrained noise schedule."""
+    return make_sampler(scheduler, settings.scheduler, settings.timestep_spacing, settings.clip)
 
 
 def passes_of(settings: Sample, scheduler: SchedulerMixin, takes_condition: bool) -> int:
     """Passes through the network for each image; guidance by texts or labels takes two at each call."""
-    sampler = (settings.scheduler, settings.num_inference_steps, settings.timestep_spacing)
-    return network_calls(scheduler, *sampler) * (1 + (takes_condition and settings.guidance_scale != 1))
+    calls = network_calls(sampler_of(settings, scheduler), settings.num_inference_steps)
+    return calls * (1 + (takes_condition and settings.guidance_scale != 1))
 
 
 def try_samplers(
@@ -26,8 +31,8 @@ def try_samplers(
     found = {}
     for one in drawn:
         with naming(key, one.scheduler if key == "sample.scheduler" else one.schedule):
-            further = one.timestep_spacing, one.clip
-            sampler = try_sampler(scheduler, one.scheduler, one.num_inference_steps, shape, *further)
+            sampler = sampler_of(one, scheduler)
+            try_sampler(sampler, one.num_inference_steps, shape)
             if (type(sampler), one.num_inference_steps) in found:
                 raise UserError("is listed before, under another name")
             found[type(sampler), one.num_inference_steps] = sampler
@@ -59,6 +64,5 @@ class Drawing:
         settings = self.settings
         scaled_at = scaled(network_at, self.scales)
         network = guided(scaled_at, self.encoder.condition(prompts), self._negative, settings.guidance_scale)
-        sampler = (settings.num_inference_steps, settings.scheduler, settings.eta, settings.timestep_spacing)
-        drawn = sample_images(network, self.scheduler, seeds, self.shape, self.device, *sampler, settings.clip)
-        return self.encoder.decode(drawn)
+        sampler, steps = sampler_of(settings, self.scheduler), settings.num_inference_steps
+        return self.encoder.decode(sample_images(network, sampler, seeds, self.shape, self.device, steps, settings.eta))

@@ -38,7 +38,7 @@ SETTINGS = [
 
 def drawn(scheduler, **settings) -> np.ndarray:
     unets = ensemble([tiny_unet()], [(0, 1000)])
-    images = sample_images(unets, scheduler, range(4), SHAPE, "cpu", 5, **settings)
+    images = sample_images(unets, make_sampler(scheduler, "ddim", **settings), range(4), SHAPE, "cpu", 5)
     return to_bytes(images).permute(0, 2, 3, 1).numpy().astype(int)
 
 
@@ -106,10 +106,10 @@ def test_predictions_are_clipped(sampler):
     def network(images, timestep, return_dict):
         return (expected.expand_as(images),)
 
-    inputs = (lambda _: network, schedule, [0, 1], (1, 1, 2), "cpu", 10, sampler)
-    torch.testing.assert_close(sample_images(*inputs), expected.expand(2, -1, -1, -1), atol=0.05, rtol=0)
-    clipped = sample_images(*inputs, clip=True)
-    torch.testing.assert_close(clipped, expected.clamp(max=1).expand(2, -1, -1, -1), atol=0.05, rtol=0)
+    for clip, most in ((False, 3), (True, 1)):
+        made = make_sampler(schedule, sampler, clip=clip)
+        images = sample_images(lambda _: network, made, [0, 1], (1, 1, 2), "cpu", 10)
+        torch.testing.assert_close(images, expected.clamp(max=most).expand(2, -1, -1, -1), atol=0.05, rtol=0)
     assert passed_over(schedule, make_sampler(schedule, sampler, clip=True)) == []
 
 

@@ -88,7 +88,7 @@ def record(choose: random.Random, folder: Path) -> Readers:
 def pipeline(choose: random.Random, folder: Path) -> Readers:
     """The JSON files of a pipeline folder."""
     from deme.method.process import process_of
-    from deme.method.sampling import try_sampler
+    from deme.method.sampling import make_sampler, try_sampler
     from deme.models.denoisers import load_denoiser, load_scheduler
     from deme.models.encoder_loading import load_encoder, try_out
     from deme.models.pipelines import find_pipeline
@@ -104,7 +104,8 @@ def pipeline(choose: random.Random, folder: Path) -> Readers:
         unet = load_denoiser(found / "unet")
         scheduler = load_scheduler(found)
         try_out(unet, process_of(scheduler), load_encoder(found, unet))
-        try_sampler(scheduler, choose.choice(["ddim", "pndm", "dpmsolver++", "unipc", "euler"]), 10, (1, 8, 8))
+        sampler = make_sampler(scheduler, choose.choice(["ddim", "pndm", "dpmsolver++", "unipc", "euler"]))
+        try_sampler(sampler, 10, (1, 8, 8))
         (folder / "copy").mkdir()
         write_pipeline_files(folder / "copy", found)
 
