@@ -147,9 +147,21 @@ def merge_by(
     Without a rank a layer's is the sum of those of the LoRAs. All names are those of the weights, which `pretrained`
     has.
     """
-    ranks = {layer: rank or sum(f.rank for _, f in having) for layer, having in by_layer(loras).items()}
-    changes = changes_by(method, pretrained, loras, coefficients)
-    return told((layer, *nearest(change, ranks[layer])) for layer, change in changes)
+    having = by_layer(loras)
+    layers = {layer: pretrained[layer] for layer in having}
+    changed = [Changed(layers, lora) for lora in loras.values()]
+    method.prepare(layers, changed)
+
+    def truncated() -> Iterator[tuple[str, Factors, float | None]]:  # one layer's change in memory at a time
+        for layer, base in layers.items():
+            merged = method.merge_tensor(layer, base, [tensors[layer] for tensors in changed], coefficients[layer])
+            change = merged - base.float()
+            if not torch.isfinite(change).all():
+                raise too_large(layer, coefficients)
+            if change.any():
+                yield layer, *nearest(change, rank or sum(factors.rank for _, factors in having[layer]))
+
+    return told(truncated())
 
 
 def told(truncated: Iterable[tuple[str, Factors, float | None]]) -> Merged:
@@ -185,22 +197,6 @@ def weighted_sums(loras: Mapping[str, Lora], coefficients: Coefficients) -> Iter
         if not all(torch.isfinite(part).all() for part in (factors.up, factors.down)):
             raise too_large(layer, coefficients)
         yield layer, factors
-
-
-def changes_by(
-    method: MergeMethod, pretrained: Tensors, loras: Mapping[str, Lora], coefficients: Coefficients
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a merge method changes in each layer, one of them in memory at a time."""
-    layers = {layer: pretrained[layer] for layer in by_layer(loras)}
-    changed = [Changed(layers, lora) for lora in loras.values()]
-    method.prepare(layers, changed)
-    for layer, base in layers.items():
-        merged = method.merge_tensor(layer, base, [tensors[layer] for tensors in changed], coefficients[layer])
-        change = merged - base.float()
-        if not torch.isfinite(change).all():
-            raise too_large(layer, coefficients)
-        if change.any():
-            yield layer, change
 
 
 def too_large(layer: str, coefficients: Coefficients) -> UserError:
