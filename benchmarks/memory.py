@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.measure import memory_taken, parse
 from benchmarks.report import save
 from deme.report.tables import markdown_table
 
@@ -24,20 +25,14 @@ OUT_OF_MEMORY = 3  # exit status
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a small network and two batch sizes")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", help="images per forward pass")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # one row's settings as JSON: what the child processes do
-    arguments = parser.parse_args()
+    arguments = parse(
+        __doc__,
+        batch_sizes={"type": int, "nargs": "+", "help": "images per forward pass"},
+        measure={"help": argparse.SUPPRESS},  # one row's settings as JSON: what the child processes do
+    )
     if arguments.measure is not None:
         measure(**json.loads(arguments.measure))
         return
-    if arguments.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            parser.error("--device cuda: torch finds no GPU")
     batch_sizes = arguments.batch_sizes or (
         [1, 2] if arguments.quick or arguments.device == "cpu" else [1, 4, 8, 16, 32]
     )
@@ -73,7 +68,6 @@ def measure(mixed_precision: str, gradient_checkpointing: bool, batch_size: int,
     from accelerate import Accelerator
     from diffusers import UNet2DModel
 
-    from benchmarks.measure import memory_taken
     from benchmarks.trainers import make_trainer
     from benchmarks.unets import CHURCH, SMALL
     from deme.config.trainings import Finetune

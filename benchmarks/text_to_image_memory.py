@@ -10,7 +10,6 @@ before: student with projections, teacher in bf16, EMA, AdamW, gradient checkpoi
 bf16, and the teacher shares it.
 """
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
-from benchmarks.measure import memory_taken
+from benchmarks.measure import memory_taken, parse
 from benchmarks.report import save
 from benchmarks.trainers import OBJECTIVE, bare_run
 from benchmarks.unets import STABLE_DIFFUSION
@@ -44,11 +43,7 @@ EXPERTS = 4  # of an ensemble
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--lora", type=int, metavar="RANK")
-    parser.add_argument("--quick", action="store_true", help="a small network")
-    arguments = parser.parse_args()
+    arguments = parse(__doc__, lora={"type": int, "metavar": "RANK"})
     on_gpu = arguments.device == "cuda"
     settings = STABLE_DIFFUSION | {"sample_size": 64 if on_gpu else 16} | (SMALL if arguments.quick else {})
     images = 4 if on_gpu else 1
