@@ -24,6 +24,7 @@ from deme.job.files import atomic_file, make_folder
 from deme.models.averages import merged_folders
 from deme.models.pipelines import denoiser_folder, labels_of
 from deme.models.variants import ModelFiles, find_pretrained
+from deme.models.weights import save_tensors
 
 STREAM = 8  # of the draws, apart from those of trainings and analyses
 Range = tuple[int, int]  # [low, high) of timesteps
@@ -97,10 +98,8 @@ def measured(material: Any, name: str, edges: Range) -> dict[str, Any]:
 
 def write(file: Path, tensors: dict[str, Any], header: dict[str, str]) -> None:
     """Write a network's file."""
-    from safetensors.torch import save_file
-
     with atomic_file(file) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
+        save_tensors(tensors, temporary, header)
     print(f"wrote {file}")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation
@@ -33,6 +33,7 @@ from deme.job.processes import Processes, in_main_process
 from deme.job.repository import found_folder
 from deme.models.encoder_loading import check_filled, check_tokenizer
 from deme.models.pipelines import hub_name
+from deme.models.weights import save_tensors
 
 HELD_OUT_SHARE = 0.2  # of the data, on which the classifier's accuracy is measured
 LARGEST = 32  # pixels: the sides of larger images are halved before the classifier's first stage
@@ -189,7 +190,7 @@ def trained_classifier(config: Config, processes: Processes, source: Source) -> 
         classifier, accuracy = train_classifier(images.batch(range(len(images))), labels, config, processes.device)
         metadata = {"made_from": json.dumps(record), "held_out_accuracy": repr(accuracy)}
         with atomic_file(file) as temporary:
-            save_file(classifier.state_dict(), temporary, metadata)
+            save_tensors(classifier.state_dict(), temporary, metadata)
 
     in_main_process(processes, train)
     classifier, accuracy = load_classifier(file, record)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from deme.config.paths import SUBFOLDERS, UNET
 from deme.errors import UserError, blaming, naming
@@ -24,7 +24,7 @@ from deme.method.lora import Changed, Factors, Lora
 from deme.method.task_vectors import FLOATS, Tensors
 from deme.models.original_names import unet_names
 from deme.models.pipelines import STEMS, denoiser_folder
-from deme.models.weights import load_tensors, weights_hash
+from deme.models.weights import load_tensors, save_tensors, weights_hash
 
 FACTORS = {  # how the names of a layer's tensors end
     ".lora_A.weight": "down",  # PEFT, and diffusers since
@@ -266,4 +266,4 @@ def write_lora(file: Path, lora: Lora, made_from: Mapping[str, Any], kohya: Mapp
             tensors[f"{name}.alpha"] = torch.tensor(float(rank))
         else:
             tensors |= {f"{layer}.lora_A.weight": factors.down, f"{layer}.lora_B.weight": up}
-    save_file({key: value.contiguous() for key, value in tensors.items()}, file, header)
+    save_tensors(tensors, file, header)

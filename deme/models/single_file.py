@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from deme.errors import UserError, blaming, naming, one_line, shown
 from deme.job.files import atomic_file, read_json, sha256
@@ -16,7 +15,7 @@ from deme.job.records import digest_of, made_once
 from deme.models import kinds, pipelines
 from deme.models.original_names import open_clip_name, unet_names, vae_names
 from deme.models.schedules import prediction_type
-from deme.models.weights import load_tensors
+from deme.models.weights import load_tensors, save_tensors
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."  # how the names of a part's tensors begin
 V1_TEXT = "cond_stage_model.transformer."
@@ -86,7 +85,7 @@ def write_single_file(file: Path, pipeline: Path, made_from: Mapping[str, Any]) 
     """Write a pipeline's folder as one file; what it is made from goes into the file's header."""
     header = {"format": "pt", **{key: json.dumps(value, ensure_ascii=False) for key, value in made_from.items()}}
     with atomic_file(file) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in original_tensors(pipeline).items()}, temporary, header)
+        save_tensors(original_tensors(pipeline), temporary, header)
 
 
 def open_single_file(file: Path, config: Path | None, folders: Path) -> Path:

@@ -5,8 +5,10 @@ Only reading tensors imports torch.
 
 import functools
 import hashlib
+import json
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +80,21 @@ def load_tensors(folder: Path, stem: str = STEM) -> dict[str, Any]:
                 content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
             tensors |= {todays_name(name): tensor for name, tensor in content.items()}
     return tensors
+
+
+def save_tensors(tensors: Mapping[str, Any], file: Path, header: dict[str, str]) -> None:
+    """Write a safetensors file; the same tensors and header give the same bytes.
+
+    safetensors orders a header's entries at random, so that files of the same content would have different hashes.
+    """
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, header)
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        content = json.loads(opened.read(size))
+        content["__metadata__"] = dict(sorted(content["__metadata__"].items()))
+        ordered = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(ordered) <= size:  # else safetensors has written it in another form: the file stays as it is
+            opened.seek(8)
+            opened.write(ordered.ljust(size))

@@ -6,6 +6,9 @@ import pytest
 import torch
 from conftest import PICKLED_WEIGHTS, REPOSITORY, old_name, run
 from diffusers import DDIMPipeline, UNet2DModel
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deme.config.reading import load_config
@@ -14,7 +17,7 @@ from deme.models.denoisers import load_denoiser, load_scheduler, with_projection
 from deme.models.pipelines import denoiser_folder, find_pipeline
 from deme.models.searched import prediction_scales
 from deme.models.variants import find_model
-from deme.models.weights import WEIGHTS, load_tensors
+from deme.models.weights import WEIGHTS, load_tensors, save_tensors
 from deme.projection import ProjectedUNet2DModel
 
 
@@ -146,3 +149,16 @@ def test_a_file_of_scales_must_hold_one_positive_number_of_each_range(tmp_path, 
     assert prediction_scales(config) == [(0, 500, 0.5), (500, 1000, 1.25)]
     whole = load_config(REPOSITORY / "configs/digits.yaml", [given[1], "sample.prediction_scale=2"])
     assert prediction_scales(whole) == [(0, 1000, 2.0)]
+
+
+@given(some.dictionaries(some.text(max_size=8), some.text(max_size=20), min_size=1, max_size=6))
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_equal_tensors_and_headers_give_equal_files(tmp_path, header):
+    """Of any characters; safetensors reads what was written."""
+    tensors = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.zeros((), dtype=torch.float16)}
+    for name in ("one", "two"):
+        save_tensors(tensors, tmp_path / name, header)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    with safe_open(tmp_path / "one", framework="pt") as file:
+        assert file.metadata() == header
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
