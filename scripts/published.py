@@ -40,20 +40,10 @@ class Inert:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
+    def ignore(self, *_content: Any) -> None:
+        """Whatever a dictionary, a list or a set would be filled with."""
 
-    def append(self, item: Any) -> None:
-        """As a list would be filled."""
-        pass
-
-    def extend(self, items: Any) -> None:
-        """As a list would be filled."""
-        pass
-
-    def add(self, item: Any) -> None:
-        """As a set would be filled."""
-        pass
+    __setitem__ = append = extend = add = ignore
 
 
 class Rebuild:
