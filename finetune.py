@@ -75,14 +75,21 @@ def expert(config: Config, number: int) -> Task:
     return Task(objective, settings, config.model.projection)
 
 
+def plain(config: Config, name: str, *stream: int) -> Task:
+    """Training on all timesteps without a teacher; the numbers tell its draws apart from those of other tasks."""
+    settings = replace(config.finetune, global_probability=1.0, consistency_weight=0.0)
+    whole = [(0, config.timesteps.num_train_timesteps)]
+    return Task(Objective(name, (config.seed, *stream), whole, global_probability=1.0), settings)
+
+
 def control(config: Config, name: str = CONTINUED) -> Task:
     """The control or a baseline: training on all timesteps without a teacher, at the cost of all ranges together.
 
     All of them see the same images. All but ANT-UW, which spreads its timesteps over the ranges, also see the same
     timesteps and noise.
     """
-    settings = replace(config.finetune, max_steps=config.steps_of(name), global_probability=1.0, consistency_weight=0.0)
-    objective = Objective(name, (config.seed, 1), [(0, config.timesteps.num_train_timesteps)], global_probability=1.0)
+    task = plain(config, name, 1)
+    objective, settings = task.objective, replace(task.settings, max_steps=config.steps_of(name))
     if name == ANT_UW:
         rate = settings.uncertainty_learning_rate
         ranges = config.timesteps.ranges
@@ -107,22 +114,18 @@ def distillation(config: Config) -> Task:
 
 def self_training(config: Config) -> list[Task]:
     """Plain training on samples of the pretrained network: one copy for all timesteps, or one for each range."""
+    if not config.self_training.ranges:
+        return [plain(config, SELF, 5)]
     settings = replace(config.finetune, consistency_weight=0.0)
-    if config.self_training.ranges:
-        return [
-            Task(Objective(name, (config.seed, 5, *edges), [edges], settings.global_probability), settings)
-            for name, edges in zip(config.self_trained_names, config.timesteps.ranges, strict=True)
-        ]
-    whole = [(0, config.timesteps.num_train_timesteps)]
-    return [Task(Objective(SELF, (config.seed, 5), whole, 1.0), replace(settings, global_probability=1.0))]
+    return [
+        Task(Objective(name, (config.seed, 5, *edges), [edges], settings.global_probability), settings)
+        for name, edges in zip(config.self_trained_names, config.timesteps.ranges, strict=True)
+    ]
 
 
 def soup(config: Config) -> list[Task]:
     """As many copies as there are ranges, each trained plainly on all timesteps, with images and draws of its own."""
-    settings = replace(config.finetune, global_probability=1.0, consistency_weight=0.0)
-    whole = [(0, config.timesteps.num_train_timesteps)]
-    names = enumerate(config.soup_names)
-    return [Task(Objective(name, (config.seed, 6, number), whole, 1.0), settings) for number, name in names]
+    return [plain(config, name, 6, number) for number, name in enumerate(config.soup_names)]
 
 
 def chosen_tasks(config: Config) -> list[Task]:
