@@ -1,11 +1,10 @@
 """The ways to search, from cheap answers to a few candidates on many images, and what the result is worth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,19 @@ import numpy as np
 
 from deme.config.experiment import Config
 from deme.config.paths import with_schedule, without_schedule
-from deme.config.trainings import CONTINUED, DISTILLED, EMA_WIDTH, SELF
+from deme.config.trainings import CONTINUED, DISTILLED, EMA_WIDTH
 from deme.errors import UserError, naming
 from deme.job.files import read_json
 from deme.job.processes import in_main_process, locked_by_all
 from deme.measure.scores import Difference, Score, compared, load_scores, save_scores, score
 from deme.method.sampling import NetworkAt
 from deme.method.task_vectors import PUBLISHED
-from deme.models.searched import read_searched
 from deme.models.weights import weights_hash
 from deme.search.least_squares import Evaluated, closed_form, gradient_descent
 from deme.search.problem import Problem
+from deme.search.starts import first_candidates, grid, line, spread, starts
 from deme.search.study import Study, distinct, is_at, open_by_all
 
-UNIFORM = (0.5, 1.0)  # beside 1 / the number of ranges
-LONGER = 2.0  # the closed form, times this: it matches the experts, whose directions may be worth more
-LINE = 8  # candidates along the line of self-trained networks
 VALUE = attrgetter("value")
 PAIR = ("pretrained", "best")  # that are scored with every schedule
 TRAINED = (CONTINUED, DISTILLED)  # networks that a result has to beat, too
@@ -125,87 +121,6 @@ def _cheap_answer(problem: Problem, folder: Path, by_gradient: bool) -> list[Eva
         held_out = problem.squares(objective, "held-out")
         file = folder / f"gradient-{objective}.npz"
         return gradient_descent(squares, held_out, settings, start, file, rows[-1].passes)
-
-
-# --- where a study starts
-
-
-def starts(problem: Problem) -> list[np.ndarray]:
-    """The coefficients in the files of `search.start`, each alone, then the sum of all if it is within the bounds.
-
-    A search of some of the networks leaves the others at 0; one without groups holds for every group.
-    """
-    own, rows = list(map(weights_hash, problem.config.paths.finetuned)), []
-    low, high = np.transpose(problem.bounds).reshape(2, *problem.shape)
-    for file in problem.settings.start:
-        with naming("search.start", file):
-            earlier = read_searched(Path(file))
-            groups, networks, row = earlier.coefficients, earlier.finetuned or [], np.zeros(problem.shape)
-            if not networks or not set(networks) <= set(own):
-                raise UserError("found for other networks than those of merge.experts")
-            for number, pattern in enumerate(problem.patterns):
-                values = groups.get(pattern, next(iter(groups.values())) if len(groups) == 1 else None)
-                if values is None or len(values) != len(networks):
-                    raise UserError(f"has no {len(networks)} coefficients for {pattern}")
-                row[number, list(map(own.index, networks))] = values
-            if len(groups) > 1 and set(groups) != set(problem.patterns):
-                raise UserError("has other groups of tensors than search.groups")
-            if not problem.settings.grow_bounds and ((row < low).any() or (row > high).any()):
-                raise UserError("coefficients outside of search.bounds or search.self_bounds")
-            rows.append(row)
-    both = sum(rows)
-    fits = problem.settings.grow_bounds or ((low <= both).all() and (both <= high).all())
-    return [*rows, both] if len(rows) > 1 and fits else rows
-
-
-def line(config: Config, shape: tuple[int, int]) -> list[np.ndarray]:
-    """The pretrained network, and LINE equal coefficients of all self-trained networks down to their lower bound.
-
-    The distance falls smoothly along this line and rises again. If others are merged, too, half of the candidates add
-    them uniformly. Without self-trained networks these are the first candidates of the ranges' experts, less the cheap
-    answers.
-    """
-    is_self = np.array([network.word == SELF for network in config.merged_networks])
-    if not is_self.any():
-        return first_candidates(np.zeros(shape), config.search.interval)
-    values, usual = np.linspace(0, config.search.self_interval[0], LINE + 1), config.usual_coefficients
-    rows = [np.where(is_self, value, number % 2 * np.array(usual)) for number, value in enumerate(values)]
-    return [np.broadcast_to(row, shape) for row in rows]
-
-
-def grid(count: int, bounds: Sequence[tuple[float, float]], shape: tuple[int, int]) -> list[np.ndarray]:
-    """A grid of at most `count` points over the bounds, their ends included."""
-    dimensions = len(bounds)
-    values = int(count ** (1 / dimensions) + 1e-9)  # per coefficient
-    if values < 2:
-        raise UserError(f"a grid of {dimensions} coefficients has at least 2 ** {dimensions} candidates")
-    return [np.reshape(point, shape) for point in product(*(np.linspace(*pair, values) for pair in bounds))]
-
-
-def first_candidates(cheap: np.ndarray, interval: tuple[float, float], is_few: bool = False) -> list[np.ndarray]:
-    """The pretrained network, the cheap answer, uniform and published coefficients, if they are within the bounds.
-
-    The few lack the published coefficients, and of the uniform ones all but 1 / the number of ranges.
-    """
-    ranges = cheap.shape[1]
-    rows = [np.zeros_like(cheap), cheap, np.clip(LONGER * cheap, *interval)]
-    rows += [np.full(cheap.shape, value) for value in (1 / ranges, *([] if is_few else UNIFORM))]
-    if len(PUBLISHED) == ranges and not is_few:
-        rows.append(np.broadcast_to(PUBLISHED, cheap.shape))
-    low, high = interval
-    return distinct(row for row in rows if low <= row.min() and row.max() <= high)
-
-
-def spread(
-    count: int, bounds: Sequence[tuple[float, float]], shape: tuple[int, int], stream: Sequence[int]
-) -> list[np.ndarray]:
-    """So many candidates all over the bounds, by Latin hypercube sampling (McKay, Beckman and Conover 1979)."""
-    random = np.random.default_rng((*stream, count))
-    cells = np.stack([random.permutation(count) for _ in bounds], axis=-1)  # each part of an interval holds one
-    low, high = np.transpose(bounds)
-    return [
-        np.reshape(low + (high - low) * point, shape) for point in (cells + random.random(cells.shape)) / max(1, count)
-    ]
 
 
 # --- what the result is worth: it and what it has to beat, on seeds that no candidate was drawn from

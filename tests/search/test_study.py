@@ -20,8 +20,9 @@ from deme.measure.scores import Score, compared
 from deme.models.variants import write_denoiser
 from deme.models.weights import weights_hash
 from deme.search.least_squares import Evaluated
+from deme.search.starts import first_candidates, grid, spread, starts
 from deme.search.study import Study, grown, open_storage
-from deme.search.ways import Result, first_candidates, grid, spread, starts, verdict
+from deme.search.ways import Result, verdict
 
 FIRST = [np.zeros((1, 2)), np.full((1, 2), 0.25)]
 COUNTS = {"tpe": 7, "gp": 5, "random": 4, "grid": 4}
@@ -321,19 +322,19 @@ def test_the_report_says_whether_the_gain_carries_over_to_other_schedules():
 
 def test_other_searches_are_where_a_study_starts(tmp_path):
     """One network's coefficients hold for every group; both files together are tried, too."""
-    folders = [tmp_path / name / "unet" for name in ("expert", "own")]
+    folders = [tmp_path / name / "unet" for name in ("expert", "own", "pretrained")]
     for seed, folder in enumerate(folders):
         write_denoiser(folder.parent, {"weight": torch.full((2,), float(seed))}, {})
-    expert, own = map(weights_hash, folders)
+    expert, own, _ = map(weights_hash, folders)
 
     def start(*files: dict, grows: bool = False) -> list[list[list[float]]]:
         paths = [tmp_path / f"{number}.yaml" for number in range(len(files))]
         for path, content in zip(paths, files, strict=True):
             path.write_text(yaml.safe_dump(content))
         settings = SimpleNamespace(start=list(map(str, paths)), grow_bounds=grows)
-        config = SimpleNamespace(paths=SimpleNamespace(finetuned=folders))
-        bounds = [(0.0, 1.5), (-3.0, 0.5)] * 2
-        problem = SimpleNamespace(config=config, settings=settings, patterns=["a.*", "*"], shape=(2, 2), bounds=bounds)
+        config = SimpleNamespace(paths=SimpleNamespace(finetuned=folders[:2]))
+        problem = SimpleNamespace(config=config, settings=settings, patterns=["a.*", "*"], shape=(2, 2))
+        problem.bounds, problem.pipeline = [(0.0, 1.5), (-3.0, 0.5)] * 2, folders[2].parent
         return [row.tolist() for row in starts(problem)]
 
     by_group = {"coefficients": {"a.*": [0.25], "*": [1.0]}, "finetuned": [expert]}
@@ -348,6 +349,10 @@ def test_other_searches_are_where_a_study_starts(tmp_path):
         "has no 1 coefficients for a": {"coefficients": {"b.*": [1.0], "*": [1.0]}, "finetuned": [expert]},
         "has other groups": {"coefficients": {"a.*": [1.0], "b.*": [1.0], "*": [1.0]}, "finetuned": [expert]},
         "outside of search.bounds": {"coefficients": {"*": [1.6]}, "finetuned": [expert]},
+        "for other networks than model.pretrained": whole | {"pretrained": expert},
     }.items():
         with pytest.raises(UserError, match=f"search.start=.*0.yaml: .*{reason}"):
             start(content)
+    folders[1] = folders[0]
+    with pytest.raises(UserError, match="have equal weights"):
+        start(by_group)
