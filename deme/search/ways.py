@@ -23,7 +23,7 @@ from deme.method.task_vectors import PUBLISHED
 from deme.models.weights import weights_hash
 from deme.search.least_squares import Evaluated, closed_form, gradient_descent
 from deme.search.problem import Problem
-from deme.search.starts import first_candidates, grid, line, spread, starts
+from deme.search.starts import LINE, first_candidates, grid, line, spread, starts
 from deme.search.study import Study, distinct, is_at, open_by_all
 
 VALUE = attrgetter("value")
