@@ -24,7 +24,7 @@ from deme.config.networks import RANDOM, TRAJECTORY, makes_lora
 from deme.config.schedules import other_schedules
 from deme.config.sections import Sample
 from deme.config.trainings import CONTINUED, DISTILLED, NEON, SELF, SOUP, Finetune
-from deme.errors import UserError
+from deme.errors import UserError, naming
 from deme.job.command import run_script
 from deme.job.files import read_json
 from deme.models.kinds import WAN, denoiser_class, is_xl, num_classes, text_width
@@ -182,9 +182,12 @@ def operations(config: Config, size: Size) -> dict[str, float]:
     schedules = config.schedules_of(search)
     searched *= config.needs_search and (search.objective == "fd" or has_finals)  # others draw no images
     reported = config.needs_search * search.report_images * REPORTED
-    others = other_schedules(config)
-    also = [*schedules, *others] if search.schedules or others else []
-    pairs = 2 * config.needs_search * search.report_images * sum(map(size.passes, also))
+    others = 0
+    for one in other_schedules(config):
+        with suppress(UserError):  # a report leaves out what the noise schedule lacks
+            others += size.passes(one)
+    also = sum(map(size.passes, schedules)) + others if search.schedules or others else 0
+    pairs = 2 * config.needs_search * search.report_images * also
     of_sample = config.schedules_of(config.sample)
     of_schedule = len(size.models) * config.sample.num_images
     drawn = of_schedule * len(of_sample)
@@ -218,16 +221,15 @@ def from_environment(name: str, default: float) -> float:
 
 
 def passes_through(pipeline: Path) -> Callable[[Sample], int]:
-    """How many passes through a pipeline's network an image takes; none by a sampler that the noise schedule lacks."""
+    """How many passes through a pipeline's network an image takes."""
     from deme.models.denoisers import load_scheduler
     from deme.models.drawing import passes_of
 
     scheduler, takes_condition = load_scheduler(pipeline), takes_text(pipeline) or labels_of(pipeline) > 0
 
     def passes(settings: Sample) -> int:
-        with suppress(UserError):
+        with naming("sample.scheduler", settings.scheduler):
             return passes_of(settings, scheduler, takes_condition)
-        return 0
 
     return passes
 

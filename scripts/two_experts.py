@@ -18,6 +18,7 @@ import json
 
 from deme.config.experiment import Config
 from deme.config.networks import is_lora
+from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import atomic_folder, locked, read_json
 from deme.models.kinds import SECOND, WAN, denoiser_class, look_up
@@ -39,9 +40,12 @@ def main(config: Config) -> None:
     low, high = check_trained(config.experts)
     base = denoiser_folder(pretrained)
     look_up(f"{base}: the network", denoiser_class(read_json(base / "config.json")), (WAN,))
+    if output.exists():
+        raise UserError(f"{output}: exists; delete it first")
     with locked(output, "output_dir"), atomic_folder(output) as temporary:
         for path, subfolder in ((high, "transformer"), (low, SECOND)):
             settings = read_json((base if is_lora(path) else path) / "config.json")
+            look_up(f"{path}: the network", settings.get("_class_name"), (WAN,))  # plain diffusers knows no projections
             settings.pop("_name_or_path", None)  # a path of the machine that trained it
             write_denoiser(temporary, dict(load_changed(pretrained, path)), settings, subfolder)
         write_pipeline_files(temporary, pretrained)

@@ -86,7 +86,8 @@ def load_model(
     for one, stepper in zip(schedules, try_samplers(schedules, scheduler, shape, key), strict=True):
         if ignored := passed_over(scheduler, stepper):
             told = f"sample.scheduler={one.scheduler} has no {', '.join(ignored)} of the noise schedule"
-            processes.print(f"{told}; sample.clip=true may stand for it" if "clip_sample=true" in ignored else told)
+            can_clip = "clip_sample=true" in ignored and "thresholding" in stepper.config
+            processes.print(f"{told}; sample.clip=true may stand for it" if can_clip else told)
     denoisers = [freeze(denoiser, processes.device, settings.mixed_precision) for denoiser in denoisers]
     encoder.prepare(processes.device, settings.mixed_precision)
     drawings = [Drawing(scheduler, encoder, one, shape, processes.device, scales) for one in schedules]

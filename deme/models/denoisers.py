@@ -28,6 +28,7 @@ from deme.models.weights import load_tensors, weights_files
 logging.getLogger("diffusers.configuration_utils").addFilter(
     lambda record: "DiscreteScheduler, but are not expected" not in record.getMessage()
 )
+CONVOLUTIONS_AND_LINEAR = (nn.Conv2d, nn.Conv3d, nn.Linear)
 LEAST_PACKED_WIDTH = 128  # channels of a network's widest convolution; below, packing gains nothing
 AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -212,13 +213,11 @@ def compute_in(dtype: torch.dtype, network: nn.Module, whole: bool) -> None:
     what the network's class keeps in float32.
     """
     kept = {*(getattr(network, "_keep_in_fp32_modules", None) or ())}
-    tensors = [*network.named_parameters(), *network.named_buffers()]
-    kept_data = [(tensor, tensor.data) for name, tensor in tensors if not kept.isdisjoint(name.split("."))]
-    for module in network.modules():
-        if whole or isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)):
-            nn.Module.to(module, dtype)  # diffusers' own warns
-    for tensor, data in kept_data:
-        tensor.data = data
+    for name, module in network.named_modules():
+        own = module._parameters | module._buffers if whole or isinstance(module, CONVOLUTIONS_AND_LINEAR) else {}
+        for key, tensor in own.items():
+            if tensor is not None and tensor.is_floating_point() and kept.isdisjoint((*name.split("."), key)):
+                tensor.data = tensor.data.to(dtype)
     network.forward = functools.partial(_predict, network.forward, dtype, whole)
 
 

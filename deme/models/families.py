@@ -117,7 +117,8 @@ class FramesAndText(LatentsAndText):
     """The same for Wan (2025): an image is a video of one frame, and UMT5 reads the text.
 
     Each channel of the latents has a mean and a standard deviation. As in the pipeline, whitespace and HTML entities of
-    texts are replaced, and the hidden states behind a text are zeros. The VAE is in float32.
+    texts are replaced, and the hidden states behind a text are zeros; what ftfy repairs, where it is installed, is not.
+    The VAE is in float32.
     """
 
     def _set_latents(self, settings: Mapping[str, Any]) -> None:

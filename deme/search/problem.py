@@ -186,6 +186,7 @@ class Problem:
         conditions = hashlib.sha256(json.dumps(plain.conditions).encode()).hexdigest()
         return {
             "seeds": [seeds.start, seeds.stop],
+            "shape": list(drawing.shape),
             "sample": drawing.settings.tagged("samples") | {"prediction_scale": list(drawing.scales)},
             "prompts or labels (SHA-256)": conditions,
             "rounding": [drawing.settings.batch_size, processes.num_processes, processes.device.type],

@@ -203,6 +203,11 @@ def test_bf16_changes_predictions_by_rounding_alone(request, family, whole):
         torch.testing.assert_close(load_encoder(folder, projected).condition(PROMPTS[:2]), condition)
         torch.testing.assert_close(projected(inputs, torch.tensor(700.5), **condition).sample, expected)
         compute_in(torch.bfloat16, projected, whole)
+        kept = (*(projected._keep_in_fp32_modules or ()),)
+        tensors = {**dict(projected.named_parameters()), **dict(projected.named_buffers())}
+        assert torch.bfloat16 in {tensor.dtype for tensor in tensors.values()}
+        for name, tensor in tensors.items():
+            assert tensor.dtype is torch.float32 or kept == () or {*kept}.isdisjoint(name.split(".")), name
         found = projected(inputs, torch.tensor(700.5), **condition).sample.float()
     assert (found - expected).norm() < 0.03 * expected.norm()
 
@@ -327,6 +332,7 @@ def test_two_experts_in_one_pipeline(wan, config_file, own_images, tmp_path):
     run("finetune.py", config_file)
     pair = tmp_path / "tiny" / "two-experts"
     run("scripts/two_experts.py", config_file)
+    assert "two-experts: exists; delete it first" in run("scripts/two_experts.py", config_file, status=2).stderr
     run("sample_ddp.py", config_file, "sample.model=ensemble")
     run("sample_ddp.py", config_file, f"sample.model={pair}", f"sample.output={tmp_path / 'pair'}")
     found = np.stack(list(images(tmp_path / "tiny" / "samples" / "ensemble").values()))

@@ -7,11 +7,13 @@ from accelerate import Accelerator
 from conftest import tiny_unet
 from noisy_images import RANGES, probes, squares
 
+from deme.config.sections import Sample
 from deme.errors import UserError
 from deme.measure.scores import FeatureSpace, Reference, frechet_distance, statistics
 from deme.method.task_vectors import Candidates
 from deme.search.distance import FrechetDistance
 from deme.search.least_squares import LOSS_BINS, Squares
+from deme.search.problem import Problem
 
 BASE = tiny_unet().state_dict()
 ZEROS = np.zeros((1, 2))
@@ -146,3 +148,15 @@ def test_a_control_lets_few_images_tell_as_much_as_many():
         errors["without"].append(plain(few) - plain(CANDIDATE))
     with_control, without = (np.sqrt(np.mean(np.square(found))) for found in errors.values())
     assert with_control < 0.1 * without
+
+
+def test_images_of_another_size_are_another_control():
+    """Where the network takes any size, no other setting tells."""
+    processes = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+
+    def drawn_from(side: int) -> dict:
+        drawing = SimpleNamespace(settings=Sample(), scales=(), shape=(16, side, side))
+        plain = SimpleNamespace(drawing=drawing, conditions=[], space=SimpleNamespace(made_from={}))
+        return Problem._drawn_from(SimpleNamespace(processes=processes), plain, range(8))
+
+    assert drawn_from(32) == drawn_from(32) != drawn_from(64)
