@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 
 def test_digits_are_all_there(tmp_path):
-    images, _ = load_training_images(open_source(Data()), 1, tmp_path)
+    images = load_training_images(open_source(Data()), 1, tmp_path).training
     batch = images.batch(np.arange(len(images)), random_state())
     assert batch.shape == (1797, 1, 8, 8)
     assert batch.dtype == torch.uint8
@@ -54,7 +54,7 @@ def test_evaluation_images_are_rgb_with_labels(tmp_path):
 
 
 def test_an_image_folder_is_resized_to_its_shorter_side_and_cropped(folder, tmp_path):
-    images, _ = load_training_images(open_source(Data(name=folder, resolution=3)), 3, tmp_path)
+    images = load_training_images(open_source(Data(name=folder, resolution=3)), 3, tmp_path).training
     assert sorted(image.shape for image in images.images) == [(3, 4, 3), (4, 3, 3)]
     assert images.batch(np.array([0, 1]), random_state()).shape == (2, 3, 3, 3)
     images, labels = load_evaluation_images(open_source(Data(name=folder, resolution=3)), tmp_path)
@@ -63,7 +63,7 @@ def test_an_image_folder_is_resized_to_its_shorter_side_and_cropped(folder, tmp_
 
 
 def test_small_images_are_enlarged(folder, tmp_path):
-    images, _ = load_training_images(open_source(Data(name=folder, resolution=32)), 1, tmp_path)
+    images = load_training_images(open_source(Data(name=folder, resolution=32)), 1, tmp_path).training
     assert images.batch(np.array([0]), random_state()).shape == (1, 1, 32, 32)
 
 
@@ -322,13 +322,13 @@ def test_parquet_and_arrow_folders_are_read(folder, tmp_path):
 
 def test_the_file_cache_holds_the_same_images_and_is_built_once(folder, tmp_path, monkeypatch):
     """cache_gb: 0 maps a file; the second time nothing is decoded; other preprocessing makes another file."""
-    in_memory, _ = load_training_images(open_source(Data(name=folder)), 3, tmp_path / "cache")
+    in_memory = load_training_images(open_source(Data(name=folder)), 3, tmp_path / "cache").training
     assert not (tmp_path / "cache").exists()
-    mapped, _ = load_training_images(open_source(Data(name=folder, cache_gb=0)), 3, tmp_path / "cache")
+    mapped = load_training_images(open_source(Data(name=folder, cache_gb=0)), 3, tmp_path / "cache").training
     for one, other in zip(in_memory.images, mapped.images, strict=True):
         assert np.array_equal(one, other)
     monkeypatch.setattr("deme.data.decoding.decode_image", lambda *_: pytest.fail("decoded again"))
-    again, _ = load_training_images(open_source(Data(name=folder, cache_gb=0)), 3, tmp_path / "cache")
+    again = load_training_images(open_source(Data(name=folder, cache_gb=0)), 3, tmp_path / "cache").training
     assert torch.equal(again.batch([0, 1], random_state()), in_memory.batch([0, 1], random_state()))
     monkeypatch.undo()
     load_training_images(open_source(Data(name=folder, cache_gb=0, resolution=4)), 3, tmp_path / "cache")
@@ -342,9 +342,9 @@ def test_held_out_images_are_the_same_for_all_and_never_trained_on(tmp_path):
     def found(images) -> list[bytes]:
         return [image.numpy().tobytes() for image in images.batch(range(len(images)), random_state())]
 
-    everything, none = load_training_images(open_source(Data()), 1, tmp_path)
+    everything, none, _ = load_training_images(open_source(Data()), 1, tmp_path)
     assert len(none) == 0
-    training, held_out = load_training_images(open_source(Data(held_out_images=100)), 1, tmp_path)
+    training, held_out, _ = load_training_images(open_source(Data(held_out_images=100)), 1, tmp_path)
     assert (len(training), len(held_out)) == (1697, 100)
     assert sorted(found(training) + found(held_out)) == sorted(found(everything))
     assert found(load_training_images(open_source(Data(held_out_images=100)), 1, tmp_path)[1]) == found(held_out)
