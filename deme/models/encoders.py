@@ -10,6 +10,7 @@ from torch import nn
 
 from deme.errors import RunError, UserError
 from deme.models.denoisers import AUTOCAST_TYPES, memory_format
+from deme.models.kinds import vae_factor
 
 CHANNELS = (1, 3)  # of images: grayscale and RGB
 CODED_AT_ONCE = 4  # images: a VAE takes many times a UNet's memory for each
@@ -115,15 +116,15 @@ class LatentsAndText:
         self.text_encoders = [part.eval().requires_grad_(False) for part in text_encoders]
         self.tokenizers = tokenizers
         self.image_channels = vae.config.in_channels
+        self.factor = vae_factor(vae.config)
         self._set_latents(vae.config)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.has_warned = os.environ.get("RANK", "0") != "0"  # one process does
 
     def _set_latents(self, settings: Mapping[str, Any]) -> None:
-        """Set the latents' channels, size and scale by the VAE's settings."""
+        """Set the latents' channels and scale by the VAE's settings."""
         self.channels = settings["latent_channels"]
         self.scale, self.shift = settings["scaling_factor"], settings.get("shift_factor") or 0.0
-        self.factor = 2 ** (len(settings.get("encoder_block_out_channels", settings.get("block_out_channels"))) - 1)
 
     def prepare(self, device: torch.device, mixed_precision: str) -> None:
         """Set the device and, on a GPU, the type. Parts move there when they are used."""

@@ -122,7 +122,7 @@ class FramesAndText(LatentsAndText):
     """
 
     def _set_latents(self, settings: Mapping[str, Any]) -> None:
-        self.channels, self.factor = settings["z_dim"], 2 ** (len(settings["dim_mult"]) - 1)
+        self.channels = settings["z_dim"]
         mean, deviation = (torch.tensor(settings[key])[:, None, None] for key in ("latents_mean", "latents_std"))
         self.scale, self.shift = 1 / deviation, mean
 

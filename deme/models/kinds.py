@@ -92,6 +92,7 @@ SETTINGS = {  # supported values, as of a denoiser's
     },
     "vae": {"latents_mean": (None,), "latents_std": (None,)},  # the pipelines ignore both
 }
+OF_BLOCKS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")  # settings of VAEs with an entry for each
 WAN_PATCH = [1, 2, 2]  # frames, height and width of a patch by default
 OF_WAN_VAE = {"patch_size": (None,)}  # else it is that of Wan 2.2's 5 B parameters
 
@@ -169,6 +170,15 @@ def check_settings(part: str, settings: Mapping[str, Any]) -> None:
         raise UserError(f"scaling_factor={shown(scale)}: must be a finite number other than 0")
     if part == "vae" and shift is not None and not is_finite(shift):
         raise UserError(f"shift_factor={shown(shift)}: must be a finite number")
+
+
+def vae_factor(vae: Mapping[str, Any]) -> int:
+    """Pixels per entry of a latent, along each side, by the VAE's settings: it halves the size after each block."""
+    key = next((key for key in OF_BLOCKS if key in vae), OF_BLOCKS[0])
+    blocks = vae.get(key)
+    if not isinstance(blocks, (list, tuple)) or not 1 <= len(blocks) <= 16:
+        raise UserError(f"{key}={blocks}")
+    return 2 ** (len(blocks) - 1)
 
 
 def check_statistics(vae: Mapping[str, Any]) -> None:

@@ -35,11 +35,11 @@ from deme.models.kinds import (
     num_classes,
     parts_between,
     read_part,
+    vae_factor,
 )
 from deme.models.schedules import FLOW, prediction_type
 from deme.models.weights import FORMS, STEM, VARIANTS, has_weights, weights_files
 
-OF_BLOCKS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")  # settings of VAEs with an entry for each
 TOKENIZER_FILES = ("json", "txt", "model")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 STEMS = {**dict.fromkeys((*SUBFOLDERS, "vae"), STEM), **dict.fromkeys(TEXT_ENCODERS, "model")}  # of parts with weights
@@ -281,9 +281,5 @@ def latent_factor(pipeline: Path) -> int:
     if not has_latents(pipeline):
         return 1
     file = pipeline / "vae" / "config.json"
-    settings = read_json(file)
-    key = next((key for key in OF_BLOCKS if key in settings), OF_BLOCKS[0])
-    blocks = settings.get(key)
-    if not isinstance(blocks, list) or not 1 <= len(blocks) <= 16:
-        raise UserError(f"{file}: {key}={blocks}")
-    return 2 ** (len(blocks) - 1)
+    with naming(file):
+        return vae_factor(read_json(file))

@@ -92,27 +92,26 @@ def test_images_are_those_of_stable_diffusion_3(tmp_path, settings):
     assert_drawn_alike(found, pipeline, height=8, width=8, latents=latents(shape), **guidance)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmsolver++"])
-def test_images_are_those_of_sana(sana, sampler):
-    """From the same latents, prompts and schedule, to one grey level; DPM++ is that of the pipeline's own scheduler."""
-    shape, guidance = (4, 16, 16), {"guidance_scale": 4.5, "num_inference_steps": 3}
-    found = drawn(sana, Sample(**guidance, scheduler=sampler, negative_prompt="blurred"), shape)
-    pipeline = SanaPipeline.from_pretrained(sana)
+@pytest.mark.parametrize(
+    ("family", "kind", "scale", "sampler"),
+    [
+        ("sana", SanaPipeline, 4.5, "euler"),
+        ("sana", SanaPipeline, 4.5, "dpmsolver++"),
+        ("wan", WanPipeline, 5.0, "euler"),
+        ("wan", WanPipeline, 5.0, "unipc"),
+    ],
+)
+def test_images_are_those_of_sana_and_single_frames_of_wan(request, family, kind, scale, sampler):
+    """From the same latents, prompts and schedule, to one grey level; DPM++ and UniPC are the pipelines' own."""
+    folder, shape = request.getfixturevalue(family), (4, 16, 16) if family == "sana" else (4, 8, 8)
+    guidance = {"guidance_scale": scale, "num_inference_steps": 3}
+    found = drawn(folder, Sample(**guidance, scheduler=sampler, negative_prompt="blurred"), shape)
+    pipeline = kind.from_pretrained(folder)
     if sampler == "euler":
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     given = {"height": 32, "width": 32, "use_resolution_binning": False, "latents": latents(shape)}
-    assert_drawn_alike(found, pipeline, **given, **guidance)
-
-
-@pytest.mark.parametrize("sampler", ["unipc", "euler"])
-def test_images_are_single_frames_of_wan(wan, sampler):
-    """From the same latents, prompts and schedule, to one grey level; UniPC is the pipeline's own."""
-    shape, guidance = (4, 8, 8), {"guidance_scale": 5.0, "num_inference_steps": 3}
-    found = drawn(wan, Sample(**guidance, scheduler=sampler, negative_prompt="blurred"), shape)
-    pipeline = WanPipeline.from_pretrained(wan)
-    if sampler == "euler":
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    given = {"height": 16, "width": 16, "num_frames": 1, "latents": latents(shape)[:, :, None]}
+    if family == "wan":
+        given = {"height": 16, "width": 16, "num_frames": 1, "latents": latents(shape)[:, :, None]}
     assert_drawn_alike(found, pipeline, **given, **guidance)
 
 
