@@ -14,7 +14,7 @@ samples, which hold prompts.jsonl, also get a CLIP score. Prints a table, writes
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,7 +101,7 @@ def score_samples(
 ) -> "Score | None":
     """The scores of all images together and of each block, in seed order; None in all but the main process."""
     from deme.data.decoding import available_threads
-    from deme.data.samples import read_images
+    from deme.data.samples import drawn_by, read_images
     from deme.measure.features import extract
     from deme.measure.scores import score
 
@@ -115,8 +115,9 @@ def score_samples(
     if not accelerator.is_main_process:
         return None
     record = read_record(SAMPLES, samples.folder)
-    weights = None if record is None else record.made_from.get("weights")
-    return score(samples.folder, weights, features, space, settings.blocks, scores)
+    made_from = {} if record is None else record.made_from
+    row = score(samples.folder, made_from.get("weights"), features, space, settings.blocks, scores)
+    return replace(row, drawn_by=drawn_by(samples.folder, made_from))
 
 
 def with_differences(rows: list["Score"], samples: list[Samples]) -> list["Score"]:

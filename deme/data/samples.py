@@ -93,6 +93,15 @@ def count_samples(folder: Path, seeds: range) -> int:
     return sum(_seed(path.name) in seeds for path in folder.glob("[!.]*.png"))
 
 
+def drawn_by(folder: Path, made_from: dict[str, Any]) -> str | None:
+    """The sampler, steps and scales of the predicted noise that drew a folder, by its record; None: unknown."""
+    with blaming(folder / SAMPLES.file):
+        sampler, steps = map(made_from.get, ("sample.scheduler", "num_inference_steps"))
+        scales = [f"{scale:g}" for *_, scale in made_from.get("prediction_scale", [])]
+        text = f"{sampler}-{steps}" + (f", the predicted noise divided by {', '.join(scales)}" if scales else "")
+        return text if sampler else None
+
+
 def missing_seeds(folder: Path, seeds: range) -> list[int]:
     """The seeds whose image is absent or does not decode, as after a machine crashed."""
 

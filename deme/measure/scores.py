@@ -177,6 +177,7 @@ class Score:
     clip_difference: float | None = None  # to the pretrained model's, mean over the blocks
     clip_difference_standard_error: float | None = None
     differences: dict[str, Difference] | None = None  # to each of BASELINES that was scored, by name
+    drawn_by: str | None = None  # the sampler, its steps and the scales of the predicted noise, in words
 
     @property
     def to_pretrained(self) -> Difference | None:

@@ -5,11 +5,9 @@ from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.networks import RANDOM, RANGES, TRAJECTORY
-from deme.config.paths import denoiser_in, without_schedule
+from deme.config.paths import denoiser_in
 from deme.config.trainings import SELF, SOUP
-from deme.errors import blaming
 from deme.job.files import read_json, sha256, to_yaml
-from deme.job.records import SAMPLES, read_record
 from deme.measure.scores import SCALARS, Score, load_spaces
 from deme.models import pipelines
 from deme.models.schedules import FLOW, prediction_type
@@ -92,7 +90,7 @@ def header(config: Config) -> dict[str, Any]:
 def score_line(features_name: str, row: Score) -> str:
     """A network's scores in one line; the KID where it tells anything, the CLIP score where there are prompts."""
     distance, kernel = distances(features_name)
-    line = f"{row.images:,} images{drawn_by(Path(row.samples))}: {distance} {row.pooled:.4f}"
+    line = f"{row.images:,} images{f' by {row.drawn_by}' if row.drawn_by else ''}: {distance} {row.pooled:.4f}"
     if row.has_telling_kid:
         line += f", {kernel} {row.kid:.6f}"
     for name in SCALARS:
@@ -101,15 +99,3 @@ def score_line(features_name: str, row: Score) -> str:
     if row.clip is not None:
         line += f", CLIP score {row.clip:.3f}"
     return line
-
-
-def drawn_by(folder: Path) -> str:
-    """The sampler, steps and scales of the predicted noise that drew a folder, by its record, or else by its name."""
-    _, schedule = without_schedule(folder.name)
-    record = read_record(SAMPLES, folder)
-    made_from = {} if record is None else record.made_from
-    with blaming(folder / SAMPLES.file):
-        sampler, steps = map(made_from.get, ("sample.scheduler", "num_inference_steps"))
-        text = f" by {sampler}-{steps}" if sampler else schedule and f" by {schedule}"
-        scales = [f"{scale:g}" for *_, scale in made_from.get("prediction_scale", [])]
-        return text + (f", the predicted noise divided by {', '.join(scales)}" if scales else "")

@@ -10,6 +10,7 @@ from deme.data.opening import open_source
 from deme.data.samples import (
     check_sizes,
     claim_samples,
+    drawn_by,
     list_images,
     missing_seeds,
     read_images,
@@ -164,3 +165,13 @@ def test_grids_hold_every_image(tmp_path):
     pixels = np.array(Image.open(tmp_path / "grid.png").convert("L"))
     assert pixels.shape == (2 * 34 + 2, 3 * 34 + 2)
     assert (pixels == 200).sum() == 5 * 32 * 32
+
+
+def test_how_a_folder_was_drawn_is_told_by_its_record(tmp_path):
+    assert drawn_by(tmp_path, {}) is None
+    drawn = {"sample.scheduler": "dpmsolver++", "num_inference_steps": 20}
+    assert drawn_by(tmp_path, drawn) == "dpmsolver++-20"
+    scales = {"prediction_scale": [[0, 500, 1.01], [500, 1000, 1.0]]}
+    assert drawn_by(tmp_path, drawn | scales) == "dpmsolver++-20, the predicted noise divided by 1.01, 1"
+    with pytest.raises(UserError, match=r"samples\.yaml: "):
+        drawn_by(tmp_path, {"prediction_scale": "x"})

@@ -1,12 +1,12 @@
-import pytest
+from dataclasses import replace
+
 import yaml
 
 from deme.config.experiment import Config
 from deme.config.networks import Merge
 from deme.config.sections import Data, Model
-from deme.errors import UserError
-from deme.job.records import SAMPLES, Record
-from deme.report.model_card import drawn_by, header
+from deme.measure.scores import Score
+from deme.report.model_card import header, score_line
 
 
 def test_the_metadata_name_what_the_hub_has():
@@ -23,16 +23,8 @@ def test_the_metadata_name_what_the_hub_has():
     assert yaml.safe_load(yaml.safe_dump(header(config))) == header(config)
 
 
-def test_the_scores_tell_how_their_images_were_drawn(tmp_path):
-    """By the record of the images, or by the schedule in their folder's name."""
-    assert drawn_by(tmp_path / "merged") == ""
-    assert drawn_by(tmp_path / "merged@unipc-10") == " by unipc-10"
-    drawn = {"sample.scheduler": "dpmsolver++", "num_inference_steps": 20}
-    Record(SAMPLES, drawn, {"num_images": 4}).write(tmp_path)
-    assert drawn_by(tmp_path) == " by dpmsolver++-20"
-    scales = {"prediction_scale": [[0, 500, 1.01], [500, 1000, 1.0]]}
-    Record(SAMPLES, drawn | scales, {"num_images": 4}).write(tmp_path)
-    assert drawn_by(tmp_path) == " by dpmsolver++-20, the predicted noise divided by 1.01, 1"
-    Record(SAMPLES, {"prediction_scale": "x"}, {"num_images": 4}).write(tmp_path)
-    with pytest.raises(UserError, match=r"samples\.yaml: "):
-        drawn_by(tmp_path)
+def test_a_line_of_scores_tells_how_the_images_were_drawn():
+    """As they were when they were scored; results of earlier versions do not tell."""
+    row = Score("merged", None, 4, 1.5, [1.5], 1.5, None, drawn_by="ddim-20")
+    assert score_line("classifier", row) == "4 images by ddim-20: classifier FD 1.5000"
+    assert score_line("classifier", replace(row, drawn_by=None)) == "4 images: classifier FD 1.5000"
