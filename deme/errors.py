@@ -47,10 +47,20 @@ def naming(name: str | Path, value: object = NOTHING) -> Iterator[None]:
         raise UserError(f"{name}{'' if value is NOTHING else f'={shown(value)}'}: {error}") from error
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if the memory of the machine or of a GPU did not suffice, which is no fault of the input."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without its import
+
+
 @contextmanager
 def blaming(name: str | Path = "") -> Iterator[None]:
-    """Turn whatever a library raises in the block into a UserError, after the name of a setting or a file if given."""
+    """Turn whatever a library raises in the block into a UserError, after the name of a setting or a file if given.
+
+    Errors of a full memory pass as they are.
+    """
     try:
         yield
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{name and f'{name}: '}{one_line(error)}") from None

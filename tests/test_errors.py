@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from deme.errors import RunError, UserError, naming, one_line
+from deme.errors import RunError, UserError, blaming, naming, one_line
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,11 @@ def test_the_reader_of_a_key_names_it():
         raise UserError("holds another run")
     with pytest.raises(RunError, match=r"^full$"), naming("a"):
         raise RunError("full")
+
+
+def test_a_full_memory_is_blamed_on_no_file():
+    with pytest.raises(UserError, match=r"^a: ValueError: damaged$"), blaming("a"):
+        raise ValueError("damaged")
+    for full in (MemoryError("full"), torch.OutOfMemoryError("full")):
+        with pytest.raises(type(full), match=r"^full$"), blaming("a"):
+            raise full

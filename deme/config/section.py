@@ -103,12 +103,15 @@ class Section:
                 changed[key] = value.at_home()
             elif "path" in tags_of(part) and isinstance(value, str):
                 self.check(key, is_one_line(value), "holds a line break, a tab or another control character")
-                changed[key] = os.path.expanduser(value)
-                rule = f"no such user; a folder of that name is written ./{value}"
-                self.check(key, not changed[key].startswith("~"), rule)
+                changed[key] = self._expanded(key, value)
             elif "path" in tags_of(part) and isinstance(value, list) and part.type is not Any:  # else a list of prompts
-                changed[key] = [os.path.expanduser(part) if isinstance(part, str) else part for part in value]
+                changed[key] = [self._expanded(key, part) if isinstance(part, str) else part for part in value]
         return replace(self, **changed)
+
+    def _expanded(self, key: str, path: str) -> str:
+        found = os.path.expanduser(path)
+        self.check(key, not found.startswith("~"), f"no such user; a folder of that name is written ./{path}")
+        return found
 
     def tagged(self, tag: str) -> dict[str, Any]:
         """The settings with a tag, in their order, but for those that do not count beside the others: key → value."""

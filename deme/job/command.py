@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from deme.config.experiment import Config
 from deme.config.reading import load_config
-from deme.errors import RunError, UserError, one_line
+from deme.errors import RunError, UserError, is_out_of_memory, one_line
 from deme.job.files import to_yaml
 from deme.job.repository import REPOSITORY, found_path
 
@@ -123,7 +123,7 @@ def _explained(error: BaseException, folder: Path | None) -> tuple[int, str]:
         return UserError.status, f"error: {error.filename}: {reason}"
     if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and _is_stuck(sys.stdout)):
         return RunError.status, f"standard output: {reason}"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+    if is_out_of_memory(error):
         return RunError.status, f"out of memory, a smaller batch_size or micro_batch_size takes less: {reason}"
     for place in [folder] * (folder is not None) + [Path(tempfile.gettempdir())]:
         file = place / f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"

@@ -22,7 +22,7 @@ from deme.config.paths import average_name
 from deme.config.sections import Timesteps
 from deme.config.trainings import Finetune, Training
 from deme.data.opening import torch_seed
-from deme.errors import RunError, UserError, naming, one_line
+from deme.errors import RunError, UserError, is_out_of_memory, naming, one_line
 from deme.job import files
 from deme.method.losses import Experts
 from deme.method.posthoc_ema import decay
@@ -266,9 +266,9 @@ def load_newest_checkpoint(folder: Path, state: TrainingState, max_steps: int) -
         try:
             state.load(path, max_steps)
             return path
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # a damaged file leads to errors of json, safetensors and torch
+            if is_out_of_memory(error):
+                raise
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
                 raise RunError(f"{path}: cannot be read: {one_line(error)}") from error
             print(f"{path}: unreadable, trying the one before it ({one_line(error)})")

@@ -346,6 +346,7 @@ def test_every_key_that_is_a_path_takes_the_home_folder(empty, monkeypatch):
     ("key", "value", "reason"),
     [
         ("output_dir", "~nobody-of-that-name/runs", "no such user"),
+        ("evaluate.samples", ["~nobody-of-that-name/runs"], "no such user"),
         ("output_dir", "a\nb", "control character"),
         ("data.name", "a\u2028b", "control character"),
         ("name", "a\tb", "must be a plain folder name"),

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from accelerate import Accelerator
 
@@ -5,6 +6,8 @@ from deme.config.experiment import Config
 from deme.config.sections import Data, Evaluate
 from deme.data.examples import load_evaluation_images
 from deme.data.opening import open_source
+from deme.errors import UserError
+from deme.measure import features
 from deme.measure.features import load_classifier, train_classifier, trained_classifier
 
 
@@ -25,3 +28,14 @@ def test_the_classifier_knows_the_digits(tmp_path):
     trained_classifier(config, Accelerator(cpu=True), source)
     assert config.paths.classifier.stat().st_mtime_ns == written
     assert load_classifier(config.paths.classifier, {"seed": 1}) is None
+
+
+def test_images_too_few_for_a_test_of_the_classifier_are_refused(tmp_path, monkeypatch):
+    source = open_source(Data())
+    monkeypatch.setattr(features, "load_evaluation_images", lambda *_: ([None] * 4, torch.zeros(4)))
+    config = Config(output_dir=str(tmp_path))
+    config.paths.stats.mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=r"^data\.name=digits: holds 4 image\(s\), too few for evaluate\.features=classifier"
+    ):
+        trained_classifier(config, Accelerator(cpu=True), source)
