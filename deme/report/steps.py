@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from operator import attrgetter
 from pathlib import Path
 
@@ -67,11 +68,11 @@ def distance_by_steps(points: Sequence[Point]) -> Figure:
 
 
 def styles_of(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Row → the style of its line: a model's own colour, and others those that no model has, with dashes in turn."""
-    free = [colour for colour in COLOURS if colour not in [MODELS.get(name) for name in names]]
-    others, styles = [name for name in names if name not in MODELS], {}
-    for number, name in enumerate(names):
-        turn, place = (0, 0) if name in MODELS else divmod(others.index(name), len(free))
-        colour, dashes = MODELS.get(name, free[place]), DASHES[turn % len(DASHES)]
-        styles[name] = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "linestyle": dashes}
+    """Row → the style of its line: a model's own colour, undashed, and the colours and dashes that are left."""
+    taken = [(MODELS[name], DASHES[0]) for name in names if name in MODELS]
+    free = cycle((colour, dashes) for dashes in DASHES for colour in COLOURS if (colour, dashes) not in taken)
+    styles = {}
+    for name, marker in zip(names, cycle(MARKERS)):
+        colour, dashes = (MODELS[name], DASHES[0]) if name in MODELS else next(free)
+        styles[name] = {"color": colour, "marker": marker, "linestyle": dashes}
     return styles
