@@ -134,10 +134,11 @@ def find_searched(config: Config) -> Searched | None:
     file = searched_file(config)
     if file is None:
         return None
-    if config.merge.method != "task_arithmetic":
-        print(f"{file}: found for the sum of task vectors, used with merge.method={config.merge.method}")
     with naming("merge.coefficients", config.merge.coefficients):
-        return read_searched(file)
+        found = read_searched(file)
+    if config.merge.method != found.method:
+        print(f"{file}: found for merge.method={found.method}, used with {config.merge.method}")
+    return found
 
 
 def is_complete(output: Path, wanted: Record, is_lora: bool) -> bool:

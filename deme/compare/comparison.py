@@ -265,12 +265,12 @@ class Stages:
         experts = self._networks(run, run.config.experts if model == "ensemble" else run.config.merged_networks)
         if model == "ensemble":
             return experts
-        before = [self._searched(run, COEFFICIENTS, experts)] if run.config.needs_search else experts
         if run.config.merge.method in WITH_STATISTICS:
             trainer, chosen = run.trained_by or run, override("merge.experts", run.config.merge.experts)
             measured = {"output": paths.merge_statistics, "own": chosen, "after": experts}
             measured["inputs"] = self._given(run.config.merged_networks)
-            before = [*before, self._add(trainer, "merge-statistics", MERGE_STATISTICS, **measured)]
+            experts = [*experts, self._add(trainer, "merge-statistics", MERGE_STATISTICS, **measured)]
+        before = [self._searched(run, COEFFICIENTS, experts)] if run.config.needs_search else experts
         return self._merged(run, "merge", paths.merged, before)
 
     def _searched(self, run: ComparedRun, over: str, before: Sequence[Job]) -> Job:

@@ -230,6 +230,16 @@ class Config(Section):
         return self.search.over == sections.SCALES
 
     @property
+    def searches_method(self) -> bool:
+        """True if a search looks for the coefficients of another merge method than the sum."""
+        return not self.searches_scales and self.merge.method != networks.SUM
+
+    @property
+    def has_cheap_answer(self) -> bool:
+        """True if there are match and loss, which need one network for each range and their sum."""
+        return self.merges_experts and not (self.searches_scales or self.searches_method or self.search.ema_widths)
+
+    @property
     def searched_names(self) -> list[str]:
         """What has a coefficient in a search: the networks that are merged, or the timestep ranges; then the width."""
         names = self.timesteps.names if self.searches_scales else self.merged_names
@@ -269,8 +279,10 @@ class Config(Section):
         """What has to hold between the sections where a search is made."""
         search, drawn = self.search, self.sample.seeds
         rule = "match and loss need merge.experts=[ranges], or a folder with `timesteps` for each of timesteps.ranges; "
-        rule += "without them use multi_fidelity, or optuna with fd"
-        search.check("method", self.search.by_images or (self.merges_experts and not self.searches_scales), rule)
+        rule += "and merge.method=task_arithmetic; without them use multi_fidelity, or optuna with fd"
+        search.check("method", self.search.by_images or self.has_cheap_answer, rule)
+        if self.searches_method:
+            networks.check_searched_method(self)
         one = not search.ema_widths or self.merge.ema_width is None
         self.merge.check("ema_width", one, "can't be used with search.ema_widths")
         given = self.sample.prediction_scale

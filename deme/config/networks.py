@@ -16,6 +16,7 @@ MERGE_METHODS = tuple(sorted(file.stem for file in Path(__file__).parents[1].glo
 RANGES, TRAJECTORY, RANDOM = "ranges", "trajectory", "random"
 WORDS = (RANGES, SELF, SOUP, TRAJECTORY, RANDOM, CONTINUED, *BASELINES)  # of merge.experts; its other items: folders
 RANDOM_DIRECTIONS, MERGE_STATISTICS = "scripts/random_directions.py", "scripts/merge_statistics.py"
+SUM, SLERP = "task_arithmetic", "slerp"  # merge methods: the paper's; one whose coefficients are 1 − t and t
 WITH_STATISTICS = ("fisher", "regmean")  # merge methods that need MERGE_STATISTICS
 TRAIN = "train it with finetune.py finetune.range"
 MODELS = ("pretrained", "ensemble", "merged", NEON, *NAMED_TRAININGS)  # other networks that tables name
@@ -29,7 +30,7 @@ class Merge(Section):
     # whose task vectors: WORDS, folders of UNets or .safetensors files of LoRAs; {path: …, timesteps: [low, high]} is
     # the expert of a range
     experts: list[Any] = setting(["ranges"], "merged path")
-    method: str = setting("task_arithmetic", "merged", choices=MERGE_METHODS)
+    method: str = setting(SUM, "merged", choices=MERGE_METHODS)
     settings: dict[str, Any] = setting({}, "merged")  # of the method: the fields of its class
     # w, one per network, the ranges' lowest first; null: 1/N of a word's N networks, −1/N of self-trained ones;
     # {"down_blocks.*": [...], "*": [...]}: for the first name pattern that matches a tensor; a file that search.py
@@ -147,6 +148,20 @@ def of_loras(config: Any) -> dict[str, Any]:
     """The settings of LoRAs, for the record of a merge of them."""
     keys = ("into", "lora_rank", "lora_format") if merges_loras(config) else ()
     return {key: getattr(config.merge, key) for key in keys}
+
+
+def check_searched_method(config: Any) -> None:
+    """Check what a search of another merge method than the sum can do."""
+    search, method = config.search, config.merge.method
+    config.merge.check("method", method != SLERP, "can't be searched: its coefficients are 1 − t and t")
+    of_networks = not merges_loras(config)
+    config.merge.check("method", of_networks, f"can't be searched for LoRAs, only {SUM}")
+    rule = f"can't be used with merge.method={method}, to which networks of coefficient 0 count"
+    search.check("ema_widths", not search.ema_widths, rule)
+    if method in WITH_STATISTICS:
+        rule = f"must not begin below 0 with merge.method={method}, whose coefficients are weights of a mean"
+        search.check("bounds", all(low >= 0 for low, _ in config.intervals), rule)
+        search.check("grow_bounds", not search.grow_bounds, f"can't be used with merge.method={method}")
 
 
 def check_loras(config: Any) -> None:

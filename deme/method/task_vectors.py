@@ -166,8 +166,7 @@ def merge_tensors(
     method.prepare(pretrained, list(finetuned.values()))
     for key, base in pretrained.items():
         experts = [tensors[key] for tensors in finetuned.values()]
-        first, *others = torch.atleast_1d(base, *experts)  # a scalar is a vector with one entry
-        merged = method.merge_tensor(key, first, others, coefficients[key]).to(base.dtype).reshape(base.shape)
+        merged = merged_tensor(method, key, base, experts, coefficients[key]).to(base.dtype)
         if not torch.isfinite(merged.sum()):  # one pass over the result finds any input that is not finite
             for name, tensors in {"the pretrained model": pretrained, **finetuned}.items():
                 check_finite(name, key, tensors[key])
@@ -176,6 +175,18 @@ def merge_tensors(
         if moved is not None:
             moved.add(key, lengths(base, experts), coefficients[key])
         yield key, merged
+
+
+def merged_tensor(
+    method: MergeMethod,
+    name: str,
+    pretrained: torch.Tensor,
+    finetuned: Sequence[torch.Tensor],
+    coefficients: Sequence[float],
+) -> torch.Tensor:
+    """The merged tensor of this name, in float32; a scalar is a vector with one entry."""
+    first, *others = torch.atleast_1d(pretrained, *finetuned)
+    return method.merge_tensor(name, first, others, coefficients).reshape(pretrained.shape)
 
 
 def random_directions(
@@ -190,14 +201,19 @@ def random_directions(
 
 
 class Candidates:
-    """The networks that merging gives with any coefficients w_gk: pretrained + Σ_k w_gk (finetuned_k − pretrained).
+    """The networks that a merge method gives with any coefficients; it is the sum unless another one is given.
 
-    A GPU gets a copy of all weights. Mapped tensors stay mapped on a CPU, so that the processes of a host share them.
-    `group_of` has the number g of each tensor's group.
+    The sum is pretrained + Σ_k w_gk (finetuned_k − pretrained). A GPU gets a copy of all weights. Mapped tensors stay
+    mapped on a CPU, so that the processes of a host share them. `group_of` has the number g of each tensor's group.
     """
 
     def __init__(
-        self, pretrained: Tensors, finetuned: Mapping[str, Tensors], group_of: Mapping[str, int], device: torch.device
+        self,
+        pretrained: Tensors,
+        finetuned: Mapping[str, Tensors],
+        group_of: Mapping[str, int],
+        device: torch.device,
+        method: MergeMethod | None = None,
     ):
         for name, tensors in finetuned.items():
             check_compatible(pretrained, tensors, name)
@@ -208,7 +224,9 @@ class Candidates:
         self.finetuned = [{name: tensors[name].to(device) for name in pretrained} for tensors in finetuned.values()]
         self.group_of = group_of
         self.shape = (max(group_of.values()) + 1, len(self.finetuned))
-        self.method = merge_method("task_arithmetic", {})
+        self.sum = merge_method("task_arithmetic", {})
+        self.method = method or self.sum
+        self.method.prepare(self.pretrained, self.finetuned)
 
     def ungrouped(self) -> "Candidates":
         """The same weights with one coefficient per range for all tensors."""
@@ -223,14 +241,18 @@ class Candidates:
 
         Those of shape (ranges,) hold for all groups. In float32 on a CPU it equals bit for bit what merge.py writes.
         """
-        rows = np.broadcast_to(np.asarray(coefficients, dtype=np.float64), self.shape).tolist()
-        for name, target in network.state_dict().items():
-            experts = [tensors[name] for tensors in self.finetuned]
-            target.copy_(self.method.merge_tensor(name, self.pretrained[name], experts, rows[self.group_of[name]]))
+        self._form(self.method, network, np.asarray(coefficients, dtype=np.float64))
 
+    @torch.no_grad()
     def form_expert(self, network: nn.Module, number: int) -> None:
         """Make a network the copy that was finetuned on a range, up to rounding."""
-        self.form(network, np.eye(self.shape[1])[number])
+        self._form(self.sum, network, np.eye(self.shape[1])[number])
+
+    def _form(self, method: MergeMethod, network: nn.Module, coefficients: np.ndarray) -> None:
+        rows = np.broadcast_to(coefficients, self.shape).tolist()
+        for name, target in network.state_dict().items():
+            experts = [tensors[name] for tensors in self.finetuned]
+            target.copy_(merged_tensor(method, name, self.pretrained[name], experts, rows[self.group_of[name]]))
 
     def task_vector(self, group: int, number: int) -> dict[str, torch.Tensor]:
         """finetuned − pretrained of one range, for the tensors of one group: float32, by name."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deme.config.experiment import Config
+from deme.config.networks import SUM
 from deme.config.section import is_finite
 from deme.config.sections import COEFFICIENTS, SCALES
 from deme.errors import UserError, naming
@@ -27,6 +28,7 @@ class Searched:
     over: str | None = None  # null: coefficients
     timesteps: list[list[int]] | None = None  # the ranges, where scales were searched
     ema_width: float | None = None  # of the networks, where it was searched
+    method: str = SUM  # that merges them
 
     def width(self, config: Config) -> float | None:
         """The EMA width of the networks that are merged; None: their training's EMA."""

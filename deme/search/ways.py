@@ -70,7 +70,7 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
     elif settings.sampler != "random" and problem.config.searches_scales:
         values = np.round(np.linspace(*settings.interval, LINE), 9)  # 0 among them is the pretrained network
         first = distinct(np.full(shape, value) for value in (0.0, *values))
-    elif settings.sampler != "random" and not (problem.config.merges_experts and not settings.ema_widths):
+    elif settings.sampler != "random" and not problem.config.has_cheap_answer:
         rows = line(problem.config, (shape[0], len(problem.config.merged_names)))
         first = [*starts(problem), *(problem.at_width(row, place) for place, row in enumerate(rows))]
     elif settings.sampler != "random":

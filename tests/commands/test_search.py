@@ -28,6 +28,7 @@ from deme.errors import UserError
 from deme.job.files import sha256, stamp
 from deme.method.lora import Factors
 from deme.method.process import process_of
+from deme.method.task_vectors import merge_method
 from deme.models.denoisers import with_projections
 from deme.models.lora import layers_of, write_lora
 from deme.models.variants import find_pretrained, seconds_in
@@ -57,7 +58,8 @@ def disturbed(network, seed: int):
 def problem_of(config_file: Path, *options: str) -> Problem:
     images = ["search.control_images=12", "search.num_images=8", "search.finalist_images=12"]
     config = load_config(config_file, [*images, *options])
-    return Problem(config, Accelerator(cpu=True), find_pretrained(config.paths), open_source(config.data), {})
+    inputs = (find_pretrained(config.paths), open_source(config.data), {})
+    return Problem(config, Accelerator(cpu=True), *inputs, merge_method(config.merge.method, config.merge.settings))
 
 
 @pytest.fixture
@@ -91,6 +93,23 @@ def given_up(folder) -> int:
     url = f"sqlite:///{folder / 'study.db'}"
     studies = [optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)]
     return sum(len(study.get_trials(states=[optuna.trial.TrialState.FAIL])) for study in studies)
+
+
+def test_another_merge_method_is_searched_by_its_own_candidates(config_file, root):
+    options = ["merge.method=ties", "merge.settings={fraction: 0.5}", *SMALL]
+    run("search.py", config_file, *options)
+    found = best(root / "tiny" / "search")
+    assert found["method"] == "ties"
+    [tried] = [rows for name, rows in trials(root / "tiny" / "search").items() if name.startswith("fd")]
+    assert len(tried) == 4
+    problem = problem_of(config_file, *options[:2])
+    problem.merged(np.array(found["coefficients"]["*"]))
+    said = run("merge.py", config_file, *options, "merge.coefficients=search").stdout
+    assert "found for" not in said
+    merged = load_file(root / "tiny" / "merged" / "unet" / WEIGHTS)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in problem.network.state_dict().items())
+    said = run("merge.py", config_file, "merge.coefficients=search").stdout
+    assert "best.yaml: found for merge.method=ties, used with task_arithmetic" in said
 
 
 @pytest.mark.parametrize("method", METHODS)

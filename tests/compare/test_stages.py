@@ -88,7 +88,7 @@ def test_runs_with_equal_trainings_share_them(tmp_path):
     own = {job.name for job in what_gains("finetune.max_steps=1025")}  # no multiple of 50
     assert own - jobs.keys() == {f"digits-trajectory{seed} train finetune.range=continued" for seed in ("", "-seed1")}
     assert {job.name for job in what_gains("model.pretrained=null")} == {*jobs, "digits pretrain"}
-    other = {job.name: job for job in what_gains("merge.method=ties", "search.trials=30")}
+    other = {job.name: job for job in what_gains("merge.settings={fraction: 0.1}", "search.trials=30")}
     changed = {name.split(" ")[1] for name in jobs if jobs[name].key != other[name].key}
     assert changed == {"statistics", "search", "merge", "merge-neon", "evaluate", "card", "report"}
 
@@ -100,7 +100,8 @@ def test_merges_by_statistics_share_their_job():
     assert measured == 'digits merge-statistics merge.experts=["ranges"]'
     assert {job.name for job in jobs[measured].after} == {f"digits train finetune.range={k}" for k in range(4)}
     waiting = {job.run for job in jobs.values() if jobs[measured] in job.after}
-    assert waiting == {f"digits-{method}-{row}" for method in ("fisher", "regmean") for row in ("uniform", "ones")}
+    assert waiting == {f"digits-{method}{row}" for method in ("fisher", "regmean") for row in ("", "-uniform", "-ones")}
+    assert jobs[measured] in jobs["digits-fisher search"].after
 
 
 def test_jobs_of_an_array_wait_for_the_same_jobs(tmp_path):

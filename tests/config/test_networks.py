@@ -56,6 +56,24 @@ def test_usual_coefficients_are_a_mean_of_each_word_s_networks_and_of_the_folder
     assert config(override("merge.experts", given)).intervals == [(0.0, 1.5)] * 5 + [(-3.0, 0.5), (0.0, 1.5)]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["merge.method=slerp"], "merge.method=slerp: can't be searched: its coefficients are 1 − t and t"),
+        (["merge.experts=[a/b.safetensors]"], "merge.method=ties: can't be searched for LoRAs, only task_arithmetic"),
+        (["search.method=gradient"], "search.method=gradient: match and loss need .* and merge.method=task_arithmetic"),
+        (["search.ema_widths=[0.1]"], r"search.ema_widths=\[0.1\]: can't be used with merge.method=ties"),
+        (["merge.method=fisher", "search.bounds=[-1,1]"], r"search.bounds=\[-1.0, 1.0\]: must not begin below 0"),
+        (["merge.method=fisher", "merge.experts=[self]"], "search.bounds=null: must not begin below 0"),
+        (["merge.method=regmean", "search.grow_bounds=true"], "search.grow_bounds=true: can't be used with"),
+    ],
+)
+def test_what_a_search_of_another_method_can_not_do_is_refused(options, message):
+    config("merge.method=ties").check_search()
+    with pytest.raises(UserError, match=f"^{message}"):
+        config("merge.method=ties", *options).check_search()
+
+
 def test_folders_with_the_timesteps_of_the_ranges_are_their_experts():
     edges = [(0, 250), (250, 500), (500, 750), (750, 1000)]
     given = [{"path": f"x/{low}", "timesteps": [low, high]} for low, high in edges]

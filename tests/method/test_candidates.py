@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call
 
+from deme.config.networks import MERGE_METHODS, SLERP, WITH_STATISTICS
 from deme.errors import UserError
 from deme.method.merging.task_arithmetic import TaskArithmetic
-from deme.method.task_vectors import Candidates, merge_tensors, pattern_of, patterns_of
+from deme.method.task_vectors import Candidates, merge_method, merge_tensors, pattern_of, patterns_of
 
 BASE = tiny_unet().state_dict()
 EXPERTS = {f"range {k}": tiny_unet(k + 1).state_dict() for k in range(2)}
@@ -30,6 +31,22 @@ def merged(made: Candidates, coefficients: np.ndarray) -> dict[str, torch.Tensor
 
 def some(made: Candidates, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-0.5, 1.5, made.shape)
+
+
+@pytest.mark.parametrize("name", sorted({*MERGE_METHODS} - {*WITH_STATISTICS, SLERP}))
+def test_each_merge_method_forms_what_merge_py_writes(name):
+    """Experts and the pretrained network stay what they are."""
+    plain = candidates()
+    made, network = Candidates(BASE, EXPERTS, plain.group_of, "cpu", merge_method(name, {})), tiny_unet(7)
+    coefficients = some(made)
+    rows = {name: coefficients[made.group_of[name]].tolist() for name in BASE}
+    expected = dict(merge_tensors(BASE, EXPERTS, rows, merge_method(name, {})))
+    made.form(network, coefficients)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
+    made.form(network, np.zeros(2))
+    assert all(torch.equal(tensor, BASE[name]) for name, tensor in network.state_dict().items())
+    made.form_expert(network, 1)
+    torch.testing.assert_close(dict(network.state_dict()), dict(EXPERTS["range 1"]), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
