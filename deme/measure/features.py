@@ -188,10 +188,8 @@ def trained_classifier(config: Config, processes: Processes, source: Source) -> 
         if labels is None:
             raise UserError("data.label_column=null: evaluate.features=classifier needs labels")
         if int(HELD_OUT_SHARE * len(images)) == 0:
-            few = (
-                f"holds {len(images)} image(s), too few for evaluate.features=classifier, which tests itself on a fifth"
-            )
-            raise UserError(f"data.name={source.data.name}: {few}")
+            few = "too few for evaluate.features=classifier, which tests itself on a fifth"
+            raise UserError(f"data.name={source.data.name}: holds {len(images)} image(s), {few}")
         classifier, accuracy = train_classifier(images.batch(range(len(images))), labels, config, processes.device)
         metadata = {"made_from": json.dumps(record), "held_out_accuracy": repr(accuracy)}
         with atomic_file(file) as temporary:

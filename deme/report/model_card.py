@@ -5,7 +5,7 @@ from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.networks import RANDOM, RANGES, TRAJECTORY
-from deme.config.paths import denoiser_in
+from deme.config.paths import denoiser_in, without_schedule
 from deme.config.trainings import SELF, SOUP
 from deme.job.files import read_json, sha256, to_yaml
 from deme.measure.scores import SCALARS, Score, load_spaces
@@ -90,7 +90,8 @@ def header(config: Config) -> dict[str, Any]:
 def score_line(features_name: str, row: Score) -> str:
     """A network's scores in one line; the KID where it tells anything, the CLIP score where there are prompts."""
     distance, kernel = distances(features_name)
-    line = f"{row.images:,} images{f' by {row.drawn_by}' if row.drawn_by else ''}: {distance} {row.pooled:.4f}"
+    drawn_by = row.drawn_by or without_schedule(Path(row.samples).name)[1]  # older results name it in the folder alone
+    line = f"{row.images:,} images{f' by {drawn_by}' if drawn_by else ''}: {distance} {row.pooled:.4f}"
     if row.has_telling_kid:
         line += f", {kernel} {row.kid:.6f}"
     for name in SCALARS:

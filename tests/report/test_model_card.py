@@ -24,7 +24,9 @@ def test_the_metadata_name_what_the_hub_has():
 
 
 def test_a_line_of_scores_tells_how_the_images_were_drawn():
-    """As they were when they were scored; results of earlier versions do not tell."""
+    """As they were when they were scored; of earlier versions' results the folder's name may tell."""
     row = Score("merged", None, 4, 1.5, [1.5], 1.5, None, drawn_by="ddim-20")
     assert score_line("classifier", row) == "4 images by ddim-20: classifier FD 1.5000"
     assert score_line("classifier", replace(row, drawn_by=None)) == "4 images: classifier FD 1.5000"
+    older = replace(row, drawn_by=None, samples="merged@unipc-10")
+    assert score_line("classifier", older) == "4 images by unipc-10: classifier FD 1.5000"
