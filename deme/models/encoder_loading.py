@@ -12,13 +12,20 @@ from torch import nn
 
 from deme.config.paths import UNET
 from deme.errors import UserError, blaming, naming
-from deme.job.files import read_json
 from deme.method.process import Process
 from deme.models import kinds
 from deme.models.denoisers import settings_of
 from deme.models.encoders import CHANNELS, LENGTHS, Encoder, LabelledLatents, LabelledPixels, LatentsAndText, Pixels
 from deme.models.families import FramesAndText, LatentsAndInstructedText, LatentsAndThreeTexts, LatentsAndTwoTexts
-from deme.models.pipelines import INDEX, STEMS, has_latents, latent_factor, parts_of, takes_text, variant_of
+from deme.models.pipelines import (
+    STEMS,
+    has_latents,
+    latent_factor,
+    parts_of,
+    takes_text,
+    variant_of,
+    zeros_for_empty_prompt,
+)
 from deme.models.weights import weights_files
 
 LEAST_VOCABULARY = 256  # tokens: one for each byte
@@ -78,8 +85,7 @@ def _tried(encoder: LatentsAndText, pipeline: Path) -> LatentsAndText:
 def _encoder_of(pipeline: Path, config: Mapping[str, Any]) -> Callable[..., LatentsAndText]:
     """What makes an encoder of a VAE, text encoders and tokenizers, by the denoiser's settings."""
     if kinds.is_xl(config):
-        index = read_json(pipeline / INDEX) if (pipeline / INDEX).is_file() else {}
-        zeros = index.get("force_zeros_for_empty_prompt", True)  # the pipeline's default
+        zeros = zeros_for_empty_prompt(pipeline)
         side = config["sample_size"] * latent_factor(pipeline)
         return partial(LatentsAndTwoTexts, side=side, zeros_for_empty=zeros)
     if kinds.denoiser_class(config) == kinds.SD3:

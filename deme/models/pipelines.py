@@ -41,6 +41,7 @@ from deme.models.schedules import FLOW, prediction_type
 from deme.models.weights import FORMS, STEM, VARIANTS, has_weights, weights_files
 
 TOKENIZER_FILES = ("json", "txt", "model")
+ZEROS = "force_zeros_for_empty_prompt"  # key of INDEX
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 STEMS = {**dict.fromkeys((*SUBFOLDERS, "vae"), STEM), **dict.fromkeys(TEXT_ENCODERS, "model")}  # of parts with weights
 INDEX = "model_index.json"
@@ -251,6 +252,12 @@ def encoder_files(pipeline: Path) -> dict[str, Path]:
                 name = path.name if "-of-" in path.name else path.name.replace(f".{variant}", "")
                 files[f"{part}/{name}"] = path
     return files
+
+
+def zeros_for_empty_prompt(pipeline: Path) -> bool:
+    """True if an empty negative prompt of Stable Diffusion XL is zeros, as by the pipeline's default."""
+    index = pipeline / INDEX
+    return not index.is_file() or bool(read_json(index).get(ZEROS, True))
 
 
 def is_projected(folder: Path) -> bool:

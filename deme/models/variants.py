@@ -90,6 +90,7 @@ class ModelFiles:
             hashes[BASE] = weights_hash(base)
         if files := encoder_files(self.pipeline):
             lines = "\n".join(f"{name} {sha256(path)}" for name, path in files.items())
+            lines += "" if pipelines.zeros_for_empty_prompt(self.pipeline) else f"\n{pipelines.ZEROS} false"
             hashes[ENCODER] = hashlib.sha256(lines.encode()).hexdigest()
         return hashes
 
@@ -230,8 +231,7 @@ def write_index(folder: Path, pretrained: Path) -> None:
     index |= {part: [None, None] for part in kinds.parts_between(settings) if part not in index}
     index |= {kinds.SECOND: [None, None]} if kind == kinds.WAN else {}
     if kinds.is_xl(settings):
-        key = "force_zeros_for_empty_prompt"  # of an empty negative prompt
-        index |= {key: read_json(pretrained / pipelines.INDEX).get(key, True)}
+        index |= {pipelines.ZEROS: pipelines.zeros_for_empty_prompt(pretrained)}
         index |= {part: [None, None] for part in ("feature_extractor", "image_encoder")}
     elif index["_class_name"] == "StableDiffusionPipeline":
         index |= {"requires_safety_checker": False, **{part: [None, None] for part in kinds.NEVER_RUN}}

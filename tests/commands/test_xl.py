@@ -21,6 +21,7 @@ from deme.models.drawing import Drawing
 from deme.models.encoder_loading import load_encoder
 from deme.models.encoders import Captioned
 from deme.models.pipelines import INDEX
+from deme.models.variants import ModelFiles
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,17 @@ def test_images_are_those_of_diffusers_pipeline(xl, tmp_path, negative, zeros):
         output_type="np",
     ).images
     assert np.abs(found[:, 0].numpy() - np.round(expected[..., 0] * 255)).max() <= 1
+
+
+def test_how_an_empty_prompt_is_encoded_counts_for_records(xl, tmp_path):
+    """Images and latents of one way are not taken for those of the other; the default counts as nothing."""
+    folder = shutil.copytree(xl, tmp_path / "copy")
+    index, found = json.loads((folder / INDEX).read_text()), {}
+    for zeros in (True, False):
+        (folder / INDEX).write_text(json.dumps(index | {"force_zeros_for_empty_prompt": zeros}))
+        found[zeros] = ModelFiles(folder, [folder / "unet"]).hashes()
+    (folder / INDEX).unlink()
+    assert found[True] == ModelFiles(folder, [folder / "unet"]).hashes() != found[False]
 
 
 def test_a_network_sees_the_sizes_of_the_crops(xl):
