@@ -85,10 +85,10 @@ def main(config: Config) -> None:
         with naming("merge.single_file", True):
             check_original(pretrained, architecture)
 
+    if searched is not None:
+        check_searched(config, searched, hashes, method)
+
     # --- the record: what the result is made from
-    if searched is not None and (searched.pretrained, searched.finetuned) != (hashes[0], hashes[1:]):
-        remedy = "search again, or write its coefficients into the configuration"
-        raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
     made_from = {
         **method.describe(),
         **of_loras(config),
@@ -135,10 +135,18 @@ def find_searched(config: Config) -> Searched | None:
     if file is None:
         return None
     with naming("merge.coefficients", config.merge.coefficients):
-        found = read_searched(file)
-    if config.merge.method != found.method:
-        print(f"{file}: found for merge.method={found.method}, used with {config.merge.method}")
-    return found
+        return read_searched(file)
+
+
+def check_searched(config: Config, searched: Searched, hashes: list[str], method: "MergeMethod") -> None:
+    """Refuse coefficients of other networks, by the hashes of their weights; tell of those of another merge method."""
+    if (searched.pretrained, searched.finetuned) != (hashes[0], hashes[1:]):
+        remedy = "search again, or write its coefficients into the configuration"
+        raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
+    if searched.merged_by != method.describe():
+        pairs = [one.items() for one in (searched.merged_by, method.describe())]
+        told = [", ".join(f"{key}={value}" for key, value in one) for one in pairs]
+        print(f"{searched.file}: found for {told[0]}, used with {told[1]}")
 
 
 def is_complete(output: Path, wanted: Record, is_lora: bool) -> bool:

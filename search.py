@@ -31,7 +31,7 @@ from deme.models.averages import merged_folders
 from deme.models.pipelines import denoiser_folder, labels_of, takes_text
 from deme.models.weights import weights_hash
 from deme.models.variants import ModelFiles, find_pretrained, timed
-from deme.models.searched import OF_PRETRAINED, prediction_scales, read_searched
+from deme.models.searched import MERGED_BY, OF_PRETRAINED, prediction_scales, read_searched
 
 if TYPE_CHECKING:
     from deme.search.problem import Problem
@@ -59,7 +59,6 @@ def main(config: Config) -> None:
     # --- torch is imported after what can be answered without it
     from deme.data.opening import data_hashes, open_source
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
-    from deme.method.task_vectors import merge_method
     from deme.report.tables import score_table
     from deme.search.problem import Problem
     from deme.search.ways import find, score_fresh
@@ -74,14 +73,12 @@ def main(config: Config) -> None:
     pretrained, *finetuned = map(weights_hash, model.denoisers)
     weights = {"pretrained": pretrained, "finetuned": finetuned}
     made_from = searched(config) | column | model.spacing(config.sample) | weights | made_of
-    method = merge_method(config.merge.method, config.merge.settings)
-    if config.searches_method:
-        method.check_inputs(finetuned, config.paths.merge_statistics)
-        made_from |= method.describe()
-    wanted = Record(SEARCH, made_from, provenance(config))
     accelerator = make_accelerator(config.sample.mixed_precision, "sample.mixed_precision")
-    problem = Problem(config, accelerator, model.pipeline, source, made_of, method)
+    problem = Problem(config, accelerator, model.pipeline, source, made_of)
     watched.check()  # what was hashed was read
+    if problem.method is not None:
+        made_from[MERGED_BY] = problem.method.describe()
+    wanted = Record(SEARCH, made_from, provenance(config))
     with locked_by_all(accelerator, output / "claim", "search.output", wait=True):
         in_main_process(accelerator, lambda: claim(config, wanted))
 
@@ -123,8 +120,8 @@ def answer_of(problem: "Problem", result: "Result", finetuned: list[str]) -> dic
     }
     if config.searches_scales:
         answer |= {"over": config.search.over, "timesteps": list(map(list, config.timesteps.ranges))}
-    if config.searches_method:
-        answer["method"] = config.merge.method
+    if problem.method is not None:
+        answer[MERGED_BY] = problem.method.describe()
     if config.search.schedules:
         answer["schedules"] = [one.schedule for one in config.schedules_of(config.search)]
     if width > 0:

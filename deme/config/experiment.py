@@ -236,7 +236,7 @@ class Config(Section):
 
     @property
     def has_cheap_answer(self) -> bool:
-        """True if there are match and loss, which need one network for each range and their sum."""
+        """True if a search has match and loss: for sums of one network for each range, without `ema_widths`."""
         return self.merges_experts and not (self.searches_scales or self.searches_method or self.search.ema_widths)
 
     @property
@@ -278,7 +278,7 @@ class Config(Section):
     def check_search(self) -> None:
         """What has to hold between the sections where a search is made."""
         search, drawn = self.search, self.sample.seeds
-        rule = "match and loss need merge.experts=[ranges], or a folder with `timesteps` for each of timesteps.ranges; "
+        rule = "match and loss need merge.experts=[ranges], or a folder with `timesteps` for each of timesteps.ranges, "
         rule += "and merge.method=task_arithmetic; without them use multi_fidelity, or optuna with fd"
         search.check("method", self.search.by_images or self.has_cheap_answer, rule)
         if self.searches_method:

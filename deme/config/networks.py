@@ -156,11 +156,11 @@ def check_searched_method(config: Any) -> None:
     config.merge.check("method", method != SLERP, "can't be searched: its coefficients are 1 − t and t")
     of_networks = not merges_loras(config)
     config.merge.check("method", of_networks, f"can't be searched for LoRAs, only {SUM}")
-    rule = f"can't be used with merge.method={method}, to which networks of coefficient 0 count"
-    search.check("ema_widths", not search.ema_widths, rule)
+    search.check("ema_widths", not search.ema_widths, f"can't be used with merge.method={method}, only {SUM}")
     if method in WITH_STATISTICS:
-        rule = f"must not begin below 0 with merge.method={method}, whose coefficients are weights of a mean"
-        search.check("bounds", all(low >= 0 for low, _ in config.intervals), rule)
+        rule = f"can't be searched with merge.method={method}, whose coefficients must not be negative"
+        config.merge.check("experts", all(network.word != SELF for network in config.merged_networks), rule)
+        search.check("bounds", search.interval[0] >= 0, f"must not begin below 0 with merge.method={method}")
         search.check("grow_bounds", not search.grow_bounds, f"can't be used with merge.method={method}")
 
 

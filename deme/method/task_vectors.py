@@ -224,8 +224,7 @@ class Candidates:
         self.finetuned = [{name: tensors[name].to(device) for name in pretrained} for tensors in finetuned.values()]
         self.group_of = group_of
         self.shape = (max(group_of.values()) + 1, len(self.finetuned))
-        self.sum = merge_method("task_arithmetic", {})
-        self.method = method or self.sum
+        self.method = method or merge_method("task_arithmetic", {})
         self.method.prepare(self.pretrained, self.finetuned)
 
     def ungrouped(self) -> "Candidates":
@@ -241,18 +240,16 @@ class Candidates:
 
         Those of shape (ranges,) hold for all groups. In float32 on a CPU it equals bit for bit what merge.py writes.
         """
-        self._form(self.method, network, np.asarray(coefficients, dtype=np.float64))
+        rows = np.broadcast_to(np.asarray(coefficients, dtype=np.float64), self.shape).tolist()
+        for name, target in network.state_dict().items():
+            experts = [tensors[name] for tensors in self.finetuned]
+            target.copy_(merged_tensor(self.method, name, self.pretrained[name], experts, rows[self.group_of[name]]))
 
     @torch.no_grad()
     def form_expert(self, network: nn.Module, number: int) -> None:
-        """Make a network the copy that was finetuned on a range, up to rounding."""
-        self._form(self.sum, network, np.eye(self.shape[1])[number])
-
-    def _form(self, method: MergeMethod, network: nn.Module, coefficients: np.ndarray) -> None:
-        rows = np.broadcast_to(coefficients, self.shape).tolist()
+        """Make a network the copy that was finetuned on a range."""
         for name, target in network.state_dict().items():
-            experts = [tensors[name] for tensors in self.finetuned]
-            target.copy_(merged_tensor(method, name, self.pretrained[name], experts, rows[self.group_of[name]]))
+            target.copy_(self.finetuned[number][name])
 
     def task_vector(self, group: int, number: int) -> dict[str, torch.Tensor]:
         """finetuned − pretrained of one range, for the tensors of one group: float32, by name."""

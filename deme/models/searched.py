@@ -1,7 +1,8 @@
 """What search.py found, as its best.yaml holds it: coefficients, or scales of the predicted noise."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.networks import SUM
@@ -10,6 +11,7 @@ from deme.config.sections import COEFFICIENTS, SCALES
 from deme.errors import UserError, naming
 from deme.job.files import checked, read_yaml
 
+MERGED_BY = "merged_by"
 OF_PRETRAINED = "value of the pretrained network"
 
 
@@ -28,7 +30,12 @@ class Searched:
     over: str | None = None  # null: coefficients
     timesteps: list[list[int]] | None = None  # the ranges, where scales were searched
     ema_width: float | None = None  # of the networks, where it was searched
-    method: str = SUM  # that merges them
+    merged_by: dict[str, Any] = field(default_factory=lambda: {"method": SUM})  # the method and its settings
+
+    @property
+    def is_of_sum(self) -> bool:
+        """True if the coefficients are those of a sum of task vectors."""
+        return self.merged_by == {"method": SUM}
 
     def width(self, config: Config) -> float | None:
         """The EMA width of the networks that are merged; None: their training's EMA."""

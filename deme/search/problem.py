@@ -26,7 +26,7 @@ from deme.measure.noisy import Noiser, draw_probes
 from deme.measure.reference import load_feature_space
 from deme.method.process import process_of
 from deme.method.sampling import NetworkAt, ensemble, scaled
-from deme.method.task_vectors import Candidates, MergeMethod, pattern_of, patterns_of
+from deme.method.task_vectors import Candidates, merge_method, pattern_of, patterns_of
 from deme.models.adapters import load_denoisers
 from deme.models.denoisers import freeze, load_denoiser, load_scheduler
 from deme.models.drawing import Drawing, try_samplers
@@ -46,19 +46,10 @@ PROBES = 3  # what the stream is for, beside those of pretraining and finetuning
 class Problem:
     """A run's candidates and objectives; what an objective needs is loaded when it is first asked for.
 
-    `pretrained` is a pipeline's folder, `hashes` are those of data and encoders for the cache of latents. `method`
-    merges the candidates; it is the sum unless another one is given.
+    `pretrained` is a pipeline's folder, `hashes` are those of data and encoders for the cache of latents.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        processes: Processes,
-        pretrained: Path,
-        data: Source,
-        hashes: dict[str, str],
-        method: MergeMethod | None = None,
-    ):
+    def __init__(self, config: Config, processes: Processes, pretrained: Path, data: Source, hashes: dict[str, str]):
         self.config, self.settings, self.processes = config, config.search, processes
         self.pipeline, self.data, self.hashes = pretrained, data, hashes
         self.files = ModelFiles(pretrained, [denoiser_folder(pretrained)])
@@ -72,7 +63,11 @@ class Problem:
         with naming("search.groups", config.search.groups):
             self.patterns = patterns_of(config.search.groups, list(base))
         group_of = {name: self.patterns.index(pattern_of(name, self.patterns)) for name in base}
-        self.candidates = Candidates(base, finetuned, group_of, processes.device, method)
+        self.method = None  # the sum
+        if config.searches_method:
+            self.method = merge_method(config.merge.method, config.merge.settings)
+            self.method.check_inputs(list(map(weights_hash, networks)), config.paths.merge_statistics)
+        self.candidates = Candidates(base, finetuned, group_of, processes.device, self.method)
         self.names = merged = config.searched_names  # of the coefficients in row-major order
         self.shape = (len(self.patterns), len(merged))  # of the coefficients
         if len(self.patterns) > 1:

@@ -61,7 +61,7 @@ def line(config: Config, shape: tuple[int, int]) -> list[np.ndarray]:
     """
     is_self = np.array([network.word == SELF for network in config.merged_networks])
     if not is_self.any():
-        return first_candidates(np.zeros(shape), config.search.interval)
+        return first_candidates(np.zeros(shape), config.search.interval, config.search.spread > 0)
     values, usual = np.linspace(0, config.search.self_interval[0], LINE + 1), config.usual_coefficients
     rows = [np.where(is_self, value, number % 2 * np.array(usual)) for number, value in enumerate(values)]
     return [np.broadcast_to(row, shape) for row in rows]

@@ -28,7 +28,6 @@ from deme.errors import UserError
 from deme.job.files import sha256, stamp
 from deme.method.lora import Factors
 from deme.method.process import process_of
-from deme.method.task_vectors import merge_method
 from deme.models.denoisers import with_projections
 from deme.models.lora import layers_of, write_lora
 from deme.models.variants import find_pretrained, seconds_in
@@ -58,8 +57,7 @@ def disturbed(network, seed: int):
 def problem_of(config_file: Path, *options: str) -> Problem:
     images = ["search.control_images=12", "search.num_images=8", "search.finalist_images=12"]
     config = load_config(config_file, [*images, *options])
-    inputs = (find_pretrained(config.paths), open_source(config.data), {})
-    return Problem(config, Accelerator(cpu=True), *inputs, merge_method(config.merge.method, config.merge.settings))
+    return Problem(config, Accelerator(cpu=True), find_pretrained(config.paths), open_source(config.data), {})
 
 
 @pytest.fixture
@@ -99,7 +97,7 @@ def test_another_merge_method_is_searched_by_its_own_candidates(config_file, roo
     options = ["merge.method=ties", "merge.settings={fraction: 0.5}", *SMALL]
     run("search.py", config_file, *options)
     found = best(root / "tiny" / "search")
-    assert found["method"] == "ties"
+    assert found["merged_by"] == {"method": "ties", "ties_fraction": 0.5, "ties_combine": "mean"}
     [tried] = [rows for name, rows in trials(root / "tiny" / "search").items() if name.startswith("fd")]
     assert len(tried) == 4
     problem = problem_of(config_file, *options[:2])
@@ -109,7 +107,8 @@ def test_another_merge_method_is_searched_by_its_own_candidates(config_file, roo
     merged = load_file(root / "tiny" / "merged" / "unet" / WEIGHTS)
     assert all(torch.equal(merged[name], tensor) for name, tensor in problem.network.state_dict().items())
     said = run("merge.py", config_file, "merge.coefficients=search").stdout
-    assert "best.yaml: found for merge.method=ties, used with task_arithmetic" in said
+    told = "method=ties, ties_fraction=0.5, ties_combine=mean, used with method=task_arithmetic"
+    assert f"best.yaml: found for {told}" in said
 
 
 @pytest.mark.parametrize("method", METHODS)
