@@ -187,15 +187,12 @@ def write_merged(
         coefficients = {name: groups[pattern_of(name, groups)] for name in base}
 
     moved = Moved()
-    architecture_settings = read_json(architecture / "config.json")
-    architecture_settings.pop("_name_or_path", None)  # a path of the machine that trained it
-
     with atomic_folder(config.paths.merged) as temporary:
         try:
             merged = {**pretrained, **dict(merge_tensors(base, finetuned, coefficients, method, moved))}
         except OverflowError as error:
             raise UserError(f"merge.coefficients={error}") from None
-        variants.write_denoiser(temporary, merged, architecture_settings)
+        variants.write_denoiser(temporary, merged, read_json(architecture / "config.json"))
         variants.write_pipeline_files(temporary, inputs.pipeline)
         watched.check()
         beside = {WEIGHTS_HASH: sha256(denoiser_in(temporary) / WEIGHTS), MOVED: moved.by_block}

@@ -35,7 +35,6 @@ def main(config: Config) -> None:
 
     architecture, base, experts = load_merged(find_pretrained(config.paths), check_trained(config.experts))
     settings = read_json(architecture / "config.json")
-    settings.pop("_name_or_path", None)  # a path of the machine that trained it
     for number, (network, (source, expert)) in enumerate(zip(of_word(config, RANDOM), experts.items(), strict=True)):
         output = network.folder.parent
         check_compatible(base, expert, source)

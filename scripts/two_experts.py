@@ -46,7 +46,6 @@ def main(config: Config) -> None:
         for path, subfolder in ((high, "transformer"), (low, SECOND)):
             settings = read_json((base if is_lora(path) else path) / "config.json")
             look_up(f"{path}: the network", settings.get("_class_name"), (WAN,))  # plain diffusers knows no projections
-            settings.pop("_name_or_path", None)  # a path of the machine that trained it
             write_denoiser(temporary, dict(load_changed(pretrained, path)), settings, subfolder)
         write_pipeline_files(temporary, pretrained)
         index = read_json(temporary / INDEX)

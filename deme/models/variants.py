@@ -33,7 +33,8 @@ ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED, N
 MAKERS = {name: f"finetune.py finetune.range={name}" for name in NAMED_TRAININGS}  # model of a run → its command
 MAKERS |= {"ensemble": "finetune.py", "merged": "merge.py"}
 MAKERS[NEON] = "merge.py merge.experts=[self] merge.coefficients=null merge.output=$(python merge.py --path neon)"
-UNCOMPARED = {"_class_name", "_diffusers_version", "_name_or_path", "dropout"}  # the last one is of training alone
+ITS_PATH = "_name_or_path"  # key of config.json: a path of the machine that trained the network
+UNCOMPARED = {"_class_name", "_diffusers_version", ITS_PATH, "dropout"}  # the last one is of training alone
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,8 @@ def write_denoiser(parent: Path, tensors: dict[str, Any], config: dict, subfolde
     folder = parent / (subfolder or kinds.subfolder_of(config))
     folder.mkdir(parents=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    settings = {key: value for key, value in config.items() if key != ITS_PATH}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def write_index(folder: Path, pretrained: Path) -> None:
