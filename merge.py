@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme.config.experiment import Config
-from deme.config.networks import RANGES, makes_lora, of_loras
+from deme.config.networks import RANGES, SUM, makes_lora, of_loras
 from deme.config.paths import LORA, denoiser_in
 from deme.config.trainings import SELF
 from deme.errors import UserError, blaming, naming
@@ -143,9 +143,9 @@ def check_searched(config: Config, searched: Searched, hashes: list[str], method
     if (searched.pretrained, searched.finetuned) != (hashes[0], hashes[1:]):
         remedy = "search again, or write its coefficients into the configuration"
         raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
-    if searched.merged_by != method.describe():
-        pairs = [one.items() for one in (searched.merged_by, method.describe())]
-        told = [", ".join(f"{key}={value}" for key, value in one) for one in pairs]
+    found_for = searched.merged_by or {"method": SUM}
+    if found_for != method.describe():
+        told = [", ".join(f"{key}={value}" for key, value in one.items()) for one in (found_for, method.describe())]
         print(f"{searched.file}: found for {told[0]}, used with {told[1]}")
 
 

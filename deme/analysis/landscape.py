@@ -131,7 +131,7 @@ def marks(material: Material) -> dict[str, tuple[float, float]]:
     if config.paths.best_coefficients.is_file():
         searched = read_searched(config.paths.best_coefficients, None)
         hashes = [material.hashes[name] for name in ("pretrained", *experts)]
-        is_of_these = [searched.pretrained, *(searched.finetuned or [])] == hashes and searched.is_of_sum
+        is_of_these = [searched.pretrained, *(searched.finetuned or [])] == hashes and searched.merged_by is None
         merged = [RANGES] if are_of_ranges else config.merge.experts
         merging = replace(config, merge=replace(config.merge, experts=merged, coefficients=None))
         groups = searched.groups(merging) if is_of_these else {}

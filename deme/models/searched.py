@@ -1,11 +1,10 @@
 """What search.py found, as its best.yaml holds it: coefficients, or scales of the predicted noise."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.networks import SUM
 from deme.config.section import is_finite
 from deme.config.sections import COEFFICIENTS, SCALES
 from deme.errors import UserError, naming
@@ -30,12 +29,7 @@ class Searched:
     over: str | None = None  # null: coefficients
     timesteps: list[list[int]] | None = None  # the ranges, where scales were searched
     ema_width: float | None = None  # of the networks, where it was searched
-    merged_by: dict[str, Any] = field(default_factory=lambda: {"method": SUM})  # the method and its settings
-
-    @property
-    def is_of_sum(self) -> bool:
-        """True if the coefficients are those of a sum of task vectors."""
-        return self.merged_by == {"method": SUM}
+    merged_by: dict[str, Any] | None = None  # the method and its settings; null: the sum
 
     def width(self, config: Config) -> float | None:
         """The EMA width of the networks that are merged; None: their training's EMA."""
