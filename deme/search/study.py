@@ -12,13 +12,14 @@ from datetime import datetime, timedelta
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna import exceptions, samplers
 from optuna.distributions import FloatDistribution
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, _heartbeat
 from optuna.trial import Trial, TrialState
 from sqlalchemy import create_engine, inspect
 
@@ -36,6 +37,8 @@ GROWTH = 0.5  # of that width
 HEARTBEAT = 30  # seconds between two heartbeats of a running trial
 GRACE = 300  # seconds without a heartbeat after which a trial's candidate is tried again
 
+# a signal within its start leaves a heartbeat without an end, and the process would wait for it
+_heartbeat.Thread = partial(Thread, daemon=True)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("sqlalchemy").setLevel(logging.CRITICAL)  # a signal within a query would print a traceback
 warnings.filterwarnings("ignore", category=exceptions.ExperimentalWarning)

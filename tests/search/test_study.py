@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from noisy_images import problem_of
+from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.trial import TrialState
 
 from deme.config.experiment import Config
@@ -356,3 +357,12 @@ def test_other_searches_are_where_a_study_starts(tmp_path):
     folders[1] = folders[0]
     with pytest.raises(UserError, match="have equal weights"):
         start(by_group)
+
+
+def test_a_heartbeat_that_nothing_ends_does_not_hold_the_process(tmp_path):
+    """As a signal leaves it that comes within its start."""
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    heartbeat = get_heartbeat_thread(optuna.create_study(storage=storage).ask()._trial_id, storage)
+    heartbeat.start()
+    assert heartbeat._thread.daemon
+    heartbeat.join()
