@@ -74,4 +74,5 @@ def problem_of(names: list[str], seed: int = 0) -> SimpleNamespace:
         stream=(seed,),
         processes=Accelerator(cpu=True),
         value=lambda objective, coefficients, images: (float(coefficients.sum()), 1),
+        network_of=np.asarray,
     )

@@ -112,6 +112,10 @@ class Problem:
             return coefficients
         return np.append(coefficients, [[place % (1 + len(self.settings.ema_widths))]], axis=1)
 
+    def network_of(self, coefficients: np.ndarray) -> np.ndarray:
+        """The candidate as all others that are the same network have it: those of one EMA width."""
+        return self.at_width(*self.by_width(coefficients))
+
     # --- match and loss
 
     @cached_property

@@ -91,7 +91,7 @@ def find(problem: Problem, folder: Path, digest: str) -> Result:
     evaluated += tried
     if settings.method == "multi_fidelity":  # the best few on many images
         images, spent = settings.finalist_images, evaluated[-1].passes
-        best = distinct(row.coefficients for row in sorted(tried, key=VALUE))[: settings.finalists]
+        best = distinct(problem.network_of(row.coefficients) for row in sorted(tried, key=VALUE))[: settings.finalists]
         named = f"{digest}-finalists-{images}", "fd", images, spent, "finalists"
         finals = Study(problem, storage, *named, within=bounds)
         in_main_process(problem.processes, lambda: finals.extend([np.zeros(shape), *best]))

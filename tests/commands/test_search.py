@@ -496,6 +496,8 @@ def test_the_search_chooses_the_ema_width(config_file, monkeypatch):
     config = load_config(config_file, searched)
     problem = Problem(config, Accelerator(cpu=True), find_pretrained(config.paths), open_source(config.data), {})
     found, merging = best(folder), ["merge.coefficients=search"]
+    of_a_width = [problem.network_of(np.array([[1.0, 0.5, place]])).tolist() for place in (1.2, 1.9, 2.0, 3.0)]
+    assert of_a_width == [[[1, 0.5, 1]], [[1, 0.5, 1]], [[1, 0.5, 2]], [[1, 0.5, 2]]]
     for place, width in enumerate([None, 0.05, 0.1]):
         networks = config.paths.finetuned if width is None else config.paths.averaged(width)
         answer = found | {"coefficients": {"*": [0.5, 0.25]}, "finetuned": list(map(weights_hash, networks))}

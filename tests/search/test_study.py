@@ -145,6 +145,17 @@ def test_a_search_whose_bounds_grow_finds_what_lies_beyond_them(sampler, tmp_pat
     assert search(finals, **beyond) == [(tuple(best.coefficients.ravel()), best.value)]
 
 
+def test_a_candidate_that_is_proposed_again_costs_nothing(tmp_path):
+    """Here it is the corner, where the sampler expects the least value."""
+    study, drawn = make(tmp_path, "gp", 14), []
+    found = search(study, lambda w: drawn.append(tuple(w.ravel())) or -float(w.sum()))
+    assert len(found) == 14
+    assert drawn == list(dict.fromkeys(row[0] for row in found))
+    assert len(drawn) < 14
+    assert all(value == -sum(candidate) for candidate, value in found)
+    assert study.rows()[-1].passes == 10 * len(drawn)
+
+
 def test_jobs_share_candidates_without_trying_one_twice(tmp_path):
     """Three at once, while each has a candidate; all are those of a single job."""
     jobs = [make(tmp_path, count=12) for _ in range(3)]
