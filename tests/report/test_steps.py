@@ -26,17 +26,35 @@ def test_a_line_for_each_row_in_a_panel_for_each_sampler_and_distance():
     panels = figure.axes
     assert [axes.get_title() for axes in panels] == ["ddim", "euler"] * 2
     assert [axes.get_ylabel() for axes in panels] == ["FID", "", "KID", ""]
-    drawn = [
-        {line.get_label(): list(zip(*line.lines[0].get_data(), strict=True)) for line in axes.containers}
-        for axes in panels
-    ]
-    assert drawn[0] == drawn[2] == {"a": [(5, 7.0), (20, 2.0)], "b": [(20, 1.0)]}
-    assert drawn[1] == {"a": [], "b": [(10, 3.0)]}
+    drawn = [{line.get_label(): points_drawn(line) for line in axes.containers} for axes in panels]
+    assert drawn[0] == drawn[2] == {"a": [(4.545, 7.0), (18.182, 2.0)], "b": [(22.0, 1.0)]}  # beside each other
+    assert drawn[1] == {"a": [], "b": [(11.0, 3.0)]}
     assert all(isinstance(line, ErrorbarContainer) for line in panels[0].containers)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
-    assert [text.get_text() for text in panels[2].get_xticklabels()] == ["5", "10", "20"]
+    assert [{text.get_text() for text in axes.get_xticklabels()} for axes in panels[2:]] == [{"5", "20"}, {"10"}]
     assert panels[0].get_yscale() == "log"
-    assert panels[0].get_ylim() == panels[1].get_ylim() == pytest.approx((1 / 1.2, 7 * 1.2))
+    assert panels[0].get_ylim() == panels[1].get_ylim() == pytest.approx((1 / 1.1, 7 * 1.1))
+
+
+def test_distances_are_relative_to_those_of_the_pretrained_network():
+    """Bars, too. Its own stand below the steps; without one of them all stay what they are."""
+    values = {(20, "pretrained"): 2.0, (50, "pretrained"): 1.25, (20, "a"): 3.0, (50, "a"): 1.0}
+    points = [Point("FID", "ddim", *key, value, 0.5) for key, value in values.items()]
+    [axes] = distance_by_steps(points).axes
+    pretrained, line = axes.containers
+    assert points_drawn(pretrained) == [(18.182, 1.0), (45.455, 1.0)]
+    assert points_drawn(line) == [(22.0, 1.5), (55.0, 0.8)]
+    [bars] = line.lines[2]
+    assert [end - start for (_, start), (_, end) in bars.get_segments()] == pytest.approx([0.5, 0.8])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["20\n2", "50\n1.25"]
+    assert (axes.get_ylabel(), axes.get_yscale()) == ("FID, relative to pretrained", "linear")
+    [axes] = distance_by_steps(points[1:]).axes
+    assert (axes.get_ylabel(), axes.get_yscale()) == ("FID", "log")
+    assert points_drawn(axes.containers[1])[0][1] == 3
+
+
+def points_drawn(line: ErrorbarContainer) -> list[tuple[float, float]]:
+    return [(round(float(x), 3), float(y)) for x, y in zip(*line.lines[0].get_data(), strict=True)]
 
 
 def test_no_two_rows_look_the_same():
