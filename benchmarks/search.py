@@ -3,8 +3,9 @@
     python benchmarks/search.py forming                                       # a candidate in place, Church's network
     python benchmarks/search.py ranks --config configs/digits.yaml            # match and loss against the distance
     python benchmarks/search.py ways --config configs/digits.yaml             # all ways, three seeds
+    python benchmarks/search.py stopping --config configs/digits.yaml         # candidates that cannot win
 
-The last two take the experts of a run that is trained (finetune.py with the same configuration and overrides) and
+All but the first take the experts of a run that is trained (finetune.py with the same configuration and overrides) and
 write to its folder search-benchmark/, from which they resume. --quick makes each small, to see that it runs, in
 search-benchmark-quick/.
 """
@@ -47,11 +48,12 @@ RANKED = 30  # random candidates
 FRESH_BLOCKS = 6
 FRESH_SEED = 500_000_000
 GRID_VALUES = 4  # of each coefficient, in the whole grid
+STOPS = (0.25, 0.5, 0.75)  # of a candidate's images
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["forming", "ranks", "ways"])
+    parser.add_argument("part", choices=["forming", "ranks", "ways", "stopping"])
     parser.add_argument("--config", default="configs/digits.yaml")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
@@ -66,7 +68,7 @@ def main() -> None:
     if arguments.quick:
         arguments.fresh_images = 12 * FRESH_BLOCKS
     bench = Bench(config, arguments)
-    (bench.ranks if arguments.part == "ranks" else bench.ways)()
+    {"ranks": bench.ranks, "ways": bench.ways, "stopping": bench.stopping}[arguments.part]()
 
 
 def forming(arguments: Namespace) -> None:
@@ -179,6 +181,36 @@ class Bench:
         title = f"rank correlation with fd of {len(many):,} images"
         table = markdown_table([f"{self.config.name}, {RANKED} candidates", "UNet passes", title, "p"], lines)
         save(f"search-ranks-{self.config.name}", self.arguments.device, rows, table, {})
+
+    # --- would it pay to stop a candidate as soon as it is clearly worse than the best?
+
+    def stopping(self) -> None:
+        """The images that a search would have saved, by the paired jackknife of the first images of each candidate."""
+        settings = self.problem.settings
+        folder = self.folder / "stopping"
+        folder.mkdir(exist_ok=True)
+        [distance], count = self.problem.distances, settings.num_images
+        shares = [share for share in STOPS if share * count > 2 * distance.control.shape[1]]
+        tried = find(self.problem, folder, "stopping").study.rows()
+        best, values_of_best, rows = None, {}, []
+        for row in tried:
+            features = distance.control
+            if shares and row.coefficients.any():
+                seeds = self.problem.seeds(round(max(shares) * count))
+                features = distance.features(self.problem.merged(row.coefficients), seeds)
+            values = {share: distance.pseudovalues(features[: round(share * count)]) for share in shares}
+            worse = {share: paired_difference(values[share], other) for share, other in values_of_best.items()}
+            drawn = next((share for share, found in worse.items() if found.is_clear and found.mean > 0), 1)
+            is_best = best is None or row.value < best
+            rows.append({"value": row.value, "drawn": drawn, "a new best": is_best})
+            if is_best:
+                best, values_of_best = row.value, values
+        at = ", ".join(f"{round(share * count):,}" for share in shares)
+        saved = f"{1 - statistics.mean(row['drawn'] for row in rows):.1%}"
+        lost = str(sum(row["a new best"] and row["drawn"] < 1 for row in rows))
+        titles = [f"{self.config.name}, {len(rows)} candidates", "images saved", "new bests stopped"]
+        table = markdown_table(titles, [[f"stopped after {at} of {count:,} images, if clearly worse", saved, lost]])
+        save(f"search-stopping-{self.config.name}", self.arguments.device, rows, table, {})
 
     # --- what does each way find, and what does it cost?
 

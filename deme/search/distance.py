@@ -70,19 +70,26 @@ class FrechetDistance:
         count, size = features.shape
         if self.control is None or count == len(self.control):
             return self._at(*statistics(features))
-        few = self.control[:count]
         if count <= 2 * size:
             if count not in self.lucks:
-                self.lucks[count] = self._at(*statistics(few)) - self.of_control
+                self.lucks[count] = self._at(*statistics(self.control[:count])) - self.of_control
             return self._at(*statistics(features)) - self.lucks[count]
+        return float(np.mean(self.pseudovalues(features)))
+
+    def pseudovalues(self, features: np.ndarray) -> np.ndarray:
+        """Those of the jackknife for the corrected distance, shape (JACKKNIFE,): their mean is the estimate.
+
+        As equal images are left out of each, those of two candidates are paired.
+        """
+        few = self.control[: len(features)]
 
         def corrected(chosen: slice | np.ndarray) -> float:
             parts = zip(statistics(features[chosen]), statistics(few[chosen]), self._of_control, strict=True)
             return self._at(*(own - luck + whole for own, luck, whole in parts))
 
-        part = np.arange(count) % JACKKNIFE
+        part = np.arange(len(features)) % JACKKNIFE
         left_out = [corrected(part != i) for i in range(JACKKNIFE)]
-        return JACKKNIFE * corrected(np.s_[:]) - (JACKKNIFE - 1) * float(np.mean(left_out))
+        return JACKKNIFE * corrected(np.s_[:]) - (JACKKNIFE - 1) * np.array(left_out)
 
     @cached_property
     def of_control(self) -> float:
