@@ -139,8 +139,11 @@ def find_searched(config: Config) -> Searched | None:
 
 
 def check_searched(config: Config, searched: Searched, hashes: list[str], method: "MergeMethod") -> None:
-    """Refuse coefficients of other networks, by the hashes of their weights; tell of those of another merge method."""
-    if (searched.pretrained, searched.finetuned) != (hashes[0], hashes[1:]):
+    """Refuse coefficients of other networks, by the hashes of their weights; tell of those of another merge method.
+
+    A hand-written file may name no networks.
+    """
+    if (searched.pretrained, searched.finetuned) not in ((hashes[0], hashes[1:]), (None, None)):
         remedy = "search again, or write its coefficients into the configuration"
         raise UserError(f"merge.coefficients={config.merge.coefficients}: found for other networks; {remedy}")
     found_for = searched.merged_by or {"method": SUM}
@@ -178,13 +181,13 @@ def write_merged(
         inputs: the pretrained denoiser, then the finetuned ones in the order of the coefficients.
         watched: the files that the record names by their hashes.
     """
-    from deme.method.task_vectors import Moved, merge_tensors, pattern_of
+    from deme.method.task_vectors import Moved, coefficients_of, merge_tensors
     from deme.models.merging import changed_parts, load_merged
 
     architecture, pretrained, networks = load_merged(inputs.pipeline, inputs.denoisers[1:])
     base, finetuned = changed_parts(pretrained, networks)
     with naming("merge.coefficients", groups):
-        coefficients = {name: groups[pattern_of(name, groups)] for name in base}
+        coefficients = coefficients_of(base, groups, pretrained)
 
     moved = Moved()
     with atomic_folder(config.paths.merged) as temporary:

@@ -25,9 +25,11 @@ for resolver in ("oc.env", "oc.decode", "oc.deprecated"):  # a secret in the env
     OmegaConf.clear_resolver(resolver)
 
 Kind = TypeVar("Kind", bound=Section)
+
 DEEPEST = 40  # mappings and lists inside of each other
 MOST_VALUES = 1_000_000
 TEXTS = (str, str | None, list[str], list[str] | None)
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 READING_ERRORS = (yaml.YAMLError, ValueError, TypeError, OverflowError, AssertionError, AttributeError)
 READING_ERRORS += (OmegaConfBaseException,)
 
@@ -86,6 +88,7 @@ def _as_written(value: Any, node: yaml.Node | None, kind: Any) -> Any:
         written = {key.value: part for key, part in node.value if key.value in types}
         return value | {name: _as_written(value[name], part, types[name]) for name, part in written.items()}
     if kind not in TEXTS:
+        check_numbers(node)
         return value
     if isinstance(value, list) and isinstance(node, yaml.SequenceNode):
         return [_as_written(part, written, str) for part, written in zip(value, node.value, strict=True)]
@@ -132,11 +135,11 @@ def read_override(override: str, kind: type[Section] = Config) -> Any:
         node = checked_yaml(text)
         with _naming_the_place():
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    if isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None:
-        return text.strip()  # also what follows a #, as no comments are written there
-    for name in _names(key):
-        kind = {part.name: part.type for part in fields(kind)}.get(name) if is_dataclass(kind) else None
-    return _as_written(value, node, kind)
+        if isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None:
+            return text.strip()  # also what follows a #, as no comments are written there
+        for name in _names(key):
+            kind = {part.name: part.type for part in fields(kind)}.get(name) if is_dataclass(kind) else None
+        return _as_written(value, node, kind)
 
 
 def _names(key: str) -> list[str]:
@@ -203,9 +206,19 @@ def _nodes(node: yaml.Node, depth: int = 1) -> Iterator[yaml.Node]:
             yield from _nodes(part, depth + 1)
 
 
+def check_numbers(node: yaml.Node | None) -> None:
+    """Refuse what YAML reads in base 8 or 60, where nobody means that: 0250 would be 168, and 1:30 would be 90."""
+    for part in _nodes(node) if node is not None else ():
+        if isinstance(part, yaml.ScalarNode) and part.style is None and part.tag in NUMBERS:
+            digits = part.value.lstrip("+-").replace("_", "")
+            is_octal = digits.isdecimal() and digits.startswith("0") and int(digits) != int(digits, 8)
+            if is_octal or ":" in digits:
+                raise UserError(f"{part.value}: a number in base {8 if is_octal else 60}; write it in base 10")
+
+
 def read_yaml_text(text: str) -> Any:
     """The plain values of a YAML text."""
-    checked_yaml(text)
+    check_numbers(checked_yaml(text))
     with _naming_the_place():  # of a wrong date, number or key
         return yaml.safe_load(text)
 

@@ -3,7 +3,8 @@
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -56,11 +57,25 @@ def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
     blocks = dict.fromkeys(f"{match[0]}*" for match in map(BLOCK.match, names) if match)
     named = {"range": ["*"], "block": [*blocks, "*"], "tensor": list(names)}
     patterns = named[groups] if isinstance(groups, str) else list(groups)
-    used = {pattern_of(name, patterns) for name in names}
-    for pattern in patterns:
-        if pattern not in used or patterns.count(pattern) > 1:
-            raise UserError(f"no tensor is left for the pattern {pattern}")
+    for name in names:
+        pattern_of(name, patterns)
+    check_patterns(patterns, names)
     return patterns
+
+
+def check_patterns(patterns: Collection[str], names: Iterable[str]) -> None:
+    """Refuse a name pattern that no tensor is left for: its coefficients would change nothing."""
+    used = Counter({next((pattern for pattern in patterns if fnmatchcase(name, pattern)), "") for name in names})
+    for pattern in Counter(list(patterns)) - used:
+        raise UserError(f"no tensor is left for the pattern {pattern}")
+
+
+def coefficients_of(
+    names: Iterable[str], groups: Mapping[str, list[float]], whole: Iterable[str]
+) -> dict[str, list[float]]:
+    """The coefficients of tensors, by name, from those by name pattern; each must fit a tensor of the whole network."""
+    check_patterns(groups, whole)
+    return {name: groups[pattern_of(name, groups)] for name in names}
 
 
 class MergeMethod(ABC):

@@ -7,7 +7,7 @@ from deme.errors import naming
 from deme.method.lora import Changed, Factors, merge_by, merge_loras
 from deme.method.merging.task_arithmetic import TaskArithmetic
 from deme.method.projection import with_identity_projections
-from deme.method.task_vectors import MergeMethod, Moved, Tensors, pattern_of
+from deme.method.task_vectors import MergeMethod, Moved, Tensors, coefficients_of
 from deme.models.lora import by_tensor, folded, read_loras, tensor_of, weights_of
 from deme.models.pipelines import denoiser_folder
 from deme.models.variants import common_architecture
@@ -60,7 +60,8 @@ def merge_lora_files(
     weights = weights_of(pipeline)
     loras = {file: by_tensor(lora) for file, lora in read_loras(pipeline, files).items()}
     with naming("merge.coefficients", groups):
-        coefficients = {name: groups[pattern_of(name, groups)] for lora in loras.values() for name in lora}
+        changed = {name: None for lora in loras.values() for name in lora}
+        coefficients = coefficients_of(changed, groups, [*load_tensors(denoiser_folder(pipeline)), *by_tensor(weights)])
     if isinstance(method, TaskArithmetic):
         merged, errors = merge_loras(loras, coefficients, rank)
     else:

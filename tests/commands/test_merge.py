@@ -15,12 +15,15 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 
 import merge
+from deme.config.experiment import Config
 from deme.config.reading import load_config
 from deme.errors import UserError
 from deme.job.files import sha256
 from deme.measure.scores import Score, save_scores
 from deme.method.projection import PROJECTION_SUFFIX
+from deme.method.task_vectors import merge_method
 from deme.models.denoisers import load_denoiser, with_projections
+from deme.models.searched import read_searched
 from deme.models.weights import WEIGHTS
 
 
@@ -103,6 +106,16 @@ def test_networks_of_an_ema_width_are_searched_and_merged(config_file):
     assert "merged is complete" in run("merge.py", config_file, *options).stdout
     refused = run("merge.py", config_file, options[1], status=2).stderr
     assert "merge.coefficients=search: found for other networks; search again" in refused
+
+
+def test_a_file_of_coefficients_may_name_no_networks(tmp_path):
+    """One of search.py names those that it searched, and is refused for others."""
+    file, method, config = tmp_path / "own.yaml", merge_method("task_arithmetic", {}), Config()
+    file.write_text("coefficients: {'*': [0.1, 0.2]}\n")
+    merge.check_searched(config, read_searched(file), ["a", "b", "c"], method)
+    file.write_text("{coefficients: {'*': [0.1, 0.2]}, pretrained: a, finetuned: [b, d]}\n")
+    with pytest.raises(UserError, match="found for other networks"):
+        merge.check_searched(config, read_searched(file), ["a", "b", "c"], method)
 
 
 def test_three_lines_load_it(config_file, experts):

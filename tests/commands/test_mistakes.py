@@ -587,6 +587,13 @@ MISTAKES = [
         experts,
     ),
     Mistake(
+        "coefficients that are for no tensor",
+        "merge.py",
+        ["merge.coefficients={up_blocks: [0,0], '*': [1,1]}"],
+        "merge.coefficients={'up_blocks': [0, 0], '*': [1, 1]}: no tensor is left for the pattern up_blocks",
+        experts,
+    ),
+    Mistake(
         "the pretrained pipeline for an output",
         "merge.py",
         ["model.pretrained=copy", "merge.output=copy"],

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -427,3 +428,31 @@ def test_settings_that_do_not_count_are_in_no_record():
     assert Sample(timestep_spacing="trailing").tagged("search").keys() - Sample().tagged("search").keys() == {
         "timestep_spacing"
     }
+
+
+@pytest.mark.parametrize(
+    ("override_", "shown"),
+    [
+        ("timesteps.edges=[0000,0250,0500,0750,1000]", "0250: a number in base 8; write it in base 10"),
+        ("sample.num_images=0100", "0100: a number in base 8; write it in base 10"),
+        ("merge.coefficients={'*': [0.5, 1:30]}", "1:30: a number in base 60; write it in base 10"),
+        ("search.ridge=-0_1_7", "-0_1_7: a number in base 8; write it in base 10"),
+        ("merge.experts=[{path: a, timesteps: [0, 010]}]", "010: a number in base 8; write it in base 10"),
+    ],
+)
+def test_numbers_of_another_base_are_refused(override_, shown, tmp_path):
+    """YAML 1.1 reads 0250 as 168; in a text setting it stays a text, and in quotes it is the writer's."""
+    with pytest.raises(UserError, match=f"^{re.escape(override_)}: {re.escape(shown)}$"):
+        read_override(override_)
+    section, _, rest = override_.partition(".")
+    key, _, value = rest.partition("=")
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{section}:\n  {key}: {value}\n")
+    with pytest.raises(UserError, match=f"^--config {re.escape(str(file))}: {re.escape(shown)}$"):
+        load_config(file, [])
+
+
+def test_a_number_in_base_10_may_begin_with_zeros(empty):
+    assert load_config(empty, ["timesteps.num_ranges=04", "name=0250"]).timesteps.num_ranges == 4
+    assert load_config(empty, ["name=0250"]).name == "0250"
+    assert load_config(empty, ["search.bounds=[0, 0.5]", "seed=0"]).search.bounds == [0, 0.5]

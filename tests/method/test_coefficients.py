@@ -2,7 +2,7 @@ import pytest
 from conftest import tiny_unet
 
 from deme.errors import UserError
-from deme.method.task_vectors import pattern_of, patterns_of
+from deme.method.task_vectors import coefficients_of, pattern_of, patterns_of
 
 NAMES = list(tiny_unet().state_dict())
 
@@ -49,3 +49,13 @@ def test_the_tenth_block_is_not_the_first():
 def test_patterns_that_fit_no_tensor_or_leave_some_are_refused(groups, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         patterns_of(groups, NAMES)
+
+
+def test_coefficients_of_a_part_of_a_network_have_patterns_that_fit_the_whole():
+    """A LoRA changes some tensors; a search's groups are those of all. What fits none of the network is a mistake."""
+    part, groups = ["conv_in.weight"], {"up_blocks.*": [1.0], "*": [0.5]}
+    assert coefficients_of(part, groups, NAMES) == {"conv_in.weight": [0.5]}
+    assert coefficients_of(part, {"conv_in.*": [2.0]}, NAMES) == {"conv_in.weight": [2.0]}
+    for groups, unused in (({"up_blocks": [1.0], "*": [0.5]}, "up_blocks"), ({"*": [0.5], "up_*": [1.0]}, r"up_\*")):
+        with pytest.raises(UserError, match=f"^no tensor is left for the pattern {unused}$"):
+            coefficients_of(part, groups, NAMES)
