@@ -72,7 +72,7 @@ def main(config: Config) -> None:
     column = {IMAGE_COLUMN: source.data.image_column}
     pretrained, *finetuned = map(weights_hash, model.denoisers)
     weights = {"pretrained": pretrained, "finetuned": finetuned}
-    made_from = searched(config) | column | model.spacing(config.sample) | weights | made_of
+    made_from = searched(config) | column | model.spacing(config.sample) | model.sampling() | weights | made_of
     accelerator = make_accelerator(config.sample.mixed_precision, "sample.mixed_precision")
     problem = Problem(config, accelerator, model.pipeline, source, made_of)
     watched.check()  # what was hashed was read

@@ -117,6 +117,7 @@ def identities(drawn: Sequence[Config], model: ModelFiles, scales: Scales) -> li
             "resolution": config.data.resolution,
             **{key: value for key, value in one.tagged("samples").items() if key not in unused},
             **model.spacing(one),
+            **model.sampling(),
             **({"prediction_scale": list(map(list, scales))} if scales else {}),
             **hashes,
         }

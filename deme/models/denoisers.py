@@ -50,7 +50,6 @@ PLAIN = {name: getattr(diffusers, name) for name in kinds.DENOISERS}
 DENOISER_CLASSES = PLAIN | {f"{PROJECTED}{name}": projected_class(kind) for name, kind in PLAIN.items()}
 ADDED = ("text_embeds", "time_ids")  # arguments of Stable Diffusion XL's network, which it takes in a dictionary
 OF_TEXT = ("encoder_hidden_states", "pooled_projections")  # arguments in the type of the weights
-LATENT_SCHEDULE = {"clip_sample": False, "steps_offset": 1}  # as StableDiffusionPipeline enforces
 
 
 def with_projections(denoiser: nn.Module) -> nn.Module:
@@ -169,7 +168,7 @@ def load_scheduler(pipeline: Path) -> SchedulerMixin:
     if str(settings.get("variance_type")).startswith("learned"):  # networks here return none
         settings["variance_type"] = "fixed_small"
     with blaming(file):
-        return DDPMScheduler.from_config(settings | (LATENT_SCHEDULE if pipelines.takes_text(pipeline) else {}))
+        return DDPMScheduler.from_config(settings | pipelines.latent_sampling(pipeline))
 
 
 def memory_format(device: torch.device | str) -> torch.memory_format:

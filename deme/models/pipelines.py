@@ -37,7 +37,7 @@ from deme.models.kinds import (
     read_part,
     vae_factor,
 )
-from deme.models.schedules import FLOW, prediction_type
+from deme.models.schedules import ENFORCED, FLOW, of_sampling, prediction_type
 from deme.models.weights import FORMS, STEM, VARIANTS, has_weights, weights_files
 
 TOKENIZER_FILES = ("json", "txt", "model")
@@ -221,6 +221,16 @@ def parts_of(pipeline: Path, settings: Mapping[str, Any]) -> dict[str, str]:
 def read_schedule(pipeline: Path) -> dict[str, Any]:
     """The settings of a pipeline's noise schedule, looked up."""
     return read_part("scheduler", schedule_file(pipeline), read_index(pipeline).get("scheduler"))
+
+
+def latent_sampling(pipeline: Path) -> dict[str, Any]:
+    """The settings of ENFORCED with which latents are sampled, as by diffusers' pipeline; none of pixels and flows."""
+    settings = read_schedule(pipeline)
+    if not has_latents(pipeline) or prediction_type(settings) == FLOW:
+        return {}
+    config = denoiser_folder(pipeline) / "config.json"
+    denoiser = read_json(config) if config.is_file() else {}
+    return ENFORCED if takes_text(pipeline) and not is_xl(denoiser) else of_sampling(settings)
 
 
 def variant_of(file: Path) -> str | None:

@@ -11,8 +11,11 @@ SCHEDULERS = (  # their configurations say the same of the noise: betas, and wha
     *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler"),
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
 )
+CLIPPING = tuple(f"{name}{kind}Scheduler" for name in ("DDPM", "DDIM") for kind in ("", "Parallel"))  # by default
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")  # of flow matching alone
 FLOW = "flow_prediction"  # what a network predicts by flow matching, as diffusers calls it
+
+ENFORCED = {"clip_sample": False, "steps_offset": 1}  # by StableDiffusionPipeline, whatever the file says
 
 
 def prediction_type(schedule: Mapping[str, Any]) -> str:
@@ -23,3 +26,11 @@ def prediction_type(schedule: Mapping[str, Any]) -> str:
     if (given == FLOW) != flows:
         raise UserError(f"prediction_type={given} does not fit use_flow_sigmas={shown(flows)}")
     return given
+
+
+def of_sampling(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ENFORCED by the settings of a noise schedule, with the defaults of its class."""
+    return {
+        "clip_sample": schedule.get("clip_sample", schedule["_class_name"] in CLIPPING),
+        "steps_offset": schedule.get("steps_offset", 0),
+    }

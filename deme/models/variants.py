@@ -25,7 +25,7 @@ from deme.job.files import Watched, read_json, sha256
 from deme.job.records import BASE, ENCODER, SCHEDULE
 from deme.models import kinds, pipelines
 from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
-from deme.models.schedules import prediction_type
+from deme.models.schedules import ENFORCED, prediction_type
 from deme.models.weights import WEIGHTS, has_weights, weights_files, weights_hash
 
 # the models of a table's rows, in this order; others follow by name
@@ -102,6 +102,13 @@ class ModelFiles:
             given = given or read_json(schedule_file(self.pipeline)).get("timestep_spacing", "leading")
             given = None if given == "leading" else given
         return {} if given is None else {"sample.timestep_spacing": given}
+
+    def sampling(self) -> dict[str, Any]:
+        """The settings of ENFORCED for the record of samples, where the images of older versions had others."""
+        given = pipelines.read_schedule(self.pipeline)
+        before = ENFORCED if pipelines.takes_text(self.pipeline) else {"clip_sample": True} | given
+        now = pipelines.latent_sampling(self.pipeline)
+        return {f"scheduler.{key}": value for key, value in now.items() if value != before.get(key, value)}
 
 
 def table_order(folder: str) -> tuple[str, int, int, str]:

@@ -184,6 +184,7 @@ class Problem:
             "class": type(self.network).__name__,
             "architecture": {key: value for key, value in settings if key not in unread},
             **self.files.hashes(),
+            **self.files.sampling(),
         }
         self.watched.check()  # what was hashed was read
         return made_from

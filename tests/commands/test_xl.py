@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, run
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from test_text_to_image import PROMPTS, losses, text_config, text_to_image  # noqa: F401  fixtures
@@ -32,31 +32,54 @@ def xl(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("negative", "zeros"), [("", True), ("", False), ("blurred", True)])
-def test_images_are_those_of_diffusers_pipeline(xl, tmp_path, negative, zeros):
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULES = (
+    EulerDiscreteScheduler(**BETAS),  # which has no clip_sample
+    DDIMScheduler(**BETAS, clip_sample=False),
+    DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1),
+    DDIMScheduler(**BETAS),  # clips
+)
+BOTH = {"clip_sample": True, "steps_offset": 0}
+
+
+@pytest.mark.parametrize(
+    ("negative", "zeros", "schedule", "scale"),
+    [("", True, 0, 7.5), ("", False, 1, 7.5), ("blurred", True, 2, 7.5), ("blurred", True, 3, 2)],  # clipping is rough
+)
+def test_images_are_those_of_diffusers_pipeline(xl, tmp_path, negative, zeros, schedule, scale):
     """From the same latents, prompts and schedule, to one grey level; an empty negative prompt is zeros."""
     folder = shutil.copytree(xl, tmp_path / "copy")
+    SCHEDULES[schedule].save_pretrained(folder / "scheduler")
     index = json.loads((folder / INDEX).read_text()) | {"force_zeros_for_empty_prompt": zeros}
     (folder / INDEX).write_text(json.dumps(index))
     network = load_denoiser(folder / "unet")
-    settings = Sample(num_inference_steps=3, guidance_scale=7.5, negative_prompt=negative)
+    settings = Sample(num_inference_steps=3, guidance_scale=scale, negative_prompt=negative)
     shape = (4, 4, 4)
     drawing = Drawing(load_scheduler(folder), load_encoder(folder, network), settings, shape, torch.device("cpu"))
     found = drawing.images(lambda _: network, range(6), PROMPTS)
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, steps_offset=1)
+    pipeline.scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", clip_sample=schedule == 3)
     expected = pipeline(
         PROMPTS,
         height=8,
         width=8,
         num_inference_steps=3,
-        guidance_scale=7.5,
+        guidance_scale=scale,
         negative_prompt=[negative] * len(PROMPTS) if negative or not zeros else None,
         latents=torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(6)]),
         output_type="np",
     ).images
     assert np.abs(found[:, 0].numpy() - np.round(expected[..., 0] * 255)).max() <= 1
+
+
+@pytest.mark.parametrize(("schedule", "recorded"), enumerate([{"steps_offset": 0}, {"steps_offset": 0}, {}, BOTH]))
+def test_only_settings_that_images_did_not_have_before_are_recorded(xl, tmp_path, schedule, recorded):
+    """So folders and searches of the time before fit where they are right, and are refused where they are not."""
+    folder = shutil.copytree(xl, tmp_path / "copy")
+    SCHEDULES[schedule].save_pretrained(folder / "scheduler")
+    found = ModelFiles(folder, [folder / "unet"]).sampling()
+    assert found == {f"scheduler.{key}": value for key, value in recorded.items()}
 
 
 def test_how_an_empty_prompt_is_encoded_counts_for_records(xl, tmp_path):

@@ -17,6 +17,7 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    EulerDiscreteScheduler,
     UNet2DModel,
 )
 from text_to_image import tiny_vae
@@ -91,6 +92,16 @@ def test_latents_are_not_clipped(latent_dit):
     config = load_config(REPOSITORY / "configs" / "digits.yaml", ["sample.clip=true"])
     with pytest.raises(UserError, match=r"sample\.clip=true: latents have no bounds"):
         ModelFiles(latent_dit, [latent_dit / "transformer"]).check_fits(config)
+
+
+def test_latents_are_clipped_only_by_schedules_that_say_so(latent_dit, tmp_path):
+    """A sampler's class that can't clip does not stand for one that does."""
+    folder = shutil.copytree(latent_dit, tmp_path / "copy")
+    for schedule, clips in ((EulerDiscreteScheduler(), False), (DDIMScheduler(), True)):
+        schedule.save_pretrained(folder / "scheduler")
+        assert load_scheduler(folder).config.clip_sample is clips
+        recorded = {} if clips else {"scheduler.clip_sample": False}  # images of older versions were clipped
+        assert ModelFiles(folder, [folder / "transformer"]).sampling() == recorded
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])

@@ -17,7 +17,7 @@ from deme.models.drawing import Drawing
 from deme.models.encoder_loading import load_encoder
 from deme.models.kinds import DENOISERS, PIPELINES, SETTINGS
 from deme.models.pipelines import find_pipeline
-from deme.models.schedules import FLOW_SCHEDULERS, SCHEDULERS
+from deme.models.schedules import FLOW_SCHEDULERS, SCHEDULERS, of_sampling
 from deme.models.variants import common_architecture, write_pipeline_files
 
 NO_CLASSES = ("SchedulerMixin", "KarrasDiffusionSchedulers")
@@ -126,6 +126,8 @@ def test_the_noise_schedule_is_that_of_the_class_that_the_file_names(copy, name)
             file.write_text(json.dumps({"_class_name": name}))
         found = load_scheduler(copy)
         torch.testing.assert_close(found.betas, schedule.betas)
+        defaults = schedule.config.get("clip_sample", False), schedule.config.get("steps_offset", 0)
+        assert tuple(of_sampling({"_class_name": name}).values()) == defaults
         assert found.config.prediction_type == schedule.config.prediction_type
 
 
