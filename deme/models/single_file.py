@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ XL_TEXT, XL_TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedd
 PREFIXES = (UNET, VAE, V1_TEXT, XL_TEXT, XL_TEXT_2)
 HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
 NOT_TRAINED = re.compile(r"position_ids$|logit_scale$")  # diffusers leaves them out
+EDM = ("edm_mean", "edm_std", "edm_vpred.")  # how the names of marks begin
+PREDICTS = "modelspec.prediction_type"  # key of a header
+SHORT = {"v": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon"}  # its values
 BLOCKS = {
     "down_block_types": {"DownBlock2D", "CrossAttnDownBlock2D"},
     "up_block_types": {"UpBlock2D", "CrossAttnUpBlock2D"},
@@ -119,6 +122,7 @@ def convert(file: Path, config: Path | None, folder: Path) -> None:
 
     with blaming("cannot be read"), safe_open(file, "pt") as opened:
         types = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118  no mapping
+        header = opened.metadata() or {}
     names = {name for name in types if name.startswith(PREFIXES) and not NOT_TRAINED.search(name)}
     if f"{UNET}input_blocks.0.0.weight" not in names:
         raise UserError("holds no network of Stable Diffusion under its original names")
@@ -143,8 +147,21 @@ def convert(file: Path, config: Path | None, folder: Path) -> None:
     odd = {name for name in original_tensors(folder) if not NOT_TRAINED.search(name)} ^ names
     if odd:
         raise UserError(f"{min(odd)}: is in the file or in the network that its configuration describes, not in both")
-    predicts = prediction_type(pipelines.read_schedule(folder))
-    if "v_pred" in types and predicts != "v_prediction":  # ComfyUI's mark
+    check_marks(types, header, pipelines.read_schedule(folder))
+
+
+def check_marks(names: Collection[str], header: Mapping[str, str], schedule: Mapping[str, Any]) -> None:
+    """Refuse a file whose tensors, by ComfyUI's marks, or whose header say other than the noise schedule."""
+    if edm := sorted(name for name in names if name.startswith(EDM)):
+        raise UserError(f"{edm[0]}: says that the network is one of EDM, which is not supported")
+    predicts = prediction_type(schedule)
+    if "v_pred" in names and predicts != "v_prediction":
         raise UserError(
             f"v_pred: says that the network predicts v, but its configuration has prediction_type={predicts}"
         )
+    if "ztsnr" in names and not schedule.get("rescale_betas_zero_snr"):
+        raise UserError(
+            "ztsnr: says that the last timestep is pure noise, but its configuration has rescale_betas_zero_snr=false"
+        )
+    if (said := header.get(PREDICTS)) and SHORT.get(said, said) != predicts:
+        raise UserError(f"{PREDICTS}={said} in its header, but its configuration has prediction_type={predicts}")

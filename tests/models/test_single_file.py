@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from deme.models.denoisers import with_projections
 from deme.models.single_file import check_original, open_single_file, original_tensors, write_single_file
 from deme.models.variants import find_pretrained
 
+V = {"prediction_type": "v_prediction"}
 MAKERS = {"v1": tiny_pipeline, "xl": tiny_xl_pipeline}
 # of a text encoder's first layer, a VAE and the noise network: what programs know the formats by
 KNOWN = {
@@ -121,7 +123,6 @@ def test_a_file_that_is_no_whole_pipeline_is_refused_by_name(place, tmp_path):
         ),
         ("more", tensors | {"first_stage_model.other": torch.ones(1)}, r"first_stage_model\.other: is in the file or"),
         ("other", tensors | {text: torch.ones(3)}, "model.config="),
-        ("v", tensors | {"v_pred": torch.ones(1)}, "v_pred: says that .* but its configuration has .*=epsilon"),
     ):
         save_file(changed, tmp_path / f"{name}.safetensors")
         with pytest.raises(UserError, match=message):
@@ -134,6 +135,33 @@ def test_a_file_that_is_no_whole_pipeline_is_refused_by_name(place, tmp_path):
         open_single_file(tmp_path / "none.safetensors", config, tmp_path)
     with pytest.raises(UserError, match=r"model\.config=nowhere: not a pipeline folder"):
         open_single_file(file, Path("nowhere"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("marks", "said", "schedule", "message"),
+    [
+        (["v_pred"], None, {}, "v_pred: says that the network predicts v, but .* prediction_type=epsilon"),
+        (["ztsnr"], None, {}, "ztsnr: says .* rescale_betas_zero_snr=false"),
+        (["v_pred", "ztsnr"], None, V, "ztsnr: says .* rescale_betas_zero_snr=false"),
+        (["v_pred", "ztsnr"], "v", V | {"rescale_betas_zero_snr": True}, None),
+        (["edm_mean", "edm_std"], None, {}, "edm_mean: says that the network is one of EDM"),
+        (["edm_vpred.sigma_max"], None, V, r"edm_vpred\.sigma_max: says"),
+        ([], "v", {}, r"modelspec\.prediction_type=v in its header, but .* prediction_type=epsilon"),
+        ([], "epsilon", V, r"modelspec\.prediction_type=epsilon in its header, but .* prediction_type=v_prediction"),
+        ([], "epsilon", {}, None),
+    ],
+)
+def test_what_a_file_says_of_its_network_is_not_passed_over(place, tmp_path, marks, said, schedule, message):
+    _, config, file = saved(place, "v1")
+    config = shutil.copytree(config, tmp_path / "config")
+    edit(config / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler", **schedule)
+    edit(config / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    header = {} if said is None else {"modelspec.prediction_type": said}
+    tensors = load_file(file) | {name: torch.zeros(4) for name in marks}
+    save_file(tensors, tmp_path / "marked.safetensors", {"format": "pt"} | header)
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        open_single_file(tmp_path / "marked.safetensors", config, tmp_path)
+    assert len(list(tmp_path.glob("marked-*"))) == (message is None)
 
 
 def test_without_a_configuration_and_the_hub_the_remedy_is_told(place, tmp_path, monkeypatch):
