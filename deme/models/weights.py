@@ -78,8 +78,21 @@ def load_tensors(folder: Path, stem: str = STEM) -> dict[str, Any]:
                 content = load_file(file)
             else:
                 content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+                content = detached(content)
             tensors |= {todays_name(name): tensor for name, tensor in content.items()}
     return tensors
+
+
+def detached(content: Any) -> dict[str, Any]:
+    """The tensors of a pickle, which may be parameters; anything but a mapping of names to tensors is refused."""
+    import torch
+
+    if not isinstance(content, dict):
+        raise UserError(f"of the type {type(content).__name__}, not tensors by name")
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{name}: of the type {type(value).__name__}, not a tensor")
+    return {name: tensor.detach() for name, tensor in content.items()}
 
 
 def save_tensors(tensors: Mapping[str, Any], file: Path, header: dict[str, str]) -> None:

@@ -82,6 +82,30 @@ def test_a_hostile_pickle_is_refused_and_not_run(flat, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("flat", ["pickled"], indirect=True)
+def test_parameters_in_a_pickle_are_tensors(flat):
+    expected = load_denoiser(flat).state_dict()
+    torch.save({name: torch.nn.Parameter(tensor) for name, tensor in expected.items()}, flat / PICKLED_WEIGHTS)
+    found = load_denoiser(flat).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not any(tensor.requires_grad for tensor in load_tensors(flat).values())
+
+
+@pytest.mark.parametrize("flat", ["pickled"], indirect=True)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"conv_in.weight": torch.ones(1), "epoch": 3}, "epoch: of the type int, not a tensor"),
+        ({"state_dict": {"conv_in.weight": torch.ones(1)}}, "state_dict: of the type dict, not a tensor"),
+        ([torch.ones(1)], "of the type list, not tensors by name"),
+    ],
+)
+def test_a_pickle_of_other_things_is_refused_by_name(flat, content, message):
+    torch.save(content, flat / PICKLED_WEIGHTS)
+    with pytest.raises(UserError, match=rf"{PICKLED_WEIGHTS}: cannot be read: {message}"):
+        load_denoiser(flat)
+
+
 def test_projections_are_never_dropped(pretrained, tmp_path):
     """Weights with projections beside a configuration of plain UNet2DModel: refused, not loaded without them."""
     with_projections(UNet2DModel.from_pretrained(pretrained / "unet")).save_pretrained(tmp_path)
