@@ -142,7 +142,9 @@ def read_lora(file: Path, layers: Mapping[str, tuple[int, ...]]) -> dict[str, Fa
                 raise UserError(f"{key}: the network has no layer {stem}")
             if kind in parts.setdefault(layer, {}):
                 raise UserError(f"{key}: a second factor of {layer}")
-            if tensor.dtype not in FLOATS:
+            if kind == "alpha" and tensor.numel() != 1:
+                raise UserError(f"{key}: holds {tensor.numel()} numbers, not one")
+            if tensor.dtype not in FLOATS and (kind != "alpha" or tensor.is_complex()):  # an alpha may be an integer
                 raise UserError(f"{key}: of the type {str(tensor.dtype).removeprefix('torch.')}")
             parts[layer][kind] = tensor.float()
         if not parts:
@@ -174,7 +176,7 @@ def factors_of(
         shapes = f"{tuple(given['up'].shape)} and {tuple(down.shape)}"
         raise UserError(f"{layer}: factors of the shapes {shapes} for a weight of the shape {shape}")
     if "alpha" in given:
-        scale = float(given["alpha"].reshape(-1)[0]) / len(down)
+        scale = given["alpha"].item() / len(down)
     else:
         part, _, name = layer.partition(".")
         scale = scale_of(name, len(down), configs.get(part, configs.get("", {})))

@@ -175,6 +175,8 @@ def test_a_file_that_is_no_lora_of_the_network_is_refused_by_the_name_of_the_ten
         },
         "a second factor of": {**good, f"{kohya}.lora_down.weight": down.clone()},
         "of the type int64": {f"{TO_Q}.lora_A.weight": down.long(), f"{TO_Q}.lora_B.weight": up},
+        "alpha: of the type complex64": {**good, f"{TO_Q}.alpha": torch.tensor(1j)},
+        "alpha: holds 0 numbers, not one": {**good, f"{TO_Q}.alpha": torch.ones(0)},
         "alpha is not finite": {**good, f"{TO_Q}.alpha": torch.tensor(torch.inf)},
     }
     for message, tensors in cases.items():
@@ -192,6 +194,14 @@ def test_a_file_that_is_no_lora_of_the_network_is_refused_by_the_name_of_the_ten
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"bad\.safetensors: cannot be read"):
         read_lora(tmp_path / "bad.safetensors", layers)
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(3), torch.tensor([3], dtype=torch.int32), torch.tensor(3.0)])
+def test_an_alpha_may_be_an_integer(tmp_path, layers, alpha):
+    down, up, name = torch.ones(2, 8), torch.ones(8, 2), kohya_names([TO_Q])[TO_Q]
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    torch.testing.assert_close(read_lora(tmp_path / "lora.safetensors", layers)[TO_Q].change(), up @ down * 3 / 2)
 
 
 def test_a_text_encoders_layer_cannot_be_folded_into_the_denoiser():
