@@ -65,6 +65,7 @@ class Source(Sequence):
     labels: Sequence | None
     captions: list[list[str]] | None  # of each image, one or more
     version: str  # of the files that `images` were read from
+    class_names: list[str] | None = None  # that `labels` count; None where labels stand for themselves
 
     def __len__(self) -> int:
         return len(self.images)

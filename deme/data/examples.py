@@ -64,19 +64,20 @@ def load_evaluation_images(source: Source, cache: Path) -> tuple[CroppedImages, 
 def labels_for(source: Source, classes: int) -> list[int]:
     """The number of each row's class, below `classes`: its label, or that label's place among as many names.
 
-    Names that are numbers, as of folders, are those numbers.
+    Names that are numbers are those numbers.
     """
     with naming("data.label_column", source.data.label_column):
         if source.labels is None:
             raise UserError("the model takes labels")
-        labels = list(source.labels)
-        if all(isinstance(label, str) and label.isdecimal() for label in labels):  # such as names of folders
+        labels, names = list(source.labels), source.class_names
+        if all(isinstance(label, str) and label.isdecimal() for label in labels):
             labels = [int(label) for label in labels]
         if all(isinstance(label, str) for label in labels):
-            places = {label: place for place, label in enumerate(sorted(set(labels)))}
-            if len(places) != classes:  # the places of a part would be other classes' numbers
-                raise UserError(f"holds {len(places)} names, and the model has {classes} classes: give their numbers")
+            names = sorted(set(labels))
+            places = {name: place for place, name in enumerate(names)}
             labels = [places[label] for label in labels]
+        if names is not None and len(names) != classes:  # the places of a part would be other classes' numbers
+            raise UserError(f"holds {len(names)} names, and the model has {classes} classes: give their numbers")
         for row, label in enumerate(labels):
             if type(label) is not int or not 0 <= label < classes:
                 raise UserError(f"row {row} has the label {shown(source.labels[row])}, and the model {classes} classes")

@@ -175,21 +175,26 @@ def read_lines(content: bytes) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n")] if text else []
 
 
-def read_folder(files: list[File], caption_column: str | None) -> tuple[dict[str, list], list[str], str]:
+def read_folder(
+    files: list[File], caption_column: str | None
+) -> tuple[dict[str, list], list[str], list[str] | None, str]:
     """The images among these files, by name or in the order of the metadata that lists them.
 
     Returns columns, with a value for each image (values of `caption_column` stay texts, images are files); the split
-    of each image; and a description of the files that are left out.
+    of each image; the names of the classes that the column label counts, None where folders are no classes; and a
+    description of the files that are left out.
     """
     kinds: dict[str, dict[str, File]] = defaultdict(dict)  # kind → name → file
     for file in files:
         kinds[file.kind][file.name] = file
     images, metadata, others = kinds["image"], [*kinds["metadata"].values()], kinds["other"]
     splits, classes = layout_of({dirname(name) for name in images})
+    names = sorted({*classes.values()}) if classes and not metadata else None
     if metadata:
         rows = _read_metadata(metadata, images)
     elif classes:
-        rows = [{"image": file, "label": classes[dirname(name)]} for name, file in images.items()]
+        places = {name: place for place, name in enumerate(names)}
+        rows = [{"image": file, "label": places[classes[dirname(name)]]} for name, file in images.items()]
     else:
         rows = [{"image": file} for file in images.values()]
     read = {value.name for row in rows for value in row.values() if isinstance(value, File)}
@@ -212,11 +217,11 @@ def read_folder(files: list[File], caption_column: str | None) -> tuple[dict[str
         describe("hidden image", hidden),
         describe("other file", others.keys() - read),
     )
-    return columns, [splits[dirname(row["image"].name)] for row in rows], "; ".join(filter(None, left_out))
+    return columns, [splits[dirname(row["image"].name)] for row in rows], names, "; ".join(filter(None, left_out))
 
 
-def layout_of(folders: set[str]) -> tuple[dict[str, str], dict[str, int] | None]:
-    """The split of each folder of images, and its class: the index of its name. None: the folders are no classes.
+def layout_of(folders: set[str]) -> tuple[dict[str, str], dict[str, str] | None]:
+    """The split of each folder of images, and its class: its name. None: the folders are no classes.
 
     If all folders at one depth name a split, they are splits. Otherwise all images are train. File names do not count.
     """
@@ -236,10 +241,10 @@ def layout_of(folders: set[str]) -> tuple[dict[str, str], dict[str, int] | None]
             held = ", ".join(sorted(filter(told.get, told)))
             raise UserError(f"which images are of which split? It holds {held}{beside}; {remedy}")
     depths = {len(path) for path in parts.values()}
-    classes = sorted({path[-1] for path in parts.values() if path})
+    classes = {path[-1] for path in parts.values() if path}
     if len(depths) > 1 or max(depths) < depth_of_classes or len(classes) < 2:
         return splits, None
-    return splits, {folder: classes.index(path[-1]) for folder, path in parts.items()}
+    return splits, {folder: path[-1] for folder, path in parts.items()}
 
 
 def describe(kind: str, names: Iterable[str], rest: str = "") -> str:

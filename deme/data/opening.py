@@ -32,7 +32,7 @@ def open_source(data: Data) -> Source:
     """Open the data set; nothing is decoded."""
     with naming(f"data.name={data.name} (data.split={data.split})"):
         try:
-            rows, version = _open(data)
+            rows, version, names = _open(data)
         except UserError:
             raise
         except Exception as error:  # the message of `datasets` often omits the causes
@@ -46,23 +46,32 @@ def open_source(data: Data) -> Source:
         rows, captions = _captioned(data, rows)
     if len(rows) == 0:
         raise UserError(f"data.name={data.name} (data.split={data.split}): holds no images")
-    labels = None if data.label_column is None else rows[data.label_column]
-    return Source(data, _undecoded(data, rows), labels, captions, version)
+    labels = None
+    if data.label_column is not None:
+        labels = rows[data.label_column]
+        names = names or getattr(rows.features[data.label_column], "names", None)
+        if names and all(name.isdecimal() for name in names):
+            known = range(len(names))  # what has no class may be None or -1
+            labels, names = [int(names[label]) if label in known else label for label in labels], None
+    return Source(data, _undecoded(data, rows), labels, captions, version, names)
 
 
-def _open(data: Data) -> tuple[datasets.Dataset, str]:
-    """All columns of a data set, and the version of the files that they were read from, where `datasets` has none."""
+def _open(data: Data) -> tuple[datasets.Dataset, str, list[str] | None]:
+    """All columns of a data set, the version of the files that they were read from, and the names of its classes.
+
+    The last two only where `datasets` does not have them.
+    """
     if data.name == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()  # 1,797, in scikit-learn's package
         pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # from values 0 … 16
         captions = [DIGIT_CAPTIONS[i] for i in digits.target]
-        return datasets.Dataset.from_dict({"image": pixels, "label": digits.target, "caption": captions}), ""
+        return datasets.Dataset.from_dict({"image": pixels, "label": digits.target, "caption": captions}), "", None
     if not os.path.isdir(data.name):
-        return datasets.load_dataset(data.name, split=data.split), ""
+        return datasets.load_dataset(data.name, split=data.split), "", None
     files = list_files(Path(data.name))
-    return (_open_images(data, files), "") if _holds_images(files) else _open_tables(data, files)
+    return _open_images(data, files) if _holds_images(files) else (*_open_tables(data, files), None)
 
 
 def _holds_images(files: list[File]) -> bool:
@@ -78,9 +87,9 @@ def _holds_images(files: list[File]) -> bool:
     return len(images) > 0 and not data_sets and len(images) >= max(tables.values(), default=0)
 
 
-def _open_images(data: Data, files: list[File]) -> datasets.Dataset:
-    """The rows of a folder of images."""
-    columns, splits, left_out = read_folder(files, data.caption_column)
+def _open_images(data: Data, files: list[File]) -> tuple[datasets.Dataset, str, list[str] | None]:
+    """The rows of a folder of images, and the names of its classes: a column of them would have another fingerprint."""
+    columns, splits, names, left_out = read_folder(files, data.caption_column)
     parts = datasets.ReadInstruction.from_spec(data.split).to_absolute(Counter(splits))
     rows = {split: [row for row, own in enumerate(splits) if own == split] for split in {*splits}}
     chosen = [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
@@ -91,7 +100,7 @@ def _open_images(data: Data, files: list[File]) -> datasets.Dataset:
             opened = opened.cast_column(key, datasets.Image(decode=False))
     if left_out:
         say_once(f"data.name={data.name}: {len(chosen):,} images are read; left out: {left_out}")
-    return opened
+    return opened, "", names if data.label_column == "label" else None
 
 
 def _open_tables(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:

@@ -2,6 +2,7 @@ import io
 import struct
 import zipfile
 import zlib
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -14,7 +15,7 @@ from deme.config.sections import Data
 from deme.data import opening
 from deme.data.crops import CroppedImages
 from deme.data.decoding import as_seen
-from deme.data.examples import load_evaluation_images, load_training_images
+from deme.data.examples import labels_for, load_evaluation_images, load_training_images
 from deme.data.opening import data_hashes, open_source
 from deme.errors import UserError
 from deme.job.records import CONTENTS, DATA
@@ -121,7 +122,7 @@ def test_mistakes_name_the_key(folder, tmp_path, change, message):
 
 def table(tmp_path, name: str, columns: dict, features: datasets.Features | None = None) -> str:
     """A folder of one parquet file."""
-    (tmp_path / name).mkdir()
+    (tmp_path / name).mkdir(parents=True)
     datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / name / "train.parquet")
     return str(tmp_path / name)
 
@@ -150,6 +151,52 @@ def test_the_only_column_of_images_is_read_where_another_is_named(tmp_path, caps
         data = Data(name=table(tmp_path, "+".join(columns), columns), image_column="img", label_column=None)
         with pytest.raises(UserError, match=f"data.image_column=img: .* has the columns {', '.join(columns)}"):
             open_source(data)
+
+
+def opened_classes(root, kind: str, names: list[str], labels: list[int]):
+    """A data set of grey images of these classes: a folder for each, or a table with a ClassLabel column."""
+    images = [Image.new("L", (8, 8), level) for level in range(len(labels))]
+    if kind == "table":
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        return open_source(Data(name=table(root, kind, {"image": images, "label": labels}, features)))
+    for level, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (root / kind / names[label]).mkdir(parents=True, exist_ok=True)
+        image.save(root / kind / names[label] / f"{level}.png")
+    return open_source(Data(name=str(root / kind)))
+
+
+@pytest.mark.parametrize("kind", ["folders", "table"])
+def test_classes_that_are_named_by_numbers_are_those_numbers(tmp_path, kind):
+    """Whatever their order; only where the numbers are the places, the hash of older runs stays."""
+    source = opened_classes(tmp_path, kind, [str(i) for i in (0, 1, 10, 11, 2, 360)], [0, 1, 2, 3, 4, 5])
+    levels = [int(source.decode(row, 1)[0, 0, 0]) for row in range(6)]
+    numbers = [[0, 1, 10, 11, 2, 360][level] for level in levels]
+    assert labels_for(source, 361) == list(source.labels) == numbers
+    with pytest.raises(UserError, match="row 5 has the label 360, and the model 12 classes"):
+        labels_for(source, 12)
+    assert load_evaluation_images(source, tmp_path)[1].tolist() == [sorted(numbers).index(number) for number in numbers]
+    places = replace(source, labels=list(range(6)))
+    hashes = [data_hashes(either, tmp_path, with_labels=True) for either in (source, places)]
+    assert hashes[0] != hashes[1]
+
+
+@pytest.mark.parametrize("kind", ["folders", "table"])
+def test_names_of_classes_must_be_as_many_as_the_network_has(tmp_path, kind):
+    """The classes of all folders and of the whole column, even if a split lacks some; then they keep their places."""
+    source = opened_classes(tmp_path, kind, ["n01440764", "n02102040", "n02979186"], [0, 2, 1])
+    with pytest.raises(UserError, match="label: holds 3 names, and the model has 1000 classes: give their numbers"):
+        labels_for(source, 1000)
+    part = open_source(replace(source.data, split="train[:2]"))
+    assert labels_for(source, 3) == list(source.labels)
+    assert labels_for(part, 3) == labels_for(source, 3)[:2]
+
+
+def test_classes_of_a_table_keep_their_own_order(tmp_path):
+    """It need not be the alphabet's; the label of an image without a class is refused."""
+    assert labels_for(opened_classes(tmp_path, "table", ["dog", "cat"], [0, 1, 0]), 2) == [0, 1, 0]
+    unknown = opened_classes(tmp_path / "unknown", "table", ["0", "1"], [1, -1])
+    with pytest.raises(UserError, match="row 1 has the label -1, and the model 2 classes"):
+        labels_for(unknown, 2)
 
 
 def with_exif_rotation() -> Image.Image:

@@ -246,11 +246,12 @@ def test_what_load_dataset_reads_right_is_read_the_same(tmp_path, names):
     draw(tmp_path, *names)
     for split in {name.split("/")[0] for name in names} & {"train", "test"} or {"train"}:
         expected = datasets.load_dataset(str(tmp_path), split=split).cast_column("image", datasets.Image(decode=False))
-        columns, splits, _ = read_folder(list_files(tmp_path), None)
+        columns, splits, classes, _ = read_folder(list_files(tmp_path), None)
         rows = [row for row, own in enumerate(splits) if own == split]
         assert [columns["image"][row].path for row in rows] == [row["path"] for row in expected["image"]]
         if "label" in expected.column_names:
             assert [columns["label"][row] for row in rows] == list(expected["label"])
+            assert classes == expected.features["label"].names
         else:
             assert "label" not in columns
 
