@@ -18,6 +18,7 @@ from deme.config.sections import Data
 from deme.data.decoding import Source, ahead, available_threads, decoding_threads, read_bytes
 from deme.data.files import TABLES, File, describe, image_suffixes, list_files, read_folder, stamp
 from deme.errors import UserError, blaming, naming, one_line, shown
+from deme.job.files import read_json
 from deme.job.records import CONTENTS, DATA, digest_of, made_once
 
 Stream = tuple[int, ...]  # the experiment's seed, then numbers that tell its runs apart
@@ -112,8 +113,13 @@ def _open_tables(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
     version = stamp(file.path for file in files)
     cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{version[:16]}")
     builder = datasets.load_dataset_builder(str(folder), cache_dir=cache)
+    options = {}
     if hasattr(builder.config, "keep_default_na"):  # csv: NA, null and None are texts, what is empty is missing
-        builder = datasets.load_dataset_builder(str(folder), cache_dir=cache, keep_default_na=False, na_values=[""])
+        options = {"keep_default_na": False, "na_values": [""]}
+    if (saved := _saved_files(folder, builder.config.data_files)) != builder.config.data_files:
+        options["data_files"] = saved
+    if options:
+        builder = datasets.load_dataset_builder(str(folder), cache_dir=cache, **options)
     builder.download_and_prepare()
     rows = builder.as_dataset(data.split)
     read = {os.path.realpath(str(file)) for split in builder.config.data_files.values() for file in split}
@@ -122,6 +128,29 @@ def _open_tables(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
     if left_out := describe("file", [file.name for file in others if os.path.realpath(file.path) not in read]):
         say_once(f"data.name={data.name}: {len(rows):,} rows are read; left out: {left_out}")
     return rows, version
+
+
+def _saved_files(folder: Path, found: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The files of each split; of what `save_to_disk` wrote, those that it names: `map` leaves others beside them."""
+
+    index = folder / "dataset_dict.json"
+    if index.is_file():
+        with blaming(index):
+            listed = {split: sorted((folder / split).glob("*.arrow")) for split in read_json(index)["splits"]}
+        found = {split: [*map(str, files)] for split, files in listed.items() if files} or found
+
+    @cache
+    def written(part: str) -> set[str] | None:
+        state = Path(part, "state.json")
+        listed = read_json(state).get("_data_files") if state.is_file() else None
+        with blaming(state):
+            return None if listed is None else {entry["filename"] for entry in listed}
+
+    def is_read(file: str) -> bool:
+        part, name = os.path.split(file)
+        return not name.endswith(".arrow") or written(part) is None or name in written(part)
+
+    return {split: [file for file in files if is_read(file)] for split, files in found.items()}
 
 
 def _with_columns(data: Data, rows: datasets.Dataset) -> Data:

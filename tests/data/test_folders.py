@@ -282,6 +282,32 @@ def test_tables_are_read_by_datasets_and_what_it_leaves_out_is_named(tmp_path, c
         open_source(Data(name=str(tmp_path / "set[1]")))
 
 
+@pytest.mark.parametrize("form", ["alone", "splits", "side by side"])
+def test_what_map_leaves_in_a_saved_data_set_is_not_read(tmp_path, form, capsys):
+    """Columns of the same names, which would count twice, and indices, which fit nothing; splits of any name are."""
+    draw(tmp_path, "0.png", "1.png")
+    columns = {"image": [str(tmp_path / f"{i}.png") for i in range(2)], "label": [0, 1]}
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    root = tmp_path / "set"
+    splits = {"alone": ["train"], "splits": ["train", "extra"], "side by side": ["train", "test"]}[form]
+    if form == "splits":
+        datasets.DatasetDict(dict.fromkeys(splits, rows)).save_to_disk(root)
+    for split in splits:
+        part = root if form == "alone" else root / split
+        if form != "splits":
+            rows.save_to_disk(part)
+        before = list(open_source(Data(name=str(root), split=split)).labels)
+        saved = datasets.load_from_disk(str(part))
+        saved.map(lambda row: {"label": 7 + row["label"]})
+        saved.sort("label", reverse=True)
+        capsys.readouterr()
+        source = open_source(Data(name=str(root), split=split))
+        assert before == list(source.labels) == [0, 1]
+        assert [int(source.decode(row, 1)[0, 0, 0]) for row in range(2)] == [0, 1]
+        assert "2 rows are read; left out: " in capsys.readouterr().out
+        assert len(list(part.glob("cache-*.arrow"))) == 2
+
+
 def test_pictures_beside_tables_are_not_the_data(tmp_path):
     """As many as there are tables; where there are more, a person decides. A table for each image is no data set."""
     draw(tmp_path, "preview.png")
