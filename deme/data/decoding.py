@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms
 from tqdm import tqdm
 
 from deme.config.sections import Data
@@ -23,7 +24,16 @@ from deme.job.records import digest_of, made_once
 
 SAME_LEVEL = 2  # of 255: a profile that changes no colour by more is taken for sRGB
 TRANSPARENT_LEVEL = {"L;2": 85, "L;4": 17}  # PIL scales such pixels to 8 bits, but not the transparent one among them
-TURNED = range(5, 9)  # EXIF orientations that exchange height and width
+UPRIGHT = {  # EXIF orientation → what makes such an image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TURNED = range(5, 9)  # those that exchange height and width
 LEAST_THREADED_RESOLUTION = 64  # pixels; below it, Python's own work on an image takes longer than the decoding
 
 
@@ -215,7 +225,15 @@ def open_image(content: Any) -> Image.Image:
 
 def size_as_seen(image: Image.Image) -> tuple[int, int]:
     """Width and height of an image as a viewer shows it, upright by EXIF, without decoding."""
-    return image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation) in TURNED else image.size
+    is_exchanged = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation) in TURNED  # by PIL, of a TIFF
+    return image.size[::-1] if _orientation(image) in TURNED and not is_exchanged else image.size
+
+
+def _orientation(image: Image.Image) -> Any:
+    """The EXIF orientation, or None; a damaged block is ignored, as in viewers."""
+    with suppress(SyntaxError, ValueError, TypeError, struct.error):
+        return image.getexif().get(ExifTags.Base.Orientation)
+    return None
 
 
 def read_bytes(content: dict) -> bytes | None:
@@ -234,7 +252,9 @@ def as_seen(image: Image.Image, channels: int) -> Image.Image:
             raise UserError("a transparent colour of 16 bits; save it with an alpha channel")
         image.info["transparency"] *= TRANSPARENT_LEVEL.get(kind, 1)
     profile = image.info.get("icc_profile")
-    image = _in_8_bits(ImageOps.exif_transpose(image))
+    image.load()  # after which PIL has turned a TIFF
+    turn = UPRIGHT.get(_orientation(image))  # ImageOps.exif_transpose would write all EXIF again, and fail at odd tags
+    image = _in_8_bits(image if turn is None else image.transpose(turn))
     if profile:
         image = _as_srgb(image, profile)
     if image.has_transparency_data:

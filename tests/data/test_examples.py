@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from deme.config.sections import Data
 from deme.data import opening
 from deme.data.crops import CroppedImages
-from deme.data.decoding import as_seen
+from deme.data.decoding import as_seen, decode_image, open_image, size_as_seen
 from deme.data.examples import labels_for, load_evaluation_images, load_training_images
 from deme.data.opening import data_hashes, open_source
 from deme.errors import UserError
@@ -268,6 +268,70 @@ def palette_with_transparency() -> Image.Image:
 def test_images_become_what_a_person_sees(image, seen):
     assert np.abs(np.asarray(as_seen(image, 3), dtype=int) - np.array(seen)).max() <= 3 * ("icc_profile" in image.info)
     assert as_seen(image, 1).mode == "L"
+
+
+FORMATS = {
+    "PNG": {},
+    "WEBP": {"lossless": True},
+    "TIFF": {},
+    "TIFF, compressed": {"compression": "tiff_lzw"},
+    "JPEG": {"quality": 95},
+    "AVIF": {"quality": 95},
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_orientation_is_seen_upright(kind):
+    """Its size too, without decoding; values that EXIF does not know turn nothing."""
+    pixels = np.repeat(np.repeat(np.array([[250, 120, 10], [60, 200, 90]], np.uint8), 16, 0), 16, 1)
+    upright = {2: np.fliplr(pixels), 3: pixels[::-1, ::-1], 4: np.flipud(pixels), 5: pixels.T}
+    upright |= {6: np.rot90(pixels, -1), 7: pixels[::-1, ::-1].T, 8: np.rot90(pixels)}
+    for orientation in range(1, 9) if "compressed" in kind else range(10):  # libtiff writes no other
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, kind.split(",")[0], exif=exif, **FORMATS[kind])
+        expected = upright.get(orientation, pixels)
+        found = decode_image(file.getvalue(), 32, 1)[:, :, 0]
+        assert found.shape == expected.shape
+        assert np.abs(found.astype(int) - expected).mean() < 3
+        assert size_as_seen(open_image(file.getvalue())) == expected.shape[::-1]
+
+
+def with_tags(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """An EXIF block of such tags, each with its type, its count, and its content of up to 8 bytes."""
+    entries, values = b"", b""
+    for tag, kind, count, content in tags:
+        place = struct.pack("<I", 14 + 12 * len(tags) + len(values))
+        entries += struct.pack("<HHI", tag, kind, count) + (content.ljust(4, b"\0") if len(content) <= 4 else place)
+        values += content if len(content) > 4 else b""
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + values
+
+
+ORIENTATION = (274, 3, 1, struct.pack("<H", 6))
+ODD = {
+    "a resolution of -1 / 0": with_tags(ORIENTATION, (282, 10, 1, struct.pack("<ii", -1, 0))),
+    "a resolution that is text": with_tags(ORIENTATION, (282, 2, 3, b"72\0")),
+    "a rational unit": with_tags(ORIENTATION, (296, 5, 1, struct.pack("<II", 2, 1))),
+    "a unit that is too large": with_tags(ORIENTATION, (296, 4, 1, struct.pack("<I", 70_000))),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("suffix", ["JPEG", "PNG", "WEBP"])
+def test_odd_exif_tags_do_not_keep_an_image_from_being_turned(kind, suffix):
+    file = io.BytesIO()
+    Image.fromarray(np.repeat(np.array([[0], [255]], np.uint8), 16, 0).repeat(8, 1)).save(file, suffix, exif=ODD[kind])
+    assert decode_image(file.getvalue(), 8, 1)[0, [0, -1], 0].tolist() == pytest.approx([255, 0], abs=3)
+
+
+@pytest.mark.parametrize("block", [b"Exif\0\0no TIFF header", b"Exif\0\0II*\0", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+@pytest.mark.parametrize("suffix", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_is_ignored(block, suffix):
+    file = io.BytesIO()
+    Image.new("L", (8, 9), 7).save(file, suffix, exif=block)
+    assert decode_image(file.getvalue(), 8, 1).shape == (9, 8, 1)
+    assert size_as_seen(open_image(file.getvalue())) == (8, 9)
 
 
 def saved(pixels: np.ndarray, suffix: str, **options) -> Image.Image:
