@@ -177,17 +177,20 @@ def _captioned(data: Data, rows: datasets.Dataset) -> tuple[datasets.Dataset, li
         if len(captioned) < len(rows):
             say_once(f"data.skip_uncaptioned: skipped {len(rows) - len(captioned):,} of {len(rows):,} images")
             rows = rows.select(captioned)
-    captions = [[value] if isinstance(value, str) else value for value in rows[data.caption_column]]
+    captions = [value if isinstance(value, list) else [value] for value in rows[data.caption_column]]
     for row, texts in enumerate(captions):
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            given = f"data.caption_column={data.caption_column}: row {row} has the caption {shown(texts)}"
-            raise UserError(given if texts else f"{given}; data.skip_uncaptioned=true leaves such rows out")
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            value = texts[0] if len(texts) == 1 else texts
+            given = repr(value) if isinstance(value, str) else shown(value)  # a blank text would not be seen
+            remedy = "; data.skip_uncaptioned=true leaves such rows out" if _is_missing(texts) else ""
+            raise UserError(f"data.caption_column={data.caption_column}: row {row} has the caption {given}{remedy}")
     return rows, captions
 
 
 def _is_missing(caption: Any) -> bool:
-    """True if a row has no caption: None, NaN, an empty text, or an empty list."""
-    return caption is None or caption != caption or not (caption.strip() if isinstance(caption, str) else caption)
+    """True if a row has no caption: None, NaN, a blank text, or a list of nothing else."""
+    texts = caption if isinstance(caption, list) else [caption]
+    return all(text is None or text != text or (isinstance(text, str) and not text.strip()) for text in texts)
 
 
 def _undecoded(data: Data, rows: datasets.Dataset) -> datasets.Dataset:

@@ -1,8 +1,12 @@
 """Which caption an image has, and prompts as people keep them."""
 
+from dataclasses import replace
+
+import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from deme.config.sections import Data
 from deme.data.crops import CroppedImages, choose_caption
@@ -67,6 +71,33 @@ def test_captions_are_part_of_what_is_read(tmp_path):
     )
     assert with_captions != without
     assert data_hashes(open_source(captioned), tmp_path) == data_hashes(open_source(Data()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("caption", "shown", "is_skipped"),
+    [
+        ("", "''", True),
+        (" \n", r"' \\n'", True),
+        ([], r"\[\]", True),
+        (["", " "], r"\['', ' '\]", True),
+        ([None], "null", True),
+        (["a cat", ""], r"\['a cat', ''\]", False),
+        (["a cat", None], r"\['a cat', None\]", False),
+    ],
+)
+def test_blank_captions_are_refused_by_row(tmp_path, caption, shown, is_skipped):
+    """An image without any other can be left out."""
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    fine = ["a dog"] if isinstance(caption, list) else "a dog"
+    (tmp_path / "table").mkdir()
+    columns = {"image": [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}] * 3, "text": [fine, caption, fine]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "table" / "train.parquet")
+    data = Data(name=str(tmp_path / "table"), label_column=None, caption_column="text")
+    remedy = "; data.skip_uncaptioned=true leaves such rows out" if is_skipped else ""
+    with pytest.raises(UserError, match=f"^data.caption_column=text: row 1 has the caption {shown}{remedy}$"):
+        open_source(data)
+    if is_skipped:
+        assert open_source(replace(data, skip_uncaptioned=True)).captions == [["a dog"]] * 2
 
 
 @pytest.mark.parametrize(
