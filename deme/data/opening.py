@@ -69,6 +69,8 @@ def _open(data: Data) -> tuple[datasets.Dataset, str, list[str] | None]:
         pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # from values 0 … 16
         captions = [DIGIT_CAPTIONS[i] for i in digits.target]
         return datasets.Dataset.from_dict({"image": pixels, "label": digits.target, "caption": captions}), "", None
+    if os.path.isfile(data.name):
+        raise UserError("a file; name the folder that it lies in")
     if not os.path.isdir(data.name):
         return datasets.load_dataset(data.name, split=data.split), "", None
     files = list_files(Path(data.name))

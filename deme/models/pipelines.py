@@ -15,7 +15,7 @@ from deme.config.section import is_finite
 from deme.config.sections import SINGLE_FILE
 from deme.errors import UserError, naming, one_line, shown
 from deme.job.files import read_json
-from deme.job.repository import found_folder
+from deme.job.repository import found_folder, found_path
 from deme.models.kinds import (
     CLASSES,
     DENOISERS,
@@ -65,6 +65,8 @@ def find_pipeline(source: str) -> Path:
     """
     if (folder := found_folder(source)) is not None:
         return check_pipeline(folder)
+    if found_path(source).is_file():
+        raise UserError("a file; name its pipeline's folder: diffusers' from_single_file and save_pretrained write one")
     if (name := hub_name(source)) is None:
         raise UserError("no such folder")
     from huggingface_hub import snapshot_download

@@ -262,6 +262,13 @@ def test_names_that_can_be_no_folder_are_refused():
             open_source(Data(name=name))
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.zip", "a.png"])
+def test_a_single_file_is_refused_with_what_to_name_instead(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{name} \(data\.split=train\): a file; name the folder that it lies in$"):
+        open_source(Data(name=str(tmp_path / name)))
+
+
 def test_parts_of_splits_can_be_chosen(tmp_path):
     draw(tmp_path, *(f"{split}/{i}.png" for split in ("train", "test") for i in range(4)))
     assert read(tmp_path, split="train[:50%]+test[3:]") == ["train/0.png", "train/1.png", "test/3.png"]

@@ -41,6 +41,13 @@ def flat(request, pretrained, tmp_path):
     return folder
 
 
+@pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors", "diffusion_pytorch_model.bin"])
+def test_a_file_in_place_of_a_pipeline_is_refused_with_what_to_do(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match="a file; name its pipeline's folder: diffusers' from_single_file and save_pre"):
+        find_pipeline(str(tmp_path / name))
+
+
 def test_every_form_gives_the_same_network_and_schedule(flat, pretrained):
     pipeline = find_pipeline(str(flat))
     expected = load_file(pretrained / "unet" / WEIGHTS)
