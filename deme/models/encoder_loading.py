@@ -29,7 +29,6 @@ from deme.models.pipelines import (
 from deme.models.weights import weights_files
 
 LEAST_VOCABULARY = 256  # tokens: one for each byte
-TRIED_SIZE = 4  # entries along a side, for networks that take any size
 LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
 
 
@@ -86,7 +85,7 @@ def _encoder_of(pipeline: Path, config: Mapping[str, Any]) -> Callable[..., Late
     """What makes an encoder of a VAE, text encoders and tokenizers, by the denoiser's settings."""
     if kinds.is_xl(config):
         zeros = zeros_for_empty_prompt(pipeline)
-        side = config["sample_size"] * latent_factor(pipeline)
+        side = kinds.sample_size(config) * latent_factor(pipeline)
         return partial(LatentsAndTwoTexts, side=side, zeros_for_empty=zeros)
     if kinds.denoiser_class(config) == kinds.SD3:
         return partial(LatentsAndThreeTexts, width=kinds.text_width(config))
@@ -144,14 +143,15 @@ def check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
 def try_out(denoiser: nn.Module, process: Process, encoder: Encoder) -> None:
     """Predict once and take one step, so that parts that do not fit are found before anything is written."""
     channels = denoiser.config.in_channels
-    size = denoiser.config.get("sample_size") or TRIED_SIZE
+    settings = settings_of(denoiser)
     # it may have been made from settings, and not loaded
-    kinds.check_settings(UNET, settings_of(denoiser))
+    kinds.check_settings(UNET, settings)
     kinds.check_settings("scheduler", process.scheduler.config)
     if channels != encoder.channels:
         raise UserError(f"in_channels={channels}: the encoder gives {encoder.channels}")
     condition = encoder.condition([""])  # load_encoder has tried it
     with blaming():
+        size = kinds.sample_size(settings) or 2 * kinds.least_size(settings)
         images = torch.zeros(1, channels, size, size)
         last = torch.tensor([process.total - 1], dtype=process.dtype)
         with torch.no_grad():

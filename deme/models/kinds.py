@@ -114,9 +114,24 @@ def num_classes(settings: Mapping[str, Any]) -> int:
     return 0 if key is None else settings.get(key, 1000)  # diffusers' default
 
 
-def patch_side(settings: Mapping[str, Any]) -> int:
-    """The side of a patch, by the config.json of a denoiser that takes latents of any size; 0 for others."""
-    return settings.get("patch_size", WAN_PATCH)[1] if denoiser_class(settings) == WAN else 0
+def sample_size(settings: Mapping[str, Any]) -> int | None:
+    """Entries along a side that a denoiser works on, by its config.json; None for any multiple of `least_size`."""
+    given = settings.get("sample_size")
+    is_pair = isinstance(given, (list, tuple)) and len(given) == 2 and given[0] == given[1]
+    size = given[0] if is_pair else given
+    is_unet = subfolder_of(settings) == UNET and not is_xl(settings)  # the latter is told the size
+    if denoiser_class(settings) == WAN or (is_unet and size is None):
+        return None
+    if type(size) is not int or size < 1:
+        raise UserError(f"sample_size={shown(given)}: must be a whole number above 0, as images are squares")
+    return size
+
+
+def least_size(settings: Mapping[str, Any]) -> int:
+    """The least entries along a side, by the config.json of a denoiser that takes any multiple of them."""
+    if denoiser_class(settings) == WAN:
+        return settings.get("patch_size", WAN_PATCH)[1]
+    return shrinking("block_out_channels", settings.get("block_out_channels", [0] * 4))  # diffusers' default is of 4
 
 
 def is_xl(settings: Mapping[str, Any]) -> bool:
@@ -158,6 +173,8 @@ def check_settings(part: str, settings: Mapping[str, Any]) -> None:
     for key, supported in known.items():
         if key in settings:
             look_up(key, settings[key], supported)
+    if part in SUBFOLDERS:
+        sample_size(settings)
     if part in SUBFOLDERS and denoiser_class(settings) == WAN:
         patch = settings.get("patch_size", WAN_PATCH)
         if not (checked(patch, list[int], "patch_size")[:1] == [1] and len(patch) == 3 and patch[1] == patch[2] > 0):
@@ -175,7 +192,11 @@ def check_settings(part: str, settings: Mapping[str, Any]) -> None:
 def vae_factor(vae: Mapping[str, Any]) -> int:
     """Pixels per entry of a latent, along each side, by the VAE's settings: it halves the size after each block."""
     key = next((key for key in OF_BLOCKS if key in vae), OF_BLOCKS[0])
-    blocks = vae.get(key)
+    return shrinking(key, vae.get(key))
+
+
+def shrinking(key: str, blocks: Any) -> int:
+    """The factor between the sides of a network's first and last block, of which each but the last halves the size."""
     if not isinstance(blocks, (list, tuple)) or not 1 <= len(blocks) <= 16:
         raise UserError(f"{key}={blocks}")
     return 2 ** (len(blocks) - 1)

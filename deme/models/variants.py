@@ -57,12 +57,14 @@ class ModelFiles:
         data, timesteps = config.data, config.timesteps
         for folder in self.folders:
             settings = read_json(folder / "config.json")
-            if (multiple := kinds.patch_side(settings) * factor) > 0:
+            with naming(folder / "config.json"):
+                size = kinds.sample_size(settings)
+                multiple = kinds.least_size(settings) * factor if size is None else 0
+            if size is None:
                 data.check("resolution", data.resolution % multiple == 0, f"must be a multiple of {multiple}")
-                continue
-            size = settings.get("sample_size")
-            pixels = size * factor if isinstance(size, int) else size
-            data.check("resolution", pixels == data.resolution, f"the network in {folder} has sample_size={pixels}")
+            else:
+                rule = f"must be {size * factor}, as the network in {folder} has sample_size={size}"
+                data.check("resolution", data.resolution == size * factor, rule)
         total = read_json(schedule).get("num_train_timesteps", 1000)  # diffusers' default
         fits = total == timesteps.num_train_timesteps
         timesteps.check("num_train_timesteps", fits, f"the scheduler in {schedule} has {total}")

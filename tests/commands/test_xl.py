@@ -16,11 +16,12 @@ from test_text_to_image import PROMPTS, losses, text_config, text_to_image  # no
 from text_to_image import tiny_xl_pipeline
 
 from deme.config.sections import Sample
+from deme.errors import UserError
 from deme.models.denoisers import load_denoiser, load_scheduler
 from deme.models.drawing import Drawing
 from deme.models.encoder_loading import load_encoder
 from deme.models.encoders import Captioned
-from deme.models.pipelines import INDEX
+from deme.models.pipelines import INDEX, find_pipeline
 from deme.models.variants import ModelFiles
 
 
@@ -80,6 +81,19 @@ def test_only_settings_that_images_did_not_have_before_are_recorded(xl, tmp_path
     SCHEDULES[schedule].save_pretrained(folder / "scheduler")
     found = ModelFiles(folder, [folder / "unet"]).sampling()
     assert found == {f"scheduler.{key}": value for key, value in recorded.items()}
+
+
+def test_an_xl_network_must_name_its_size(xl, tmp_path):
+    """Which it is told with each image; a pair counts as one."""
+    folder = shutil.copytree(xl, tmp_path / "copy")
+    file = folder / "unet" / "config.json"
+    for size in ([4, 4], None):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": size}))
+        if size is not None:
+            encoder = load_encoder(find_pipeline(str(folder)), load_denoiser(folder / "unet"))
+            assert encoder.condition([""])["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]]
+    with pytest.raises(UserError, match=r"unet/config\.json: sample_size=null: must be"):
+        find_pipeline(str(folder))
 
 
 def test_how_an_empty_prompt_is_encoded_counts_for_records(xl, tmp_path):

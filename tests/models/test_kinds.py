@@ -1,24 +1,27 @@
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from conftest import REPOSITORY
 from diffusers import DiffusionPipeline, UNet2DModel
 from text_to_image import tiny_pipeline
 
+from deme.config.reading import load_config
 from deme.config.sections import Sample
 from deme.errors import UserError
 from deme.method.process import process_of
 from deme.models import encoders
 from deme.models.denoisers import load_denoiser, load_scheduler, with_projections
 from deme.models.drawing import Drawing
-from deme.models.encoder_loading import load_encoder
+from deme.models.encoder_loading import load_encoder, try_out
 from deme.models.kinds import DENOISERS, PIPELINES, SETTINGS
 from deme.models.pipelines import find_pipeline
 from deme.models.schedules import FLOW_SCHEDULERS, SCHEDULERS, of_sampling
-from deme.models.variants import common_architecture, write_pipeline_files
+from deme.models.variants import ModelFiles, common_architecture, write_pipeline_files
 
 NO_CLASSES = ("SchedulerMixin", "KarrasDiffusionSchedulers")
 
@@ -129,6 +132,30 @@ def test_the_noise_schedule_is_that_of_the_class_that_the_file_names(copy, name)
         defaults = schedule.config.get("clip_sample", False), schedule.config.get("steps_offset", 0)
         assert tuple(of_sampling({"_class_name": name}).values()) == defaults
         assert found.config.prediction_type == schedule.config.prediction_type
+
+
+@pytest.mark.parametrize(("size", "fitting"), [(8, [8]), ([8, 8], [8]), (None, [6, 8, 16])])
+def test_the_resolution_is_that_of_the_network(copy, size, fitting):
+    """A pair of equal sizes is one size; a UNet that names none takes what its two blocks can halve."""
+    edit(copy / "unet" / "config.json", sample_size=size)
+    pipeline = find_pipeline(str(copy))
+    unet, schedule = load_denoiser(copy / "unet"), load_scheduler(pipeline)
+    try_out(unet, process_of(schedule), load_encoder(pipeline, unet))
+    for resolution in (6, 7, 8, 16):
+        config = load_config(REPOSITORY / "configs" / "digits.yaml", [f"data.resolution={resolution}"])
+        fits = resolution in fitting
+        rule = rf"data\.resolution={resolution}: must be {'a multiple of 2' if size is None else '8, as the network'}"
+        with nullcontext() if fits else pytest.raises(UserError, match=rule):
+            ModelFiles(pipeline, [copy / "unet"]).check_fits(config)
+        if fits:
+            images = torch.zeros(1, 1, resolution, resolution)
+            assert unet(images, torch.tensor([1])).sample.shape == images.shape
+
+
+@pytest.mark.parametrize("size", [[8, 4], [8], "8", 0, True])
+def test_sizes_that_are_no_squares_are_refused_by_name(copy, size):
+    edit(copy / "unet" / "config.json", sample_size=size)
+    refused(copy, "config.json: sample_size=", "must be a whole number above 0, as images are squares")
 
 
 @pytest.mark.parametrize("part", ["unet", *SETTINGS])
