@@ -15,7 +15,16 @@ from deme.errors import UserError, blaming, naming
 from deme.method.process import Process
 from deme.models import kinds
 from deme.models.denoisers import settings_of
-from deme.models.encoders import CHANNELS, LENGTHS, Encoder, LabelledLatents, LabelledPixels, LatentsAndText, Pixels
+from deme.models.encoders import (
+    CHANNELS,
+    GEMMA,
+    LENGTHS,
+    Encoder,
+    LabelledLatents,
+    LabelledPixels,
+    LatentsAndText,
+    Pixels,
+)
 from deme.models.families import FramesAndText, LatentsAndInstructedText, LatentsAndThreeTexts, LatentsAndTwoTexts
 from deme.models.pipelines import (
     STEMS,
@@ -103,8 +112,11 @@ def _load_text(pipeline: Path, part: str, parts: Mapping[str, str]) -> tuple[nn.
     folder, kind = pipeline / part.replace("text_encoder", "tokenizer"), parts[part]
     text_encoder = _load_network(pipeline / part, getattr(transformers, kind), dtype=torch.float32)
     with blaming(folder):
-        options = {"local_files_only": True, "padding_side": "right"}
-        tokenizer = getattr(transformers, parts[folder.name]).from_pretrained(str(folder), **options)
+        tokenizer = getattr(transformers, parts[folder.name]).from_pretrained(str(folder), local_files_only=True)
+        if kind == GEMMA:
+            tokenizer.padding_side = "right"  # as SanaPipeline sets it
+        if tokenizer.padding_side != "right":
+            raise UserError(f"padding_side={tokenizer.padding_side}: must be right, where texts are filled up")
         check_tokenizer(tokenizer, text_encoder.config.vocab_size)
         length = LENGTHS.get(kind, tokenizer.model_max_length)  # 1e30 where the folder names none
         if not isinstance(length, (int, float)) or not length >= LEAST_LENGTH:

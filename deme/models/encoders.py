@@ -174,7 +174,9 @@ class LatentsAndText:
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """The text encoder's last hidden states, (B, tokens, D); texts that are too long are cut, with one warning."""
-        return self._ready(self.text_encoders[0])(self._tokens(texts, self.tokenizers[0]).input_ids)[0]
+        text_encoder, tokens = self._ready(self.text_encoders[0]), self._tokens(texts, self.tokenizers[0])
+        is_masked = getattr(text_encoder.config, "use_attention_mask", False)
+        return text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask if is_masked else None)[0]
 
     def _of_clips(self, texts: Sequence[str]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The hidden states before the last of the first two text encoders, side by side, and their pooled texts."""

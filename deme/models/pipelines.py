@@ -230,9 +230,7 @@ def latent_sampling(pipeline: Path) -> dict[str, Any]:
     settings = read_schedule(pipeline)
     if not has_latents(pipeline) or prediction_type(settings) == FLOW:
         return {}
-    config = denoiser_folder(pipeline) / "config.json"
-    denoiser = read_json(config) if config.is_file() else {}
-    return ENFORCED if takes_text(pipeline) and not is_xl(denoiser) else of_sampling(settings)
+    return ENFORCED if is_stable_diffusion(pipeline) else of_sampling(settings)
 
 
 def variant_of(file: Path) -> str | None:
@@ -275,6 +273,18 @@ def zeros_for_empty_prompt(pipeline: Path) -> bool:
 def is_projected(folder: Path) -> bool:
     """True if the denoiser in a folder has projections, by the class in its config.json."""
     return str(read_json(folder / "config.json").get("_class_name")).startswith(PROJECTED)
+
+
+def is_stable_diffusion(pipeline: Path) -> bool:
+    """True if StableDiffusionPipeline draws, that of versions 1 and 2."""
+    config = denoiser_folder(pipeline) / "config.json"
+    return takes_text(pipeline) and (not config.is_file() or parts_between(read_json(config)) is ENCODERS)
+
+
+def masks_text(pipeline: Path) -> bool:
+    """True if the text encoder does not see what fills up a text; only StableDiffusionPipeline has a choice."""
+    file = pipeline / "text_encoder" / "config.json"
+    return is_stable_diffusion(pipeline) and file.is_file() and bool(read_json(file).get("use_attention_mask"))
 
 
 def takes_text(pipeline: Path) -> bool:

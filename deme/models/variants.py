@@ -94,6 +94,7 @@ class ModelFiles:
         if files := encoder_files(self.pipeline):
             lines = "\n".join(f"{name} {sha256(path)}" for name, path in files.items())
             lines += "" if pipelines.zeros_for_empty_prompt(self.pipeline) else f"\n{pipelines.ZEROS} false"
+            lines += "\nuse_attention_mask true" if pipelines.masks_text(self.pipeline) else ""
             hashes[ENCODER] = hashlib.sha256(lines.encode()).hexdigest()
         return hashes
 

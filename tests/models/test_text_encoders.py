@@ -1,14 +1,24 @@
 """The encoders of Stable Diffusion 3 and SANA give what diffusers' pipelines compute."""
 
+import hashlib
 import inspect
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SanaPipeline
-from text_to_image import tiny_sana_pipeline, tiny_sd3_pipeline, tiny_wan_pipeline
+from diffusers import DiffusionPipeline, SanaPipeline
+from text_to_image import tiny_pipeline, tiny_sana_pipeline, tiny_sd3_pipeline, tiny_wan_pipeline, tiny_xl_pipeline
 
+from deme.errors import UserError
+from deme.job.files import sha256
+from deme.job.records import ENCODER
+from deme.models.denoisers import load_denoiser
+from deme.models.encoder_loading import load_encoder
 from deme.models.encoders import GEMMA, LENGTHS, T5, UMT5, Captioned, Pixels
 from deme.models.families import FramesAndText, LatentsAndInstructedText, LatentsAndThreeTexts
+from deme.models.pipelines import encoder_files
+from deme.models.variants import ModelFiles
 
 TEXTS = ["A handwritten Three ", "", "é" * 400]
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
@@ -35,6 +45,42 @@ def instructed(pipeline) -> LatentsAndInstructedText:
     return LatentsAndInstructedText(
         pipeline.vae, [pipeline.text_encoder], [tokenizer], instruction="\n".join(INSTRUCTION)
     )
+
+
+def with_settings(pipeline, folder: Path, file: str, **settings) -> Path:
+    """The folder of a pipeline with other settings in one of its files."""
+    pipeline.save_pretrained(folder)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | settings))
+    return folder
+
+
+@pytest.mark.parametrize(("make", "counts"), [(tiny_pipeline, True), (tiny_xl_pipeline, False)])
+@torch.no_grad()
+def test_padding_is_masked_where_diffusers_pipeline_does(tmp_path, make, counts):
+    """By Stable Diffusion 1's, if its text encoder says so. Records differ, as older versions masked nothing."""
+    embeddings, options = {}, {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    for masks in (True, False):
+        folder = with_settings(make(), tmp_path / str(masks), "text_encoder/config.json", use_attention_mask=masks)
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+        states = pipeline.encode_prompt(TEXTS, device="cpu", **options)[0]
+        found = load_encoder(folder, load_denoiser(folder / "unet")).condition(TEXTS)["encoder_hidden_states"]
+        torch.testing.assert_close(found, states)
+        embeddings[masks] = found
+        files = "\n".join(f"{name} {sha256(path)}" for name, path in encoder_files(folder).items())
+        recorded = ModelFiles(folder, [folder / "unet"]).hashes()[ENCODER]
+        assert (recorded == hashlib.sha256(files.encode()).hexdigest()) is not (masks and counts)
+    assert torch.allclose(embeddings[True], embeddings[False]) is not counts
+
+
+def test_texts_are_filled_up_on_the_right(tmp_path):
+    """As all networks here were trained; Gemma's tokenizer, which says left, is told so by its pipeline."""
+    folder = with_settings(tiny_pipeline(), tmp_path / "sd", "tokenizer/tokenizer_config.json", padding_side="left")
+    with pytest.raises(UserError, match=r"tokenizer: padding_side=left: must be right"):
+        load_encoder(folder, load_denoiser(folder / "unet"))
+    folder = with_settings(
+        tiny_sana_pipeline(), tmp_path / "sana", "tokenizer/tokenizer_config.json", padding_side="left"
+    )
+    assert load_encoder(folder, load_denoiser(folder / "transformer")).tokenizers[0].padding_side == "right"
 
 
 @pytest.mark.parametrize("has_t5", [True, False])
