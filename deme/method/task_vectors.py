@@ -43,10 +43,13 @@ def in_order(blocks: Iterable[str]) -> list[str]:
 
 def pattern_of(name: str, patterns: Iterable[str]) -> str:
     """The first name pattern that fits a tensor's name."""
-    for pattern in patterns:
-        if fnmatchcase(name, pattern):
-            return pattern
-    raise UserError(f"no pattern fits the tensor {name}; add one for '*'")
+    if (pattern := _fitting(name, patterns)) is None:
+        raise UserError(f"no pattern fits the tensor {name}; add one for '*'")
+    return pattern
+
+
+def _fitting(name: str, patterns: Iterable[str]) -> str | None:
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
 def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
@@ -65,7 +68,7 @@ def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
 
 def check_patterns(patterns: Collection[str], names: Iterable[str]) -> None:
     """Refuse a name pattern that no tensor is left for: its coefficients would change nothing."""
-    used = Counter({next((pattern for pattern in patterns if fnmatchcase(name, pattern)), "") for name in names})
+    used = Counter({_fitting(name, patterns) for name in names})
     for pattern in Counter(list(patterns)) - used:
         raise UserError(f"no tensor is left for the pattern {pattern}")
 
