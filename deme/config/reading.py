@@ -25,7 +25,6 @@ for resolver in ("oc.env", "oc.decode", "oc.deprecated"):  # a secret in the env
     OmegaConf.clear_resolver(resolver)
 
 Kind = TypeVar("Kind", bound=Section)
-
 DEEPEST = 40  # mappings and lists inside of each other
 MOST_VALUES = 1_000_000
 TEXTS = (str, str | None, list[str], list[str] | None)

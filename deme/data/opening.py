@@ -134,7 +134,6 @@ def _open_tables(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
 
 def _saved_files(folder: Path, found: dict[str, list[str]]) -> dict[str, list[str]]:
     """The files of each split; of what `save_to_disk` wrote, those that it names: `map` leaves others beside them."""
-
     index = folder / "dataset_dict.json"
     if index.is_file():
         with blaming(index):

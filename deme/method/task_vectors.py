@@ -43,13 +43,17 @@ def in_order(blocks: Iterable[str]) -> list[str]:
 
 def pattern_of(name: str, patterns: Iterable[str]) -> str:
     """The first name pattern that fits a tensor's name."""
-    if (pattern := _fitting(name, patterns)) is None:
-        raise UserError(f"no pattern fits the tensor {name}; add one for '*'")
-    return pattern
+    return _present(name, _fitting(name, patterns))
 
 
 def _fitting(name: str, patterns: Iterable[str]) -> str | None:
     return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def _present(name: str, pattern: str | None) -> str:
+    if pattern is None:
+        raise UserError(f"no pattern fits the tensor {name}; add one for '*'")
+    return pattern
 
 
 def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
@@ -60,25 +64,28 @@ def patterns_of(groups: str | Sequence[str], names: Sequence[str]) -> list[str]:
     blocks = dict.fromkeys(f"{match[0]}*" for match in map(BLOCK.match, names) if match)
     named = {"range": ["*"], "block": [*blocks, "*"], "tensor": list(names)}
     patterns = named[groups] if isinstance(groups, str) else list(groups)
-    for name in names:
-        pattern_of(name, patterns)
-    check_patterns(patterns, names)
+    for name, pattern in used_patterns(patterns, names).items():
+        _present(name, pattern)
     return patterns
 
 
-def check_patterns(patterns: Collection[str], names: Iterable[str]) -> None:
-    """Refuse a name pattern that no tensor is left for: its coefficients would change nothing."""
-    used = Counter({_fitting(name, patterns) for name in names})
-    for pattern in Counter(list(patterns)) - used:
+def used_patterns(patterns: Collection[str], names: Iterable[str]) -> dict[str, str | None]:
+    """Name of a tensor → the first name pattern that fits it, None if none does.
+
+    A pattern that no tensor is left for is refused: its coefficients would change nothing.
+    """
+    found = {name: _fitting(name, patterns) for name in names}
+    for pattern in Counter(list(patterns)) - Counter({*found.values()}):
         raise UserError(f"no tensor is left for the pattern {pattern}")
+    return found
 
 
 def coefficients_of(
     names: Iterable[str], groups: Mapping[str, list[float]], whole: Iterable[str]
 ) -> dict[str, list[float]]:
     """The coefficients of tensors, by name, from those by name pattern; each must fit a tensor of the whole network."""
-    check_patterns(groups, whole)
-    return {name: groups[pattern_of(name, groups)] for name in names}
+    found = used_patterns(groups, whole)
+    return {name: groups[_present(name, found[name])] for name in names}
 
 
 class MergeMethod(ABC):
