@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageCms
 from tqdm import tqdm
 
 from deme.config.sections import Data
-from deme.data.files import read_file, stamp
+from deme.data.files import read_file, version_of
 from deme.errors import UserError, one_line
 from deme.job.records import digest_of, made_once
 
@@ -96,7 +96,7 @@ class Source(Sequence):
         if pa.types.is_struct(column.type):  # of bytes and a path
             in_files = pc.is_null(pc.struct_field(column, "bytes"))
             paths = [path for path in pc.struct_field(column, "path").filter(in_files).to_pylist() if path]
-        return self.images._fingerprint + self.version + (f"-{stamp(paths)}" if paths else "")
+        return self.images._fingerprint + self.version + (f"-{version_of(paths)}" if paths else "")
 
     def original_sizes(self, rows: np.ndarray) -> np.ndarray:
         """Heights and widths of the images in these rows as a viewer shows them, shape (N, 2), without decoding."""

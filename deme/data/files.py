@@ -112,7 +112,7 @@ def _archive(path: str, _: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def stamp(paths: Iterable[str]) -> str:
+def version_of(paths: Iterable[str]) -> str:
     """A SHA-256 of the files' sizes, inodes and change times: it changes when one of them may have changed.
 
     Programs that keep time stamps can't set the last two. What an address leads to is assumed not to change.

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from deme.config.sections import Data
 from deme.data.decoding import Source, ahead, available_threads, decoding_threads, read_bytes
-from deme.data.files import TABLES, File, describe, image_suffixes, list_files, read_folder, stamp
+from deme.data.files import TABLES, File, describe, image_suffixes, list_files, read_folder, version_of
 from deme.errors import UserError, blaming, naming, one_line, shown
 from deme.job.files import read_json
+from deme.job.rank import is_main_process
 from deme.job.records import CONTENTS, DATA, digest_of, made_once
 
 Stream = tuple[int, ...]  # the experiment's seed, then numbers that tell its runs apart
@@ -112,7 +113,7 @@ def _open_tables(data: Data, files: list[File]) -> tuple[datasets.Dataset, str]:
     for pattern in ("[", "]", "*", "?", "::"):
         if pattern in str(folder):
             raise UserError(f"datasets would take the {pattern} in {folder} for a pattern; rename or link the folder")
-    version = stamp(file.path for file in files)
+    version = version_of(file.path for file in files)
     cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{version[:16]}")
     builder = datasets.load_dataset_builder(str(folder), cache_dir=cache)
     options = {}
@@ -211,7 +212,7 @@ def _undecoded(data: Data, rows: datasets.Dataset) -> datasets.Dataset:
 @cache
 def say_once(line: str) -> None:
     """Print a line once, in one of the processes that a launcher started."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         print(line)
 
 

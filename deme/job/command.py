@@ -19,6 +19,7 @@ from deme.config.experiment import Config
 from deme.config.reading import load_config
 from deme.errors import RunError, UserError, is_out_of_memory, one_line
 from deme.job.files import to_yaml
+from deme.job.rank import is_main_process
 from deme.job.repository import REPOSITORY, found_path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # preemption and Ctrl-C
@@ -83,7 +84,7 @@ def ended_in_one_line(script: str) -> Iterator[list[Path]]:
         if stopped_by:
             raise Interrupted(stopped_by[0])
     except SystemExit as ended:
-        if ended.code and os.environ.get("RANK", "0") != "0":
+        if ended.code and not is_main_process():
             # torch's launcher blames the process that ends first: the main one, which says why. It then ends this one
             _on_signals(signal.SIG_DFL)
             time.sleep(LAUNCHER_NEEDS)
@@ -103,7 +104,7 @@ def _end(script: str, error: BaseException, folder: Path | None) -> None:
     if file:
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
-    if not file or os.environ.get("RANK", "0") == "0":
+    if not file or is_main_process():
         with suppress(OSError, ValueError):  # closed, or full
             print(line, file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from deme.config.reading import read_yaml_text
 from deme.errors import RunError, UserError, blaming, one_line
+from deme.job.rank import is_main_process
 
 TEMPORARY = ".writing-"  # prefix of unfinished siblings; they have no suffix, as pytorch_fid takes every *.png
 REPLACED = ".replaced-"  # prefix of a folder that is set aside while another one takes its name
@@ -163,7 +164,7 @@ def _attempts(lock: SoftFileLease, output: Path, key: str, wait: bool) -> Iterat
     """
     file = lock_file(output)
     seen, since, pause = None, 0.0, 0.1
-    is_told = os.environ.get("RANK", "0") != "0"  # by the main process
+    is_told = not is_main_process()  # by the main process
     with writing(file):
         make_folder(output.parent, key)
         if file.is_symlink() or (file.exists() and not file.is_file()):

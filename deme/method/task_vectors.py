@@ -91,7 +91,7 @@ def coefficients_of(
 class MergeMethod(ABC):
     """Base of the dataclasses in deme/method/merging/, which make one network of a pretrained one and its copies."""
 
-    def check_inputs(self, weights: Sequence[str], statistics: Path) -> None:  # noqa: B027  not every method needs it
+    def check_inputs(self, weights: Iterable[str], statistics: Path) -> None:  # noqa: B027  not every method needs it
         """Look for what it needs beside the networks, whose weights have these SHA-256, before anything is merged."""
 
     def prepare(self, pretrained: Tensors, finetuned: Sequence[Tensors]) -> None:  # noqa: B027  not every method needs it

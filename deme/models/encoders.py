@@ -1,6 +1,5 @@
 """Between images and what a network works on: pixels, or latents and text. Nothing else knows the difference."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from deme.errors import RunError, UserError
+from deme.job.rank import is_main_process
 from deme.models.denoisers import AUTOCAST_TYPES, memory_format
 from deme.models.kinds import vae_factor
 
@@ -119,7 +119,7 @@ class LatentsAndText:
         self.factor = vae_factor(vae.config)
         self._set_latents(vae.config)
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.has_warned = os.environ.get("RANK", "0") != "0"  # one process does
+        self.has_warned = not is_main_process()  # one process does
 
     def _set_latents(self, settings: Mapping[str, Any]) -> None:
         """Set the latents' channels and scale by the VAE's settings."""

@@ -66,7 +66,7 @@ class Problem:
         self.method = None  # the sum
         if config.searches_method:
             self.method = merge_method(config.merge.method, config.merge.settings)
-            self.method.check_inputs(list(map(weights_hash, networks)), config.paths.merge_statistics)
+            self.method.check_inputs(map(weights_hash, networks), config.paths.merge_statistics)
         self.candidates = Candidates(base, finetuned, group_of, processes.device, self.method)
         self.names = merged = config.searched_names  # of the coefficients in row-major order
         self.shape = (len(self.patterns), len(merged))  # of the coefficients

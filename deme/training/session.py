@@ -1,7 +1,6 @@
 """Training runs and their records. Imports no torch, so that a finished run is reported at once."""
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from deme.config.experiment import Config
 from deme.config.trainings import Training
 from deme.errors import naming
 from deme.job.files import checkpoint_steps, make_folder
+from deme.job.rank import is_main_process
 from deme.job.records import IMAGE_COLUMN, RUN, Record, changes, provenance, read_record
 
 
@@ -117,6 +117,6 @@ class Session:
         if not run.output.exists():
             return False
         self.with_data(run).check_same()
-        if os.environ.get("RANK", "0") == "0":  # accelerate is not imported yet
+        if is_main_process():
             print(f"{run.output} is complete")
         return True

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ class WithStatistics(OfTaskVectors):
 
     kind: ClassVar[str]  # FISHER or PRODUCTS
 
-    def check_inputs(self, weights: Sequence[str], statistics: Path) -> None:
+    def check_inputs(self, weights: Iterable[str], statistics: Path) -> None:
         """Find the networks' statistics by the hashes of their weights."""
         self.files, self.made_from = [], []
         for sha256 in weights:
