@@ -1,4 +1,4 @@
-"""How fast the scripts answer when there is nothing to compute.
+"""How fast the scripts answer when there is nothing to compute, and what takes time when there is.
 
 python benchmarks/startup.py
 """
@@ -26,6 +26,14 @@ ANSWERS = {f"{script} {option}": [script, option] for script in SCRIPTS for opti
     "not merged yet": ["sample_ddp.py"],
     "no samples": ["evaluate.py"],
 }
+TORCH = "import torch"
+IMPORTS = (
+    TORCH,
+    "from diffusers import UNet2DModel",
+    "import deme.models.merging",  # all that merge.py imports of the sum
+    "import deme.models.drawing",  # most of what sample_ddp.py does
+    "import deme.training.trainer",  # and finetune.py
+)
 
 
 def main() -> None:
@@ -38,10 +46,13 @@ def main() -> None:
             subprocess.run(line, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
         contenders = {name: lambda command=command: answer(command) for name, command in ANSWERS.items()}
-        importing = [sys.executable, "-c", "import torch"]
-        contenders |= {"python -c 'import torch'": lambda: subprocess.run(importing, check=True)}
+
+        def run(code: str) -> None:
+            subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+        contenders |= {f"python -c '{code}'": lambda code=code: run(code) for code in IMPORTS}
         taken = alternate(contenders, 1 if arguments.quick else 5, "cpu")
-    torch = statistics.median(taken["python -c 'import torch'"])
+    torch = statistics.median(taken[f"python -c '{TORCH}'"])
     rows = [
         {"name": name, "seconds": values, "of_torch": statistics.median(values) / torch}
         for name, values in taken.items()
