@@ -228,18 +228,22 @@ def compared(row: Score, others: Sequence[Score], prompted: Sequence[Score] = ()
     """A score with its differences to BASELINES, and of its CLIP score to the pretrained model's, block by block.
 
     `others` have the same seeds; `prompted` are those of them that have a CLIP score with the same prompts. A folder of
-    one of several schedules is compared with those of the same schedule.
+    one of several schedules is compared with those of the same schedule. Of baselines of one name, a folder is compared
+    with the one beside it, or with none.
     """
-    named, clips = (
-        {Path(s.samples).name: s for s in scores if s.samples != row.samples} for scores in (others, prompted)
-    )
-    _, schedule = without_schedule(Path(row.samples).name)
-    folders = {name: with_schedule(name, schedule) for name in BASELINES}
-    pairs = {name: paired_difference(row.blocks, named[f].blocks) for name, f in folders.items() if f in named}
+    own, schedule = without_schedule(Path(row.samples).name)
+
+    def baseline(name: str, scores: Sequence[Score]) -> Score | None:
+        found = [s for s in scores if Path(s.samples).name == with_schedule(name, schedule)] if name != own else []
+        found = [s for s in found if Path(s.samples).parent == Path(row.samples).parent] or found
+        return found[0] if len(found) == 1 else None
+
+    baselines = {name: baseline(name, others) for name in BASELINES}
+    pairs = {name: paired_difference(row.blocks, other.blocks) for name, other in baselines.items() if other}
     row = replace(row, differences=pairs)
-    if folders["pretrained"] not in clips:
+    if (pretrained := baseline("pretrained", prompted)) is None:
         return row
-    clip = paired_difference(row.clip_blocks, clips[folders["pretrained"]].clip_blocks)
+    clip = paired_difference(row.clip_blocks, pretrained.clip_blocks)
     return replace(row, clip_difference=clip.mean, clip_difference_standard_error=clip.standard_error)
 
 

@@ -70,6 +70,20 @@ def test_folders_of_several_schedules_are_compared_with_those_of_the_same(refere
     assert rows[2].to_pretrained.mean == pytest.approx(expected)
 
 
+def test_folders_of_several_runs_are_compared_with_those_of_their_own(reference):
+    """Which lie beside them. That of a third run, without a baseline, is compared with none: it could be either."""
+    names = ["a/pretrained", "a/merged", "b/pretrained", "b/merged", "c/merged"]
+    scores = [scored(reference, shift, name=name)[0] for name, shift in zip(names, range(5), strict=True)]
+    clips = [replace(row, clip_blocks=row.blocks[::-1]) for row in scores]
+    rows = [compared(row, scores, clips) for row in clips]
+    assert [list(row.differences) for row in rows] == [[], ["pretrained"], [], ["pretrained"], []]
+    for row, baseline in ((1, 0), (3, 2)):
+        expected = np.subtract(scores[row].blocks, scores[baseline].blocks).mean()
+        assert rows[row].to_pretrained.mean == pytest.approx(expected)
+        assert rows[row].clip_difference == pytest.approx(expected)
+    assert list(compared(scores[4], [scores[0], scores[4]]).differences) == ["pretrained"]
+
+
 def test_rows_are_compared_with_pretrained_control_and_ensemble(reference, tmp_path):
     """Block by block, but not with themselves nor with others; they are read back, and shown in a table."""
     names = ["samples/pretrained", "samples/ensemble", "samples/merged", "samples/other"]
