@@ -1,7 +1,9 @@
 """A data set as training and scoring take it: crops and captions, or cached latents; the micro-batches of a run."""
 
 import itertools
-from collections.abc import Callable, Iterator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from deme.job.records import CONTENTS, DATA, ENCODER, digest_of
 from deme.models.encoders import Encoder, Pixels
 
 Examples = CroppedImages | CachedLatents
+NUMBER = re.compile(r"-?\d+", re.ASCII)
 
 
 class TrainingImages(NamedTuple):
@@ -61,27 +64,49 @@ def load_evaluation_images(source: Source, cache: Path) -> tuple[CroppedImages, 
     return CroppedImages(images, data.resolution, center_crop=True, random_flip=False), classes
 
 
-def labels_for(source: Source, classes: int) -> list[int]:
-    """The number of each row's class, below `classes`: its label, or that label's place among as many names.
+def labels_for(source: Source, classes: int, id2label: Mapping[str, str] | None = None) -> list[int]:
+    """The number of each row's class, below `classes`.
 
-    Names that are numbers are those numbers.
+    Labels that are numbers, or names that are, are those numbers. Other names have the numbers that the model's
+    `id2label` (number → name) gives them; if it knows none of them, their places among as many names as classes.
     """
     with naming("data.label_column", source.data.label_column):
         if source.labels is None:
             raise UserError("the model takes labels")
         labels, names = list(source.labels), source.class_names
-        if all(isinstance(label, str) and label.isdecimal() for label in labels):
+        if all(isinstance(label, str) and NUMBER.fullmatch(label) for label in labels):
             labels = [int(label) for label in labels]
         if all(isinstance(label, str) for label in labels):
             names = sorted(set(labels))
             places = {name: place for place, name in enumerate(names)}
             labels = [places[label] for label in labels]
-        if names is not None and len(names) != classes:  # the places of a part would be other classes' numbers
+        if names is not None and (numbers := _known_classes(names, id2label or {})):
+            labels = [numbers[label] if label in range(len(names)) else label for label in labels]
+        elif names is not None and len(names) != classes:  # the places of a part would be other classes' numbers
             raise UserError(f"holds {len(names)} names, and the model has {classes} classes: give their numbers")
         for row, label in enumerate(labels):
             if type(label) is not int or not 0 <= label < classes:
                 raise UserError(f"row {row} has the label {shown(source.labels[row])}, and the model {classes} classes")
     return labels
+
+
+def _known_classes(names: Sequence[str], id2label: Mapping[str, str]) -> list[int] | None:
+    """The numbers of the classes with these names; None if none of them is known, or none with another number."""
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for number, text in id2label.items():
+        for name in (text, *text.split(",")):  # ImageNet's have synonyms
+            numbers[_plain(name)].add(int(number))
+    found = [numbers.get(_plain(name), set()) for name in names]
+    if all(len(known) == 1 for known in found):
+        return [min(known) for known in found]
+    if all(place in known for place, known in enumerate(found) if known):
+        return None
+    name = next(name for name, known in zip(names, found, strict=True) if len(known) != 1)
+    raise UserError(f"{name} names no class, or several, in id2label of the model's model_index.json: give numbers")
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").strip().casefold()
 
 
 def load_examples(
@@ -95,7 +120,7 @@ def load_examples(
     data.check("cache_latents", not (in_pixels and data.cache_latents), "the model works on pixels")
     dropout = settings.caption_dropout
     if encoder.classes > 0:
-        source = replace(source, captions=[[label] for label in labels_for(source, encoder.classes)])
+        source = replace(source, captions=[[label] for label in labels_for(source, encoder.classes, encoder.id2label)])
         dropout = settings.label_dropout
     if not data.cache_latents:
         return load_training_images(source, encoder.image_channels, cache, dropout, encoder.takes_sizes)

@@ -13,14 +13,14 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
 from deme.config.paths import TRANSFORMER, UNET
-from deme.errors import UserError, blaming
+from deme.errors import UserError, blaming, shown
 from deme.job.processes import can_pack
 from deme.method.projection import PROJECTION_SUFFIX, add_projections
 from deme.method.sampling import SCHEDULE
 from deme.method.task_vectors import FLOATS
 from deme.models import kinds, pipelines
 from deme.models.kinds import PROJECTED
-from deme.models.schedules import FLOW, prediction_type
+from deme.models.schedules import FLOW, FLOW_SCHEDULERS, prediction_type
 from deme.models.variants import default_settings
 from deme.models.weights import load_tensors, weights_files
 
@@ -160,11 +160,15 @@ def load_scheduler(pipeline: Path) -> SchedulerMixin:
     file = pipelines.schedule_file(pipeline)
     settings = pipelines.read_schedule(pipeline)
     defaults = default_settings(settings["_class_name"])
+    for key, default in defaults.items():
+        if isinstance(settings.get(key), str) and isinstance(default, (int, float)):
+            raise UserError(f"{file}: {key}={settings[key]!r}: is a text, and must be as {shown(default)}")
     settings = {key: defaults[key] for key in SCHEDULE if key in defaults} | settings
     if prediction_type(settings) == FLOW:
-        shift = {"shift": settings["flow_shift"]} if "flow_shift" in settings else {}
+        if "flow_shift" in settings and settings["_class_name"] not in FLOW_SCHEDULERS:  # where another class left it
+            settings["shift"] = settings["flow_shift"]
         with blaming(file):
-            return FlowMatchEulerDiscreteScheduler.from_config(settings | shift)
+            return FlowMatchEulerDiscreteScheduler.from_config(settings)
     if str(settings.get("variance_type")).startswith("learned"):  # networks here return none
         settings["variance_type"] = "fixed_small"
     with blaming(file):

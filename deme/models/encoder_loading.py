@@ -30,6 +30,7 @@ from deme.models.pipelines import (
     STEMS,
     has_latents,
     latent_factor,
+    names_of_classes,
     parts_of,
     takes_text,
     variant_of,
@@ -44,6 +45,13 @@ LEAST_LENGTH = 3  # tokens of a text: its start, its end, and one between
 @torch.no_grad()
 def load_encoder(pipeline: Path, denoiser: nn.Module) -> Encoder:
     """The encoder of a pipeline, each of its parts tried once."""
+    encoder = _load_parts(pipeline, denoiser)
+    if encoder.classes:
+        encoder.id2label = names_of_classes(pipeline)
+    return encoder
+
+
+def _load_parts(pipeline: Path, denoiser: nn.Module) -> Encoder:
     config = settings_of(denoiser)
     width = kinds.text_width(config)
     if (width is not None) != takes_text(pipeline):

@@ -52,6 +52,7 @@ class Pixels:
     """Images in [−1, 1], grayscale or RGB, without a condition."""
 
     takes_text, takes_sizes, classes = False, False, 0  # the number of labels that the network takes
+    id2label: Mapping[str, str] | None = None  # number → name of the labels' classes, if the pipeline names them
     factor = 1  # pixels for each entry that the network works on, along each side
     decode = staticmethod(to_bytes)
 
@@ -110,6 +111,7 @@ class LatentsAndText:
     """Latents of an AutoencoderKL, and a CLIPTextModel's embeddings of captions (Rombach et al. 2022)."""
 
     takes_text, takes_sizes, classes = True, False, 0
+    id2label = Pixels.id2label
 
     def __init__(self, vae: nn.Module, text_encoders: Sequence[nn.Module], tokenizers: Sequence[Any]):
         self.vae = vae.eval().requires_grad_(False)

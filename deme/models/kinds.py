@@ -179,6 +179,9 @@ def check_settings(part: str, settings: Mapping[str, Any]) -> None:
         patch = settings.get("patch_size", WAN_PATCH)
         if not (checked(patch, list[int], "patch_size")[:1] == [1] and len(patch) == 3 and patch[1] == patch[2] > 0):
             raise UserError(f"patch_size={shown(patch)}: must be [1, n, n], as images are videos of one frame")
+    betas, total = settings.get("trained_betas"), settings.get("num_train_timesteps", 1000)
+    if part == "scheduler" and betas is not None and not (isinstance(betas, list) and len(betas) == total):
+        raise UserError(f"trained_betas: must be a list of num_train_timesteps={total} numbers")
     for key in ("shift", "flow_shift") if part == "scheduler" else ():
         if not (is_finite(settings.get(key, 1)) and settings.get(key, 1) > 0):
             raise UserError(f"{key}={shown(settings[key])}: must be a finite number above 0")

@@ -113,6 +113,15 @@ def read_index(pipeline: Path) -> dict[str, Any]:
     }
 
 
+def names_of_classes(pipeline: Path) -> dict[str, str] | None:
+    """`id2label` of model_index.json, number → name of the classes that a network knows; None if it has none."""
+    names = read_json(pipeline / INDEX).get("id2label") if (pipeline / INDEX).is_file() else None
+    is_right = isinstance(names, dict) and all(key.isdecimal() and isinstance(names[key], str) for key in names)
+    if names is not None and not is_right:
+        raise UserError(f"{pipeline / INDEX}: id2label={shown(names)[:100]}: must map numbers of classes to names")
+    return names
+
+
 def has_two_experts(pipeline: Path) -> bool:
     """True if a pipeline has a second network for low timesteps, as Wan 2.2."""
     return SECOND in read_index(pipeline)

@@ -25,6 +25,8 @@ def prediction_type(schedule: Mapping[str, Any]) -> str:
     given, flows = schedule.get("prediction_type", "epsilon"), bool(schedule.get("use_flow_sigmas"))
     if (given == FLOW) != flows:
         raise UserError(f"prediction_type={given} does not fit use_flow_sigmas={shown(flows)}")
+    if schedule.get("predict_epsilon") is False and given == "epsilon":  # of diffusers before 0.10
+        raise UserError("predict_epsilon=false does not fit prediction_type=epsilon: set prediction_type to sample")
     return given
 
 

@@ -247,9 +247,8 @@ def write_index(folder: Path, pretrained: Path) -> None:
         index |= {part: [None, None] for part in ("feature_extractor", "image_encoder")}
     elif index["_class_name"] == "StableDiffusionPipeline":
         index |= {"requires_safety_checker": False, **{part: [None, None] for part in kinds.NEVER_RUN}}
-    if kinds.num_classes(settings) and (pretrained / pipelines.INDEX).is_file():
-        names = read_json(pretrained / pipelines.INDEX).get("id2label")  # of the classes
-        index |= {} if names is None else {"id2label": names}
+    if kinds.num_classes(settings) and (names := pipelines.names_of_classes(pretrained)) is not None:
+        index |= {"id2label": names}
     (folder / pipelines.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 

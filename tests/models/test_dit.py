@@ -200,6 +200,7 @@ def test_labels_are_numbers_or_names_in_their_order(labels, numbers):
     [
         ([0, 1, 3], "row 2 has the label 3, and the model 3 classes"),
         ([0, -1], "row 1 has the label -1, and the model 3 classes"),
+        (["0", "-1", "1"], "row 1 has the label -1, and the model 3 classes"),
         ([0, None], "row 1 has the label null, and the model 3 classes"),
         (["a", "b", "d", "c"], "holds 4 names, and the model has 3 classes: give their numbers"),
         (["a", "b"], "holds 2 names, and the model has 3 classes: give their numbers"),
@@ -210,6 +211,43 @@ def test_labels_are_numbers_or_names_in_their_order(labels, numbers):
 def test_labels_that_the_model_does_not_know_are_refused(labels, message):
     with pytest.raises(UserError, match=f"^data.label_column=kind: {message}"):
         labels_for(source(labels), 3)
+
+
+IMAGENET = {"0": "tench, Tinca tinca", "1": "crane", "2": "Golden retriever", "3": "crane"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [
+        (["golden_retriever", "tench"], [2, 0]),  # a part of the classes
+        (["Tinca tinca", "golden retriever", "tinca tinca"], [0, 2, 0]),
+        (["n01440764", "n02012849", "n02099601", "n03126707"], [0, 1, 2, 3]),  # no name is known
+        (["a tench", "crane", "golden retriever", "the other crane"], [0, 1, 2, 3]),  # those that are known stand there
+        (["3", "0"], [3, 0]),
+    ],
+)
+def test_names_of_classes_are_those_of_the_model(labels, numbers):
+    """As model_index.json gives them; with names of others, as ImageNet's folders have, the alphabet's order counts."""
+    assert labels_for(source(labels), 4, IMAGENET) == numbers
+
+
+@pytest.mark.parametrize("labels", [["crane", "tench"], ["dog", "tench"]], ids=["twice", "unknown"])
+def test_a_name_that_the_model_does_not_know_among_its_own_is_refused(labels):
+    message = f"kind: {labels[0]} names no class, or several, in id2label of the model's model_index.json: give numbers"
+    with pytest.raises(UserError, match=message):
+        labels_for(source(labels), 4, IMAGENET)
+
+
+def test_the_encoder_of_a_network_that_takes_labels_knows_their_names(latent_dit, tmp_path):
+    network = load_denoiser(latent_dit / "transformer")
+    assert load_encoder(latent_dit, network).id2label == {"7": "owl, barn owl"}
+    folder = shutil.copytree(latent_dit, tmp_path / "copy")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": ["tench"]}))
+    with pytest.raises(UserError, match=r"model_index.json: id2label=.*: must map numbers of classes to names"):
+        load_encoder(folder, network)
+    (folder / "model_index.json").unlink()
+    assert load_encoder(folder, network).id2label is None
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,36 @@ def test_flow_matching_is_known_by_the_scheduler_whatever_sampler_it_was_saved_w
     assert (process.total, process.predicts) == (500, "flow_prediction")
 
 
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_the_shift_of_a_flow_is_its_own_and_not_one_that_another_class_left_in_its_file(copy, name):
+    """diffusers keeps the settings of the scheduler that it was made of."""
+    other = diffusers.UniPCMultistepScheduler(
+        num_train_timesteps=500, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0
+    )
+    getattr(diffusers, name).from_config(other.config, shift=2.0).save_pretrained(copy / "scheduler")
+    assert json.loads((copy / "scheduler" / "scheduler_config.json").read_text())["flow_shift"] == 5.0
+    assert load_scheduler(find_pipeline(str(copy))).config.shift == 2.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trained_betas": [0.01] * 250}, "trained_betas: must be a list of num_train_timesteps=500 numbers"),
+        ({"trained_betas": [0.01] * 1000}, "trained_betas: must be a list of num_train_timesteps=500 numbers"),
+        ({"predict_epsilon": False}, "predict_epsilon=false does not fit prediction_type=epsilon"),
+    ],
+)
+def test_a_schedule_that_contradicts_itself_is_refused(copy, settings, message):
+    edit(copy / "scheduler" / "scheduler_config.json", num_train_timesteps=500, **settings)
+    refused(copy, f"scheduler_config.json: {message}")
+
+
+def test_a_number_of_a_schedule_that_is_a_text_is_refused_by_its_key(copy):
+    edit(copy / "scheduler" / "scheduler_config.json", steps_offset="1")
+    with pytest.raises(UserError, match=r"scheduler_config.json: steps_offset='1': is a text, and must be as 0$"):
+        load_scheduler(find_pipeline(str(copy)))
+
+
 @pytest.mark.parametrize("name", ["DDPMPipeline", "DDIMPipeline", "PNDMPipeline"])
 def test_a_flow_is_refused_where_diffusers_takes_its_velocities_for_noise(pretrained, tmp_path, name):
     """Only a pipeline that keeps the scheduler draws images from it."""
