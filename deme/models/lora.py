@@ -9,19 +9,17 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from deme.config.paths import SUBFOLDERS, UNET
 from deme.errors import UserError, blaming, naming
-from deme.job.files import checked, read_json
 from deme.method.lora import Changed, Factors, Lora
 from deme.method.task_vectors import FLOATS, Tensors
+from deme.models.lora_settings import PEFT, named_base, read_configs, read_header, scale_of
 from deme.models.original_names import unet_names
 from deme.models.pipelines import STEMS, denoiser_folder
 from deme.models.weights import load_tensors, save_tensors, weights_hash
@@ -47,7 +45,6 @@ OTHERS = {  # what no sum of products of two factors is
     r"\.diff$|modules_to_save": "a layer that was trained as a whole",
     r"lora_embedding": "a LoRA of an embedding",
 }
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's initializations that also change the network itself
 KOHYA = {
     UNET: ("lora_unet_",),
     "text_encoder": ("lora_te_", "lora_te1_"),
@@ -112,19 +109,6 @@ def read_loras(pipeline: Path, files: Sequence[Path]) -> dict[str, dict[str, Fac
     return loras
 
 
-def named_base(file: Path) -> str | None:
-    """The SHA-256 of a LoRA's base, if its header names one as `write_lora` does."""
-    with suppress(ValueError, TypeError, LookupError):
-        return json.loads(read_header(file)["pretrained"])["sha256"]
-    return None
-
-
-def read_header(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    with blaming(f"{file}: cannot be read"), safe_open(file, "pt") as opened:
-        return opened.metadata() or {}
-
-
 def read_lora(file: Path, layers: Mapping[str, tuple[int, ...]]) -> dict[str, Factors]:
     """The LoRA in a file, in float32, on a network whose layers have these shapes of weights.
 
@@ -149,7 +133,7 @@ def read_lora(file: Path, layers: Mapping[str, tuple[int, ...]]) -> dict[str, Fa
             parts[layer][kind] = tensor.float()
         if not parts:
             raise UserError("holds no tensor")
-        configs = read_configs(file, header)
+        configs = read_configs(file, header, tensors)
         return {layer: factors_of(layer, given, layers[layer], configs) for layer, given in sorted(parts.items())}
 
 
@@ -157,7 +141,7 @@ def split_key(key: str) -> tuple[str, str]:
     """The layer's name as the file writes it, and which tensor of it a key names: down, up or alpha."""
     for suffix, kind in FACTORS.items():
         if key.endswith(suffix):
-            stem = key.removesuffix(suffix).removeprefix("base_model.model.")
+            stem = key.removesuffix(suffix).removeprefix(PEFT)
             return OLD_PROCESSOR.sub(lambda match: f".{match[1]}{'.0' * (match[1] == 'to_out')}", stem), kind
     for pattern, what in OTHERS.items():
         if re.search(pattern, key):
@@ -179,41 +163,11 @@ def factors_of(
         scale = given["alpha"].item() / len(down)
     else:
         part, _, name = layer.partition(".")
-        scale = scale_of(name, len(down), configs.get(part, configs.get("", {})))
+        with naming(layer):
+            scale = scale_of(part, name, len(down), configs)
     if not math.isfinite(scale):
         raise UserError(f"{layer}: alpha is not finite")
     return Factors(down, scale * up)
-
-
-def read_configs(file: Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration by part of the pipeline, "" for all: from the header, or adapter_config.json beside it."""
-    beside, configs = file.with_name("adapter_config.json"), {}
-    if "lora_adapter_metadata" in header:
-        with blaming("lora_adapter_metadata in its header"):
-            given = checked(json.loads(header["lora_adapter_metadata"]), dict[str, Any], "it")
-        for key, value in given.items():  # a pipeline writes unet.r, unet.lora_alpha, …; a network r, lora_alpha, …
-            part, _, name = key.rpartition(".")
-            configs.setdefault(part, {})[name] = value
-    elif file.name == "adapter_model.safetensors" and beside.is_file():
-        configs[""] = read_json(beside)
-    for config in configs.values():
-        begun = config.get("init_lora_weights")
-        if isinstance(begun, str) and begun.startswith(CHANGED_BASE):
-            raise UserError(f"init_lora_weights={begun}: its base is not the pretrained network")
-        for key, value in config.items():
-            if value is True and key.startswith(("use_", "lora_bias")) and key != "use_rslora":
-                raise UserError(f"{key}=true: is not merged")
-    return configs
-
-
-def scale_of(name: str, rank: int, config: Mapping[str, Any]) -> float:
-    """s = alpha / r, or alpha / √r for rsLoRA (Kalajdzievski 2023), as PEFT takes it for a module; 1 without alpha."""
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", name):
-            alpha = value
-            break
-    return checked(alpha, float, "lora_alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def names_in_files(layers: Iterable[str]) -> dict[str, str]:

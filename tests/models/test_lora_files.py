@@ -82,6 +82,47 @@ def test_what_peft_saves_is_read_with_the_configuration_beside_it(tmp_path, laye
         torch.testing.assert_close(factors.change(), expected[layer], rtol=1e-5, atol=1e-5)
 
 
+def test_a_renamed_file_of_peft_is_read_with_the_configuration_beside_it_and_refused_without(tmp_path, layers):
+    config = LoraConfig(r=2, lora_alpha=16, target_modules=["to_q"], init_lora_weights=False)
+    model = get_peft_model(tiny_conditional_unet(), config)
+    model.save_pretrained(tmp_path)
+    file = (tmp_path / "adapter_model.safetensors").rename(tmp_path / "style.safetensors")
+    expected = changes_of(model.base_model.model)[TO_Q]
+    torch.testing.assert_close(read_lora(file, layers)[TO_Q].change(), expected, rtol=1e-5, atol=1e-5)
+    (tmp_path / "adapter_config.json").unlink()
+    message = r"style\.safetensors: a PEFT adapter of unknown lora_alpha: adapter_config\.json"
+    with pytest.raises(UserError, match=message):
+        read_lora(file, layers)
+    save_file(load_file(file), file, {"lora_alpha": "16"})
+    torch.testing.assert_close(read_lora(file, layers)[TO_Q].change(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("header", "is_kohya", "alpha"),
+    [
+        ({"lora_alpha": "1"}, False, 1),
+        ({"network_alpha": "1.0"}, True, 1),
+        ({"alpha": "1", "unet.r": "4"}, False, 1),
+        ({"unet.lora_alpha": "1"}, False, 1),  # of a part of the pipeline
+        ({"text_encoder.lora_alpha": "1", "unet.lora_alpha": "2"}, False, 2),
+        ({"ss_network_alpha": "1"}, True, 4),  # kohya's programs take the scale 1
+        ({"other.alpha": "1"}, False, 4),
+        ({"lora_adapter_metadata": json.dumps({"unet": {"r": 4, "lora_alpha": 1}})}, False, 1),
+        ({"lora_adapter_metadata": json.dumps({"default": {"r": 4, "lora_alpha": 1}})}, False, 1),
+        ({"lora_adapter_metadata": json.dumps({"lora_alpha": 1, "alpha_pattern": {"attn1.to_q": 3}})}, False, 3),
+    ],
+)
+def test_an_alpha_is_read_from_the_header_where_no_tensor_has_it(tmp_path, layers, header, is_kohya, alpha):
+    torch.manual_seed(0)
+    down, up = torch.randn(4, 8), torch.randn(8, 4)
+    name, ends = (kohya_names(layers)[TO_Q], ("down", "up")) if is_kohya else (TO_Q, ("A", "B"))
+    tensors = {f"{name}.lora_{end}.weight": tensor for end, tensor in zip(ends, (down, up), strict=True)}
+    for own, expected in ((None, alpha), (8.0, 8)):
+        given = {} if own is None else {f"{name}.alpha": torch.tensor(own)}  # counts whatever the header says
+        save_file(tensors | given, tmp_path / LORA, header)
+        torch.testing.assert_close(read_lora(tmp_path / LORA, layers)[TO_Q].change(), up @ down * expected / 4)
+
+
 @pytest.mark.parametrize("is_kohya", [False, True])
 def test_what_is_written_is_read_again(tmp_path, layers, is_kohya):
     lora = random_lora(layers)
@@ -186,10 +227,22 @@ def test_a_file_that_is_no_lora_of_the_network_is_refused_by_the_name_of_the_ten
     for config, message in (
         ({"unet.use_dora": True}, "use_dora=true: is not merged"),
         ({"unet.init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4: its base is not"),
-        ({"unet.lora_alpha": "x"}, "lora_alpha is not"),
+        ({"unet.lora_alpha": "x"}, f"{TO_Q}: lora_alpha of unet is not a finite number"),
+        ({"unet.r": 2}, f"{TO_Q}: lora_alpha of unet is missing"),
+        ({"text_encoder.lora_alpha": 1}, f"{TO_Q}: lora_alpha of unet is missing"),
+        ({}, f"{TO_Q}: lora_alpha of unet is missing"),
+        ({"a": {"lora_alpha": 1}, "b": {"lora_alpha": 2}}, "b: a second configuration of the same layers"),
     ):
         save_file(good, tmp_path / "bad.safetensors", {"lora_adapter_metadata": json.dumps(config)})
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=rf"bad\.safetensors: .*{message}"):
+            read_lora(tmp_path / "bad.safetensors", layers)
+    for header, message in (
+        ({"lora_alpha": "x"}, "lora_alpha=x in its header: .*could not convert"),
+        ({"lora_alpha": "nan"}, "lora_alpha=nan in its header: it is not a finite number"),
+        ({"alpha": "1", "lora_alpha": "2"}, r"lora_alpha=2 in its header, which also has the alpha 1\.0"),
+    ):
+        save_file(good, tmp_path / "bad.safetensors", header)
+        with pytest.raises(UserError, match=rf"bad\.safetensors: {message}"):
             read_lora(tmp_path / "bad.safetensors", layers)
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"bad\.safetensors: cannot be read"):

@@ -1,0 +1,111 @@
+"""What a LoRA's file says beside its factors: the scale and the base, in its header or in PEFT's configuration."""
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from deme.errors import UserError, blaming
+from deme.job.files import checked, read_json
+from deme.models.pipelines import STEMS
+
+PEFT = "base_model.model."  # begins the names in a PEFT adapter's file
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names of files
+METADATA = "lora_adapter_metadata"  # key of a header, of diffusers: PEFT's configuration
+ALPHAS = ("lora_alpha", "network_alpha", "alpha")  # keys of others' headers
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's initializations that also change the network itself
+
+
+def read_header(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with blaming(f"{file}: cannot be read"), safe_open(file, "np") as opened:
+        return opened.metadata() or {}
+
+
+def named_base(file: Path) -> str | None:
+    """The SHA-256 of a LoRA's base, if its header names one as `write_lora` does."""
+    with suppress(ValueError, TypeError, LookupError):
+        return json.loads(read_header(file)["pretrained"])["sha256"]
+    return None
+
+
+def read_configs(file: Path, header: Mapping[str, str], keys: Collection[str]) -> dict[str, dict[str, Any]]:
+    """PEFT's configuration by part of the pipeline, "" for all; empty if the scale is 1 wherever no tensor says it.
+
+    It is in the header, or in adapter_config.json beside a file with these keys. Other headers may name alpha alone.
+    """
+    is_peft, beside, configs = any(key.startswith(PEFT) for key in keys), file.with_name(CONFIG), {}
+    if METADATA in header:
+        with blaming(f"{METADATA} in its header"):
+            configs = by_part(checked(json.loads(header[METADATA]), dict[str, Any], "it")) or {"": {}}
+    elif (is_peft or file.name == ADAPTER) and beside.is_file():
+        configs[""] = read_json(beside)
+    elif not any(key.endswith(".alpha") for key in keys):
+        configs = named_alphas(header)
+        if is_peft and not configs:
+            raise UserError(f"a PEFT adapter of unknown lora_alpha: {CONFIG} is missing beside it")
+    for config in configs.values():
+        begun = config.get("init_lora_weights")
+        if isinstance(begun, str) and begun.startswith(CHANGED_BASE):
+            raise UserError(f"init_lora_weights={begun}: its base is not the pretrained network")
+        for key, value in config.items():
+            if value is True and key.startswith(("use_", "lora_bias")) and key != "use_rslora":
+                raise UserError(f"{key}=true: is not merged")
+    return configs
+
+
+def by_part(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """PEFT's configuration by part of the pipeline, "" for all.
+
+    A pipeline of diffusers writes unet.r, unet.lora_alpha, …; a network r, lora_alpha, …. Others write one mapping for
+    each part, or one under the adapter's name.
+    """
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in given.items():
+        if isinstance(value, dict) and "lora_alpha" in value:
+            part = key if key in STEMS else ""
+            if part in configs:
+                raise UserError(f"{key}: a second configuration of the same layers")
+            configs[part] = value
+        else:
+            part, _, name = key.rpartition(".")
+            configs.setdefault(part, {})[name] = value
+    return configs
+
+
+def named_alphas(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The alpha that a header names, as PEFT's configuration by part.
+
+    kohya's ss_network_alpha does not count: without a tensor of alpha its programs take the scale 1, too.
+    """
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in sorted(header.items()):
+        part, _, name = key.rpartition(".")
+        if part in ("", *STEMS) and name in ALPHAS:
+            with blaming(f"{key}={value} in its header"):
+                alpha = checked(float(value), float)
+            if configs.setdefault(part, {"lora_alpha": alpha})["lora_alpha"] != alpha:
+                raise UserError(f"{key}={value} in its header, which also has the alpha {configs[part]['lora_alpha']}")
+    return configs
+
+
+def scale_of(part: str, name: str, rank: int, configs: Mapping[str, Mapping[str, Any]]) -> float:
+    """s = alpha / r, or alpha / √r for rsLoRA (Kalajdzievski 2023), as PEFT takes it for a module; 1 without configs.
+
+    Args:
+        part: of the pipeline, in which the module has this name.
+    """
+    if not configs:
+        return 1.0
+    config = configs.get(part, configs.get("", {}))
+    alpha = config.get("lora_alpha")
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(?:.*\.)?(?:{pattern})$", name):
+            alpha = value
+            break
+    return checked(alpha, float, f"lora_alpha of {part}") / (math.sqrt(rank) if config.get("use_rslora") else rank)
