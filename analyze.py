@@ -26,7 +26,8 @@ from deme.job.command import run_script
 from deme.job.files import make_folder, write_text
 from deme.models.pipelines import denoiser_folder, labels_of
 from deme.models.weights import has_weights
-from deme.models.variants import MAKERS, ModelFiles, check_trained, find_pretrained, made_denoisers
+from deme.models.trained import check_predicts, check_trained
+from deme.models.variants import MAKERS, ModelFiles, find_pretrained, made_denoisers
 
 OF_RANGES = ("loss_by_timestep", "activation_change")  # analyses of the ranges' experts, whatever is merged
 
@@ -49,10 +50,10 @@ def main(config: Config) -> None:
     missing: list[str] = []
     if settings.analyses != ["gradient_conflict"]:
         experts = config.analyzed_experts
-        networks |= dict(zip(experts, check_trained([*experts.values()]), strict=True))
+        networks |= dict(zip(experts, check_trained(pretrained, [*experts.values()]), strict=True))
         later, missing = made_later(config)
         networks |= later
-    inputs = ModelFiles(pretrained, list(networks.values()))
+    inputs = ModelFiles(pretrained, check_predicts(pretrained, list(networks.values())))
     inputs.check_fits(config)
     watched = inputs.watched()
 

@@ -31,11 +31,12 @@ from deme.config.networks import is_lora
 from deme.config.trainings import ANT_UW, BASELINES, CONTINUED, DISTILLED, SELF, SOUP, Finetune
 from deme.job.command import run_script
 from deme.job.files import read_json, sha256
-from deme.job.records import ARCHITECTURE, BASE
+from deme.job.records import ARCHITECTURE, BASE, PRETRAINED_WEIGHTS, WEIGHTS_OF
 from deme.models.kinds import subfolder_of
 from deme.models.pipelines import labels_of
 from deme.models.weights import weights_hash
-from deme.models.variants import ModelFiles, check_trained, find_model
+from deme.models.trained import check_trained
+from deme.models.variants import ModelFiles, find_model, find_pretrained
 from deme.training.session import Objective, Session, TrainingRun
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from deme.training.state import Networks
 
 PRETRAINED, MERGED = "pretrained", "merged"  # models to start from, as sample.model names them
-WEIGHTS_OF = "{} weights (SHA-256)"  # in records
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def main(config: Config) -> None:
     session.takes_labels = labels_of(variant.pipeline) > 0
     unets = {model: variant.denoisers[0]}
     if model == MERGED:
-        unets |= zip(config.timesteps.names, check_trained(config.experts), strict=True)
+        unets |= zip(config.timesteps.names, check_trained(find_pretrained(config.paths), config.experts), strict=True)
         are_alike = {is_lora(path) for path in unets.values()} == {config.finetune.lora_rank is not None}
         rule = f"a LoRA is distilled from LoRAs, a network from networks: {', '.join(map(str, unets.values()))}"
         config.finetune.check("lora_rank", are_alike, rule)
@@ -267,7 +267,7 @@ def finetune_lora(session: Session, task: Task, run: TrainingRun, start: "Networ
     made_from = run.record.made_from
     # the merged LoRA is trained on
     networks = start if task.start == MERGED else with_new_lora(start, task.settings, task.objective)
-    base = made_from.get(BASE) or made_from[WEIGHTS_OF.format(PRETRAINED)]
+    base = made_from.get(BASE) or made_from[PRETRAINED_WEIGHTS]
     header = {"training": task.name, "timesteps": list(task.objective.ranges)}
     header["pretrained"] = {"path": session.config.paths.pretrained, "sha256": base}
 

@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     pretrained = variants.find_pretrained(config.paths)
     searched = find_searched(config)
     width = config.merge.ema_width if searched is None else searched.width(config)
-    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *averages.merged_folders(config, width)])
+    inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *averages.merged_folders(config, pretrained, width)])
     groups = config.coefficient_groups if searched is None else searched.groups(config)
     check_apart("merge.output", output, inputs.denoisers)
     # also where the output is complete: another version may have merged it

@@ -139,7 +139,7 @@ def check_inputs(config: Config) -> ModelFiles:
             read_searched(Path(file))
     pretrained = find_pretrained(config.paths)
     widths = [] if config.searches_scales else [config.merge.ema_width, *config.search.ema_widths]
-    merged = [folder for width in widths for folder in merged_folders(config, width)]
+    merged = [folder for width in widths for folder in merged_folders(config, pretrained, width)]
     model = ModelFiles(pretrained, [denoiser_folder(pretrained), *merged])
     model.check_fits(config)
     if config.searches_scales:

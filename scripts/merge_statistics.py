@@ -40,7 +40,7 @@ def main(config: Config) -> None:
     """Measure each network, unless it is done."""
     # --- inputs
     pretrained = find_pretrained(config.paths)
-    folders = merged_folders(config, config.merge.ema_width)
+    folders = merged_folders(config, pretrained, config.merge.ema_width)
     inputs = ModelFiles(pretrained, [denoiser_folder(pretrained), *folders])
     inputs.check_fits(config)
     watched = inputs.watched()

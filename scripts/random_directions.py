@@ -18,7 +18,8 @@ from deme.config.experiment import Config
 from deme.config.networks import RANDOM, of_word
 from deme.job.command import run_script
 from deme.job.files import atomic_folder, locked, make_folder, read_json
-from deme.models.variants import check_trained, find_pretrained, write_denoiser
+from deme.models.trained import check_trained
+from deme.models.variants import find_pretrained, write_denoiser
 
 STREAM = 7  # of the draws, apart from those of trainings
 
@@ -33,7 +34,8 @@ def main(config: Config) -> None:
     from deme.method.task_vectors import check_compatible, check_finite, random_directions
     from deme.models.merging import load_merged
 
-    architecture, base, experts = load_merged(find_pretrained(config.paths), check_trained(config.experts))
+    pretrained = find_pretrained(config.paths)
+    architecture, base, experts = load_merged(pretrained, check_trained(pretrained, config.experts))
     settings = read_json(architecture / "config.json")
     for number, (network, (source, expert)) in enumerate(zip(of_word(config, RANDOM), experts.items(), strict=True)):
         output = network.folder.parent

@@ -23,7 +23,8 @@ from deme.job.command import run_script
 from deme.job.files import atomic_folder, locked, read_json
 from deme.models.kinds import SECOND, WAN, denoiser_class, look_up
 from deme.models.pipelines import INDEX, RATIO, denoiser_folder
-from deme.models.variants import check_trained, find_pretrained, write_denoiser, write_pipeline_files
+from deme.models.trained import check_trained
+from deme.models.variants import find_pretrained, write_denoiser, write_pipeline_files
 
 
 def plan(config: Config) -> str:
@@ -37,7 +38,7 @@ def main(config: Config) -> None:
 
     timesteps, output, pretrained = config.timesteps, config.paths.two_experts, find_pretrained(config.paths)
     timesteps.check("num_ranges", len(timesteps.ranges) == 2, "must be 2: one expert above a timestep, one below")
-    low, high = check_trained(config.experts)
+    low, high = check_trained(pretrained, config.experts)
     base = denoiser_folder(pretrained)
     look_up(f"{base}: the network", denoiser_class(read_json(base / "config.json")), (WAN,))
     if output.exists():

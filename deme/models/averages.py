@@ -11,19 +11,20 @@ from deme.config.trainings import LARGEST_WIDTH, LEAST_WIDTH
 from deme.errors import UserError, naming
 from deme.job.files import Watched, atomic_folder, checked, locked, read_json
 from deme.job.records import AVERAGE, RUN, SNAPSHOT, Record, changes, read_record
-from deme.models.variants import check_trained, write_denoiser
+from deme.models.trained import check_trained
+from deme.models.variants import write_denoiser
 from deme.models.weights import has_weights, load_tensors, weights_files, weights_hash
 
 Kept = dict[tuple[int, float], Path]  # (step, width) → the network's folder of an average
 LARGEST_ERROR = 0.1  # of a combined power function, relative to its norm
 
 
-def merged_folders(config: Config, width: float | None) -> list[Path]:
+def merged_folders(config: Config, pretrained: Path, width: float | None) -> list[Path]:
     """The folders of the networks that are merged, each with its weights, or the files of LoRAs.
 
     Networks of an EMA width are made first; None: their training's EMA.
     """
-    folders = check_trained(config.merged_networks)
+    folders = check_trained(pretrained, config.merged_networks)
     key = "merge.ema_width" if config.merge.ema_width is not None else "search.ema_widths"
     return folders if width is None else [write_average(folder.parent, width, key) for folder in folders]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.networks import Network, is_lora
+from deme.config.networks import is_lora
 from deme.config.paths import LORA, Paths, denoiser_in, sampler_and_steps, without_schedule
 from deme.config.section import Section
 from deme.config.sections import DDIM, SINGLE_FILE, Sample
@@ -26,7 +26,8 @@ from deme.job.records import BASE, ENCODER, SCHEDULE
 from deme.models import kinds, pipelines
 from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
 from deme.models.schedules import ENFORCED, prediction_type
-from deme.models.weights import WEIGHTS, has_weights, weights_files, weights_hash
+from deme.models.trained import check_predicts
+from deme.models.weights import WEIGHTS, weights_files, weights_hash
 
 # the models of a table's rows, in this order; others follow by name
 ORDER = ("pretrained", CONTINUED, *BASELINES, "ensemble", "merged", DISTILLED, NEON)
@@ -131,7 +132,10 @@ def find_model(model: str, paths: Paths) -> ModelFiles:
             if not path.exists():
                 raise UserError(f"{path} is missing; {MAKERS[model]} makes it")
         merged = None if is_lora(denoisers[0]) else merged_pipeline(model, paths)
-        return ModelFiles(find_pretrained(paths) if merged is None else find_pipeline(str(merged)), denoisers)
+        if merged is not None:
+            return ModelFiles(find_pipeline(str(merged)), denoisers)
+        pretrained = find_pretrained(paths)
+        return ModelFiles(pretrained, check_predicts(pretrained, denoisers))
     folder, denoiser = Path(model), denoiser_in(Path(model))
     found = [file for file in (folder, folder / LORA) if is_lora(file) and file.is_file()]
     if not found and denoiser.is_dir() and (folder / "scheduler").is_dir():
@@ -144,7 +148,8 @@ def find_model(model: str, paths: Paths) -> ModelFiles:
     if not found:
         names = f"{', '.join(ORDER)}, a training's folder in finetuned/"
         raise UserError(f"not {names}, a folder that holds a network, or the file of a LoRA")
-    return ModelFiles(find_pretrained(paths), found[:1])
+    pretrained = find_pretrained(paths)
+    return ModelFiles(pretrained, check_predicts(pretrained, found[:1]))
 
 
 def made_denoisers(model: str, paths: Paths) -> list[Path]:
@@ -160,15 +165,6 @@ def made_denoisers(model: str, paths: Paths) -> list[Path]:
 def merged_pipeline(model: str, paths: Paths) -> Path | None:
     """The folder that merge.py writes a model to; None for other models."""
     return {"merged": paths.merged, NEON: paths.neon}.get(model)
-
-
-def check_trained(networks: Sequence[Network]) -> list[Path]:
-    """The folders of networks that are merged or are experts, each with its weights; or the files of LoRAs."""
-    for network in networks:
-        if not has_weights(network.folder):
-            file = network.folder if is_lora(network.folder) else network.folder / WEIGHTS
-            raise UserError(f"{file}: missing; {network.remedy}")
-    return [network.folder for network in networks]
 
 
 def find_pretrained(paths: Paths) -> Path:

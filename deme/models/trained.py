@@ -1,0 +1,78 @@
+"""Networks that are merged, or drawn by the pretrained pipeline: they must be there, and should be made for it."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from deme.config.networks import Network, is_lora
+from deme.errors import UserError, naming
+from deme.job.files import read_json, sha256
+from deme.job.rank import is_main_process
+from deme.job.records import AVERAGE, PRETRAINED_WEIGHTS, RUN, SCHEDULE, SNAPSHOT, read_record
+from deme.models.pipelines import SCHEDULER_CONFIG, denoiser_folder, read_schedule, schedule_file
+from deme.models.schedules import FLOW_SCHEDULERS, SCHEDULERS, prediction_type
+from deme.models.weights import WEIGHTS, has_weights, weights_hash
+
+
+def check_trained(pipeline: Path, networks: Sequence[Network]) -> list[Path]:
+    """The folders of networks that are merged or are experts, each with its weights; or the files of LoRAs.
+
+    Those that were trained from other weights than the pipeline's are told: they may be the same in another form, as
+    shards or in half precision. The header of a LoRA names its base.
+    """
+    for network in networks:
+        if not has_weights(network.folder):
+            file = network.folder if is_lora(network.folder) else network.folder / WEIGHTS
+            raise UserError(f"{file}: missing; {network.remedy}")
+    folders = check_predicts(pipeline, [network.folder for network in networks])
+    base, digest = denoiser_folder(pipeline), cache(weights_hash)
+    for network in folders:
+        record, made_from = recorded(network)
+        if PRETRAINED_WEIGHTS in made_from and made_from[PRETRAINED_WEIGHTS] != digest(base):
+            unless = "unless they are the same in another form, its task vector holds their difference"
+            tell(f"{record}: trained from other weights than those in {base}; {unless}")
+    return folders
+
+
+def check_predicts(pipeline: Path, networks: list[Path]) -> list[Path]:
+    """Refuse networks of other pipelines that predict something else than this one's, and return the networks.
+
+    Those that were trained with another file of the noise schedule are told: it may differ in what only sampling reads.
+    """
+    file, predicts = schedule_file(pipeline), prediction_type(read_schedule(pipeline))
+    digest = sha256(file)
+    for network in networks:
+        for own in (network.parent / "scheduler" / SCHEDULER_CONFIG, network / SCHEDULER_CONFIG):
+            if own.is_file() and not is_lora(network) and (other := predicted(own)) not in (None, predicts):
+                raise UserError(f"{own}: prediction_type={other}, but {predicts} by {file}")
+        record, made_from = recorded(network)
+        if made_from.get(SCHEDULE, digest) != digest:
+            tell(f"{record}: trained with another noise schedule than {file}, or with other settings of sampling in it")
+    return networks
+
+
+def recorded(network: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of the record that a network was trained with, and what that says; nothing if there is none."""
+    for kind in (RUN, SNAPSHOT, AVERAGE):
+        with suppress(UserError):  # such as a file of this name by another program
+            if (record := read_record(kind, network.parent)) is not None:
+                return network.parent / kind.file, record.made_from
+    return network, {}
+
+
+def predicted(schedule: Path) -> str | None:
+    """What networks predict by the file of a noise schedule; None if its class has no known default."""
+    settings = read_json(schedule)
+    if settings.get("_class_name") not in (*SCHEDULERS, *FLOW_SCHEDULERS):
+        return settings.get("prediction_type")
+    with naming(schedule):
+        return prediction_type(settings)
+
+
+@cache
+def tell(line: str) -> None:
+    """Print a line, once."""
+    if is_main_process():
+        print(line)

@@ -1,0 +1,96 @@
+"""Networks whose own records or pipelines say that they were made for another pretrained network."""
+
+import json
+import shutil
+
+import pytest
+from conftest import tiny_unet
+
+from deme.config.networks import Network
+from deme.config.reading import load_config
+from deme.errors import UserError
+from deme.job.files import sha256, write_yaml
+from deme.job.records import PRETRAINED_WEIGHTS, RUN, SCHEDULE, SNAPSHOT, Record
+from deme.models.trained import check_predicts, check_trained
+from deme.models.variants import find_model
+from deme.models.weights import WEIGHTS, weights_hash
+
+SCHEDULE_FILE = "scheduler/scheduler_config.json"
+
+
+@pytest.fixture
+def network(tmp_path, pretrained):
+    """The folder of a network that was trained from the pretrained one."""
+    tiny_unet(seed=1).save_pretrained(tmp_path / "training" / "unet")
+    write_record(tmp_path / "training", {**true_record(pretrained), "timesteps.num_train_timesteps": 1000})
+    return tmp_path / "training" / "unet"
+
+
+def true_record(pretrained) -> dict[str, str]:
+    return {PRETRAINED_WEIGHTS: weights_hash(pretrained / "unet"), SCHEDULE: sha256(pretrained / SCHEDULE_FILE)}
+
+
+def write_record(folder, made_from, kind=RUN) -> None:
+    Record(kind, made_from, {"free": {}} if kind is RUN else {}).write(folder)
+
+
+@pytest.mark.parametrize("kind", [RUN, SNAPSHOT])
+def test_a_network_of_another_base_is_told_once(network, pretrained, kind, capsys):
+    (network.parent / RUN.file).unlink()
+    write_record(network.parent, true_record(pretrained) | {PRETRAINED_WEIGHTS: "0" * 64}, kind)
+    for _ in range(2):  # as for several EMA widths
+        assert check_trained(pretrained, [Network("a", network)]) == [network]
+    [line] = capsys.readouterr().out.splitlines()
+    record = network.parent / kind.file
+    assert line.startswith(f"{record}: trained from other weights than those in {pretrained / 'unet'}; unless they")
+
+
+def test_a_network_of_another_noise_schedule_is_told(config_file, network, pretrained, capsys):
+    """Also where only it is drawn, to which its base does not matter."""
+    paths = load_config(config_file, []).paths
+    for folder in paths.experts:
+        shutil.copytree(network.parent, folder.parent)
+    write_record(paths.experts[1].parent, {PRETRAINED_WEIGHTS: "0" * 64, SCHEDULE: "0" * 64})
+    assert find_model("ensemble", paths).denoisers == paths.experts
+    [line] = capsys.readouterr().out.splitlines()
+    record = paths.experts[1].parent / RUN.file
+    assert line.startswith(f"{record}: trained with another noise schedule than {pretrained / SCHEDULE_FILE}, or with")
+
+
+def test_of_networks_that_say_nothing_else_nothing_is_told(network, pretrained, tmp_path, capsys):
+    """A pretrained folder that was moved, records of older versions, of a merged network's training, none, others'."""
+    moved = shutil.copytree(pretrained, tmp_path / "elsewhere")
+    assert check_trained(moved, [Network("a", network)]) == [network]
+    file = network.parent / RUN.file
+    for made_from in ({"seed": 0}, {"merged weights (SHA-256)": "0" * 64}):
+        write_record(network.parent, made_from)
+        assert check_trained(pretrained, [Network("a", network)]) == [network]
+    write_yaml(file, {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion"}})  # of another program
+    assert check_trained(pretrained, [Network("a", network)]) == [network]
+    file.unlink()
+    assert check_trained(pretrained, [Network("a", network)]) == [network]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_a_network_whose_own_pipeline_predicts_something_else_is_refused(network, pretrained, is_flat):
+    folder = network if is_flat else network.parent / "scheduler"
+    shutil.copytree(pretrained / "scheduler", folder, dirs_exist_ok=True)
+    assert check_predicts(pretrained, [network]) == [network]
+    edit(folder / "scheduler_config.json", _class_name="LCMScheduler", beta_end=0.02)  # others only sample
+    assert check_predicts(pretrained, [network]) == [network]
+    edit(folder / "scheduler_config.json", prediction_type="v_prediction")
+    message = f"{folder}/scheduler_config.json: prediction_type=v_prediction, but epsilon by {pretrained}/scheduler/"
+    with pytest.raises(UserError, match=message):
+        check_predicts(pretrained, [network])
+    (folder / "scheduler_config.json").write_text('{"_class_name": "OtherScheduler"}')  # has no known default
+    assert check_predicts(pretrained, [network]) == [network]
+
+
+def edit(file, **settings) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def test_a_missing_network_is_named(tmp_path, pretrained):
+    with pytest.raises(UserError, match=rf"{tmp_path}/unet/{WEIGHTS}: missing; merge.experts must name"):
+        check_trained(pretrained, [Network("a", tmp_path / "unet")])
