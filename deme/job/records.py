@@ -49,6 +49,7 @@ PRETRAINED_WEIGHTS = WEIGHTS_OF.format("pretrained")
 IMAGE_COLUMN = "data.image_column"  # the one that was read
 ENCODER = "encoders (SHA-256)"  # of a text-to-image pipeline
 BASE = "base of LoRAs (SHA-256)"
+LORA_CONFIGS = "configurations of LoRAs (SHA-256)"  # PEFT's, which are read from beside the files
 WEIGHTS_HASH = "weights (SHA-256)"  # of a merged network, beside its record
 LORA_ERRORS = "relative errors"  # of a truncated LoRA's layers, beside its record
 MOVED = "moved"  # block → norm of coefficient × task vector of each network, beside a merge's record

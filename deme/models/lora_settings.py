@@ -34,20 +34,29 @@ def named_base(file: Path) -> str | None:
     return None
 
 
+def config_beside(file: Path) -> Path | None:
+    """PEFT's configuration that is read with a LoRA, from beside its file: that of an adapter without one inside."""
+    with blaming(f"{file}: cannot be read"), safe_open(file, "np") as opened:
+        header, keys = opened.metadata() or {}, opened.keys()
+    is_read = METADATA not in header and (file.name == ADAPTER or any(key.startswith(PEFT) for key in keys))
+    config = file.with_name(CONFIG)
+    return config if is_read and config.is_file() else None
+
+
 def read_configs(file: Path, header: Mapping[str, str], keys: Collection[str]) -> dict[str, dict[str, Any]]:
     """PEFT's configuration by part of the pipeline, "" for all; empty if the scale is 1 wherever no tensor says it.
 
     It is in the header, or in adapter_config.json beside a file with these keys. Other headers may name alpha alone.
     """
-    is_peft, beside, configs = any(key.startswith(PEFT) for key in keys), file.with_name(CONFIG), {}
+    configs: dict[str, dict[str, Any]] = {}
     if METADATA in header:
         with blaming(f"{METADATA} in its header"):
             configs = by_part(checked(json.loads(header[METADATA]), dict[str, Any], "it")) or {"": {}}
-    elif (is_peft or file.name == ADAPTER) and beside.is_file():
+    elif (beside := config_beside(file)) is not None:
         configs[""] = read_json(beside)
     elif not any(key.endswith(".alpha") for key in keys):
         configs = named_alphas(header)
-        if is_peft and not configs:
+        if not configs and any(key.startswith(PEFT) for key in keys):
             raise UserError(f"a PEFT adapter of unknown lora_alpha: {CONFIG} is missing beside it")
     for config in configs.values():
         begun = config.get("init_lora_weights")

@@ -22,8 +22,9 @@ from deme.config.sections import DDIM, SINGLE_FILE, Sample
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, read_json, sha256
-from deme.job.records import BASE, ENCODER, SCHEDULE
+from deme.job.records import BASE, ENCODER, LORA_CONFIGS, SCHEDULE
 from deme.models import kinds, pipelines
+from deme.models.lora_settings import config_beside
 from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
 from deme.models.schedules import ENFORCED, prediction_type
 from deme.models.trained import check_predicts
@@ -51,6 +52,11 @@ class ModelFiles:
         """The folders of the denoisers; that of a LoRA is its base's."""
         base = denoiser_folder(self.pipeline)
         return list(dict.fromkeys(base if is_lora(path) else path for path in self.denoisers))
+
+    @property
+    def lora_configs(self) -> list[Path]:
+        """PEFT's configurations that are read from beside the files of LoRAs."""
+        return [config for file in self.denoisers if is_lora(file) and (config := config_beside(file)) is not None]
 
     def check_fits(self, config: Config) -> None:
         """Compare resolution and number of timesteps with the configuration."""
@@ -85,13 +91,16 @@ class ModelFiles:
     def watched(self, *more: Path) -> Watched:
         """The files whose hash and content are read, and `more`."""
         weights = [file for path in {*self.denoisers, *self.folders} for file in weights_files(path)]
-        return Watched([*weights, schedule_file(self.pipeline), *encoder_files(self.pipeline).values(), *more])
+        encoders = encoder_files(self.pipeline).values()
+        return Watched([*weights, *self.lora_configs, schedule_file(self.pipeline), *encoders, *more])
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the noise schedule, of encoders and of a base that is not among the denoisers, as records say."""
+        """SHA-256 of what is read beside the denoisers' weights, as records say: the noise schedule, encoders, …"""
         hashes = {SCHEDULE: sha256(schedule_file(self.pipeline))}
         for base in set(self.folders) - set(self.denoisers):
             hashes[BASE] = weights_hash(base)
+        if configs := self.lora_configs:
+            hashes[LORA_CONFIGS] = hashlib.sha256("".join(map(sha256, configs)).encode()).hexdigest()
         if files := encoder_files(self.pipeline):
             lines = "\n".join(f"{name} {sha256(path)}" for name, path in files.items())
             lines += "" if pipelines.zeros_for_empty_prompt(self.pipeline) else f"\n{pipelines.ZEROS} false"
