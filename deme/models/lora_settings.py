@@ -18,7 +18,13 @@ PEFT = "base_model.model."  # begins the names in a PEFT adapter's file
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names of files
 METADATA = "lora_adapter_metadata"  # key of a header, of diffusers: PEFT's configuration
 ALPHAS = ("lora_alpha", "network_alpha", "alpha")  # keys of others' headers
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's initializations that also change the network itself
+CHANGED_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # PEFT's initializations that also change the network itself
 
 
 def read_header(file: Path) -> dict[str, str]:
@@ -60,7 +66,7 @@ def read_configs(file: Path, header: Mapping[str, str], keys: Collection[str]) -
             raise UserError(f"a PEFT adapter of unknown lora_alpha: {CONFIG} is missing beside it")
     for config in configs.values():
         begun = config.get("init_lora_weights")
-        if isinstance(begun, str) and begun.startswith(CHANGED_BASE):
+        if isinstance(begun, str) and begun.lower().startswith(CHANGED_BASE):
             raise UserError(f"init_lora_weights={begun}: its base is not the pretrained network")
         for key, value in config.items():
             if value is True and key.startswith(("use_", "lora_bias")) and key != "use_rslora":

@@ -227,6 +227,8 @@ def test_a_file_that_is_no_lora_of_the_network_is_refused_by_the_name_of_the_ten
     for config, message in (
         ({"unet.use_dora": True}, "use_dora=true: is not merged"),
         ({"unet.init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4: its base is not"),
+        ({"unet.init_lora_weights": "lora_ga"}, "init_lora_weights=lora_ga: its base is not"),
+        ({"unet.init_lora_weights": "OLoRA"}, "init_lora_weights=OLoRA: its base is not"),  # PEFT takes both cases
         ({"unet.lora_alpha": "x"}, f"{TO_Q}: lora_alpha of unet is not a finite number"),
         ({"unet.r": 2}, f"{TO_Q}: lora_alpha of unet is missing"),
         ({"text_encoder.lora_alpha": 1}, f"{TO_Q}: lora_alpha of unet is missing"),
