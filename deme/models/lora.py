@@ -21,7 +21,8 @@ from deme.method.lora import Changed, Factors, Lora
 from deme.method.task_vectors import FLOATS, Tensors
 from deme.models.lora_settings import PEFT, named_base, read_configs, read_header, scale_of
 from deme.models.original_names import unet_names
-from deme.models.pipelines import STEMS, denoiser_folder
+from deme.models.pipelines import STEMS, denoiser_folder, read_schedule
+from deme.models.schedules import check_header
 from deme.models.weights import load_tensors, save_tensors, weights_hash
 
 FACTORS = {  # how the names of a layer's tensors end
@@ -98,13 +99,15 @@ def folded(pretrained: Tensors, lora: Lora) -> Changed:
 
 
 def read_loras(pipeline: Path, files: Sequence[Path]) -> dict[str, dict[str, Factors]]:
-    """The LoRAs in files, by path; one whose header names another base than the pipeline's is refused."""
+    """The LoRAs in files, by path; one whose header names another base or prediction than the pipeline's is refused."""
     layers, base, loras = layers_of(pipeline), functools.cache(weights_hash), {}
+    schedule = read_schedule(pipeline)
     for file in files:
         with naming(file):
             named = named_base(file)
             if named is not None and named != base(denoiser_folder(pipeline)):
                 raise UserError(f"its header names another base than model.pretrained, of the SHA-256 {named}")
+            check_header(read_header(file), schedule, "model.pretrained")
         loras[str(file)] = read_lora(file, layers)
     return loras
 

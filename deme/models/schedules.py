@@ -17,6 +17,11 @@ FLOW = "flow_prediction"  # what a network predicts by flow matching, as diffuse
 
 ENFORCED = {"clip_sample": False, "steps_offset": 1}  # by StableDiffusionPipeline, whatever the file says
 
+PREDICTS, PREDICTS_V = "modelspec.prediction_type", "ss_v_parameterization"  # keys of headers; the latter: kohya's
+ZERO_SNR = "ss_zero_terminal_snr"  # kohya's, too
+SAID = {"v": "v_prediction", "v_pred": "v_prediction", "v_prediction": "v_prediction"}  # values of PREDICTS
+SAID |= {"eps": "epsilon", "epsilon": "epsilon", "sample": "sample"}
+
 
 def prediction_type(schedule: Mapping[str, Any]) -> str:
     """What networks predict by the settings of a noise schedule: epsilon, sample, v_prediction or FLOW."""
@@ -28,6 +33,31 @@ def prediction_type(schedule: Mapping[str, Any]) -> str:
     if schedule.get("predict_epsilon") is False and given == "epsilon":  # of diffusers before 0.10
         raise UserError("predict_epsilon=false does not fit prediction_type=epsilon: set prediction_type to sample")
     return given
+
+
+def check_header(header: Mapping[str, str], schedule: Mapping[str, Any], whose: str) -> None:
+    """Refuse a file of weights whose header says that they were trained by other settings than a noise schedule has.
+
+    Args:
+        whose: the schedule is, for messages.
+    """
+    predicts = prediction_type(schedule)
+    if predicts == FLOW:  # kohya's programs write epsilon of flow matching, too
+        return
+    said = {
+        PREDICTS: SAID.get(header.get(PREDICTS)),
+        PREDICTS_V: "v_prediction" if is_set(header, PREDICTS_V) else None,
+    }
+    for key, kind in said.items():
+        if kind not in (None, predicts):
+            raise UserError(f"{key}={header[key]} in its header, but {whose} has prediction_type={predicts}")
+    if is_set(header, ZERO_SNR) and not schedule.get("rescale_betas_zero_snr"):
+        raise UserError(f"{ZERO_SNR}={header[ZERO_SNR]} in its header, but {whose} has rescale_betas_zero_snr=false")
+
+
+def is_set(header: Mapping[str, str], key: str) -> bool:
+    """True if a header has a truth value that is true."""
+    return header.get(key, "").lower() == "true"
 
 
 def of_sampling(schedule: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from deme.job.files import atomic_file, read_json, sha256
 from deme.job.records import digest_of, made_once
 from deme.models import kinds, pipelines
 from deme.models.original_names import open_clip_name, unet_names, vae_names
-from deme.models.schedules import prediction_type
+from deme.models.schedules import check_header, prediction_type
 from deme.models.weights import load_tensors, save_tensors
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."  # how the names of a part's tensors begin
@@ -24,8 +24,6 @@ PREFIXES = (UNET, VAE, V1_TEXT, XL_TEXT, XL_TEXT_2)
 HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
 NOT_TRAINED = re.compile(r"position_ids$|logit_scale$")  # diffusers leaves them out
 EDM = ("edm_mean", "edm_std", "edm_vpred.")  # how the names of marks begin
-PREDICTS = "modelspec.prediction_type"  # key of a header
-SHORT = {"v": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon"}  # its values
 BLOCKS = {
     "down_block_types": {"DownBlock2D", "CrossAttnDownBlock2D"},
     "up_block_types": {"UpBlock2D", "CrossAttnUpBlock2D"},
@@ -163,5 +161,4 @@ def check_marks(names: Collection[str], header: Mapping[str, str], schedule: Map
         raise UserError(
             "ztsnr: says that the last timestep is pure noise, but its configuration has rescale_betas_zero_snr=false"
         )
-    if (said := header.get(PREDICTS)) and SHORT.get(said, said) != predicts:
-        raise UserError(f"{PREDICTS}={said} in its header, but its configuration has prediction_type={predicts}")
+    check_header(header, schedule, "its configuration")

@@ -9,8 +9,9 @@ from text_to_image import tiny_conditional_unet, tiny_pipeline
 
 from deme.config.paths import LORA
 from deme.errors import UserError
+from deme.job.repository import REPOSITORY
 from deme.method.lora import Factors, merge_loras, weighted_sum
-from deme.models.lora import folded, kohya_names, names_in_files, read_lora, write_lora
+from deme.models.lora import folded, kohya_names, names_in_files, read_lora, read_loras, write_lora
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -257,6 +258,13 @@ def test_an_alpha_may_be_an_integer(tmp_path, layers, alpha):
     tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
     save_file(tensors, tmp_path / "lora.safetensors")
     torch.testing.assert_close(read_lora(tmp_path / "lora.safetensors", layers)[TO_Q].change(), up @ down * 3 / 2)
+
+
+def test_a_lora_for_another_prediction_than_the_bases_is_refused(tmp_path):
+    save_file({"unet.conv_in.lora_A.weight": torch.ones(1)}, tmp_path / LORA, {"ss_v_parameterization": "True"})
+    message = rf"{LORA}: ss_v_parameterization=True in its header, but model\.pretrained has prediction_type=epsilon"
+    with pytest.raises(UserError, match=message):
+        read_loras(REPOSITORY / "assets" / "digits", [tmp_path / LORA])
 
 
 def test_a_text_encoders_layer_cannot_be_folded_into_the_denoiser():

@@ -21,6 +21,7 @@ from deme.errors import UserError
 from deme.method.sampling import ensemble, make_sampler, passed_over, sample_images
 from deme.models.denoisers import load_scheduler
 from deme.models.encoders import to_bytes
+from deme.models.schedules import check_header
 from deme.models.variants import ModelFiles
 
 SHAPE = (1, 8, 8)
@@ -158,3 +159,24 @@ def test_samples_of_another_spacing_are_refused(config_file, tmp_path):
     assert "0 of 6 images to draw" in run("sample_ddp.py", config_file, model, "sample.timestep_spacing=leading").stdout
     result = run("sample_ddp.py", config_file, model, "sample.timestep_spacing=even", status=2)
     assert "sample.timestep_spacing=even: must be one of leading, trailing, linspace" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("header", "schedule", "message"),
+    [
+        ({"ss_v_parameterization": "True"}, {}, "ss_v_parameterization=True in its header, but b has .*=epsilon"),
+        ({"modelspec.prediction_type": "v"}, {}, r"modelspec\.prediction_type=v in its header, but b has .*=epsilon"),
+        ({"modelspec.prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}, "but b has .*=v_prediction"),
+        ({"ss_zero_terminal_snr": "true"}, {}, "in its header, but b has rescale_betas_zero_snr=false"),
+        ({"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, ZERO_TERMINAL, None),
+        ({"ss_v_parameterization": "False", "ss_zero_terminal_snr": "False"}, ZERO_TERMINAL, None),  # kohya's defaults
+        ({"modelspec.prediction_type": "None"}, {}, None),
+        ({"modelspec.prediction_type": "epsilon"}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, None),
+    ],
+)
+def test_a_header_of_another_schedule_is_refused(header, schedule, message):
+    if message is None:
+        check_header(header, schedule, "b")
+    else:
+        with pytest.raises(UserError, match=message):
+            check_header(header, schedule, "b")
