@@ -63,7 +63,8 @@ def main(config: Config) -> None:
     from deme.job.processes import in_main_process, locked_by_all, make_accelerator
 
     source = open_source(config.data)
-    made_of = data_hashes(source, paths.image_cache, labels_of(pretrained) > 0, with_captions=True) | inputs.hashes()
+    made_of = data_hashes(source, paths.image_cache, labels_of(pretrained) > 0, with_captions=True)
+    made_of |= inputs.hashes() | inputs.architecture()
     accelerator = make_accelerator("no", "analyze")
     material = Material(config, accelerator, pretrained, networks, source, made_of)
     watched.check()  # what was hashed was read

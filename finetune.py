@@ -205,7 +205,7 @@ def main(config: Config) -> None:
         config.finetune.check("lora_rank", are_alike, rule)
     inputs = ModelFiles(variant.pipeline, list(unets.values()))
     inputs.check_fits(config)
-    watched = inputs.watched(*(folder / "config.json" for folder in inputs.folders))
+    watched = inputs.watched()
     hashes = {
         **{WEIGHTS_OF.format(name): weights_hash(unet) for name, unet in unets.items()},
         ARCHITECTURE: sha256(inputs.folders[0] / "config.json"),

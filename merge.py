@@ -71,7 +71,7 @@ def main(config: Config) -> None:
     check_apart("merge.output", output, inputs.denoisers)
     # also where the output is complete: another version may have merged it
     architecture = variants.common_architecture(inputs.folders)
-    watched = inputs.watched(*(folder / "config.json" for folder in inputs.folders))
+    watched = inputs.watched()
     with ThreadPoolExecutor() as pool:
         hashing = pool.map(weights_hash, inputs.denoisers)
         from deme.method.task_vectors import merge_method  # torch is imported meanwhile, which takes about as long
@@ -106,7 +106,7 @@ def main(config: Config) -> None:
     # --- merge, unless the output is complete
     with locked(output, "merge.output"):
         is_lora = makes_lora(config)
-        if is_complete(output, wanted, is_lora):
+        if is_complete(output, wanted, is_lora, architecture):
             print(f"{output} is complete")
         else:
             (write_lora if is_lora else write_merged)(config, inputs, groups, method, wanted, watched)
@@ -152,8 +152,11 @@ def check_searched(config: Config, searched: Searched, hashes: list[str], method
         print(f"{searched.file}: found for {told[0]}, used with {told[1]}")
 
 
-def is_complete(output: Path, wanted: Record, is_lora: bool) -> bool:
-    """True if the output was merged from the same inputs and still holds the result."""
+def is_complete(output: Path, wanted: Record, is_lora: bool, architecture: Path) -> bool:
+    """True if the output was merged from the same inputs and still holds the result.
+
+    `architecture` is the folder of a network that is built as the merged one should be.
+    """
     if not output.exists():
         return False
     record = read_record(MERGED, output)
@@ -164,9 +167,11 @@ def is_complete(output: Path, wanted: Record, is_lora: bool) -> bool:
     try:
         weights = sha256(output / LORA if is_lora else denoiser_in(output) / WEIGHTS)
         parts = {} if is_lora else ModelFiles(output, [denoiser_in(output)]).hashes()
+        if not is_lora:
+            variants.common_architecture([denoiser_in(output), architecture])
         if weights == record.beside.get(WEIGHTS_HASH) and wanted.made_from | parts == wanted.made_from:
             return True
-    except (OSError, UserError):  # a file is missing
+    except (OSError, UserError):  # a file is missing, or another architecture
         pass
     print(f"{output} no longer holds what was merged: replacing it")
     return False

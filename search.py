@@ -78,7 +78,7 @@ def main(config: Config) -> None:
     watched.check()  # what was hashed was read
     if problem.method is not None:
         made_from[MERGED_BY] = problem.method.describe()
-    wanted = Record(SEARCH, made_from, provenance(config))
+    wanted = Record(SEARCH, made_from | model.architecture(), provenance(config))
     with locked_by_all(accelerator, output / "claim", "search.output", wait=True):
         in_main_process(accelerator, lambda: claim(config, wanted))
 
@@ -86,7 +86,7 @@ def main(config: Config) -> None:
     if draws_images(config):
         _ = problem.plain_distance, problem.reported  # weights, labels or samplers that can't be had are told now
     with timed(config.paths.search_seconds) if accelerator.is_main_process else nullcontext():
-        result = find(problem, output, digest_of(wanted.made_from))
+        result = find(problem, output, digest_of(made_from))
     answer = answer_of(problem, result, finetuned) | {"pretrained": pretrained}
     with locked_by_all(accelerator, output / "best", "search.output", wait=True):
         in_main_process(accelerator, lambda: write_yaml(config.paths.best_coefficients, answer))
@@ -94,7 +94,7 @@ def main(config: Config) -> None:
 
         # --- is it any good?
         beside = {"coefficients": answer["coefficients"]} | provenance(config)
-        identity = digest_of({**wanted.made_from, **answer, **reported(config)})
+        identity = digest_of({**made_from, **answer, **reported(config)})
         scores, words = score_fresh(problem, result, output / "report.json", identity, beside)
         if accelerator.is_main_process:
             if scores:

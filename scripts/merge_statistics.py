@@ -52,7 +52,8 @@ def main(config: Config) -> None:
     from deme.models.lora import read_header
 
     source = open_source(config.data)
-    made_of = data_hashes(source, config.paths.image_cache, labels_of(pretrained) > 0, True) | inputs.hashes()
+    made_of = data_hashes(source, config.paths.image_cache, labels_of(pretrained) > 0, True)
+    made_of |= inputs.hashes() | inputs.architecture()
     accelerator = make_accelerator("no", "search")
     networks = dict(zip(["pretrained", *config.merged_names], inputs.denoisers, strict=True))
     material = Material(config, accelerator, pretrained, networks, source, made_of)

@@ -104,7 +104,7 @@ def ranges_of(config: Config, model: ModelFiles) -> list[tuple[int, int]]:
 def identities(drawn: Sequence[Config], model: ModelFiles, scales: Scales) -> list[dict[str, Any]]:
     """Everything that determines the images of each schedule, for their records."""
     hashes, weights = model.hashes(), list(map(weights_hash, model.denoisers))
-    schedule, config = hashes.pop(SCHEDULE), drawn[0]
+    schedule, architecture, config = hashes.pop(SCHEDULE), model.architecture(), drawn[0]
     unused = {"scheduler", "timestep_spacing", "prediction_scale"} | (
         {} if ENCODER in hashes or labels_of(model.pipeline) else config.sample.tagged("text")
     ).keys()
@@ -120,6 +120,7 @@ def identities(drawn: Sequence[Config], model: ModelFiles, scales: Scales) -> li
             **model.sampling(),
             **({"prediction_scale": list(map(list, scales))} if scales else {}),
             **hashes,
+            **architecture,
         }
         for one in (other.sample for other in drawn)
     ]

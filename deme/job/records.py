@@ -36,14 +36,14 @@ class Kind:
     file: str  # YAML in the output's folder
     key: str | None = None  # of that file, with the record below; None: at its top, beside the provenance
     beside: dict[str, Any] = field(default_factory=dict, hash=False)  # what else the file must hold
-    later: tuple[str, ...] = ()  # known once the data is open: compared if both records have it
+    later: tuple[str, ...] = ()  # known once the data is open, or new: compared if both records have it
     is_precious: bool = False  # it took hours: of other settings it is refused, others are made anew
 
 
 DATA = "data (SHA-256)"  # of the images that were read: all, or some of many
 CONTENTS = "data files (SHA-256)"  # of all files, if they are many and in a local folder
 SCHEDULE = "noise schedule (SHA-256)"
-ARCHITECTURE = "architecture (SHA-256)"
+ARCHITECTURE = "architecture (SHA-256)"  # of a run the file's, of other outputs that of the settings that count
 WEIGHTS_OF = "{} weights (SHA-256)"  # of the networks that a training starts from, or is held to
 PRETRAINED_WEIGHTS = WEIGHTS_OF.format("pretrained")
 IMAGE_COLUMN = "data.image_column"  # the one that was read
@@ -62,8 +62,9 @@ RUN = Kind("a run", "config.yaml", "trained_from", {"free": dict[str, Any]}, OF_
 MERGED = Kind("a merged network", "merge.yaml")
 SNAPSHOT = Kind("a snapshot", "snapshot.yaml")  # that of its run, and the step
 AVERAGE = Kind("an average", "ema.yaml", "averaged", {"snapshots": dict[str, str]})  # of an EMA width
-SAMPLES = Kind("samples", "samples.yaml", "identity", {"num_images": int, PASSES: int | None}, is_precious=True)
-SEARCH = Kind("a search", "search.yaml", "searched", is_precious=True)
+_BESIDE_SAMPLES = {"num_images": int, PASSES: int | None}
+SAMPLES = Kind("samples", "samples.yaml", "identity", _BESIDE_SAMPLES, (ARCHITECTURE,), is_precious=True)
+SEARCH = Kind("a search", "search.yaml", "searched", later=(ARCHITECTURE,), is_precious=True)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from deme.config.sections import DDIM, SINGLE_FILE, Sample
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
 from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, read_json, sha256
-from deme.job.records import BASE, ENCODER, LORA_CONFIGS, SCHEDULE
+from deme.job.records import ARCHITECTURE, BASE, ENCODER, LORA_CONFIGS, SCHEDULE
 from deme.models import kinds, pipelines
 from deme.models.lora_settings import config_beside
 from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
@@ -88,11 +88,12 @@ class ModelFiles:
             key, predicts == "epsilon", f"scales predicted noise, but {schedule} has prediction_type={predicts}"
         )
 
-    def watched(self, *more: Path) -> Watched:
-        """The files whose hash and content are read, and `more`."""
+    def watched(self) -> Watched:
+        """The files whose hash and content are read."""
         weights = [file for path in {*self.denoisers, *self.folders} for file in weights_files(path)]
-        encoders = encoder_files(self.pipeline).values()
-        return Watched([*weights, *self.lora_configs, schedule_file(self.pipeline), *encoders, *more])
+        settings = [folder / "config.json" for folder in self.folders]
+        schedule, encoders = schedule_file(self.pipeline), encoder_files(self.pipeline).values()
+        return Watched([*weights, *settings, *self.lora_configs, schedule, *encoders])
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of what is read beside the denoisers' weights, as records say: the noise schedule, encoders, …"""
@@ -107,6 +108,13 @@ class ModelFiles:
             lines += "\nuse_attention_mask true" if pipelines.masks_text(self.pipeline) else ""
             hashes[ENCODER] = hashlib.sha256(lines.encode()).hexdigest()
         return hashes
+
+    def architecture(self) -> dict[str, str]:
+        """SHA-256 of the settings of the denoisers that count, for records. Imports diffusers."""
+        settings = dict.fromkeys(
+            json.dumps(counted(read_json(folder / "config.json")), sort_keys=True) for folder in self.folders
+        )
+        return {ARCHITECTURE: hashlib.sha256("\n".join(settings).encode()).hexdigest()}
 
     def spacing(self, settings: Sample) -> dict[str, str]:
         """The timestep spacing for the record of samples; nothing where it is the sampler's default."""
@@ -195,6 +203,14 @@ def default_settings(name: str) -> dict[str, Any]:
 
     values = {key: given.default for key, given in inspect.signature(getattr(diffusers, name)).parameters.items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def counted(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a denoiser that count, but for those that are its class's defaults, and its class."""
+    kind = kinds.denoiser_class(settings)
+    values = {key: (settings.get(key, default), default) for key, default in default_settings(kind).items()}
+    given = {key: value for key, (value, default) in values.items() if value != default and key not in UNCOMPARED}
+    return {"_class_name": kind} | given
 
 
 def common_architecture(folders: Sequence[Path]) -> Path:

@@ -1229,7 +1229,7 @@ def test_a_run_does_not_go_on_from_other_inputs_behind_the_same_path(
 
 
 def test_merged_weights_that_are_no_longer_those_are_merged_again(start, config_file, pretrained):
-    """Complete means that the weights and the noise schedule are there and are those that were merged."""
+    """Complete means that weights, architecture and noise schedule are there and are those that were merged."""
     experts(config_file.parent, pretrained)
     output = config_file.parent / "tiny" / "merged"
     assert start("merge.py")[0] == 0
@@ -1238,6 +1238,7 @@ def test_merged_weights_that_are_no_longer_those_are_merged_again(start, config_
         lambda: (output / "unet" / WEIGHTS).unlink(),
         lambda: edit_weights(output / "unet", lambda tensors: tensors["conv_in.bias"].fill_(7)),
         lambda: edit_json("scheduler/scheduler_config.json", beta_end=0.5)(output),
+        lambda: edit_json("unet/config.json", flip_sin_to_cos=False)(output),
     ]
     for damage in damages:
         damage()

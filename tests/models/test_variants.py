@@ -1,13 +1,16 @@
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from deme.errors import RunError
-from deme.job.records import LORA_CONFIGS
+from deme.config.reading import load_config
+from deme.data.drawing import identities
+from deme.errors import RunError, UserError
+from deme.job.records import ARCHITECTURE, LORA_CONFIGS, SAMPLES, Record
 from deme.job.repository import REPOSITORY
-from deme.models.variants import ModelFiles, write_denoiser
+from deme.models.variants import ModelFiles, find_model, write_denoiser
 
 
 def test_a_network_names_no_path_of_the_machine_that_trained_it(tmp_path):
@@ -39,3 +42,41 @@ def test_a_configuration_that_is_not_read_with_a_lora_is_none_of_its_files(tmp_p
     save_file({"unet.conv_in.lora_A.weight": torch.ones(1)}, tmp_path / name, header)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert ModelFiles(tmp_path, [tmp_path / name]).lora_configs == []
+
+
+@pytest.fixture
+def model(pretrained, tmp_path) -> ModelFiles:
+    """A copy of the pretrained network's files."""
+    folder = shutil.copytree(pretrained, tmp_path / "copy")
+    return ModelFiles(folder, [folder / "unet"])
+
+
+def edit_settings(model: ModelFiles, **settings) -> None:
+    file = model.denoisers[0] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def test_images_of_another_architecture_are_no_images_of_the_model(config_file, model, tmp_path):
+    """The weights may be the same; records of older versions did not tell."""
+    config = load_config(config_file, [f"model.pretrained={model.pipeline}"])
+
+    def record() -> Record:
+        [identity] = identities([config], find_model("pretrained", config.paths), [])
+        return Record(SAMPLES, identity)
+
+    before = record()
+    edit_settings(model, freq_shift=1)
+    with pytest.raises(UserError, match=r"other settings: architecture \(SHA-256\)"):
+        before.fits(record(), tmp_path)
+    older = {key: value for key, value in before.made_from.items() if key != ARCHITECTURE}
+    assert Record(SAMPLES, older).fits(record(), tmp_path)
+
+
+def test_an_architecture_is_what_computes_otherwise(model):
+    """Written by another version of diffusers, with defaults that were left out, or with projections it is the same."""
+    before = model.architecture()
+    edit_settings(model, _name_or_path="elsewhere", _diffusers_version="9", dropout=0.5, unknown=1, freq_shift=0)
+    edit_settings(model, _class_name="ProjectedUNet2DModel")
+    assert model.architecture() == before
+    edit_settings(model, flip_sin_to_cos=False)
+    assert model.architecture() != before
