@@ -122,6 +122,8 @@ def read_lora(file: Path, layers: Mapping[str, tuple[int, ...]]) -> dict[str, Fa
     header, answers = read_header(file), names_in_files(layers)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     with naming(file):
+        if tensors and not any(re.search("lora|hada_w|lokr_w", key) for key in tensors):
+            raise UserError("holds no LoRA; a network is named by its folder")
         for key, tensor in tensors.items():
             stem, kind = split_key(key)
             layer = answers.get(stem)

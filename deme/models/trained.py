@@ -26,6 +26,10 @@ def check_trained(pipeline: Path, networks: Sequence[Network]) -> list[Path]:
         if not has_weights(network.folder):
             file = network.folder if is_lora(network.folder) else network.folder / WEIGHTS
             raise UserError(f"{file}: missing; {network.remedy}")
+        if network.folder.is_file() and not is_lora(network.folder):
+            raise UserError(
+                f"{network.folder}: a file; LoRAs must be .safetensors, and a network is named by its folder"
+            )
     folders = check_predicts(pipeline, [network.folder for network in networks])
     base, digest = denoiser_folder(pipeline), cache(weights_hash)
     for network in folders:

@@ -57,6 +57,12 @@ def test_a_network_of_another_noise_schedule_is_told(config_file, network, pretr
     assert line.startswith(f"{record}: trained with another noise schedule than {pretrained / SCHEDULE_FILE}, or with")
 
 
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path, pretrained):
+    (tmp_path / "lora.bin").touch()
+    with pytest.raises(UserError, match=r"lora\.bin: a file; LoRAs must be \.safetensors, and a network is named by"):
+        check_trained(pretrained, [Network("a", tmp_path / "lora.bin")])
+
+
 def test_of_networks_that_say_nothing_else_nothing_is_told(network, pretrained, tmp_path, capsys):
     """A pretrained folder that was moved, records of older versions, of a merged network's training, none, others'."""
     moved = shutil.copytree(pretrained, tmp_path / "elsewhere")
