@@ -203,7 +203,7 @@ def test_a_file_that_is_no_lora_of_the_network_is_refused_by_the_name_of_the_ten
         "lora_B.bias: a trained bias": {f"{TO_Q}.lora_B.bias": torch.ones(8)},
         "diff_b: a trained bias": {f"{kohya}.diff_b": torch.ones(8)},
         "lora_embedding_A: a LoRA of an embedding": {f"{TO_Q}.lora_embedding_A": down},
-        "modules_to_save.weight: a layer that was": {f"{TO_Q}.modules_to_save.weight": torch.ones(8, 8)},
+        "modules_to_save.weight: a layer that was": {**good, f"{TO_Q}.modules_to_save.weight": torch.ones(8, 8)},
         "diff: a layer that was trained as a whole": {f"{kohya}.diff": torch.ones(8, 8)},
         "conv_in.weight: not a factor of a LoRA": {**good, "conv_in.weight": torch.ones(8, 8)},
         "holds no LoRA; a network is named by its folder": tiny_conditional_unet().state_dict(),
