@@ -53,6 +53,7 @@ KOHYA = {
 }  # prefixes
 TEXT_MODEL = "text_model."  # begins the names in a CLIP text encoder, but for transformers 5 and later
 T = TypeVar("T")
+ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])\.default(_\d+)?(?=\.weight$)")  # in the names of PEFT's own modules
 OLD_PROCESSOR = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)$")  # of diffusers before PEFT
 
 
@@ -144,9 +145,10 @@ def read_lora(file: Path, layers: Mapping[str, tuple[int, ...]]) -> dict[str, Fa
 
 def split_key(key: str) -> tuple[str, str]:
     """The layer's name as the file writes it, and which tensor of it a key names: down, up or alpha."""
+    plain = ADAPTER_NAME.sub("", key)
     for suffix, kind in FACTORS.items():
-        if key.endswith(suffix):
-            stem = key.removesuffix(suffix).removeprefix(PEFT)
+        if plain.endswith(suffix):
+            stem = plain.removesuffix(suffix).removeprefix(PEFT)
             return OLD_PROCESSOR.sub(lambda match: f".{match[1]}{'.0' * (match[1] == 'to_out')}", stem), kind
     for pattern, what in OTHERS.items():
         if re.search(pattern, key):
@@ -161,6 +163,8 @@ def factors_of(
     if not {"down", "up"} <= given.keys():
         raise UserError(f"{layer}: has one of its two factors, or only an alpha")
     down, up = given["down"], given["up"].flatten(1)
+    if down.shape[1:2] == shape[1:2] and {*down.shape[2:], *shape[2:]} <= {1}:  # a 1×1 convolution is a linear layer
+        down = down.reshape(len(down), *shape[1:])
     if len(down) == 0 or (len(given["up"]), *down.shape[1:]) != shape or given["up"].numel() != shape[0] * len(down):
         shapes = f"{tuple(given['up'].shape)} and {tuple(down.shape)}"
         raise UserError(f"{layer}: factors of the shapes {shapes} for a weight of the shape {shape}")

@@ -15,7 +15,7 @@ from deme.models.lora import folded, kohya_names, names_in_files, read_lora, rea
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-CONV_IN = "unet.conv_in"
+CONV_IN, PROJ_IN = "unet.conv_in", "unet.down_blocks.0.attentions.0.proj_in"  # of 3×3 and 1×1
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,23 @@ def test_old_names_of_diffusers_are_read(tmp_path, layers):
     lora = read_lora(tmp_path / LORA, layers)
     assert lora.keys() == {TO_Q, out}
     torch.testing.assert_close(lora[out].change(), up @ down)
+
+
+@pytest.mark.parametrize("adapter", ["default", "default_0"])
+def test_the_names_of_pefts_own_modules_are_read(tmp_path, layers, adapter):
+    down, up = torch.randn(2, 8), torch.randn(8, 2)
+    save_file({f"{TO_Q}.lora_A.{adapter}.weight": down, f"{TO_Q}.lora_B.{adapter}.weight": up}, tmp_path / LORA)
+    torch.testing.assert_close(read_lora(tmp_path / LORA, layers)[TO_Q].change(), up @ down)
+
+
+@pytest.mark.parametrize("layer", [TO_Q, PROJ_IN])
+@pytest.mark.parametrize("is_convolution", [False, True])
+def test_a_linear_layer_and_a_1x1_convolution_take_each_others_factors(tmp_path, layers, layer, is_convolution):
+    down, up, ones = torch.randn(2, 8), torch.randn(8, 2), (1, 1) * is_convolution
+    tensors = {f"{layer}.lora_A.weight": down.reshape(2, 8, *ones), f"{layer}.lora_B.weight": up.reshape(8, 2, *ones)}
+    save_file(tensors, tmp_path / LORA)
+    change = read_lora(tmp_path / LORA, layers)[layer].change()
+    torch.testing.assert_close(change, (up @ down).reshape(layers[layer]))
 
 
 def test_peft_merges_rslora_adapters_wrongly_where_the_stacked_factors_are_exact(tmp_path, layers):
