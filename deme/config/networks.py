@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deme.config.paths import LORA, SUBFOLDERS, denoiser_in, product_of, snapshot_path, usual_denoiser
+from deme.config.paths import ADAPTER, LORA, SUBFOLDERS, denoiser_in, product_of, snapshot_path, usual_denoiser
 from deme.config.section import Section, is_one_line, one_of, setting
 from deme.config.trainings import BASELINES, CONTINUED, NAMED_TRAININGS, NEON, SELF, SOUP, WIDTH_RULE, is_width
 
@@ -27,8 +27,8 @@ TELLING_NOTHING = (*SUBFOLDERS, LORA, "finetuned", "/")  # parts of a folder's p
 class Merge(Section):
     """What is merged, how, and into what."""
 
-    # whose task vectors: WORDS, folders of UNets or .safetensors files of LoRAs; {path: …, timesteps: [low, high]} is
-    # the expert of a range
+    # whose task vectors: WORDS, folders of UNets or LoRAs, or LoRAs' .safetensors files; {path: …, timesteps:
+    # [low, high]} is the expert of a range
     experts: list[Any] = setting(["ranges"], "merged path")
     method: str = setting(SUM, "merged", choices=MERGE_METHODS)
     settings: dict[str, Any] = setting({}, "merged")  # of the method: the fields of its class
@@ -76,7 +76,7 @@ class Network:
     name: str  # in tables and pictures
     folder: Path  # of the network; or the file of a LoRA
     word: str | None = None  # of WORDS; None: a folder that was given
-    remedy: str = "merge.experts must name the folder of a UNet, or the file of a LoRA"  # where it is missing
+    remedy: str = "merge.experts must name the folder of a UNet, or a LoRA"  # where it is missing
     training: Path | None = None  # the folder of the training whose cost is this network's, if it is known
     timesteps: tuple[int, int] | None = None  # its range if it is the expert of one
 
@@ -84,7 +84,7 @@ class Network:
 def networks_of(config: Any) -> list[Network]:
     """The networks that a configuration's merge adds, in the order of their coefficients."""
     of_words = {word: list(of_word(config, word)) for word in config.merge.experts if word in WORDS}
-    folders = [path_of(item) for item in config.merge.experts if item not in WORDS]
+    folders = [given_path(item) for item in config.merge.experts if item not in WORDS]
     taken = {network.name for networks in of_words.values() for network in networks}
     names = iter(short_names(folders, {*taken, *config.timesteps.names, *MODELS}))
     found = []
@@ -124,9 +124,16 @@ def of_word(config: Any, word: str) -> Iterator[Network]:
             yield Network(name, product_of(config, folder), word, f"{TRAIN}={word}", folder)
 
 
-def path_of(item: str | dict[str, Any]) -> Path:
-    """The folder that an item of merge.experts names."""
+def given_path(item: str | dict[str, Any]) -> Path:
+    """The path that an item of merge.experts names."""
     return Path(os.path.expanduser(item["path"] if isinstance(item, dict) else item))
+
+
+def path_of(item: str | dict[str, Any]) -> Path:
+    """The same, or the file of the LoRA in it if it is a folder without a network."""
+    path = given_path(item)
+    found = [path / name for name in (LORA, ADAPTER) if (path / name).is_file()]
+    return found[0] if found and not (path / "config.json").is_file() else path
 
 
 def is_lora(path: str | Path) -> bool:

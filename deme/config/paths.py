@@ -12,6 +12,7 @@ from deme.config.trainings import CONTINUED, DISTILLED
 
 UNET, TRANSFORMER = SUBFOLDERS = ("unet", "transformer")  # of the network, as diffusers' pipelines call it
 LORA = "pytorch_lora_weights.safetensors"  # a LoRA's file, as load_lora_weights of diffusers looks for it
+ADAPTER = "adapter_model.safetensors"  # the same of PEFT
 SNAPSHOTS = "snapshots"  # the sub-folder of a training that holds its EMA weights of earlier steps
 
 

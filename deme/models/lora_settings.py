@@ -10,21 +10,16 @@ from typing import Any
 
 from safetensors import safe_open
 
+from deme.config.paths import ADAPTER
 from deme.errors import UserError, blaming
 from deme.job.files import checked, read_json
 from deme.models.pipelines import STEMS
 
 PEFT = "base_model.model."  # begins the names in a PEFT adapter's file
-ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names of files
+CONFIG = "adapter_config.json"  # beside it
 METADATA = "lora_adapter_metadata"  # key of a header, of diffusers: PEFT's configuration
 ALPHAS = ("lora_alpha", "network_alpha", "alpha")  # keys of others' headers
-CHANGED_BASE = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-    "lora_ga",
-)  # PEFT's initializations that also change the network itself
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations of PEFT that also change the base
 
 
 def read_header(file: Path) -> dict[str, str]:

@@ -35,6 +35,16 @@ def test_words_stand_for_their_networks_and_folders_for_themselves():
     assert listed(["~/a/unet"]) == [("a", str(Path.home() / "a" / "unet"))]
 
 
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_model.safetensors"])
+def test_a_folder_without_a_network_stands_for_the_lora_in_it(tmp_path, name):
+    folder = tmp_path / "style"
+    folder.mkdir()
+    (folder / name).touch()
+    assert listed([str(folder)], "model.projection=false") == [("style", str(folder / name))]
+    (folder / "config.json").touch()
+    assert listed([str(folder)]) == [("style", str(folder))]
+
+
 @pytest.mark.parametrize(
     ("folders", "names"),
     [
