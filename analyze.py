@@ -12,6 +12,7 @@ experts must be there; other networks that are not made yet are left out. docs/a
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,7 @@ from deme.config.experiment import Config
 from deme.config.sections import ANALYSES
 from deme.config.trainings import GRADIENT_PASSES
 from deme.config.trainings import CONTINUED, DISTILLED, NEON
+from deme.errors import UserError
 from deme.job.command import run_script
 from deme.job.files import make_folder, write_text
 from deme.models.pipelines import denoiser_folder, labels_of
@@ -106,9 +108,10 @@ def made_later(config: Config) -> tuple[dict[str, Path], list[str]]:
     places = {name: made_denoisers(name, config.paths)[0] for name in (CONTINUED, "merged", DISTILLED, NEON)}
     made = {name: folder for name, folder in places.items() if has_weights(folder)}
     missing = [f"{name}, which {MAKERS[name]} makes" for name in places if name not in made]
-    of_ranges = dict(zip(config.timesteps.names, config.paths.experts, strict=True))
-    if all(map(has_weights, of_ranges.values())):
-        return of_ranges | made, missing
+    with suppress(UserError):  # networks of other ranges are merged
+        of_ranges = dict(zip(config.timesteps.names, config.paths.experts, strict=True))
+        if all(map(has_weights, of_ranges.values())):
+            return of_ranges | made, missing
     return made, [*missing, f"{', '.join(OF_RANGES)}: need the experts of all ranges"]
 
 

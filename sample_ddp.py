@@ -24,6 +24,7 @@ from deme.errors import naming
 from deme.job.command import run_script
 from deme.job.files import check_apart
 from deme.models.pipelines import labels_of, takes_text
+from deme.models.trained import check_timesteps
 from deme.models.variants import find_model
 
 
@@ -44,6 +45,8 @@ def main(config: Config) -> None:
     settings = config.sample
     with naming("sample.model", settings.model):
         model = find_model(settings.model, config.paths)
+        if settings.model == "ensemble":
+            check_timesteps(config.experts)
     for one in config.drawn:
         check_apart("sample.output", one.paths.samples, model.denoisers)
     watched = model.watched()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from deme.config import networks, sections, trainings
 from deme.config.judges import Judge
-from deme.config.networks import RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Merge, Network, networks_of, of_word
+from deme.config.networks import RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Merge, Network, networks_of
 from deme.config.paths import Paths, denoiser_in, snapshot_path, usual_denoiser, with_schedule
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
 from deme.config.trainings import ANT_UW, CONTINUED, DISTILLED, EMA_WIDTH, NAMED_TRAININGS, SELF, SOUP
@@ -174,8 +174,8 @@ class Config(Section):
 
     @property
     def experts(self) -> list[Network]:
-        """The experts of the ranges: the networks that are merged if they are that, else those of finetune.py."""
-        return self.merged_networks if self.merges_experts else list(of_word(self, RANGES))
+        """The experts of the ranges, in their order."""
+        return networks.experts_of(self)
 
     @property
     def analyzed_experts(self) -> dict[str, Network]:

@@ -97,6 +97,17 @@ def networks_of(config: Any) -> list[Network]:
     return found
 
 
+def experts_of(config: Any) -> list[Network]:
+    """The experts of the ranges: those with timesteps among the networks that are merged, or else the trained ones."""
+    given = [network for network in networks_of(config) if network.timesteps is not None]
+    given.sort(key=lambda network: network.timesteps)
+    if [network.timesteps for network in given] == config.timesteps.ranges:
+        return given
+    rule = f"their timesteps are not those of timesteps.ranges, {config.timesteps.ranges}"
+    config.merge.check("experts", not given or RANGES in config.merge.experts, rule)
+    return list(of_word(config, RANGES))
+
+
 def of_word(config: Any, word: str) -> Iterator[Network]:
     """The networks that a word of WORDS stands for; their folders lie in merge.finetuned."""
     run = Path(config.output_dir) / config.name / "finetuned"

@@ -21,6 +21,7 @@ class Paths:
 
     def __init__(self, config: Any):
         self._evaluate, self._model, self._product = config.evaluate, config.model, partial(product_of, config)
+        self._config = config
         outputs, run = Path(config.output_dir), Path(config.output_dir) / config.name
 
         def output(given: str | None, name: str) -> Path:
@@ -41,7 +42,6 @@ class Paths:
         if config.merge.ema_width is not None:
             self.finetuned = self.averaged(config.merge.ema_width)
         self.searched = sum(map(self.averaged, config.search.ema_widths), self.finetuned)  # whose merge is searched
-        self.experts = [network.folder for network in config.experts]  # of the ranges
         self.own_samples = run / "own-samples"  # of the pretrained network, for self-training
         self.own_seconds = run / "own-samples-seconds.txt"  # which drawing them took: a line for each command
         self.search = output(config.search.output, "search")  # the output of search.py
@@ -64,6 +64,11 @@ class Paths:
         self.classifier = self.stats / "classifier.safetensors"  # the feature network of the classifier FD
         self.results = output(config.evaluate.output, "results.json")  # the scores
         self.jobs = run / "jobs"  # logs and states of the jobs of all comparisons
+
+    @property
+    def experts(self) -> list[Path]:
+        """The networks of the ranges."""
+        return [network.folder for network in self._config.experts]
 
     def averaged(self, width: float) -> list[Path]:
         """The folders of the networks that are merged, at an EMA width."""
@@ -106,7 +111,7 @@ class Paths:
     @property
     def names(self) -> list[str]:
         """What `lines` takes."""
-        return [*(name for name in vars(self) if name[0] != "_"), "reference"]
+        return [*(name for name in vars(self) if name[0] != "_"), "experts", "reference"]
 
     def lines(self, name: str) -> str:
         """The path with this name; several are one a line."""

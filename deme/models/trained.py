@@ -1,5 +1,8 @@
 """Networks that are merged, or drawn by the pretrained pipeline: they must be there, and should be made for it."""
 
+import json
+import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -8,9 +11,10 @@ from typing import Any
 
 from deme.config.networks import Network, is_lora
 from deme.errors import UserError, naming
-from deme.job.files import read_json, sha256
+from deme.job.files import checked, read_json, sha256
 from deme.job.rank import is_main_process
 from deme.job.records import AVERAGE, PRETRAINED_WEIGHTS, RUN, SCHEDULE, SNAPSHOT, read_record
+from deme.models.lora_settings import read_header
 from deme.models.pipelines import SCHEDULER_CONFIG, denoiser_folder, read_schedule, schedule_file
 from deme.models.schedules import FLOW_SCHEDULERS, SCHEDULERS, prediction_type
 from deme.models.weights import WEIGHTS, has_weights, weights_hash
@@ -30,6 +34,7 @@ def check_trained(pipeline: Path, networks: Sequence[Network]) -> list[Path]:
             raise UserError(
                 f"{network.folder}: a file; LoRAs must be .safetensors, and a network is named by its folder"
             )
+    check_timesteps(networks)
     folders = check_predicts(pipeline, [network.folder for network in networks])
     base, digest = denoiser_folder(pipeline), cache(weights_hash)
     for network in folders:
@@ -38,6 +43,26 @@ def check_trained(pipeline: Path, networks: Sequence[Network]) -> list[Path]:
             unless = "unless they are the same in another form, its task vector holds their difference"
             tell(f"{record}: trained from other weights than those in {base}; {unless}")
     return folders
+
+
+def check_timesteps(networks: Sequence[Network]) -> None:
+    """Refuse experts that were trained on none of the timesteps that they are to be experts of."""
+    for network in networks:
+        low, high = network.timesteps or (0, math.inf)
+        ranges = trained_on(network.folder)
+        if ranges and all(end <= low or begin >= high for begin, end in ranges):
+            rule = f"trained on the timesteps {ranges}, but in merge.experts the expert of {(low, high)}"
+            raise UserError(f"{network.folder}: {rule}")
+
+
+def trained_on(network: Path) -> list[tuple[int, int]]:
+    """The ranges of timesteps that a network was trained on by its record, or a LoRA by its header, if that says so."""
+    if not is_lora(network):
+        found = re.fullmatch(r"(?:self-)?([0-9]+)-([0-9]+)", str(recorded(network)[1].get("finetune.range")))
+        return [(int(found[1]), int(found[2]))] if found else []
+    with suppress(UserError, LookupError, ValueError):
+        return [(low, high) for low, high in checked(json.loads(read_header(network)["timesteps"]), list[list[int]])]
+    return []
 
 
 def check_predicts(pipeline: Path, networks: list[Path]) -> list[Path]:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -140,9 +141,10 @@ def missing_stages(run: Run) -> Iterator[tuple[str, str]]:
     """Stages that have not run, and the commands that run them; not those whose files are unreadable."""
     trained = {log.name for log in run.logs}
     paths = run.config.paths
-    for k, name in enumerate(run.config.timesteps.names):
-        if name not in trained and not paths.experts[k].exists():
-            yield f"the expert of timesteps {name}", f"finetune.py finetune.range={k}"
+    with suppress(UserError):  # networks of other ranges are merged
+        for k, (name, folder) in enumerate(zip(run.config.timesteps.names, paths.experts, strict=True)):
+            if name not in trained and not folder.exists():
+                yield f"the expert of timesteps {name}", f"finetune.py finetune.range={k}"
     for name in (CONTINUED, DISTILLED, NEON):
         if not made_denoisers(name, paths)[0].exists():
             yield name, MAKERS[name]

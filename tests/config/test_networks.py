@@ -92,11 +92,24 @@ def test_folders_with_the_timesteps_of_the_ranges_are_their_experts():
     given = [{"path": f"x/{low}", "timesteps": [low, high]} for low, high in edges]
     ranged = config(override("merge.experts", given))
     assert [str(folder) for folder in ranged.paths.experts] == ["x/0", "x/250", "x/500", "x/750"]
-    for wrong in (given[:3], given[::-1], [*given[:3], {"path": "x/750"}]):
-        other = config(override("merge.experts", wrong), "search.method=closed_form")
+    assert config(override("merge.experts", [*given[::-1], "self"])).paths.experts == ranged.paths.experts
+    for others in (["./a"], ["ranges", given[0]]):  # the experts are not those that are given
+        other = config(override("merge.experts", others))
         assert str(other.paths.experts[0]) == "runs/digits/finetuned/0000-0250/unet"
+    for wrong in (given[:3], given[::-1], [*given[:3], {"path": "x/750"}]):
         with pytest.raises(UserError, match=r"^search.method=closed_form: match and loss need .* for each of"):
-            other.check_search()
+            config(override("merge.experts", wrong), "search.method=closed_form").check_search()
+
+
+def test_experts_of_other_timesteps_than_the_ranges_are_merged_but_stand_for_no_experts():
+    """The trained ones would be drawn instead, without a word."""
+    given = [{"path": "x/a", "timesteps": [0, 400]}, {"path": "x/b", "timesteps": [600, 1000]}]
+    ranged = config(override("merge.experts", given), "timesteps.num_ranges=2")
+    assert list(map(str, ranged.paths.finetuned)) == ["x/a", "x/b"]
+    with pytest.raises(
+        UserError, match=r"^merge.experts=.*: their timesteps are not those of timesteps.ranges, \[\(0, 500"
+    ):
+        _ = ranged.paths.experts
 
 
 @pytest.mark.parametrize(

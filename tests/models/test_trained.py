@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
+import torch
 from conftest import tiny_unet
+from safetensors.torch import save_file
 
 from deme.config.networks import Network
 from deme.config.reading import load_config
 from deme.errors import UserError
 from deme.job.files import sha256, write_yaml
 from deme.job.records import PRETRAINED_WEIGHTS, RUN, SCHEDULE, SNAPSHOT, Record
-from deme.models.trained import check_predicts, check_trained
+from deme.models.trained import check_predicts, check_timesteps, check_trained
 from deme.models.variants import find_model
 from deme.models.weights import WEIGHTS, weights_hash
 
@@ -95,6 +98,19 @@ def test_a_network_whose_own_pipeline_predicts_something_else_is_refused(network
 
 def edit(file, **settings) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "network"])
+def test_an_expert_that_was_trained_on_other_timesteps_is_refused(network, kind, tmp_path):
+    """By a LoRA's header, or a record; others tell nothing, or were trained on some of the timesteps."""
+    write_record(network.parent, {"finetune.range": "0000-0500"})
+    path = tmp_path / "a.safetensors" if kind == "LoRA" else network
+    for header in ({"timesteps": "[[0, 500]]"}, {}, {"timesteps": "all"}):
+        save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors", header)
+        told = kind == "network" or header.get("timesteps") == "[[0, 500]]"
+        with pytest.raises(UserError, match=r"trained on the timesteps \[\(0, 500\)\], but") if told else nullcontext():
+            check_timesteps([Network("a", path, timesteps=(500, 1000))])
+        check_timesteps([Network("a", path), Network("b", path, timesteps=(250, 1000))])
 
 
 def test_a_missing_network_is_named(tmp_path, pretrained):
