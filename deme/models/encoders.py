@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from deme.errors import RunError, UserError
@@ -152,8 +151,10 @@ class LatentsAndText:
         if isinstance(examples, Captioned):
             examples = Encoded(self.moments(examples.pixels), self.embed(examples.captions), examples.sizes)
         moments = examples.moments.to(self.device, non_blocking=True).float().contiguous()
-        is_sure = moments.shape[1] == self.channels
-        latents = moments if is_sure else DiagonalGaussianDistribution(moments).sample()
+        if (latents := moments).shape[1] != self.channels:
+            from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # imports all autoencoders
+
+            latents = DiagonalGaussianDistribution(moments).sample()
         latents = (latents - self.shift) * self.scale
         embeddings = examples.embeddings.to(self.device, non_blocking=True)
         sizes = None if examples.sizes is None else examples.sizes.to(self.device, non_blocking=True)

@@ -117,8 +117,8 @@ def test_a_run_with_other_trainings_or_own_samples_has_its_own(tmp_path):
         "models": {"models": ["pretrained", "merged", "neon"]},
         "slow": {"models": ["merged"], "overrides": ["finetune.learning_rate=1e-5"]},
         "slower": {"models": ["merged"], "overrides": ["finetune.learning_rate=1e-5", "merge.method=ties"]},
-        "few": {"models": ["merged", "distilled"], "overrides": ["sample.eta=1", "distill.max_steps=3"]},
-        "few own": {"models": ["merged"], "overrides": ["sample.eta=1", "merge.experts=[self, soup]"]},
+        "few": {"models": ["merged", "distilled"], "overrides": ["sample.scheduler=unipc", "distill.max_steps=3"]},
+        "few own": {"models": ["merged"], "overrides": ["sample.scheduler=unipc", "merge.experts=[self, soup]"]},
     }
     jobs = stages(tmp_path, runs=runs)
     before = {name: {job.run for job in jobs[f"{name} merge"].after} for name in ("-slower", "-few", "-few_own")}
@@ -175,7 +175,7 @@ def test_scales_of_the_predicted_noise_are_a_row_of_the_pretrained_network(tmp_p
 
 def test_a_job_draws_a_model_with_all_schedules(tmp_path):
     """The images of every folder are its output, and every folder is scored."""
-    given = ["sample.num_images=12", "sample.schedules=[{steps: 10}, {steps: 20, scheduler: unipc}]"]
+    given = ["sample.num_images=12", "sample.schedules=[{steps: 10, scheduler: ddim}, {steps: 20, scheduler: unipc}]"]
     jobs = stages(tmp_path, *given, runs={"models": {"models": ["pretrained", "continued"]}}, blocks=2)
     job = jobs["sample-continued sample.block=1"]
     folders = [Path(f"runs/digits/samples/continued@{name}") for name in ("ddim-10", "unipc-20")]

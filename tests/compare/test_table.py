@@ -65,7 +65,8 @@ def test_the_rows_of_a_schedule_stand_together_and_are_compared_with_each_other(
     file = tmp_path / "comparison.yaml"
     runs = {"models": {"models": ["pretrained", "neon"]}}
     file.write_text(yaml.safe_dump({"base": "configs/digits.yaml", "runs": runs}))
-    given = [f"output_dir={tmp_path}", "sample.schedules=[{steps: 20}, {steps: 10, scheduler: unipc}, {steps: 50}]"]
+    schedules = "sample.schedules=[{steps: 20}, {steps: 10, scheduler: unipc}, {steps: 50}]"
+    given = [f"output_dir={tmp_path}", "sample.scheduler=ddim", schedules]
     _, runs = load_comparison(file, given)
     results = runs[0].config.paths.results
     results.parent.mkdir()
