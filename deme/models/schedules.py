@@ -19,8 +19,7 @@ ENFORCED = {"clip_sample": False, "steps_offset": 1}  # by StableDiffusionPipeli
 
 PREDICTS, PREDICTS_V = "modelspec.prediction_type", "ss_v_parameterization"  # keys of headers; the latter: kohya's
 ZERO_SNR = "ss_zero_terminal_snr"  # kohya's, too
-SAID = {"v": "v_prediction", "v_pred": "v_prediction", "v_prediction": "v_prediction"}  # values of PREDICTS
-SAID |= {"eps": "epsilon", "epsilon": "epsilon", "sample": "sample"}
+SAID = {"v": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon", "None": None, "": None}  # values of PREDICTS
 
 
 def prediction_type(schedule: Mapping[str, Any]) -> str:
@@ -45,7 +44,7 @@ def check_header(header: Mapping[str, str], schedule: Mapping[str, Any], whose: 
     if predicts == FLOW:  # kohya's programs write epsilon of flow matching, too
         return
     said = {
-        PREDICTS: SAID.get(header.get(PREDICTS)),
+        PREDICTS: SAID.get(header.get(PREDICTS, ""), header.get(PREDICTS)),
         PREDICTS_V: "v_prediction" if is_set(header, PREDICTS_V) else None,
     }
     for key, kind in said.items():

@@ -149,7 +149,8 @@ def test_a_file_that_is_no_whole_pipeline_is_refused_by_name(place, tmp_path):
         ([], "v", {}, r"modelspec\.prediction_type=v in its header, but .* prediction_type=epsilon"),
         ([], "epsilon", V, r"modelspec\.prediction_type=epsilon in its header, but .* prediction_type=v_prediction"),
         ([], "epsilon", {}, None),
-        ([], "velocity", {}, None),  # of unknown meaning
+        ([], "velocity", {}, r"modelspec\.prediction_type=velocity in its header, but .* prediction_type=epsilon"),
+        ([], "None", {}, None),
     ],
 )
 def test_what_a_file_says_of_its_network_is_not_passed_over(place, tmp_path, marks, said, schedule, message):
