@@ -78,13 +78,13 @@ def main(config: Config) -> None:
 
         method = merge_method(config.merge.method, config.merge.settings)
         hashes = list(hashing)
+    tell_equal(inputs.denoisers, hashes)
     method.check_inputs(hashes[1:], config.paths.merge_statistics)
     if config.merge.single_file:
         from deme.models.single_file import check_original
 
         with naming("merge.single_file", True):
             check_original(pretrained, architecture)
-
     if searched is not None:
         check_searched(config, searched, hashes, method)
 
@@ -119,6 +119,15 @@ def main(config: Config) -> None:
     # --- share
     if config.merge.push_to_hub is not None:
         push_to_hub(output, config.merge.push_to_hub, config.merge.push_private)
+
+
+def tell_equal(networks: list[Path], hashes: list[str]) -> None:
+    """Print which networks have the weights of an earlier one; the first is the pretrained network."""
+    earlier: dict[str, str] = {}
+    for weights, name in zip(hashes, ["the pretrained network", *map(str, networks[1:])], strict=True):
+        if weights in earlier:
+            print(f"{name}: has the same weights as {earlier[weights]}")
+        earlier.setdefault(weights, name)
 
 
 def searched_file(config: Config) -> Path | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deme.config.paths import ADAPTER, LORA, SUBFOLDERS, denoiser_in, product_of, snapshot_path, usual_denoiser
+from deme.config.paths import ADAPTER, LORA, SECOND, SUBFOLDERS, denoiser_in, product_of, snapshot_path, usual_denoiser
 from deme.config.section import Section, is_one_line, one_of, setting
 from deme.config.trainings import BASELINES, CONTINUED, NAMED_TRAININGS, NEON, SELF, SOUP, WIDTH_RULE, is_width
 
@@ -27,8 +27,8 @@ TELLING_NOTHING = (*SUBFOLDERS, LORA, "finetuned", "/")  # parts of a folder's p
 class Merge(Section):
     """What is merged, how, and into what."""
 
-    # whose task vectors: WORDS, folders of UNets or LoRAs, or LoRAs' .safetensors files; {path: …, timesteps:
-    # [low, high]} is the expert of a range
+    # whose task vectors: WORDS, folders of networks, pipelines or LoRAs, or LoRAs' .safetensors files; {path: …,
+    # timesteps: [low, high]} is the expert of a range
     experts: list[Any] = setting(["ranges"], "merged path")
     method: str = setting(SUM, "merged", choices=MERGE_METHODS)
     settings: dict[str, Any] = setting({}, "merged")  # of the method: the fields of its class
@@ -50,7 +50,7 @@ class Merge(Section):
         self.check("ema_width", self.ema_width is None or is_width(self.ema_width), WIDTH_RULE)
         for item in self.experts:
             self._check_item(item)
-        items = [item if item in WORDS else path_of(item) for item in self.experts]
+        items = [item if item in WORDS else path_of(item).resolve() for item in self.experts]
         self.check("experts", len(items) == len(set(items)) > 0, "must be a list of different networks")
         named = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub) is not None
         self.check("push_to_hub", named, "must be a Hub id, owner/name")
@@ -141,10 +141,14 @@ def given_path(item: str | dict[str, Any]) -> Path:
 
 
 def path_of(item: str | dict[str, Any]) -> Path:
-    """The same, or the file of the LoRA in it if it is a folder without a network."""
+    """The same, or what is in it if it is a folder without a network: the file of a LoRA, or a pipeline's network."""
     path = given_path(item)
+    if (path / "config.json").is_file():
+        return path
+    inner = denoiser_in(path)
     found = [path / name for name in (LORA, ADAPTER) if (path / name).is_file()]
-    return found[0] if found and not (path / "config.json").is_file() else path
+    found += [inner] if inner.is_dir() and not (path / SECOND).is_dir() else []
+    return found[0] if found else path
 
 
 def is_lora(path: str | Path) -> bool:

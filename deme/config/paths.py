@@ -11,6 +11,7 @@ from typing import Any
 from deme.config.trainings import CONTINUED, DISTILLED
 
 UNET, TRANSFORMER = SUBFOLDERS = ("unet", "transformer")  # of the network, as diffusers' pipelines call it
+SECOND = "transformer_2"  # the sub-folder of a second denoiser of a Wan pipeline, for low timesteps
 LORA = "pytorch_lora_weights.safetensors"  # a LoRA's file, as load_lora_weights of diffusers looks for it
 ADAPTER = "adapter_model.safetensors"  # the same of PEFT
 SNAPSHOTS = "snapshots"  # the sub-folder of a training that holds its EMA weights of earlier steps

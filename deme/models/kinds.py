@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deme.config.paths import SUBFOLDERS, TRANSFORMER, UNET
+from deme.config.paths import SECOND, SUBFOLDERS, TRANSFORMER, UNET
 from deme.config.section import is_finite
 from deme.errors import UserError, naming, shown
 from deme.job.files import checked, read_json
@@ -18,7 +18,6 @@ PROJECTED = "Projected"  # prefix of the classes with projections
 XL = "StableDiffusionXLPipeline"
 DIT, SD3, SANA = "DiTTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel"
 WAN = "WanTransformer3DModel"
-SECOND = "transformer_2"  # the sub-folder of a second denoiser of a Wan pipeline, for low timesteps
 POOLED = "CLIPTextModelWithProjection"  # which also gives a text as one vector
 ENCODERS = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
 XL_ENCODERS = ENCODERS | {"text_encoder_2": POOLED, "tokenizer_2": "CLIPTokenizer"}

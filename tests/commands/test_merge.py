@@ -118,6 +118,22 @@ def test_a_file_of_coefficients_may_name_no_networks(tmp_path):
         merge.check_searched(config, read_searched(file), ["a", "b", "c"], method)
 
 
+@pytest.mark.parametrize("given", ["0.5,0.5", "1 -0.5e-3"])
+def test_a_list_of_coefficients_without_brackets_is_no_file(tmp_path, given):
+    with pytest.raises(UserError, match=rf"^{given} is missing; a list is written \[{given}\]$"):
+        read_searched(Path(given))
+    with pytest.raises(UserError, match=r"best-2.yaml is missing; search\.py makes it"):
+        read_searched(tmp_path / "best-2.yaml")
+
+
+def test_networks_of_the_same_weights_are_told(capsys):
+    """The pretrained network itself adds nothing, and a copy of an expert the same again."""
+    merge.tell_equal([Path("base"), Path("a"), Path("b"), Path("c")], ["0", "1", "0", "1"])
+    assert (
+        capsys.readouterr().out == "b: has the same weights as the pretrained network\nc: has the same weights as a\n"
+    )
+
+
 def test_three_lines_load_it(config_file, experts):
     """As the README shows; a folder elsewhere loads as well, with the pretrained betas."""
     run("merge.py", config_file, "merge.output=elsewhere")

@@ -112,6 +112,24 @@ def test_experts_of_other_timesteps_than_the_ranges_are_merged_but_stand_for_no_
         _ = ranged.paths.experts
 
 
+def test_a_pipeline_s_folder_stands_for_its_network(tmp_path):
+    """But one with two experts for neither of them."""
+    for part in ("a/unet", "b/transformer", "two/transformer", "two/transformer_2"):
+        (tmp_path / part).mkdir(parents=True)
+    found = [(name, str(tmp_path / part)) for name, part in (("a", "a/unet"), ("b", "b/transformer"), ("two", "two"))]
+    assert listed([f"{tmp_path}/{name}" for name in ("a", "b", "two")]) == found
+    (tmp_path / "a" / "config.json").touch()
+    assert listed([f"{tmp_path}/a"]) == [("a", f"{tmp_path}/a")]
+
+
+def test_a_network_is_not_added_twice_under_different_paths(tmp_path):
+    (tmp_path / "a" / "unet").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a/unet")
+    for other in ("link", "a/unet/../unet", "a"):
+        with pytest.raises(UserError, match=r"^merge.experts=.*: must be a list of different networks"):
+            listed([f"{tmp_path}/a/unet", f"{tmp_path}/{other}"])
+
+
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
