@@ -1,9 +1,9 @@
 """Draw images over all processes: exactly sample.num_images PNGs, each named by its seed.
 
-    accelerate launch sample_ddp.py                              # from the merged model, by DDIM
+    accelerate launch sample_ddp.py                              # from the merged model
     accelerate launch sample_ddp.py sample.model=pretrained      # or continued, ensemble, distilled, neon, or a folder
-    accelerate launch sample_ddp.py sample.scheduler=dpmsolver++ sample.num_inference_steps=20
-    accelerate launch sample_ddp.py "sample.schedules=[{steps: 10}, {steps: 20, scheduler: dpmsolver++}]"
+    accelerate launch sample_ddp.py sample.scheduler=ddim sample.num_inference_steps=50
+    accelerate launch sample_ddp.py "sample.schedules=[{steps: 10}, {steps: 50, scheduler: ddim}]"
     accelerate launch sample_ddp.py --config configs/stable_diffusion_v1_4.yaml "sample.prompts=[a cat, a dog]" \
         sample.num_images=2
 
