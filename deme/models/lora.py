@@ -108,7 +108,7 @@ def read_loras(pipeline: Path, files: Sequence[Path]) -> dict[str, dict[str, Fac
             named = named_base(file)
             if named is not None and named != base(denoiser_folder(pipeline)):
                 raise UserError(f"its header names another base than model.pretrained, of the SHA-256 {named}")
-            check_header(read_header(file), schedule, "model.pretrained")
+            check_header(read_header(file), schedule, "model.pretrained", is_lora=True)
         loras[str(file)] = read_lora(file, layers)
     return loras
 

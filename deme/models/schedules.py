@@ -18,7 +18,7 @@ FLOW = "flow_prediction"  # what a network predicts by flow matching, as diffuse
 ENFORCED = {"clip_sample": False, "steps_offset": 1}  # by StableDiffusionPipeline, whatever the file says
 
 PREDICTS, PREDICTS_V = "modelspec.prediction_type", "ss_v_parameterization"  # keys of headers; the latter: kohya's
-ZERO_SNR = "ss_zero_terminal_snr"  # kohya's, too
+ZERO_SNR, MERGED_FROM = "ss_zero_terminal_snr", "modelspec.merged_from"  # kohya's, too
 SAID = {"v": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon", "None": None, "": None}  # values of PREDICTS
 
 
@@ -34,19 +34,21 @@ def prediction_type(schedule: Mapping[str, Any]) -> str:
     return given
 
 
-def check_header(header: Mapping[str, str], schedule: Mapping[str, Any], whose: str) -> None:
+def check_header(header: Mapping[str, str], schedule: Mapping[str, Any], whose: str, is_lora: bool = False) -> None:
     """Refuse a file of weights whose header says that they were trained by other settings than a noise schedule has.
 
     Args:
         whose: the schedule is, for messages.
+        is_lora: PREDICTS=epsilon is what kohya's programs write by default, and their merges any value.
     """
     predicts = prediction_type(schedule)
     if predicts == FLOW:  # kohya's programs write epsilon of flow matching, too
         return
-    said = {
-        PREDICTS: SAID.get(header.get(PREDICTS, ""), header.get(PREDICTS)),
-        PREDICTS_V: "v_prediction" if is_set(header, PREDICTS_V) else None,
-    }
+    given = header.get(PREDICTS, "")
+    given = SAID.get(given, given)
+    if is_lora and (given == "epsilon" or MERGED_FROM in header):
+        given = None
+    said = {PREDICTS: given, PREDICTS_V: "v_prediction" if is_set(header, PREDICTS_V) else None}
     for key, kind in said.items():
         if kind not in (None, predicts):
             raise UserError(f"{key}={header[key]} in its header, but {whose} has prediction_type={predicts}")

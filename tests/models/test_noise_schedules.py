@@ -180,3 +180,20 @@ def test_a_header_of_another_schedule_is_refused(header, schedule, message):
     else:
         with pytest.raises(UserError, match=message):
             check_header(header, schedule, "b")
+
+
+V = {"modelspec.prediction_type": "v"}
+
+
+@pytest.mark.parametrize(
+    ("header", "schedule"),
+    [
+        ({"modelspec.prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}),  # kohya's default
+        (V | {"modelspec.merged_from": "a, b"}, {}),  # its merges do not know what their inputs predict
+    ],
+)
+def test_what_kohyas_programs_write_of_any_lora_says_nothing(header, schedule):
+    check_header(header, schedule, "b", is_lora=True)
+    for given, of_base, is_lora in ((header, schedule, False), (V, {}, True)):
+        with pytest.raises(UserError, match="in its header, but b has prediction_type="):
+            check_header(given, of_base, "b", is_lora)
