@@ -28,7 +28,7 @@ from deme.job.command import run_script
 from deme.job.files import make_folder, write_text
 from deme.models.pipelines import denoiser_folder, labels_of
 from deme.models.weights import has_weights
-from deme.models.trained import check_predicts, check_trained
+from deme.models.trained import check_predicts, check_trained, tell_other_bases
 from deme.models.variants import MAKERS, ModelFiles, find_pretrained, made_denoisers
 
 OF_RANGES = ("loss_by_timestep", "activation_change")  # analyses of the ranges' experts, whatever is merged
@@ -70,6 +70,7 @@ def main(config: Config) -> None:
     accelerator = make_accelerator("no", "analyze")
     material = Material(config, accelerator, pretrained, networks, source, made_of)
     watched.check()  # what was hashed was read
+    tell_other_bases(networks["pretrained"], material.hashes["pretrained"], list(networks.values())[1:])
 
     # --- tell the cost
     for line in missing:

@@ -32,6 +32,7 @@ from deme.job.files import Watched, atomic_folder, check_apart, locked, read_jso
 from deme.job.records import LORA_ERRORS, MERGED, MOVED, WEIGHTS_HASH, Record, provenance, read_record
 from deme.models import averages, variants
 from deme.models.pipelines import denoiser_folder
+from deme.models.trained import tell_other_bases
 from deme.models.weights import WEIGHTS, weights_hash
 from deme.models.variants import ModelFiles
 from deme.models.searched import Searched, read_searched
@@ -73,12 +74,12 @@ def main(config: Config) -> None:
     architecture = variants.common_architecture(inputs.folders)
     watched = inputs.watched()
     with ThreadPoolExecutor() as pool:
-        hashing = pool.map(weights_hash, inputs.denoisers)
+        hashing, beside = pool.map(weights_hash, inputs.denoisers), pool.submit(inputs.hashes)
         from deme.method.task_vectors import merge_method  # torch is imported meanwhile, which takes about as long
 
         method = merge_method(config.merge.method, config.merge.settings)
         hashes = list(hashing)
-    tell_equal(inputs.denoisers, hashes)
+    tell_origins(inputs.denoisers, hashes)
     method.check_inputs(hashes[1:], config.paths.merge_statistics)
     if config.merge.single_file:
         from deme.models.single_file import check_original
@@ -99,7 +100,7 @@ def main(config: Config) -> None:
             | averages.recorded_average(folder)
             for network, folder, weights in zip(config.merged_networks, inputs.denoisers[1:], hashes[1:], strict=True)
         ],
-        **inputs.hashes(),
+        **beside.result(),
     }
     wanted = Record(MERGED, made_from, provenance(config))
 
@@ -121,8 +122,9 @@ def main(config: Config) -> None:
         push_to_hub(output, config.merge.push_to_hub, config.merge.push_private)
 
 
-def tell_equal(networks: list[Path], hashes: list[str]) -> None:
-    """Print which networks have the weights of an earlier one; the first is the pretrained network."""
+def tell_origins(networks: list[Path], hashes: list[str]) -> None:
+    """Print which networks have the weights of an earlier one, or another base than the first, the pretrained one."""
+    tell_other_bases(networks[0], hashes[0], networks[1:])
     earlier: dict[str, str] = {}
     for weights, name in zip(hashes, ["the pretrained network", *map(str, networks[1:])], strict=True):
         if weights in earlier:

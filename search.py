@@ -29,6 +29,7 @@ from deme.job.files import make_folder, write_yaml
 from deme.job.records import IMAGE_COLUMN, SEARCH, Record, digest_of, provenance, read_record
 from deme.models.averages import merged_folders
 from deme.models.pipelines import denoiser_folder, labels_of, takes_text
+from deme.models.trained import tell_other_bases
 from deme.models.weights import weights_hash
 from deme.models.variants import ModelFiles, find_pretrained, timed
 from deme.models.searched import MERGED_BY, OF_PRETRAINED, prediction_scales, read_searched
@@ -71,6 +72,7 @@ def main(config: Config) -> None:
     )
     column = {IMAGE_COLUMN: source.data.image_column}
     pretrained, *finetuned = map(weights_hash, model.denoisers)
+    tell_other_bases(model.denoisers[0], pretrained, model.denoisers[1:])
     weights = {"pretrained": pretrained, "finetuned": finetuned}
     made_from = searched(config) | column | model.spacing(config.sample) | model.sampling() | weights | made_of
     accelerator = make_accelerator(config.sample.mixed_precision, "sample.mixed_precision")

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -15,16 +15,15 @@ from deme.job.files import checked, read_json, sha256
 from deme.job.rank import is_main_process
 from deme.job.records import AVERAGE, PRETRAINED_WEIGHTS, RUN, SCHEDULE, SNAPSHOT, read_record
 from deme.models.lora_settings import read_header
-from deme.models.pipelines import SCHEDULER_CONFIG, denoiser_folder, read_schedule, schedule_file
+from deme.models.pipelines import SCHEDULER_CONFIG, read_schedule, schedule_file
 from deme.models.schedules import FLOW_SCHEDULERS, SCHEDULERS, prediction_type
-from deme.models.weights import WEIGHTS, has_weights, weights_hash
+from deme.models.weights import WEIGHTS, has_weights
 
 
 def check_trained(pipeline: Path, networks: Sequence[Network]) -> list[Path]:
     """The folders of networks that are merged or are experts, each with its weights; or the files of LoRAs.
 
-    Those that were trained from other weights than the pipeline's are told: they may be the same in another form, as
-    shards or in half precision. The header of a LoRA names its base.
+    Reads no weights: what has their hashes calls `tell_other_bases`.
     """
     for network in networks:
         if not has_weights(network.folder):
@@ -35,14 +34,17 @@ def check_trained(pipeline: Path, networks: Sequence[Network]) -> list[Path]:
                 f"{network.folder}: a file; LoRAs must be .safetensors, and a network is named by its folder"
             )
     check_timesteps(networks)
-    folders = check_predicts(pipeline, [network.folder for network in networks])
-    base, digest = denoiser_folder(pipeline), cache(weights_hash)
-    for network in folders:
-        record, made_from = recorded(network)
-        if PRETRAINED_WEIGHTS in made_from and made_from[PRETRAINED_WEIGHTS] != digest(base):
-            unless = "unless they are the same in another form, its task vector holds their difference"
-            tell(f"{record}: trained from other weights than those in {base}; {unless}")
-    return folders
+    return check_predicts(pipeline, [network.folder for network in networks])
+
+
+def tell_other_bases(base: Path, digest: str, networks: Iterable[Path]) -> None:
+    """Tell of networks that were trained from other weights than those in `base`, of this hash, by their records.
+
+    They may be the same in another form, as shards or in half precision. The header of a LoRA names its base.
+    """
+    unless = "unless they are the same in another form, its task vector holds their difference"
+    line = f"trained from other weights than those in {base}; {unless}"
+    tell_of_others(PRETRAINED_WEIGHTS, digest, networks, line)
 
 
 def check_timesteps(networks: Sequence[Network]) -> None:
@@ -51,7 +53,7 @@ def check_timesteps(networks: Sequence[Network]) -> None:
         low, high = network.timesteps or (0, math.inf)
         ranges = trained_on(network.folder)
         if ranges and all(end <= low or begin >= high for begin, end in ranges):
-            rule = f"trained on the timesteps {ranges}, but in merge.experts the expert of {(low, high)}"
+            rule = f"trained on the timesteps {ranges}, but taken for the expert of {(low, high)}"
             raise UserError(f"{network.folder}: {rule}")
 
 
@@ -71,17 +73,16 @@ def check_predicts(pipeline: Path, networks: list[Path]) -> list[Path]:
     Those that were trained with another file of the noise schedule are told: it may differ in what only sampling reads.
     """
     file, predicts = schedule_file(pipeline), prediction_type(read_schedule(pipeline))
-    digest = sha256(file)
-    for network in networks:
+    for network in (path for path in networks if not is_lora(path)):
         for own in (network.parent / "scheduler" / SCHEDULER_CONFIG, network / SCHEDULER_CONFIG):
-            if own.is_file() and not is_lora(network) and (other := predicted(own)) not in (None, predicts):
+            if own.is_file() and (other := predicted(own)) not in (None, predicts):
                 raise UserError(f"{own}: prediction_type={other}, but {predicts} by {file}")
-        record, made_from = recorded(network)
-        if made_from.get(SCHEDULE, digest) != digest:
-            tell(f"{record}: trained with another noise schedule than {file}, or with other settings of sampling in it")
+    line = f"trained with another noise schedule than {file}, or with other settings of sampling in it"
+    tell_of_others(SCHEDULE, sha256(file), networks, line)
     return networks
 
 
+@cache
 def recorded(network: Path) -> tuple[Path, dict[str, Any]]:
     """The file of the record that a network was trained with, and what that says; nothing if there is none."""
     for kind in (RUN, SNAPSHOT, AVERAGE):
@@ -98,6 +99,16 @@ def predicted(schedule: Path) -> str | None:
         return settings.get("prediction_type")
     with naming(schedule):
         return prediction_type(settings)
+
+
+def tell_of_others(key: str, digest: str, networks: Iterable[Path], line: str) -> None:
+    """Tell of trainings whose records have another hash, each by the record of its first network."""
+    trainings: dict[str, Path] = {}
+    for record, made_from in map(recorded, networks):
+        if made_from.get(key, digest) != digest:
+            trainings.setdefault(str({**made_from, "step": None, "ema_width": None}), record)
+    for record in trainings.values():
+        tell(f"{record}: {line}")
 
 
 @cache

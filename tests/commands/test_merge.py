@@ -1,7 +1,9 @@
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from deme.config.experiment import Config
 from deme.config.reading import load_config
 from deme.errors import UserError
 from deme.job.files import sha256
+from deme.job.records import PRETRAINED_WEIGHTS, RUN, Record
 from deme.measure.scores import Score, save_scores
 from deme.method.projection import PROJECTION_SUFFIX
 from deme.method.task_vectors import merge_method
@@ -126,12 +129,18 @@ def test_a_list_of_coefficients_without_brackets_is_no_file(tmp_path, given):
         read_searched(tmp_path / "best-2.yaml")
 
 
-def test_networks_of_the_same_weights_are_told(capsys):
-    """The pretrained network itself adds nothing, and a copy of an expert the same again."""
-    merge.tell_equal([Path("base"), Path("a"), Path("b"), Path("c")], ["0", "1", "0", "1"])
-    assert (
-        capsys.readouterr().out == "b: has the same weights as the pretrained network\nc: has the same weights as a\n"
-    )
+def test_weights_are_hashed_once_and_tell_of_a_copy_and_of_another_base(
+    config_file, pretrained, experts, monkeypatch, capsys
+):
+    shutil.copy(experts[0] / WEIGHTS, experts[1])
+    Record(RUN, {PRETRAINED_WEIGHTS: "0" * 64}, {"free": {}}).write(experts[0].parent)
+    hashed, digest = Counter(), hashlib.file_digest
+    monkeypatch.setattr("hashlib.file_digest", lambda file, name: hashed.update([file.name]) or digest(file, name))
+    merge.main(load_config(config_file, []))
+    assert [hashed[f"{folder / WEIGHTS}"] for folder in (pretrained / "unet", *experts)] == [1, 1, 1]
+    told = capsys.readouterr().out
+    assert f"{experts[1]}: has the same weights as {experts[0]}\n" in told
+    assert f"{experts[0].parent / RUN.file}: trained from other weights than those in {pretrained / 'unet'};" in told
 
 
 def test_three_lines_load_it(config_file, experts):

@@ -13,8 +13,8 @@ from deme.config.networks import Network
 from deme.config.reading import load_config
 from deme.errors import UserError
 from deme.job.files import sha256, write_yaml
-from deme.job.records import PRETRAINED_WEIGHTS, RUN, SCHEDULE, SNAPSHOT, Record
-from deme.models.trained import check_predicts, check_timesteps, check_trained
+from deme.job.records import AVERAGE, PRETRAINED_WEIGHTS, RUN, SCHEDULE, SNAPSHOT, Record
+from deme.models.trained import check_predicts, check_timesteps, check_trained, recorded, tell_other_bases
 from deme.models.variants import find_model
 from deme.models.weights import WEIGHTS, weights_hash
 
@@ -34,17 +34,28 @@ def true_record(pretrained) -> dict[str, str]:
 
 
 def write_record(folder, made_from, kind=RUN) -> None:
-    Record(kind, made_from, {"free": {}} if kind is RUN else {}).write(folder)
+    recorded.cache_clear()
+    Record(kind, made_from, {"free": {}} if kind is RUN else {"snapshots": {}} if kind is AVERAGE else {}).write(folder)
 
 
-@pytest.mark.parametrize("kind", [RUN, SNAPSHOT])
-def test_a_network_of_another_base_is_told_once(network, pretrained, kind, capsys):
-    (network.parent / RUN.file).unlink()
-    write_record(network.parent, true_record(pretrained) | {PRETRAINED_WEIGHTS: "0" * 64}, kind)
-    for _ in range(2):  # as for several EMA widths
-        assert check_trained(pretrained, [Network("a", network)]) == [network]
+def test_a_training_from_another_base_is_told_once(pretrained, tmp_path, capsys):
+    """By the record of the first of its networks: its own, those of its snapshots, those of averages."""
+    made_from, networks = true_record(pretrained) | {PRETRAINED_WEIGHTS: "0" * 64}, []
+    for name, kind, beside in (
+        ("c", SNAPSHOT, {"step": 2}),
+        ("b", AVERAGE, {"step": 4, "ema_width": 0.1}),
+        ("a", RUN, {}),
+    ):
+        (tmp_path / name).mkdir()
+        write_record(tmp_path / name, made_from | beside, kind)
+        networks.append(tmp_path / name / "unet")
+    for given in (networks, networks[:1]):
+        tell_other_bases(pretrained / "unet", made_from[PRETRAINED_WEIGHTS], given)
+        assert capsys.readouterr().out == ""
+    for _ in range(2):  # as by several steps of one command
+        tell_other_bases(pretrained / "unet", weights_hash(pretrained / "unet"), networks)
     [line] = capsys.readouterr().out.splitlines()
-    record = network.parent / kind.file
+    record = tmp_path / "c" / SNAPSHOT.file
     assert line.startswith(f"{record}: trained from other weights than those in {pretrained / 'unet'}; unless they")
 
 
@@ -68,16 +79,21 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path, pretrained):
 
 def test_of_networks_that_say_nothing_else_nothing_is_told(network, pretrained, tmp_path, capsys):
     """A pretrained folder that was moved, records of older versions, of a merged network's training, none, others'."""
-    moved = shutil.copytree(pretrained, tmp_path / "elsewhere")
-    assert check_trained(moved, [Network("a", network)]) == [network]
+
+    def look(pipeline) -> None:
+        recorded.cache_clear()
+        assert check_trained(pipeline, [Network("a", network)]) == [network]
+        tell_other_bases(pipeline / "unet", weights_hash(pipeline / "unet"), [network])
+
+    look(shutil.copytree(pretrained, tmp_path / "elsewhere"))
     file = network.parent / RUN.file
     for made_from in ({"seed": 0}, {"merged weights (SHA-256)": "0" * 64}):
         write_record(network.parent, made_from)
-        assert check_trained(pretrained, [Network("a", network)]) == [network]
+        look(pretrained)
     write_yaml(file, {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion"}})  # of another program
-    assert check_trained(pretrained, [Network("a", network)]) == [network]
+    look(pretrained)
     file.unlink()
-    assert check_trained(pretrained, [Network("a", network)]) == [network]
+    look(pretrained)
     assert capsys.readouterr().out == ""
 
 
