@@ -104,11 +104,12 @@ def read_loras(pipeline: Path, files: Sequence[Path]) -> dict[str, dict[str, Fac
     layers, base, loras = layers_of(pipeline), functools.cache(weights_hash), {}
     schedule = read_schedule(pipeline)
     for file in files:
+        header = read_header(file)
         with naming(file):
-            named = named_base(file)
+            named = named_base(header)
             if named is not None and named != base(denoiser_folder(pipeline)):
                 raise UserError(f"its header names another base than model.pretrained, of the SHA-256 {named}")
-            check_header(read_header(file), schedule, "model.pretrained", is_lora=True)
+            check_header(header, schedule, "model.pretrained", is_lora=True)
         loras[str(file)] = read_lora(file, layers)
     return loras
 

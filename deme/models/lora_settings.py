@@ -22,23 +22,26 @@ ALPHAS = ("lora_alpha", "network_alpha", "alpha")  # keys of others' headers
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations of PEFT that also change the base
 
 
-def read_header(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
+def read_names(file: Path) -> tuple[dict[str, str], list[str]]:
+    """The metadata of a safetensors file, and the names of its tensors."""
     with blaming(f"{file}: cannot be read"), safe_open(file, "np") as opened:
-        return opened.metadata() or {}
+        return opened.metadata() or {}, list(opened.keys())
 
 
-def named_base(file: Path) -> str | None:
+def read_header(file: Path) -> dict[str, str]:
+    """The metadata alone."""
+    return read_names(file)[0]
+
+
+def named_base(header: Mapping[str, str]) -> str | None:
     """The SHA-256 of a LoRA's base, if its header names one as `write_lora` does."""
     with suppress(ValueError, TypeError, LookupError):
-        return json.loads(read_header(file)["pretrained"])["sha256"]
+        return json.loads(header["pretrained"])["sha256"]
     return None
 
 
-def config_beside(file: Path) -> Path | None:
+def config_beside(file: Path, header: Mapping[str, str], keys: Collection[str]) -> Path | None:
     """PEFT's configuration that is read with a LoRA, from beside its file: that of an adapter without one inside."""
-    with blaming(f"{file}: cannot be read"), safe_open(file, "np") as opened:
-        header, keys = opened.metadata() or {}, opened.keys()
     is_read = METADATA not in header and (file.name == ADAPTER or any(key.startswith(PEFT) for key in keys))
     config = file.with_name(CONFIG)
     return config if is_read and config.is_file() else None
@@ -52,8 +55,10 @@ def read_configs(file: Path, header: Mapping[str, str], keys: Collection[str]) -
     configs: dict[str, dict[str, Any]] = {}
     if METADATA in header:
         with blaming(f"{METADATA} in its header"):
-            configs = by_part(checked(json.loads(header[METADATA]), dict[str, Any], "it")) or {"": {}}
-    elif (beside := config_beside(file)) is not None:
+            configs = by_part(checked(json.loads(header[METADATA]), dict[str, Any], "it"))
+            if not configs:
+                raise UserError("is empty")
+    elif (beside := config_beside(file, header, keys)) is not None:
         configs[""] = read_json(beside)
     elif not any(key.endswith(".alpha") for key in keys):
         configs = named_alphas(header)

@@ -24,7 +24,7 @@ from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, read_json, sha256
 from deme.job.records import ARCHITECTURE, BASE, ENCODER, LORA_CONFIGS, SCHEDULE
 from deme.models import kinds, pipelines
-from deme.models.lora_settings import config_beside
+from deme.models.lora_settings import config_beside, read_names
 from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
 from deme.models.schedules import ENFORCED, prediction_type
 from deme.models.trained import check_predicts
@@ -56,7 +56,8 @@ class ModelFiles:
     @property
     def lora_configs(self) -> list[Path]:
         """PEFT's configurations that are read from beside the files of LoRAs."""
-        return [config for file in self.denoisers if is_lora(file) and (config := config_beside(file)) is not None]
+        found = [config_beside(file, *read_names(file)) for file in self.denoisers if is_lora(file)]
+        return [config for config in found if config is not None]
 
     def check_fits(self, config: Config) -> None:
         """Compare resolution and number of timesteps with the configuration."""

@@ -251,7 +251,7 @@ def test_a_file_that_is_no_lora_of_the_network_is_refused_by_the_name_of_the_ten
         ({"unet.lora_alpha": "x"}, f"{TO_Q}: lora_alpha of unet is not a finite number"),
         ({"unet.r": 2}, f"{TO_Q}: lora_alpha of unet is missing"),
         ({"text_encoder.lora_alpha": 1}, f"{TO_Q}: lora_alpha of unet is missing"),
-        ({}, f"{TO_Q}: lora_alpha of unet is missing"),
+        ({}, "lora_adapter_metadata in its header: is empty"),
         ({"a": {"lora_alpha": 1}, "b": {"lora_alpha": 2}}, "b: a second configuration of the same layers"),
     ):
         save_file(good, tmp_path / "bad.safetensors", {"lora_adapter_metadata": json.dumps(config)})
