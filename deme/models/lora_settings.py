@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from deme.config.paths import ADAPTER
-from deme.errors import UserError, blaming
+from deme.errors import UserError, blaming, naming
 from deme.job.files import checked, read_json
 from deme.models.pipelines import STEMS
 
@@ -54,10 +54,7 @@ def read_configs(file: Path, header: Mapping[str, str], keys: Collection[str]) -
     """
     configs: dict[str, dict[str, Any]] = {}
     if METADATA in header:
-        with blaming(f"{METADATA} in its header"):
-            configs = by_part(checked(json.loads(header[METADATA]), dict[str, Any], "it"))
-            if not configs:
-                raise UserError("is empty")
+        configs = by_part(read_metadata(header))
     elif (beside := config_beside(file, header, keys)) is not None:
         configs[""] = read_json(beside)
     elif not any(key.endswith(".alpha") for key in keys):
@@ -74,6 +71,30 @@ def read_configs(file: Path, header: Mapping[str, str], keys: Collection[str]) -
     return configs
 
 
+def is_read_anew(file: Path) -> bool:
+    """True if a LoRA's scale is in its header, where versions before 0.2.0 did not look for it."""
+    header, keys = read_names(file)
+    with naming(file):
+        if METADATA in header:
+            return any(map(is_config, read_metadata(header).values()))
+        is_elsewhere = config_beside(file, header, keys) or any(key.endswith(".alpha") for key in keys)
+        return not is_elsewhere and bool(named_alphas(header))
+
+
+def read_metadata(header: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's configuration in a header, as it is written."""
+    with blaming(f"{METADATA} in its header"):
+        given = checked(json.loads(header[METADATA]), dict[str, Any], "it")
+        if not given:
+            raise UserError("is empty")
+    return given
+
+
+def is_config(value: Any) -> bool:
+    """True if a value in METADATA is a configuration of its own."""
+    return isinstance(value, dict) and "lora_alpha" in value
+
+
 def by_part(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """PEFT's configuration by part of the pipeline, "" for all.
 
@@ -82,7 +103,7 @@ def by_part(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     configs: dict[str, dict[str, Any]] = {}
     for key, value in given.items():
-        if isinstance(value, dict) and "lora_alpha" in value:
+        if is_config(value):
             part = key if key in STEMS else ""
             if part in configs:
                 raise UserError(f"{key}: a second configuration of the same layers")

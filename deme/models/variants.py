@@ -24,7 +24,7 @@ from deme.errors import UserError, naming, shown
 from deme.job.files import Watched, read_json, sha256
 from deme.job.records import ARCHITECTURE, BASE, ENCODER, LORA_CONFIGS, SCHEDULE
 from deme.models import kinds, pipelines
-from deme.models.lora_settings import config_beside, read_names
+from deme.models.lora_settings import config_beside, is_read_anew, read_names
 from deme.models.pipelines import denoiser_folder, encoder_files, find_pipeline, schedule_file
 from deme.models.schedules import ENFORCED, prediction_type
 from deme.models.trained import check_predicts
@@ -101,8 +101,10 @@ class ModelFiles:
         hashes = {SCHEDULE: sha256(schedule_file(self.pipeline))}
         for base in set(self.folders) - set(self.denoisers):
             hashes[BASE] = weights_hash(base)
-        if configs := self.lora_configs:
-            hashes[LORA_CONFIGS] = hashlib.sha256("".join(map(sha256, configs)).encode()).hexdigest()
+        anew = [file for file in self.denoisers if is_lora(file) and is_read_anew(file)]
+        said = [*map(sha256, self.lora_configs), *["header"] * len(anew)]  # the weights' hash has the header itself
+        if said:
+            hashes[LORA_CONFIGS] = hashlib.sha256("".join(said).encode()).hexdigest()
         if files := encoder_files(self.pipeline):
             lines = "\n".join(f"{name} {sha256(path)}" for name, path in files.items())
             lines += "" if pipelines.zeros_for_empty_prompt(self.pipeline) else f"\n{pipelines.ZEROS} false"

@@ -44,6 +44,23 @@ def test_a_configuration_that_is_not_read_with_a_lora_is_none_of_its_files(tmp_p
     assert ModelFiles(tmp_path, [tmp_path / name]).lora_configs == []
 
 
+@pytest.mark.parametrize(
+    ("header", "suffix", "is_recorded"),
+    [
+        ({"lora_alpha": "4"}, "lora_A.weight", True),
+        ({"lora_adapter_metadata": '{"unet": {"lora_alpha": 4}}'}, "lora_A.weight", True),
+        ({"lora_adapter_metadata": '{"unet.lora_alpha": 4, "alpha_pattern": {}}'}, "lora_A.weight", False),
+        ({"lora_alpha": "4"}, "alpha", False),  # of a tensor, which counts
+        ({"timesteps": "[]"}, "lora_A.weight", False),
+    ],
+)
+def test_a_scale_that_older_versions_did_not_read_is_recorded(tmp_path, header, suffix, is_recorded):
+    """So what they merged or drew at the scale 1 is out of date, and nothing else."""
+    save_file({f"unet.conv_in.{suffix}": torch.ones(1)}, tmp_path / "a.safetensors", header)
+    files = ModelFiles(REPOSITORY / "assets" / "digits", [tmp_path / "a.safetensors"])
+    assert (LORA_CONFIGS in files.hashes()) == is_recorded
+
+
 @pytest.fixture
 def model(pretrained, tmp_path) -> ModelFiles:
     """A copy of the pretrained network's files."""
