@@ -36,7 +36,7 @@ from deme.models.kinds import subfolder_of
 from deme.models.pipelines import labels_of
 from deme.models.weights import weights_hash
 from deme.models.trained import check_trained
-from deme.models.variants import ModelFiles, find_model, find_pretrained
+from deme.models.variants import ModelFiles, find_model
 from deme.training.session import Objective, Session, TrainingRun
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def main(config: Config) -> None:
     session.takes_labels = labels_of(variant.pipeline) > 0
     unets = {model: variant.denoisers[0]}
     if model == MERGED:
-        unets |= zip(config.timesteps.names, check_trained(find_pretrained(config.paths), config.experts), strict=True)
+        unets |= zip(config.timesteps.names, check_trained(variant.pipeline, config.experts), strict=True)
         are_alike = {is_lora(path) for path in unets.values()} == {config.finetune.lora_rank is not None}
         rule = f"a LoRA is distilled from LoRAs, a network from networks: {', '.join(map(str, unets.values()))}"
         config.finetune.check("lora_rank", are_alike, rule)
