@@ -17,6 +17,7 @@ pytorch_lora_weights.safetensors, or into the pretrained pipeline (merge.into=mo
 
 import deme.job.early  # noqa: F401, I001  Ctrl-C may come while the rest is imported
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,9 @@ def find_searched(config: Config) -> Searched | None:
     if file is None:
         return None
     with naming("merge.coefficients", config.merge.coefficients):
+        numbers = re.split(r"[,\s]+", str(file))
+        if len(numbers) > 1 and all(re.fullmatch(r"[-+]?[.\d]+(e[-+]?\d+)?", number) for number in numbers):
+            raise UserError(f"no file; a list is written [{','.join(numbers)}]")
         return read_searched(file)
 
 

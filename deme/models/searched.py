@@ -1,6 +1,5 @@
 """What search.py found, as its best.yaml holds it: coefficients, or scales of the predicted noise."""
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,7 @@ class Searched:
 def read_searched(file: Path, over: str | None = COEFFICIENTS) -> Searched:
     """Read a best.yaml, which must hold coefficients or what else is asked for; None takes both."""
     if not file.is_file():
-        is_list = re.fullmatch(r"[-+.e\d]+([,\s]+[-+.e\d]+)+", str(file))
-        raise UserError(f"{file} is missing; {f'a list is written [{file}]' if is_list else 'search.py makes it'}")
+        raise UserError(f"{file} is missing; search.py makes it")
     content = read_yaml(file)
     with naming(file), naming("not the coefficients of search.py"):
         found = checked(content | {"file": str(file), "value_of_pretrained": content.get(OF_PRETRAINED)}, Searched)

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -121,12 +122,15 @@ def test_a_file_of_coefficients_may_name_no_networks(tmp_path):
         merge.check_searched(config, read_searched(file), ["a", "b", "c"], method)
 
 
-@pytest.mark.parametrize("given", ["0.5,0.5", "1 -0.5e-3"])
-def test_a_list_of_coefficients_without_brackets_is_no_file(tmp_path, given):
-    with pytest.raises(UserError, match=rf"^{given} is missing; a list is written \[{given}\]$"):
-        read_searched(Path(given))
+@pytest.mark.parametrize("given", ["0.5,0.5", "1 -0.5e-3", "1e-3,+2"])
+def test_a_list_of_coefficients_without_brackets_is_answered_with_what_is_read(config_file, given):
+    wrong = load_config(config_file, [f"merge.coefficients={given}"])
+    with pytest.raises(UserError, match=r": no file; a list is written \[.*\]$") as refusal:
+        merge.find_searched(wrong)
+    right = load_config(config_file, [f"merge.coefficients={str(refusal.value).rpartition(' ')[2]}"])
+    assert right.coefficient_groups == {"*": [float(number) for number in re.split("[, ]", given)]}
     with pytest.raises(UserError, match=r"best-2.yaml is missing; search\.py makes it"):
-        read_searched(tmp_path / "best-2.yaml")
+        merge.find_searched(load_config(config_file, ["merge.coefficients=best-2.yaml"]))
 
 
 def test_weights_are_hashed_once_and_tell_of_a_copy_and_of_another_base(
