@@ -50,7 +50,7 @@ class Merge(Section):
         self.check("ema_width", self.ema_width is None or is_width(self.ema_width), WIDTH_RULE)
         for item in self.experts:
             self._check_item(item)
-        items = [item if item in WORDS else path_of(item).resolve() for item in self.experts]
+        items = [item if item in WORDS else os.path.realpath(path_of(item)) for item in self.experts]
         self.check("experts", len(items) == len(set(items)) > 0, "must be a list of different networks")
         named = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub) is not None
         self.check("push_to_hub", named, "must be a Hub id, owner/name")

@@ -128,6 +128,8 @@ def test_a_network_is_not_added_twice_under_different_paths(tmp_path):
     for other in ("link", "a/unet/../unet", "a"):
         with pytest.raises(UserError, match=r"^merge.experts=.*: must be a list of different networks"):
             listed([f"{tmp_path}/a/unet", f"{tmp_path}/{other}"])
+    (tmp_path / "loop").symlink_to("loop")
+    assert listed([f"{tmp_path}/loop"]) == [("loop", f"{tmp_path}/loop")]  # which is missing
 
 
 @pytest.mark.parametrize(
