@@ -205,6 +205,8 @@ def claim(config: Config, wanted: Record) -> None:
         return
     with naming("search.output", output):
         found.fits(wanted, output, "set them back, name another folder, or delete this one")
+    if found.made_from.keys() != wanted.made_from.keys():  # an older version knew less
+        wanted.write(output)
 
 
 if __name__ == "__main__":

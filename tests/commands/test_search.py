@@ -22,10 +22,12 @@ from safetensors.torch import load_file
 from test_text_to_image import text_config, text_to_image  # noqa: F401  fixtures
 
 import merge
+import search
 from deme.config.reading import load_config
 from deme.data.opening import open_source
 from deme.errors import UserError
 from deme.job.files import sha256, stamp
+from deme.job.records import ARCHITECTURE, SEARCH, Record
 from deme.method.lora import Factors
 from deme.method.process import process_of
 from deme.models.denoisers import with_projections
@@ -58,6 +60,15 @@ def problem_of(config_file: Path, *options: str) -> Problem:
     images = ["search.control_images=12", "search.num_images=8", "search.finalist_images=12"]
     config = load_config(config_file, [*images, *options])
     return Problem(config, Accelerator(cpu=True), find_pretrained(config.paths), open_source(config.data), {})
+
+
+def test_a_search_of_an_older_version_learns_its_architecture(config_file):
+    config = load_config(config_file, [])
+    for architecture in ({}, {ARCHITECTURE: "a"}):
+        search.claim(config, Record(SEARCH, {"seed": 0} | architecture))
+        (config.paths.search / "study.db").touch()
+    with pytest.raises(UserError, match="search of other settings"):
+        search.claim(config, Record(SEARCH, {"seed": 0, ARCHITECTURE: "b"}))
 
 
 @pytest.fixture
