@@ -180,11 +180,12 @@ def is_complete(output: Path, wanted: Record, is_lora: bool, architecture: Path)
     if not record.fits(wanted, output):
         return False
     try:
-        weights = sha256(output / LORA if is_lora else denoiser_in(output) / WEIGHTS)
-        parts = {} if is_lora else ModelFiles(output, [denoiser_in(output)]).hashes()
+        file, parts = output / LORA, {}
         if not is_lora:
-            variants.common_architecture([denoiser_in(output), architecture])
-        if weights == record.beside.get(WEIGHTS_HASH) and wanted.made_from | parts == wanted.made_from:
+            network = denoiser_in(output)
+            variants.common_architecture([network, architecture])  # refuses others
+            file, parts = network / WEIGHTS, ModelFiles(output, [network]).hashes()
+        if wanted.made_from | parts == wanted.made_from and sha256(file) == record.beside.get(WEIGHTS_HASH):
             return True
     except (OSError, UserError):  # a file is missing, or another architecture
         pass
