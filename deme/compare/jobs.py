@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from deme.config.experiment import Config
-from deme.config.networks import RANDOM_DIRECTIONS
+from deme.config.networks import RANDOM_DIRECTIONS, is_lora
 from deme.config.paths import for_shell, is_made, places_of
 from deme.job.command import Interrupted, end_with_parent, noted_signals
 from deme.job.files import atomic_file, make_folder, sha256
 from deme.job.repository import REPOSITORY, found_path
+from deme.models.lora_settings import CONFIG
 from deme.models.pipelines import TEXT_ENCODERS
 
 POLLED_EVERY = 0.2  # seconds
@@ -135,13 +136,13 @@ def state_of(paths: Iterable[str]) -> str:
 
 
 def state_outside(path: str) -> str:
-    """The state of a file or folder that no job makes.
+    """The state of a file or folder that no job makes; that of a LoRA with PEFT's configuration beside it, if any.
 
     merge.py may hard-link a pipeline's encoders, which sets their ctime: their weights are hashed instead.
     """
     linked = [file for part in LINKED for file in sorted(Path(path, part).glob("*.safetensors"))]
     if not linked:
-        return state_of([for_shell(path)])
+        return state_of(map(for_shell, [path, *[Path(path).with_name(CONFIG)] * is_lora(path)]))
     others = {Path(path, name) for name in glob("**", root_dir=path, recursive=True, include_hidden=True)} - set(linked)
     return " ".join([state_of(for_shell(file) for file in others if file.is_file()), *map(sha256, linked)])
 

@@ -287,6 +287,13 @@ def test_a_second_name_of_an_encoder_s_weights_is_no_change(tmp_path, part):
     assert state_outside(str(tmp_path / "pipeline")) != before
 
 
+def test_the_configuration_beside_a_lora_is_part_of_it(tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
+    before = state_outside(str(tmp_path / "adapter_model.safetensors"))
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 2}')
+    assert state_outside(str(tmp_path / "adapter_model.safetensors")) != before
+
+
 def test_what_pretraining_makes_is_no_input_from_elsewhere(tmp_path):
     """Its job's entry says what it made: keys are the same before and after it."""
     runs = MODELS | {"two": {"models": ["merged"], "overrides": ["timesteps.num_ranges=2"]}}
