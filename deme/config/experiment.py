@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from deme.config import networks, sections, trainings
 from deme.config.judges import Judge
-from deme.config.networks import RANDOM_DIRECTIONS, RANGES, TRAJECTORY, Merge, Network, networks_of
+from deme.config.networks import RANDOM_DIRECTIONS, TRAJECTORY, Merge, Network, networks_of
 from deme.config.paths import Paths, denoiser_in, snapshot_path, usual_denoiser, with_schedule
 from deme.config.section import LONGEST_NAME, Section, is_finite, is_folder_name, one_of, setting, without_password
 from deme.config.trainings import ANT_UW, CONTINUED, DISTILLED, EMA_WIDTH, NAMED_TRAININGS, SELF, SOUP
@@ -180,7 +180,8 @@ class Config(Section):
     @property
     def analyzed_experts(self) -> dict[str, Network]:
         """Name → network of those that analyses compare: the ranges' experts, or whatever else is merged."""
-        if self.merges_experts or {network.word for network in self.merged_networks} <= {RANGES, SELF}:
+        edges = [network.timesteps or () for network in self.merged_networks if network.word != SELF]
+        if edges == [] or sorted(edges) == self.timesteps.ranges:
             return dict(zip(self.timesteps.names, self.experts, strict=True))
         return {network.name: network for network in self.merged_networks}
 

@@ -92,7 +92,11 @@ def test_folders_with_the_timesteps_of_the_ranges_are_their_experts():
     given = [{"path": f"x/{low}", "timesteps": [low, high]} for low, high in edges]
     ranged = config(override("merge.experts", given))
     assert [str(folder) for folder in ranged.paths.experts] == ["x/0", "x/250", "x/500", "x/750"]
-    assert config(override("merge.experts", [*given[::-1], "self"])).paths.experts == ranged.paths.experts
+    for others in (given[::-1], [*given[::-1], "self"]):
+        other = config(override("merge.experts", others))
+        assert other.paths.experts == ranged.paths.experts
+        analyzed = {name: network.folder for name, network in other.analyzed_experts.items()}
+        assert analyzed == dict(zip(other.timesteps.names, other.paths.experts, strict=True))
     for others in (["./a"], ["ranges", given[0]]):  # the experts are not those that are given
         other = config(override("merge.experts", others))
         assert str(other.paths.experts[0]) == "runs/digits/finetuned/0000-0250/unet"
