@@ -76,7 +76,7 @@ class Network:
     name: str  # in tables and pictures
     folder: Path  # of the network; or the file of a LoRA
     word: str | None = None  # of WORDS; None: a folder that was given
-    remedy: str = "merge.experts must name the folder of a UNet, or a LoRA"  # where it is missing
+    remedy: str = "merge.experts must name a network's folder, as …/unet, …/transformer or …/transformer_2, or a LoRA"
     training: Path | None = None  # the folder of the training whose cost is this network's, if it is known
     timesteps: tuple[int, int] | None = None  # its range if it is the expert of one
 
@@ -191,13 +191,15 @@ def check_loras(config: Any) -> None:
     rule = "projections need all weights to be trained: set model.projection=false"
     config.finetune.check("lora_rank", config.finetune.lora_rank is None or not config.model.projection, rule)
     merge, are_loras, into_one = config.merge, merges_loras(config), makes_lora(config)
+    folders = [network.folder for network in config.merged_networks if network.word is None]
+    missing = "".join(f"; {folder} is missing" for folder in folders if not (is_lora(folder) or folder.exists()))
     rule = "LoRAs and whole networks can't be merged together; merge.into=model makes a network of a LoRA"
-    merge.check("experts", len({is_lora(network.folder) for network in config.merged_networks}) == 1, rule)
-    rule = "only for LoRAs: those of finetune.lora_rank, or .safetensors files in merge.experts"
-    merge.check("into", are_loras or merge.into == "lora", rule)
+    merge.check("experts", len({is_lora(network.folder) for network in config.merged_networks}) == 1, rule + missing)
+    rule = "only for LoRAs: those of finetune.lora_rank, or LoRAs' files or folders in merge.experts"
+    merge.check("into", are_loras or merge.into == "lora", rule + missing)
     for key, usual in (("lora_rank", None), ("lora_format", "diffusers")):
-        rule = "only for LoRAs that are merged into one: merge.experts=[FILE.safetensors, …] merge.into=lora"
-        merge.check(key, into_one or getattr(merge, key) == usual, rule)
+        rule = "only for LoRAs that are merged into one: merge.experts=[FILE or FOLDER, …] merge.into=lora"
+        merge.check(key, into_one or getattr(merge, key) == usual, rule + missing)
     rule = "uploads pipelines, not LoRAs: set merge.into=model"
     merge.check("push_to_hub", not into_one or merge.push_to_hub is None, rule)
     rule = "holds a pipeline, not a LoRA: set merge.into=model"

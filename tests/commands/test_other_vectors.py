@@ -141,7 +141,7 @@ def test_folders_that_do_not_fit_are_refused_by_file_and_key(experts, config_fil
         return errors
 
     for script in ("merge.py", "search.py"):
-        message = f"{folder / WEIGHTS}: missing; merge.experts must name the folder of a UNet"
+        message = f"{folder / WEIGHTS}: missing; merge.experts must name a network's folder"
         assert message in refused(script)
     tiny_unet(norm_num_groups=2).save_pretrained(folder)
     assert f"{folder / 'config.json'}: norm_num_groups=2, but 4 in" in refused("merge.py")

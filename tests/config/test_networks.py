@@ -126,6 +126,15 @@ def test_a_pipeline_s_folder_stands_for_its_network(tmp_path):
     assert listed([f"{tmp_path}/a"]) == [("a", f"{tmp_path}/a")]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [(["./styel"], "merge.into=model"), (["./styel"], "merge.lora_rank=4"), (["./styel", "./b.safetensors"], "seed=0")],
+)
+def test_a_mistyped_folder_of_a_lora_is_missing(options):
+    with pytest.raises(UserError, match=r"LoRAs.*; styel is missing$"):
+        config(override("merge.experts", options[0]), options[1], "model.projection=false")
+
+
 def test_a_network_is_not_added_twice_under_different_paths(tmp_path):
     (tmp_path / "a" / "unet").mkdir(parents=True)
     (tmp_path / "link").symlink_to("a/unet")
