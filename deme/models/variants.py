@@ -209,11 +209,11 @@ def default_settings(name: str) -> dict[str, Any]:
 
 
 def counted(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a denoiser that count, but for those that are its class's defaults, and its class."""
+    """The class of a denoiser, and in what it computes otherwise than by the class's defaults."""
     kind = kinds.denoiser_class(settings)
-    values = {key: (settings.get(key, default), default) for key, default in default_settings(kind).items()}
-    given = {key: value for key, (value, default) in values.items() if value != default and key not in UNCOMPARED}
-    return {"_class_name": kind} | given
+    defaults = default_settings(kind)
+    counting = (settings.keys() & defaults.keys()) - UNCOMPARED
+    return {"_class_name": kind} | {key: settings[key] for key in counting if settings[key] != defaults[key]}
 
 
 def common_architecture(folders: Sequence[Path]) -> Path:
