@@ -4,7 +4,6 @@ python finetune.py --path merged        # prints one, for shell scripts
 """
 
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ class Paths:
     """The paths of a Config; `--path` takes their `names`."""
 
     def __init__(self, config: Any):
-        self._evaluate, self._model, self._product = config.evaluate, config.model, partial(product_of, config)
         self._config = config
         outputs, run = Path(config.output_dir), Path(config.output_dir) / config.name
 
@@ -78,19 +76,19 @@ class Paths:
     @property
     def pretrained_config(self) -> Path | None:
         """The folder that the settings of `pretrained` come from, if that is a single file."""
-        return None if self._model.config is None else Path(self._model.config)
+        return None if self._config.model.config is None else Path(self._config.model.config)
 
     @property
     def reference(self) -> Path:
         """What samples are compared with in the features of the first judge: statistics, or a folder of images."""
-        return self.reference_in(self._evaluate.judges[0].name)
+        return self.reference_in(self._config.evaluate.judges[0].name)
 
     def reference_in(self, space: str) -> Path:
         """The same in this feature space. Statistics in other features than the first judge's lie beside its own."""
-        if self._evaluate.reference is None:
+        if self._config.evaluate.reference is None:
             return self.stats / f"{space}.npz"
-        given = Path(self._evaluate.reference)
-        is_own = given.is_dir() or space == self._evaluate.judges[0].name
+        given = Path(self._config.evaluate.reference)
+        is_own = given.is_dir() or space == self._config.evaluate.judges[0].name
         return given if is_own else given.with_name(f"{space}.npz")
 
     def finetuning(self, name: str) -> Path:
@@ -99,7 +97,7 @@ class Paths:
 
     def trained(self, name: str) -> Path:
         """The folder of the network that finetune.py writes under this name, or the file of the LoRA."""
-        return self._product(self.finetuning(name))
+        return product_of(self._config, self.finetuning(name))
 
     def search_picture(self, name: str) -> Path:
         """A picture of search.py, named after the search's folder."""

@@ -104,7 +104,8 @@ def ranges_of(config: Config, model: ModelFiles) -> list[tuple[int, int]]:
 def identities(drawn: Sequence[Config], model: ModelFiles, scales: Scales) -> list[dict[str, Any]]:
     """Everything that determines the images of each schedule, for their records."""
     hashes, weights = model.hashes(), list(map(weights_hash, model.denoisers))
-    schedule, architecture, config = hashes.pop(SCHEDULE), model.architecture(), drawn[0]
+    schedule, architecture = hashes.pop(SCHEDULE), model.architecture()
+    config = drawn[0]
     unused = {"scheduler", "timestep_spacing", "prediction_scale"} | (
         {} if ENCODER in hashes or labels_of(model.pipeline) else config.sample.tagged("text")
     ).keys()

@@ -62,8 +62,9 @@ RUN = Kind("a run", "config.yaml", "trained_from", {"free": dict[str, Any]}, OF_
 MERGED = Kind("a merged network", "merge.yaml")
 SNAPSHOT = Kind("a snapshot", "snapshot.yaml")  # that of its run, and the step
 AVERAGE = Kind("an average", "ema.yaml", "averaged", {"snapshots": dict[str, str]})  # of an EMA width
-_BESIDE_SAMPLES = {"num_images": int, PASSES: int | None}
-SAMPLES = Kind("samples", "samples.yaml", "identity", _BESIDE_SAMPLES, (ARCHITECTURE,), is_precious=True)
+SAMPLES = Kind(
+    "samples", "samples.yaml", "identity", {"num_images": int, PASSES: int | None}, (ARCHITECTURE,), is_precious=True
+)
 SEARCH = Kind("a search", "search.yaml", "searched", later=(ARCHITECTURE,), is_precious=True)
 
 

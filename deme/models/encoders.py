@@ -150,8 +150,8 @@ class LatentsAndText:
         """
         if isinstance(examples, Captioned):
             examples = Encoded(self.moments(examples.pixels), self.embed(examples.captions), examples.sizes)
-        moments = examples.moments.to(self.device, non_blocking=True).float().contiguous()
-        if (latents := moments).shape[1] != self.channels:
+        latents = moments = examples.moments.to(self.device, non_blocking=True).float().contiguous()
+        if moments.shape[1] != self.channels:
             from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # imports all autoencoders
 
             latents = DiagonalGaussianDistribution(moments).sample()
