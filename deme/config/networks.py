@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deme.config.paths import ADAPTER, LORA, SECOND, SUBFOLDERS, denoiser_in, product_of, snapshot_path, usual_denoiser
+from deme.config.paths import LORA, SECOND, SUBFOLDERS, denoiser_in, loras_in, product_of, snapshot_path, usual_denoiser
 from deme.config.section import Section, is_one_line, one_of, setting
 from deme.config.trainings import BASELINES, CONTINUED, NAMED_TRAININGS, NEON, SELF, SOUP, WIDTH_RULE, is_width
 
@@ -143,12 +143,9 @@ def given_path(item: str | dict[str, Any]) -> Path:
 def path_of(item: str | dict[str, Any]) -> Path:
     """The same, or what is in it if it is a folder without a network: the file of a LoRA, or a pipeline's network."""
     path = given_path(item)
-    if (path / "config.json").is_file():
-        return path
     inner = denoiser_in(path)
-    found = [path / name for name in (LORA, ADAPTER) if (path / name).is_file()]
-    found += [inner] if inner.is_dir() and not (path / SECOND).is_dir() else []
-    return found[0] if found else path
+    is_pipeline = inner.is_dir() and not (path / "config.json").is_file() and not (path / SECOND).is_dir()
+    return next(iter(loras_in(path)), inner if is_pipeline else path)
 
 
 def is_lora(path: str | Path) -> bool:

@@ -13,6 +13,7 @@ UNET, TRANSFORMER = SUBFOLDERS = ("unet", "transformer")  # of the network, as d
 SECOND = "transformer_2"  # the sub-folder of a second denoiser of a Wan pipeline, for low timesteps
 LORA = "pytorch_lora_weights.safetensors"  # a LoRA's file, as load_lora_weights of diffusers looks for it
 ADAPTER = "adapter_model.safetensors"  # the same of PEFT
+STEM = "diffusion_pytorch_model"  # the files of a network's weights begin with it
 SNAPSHOTS = "snapshots"  # the sub-folder of a training that holds its EMA weights of earlier steps
 
 
@@ -126,6 +127,12 @@ def for_shell(path: str | Path) -> str:
 def denoiser_in(folder: Path, usual: str = UNET) -> Path:
     """The sub-folder of the network in a pipeline's folder or a training's: the one that is there, or the usual one."""
     return next((folder / name for name in SUBFOLDERS if (folder / name).is_dir()), folder / usual)
+
+
+def loras_in(folder: Path) -> list[Path]:
+    """The files of a LoRA in a folder, the one to take first; none beside the weights of a network."""
+    found = [folder / name for name in (LORA, ADAPTER) if (folder / name).is_file()]
+    return [] if any(folder.glob(f"{STEM}*")) else found
 
 
 def usual_denoiser(config: Any) -> str:

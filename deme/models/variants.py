@@ -16,7 +16,7 @@ from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.networks import is_lora
-from deme.config.paths import ADAPTER, LORA, Paths, denoiser_in, sampler_and_steps, without_schedule
+from deme.config.paths import LORA, Paths, denoiser_in, loras_in, sampler_and_steps, without_schedule
 from deme.config.section import Section
 from deme.config.sections import DDIM, SINGLE_FILE, Sample
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
@@ -157,7 +157,7 @@ def find_model(model: str, paths: Paths) -> ModelFiles:
         pretrained = find_pretrained(paths)
         return ModelFiles(pretrained, check_predicts(pretrained, denoisers))
     folder, denoiser = Path(model), denoiser_in(Path(model))
-    found = [file for file in (folder, folder / LORA, folder / ADAPTER) if is_lora(file) and file.is_file()]
+    found = [folder] if is_lora(folder) and folder.is_file() else loras_in(folder)
     if not found and denoiser.is_dir() and (folder / "scheduler").is_dir():
         pipeline = find_pipeline(model)
         experts = pipelines.experts_in(pipeline)

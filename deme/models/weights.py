@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deme.config.paths import STEM
 from deme.errors import UserError, blaming
 from deme.job.files import checked, read_json, sha256
 
-STEM = "diffusion_pytorch_model"  # the files' names begin with it
 WEIGHTS = f"{STEM}.safetensors"
 VARIANTS = ("fp16", "bf16")  # of half precision, in files' names
 FORMS = (  # in order of preference, after the stem: a file, or an index of shards and their names

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deme.config.networks import short_names
+from deme.config.networks import path_of, short_names
 from deme.config.reading import load_config, override
 from deme.errors import UserError
 
@@ -36,12 +36,14 @@ def test_words_stand_for_their_networks_and_folders_for_themselves():
 
 
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_model.safetensors"])
-def test_a_folder_without_a_network_stands_for_the_lora_in_it(tmp_path, name):
+def test_a_folder_without_the_weights_of_a_network_stands_for_the_lora_in_it(tmp_path, name):
     folder = tmp_path / "style"
     folder.mkdir()
     (folder / name).touch()
     assert listed([str(folder)], "model.projection=false") == [("style", str(folder / name))]
-    (folder / "config.json").touch()
+    (folder / "config.json").touch()  # of PEFT, or of a network without weights
+    assert path_of(str(folder)) == folder / name
+    (folder / "diffusion_pytorch_model.fp16.safetensors").touch()
     assert listed([str(folder)]) == [("style", str(folder))]
 
 

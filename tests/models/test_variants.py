@@ -5,6 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from deme.config.networks import path_of
+from deme.config.paths import LORA
 from deme.config.reading import load_config
 from deme.data.drawing import identities
 from deme.errors import RunError, UserError
@@ -66,6 +68,14 @@ def model(pretrained, tmp_path) -> ModelFiles:
     """A copy of the pretrained network's files."""
     folder = shutil.copytree(pretrained, tmp_path / "copy")
     return ModelFiles(folder, [folder / "unet"])
+
+
+def test_a_folder_s_network_and_its_lora_are_what_a_merge_takes(config_file, model):
+    """A pipeline's is its network, but beside a LoRA."""
+    paths, [network] = load_config(config_file, []).paths, model.denoisers
+    for folder in (network, model.pipeline):
+        save_file({"a": torch.ones(1)}, folder / LORA)
+        assert find_model(str(folder), paths).denoisers == [path_of(str(folder))]
 
 
 def edit_settings(model: ModelFiles, **settings) -> None:
