@@ -139,9 +139,16 @@ def scale_of(part: str, name: str, rank: int, configs: Mapping[str, Mapping[str,
     if not configs:
         return 1.0
     config = configs.get(part, configs.get("", {}))
-    alpha = config.get("lora_alpha")
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", name):
-            alpha = value
-            break
+    given = of_module(config, "r", "rank_pattern", name)
+    if isinstance(given, int) and given != rank:
+        raise UserError(f"has the rank {rank}, but r={given} in its configuration, which may be another adapter's")
+    alpha = of_module(config, "lora_alpha", "alpha_pattern", name)
     return checked(alpha, float, f"lora_alpha of {part}") / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def of_module(config: Mapping[str, Any], key: str, patterns: str, name: str) -> Any:
+    """What PEFT's configuration says of a module, by the first name pattern that fits it."""
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(?:.*\.)?(?:{pattern})$", name):
+            return value
+    return config.get(key)

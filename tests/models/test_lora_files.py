@@ -90,7 +90,11 @@ def test_a_renamed_file_of_peft_is_read_with_the_configuration_beside_it_and_ref
     file = (tmp_path / "adapter_model.safetensors").rename(tmp_path / "style.safetensors")
     expected = changes_of(model.base_model.model)[TO_Q]
     torch.testing.assert_close(read_lora(file, layers)[TO_Q].change(), expected, rtol=1e-5, atol=1e-5)
-    (tmp_path / "adapter_config.json").unlink()
+    beside = tmp_path / "adapter_config.json"
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"r": 8}))
+    with pytest.raises(UserError, match=rf"{TO_Q}: has the rank 2, but r=8 in its configuration, which may be another"):
+        read_lora(file, layers)
+    beside.unlink()
     message = r"style\.safetensors: a PEFT adapter of unknown lora_alpha: adapter_config\.json"
     with pytest.raises(UserError, match=message):
         read_lora(file, layers)
