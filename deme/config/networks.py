@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deme.config.paths import LORA, SECOND, SUBFOLDERS, denoiser_in, loras_in, product_of, snapshot_path, usual_denoiser
+from deme.config.paths import LORAS, SECOND, SUBFOLDERS, denoiser_in, lora_in, product_of, snapshot_path, usual_denoiser
 from deme.config.section import Section, is_one_line, one_of, setting
 from deme.config.trainings import BASELINES, CONTINUED, NAMED_TRAININGS, NEON, SELF, SOUP, WIDTH_RULE, is_width
 
@@ -20,7 +20,7 @@ SUM, SLERP = "task_arithmetic", "slerp"  # merge methods: the paper's; one whose
 WITH_STATISTICS = ("fisher", "regmean")  # merge methods that need MERGE_STATISTICS
 TRAIN = "train it with finetune.py finetune.range"
 MODELS = ("pretrained", "ensemble", "merged", NEON, *NAMED_TRAININGS)  # other networks that tables name
-TELLING_NOTHING = (*SUBFOLDERS, LORA, "finetuned", "/")  # parts of a folder's path
+TELLING_NOTHING = (*SUBFOLDERS, *LORAS, "finetuned", "/")  # parts of a folder's path
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def path_of(item: str | dict[str, Any]) -> Path:
     path = given_path(item)
     inner = denoiser_in(path)
     is_pipeline = inner.is_dir() and not (path / "config.json").is_file() and not (path / SECOND).is_dir()
-    return next(iter(loras_in(path)), inner if is_pipeline else path)
+    return lora_in(path) or (inner if is_pipeline else path)
 
 
 def is_lora(path: str | Path) -> bool:

@@ -11,8 +11,8 @@ from deme.config.trainings import CONTINUED, DISTILLED
 
 UNET, TRANSFORMER = SUBFOLDERS = ("unet", "transformer")  # of the network, as diffusers' pipelines call it
 SECOND = "transformer_2"  # the sub-folder of a second denoiser of a Wan pipeline, for low timesteps
-LORA = "pytorch_lora_weights.safetensors"  # a LoRA's file, as load_lora_weights of diffusers looks for it
-ADAPTER = "adapter_model.safetensors"  # the same of PEFT
+# a LoRA's file, as load_lora_weights of diffusers looks for it, and the same of PEFT
+LORA, PEFT_LORA = LORAS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 STEM = "diffusion_pytorch_model"  # the files of a network's weights begin with it
 SNAPSHOTS = "snapshots"  # the sub-folder of a training that holds its EMA weights of earlier steps
 
@@ -129,10 +129,10 @@ def denoiser_in(folder: Path, usual: str = UNET) -> Path:
     return next((folder / name for name in SUBFOLDERS if (folder / name).is_dir()), folder / usual)
 
 
-def loras_in(folder: Path) -> list[Path]:
-    """The files of a LoRA in a folder, the one to take first; none beside the weights of a network."""
-    found = [folder / name for name in (LORA, ADAPTER) if (folder / name).is_file()]
-    return [] if any(folder.glob(f"{STEM}*")) else found
+def lora_in(folder: Path) -> Path | None:
+    """The file of a LoRA in a folder, unless that has the weights of a network."""
+    found = (folder / name for name in LORAS if (folder / name).is_file())
+    return None if any(folder.glob(f"{STEM}*")) else next(found, None)
 
 
 def usual_denoiser(config: Any) -> str:

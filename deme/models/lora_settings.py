@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from deme.config.paths import ADAPTER
+from deme.config.paths import PEFT_LORA
 from deme.errors import UserError, blaming, naming
 from deme.job.files import checked, read_json
 from deme.models.pipelines import STEMS
@@ -42,7 +42,7 @@ def named_base(header: Mapping[str, str]) -> str | None:
 
 def config_beside(file: Path, header: Mapping[str, str], keys: Collection[str]) -> Path | None:
     """PEFT's configuration that is read with a LoRA, from beside its file: that of an adapter without one inside."""
-    is_read = METADATA not in header and (file.name == ADAPTER or any(key.startswith(PEFT) for key in keys))
+    is_read = METADATA not in header and (file.name == PEFT_LORA or any(key.startswith(PEFT) for key in keys))
     config = file.with_name(CONFIG)
     return config if is_read and config.is_file() else None
 

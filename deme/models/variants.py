@@ -16,7 +16,7 @@ from typing import Any
 
 from deme.config.experiment import Config
 from deme.config.networks import is_lora
-from deme.config.paths import LORA, Paths, denoiser_in, loras_in, sampler_and_steps, without_schedule
+from deme.config.paths import LORA, Paths, denoiser_in, lora_in, sampler_and_steps, without_schedule
 from deme.config.section import Section
 from deme.config.sections import DDIM, SINGLE_FILE, Sample
 from deme.config.trainings import BASELINES, CONTINUED, DISTILLED, NAMED_TRAININGS, NEON
@@ -157,7 +157,8 @@ def find_model(model: str, paths: Paths) -> ModelFiles:
         pretrained = find_pretrained(paths)
         return ModelFiles(pretrained, check_predicts(pretrained, denoisers))
     folder, denoiser = Path(model), denoiser_in(Path(model))
-    found = [folder] if is_lora(folder) and folder.is_file() else loras_in(folder)
+    lora = folder if is_lora(folder) and folder.is_file() else lora_in(folder)
+    found = [] if lora is None else [lora]
     if not found and denoiser.is_dir() and (folder / "scheduler").is_dir():
         pipeline = find_pipeline(model)
         experts = pipelines.experts_in(pipeline)

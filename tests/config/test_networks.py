@@ -53,6 +53,7 @@ def test_a_folder_without_the_weights_of_a_network_stands_for_the_lora_in_it(tmp
         (["runs/a/finetuned/x/unet", "runs/b/y/unet"], ["x", "y"]),
         (["runs/a/finetuned/x/unet", "runs/b/finetuned/x/unet"], ["a-x", "b-x"]),
         (["a/x", "b/a/x/unet"], ["a-x", "b-a-x"]),
+        (["a/adapter_model.safetensors", "b/adapter_model.safetensors"], ["a", "b"]),
         (["/x/merged/unet"], ["x-merged"]),  # a model of the run is called so
         (["merged"], ["merged"]),  # nothing else to call it by
         (["x/unet", "x"], ["x-unet", "x"]),
