@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on the embedded digits: decouple, search, merge, distil, sample, evaluate, report. No network, no GPU,
-# 8 minutes on 2 cores. Run again, it skips what is complete.
+# 5 minutes on 2 cores. Run again, it skips what is complete.
 #
 #   bash scripts/digits.sh                            # from the pretrained pipeline in assets/digits
 #   PRETRAIN=1 bash scripts/digits.sh                 # from nothing: pretrains first (20 minutes more)

@@ -37,11 +37,26 @@ GROWTH = 0.5  # of that width
 HEARTBEAT = 30  # seconds between two heartbeats of a running trial
 GRACE = 300  # seconds without a heartbeat after which a trial's candidate is tried again
 
-# a signal within its start leaves a heartbeat without an end, and the process would wait for it
-_heartbeat.Thread = partial(Thread, daemon=True)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("sqlalchemy").setLevel(logging.CRITICAL)  # a signal within a query would print a traceback
 warnings.filterwarnings("ignore", category=exceptions.ExperimentalWarning)
+
+
+class HeartbeatThread(Thread):
+    """A thread that neither holds the process nor prints a traceback.
+
+    A signal within its start leaves a heartbeat without an end. What the storage raises in it the search meets itself.
+    """
+
+    def __init__(self, **given: Any):
+        super().__init__(**given, daemon=True)
+
+    def run(self) -> None:
+        with suppress(Exception):
+            super().run()
+
+
+_heartbeat.Thread = HeartbeatThread
 
 
 @dataclass(eq=False)

@@ -1,4 +1,5 @@
 import sqlite3
+import threading
 import time
 from contextlib import nullcontext
 from threading import Thread
@@ -377,3 +378,21 @@ def test_a_heartbeat_that_nothing_ends_does_not_hold_the_process(tmp_path):
     heartbeat.start()
     assert heartbeat._thread.daemon
     heartbeat.join()
+
+
+def test_an_error_of_the_storage_in_a_heartbeat_prints_no_traceback(tmp_path, monkeypatch):
+    """As that of a database which a signal interrupts while a heartbeat is written."""
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    tried, printed = [], []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+
+    def record(trial: int) -> None:
+        tried.append(trial)
+        raise sqlite3.OperationalError("interrupted")
+
+    monkeypatch.setattr(storage, "record_heartbeat", record)
+    heartbeat = get_heartbeat_thread(optuna.create_study(storage=storage).ask()._trial_id, storage)
+    heartbeat.start()
+    heartbeat.join()
+    assert tried
+    assert not printed
