@@ -4,15 +4,13 @@
     python benchmarks/search.py ranks --config configs/digits.yaml            # match and loss against the distance
     python benchmarks/search.py ways --config configs/digits.yaml             # all ways, three seeds
     python benchmarks/search.py stopping --config configs/digits.yaml         # candidates that cannot win
-    python benchmarks/search.py jobs --config configs/digits.yaml             # how a search fills the cores
 
-All but the first take the experts of a run that is trained (finetune.py with the same configuration and overrides). All
-but the first and the last write to its folder search-benchmark/, from which they resume. --quick makes each small, to
-see that it runs, in search-benchmark-quick/.
+All but the first take the experts of a run that is trained (finetune.py with the same configuration and overrides) and
+write to its folder search-benchmark/, from which they resume. --quick makes each small, to see that it runs, in
+search-benchmark-quick/.
 """
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -28,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import alternate, ratios, spread
 from benchmarks.report import save
-from benchmarks.scaling import finish, start
 from benchmarks.unets import CHURCH, SMALL
 from deme.config.experiment import Config
 from deme.config.paths import denoiser_in
@@ -56,7 +53,7 @@ STOPS = (0.25, 0.5, 0.75)  # of a candidate's images
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["forming", "ranks", "ways", "stopping", "jobs"])
+    parser.add_argument("part", choices=["forming", "ranks", "ways", "stopping"])
     parser.add_argument("--config", default="configs/digits.yaml")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
@@ -68,9 +65,6 @@ def main() -> None:
         forming(arguments)
         return
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.part == "jobs":
-        jobs(config, arguments)
-        return
     if arguments.quick:
         arguments.fresh_images = 12 * FRESH_BLOCKS
     bench = Bench(config, arguments)
@@ -105,42 +99,6 @@ def forming(arguments: Namespace) -> None:
     rows = [{"what": what, "seconds": values, "times": ratios(values, first)} for what, values in taken.items()]
     lines = [[row["what"], spread(row["seconds"]), spread(row["times"])] for row in rows]
     save("search-forming", arguments.device, rows, markdown_table(["4 experts", "s", "× reading"], lines))
-
-
-def jobs(config: Config, arguments: Namespace) -> None:
-    """Time of a whole search by one process with all cores, by a process per core, and by a job per core."""
-    cores, on_gpu = len(os.sched_getaffinity(0)), arguments.device == "cuda"
-    forms = {  # (jobs, processes of each, threads of each)
-        f"1 process of {cores} threads": (1, 1, cores),
-        f"{cores} processes of 1 thread, which share each candidate's images": (1, cores, 1),
-        f"{cores} jobs of 1 thread, which share the candidates": (cores, 1, 1),
-    }
-    if on_gpu:
-        forms = {"1 job": (1, 1, cores), "2 jobs on this GPU": (2, 1, cores // 2)}
-    options = ["--config", arguments.config, *arguments.overrides]
-    if arguments.quick:
-        options += [
-            "search.trials=2",
-            "search.num_images=16",
-            "search.control_images=64",
-            "search.num_inference_steps=2",
-        ]
-        options += ["search.finalists=1", "search.finalist_images=32", "search.report_images=0"]
-
-    def search(number_of: int, processes: int, threads: int) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            here = [*options, f"search.output={folder}/search"]
-            started = [start("search.py", here, processes, threads, on_gpu) for _ in range(number_of)]
-            for job in started:
-                finish(job)
-
-    contenders = {name: lambda form=form: search(*form) for name, form in forms.items()}
-    taken = alternate(contenders, 1 if arguments.quick else 3, arguments.device)
-    first = next(iter(taken.values()))
-    rows = [{"form": name, "seconds": values, "times": ratios(first, values)} for name, values in taken.items()]
-    lines = [[row["form"], spread(row["seconds"]), spread(row["times"])] for row in rows]
-    titles = [f"{config.name}, {config.search.trials} candidates", "s", "× the first"]
-    save(f"search-jobs-{config.name}", arguments.device, rows, markdown_table(titles, lines))
 
 
 class Bench:
