@@ -19,7 +19,7 @@ from deme.data.decoding import Source, ahead, available_threads, decoding_thread
 from deme.data.files import TABLES, File, describe, image_suffixes, list_files, read_folder, version_of
 from deme.errors import UserError, blaming, naming, one_line, shown
 from deme.job.files import read_json
-from deme.job.rank import is_main_process
+from deme.job.rank import say_once
 from deme.job.records import CONTENTS, DATA, digest_of, made_once
 
 Stream = tuple[int, ...]  # the experiment's seed, then numbers that tell its runs apart
@@ -207,13 +207,6 @@ def _undecoded(data: Data, rows: datasets.Dataset) -> datasets.Dataset:
         elif (kind := getattr(feature, "dtype", "objects")) != "uint8":
             raise UserError(f"arrays of {kind}, whose range is not known; uint8 is read")
     return rows.select_columns([data.image_column])
-
-
-@cache
-def say_once(line: str) -> None:
-    """Print a line once, in one of the processes that a launcher started."""
-    if is_main_process():
-        print(line)
 
 
 def data_hashes(source: Source, cache: Path, with_labels: bool = False, with_captions: bool = False) -> dict[str, str]:

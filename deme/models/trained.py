@@ -12,7 +12,7 @@ from typing import Any
 from deme.config.networks import Network, is_lora
 from deme.errors import UserError, naming
 from deme.job.files import checked, read_json, sha256
-from deme.job.rank import is_main_process
+from deme.job.rank import say_once
 from deme.job.records import AVERAGE, PRETRAINED_WEIGHTS, RUN, SCHEDULE, SNAPSHOT, read_record
 from deme.models.lora_settings import read_header
 from deme.models.pipelines import SCHEDULER_CONFIG, read_schedule, schedule_file
@@ -108,11 +108,4 @@ def tell_of_others(key: str, digest: str, networks: Iterable[Path], line: str) -
         if made_from.get(key, digest) != digest:
             trainings.setdefault(str({**made_from, "step": None, "ema_width": None}), record)
     for record in trainings.values():
-        tell(f"{record}: {line}")
-
-
-@cache
-def tell(line: str) -> None:
-    """Print a line, once."""
-    if is_main_process():
-        print(line)
+        say_once(f"{record}: {line}")

@@ -42,7 +42,7 @@ logging.getLogger("sqlalchemy").setLevel(logging.CRITICAL)  # a signal within a 
 warnings.filterwarnings("ignore", category=exceptions.ExperimentalWarning)
 
 
-class HeartbeatThread(Thread):
+class QuietThread(Thread):
     """A thread that neither holds the process nor prints a traceback.
 
     A signal within its start leaves a heartbeat without an end. What the storage raises in it the search meets itself.
@@ -56,7 +56,7 @@ class HeartbeatThread(Thread):
             super().run()
 
 
-_heartbeat.Thread = HeartbeatThread
+_heartbeat.Thread = QuietThread
 
 
 @dataclass(eq=False)
